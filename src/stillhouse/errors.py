@@ -1,0 +1,44 @@
+"""The errors that a user can mend: one sentence each, naming the place and the nearest valid value."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class UserError(ValueError):
+    """Something the user asked for cannot be done; the message says what, where and what to do. The command exits 2."""
+
+
+class MissingExtra(UserError, ImportError):
+    """An optional dependency is absent; the message names the extra to install."""
+
+    def __init__(self, what: str, extra: str) -> None:
+        super().__init__(f"{what} needs the extra '{extra}': pip install 'stillhouse[{extra}]'.")
+
+
+class TrainingDiverged(UserError):
+    """A loss became NaN or infinite; the message names the step and the terms. The last good checkpoint is kept."""
+
+
+def nearest(name: str, valid: Iterable[str], count: int = 3) -> list[str]:
+    """The valid names closest in spelling to `name`, best first (at most `count`; may be empty)."""
+    names = [str(v) for v in valid]
+    close = difflib.get_close_matches(name, names, n=count, cutoff=0.5)
+    lowered = name.lower()
+    close += [v for v in names if v not in close and lowered and (lowered in v.lower() or v.lower() in lowered)]
+    return close[:count]
+
+
+def unknown(what: str, name: str, valid: Iterable[str]) -> UserError:
+    """A `UserError` for a name that does not exist, with the nearest that do.
+
+    >>> str(unknown("objective", "kdd", ["ce", "kd"]))
+    "There is no objective 'kdd'; did you mean 'kd'?"
+    """
+    names = list(valid)
+    close = nearest(name, names)
+    if close:
+        return UserError(f"There is no {what} '{name}'; did you mean {' or '.join(repr(c) for c in close)}?")
+    listed = ", ".join(names[:12]) + (", …" if len(names) > 12 else "")
+    return UserError(f"There is no {what} '{name}'; there are: {listed or 'none'}.")

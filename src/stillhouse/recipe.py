@@ -1,0 +1,344 @@
+"""Recipes: the typed options that methods share, and how a YAML file becomes a method's config, with errors in one sentence.
+
+The file IS the config of its method: `method:` names the class (default `distillation`), every other key is a field of its `Config`.
+Importing this module loads neither torch nor any method.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+
+from stillhouse.errors import UserError, nearest
+
+
+class Spec(BaseModel):
+    """Base of all options: unknown keys are errors, values are coerced only where nothing is lost."""
+
+    model_config = ConfigDict(extra="forbid", validate_default=False, protected_namespaces=())
+
+
+class DataSpec(Spec):
+    """A data set by name, its splits, and its augmentation."""
+
+    name: str = Field(description="digits | cifar10 | imagefolder:PATH | torchvision:CLASS | hf:REPO | parquet:PATH | file:PATH.py:FUNCTION")
+    root: str | None = Field(None, description="Folder that holds the data; default: --data-root, then STILLHOUSE_DATA, then the user's cache.")
+    size: int | None = Field(None, ge=1, description="Train on a class-balanced, seeded subset of this many samples (taken before the holdout).")
+    test_size: int | None = Field(None, ge=1, description="Evaluate on a class-balanced, seeded subset of this many test samples.")
+    holdout: float = Field(0.0, ge=0.0, lt=1.0, description="Share of the training samples kept out of training: steers what must not see test data.")
+    val: float = Field(0.0, ge=0.0, lt=1.0, description="Share of the training samples used for validation, where the data set has no validation split.")
+    classes: list[int] | None = Field(None, description="Keep only these class ids, renumbered in this order.")
+    image_size: int | None = Field(None, ge=4, description="Resize images to this many pixels a side; default: the data set's own size.")
+    augment: Literal["standard", "plain"] | list[str | dict[str, Any]] = Field(
+        "standard",
+        description="`standard`: the data set's usual training augmentation; `plain`: none; or a list of torchvision.transforms.v2 classes by name with their arguments, such as [{RandomCrop: {size: 32, padding: 4}}, RandomHorizontalFlip].",
+    )
+    mixup: float = Field(0.0, ge=0.0, description="Mixup's alpha; 0 is off.")
+    cutmix: float = Field(0.0, ge=0.0, description="CutMix's alpha; 0 is off. With mixup also on, each batch takes one of the two at random.")
+    label_noise: float = Field(0.0, ge=0.0, le=1.0, description="Share of training labels replaced by another class, seeded.")
+    seed: int = Field(0, description="Seed of the subset, the splits and the label noise: one split for all seeds of a run.")
+    workers: int = Field(0, ge=0, description="Loader processes.")
+    options: dict[str, Any] = Field(default_factory=dict, description="Further arguments for torchvision:, hf: and parquet: (such as split and column names).")
+
+
+class ModelSpec(Spec):
+    """A network by name."""
+
+    model: str = Field(description="timm:NAME | torchvision:NAME | hf:PATH-OR-CONFIG | file:PATH.py:CLASS | stillhouse:NAME")
+    checkpoint: str | None = Field(None, description="Weights to load: .safetensors, or a .pt/.pth state dict (read with weights_only).")
+    pretrained: bool = Field(False, description="Take the published weights of the library that the model comes from (needs the network).")
+    options: dict[str, Any] = Field(default_factory=dict, description="Further arguments of the model's constructor.")
+    embedding: str | None = Field(None, description="The classifier submodule whose input is the embedding; found by itself for most models.")
+
+
+class OptimizerSpec(Spec):
+    """An optimiser of torch.optim by name; further keys are its arguments."""
+
+    model_config = ConfigDict(extra="allow")
+    name: str = Field("sgd", description="Any class of torch.optim, in lower case: sgd, adamw, adam, rmsprop, …")
+    lr: float = Field(0.05, gt=0)
+    weight_decay: float = Field(5e-4, ge=0)
+
+    def arguments(self) -> dict[str, Any]:
+        """Keyword arguments for the optimiser's class; sgd has momentum 0.9 unless told."""
+        extra = dict(self.model_extra or {})
+        if self.name == "sgd":
+            extra.setdefault("momentum", 0.9)
+        return {"lr": self.lr, "weight_decay": self.weight_decay, **extra}
+
+
+class LRSchedule(Spec):
+    """Learning rate over training."""
+
+    name: Literal["cosine", "step", "linear", "constant"] = "cosine"
+    warmup_epochs: float = Field(0.0, ge=0, description="Linear from 0 over this many epochs, before the schedule.")
+    milestones: list[float] = Field(default_factory=list, description="step: epochs at which the rate is multiplied by gamma.")
+    gamma: float = Field(0.1, gt=0)
+    min_lr: float = Field(0.0, ge=0, description="cosine, linear: where the rate ends.")
+
+
+class TrainSpec(Spec):
+    """How one network (with its objectives) is fitted."""
+
+    epochs: int = Field(10, ge=1)
+    batch_size: int = Field(128, ge=1, description="Samples of one optimiser step over all processes, before accumulation.")
+    optimizer: OptimizerSpec = Field(default_factory=OptimizerSpec)
+    schedule: LRSchedule = Field(default_factory=LRSchedule)
+    clip: float | None = Field(None, gt=0, description="Clip the gradient's norm.")
+    accumulate: int = Field(1, ge=1, description="Batches whose gradients are averaged for one optimiser step.")
+    precision: Literal["full", "bf16", "fp16"] = "full"
+    compile: bool = Field(False, description="torch.compile the student and the live teachers.")
+    ema: float | None = Field(None, gt=0, lt=1, description="Keep an exponential moving average of the student; it is what is evaluated and kept.")
+    eval_every: int = Field(1, ge=0, description="Epochs between evaluations; 0: only at the end.")
+    best: str | None = Field(None, description="Keep the weights of the best evaluation by this figure (needs a val or holdout split), such as accuracy.")
+    patience: int | None = Field(None, ge=1, description="Stop after this many evaluations without a better `best` figure.")
+    log_every: int = Field(50, ge=1, description="Steps between rows of metrics.csv.")
+    checkpoint_seconds: float = Field(20.0, ge=0, description="Seconds between checkpoints, at log points and epoch ends; 0: at every one.")
+    deterministic: bool = Field(False, description="Deterministic kernels on a GPU (slower); the CPU is deterministic as it is.")
+    trackers: list[Literal["tensorboard", "wandb", "mlflow"]] = Field(default_factory=list)
+
+    @model_validator(mode="after")
+    def _best_needs_patience(self) -> TrainSpec:
+        if self.patience is not None and self.best is None:
+            raise ValueError("patience needs `best`, the figure to watch")
+        return self
+
+
+def _shorthand(key: str) -> BeforeValidator:
+    return BeforeValidator(lambda v: {key: v} if isinstance(v, str) else v)
+
+
+class TeacherSpec(Spec):
+    """A source of knowledge. Exactly one of `model`, `ensemble`, `momentum`, `past_self`, `peer`."""
+
+    model: str | None = Field(None, description="A live, frozen network by name.")
+    checkpoint: str | None = None
+    pretrained: bool = False
+    options: dict[str, Any] = Field(default_factory=dict)
+    embedding: str | None = None
+    train: TrainSpec | None = Field(None, description="Without checkpoint or pretrained: how the teacher is trained first, once, kept by content.")
+    seed: int | None = Field(None, description="Seed of the teacher's own training; default 0, so that all seeds of a bench share one teacher.")
+    ensemble: list[TeacherSpec] | None = Field(None, description="Several live teachers as one.")
+    mean: Literal["probs", "logits"] = Field("probs", description="ensemble: what is averaged.")
+    momentum: float | None = Field(None, gt=0, lt=1, description="The student's own exponential moving average, with this momentum.")
+    past_self: bool = Field(False, description="The student's predictions of its last epoch, by sample index.")
+    peer: ModelSpec | None = Field(None, description="A second network trained together with the student.")
+
+    @model_validator(mode="after")
+    def _one_kind(self) -> TeacherSpec:
+        given = [k for k in ("model", "ensemble", "momentum", "past_self", "peer") if getattr(self, k)]
+        if len(given) != 1:
+            raise ValueError(f"give exactly one of model, ensemble, momentum, past_self, peer (given: {', '.join(given) or 'none'})")
+        return self
+
+    @property
+    def network(self) -> ModelSpec:
+        """The model part, for a live teacher."""
+        assert self.model is not None
+        return ModelSpec(model=self.model, checkpoint=self.checkpoint, pretrained=self.pretrained, options=self.options, embedding=self.embedding)
+
+
+class WeightSpec(Spec):
+    """An objective's weight over training; see `stillhouse.objective.WeightSchedule`."""
+
+    kind: Literal["constant", "linear", "cosine", "warmup"] = "constant"
+    start: float = 0.0
+    end: float = 1.0
+    epochs: float | None = Field(None, gt=0)
+    steps: int | None = Field(None, gt=0)
+
+
+class ObjectiveSpec(Spec):
+    """One objective; the keys beside these are the options of the objective that `name` names."""
+
+    model_config = ConfigDict(extra="allow")
+    name: str
+    weight: float | WeightSpec | None = Field(None, description="A number, or a schedule; default: the published weight.")
+    teacher: str = Field("teacher", description="Which named teacher it reads.")
+    label: str | None = Field(None, description="Its name in logs, where one objective is used twice; default: its name.")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _options_of_its_class(cls, value: Any) -> Any:
+        if isinstance(value, str):
+            value = {"name": value}
+        return value
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        return dict(self.model_extra or {})
+
+
+Objectives = Annotated[list[ObjectiveSpec], Field(min_length=1)]
+Model = Annotated[ModelSpec, _shorthand("model")]
+Teacher = Annotated[TeacherSpec, _shorthand("model")]
+Data = Annotated[DataSpec, _shorthand("name")]
+
+
+class MethodConfig(Spec):
+    """What every recipe has. A method's `Config` adds its own keys."""
+
+    method: str = Field("distillation", description="The method's slug.")
+    name: str | None = Field(None, description="The run's name; default: the recipe's file name.")
+    seed: int = 0
+    variants: dict[str, dict[str, Any]] = Field(default_factory=dict, description="Named overrides (dotted keys), chosen by --variant: the paper's setting, the baselines.")
+
+
+def spell(error: ValidationError, model: type[BaseModel], where: str) -> UserError:
+    """A pydantic error as sentences: the key's path, what was expected and given, the nearest valid key."""
+    lines = []
+    for item in error.errors():
+        path = [p for p in item["loc"] if not (isinstance(p, str) and p.startswith(("function-", "str", "list[", "dict[", "union")))]
+        dotted = ".".join(map(str, path))
+        given = item.get("input")
+        shown = json.dumps(given, default=str) if not isinstance(given, str) else repr(given)
+        shown = shown if len(shown) < 60 else shown[:57] + "…"
+        if item["type"] == "extra_forbidden":
+            valid = _fields_at(model, path[:-1])
+            close = nearest(str(path[-1]), valid)
+            hint = f"did you mean '{'.'.join(map(str, [*path[:-1], close[0]]))}'?" if close else f"valid keys there: {', '.join(valid) or 'none'}."
+            lines.append(f"{where}: unknown key '{dotted}'; {hint}")
+        elif item["type"] == "missing":
+            lines.append(f"{where}: '{dotted}' is missing.")
+        elif item["type"] == "value_error":
+            lines.append(f"{where}: {dotted + ': ' if dotted else ''}{str(item['ctx']['error']).rstrip('.')}.")
+        else:
+            message = item["msg"][0].lower() + item["msg"][1:]
+            lines.append(f"{where}: '{dotted}': {message}; given: {shown} ({type(given).__name__}).")
+    return UserError("\n".join(dict.fromkeys(lines)))
+
+
+def _fields_at(model: Any, path: Sequence[Any]) -> list[str]:
+    """Valid keys of the nested model at a path."""
+    for part in path:
+        if isinstance(part, int):
+            continue
+        if not (isinstance(model, type) and issubclass(model, BaseModel)) or part not in model.model_fields:
+            return []
+        model = _model_in(model.model_fields[part].annotation)
+    return list(model.model_fields) if isinstance(model, type) and issubclass(model, BaseModel) else []
+
+
+def _model_in(annotation: Any) -> Any:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    for inner in get_args(annotation):
+        found = _model_in(inner)
+        if found is not None:
+            return found
+    return None
+
+
+def read_yaml(path: str | Path) -> dict[str, Any]:
+    """A recipe file as a mapping. Raises `UserError` for a file that is missing, is not YAML, or is not a mapping."""
+    path = Path(path)
+    if not path.is_file():
+        beside = [p.name for p in path.parent.glob("*.y*ml")] if path.parent.is_dir() else []
+        close = nearest(path.name, beside)
+        raise UserError(f"There is no recipe '{path}'" + (f"; did you mean '{path.parent / close[0]}'?" if close else "."))
+    try:
+        value = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        mark = getattr(error, "problem_mark", None)
+        at = f" at line {mark.line + 1}, column {mark.column + 1}" if mark else ""
+        raise UserError(f"{path} is not valid YAML{at}: {getattr(error, 'problem', None) or error}.") from None
+    if not isinstance(value, dict):
+        raise UserError(f"{path} must hold a mapping of keys to values, but holds {'nothing' if value is None else type(value).__name__}.")
+    return value
+
+
+def set_key(tree: dict[str, Any], dotted: str, value: Any) -> None:
+    """Set `a.b.0.c` in nested mappings and lists; missing mappings are made."""
+    node: Any = tree
+    parts = dotted.split(".")
+    for i, part in enumerate(parts):
+        last = i == len(parts) - 1
+        if isinstance(node, list):
+            if not part.lstrip("-").isdigit() or not -len(node) <= int(part) < len(node):
+                raise UserError(f"--set {dotted}: '{'.'.join(parts[:i])}' is a list of {len(node)}, so '{part}' must be a number from 0 to {len(node) - 1}.")
+            if last:
+                node[int(part)] = value
+                return
+            node = _as_node(node, int(part))
+        elif isinstance(node, dict):
+            if last:
+                node[part] = value
+                return
+            node.setdefault(part, {})
+            node = _as_node(node, part)
+        else:
+            raise UserError(f"--set {dotted}: '{'.'.join(parts[:i])}' holds a value, not keys.")
+
+
+def _as_node(parent: Any, key: Any) -> Any:
+    """The child to descend into; a string shorthand (`student: timm:x`, `objectives: [kd]`) becomes the mapping it stands for."""
+    child = parent[key]
+    if child is None:
+        child = parent[key] = {}
+    elif isinstance(child, str):
+        stands_for = "name" if isinstance(parent, list) or key == "data" else "model"
+        child = parent[key] = {stands_for: child}
+    return child
+
+
+def parse_sets(items: Sequence[str]) -> dict[str, Any]:
+    """`["train.epochs=3", "seed=1"]` as {dotted key: value}; values are read as YAML."""
+    out = {}
+    for item in items:
+        dotted, sep, text = item.partition("=")
+        if not sep or not dotted:
+            raise UserError(f"--set takes KEY=VALUE, such as train.epochs=3; given: '{item}'.")
+        try:
+            out[dotted.strip()] = yaml.safe_load(text)
+        except yaml.YAMLError:
+            raise UserError(f"--set {dotted}: the value '{text}' is not valid YAML.") from None
+    return out
+
+
+def resolve(tree: Mapping[str, Any], variant: str | None = None, sets: Mapping[str, Any] | None = None, where: str = "recipe") -> dict[str, Any]:
+    """A raw recipe with its variant and overrides applied (in that order); the variants themselves are dropped."""
+    out = copy.deepcopy(dict(tree))
+    variants = out.pop("variants", None) or {}
+    if variant is not None:
+        if variant not in variants:
+            close = nearest(variant, variants)
+            there = f"did you mean '{close[0]}'?" if close else f"there are: {', '.join(variants) or 'none'}."
+            raise UserError(f"{where}: no variant '{variant}'; {there}")
+        for dotted, value in variants[variant].items():
+            set_key(out, dotted, copy.deepcopy(value))
+    for dotted, value in (sets or {}).items():
+        set_key(out, dotted, value)
+    return out
+
+
+def validate(tree: Mapping[str, Any], where: str = "recipe") -> MethodConfig:
+    """A resolved recipe as its method's `Config`; only the files of the method and the objectives it names are imported."""
+    from stillhouse import catalog
+
+    method = tree.get("method", "distillation")
+    if not isinstance(method, str):
+        raise UserError(f"{where}: 'method' must be a method's name; given: {method!r}.")
+    config = catalog.method(method).Config
+    try:
+        return config.model_validate(dict(tree))
+    except ValidationError as error:
+        raise spell(error, config, where) from None
+
+
+def load(path: str | Path, variant: str | None = None, sets: Sequence[str] = ()) -> MethodConfig:
+    """Read, resolve and validate a recipe file. Its name defaults to the file's, with the variant."""
+    tree = resolve(read_yaml(path), variant, parse_sets(sets), where=str(path))
+    if tree.get("name") is None:
+        tree["name"] = Path(path).stem + (f"-{variant}" if variant else "")
+    return validate(tree, where=str(path))
+
+
+def dump(config: BaseModel) -> str:
+    """A config as YAML that loads to the same config."""
+    return yaml.safe_dump(config.model_dump(mode="json", exclude_defaults=False), sort_keys=False, allow_unicode=True, width=120)

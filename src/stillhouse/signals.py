@@ -1,0 +1,184 @@
+"""What a network says about a batch (`Signals`), and how inner tensors are captured in its one forward pass (`Taps`)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from stillhouse.errors import UserError, nearest
+
+Batch = dict[str, Any]
+"""`input` (tensor, or mapping of tensors passed by keyword), `label` (B,) or (B, C) soft, `index` (B,), and a task's own keys."""
+
+
+@dataclass(slots=True)
+class TopK:
+    """The k most probable classes of a teacher: never made dense."""
+
+    log_probs: Tensor  # (..., k), at temperature 1, falling
+    indices: Tensor  # (..., k)
+    tail: Tensor  # (...,) probability mass of all other classes
+
+
+@dataclass(slots=True)
+class Signals:
+    """What a teacher or a student gives for a batch of B samples and C classes; absent parts are None."""
+
+    logits: Tensor | None = None  # (B, C) or (B, L, V)
+    probs: Tensor | None = None  # where only probabilities are known (a store, the past self)
+    top: TopK | None = None
+    embedding: Tensor | None = None  # (B, D), pooled, before the classifier
+    taps: dict[str, Tensor] = field(default_factory=dict)
+    members: tuple[Signals, ...] = ()  # of an ensemble; without `logits`, its output is the mean of the members' probabilities
+
+    def log_probs(self, temperature: float = 1.0) -> Tensor:
+        """Log-probabilities at a temperature, float32, shape as the logits.
+
+        Works for logits, for probabilities (p ** (1/T), renormalised, is exactly softmax(logits / T)) and for an ensemble (the mean over its
+        members of the probabilities at that temperature). As they equal the logits up to a constant per row, objectives that rank or
+        renormalise may use `log_probs()` wherever a paper writes the teacher's logits.
+
+        Raises:
+            UserError: where only the top k are known, or nothing.
+        """
+        if self.logits is not None:
+            return torch.log_softmax(self.logits.float() / temperature, dim=-1)
+        if self.members:
+            stacked = torch.stack([m.log_probs(temperature) for m in self.members])
+            return torch.logsumexp(stacked, dim=0) - torch.log(torch.tensor(float(len(self.members))))
+        if self.probs is not None:
+            log_p = self.probs.float().clamp_min(torch.finfo(torch.float32).tiny).log()
+            return log_p if temperature == 1.0 else torch.log_softmax(log_p / temperature, dim=-1)
+        if self.top is not None:
+            raise UserError("This objective needs the probabilities of all classes, but its teacher knows only the top k; store full logits or use a top-k objective.")
+        raise UserError("This objective needs class probabilities, but its teacher gives none.")
+
+    def detach(self) -> Signals:
+        """The same signals outside autograd (no copy)."""
+        cut = lambda x: None if x is None else x.detach()  # noqa: E731
+        top = None if self.top is None else TopK(self.top.log_probs.detach(), self.top.indices, self.top.tail.detach())
+        return Signals(
+            cut(self.logits), cut(self.probs), top, cut(self.embedding), {k: v.detach() for k, v in self.taps.items()}, tuple(m.detach() for m in self.members)
+        )
+
+
+def call_model(model: nn.Module, batch: Batch) -> Any:
+    """Call a model on a batch: a tensor input goes in as it is, a mapping (`input_ids`, `attention_mask`, …) by keyword."""
+    x = batch["input"]
+    return model(**x) if isinstance(x, Mapping) else model(x)
+
+
+def read_logits(output: Any) -> Tensor:
+    """The logits in whatever a classifier returns: a tensor, an object or mapping with `logits` (transformers) or `out` (torchvision), or a tuple led by them."""
+    if isinstance(output, Tensor):
+        return output
+    for name in ("logits", "out"):
+        value = output.get(name) if isinstance(output, Mapping) else getattr(output, name, None)
+        if isinstance(value, Tensor):
+            return value
+    if isinstance(output, tuple | list) and output and isinstance(output[0], Tensor):
+        return output[0]
+    raise UserError(f"Could not find logits in the model's output of type {type(output).__name__}; return a tensor, or an object with `.logits`.")
+
+
+class Taps:
+    """Captures the outputs of named submodules during a forward pass.
+
+    A name is a dotted submodule (`layer3`, `blocks.5.attn`): its output is captured; with `:in` at the end (`fc:in`), its first input.
+    Hooks are made once, here: make a `Taps` BEFORE `torch.compile` sees the model, as hooks made later never fire. They write only inside
+    `capture()`, only for the module they were made on (a deep copy's hooks stay silent), and go with `remove()`.
+
+    Args:
+        model: any module; it is not edited.
+        names: tap names.
+        owner: what the message calls the model when a name is wrong.
+
+    Raises:
+        UserError: a name that is no submodule (with the nearest names), or a tap that the forward pass did not reach.
+
+    >>> net = nn.Sequential(nn.Linear(4, 3), nn.ReLU())
+    >>> taps = Taps(net, ["0", "0:in"])
+    >>> with taps.capture() as got:
+    ...     _ = net(torch.ones(2, 4))
+    >>> sorted((k, tuple(v.shape)) for k, v in got.items())
+    [('0', (2, 3)), ('0:in', (2, 4))]
+    """
+
+    def __init__(self, model: nn.Module, names: Sequence[str], owner: str = "model") -> None:
+        self.names = tuple(dict.fromkeys(names))
+        self._owner = owner
+        self._cell: list[dict[str, Tensor] | None] = [None]
+        self._handles = []
+        modules = dict(model.named_modules())
+        for name in self.names:
+            path = name.removesuffix(":in")
+            if path not in modules:
+                close = nearest(path, modules)
+                hint = f"; nearest: {', '.join(close)}" if close else ""
+                raise UserError(f"The {owner} has no submodule '{path}' to tap{hint}.")
+            module = modules[path]
+            if name.endswith(":in"):
+                self._handles.append(module.register_forward_pre_hook(self._input_hook(name, module), with_kwargs=True))
+            else:
+                self._handles.append(module.register_forward_hook(self._output_hook(name, module)))
+
+    def _output_hook(self, name: str, mine: nn.Module):
+        cell = self._cell
+
+        def hook(module: nn.Module, args: Any, output: Any) -> None:
+            if cell[0] is not None and module is mine:
+                cell[0][name] = first_tensor(output)
+
+        return hook
+
+    def _input_hook(self, name: str, mine: nn.Module):
+        cell = self._cell
+
+        def hook(module: nn.Module, args: Any, kwargs: Any) -> None:
+            if cell[0] is not None and module is mine:
+                cell[0][name] = first_tensor(args if args else tuple(kwargs.values()))
+
+        return hook
+
+    @contextmanager
+    def capture(self) -> Iterator[dict[str, Tensor]]:
+        """Collect tensors by tap name for the forward passes made inside; nothing is retained afterwards."""
+        outer, got = self._cell[0], {}
+        self._cell[0] = got
+        try:
+            yield got
+        finally:
+            self._cell[0] = outer
+        for name in self.names:
+            if name not in got:
+                raise UserError(
+                    f"The forward pass of the {self._owner} never reached the tap '{name}' (fused attention and unused branches skip inner modules); tap a module that runs."
+                )
+
+    def remove(self) -> None:
+        """Take the hooks off the model."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+
+
+def first_tensor(value: Any) -> Tensor:
+    """The tensor itself, or the first in a tuple, list, mapping or output object."""
+    if isinstance(value, Tensor):
+        return value
+    if isinstance(value, Mapping):
+        value = tuple(value.values())
+    elif hasattr(value, "to_tuple"):
+        value = value.to_tuple()
+    if isinstance(value, tuple | list):
+        for item in value:
+            try:
+                return first_tensor(item)
+            except UserError:
+                continue
+    raise UserError(f"A tap captured a value of type {type(value).__name__} that holds no tensor; tap another module.")
