@@ -1,0 +1,112 @@
+"""What a model costs: parameters, multiply-adds, latency, bytes on disk. For after training; never called inside a training step."""
+
+from __future__ import annotations
+
+import time
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from stillhouse.errors import UserError
+from stillhouse.evaluation.mode import evaluating
+from stillhouse.signals import Batch, call_model
+
+
+def parameters(model: nn.Module) -> int:
+    """Numbers that the model has learned or could learn, frozen ones included; a shared parameter counts once."""
+    return sum(p.numel() for p in model.parameters())
+
+
+def multiply_adds(model: nn.Module, batch: Batch) -> int:
+    """Multiply-adds of one forward pass for ONE sample (the first of the batch): convolutions, matrix products, attention and recurrent layers.
+
+    Element-wise work, normalisation and pooling are not counted, as is usual. Half of what `torch.utils.flop_counter` calls FLOPs.
+
+    Args:
+        model: on the batch's device; a compiled model is counted as it was before.
+        batch: its `input` is a tensor or a mapping of tensors, (B, …).
+    """
+    inner = getattr(model, "_orig_mod", model)
+    counter = FlopCounterMode(display=False)
+    with evaluating(inner), _unfused(), counter:
+        call_model(inner, one_sample(batch))
+    return int(counter.get_total_flops()) // 2
+
+
+def latency(model: nn.Module, batch: Batch, repeats: int = 30, warmup: int = 5) -> dict[str, float]:
+    """Milliseconds of a forward pass for one sample (the first of the batch): the `median` over repeats, with `low` and `high`, its 10th and 90th percentile.
+
+    On a CPU with one thread (the setting is put back), on a GPU waiting for the device each time.
+
+    Args:
+        model: on the batch's device.
+        batch: its `input` is a tensor or a mapping of tensors, (B, …).
+        repeats: how many passes are timed, at least 1.
+        warmup: how many run first, untimed.
+    """
+    if repeats < 1:
+        raise UserError(f"latency: repeats must be at least 1; given: {repeats}.")
+    sample = one_sample(batch)
+    device = _device_of(sample["input"])
+    wait = (lambda: torch.cuda.synchronize(device)) if device.type == "cuda" else (lambda: None)
+    times = []
+    with evaluating(model), _one_thread():
+        for i in range(warmup + repeats):
+            wait()
+            start = time.perf_counter()
+            call_model(model, sample)
+            wait()
+            if i >= warmup:
+                times.append(1000 * (time.perf_counter() - start))
+    low, median, high = torch.tensor(times, dtype=torch.double).quantile(torch.tensor([0.1, 0.5, 0.9], dtype=torch.double)).tolist()
+    return {"median": median, "low": low, "high": high}
+
+
+def file_size(path: str | Path) -> int:
+    """Bytes of a file, or of all files in a folder. Raises `UserError` where there is nothing."""
+    path = Path(path)
+    if not path.exists():
+        raise UserError(f"There is no file or folder '{path}' to measure.")
+    files = path.rglob("*") if path.is_dir() else [path]
+    return sum(f.stat().st_size for f in files if f.is_file())
+
+
+def one_sample(batch: Batch) -> Batch:
+    """The `input` of the first sample, as a batch of one."""
+    x = batch["input"]
+    return {"input": x[:1] if isinstance(x, Tensor) else {k: v[:1] if isinstance(v, Tensor) else v for k, v in x.items()}}
+
+
+def _device_of(x: Any) -> torch.device:
+    tensors = [x] if isinstance(x, Tensor) else [v for v in x.values() if isinstance(v, Tensor)]
+    return tensors[0].device
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+@contextmanager
+def _unfused() -> Iterator[None]:
+    """Inside, transformer and recurrent layers run as the products they are made of: their fused kernels count as nothing."""
+    fused = torch.backends.mha.get_fastpath_enabled()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the switch of oneDNN warns about TF32 on machines that have none
+        torch.backends.mha.set_fastpath_enabled(False)
+        try:
+            with torch.backends.mkldnn.flags(enabled=False), torch.backends.cudnn.flags(enabled=False):
+                yield
+        finally:
+            torch.backends.mha.set_fastpath_enabled(fused)

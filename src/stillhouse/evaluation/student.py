@@ -1,0 +1,49 @@
+"""The evaluator of students: accuracy, calibration and cost of a trained classifier on the test set."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from stillhouse.errors import unknown
+from stillhouse.evaluation import classification, cost, evaluates
+from stillhouse.evaluation.mode import move
+from stillhouse.signals import Batch
+
+GROUPS = (*classification.GROUPS, "cost")
+
+
+@evaluates("student")
+def evaluate_student(
+    module: nn.Module, loader: Iterable[Batch], example_batch: Batch, groups: Sequence[str] = GROUPS, folder: str | Path | None = None
+) -> dict[str, float]:
+    """Figures of a student by name, in the order of their groups.
+
+    Args:
+        module: the student, on the device where it is to be judged.
+        loader: test batches with `input` and `label` (B,).
+        example_batch: any batch; its first sample is what cost is measured on.
+        groups: of `accuracy`, `calibration` (see `evaluate_classifier`) and `cost`: `parameters`, `multiply_adds` (one sample), `latency_ms`
+            (median of a batch of one, one CPU thread, or the GPU that the module is on) and, with a folder, `file_bytes`.
+        folder: where the product is saved.
+
+    Raises:
+        UserError: an unknown group, or what `evaluate_classifier` raises.
+    """
+    for group in groups:
+        if group not in GROUPS:
+            raise unknown("evaluation group", group, GROUPS)
+    device = next((p.device for p in module.parameters()), torch.device("cpu"))
+    judged = [g for g in groups if g in classification.GROUPS]
+    out = classification.evaluate_classifier(module, loader, device, judged) if judged else {}
+    if "cost" in groups:
+        example = {"input": move(example_batch["input"], device)}
+        out["parameters"] = cost.parameters(module)
+        out["multiply_adds"] = cost.multiply_adds(module, example)
+        out["latency_ms"] = cost.latency(module, example)["median"]
+        if folder is not None:
+            out["file_bytes"] = cost.file_size(folder)
+    return out
