@@ -151,6 +151,7 @@ def test_multiply_adds_are_those_of_one_sample(model: nn.Module, shape: tuple[in
     assert cost.multiply_adds(model, {"input": torch.zeros(shape)}) == expected
     assert model.training
     assert torch.backends.mha.get_fastpath_enabled()
+    assert torch.backends.mkldnn.enabled
 
 
 def test_shared_parameters_count_once():

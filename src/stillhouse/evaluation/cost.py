@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -101,12 +100,15 @@ def _one_thread() -> Iterator[None]:
 @contextmanager
 def _unfused() -> Iterator[None]:
     """Inside, transformer and recurrent layers run as the products they are made of: their fused kernels count as nothing."""
-    fused = torch.backends.mha.get_fastpath_enabled()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # the switch of oneDNN warns about TF32 on machines that have none
+    kernels = (torch.backends.mkldnn, torch.backends.cudnn)
+    before = [k.enabled for k in kernels]
+    fast = torch.backends.mha.get_fastpath_enabled()
+    try:
         torch.backends.mha.set_fastpath_enabled(False)
-        try:
-            with torch.backends.mkldnn.flags(enabled=False), torch.backends.cudnn.flags(enabled=False):
-                yield
-        finally:
-            torch.backends.mha.set_fastpath_enabled(fused)
+        for k in kernels:
+            k.enabled = False
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
+        for k, enabled in zip(kernels, before):
+            k.enabled = enabled
