@@ -1,1 +1,55 @@
-"""Stillhouse."""
+"""Stillhouse: knowledge distillation under one roof.
+
+Five lines distil a model: `stillhouse.distill(teacher, student, train_loader, objectives=["ce", "kd"])`. Names are loaded when they are used.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+_FACE = {
+    "distill": "stillhouse.api",
+    "load": "stillhouse.product",
+    "methods": "stillhouse.catalog",
+    "Signals": "stillhouse.signals",
+    "Taps": "stillhouse.signals",
+    "Objective": "stillhouse.objective",
+    "Progress": "stillhouse.objective",
+    "Distillation": "stillhouse.distillation",
+    "Frozen": "stillhouse.teachers",
+    "Ensemble": "stillhouse.teachers",
+    "Momentum": "stillhouse.teachers",
+    "PastSelf": "stillhouse.teachers",
+    "CoTrained": "stillhouse.teachers",
+    "UserError": "stillhouse.errors",
+}
+__all__ = ["__version__", *_FACE]
+
+if TYPE_CHECKING:
+    from stillhouse.api import distill as distill
+    from stillhouse.catalog import methods as methods
+    from stillhouse.distillation import Distillation as Distillation
+    from stillhouse.errors import UserError as UserError
+    from stillhouse.objective import Objective as Objective
+    from stillhouse.objective import Progress as Progress
+    from stillhouse.product import load as load
+    from stillhouse.signals import Signals as Signals
+    from stillhouse.signals import Taps as Taps
+    from stillhouse.teachers import CoTrained as CoTrained
+    from stillhouse.teachers import Ensemble as Ensemble
+    from stillhouse.teachers import Frozen as Frozen
+    from stillhouse.teachers import Momentum as Momentum
+    from stillhouse.teachers import PastSelf as PastSelf
+
+
+def __getattr__(name: str) -> Any:
+    if name in _FACE:
+        return getattr(importlib.import_module(_FACE[name]), name)
+    raise AttributeError(f"module 'stillhouse' has no attribute '{name}'")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -326,9 +326,11 @@ def validate(tree: Mapping[str, Any], where: str = "recipe") -> MethodConfig:
         raise UserError(f"{where}: 'method' must be a method's name; given: {method!r}.")
     config = catalog.method(method).Config
     try:
-        return config.model_validate(dict(tree))
+        valid = config.model_validate(dict(tree))
     except ValidationError as error:
         raise spell(error, config, where) from None
+    check_objectives(valid, where)
+    return valid
 
 
 def load(path: str | Path, variant: str | None = None, sets: Sequence[str] = ()) -> MethodConfig:
@@ -342,3 +344,69 @@ def load(path: str | Path, variant: str | None = None, sets: Sequence[str] = ())
 def dump(config: BaseModel) -> str:
     """A config as YAML that loads to the same config."""
     return yaml.safe_dump(config.model_dump(mode="json", exclude_defaults=False), sort_keys=False, allow_unicode=True, width=120)
+
+
+def check_objectives(config: BaseModel, where: str = "recipe", path: tuple[Any, ...] = ()) -> None:
+    """Validate every `ObjectiveSpec` inside a config with the options of its own class (only that objective's file is imported), in place."""
+    for name in type(config).model_fields:
+        value = getattr(config, name)
+        for at, item in enumerate(value) if isinstance(value, list) else [(None, value)]:
+            here = (*path, name) if at is None else (*path, name, at)
+            if isinstance(item, ObjectiveSpec):
+                _check_options(item, where, here)
+            elif isinstance(item, BaseModel):
+                check_objectives(item, where, here)
+        if isinstance(value, dict):
+            for key, item in value.items():
+                if isinstance(item, BaseModel):
+                    check_objectives(item, where, (*path, name, key))
+
+
+def _check_options(spec: ObjectiveSpec, where: str, path: tuple[Any, ...]) -> None:
+    from stillhouse import catalog
+
+    dotted = ".".join(map(str, path))
+    try:
+        model = catalog.options(catalog.objective(spec.name))
+    except UserError as error:
+        raise UserError(f"{where}: {dotted}: {error}") from None
+    try:
+        checked = model.model_validate(spec.arguments)
+    except ValidationError as error:
+        moved = []
+        for item in error.errors():
+            loc = (*path, *item["loc"])
+            if item["type"] == "extra_forbidden":
+                valid = [*model.model_fields, *ObjectiveSpec.model_fields]
+                close = nearest(str(item["loc"][-1]), valid)
+                hint = f"did you mean '{dotted}.{close[0]}'?" if close else f"valid keys there: {', '.join(valid)}."
+                moved.append(f"{where}: unknown key '{'.'.join(map(str, loc))}'; {hint}")
+            elif item["type"] == "missing":
+                moved.append(f"{where}: '{'.'.join(map(str, loc))}' is missing.")
+            else:
+                given = item.get("input")
+                moved.append(f"{where}: '{'.'.join(map(str, loc))}': {item['msg'][0].lower() + item['msg'][1:]}; given: {given!r} ({type(given).__name__}).")
+        raise UserError("\n".join(dict.fromkeys(moved))) from None
+    if spec.model_extra is not None:
+        spec.model_extra.update({k: getattr(checked, k) for k in spec.model_extra})
+
+
+def objective_from_spec(spec: str | Mapping[str, Any] | ObjectiveSpec) -> Any:
+    """A recipe entry as a `stillhouse.distillation.Weighted` objective."""
+    from stillhouse import catalog
+    from stillhouse.distillation import Weighted
+    from stillhouse.objective import WeightSchedule
+
+    if not isinstance(spec, ObjectiveSpec):
+        try:
+            spec = ObjectiveSpec.model_validate(spec)
+        except ValidationError as error:
+            raise spell(error, ObjectiveSpec, "objective") from None
+    _check_options(spec, "objective", (spec.name,))
+    cls = catalog.objective(spec.name)
+    objective = cls(**spec.arguments)
+    objective.teacher = spec.teacher
+    weight: Any = spec.weight if spec.weight is not None else cls.default_weight
+    if isinstance(weight, WeightSpec):
+        weight = WeightSchedule(**weight.model_dump())
+    return Weighted(objective, weight, spec.label or getattr(cls, "name", spec.name))

@@ -1,0 +1,5 @@
+"""`python -m stillhouse`: the command, for launchers such as torchrun."""
+
+from stillhouse.cli import main
+
+main()
