@@ -1,0 +1,36 @@
+"""Every array of the authors' own code is reproduced: each oracle file runs through the adapter of its slug and kind."""
+
+from __future__ import annotations
+
+import importlib
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+
+from parity.case import Case, oracle_folder
+
+FILES = sorted(oracle_folder().glob("*/*.npz"))
+
+
+def adapter(slug: str) -> ModuleType | None:
+    """The module `parity/adapters/<slug>.py`, whose `ADAPTERS` maps a kind to a function of the case; None where there is none yet."""
+    there = (Path(__file__).parent / "adapters" / f"{slug}.py").is_file()
+    return importlib.import_module(f"parity.adapters.{slug}") if there else None
+
+
+@pytest.mark.skipif(bool(FILES), reason="the oracles are there")
+def test_oracles_are_found() -> None:
+    pytest.skip(f"no oracle files under {oracle_folder()}; set STILLHOUSE_ORACLES")
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: f"{p.parent.name}/{p.stem}")
+def test_parity(path: Path) -> None:
+    case = Case(path)
+    module = adapter(case.slug)
+    if module is None:
+        pytest.skip(f"no adapter yet for {case.slug}/{case.kind}")
+    assert case.kind in module.ADAPTERS, f"{case!r}: the adapter of {case.slug} knows the kinds {', '.join(module.ADAPTERS)}, not '{case.kind}'"
+    torch.manual_seed(0)
+    module.ADAPTERS[case.kind](case)
