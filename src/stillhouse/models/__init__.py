@@ -1,1 +1,63 @@
-"""Stillhouse."""
+"""Models by name: `timm:NAME`, `torchvision:NAME`, `hf:FOLDER`, `hf:config:TYPE`, `file:path.py:Class` and our own small nets, `stillhouse:NAME`.
+
+`build` makes one from a recipe's `ModelSpec`; `names` lists our own; `load_weights` reads a checkpoint; `anatomy` finds stages and the classifier.
+"""
+
+from __future__ import annotations
+
+from torch import nn
+
+from stillhouse.errors import UserError, nearest
+from stillhouse.models import convnet, mobile, resnet, sources, transformer, vgg, wide_resnet  # noqa: F401 (the nets register themselves)
+from stillhouse.models.registry import build_own, names, register
+from stillhouse.models.weights import load_weights
+from stillhouse.recipe import ModelSpec
+
+__all__ = ["build", "load_weights", "names", "register"]
+
+KINDS = ("stillhouse", "timm", "torchvision", "hf", "file")
+
+
+def build(spec: ModelSpec, num_classes: int | None = None, input_shape: tuple[int, ...] | None = None) -> nn.Module:
+    """A network from its spec, with its checkpoint where one is named; initialised by torch's current generator.
+
+    Args:
+        spec: name, options of the constructor, checkpoint.
+        num_classes: C of the data; None leaves the library's default. `options.num_classes` goes before it.
+        input_shape: shape of one sample, (channels, height, width) for images; None leaves the library's default.
+
+    Raises:
+        UserError: an unknown kind, name or option, a missing file or extra, weights that do not fit.
+    """
+    kind, _, name = spec.model.partition(":")
+    if kind not in KINDS or not name:
+        raise _unknown_kind(spec.model)
+    if spec.pretrained and kind in ("stillhouse", "file"):
+        raise UserError(
+            f"'{spec.model}' has no published weights: set `checkpoint:` to a file of your own, or train it, instead of `pretrained: true`."
+        )
+    try:
+        if kind == "stillhouse":
+            model = build_own(name, num_classes, input_shape, spec.options)
+        elif kind == "timm":
+            model = sources.from_timm(name, num_classes, input_shape, spec.options, spec.pretrained)
+        elif kind == "torchvision":
+            model = sources.from_torchvision(name, num_classes, input_shape, spec.options, spec.pretrained)
+        elif kind == "hf":
+            model = sources.from_transformers(name, num_classes, input_shape, spec.options, spec.pretrained)
+        else:
+            model = sources.from_file(name, num_classes, spec.options)
+    except UserError:
+        raise
+    except (TypeError, ValueError, RuntimeError, AssertionError, ArithmeticError) as error:
+        given = f" with options {spec.options}" if spec.options else ""
+        raise UserError(f"Could not build '{spec.model}'{given}: {str(error).strip() or type(error).__name__}.") from error
+    if spec.checkpoint is not None:
+        load_weights(model, spec.checkpoint, owner=f"model '{spec.model}'")
+    return model
+
+
+def _unknown_kind(model: str) -> UserError:
+    close = nearest(model.rpartition(":")[2], names(), 1)
+    hint = f"; did you mean 'stillhouse:{close[0]}'?" if close else "."
+    return UserError(f"There is no model '{model}': a name is {', '.join(f'{k}:…' for k in KINDS)}{hint}")

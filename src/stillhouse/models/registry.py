@@ -1,0 +1,73 @@
+"""Our own small nets by name: a class registers its names with what each name fixes (`resnet20` fixes the depth), the rest are options."""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
+
+from torch import nn
+
+from stillhouse.errors import UserError, unknown
+
+N = TypeVar("N", bound=type[nn.Module])
+Fixed = Mapping[str, Any]
+_NETS: dict[str, tuple[type[nn.Module], Fixed]] = {}
+_PATTERNS: list[tuple[re.Pattern[str], type[nn.Module], Callable[..., Fixed]]] = []
+
+
+def names() -> list[str]:
+    """Names of our own nets, sorted as a reader would (`resnet8` before `resnet110`). Families such as `wrn_D_K` know further names."""
+    return sorted(_NETS, key=lambda name: [(part.isdigit(), int(part) if part.isdigit() else 0, part) for part in re.findall(r"\d+|\D+", name)])
+
+
+def register(nets: Mapping[str, Fixed], pattern: str | None = None, fixes: Callable[..., Fixed] | None = None) -> Callable[[N], N]:
+    """Register a net class under names.
+
+    Args:
+        nets: {name: constructor arguments that the name fixes}. The class takes `num_classes` and `input_shape` and may take more, its options.
+        pattern: a regular expression for further names of the family; its groups, as integers, go to `fixes`.
+        fixes: the constructor arguments that a name of the pattern fixes.
+    """
+
+    def decorate(cls: N) -> N:
+        _NETS.update({name: (cls, fixed) for name, fixed in nets.items()})
+        if pattern is not None and fixes is not None:
+            _PATTERNS.append((re.compile(pattern), cls, fixes))
+        return cls
+
+    return decorate
+
+
+def build_own(name: str, num_classes: int | None, input_shape: tuple[int, ...] | None, options: Mapping[str, Any]) -> nn.Module:
+    """One of our nets; without `num_classes` it has 10, without `input_shape` it takes (3, 32, 32).
+
+    Raises:
+        UserError: an unknown name or option, or an option that the name fixes.
+    """
+    cls, fixed = _find(name)
+    arguments = dict(options)
+    if num_classes is not None:
+        arguments.setdefault("num_classes", num_classes)
+    if input_shape is not None:
+        arguments.setdefault("input_shape", tuple(input_shape))
+    valid = list(inspect.signature(cls).parameters)
+    for key in arguments:
+        if key in fixed:
+            raise UserError(f"options.{key}: 'stillhouse:{name}' fixes {key} to {fixed[key]} by its name; choose another name.")
+        if key not in valid:
+            raise unknown(
+                f"option of 'stillhouse:{name}'", f"options.{key}", [f"options.{v}" for v in valid if v not in fixed and v != "input_shape"]
+            )
+    return cls(**fixed, **arguments)
+
+
+def _find(name: str) -> tuple[type[nn.Module], Fixed]:
+    if name in _NETS:
+        return _NETS[name]
+    for pattern, cls, fixes in _PATTERNS:
+        match = pattern.fullmatch(name)
+        if match:
+            return cls, fixes(*map(int, match.groups()))
+    raise unknown("net", f"stillhouse:{name}", [f"stillhouse:{n}" for n in names()])

@@ -1,0 +1,227 @@
+"""Networks of other libraries and of the user's files: timm, torchvision, transformers (a local folder or a config), and a class in a file.
+
+Each library is imported when one of its models is built.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import inspect
+import re
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from torch import nn
+
+from stillhouse.errors import MissingExtra, UserError, nearest, unknown
+
+Shape = tuple[int, ...]
+Options = Mapping[str, Any]
+TASKS = {"image": "AutoModelForImageClassification", "text": "AutoModelForSequenceClassification", "causal": "AutoModelForCausalLM"}
+
+
+def from_timm(name: str, num_classes: int | None, input_shape: Shape | None, options: Options, pretrained: bool) -> nn.Module:
+    """A timm model; channels, and image size where the model has one, from `input_shape`."""
+    import timm
+
+    if not timm.is_model(name):
+        raise unknown("timm model", f"timm:{name}", [f"timm:{n}" for n in timm.list_models()])
+    arguments = dict(options)
+    if num_classes is not None:
+        arguments.setdefault("num_classes", num_classes)
+    sized = dict(arguments)
+    if input_shape is not None and len(input_shape) == 3:
+        arguments.setdefault("in_chans", input_shape[0])
+        height, width = input_shape[1:]
+        sized = {"img_size": height if height == width else (height, width), **arguments}
+
+    def make(kwargs: dict[str, Any]) -> nn.Module:
+        return _published(name, pretrained, lambda: _call(timm.create_model, f"timm:{name}", name, pretrained=pretrained, **kwargs))
+
+    try:
+        return make(sized)
+    except _UnknownOption as error:
+        if error.key != "img_size" or "img_size" in options:
+            raise
+        return make(arguments)  # a convolutional net takes any size
+
+
+def from_torchvision(name: str, num_classes: int | None, input_shape: Shape | None, options: Options, pretrained: bool) -> nn.Module:
+    """A torchvision model. With published weights and another number of classes, all but the classifier is loaded."""
+    from torchvision import models
+
+    if name not in models.list_models():
+        raise unknown("torchvision model", f"torchvision:{name}", [f"torchvision:{n}" for n in models.list_models()])
+    if input_shape is not None and input_shape[0] != 3:
+        raise UserError(f"torchvision models take 3 channels, but the data has {input_shape[0]}; use a timm: or stillhouse: model, which adapt.")
+    arguments = dict(options)
+    if num_classes is not None:
+        arguments.setdefault("num_classes", num_classes)
+    if name.startswith("vit_") and input_shape is not None:
+        arguments.setdefault("image_size", input_shape[1])
+    if "weights_backbone" in inspect.signature(models.get_model_builder(name)).parameters:
+        arguments.setdefault("weights_backbone", None)
+    owner = f"torchvision:{name}"
+    if not pretrained:
+        return _call(models.get_model, owner, name, weights=None, **arguments)
+    weights = models.get_model_weights(name).DEFAULT
+    if arguments.get("num_classes") == len(weights.meta.get("categories", ())):
+        return _published(name, True, lambda: _call(models.get_model, owner, name, weights=weights, **arguments))
+    model = _call(models.get_model, owner, name, weights=None, **arguments)
+    state = _published(name, True, lambda: weights.get_state_dict(progress=False, check_hash=True))
+    ours = model.state_dict()
+    model.load_state_dict({k: v for k, v in state.items() if k in ours and v.shape == ours[k].shape}, strict=False)
+    return model
+
+
+def from_transformers(name: str, num_classes: int | None, input_shape: Shape | None, options: Options, pretrained: bool) -> nn.Module:
+    """A transformers classifier (`options.task`: image, text) or language model (causal).
+
+    Args:
+        name: a folder with config.json, whose weights are loaded where it has any; `config:TYPE` for a fresh model, whose further options are the
+            config's; or, with `pretrained`, a repository of the Hugging Face hub.
+        num_classes: labels of a classifier.
+        input_shape: channels and image size of a fresh image model.
+        options: `task`, and arguments of the config.
+        pretrained: the name may be downloaded.
+    """
+    try:
+        import transformers
+    except ImportError:
+        raise MissingExtra("A model of kind hf:", "text") from None
+    arguments = dict(options)
+    task = arguments.pop("task", "image")
+    if task not in TASKS:
+        raise unknown("options.task", str(task), TASKS)
+    if num_classes is not None and task != "causal":
+        arguments.setdefault("num_labels", num_classes)
+    auto = getattr(transformers, TASKS[task])
+    owner = f"hf:{name}"
+    if name.startswith("config:"):
+        kind = name.removeprefix("config:")
+        if kind not in transformers.CONFIG_MAPPING:
+            raise unknown("transformers config", f"hf:config:{kind}", [f"hf:config:{k}" for k in transformers.CONFIG_MAPPING])
+        plain = transformers.AutoConfig.for_model(kind)
+        if task == "image" and input_shape is not None:
+            if hasattr(plain, "num_channels"):
+                arguments.setdefault("num_channels", input_shape[0])
+            if isinstance(getattr(plain, "image_size", None), int) and input_shape[1] == input_shape[2]:
+                arguments.setdefault("image_size", input_shape[1])
+        _check_config(plain, arguments, owner)
+        return _from_config(auto, transformers.AutoConfig.for_model(kind, **arguments), task, owner)
+    folder = Path(name).expanduser()
+    if not (folder / "config.json").is_file() and not pretrained:
+        raise UserError(
+            f"'{owner}' names no folder with a config.json; give one, or hf:config:TYPE for a fresh model, or set `pretrained: true` to download it."
+        )
+    source = str(folder) if folder.is_dir() else name
+    config = _published(name, pretrained and not folder.is_dir(), lambda: transformers.AutoConfig.from_pretrained(source))
+    _check_config(config, arguments, owner)
+    for key, value in arguments.items():
+        setattr(config, key, value)
+    if folder.is_dir() and not any(folder.glob("*.safetensors")) and not any(folder.glob("*.bin")):
+        return _from_config(auto, config, task, owner)
+    _check_task(auto, config, task, owner)
+    return _published(name, pretrained and not folder.is_dir(), lambda: auto.from_pretrained(source, config=config))
+
+
+def _from_config(auto: Any, config: Any, task: str, owner: str) -> nn.Module:
+    _check_task(auto, config, task, owner)
+    return auto.from_config(config)
+
+
+def _check_task(auto: Any, config: Any, task: str, owner: str) -> None:
+    import transformers
+
+    if type(config) not in auto._model_mapping:
+        able = [t for t, n in TASKS.items() if type(config) in getattr(transformers, n)._model_mapping]
+        raise UserError(f"'{owner}' has no model for options.task '{task}'; it has: {', '.join(able) or 'none of ' + ', '.join(TASKS)}.")
+
+
+def _check_config(config: Any, arguments: Options, owner: str) -> None:
+    """transformers keeps any keyword as an attribute without a word, so a misspelt one is refused here."""
+    for key in arguments:
+        if not hasattr(config, key):
+            raise unknown(f"option of '{owner}'", f"options.{key}", [f"options.{k}" for k in config.to_dict()])
+
+
+def from_file(name: str, num_classes: int | None, options: Options) -> nn.Module:
+    """The result of calling a class or function of one Python file, `path.py:Name`, with the options, and `num_classes` where it takes one."""
+    place, _, attribute = name.rpartition(":")
+    if not place or not attribute:
+        raise UserError(f"A model from a file is named file:PATH.py:CLASS; given: 'file:{name}'.")
+    module = _import(Path(place).expanduser())
+    if not callable(getattr(module, attribute, None)):
+        mine = [n for n, v in vars(module).items() if callable(v) and getattr(v, "__module__", None) == module.__name__]
+        raise unknown(f"class in {place}", attribute, mine)
+    make = getattr(module, attribute)
+    parameters = inspect.signature(make).parameters
+    takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+    arguments = dict(options)
+    if num_classes is not None and ("num_classes" in parameters or takes_any):
+        arguments.setdefault("num_classes", num_classes)
+    for key in arguments:
+        if key not in parameters and not takes_any:
+            raise unknown(f"option of 'file:{name}'", f"options.{key}", [f"options.{p}" for p in parameters])
+    model = make(**arguments)
+    if not isinstance(model, nn.Module):
+        raise UserError(f"'file:{name}' must make a torch.nn.Module, but made a {type(model).__name__}.")
+    return model
+
+
+def _import(path: Path) -> ModuleType:
+    """One file as a module of its own; the same file with the same text is imported once."""
+    if not path.is_file():
+        beside = [p.name for p in path.parent.glob("*.py")] if path.parent.is_dir() else []
+        close = nearest(path.name, beside)
+        raise UserError(f"There is no file '{path}' to take a model from" + (f"; did you mean '{path.parent / close[0]}'?" if close else "."))
+    text = path.read_bytes()
+    name = "stillhouse_file_" + hashlib.blake2b(str(path.resolve()).encode() + b"\0" + text, digest_size=8).hexdigest()
+    if name in sys.modules:
+        return sys.modules[name]
+    spec = importlib.util.spec_from_file_location(name, path)
+    if spec is None or spec.loader is None:
+        raise UserError(f"'{path}' is not a Python file; a model's file ends in .py.")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        del sys.modules[name]
+        raise UserError(f"Importing '{path}' failed: {type(error).__name__}: {error}.") from error
+    return module
+
+
+class _UnknownOption(UserError):
+    def __init__(self, owner: str, key: str) -> None:
+        super().__init__(f"'{owner}' takes no options.{key}.")
+        self.key = key
+
+
+def _call(make: Callable[..., Any], owner: str, *args: Any, **kwargs: Any) -> Any:
+    """Call a library's constructor; a keyword that it does not know becomes a sentence that names the option."""
+    try:
+        return make(*args, **kwargs)
+    except TypeError as error:
+        match = re.search(r"unexpected keyword argument '(\w+)'", str(error))
+        if match and match[1] in kwargs:
+            raise _UnknownOption(owner, match[1]) from None
+        raise
+
+
+def _published(name: str, pretrained: bool, make: Callable[[], Any]) -> Any:
+    """Run what may download; whatever goes wrong there (no network, no such weights) becomes one sentence."""
+    try:
+        return make()
+    except UserError:
+        raise
+    except Exception as error:
+        if not pretrained:
+            raise
+        raise UserError(
+            f"Could not get the published weights of '{name}': {str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__}."
+        ) from error
