@@ -471,19 +471,18 @@ def fit(
     keeper = _Best(spec, folder, stage, loop)
     module.train()
     stream: Iterator[Batch] | None = None
-    pending: Batch | None = None
     nothing = nullcontext()
 
     def step(i: int) -> Mapping[str, Tensor]:
-        nonlocal stream, pending
+        nonlocal stream
         epoch, batch_number = divmod(i, per_epoch)
         progress.epoch, progress.batch, progress.step = epoch, batch_number, i // spec.accumulate
         if stream is None:
             stream = train.batches(epoch, batch_number, spec.epochs)
-        if (batch_number == 0 or pending is None) and hasattr(module, "begin_epoch"):
+        if batch_number == 0 and hasattr(module, "begin_epoch"):
             module.begin_epoch(ctx)
             module.train()
-        pending = batch = to_device(next(stream), device)
+        batch = to_device(next(stream), device)
         steps_now = (i + 1) % spec.accumulate == 0 or i + 1 == total
         factor = rate_factor(spec, i / per_epoch)
         for group, rate in zip(optimizer.param_groups, base_rates):

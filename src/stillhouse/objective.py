@@ -49,6 +49,10 @@ class Context(Protocol):
         """(C, ·) mean of a signal per class over the training set, summed over ranks, and the (C,) count of samples per class."""
         ...
 
+    def labels(self, split: str = "train") -> Tensor:
+        """(N,) labels of a split, in index order."""
+        ...
+
     def holdout(self, n: int) -> Batch:
         """n held-out samples, a function of (seed, step)."""
         ...
@@ -85,7 +89,7 @@ class Objective(nn.Module):
         """Once before training: class means, thresholds. What it sets must be buffers or be computed again: a resumed run calls it again."""
 
     def begin_epoch(self, ctx: Context) -> None:
-        """At the start of each epoch (also of the one that a resumed run continues)."""
+        """At the start of each epoch, before its first batch. What it sets must be buffers: a run resumed in mid-epoch does not call it again."""
 
     def before_step(self, batch: Batch, teacher: Signals, ctx: Context) -> None:
         """Before each training step: an inner (bilevel, adversarial) step with an optimiser of its own (see `keep_optimizer`)."""

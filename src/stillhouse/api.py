@@ -1,0 +1,78 @@
+"""`distill`: the five-line way in, for models and loaders of your own."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from stillhouse.distillation import Distillation, Weighted
+from stillhouse.engine import fit
+from stillhouse.errors import UserError
+from stillhouse.live import Bars, Live
+from stillhouse.objective import Objective, WeightSchedule
+from stillhouse.recipe import ObjectiveSpec, TrainSpec, objective_from_spec, spell
+
+
+def distill(
+    teacher: nn.Module | Mapping[str, Any] | Any | None,
+    student: nn.Module,
+    train_loader: Any,
+    objectives: Sequence[str | Mapping[str, Any] | ObjectiveSpec | Objective | tuple[Objective, float | WeightSchedule]] = ("ce", "kd"),
+    *,
+    val_loader: Any = None,
+    train: TrainSpec | Mapping[str, Any] | None = None,
+    folder: str | Path | None = None,
+    seed: int = 0,
+    progress: bool = True,
+    evaluate: Callable[[nn.Module, torch.device], dict[str, float]] | None = None,
+) -> nn.Module:
+    """Train `student` to carry what `teacher` knows, and return it (in evaluation mode, the same object).
+
+    Args:
+        teacher: any `nn.Module` that returns logits, a teacher of `stillhouse.teachers`, several by name, or None.
+        student: any `nn.Module` that returns logits (B, C).
+        train_loader: batches of (input, label), or mappings with `input`, `label` and, for objectives that need it, `index`; your `DataLoader`, or
+            a `stillhouse.data.Loader`.
+        objectives: names (`"kd"`), mappings (`{"name": "kd", "temperature": 2, "weight": 0.9}`), `Objective`s, or (Objective, weight) pairs.
+        val_loader: evaluated at the end of epochs (accuracy and calibration).
+        train: options of `TrainSpec`, such as {"epochs": 30, "optimizer": {"name": "adamw", "lr": 1e-3}}.
+        folder: metrics.csv and checkpoints go there, and a run that was cut off goes on from there; None: a temporary folder.
+        evaluate: figures of your own, (student, device) -> {name: number}.
+
+    >>> import torch, stillhouse
+    >>> data = [(torch.randn(8, 4), torch.randint(0, 3, (8,))) for _ in range(4)]
+    >>> student = stillhouse.distill(torch.nn.Linear(4, 3), torch.nn.Linear(4, 3), data, ["ce", "kd"], train={"epochs": 2}, progress=False)
+    >>> student(torch.randn(2, 4)).shape
+    torch.Size([2, 3])
+    """
+    from pydantic import ValidationError
+
+    from stillhouse.data import Loader, adapt
+    from stillhouse.evaluation.classification import evaluate_classifier
+
+    try:
+        spec = train if isinstance(train, TrainSpec) else TrainSpec.model_validate(dict(train or {}))
+    except ValidationError as error:
+        raise spell(error, TrainSpec, "train") from None
+    loader = train_loader if isinstance(train_loader, Loader) else adapt(train_loader, seed=seed)
+    if evaluate is None and val_loader is not None:
+        check = val_loader if isinstance(val_loader, Loader) else adapt(val_loader, seed=seed)
+        evaluate = lambda model, device: evaluate_classifier(model, check, device)  # noqa: E731
+    if spec.best is not None and evaluate is None:
+        raise UserError("train.best needs a val_loader, or an `evaluate` of your own.")
+    entries: list[Any] = [o if isinstance(o, Objective | tuple | Weighted) else objective_from_spec(o) for o in objectives]
+    module = Distillation(student, teacher, entries, seed=seed)
+    with tempfile.TemporaryDirectory() as temporary:
+        live = Bars() if progress else Live()
+        try:
+            where = Path(folder).expanduser() if folder is not None else Path(temporary)
+            fit(module, loader, spec, folder=where, seed=seed, evaluate=evaluate, splits={"train": loader}, live=live)
+        finally:
+            live.close()
+            module.close()
+    return student.eval()

@@ -1,0 +1,197 @@
+"""Comparison of recipes and variants over seeds under one budget: runs that are done are kept, results are a table, JSON and a page."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+from stillhouse.errors import MissingExtra, UserError, nearest
+from stillhouse.recipe import parse_sets, read_yaml, resolve, validate
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One row of a comparison: a recipe, or one of its variants."""
+
+    recipe: Path
+    variant: str | None
+
+    @property
+    def label(self) -> str:
+        return self.variant or self.recipe.stem
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run of a comparison."""
+
+    entry: Entry
+    seed: int
+    folder: Path
+    sets: tuple[str, ...]
+    data_root: str | None
+    cpu: bool
+
+    @property
+    def done(self) -> bool:
+        return (self.folder / "evaluation.json").exists()
+
+    def run(self, live: Any = None) -> None:
+        """In this process."""
+        from stillhouse.run import execute
+
+        sets = {**parse_sets(self.sets), "seed": self.seed}
+        tree = resolve(read_yaml(self.entry.recipe), self.entry.variant, sets, where=str(self.entry.recipe))
+        tree["name"] = self.folder.name
+        execute(validate(tree, str(self.entry.recipe)), self.folder, data_root=self.data_root, live=live, cpu=self.cpu)
+
+    def command(self) -> list[str]:
+        """The same as a command for a process of its own."""
+        out = [sys.executable, "-m", "stillhouse", "run", str(self.entry.recipe), "--out", str(self.folder), "--set", f"seed={self.seed}", "--set", f"name={self.folder.name}"]
+        out += ["--variant", self.entry.variant] if self.entry.variant else []
+        out += [x for s in self.sets for x in ("--set", s)]
+        return out + (["--data-root", self.data_root] if self.data_root else []) + (["--cpu"] if self.cpu else [])
+
+
+def entries(recipes: Sequence[str | Path], variants: Sequence[str] | None = None) -> list[Entry]:
+    """The rows of a comparison: each recipe itself and its variants; those named `paper…` only if asked for. `base` is the recipe itself."""
+    rows = []
+    for path in map(Path, recipes):
+        there = list(read_yaml(path).get("variants") or {})
+        if variants is None:
+            rows += [Entry(path, None), *(Entry(path, v) for v in there if not v.startswith("paper"))]
+            continue
+        for v in variants:
+            if v != "base" and v not in there:
+                close = nearest(v, [*there, "base"])
+                raise UserError(f"{path}: no variant '{v}'; " + (f"did you mean '{close[0]}'?" if close else f"there are: base, {', '.join(there)}."))
+            rows.append(Entry(path, None if v == "base" else v))
+    labels = [r.label for r in rows]
+    twice = sorted({label for label in labels if labels.count(label) > 1})
+    if twice:
+        raise UserError(f"Two rows of the comparison are called '{twice[0]}'; rename the recipe's file or the variant.")
+    return rows
+
+
+def bench(
+    rows: Sequence[Entry],
+    seeds: Sequence[int],
+    out: Path,
+    *,
+    baseline: str | None = None,
+    sets: Sequence[str] = (),
+    data_root: str | None = None,
+    cpu: bool = False,
+    engine: str = "local",
+    jobs: int = 1,
+    slug: str | None = None,
+    live: Any = None,
+    after: Callable[[Job, int, int], None] | None = None,
+) -> dict[str, Any]:
+    """Run every row for every seed (skipping what is done) and return the results (see `collect`).
+
+    Args:
+        out: one folder a run below it.
+        baseline: the row that others are compared with; default: `alone`, `ce`, or the first row.
+        engine: `local` (this process; with `jobs` > 1, so many processes) or `ray`.
+    """
+    labels = [r.label for r in rows]
+    baseline = baseline or next((b for b in ("alone", "ce") if b in labels), labels[0])
+    if baseline not in labels:
+        raise UserError(f"The baseline '{baseline}' is no row of this comparison; rows: {', '.join(labels)}.")
+    every = [Job(e, s, out / f"{e.label}-s{s}", tuple(sets), data_root, cpu) for s in seeds for e in rows]
+    todo = [j for j in every if not j.done]
+    for number, job in enumerate(_finished(todo, engine, jobs, live), 1):
+        if after is not None:
+            after(job, number, len(todo))
+    return collect(every, baseline, slug or rows[0].recipe.stem)
+
+
+def _finished(todo: Sequence[Job], engine: str, jobs: int, live: Any) -> Iterator[Job]:
+    if engine == "ray":
+        yield from _on_ray(todo)
+    elif engine != "local":
+        raise UserError(f"There is no engine '{engine}'; there are: local, ray.")
+    elif jobs <= 1:
+        for job in todo:
+            if live is not None:
+                live.prefix = f"{job.folder.name} · "
+            job.run(live)
+            yield job
+    else:
+        threads = str(max(1, (os.cpu_count() or 1) // jobs))
+        environment = {**os.environ, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", threads)}
+
+        def run(job: Job) -> Job:
+            _in_process(job, environment)
+            return job
+
+        with ThreadPoolExecutor(jobs) as pool:
+            yield from pool.map(run, todo)
+
+
+def _in_process(job: Job, environment: dict[str, str]) -> None:
+    done = subprocess.run(job.command(), env=environment, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise UserError(f"{job.folder.name} failed:\n{done.stderr.strip()[-2000:]}")
+
+
+def _on_ray(todo: Sequence[Job]) -> Iterator[Job]:
+    try:
+        import ray
+    except ImportError:
+        raise MissingExtra("--engine ray", "ray") from None
+    started = not ray.is_initialized()
+    if started:
+        ray.init(log_to_driver=False, include_dashboard=False)
+    gpus = 0.25 if ray.cluster_resources().get("GPU") else 0
+    remote = ray.remote(num_cpus=1, num_gpus=gpus, max_retries=1)(_in_process)
+    try:
+        pending = {remote.remote(job, {**os.environ, "OMP_NUM_THREADS": "1"}): job for job in todo}
+        while pending:
+            ready, _ = ray.wait(list(pending), num_returns=1)
+            ray.get(ready[0])
+            yield pending.pop(ready[0])
+    finally:
+        if started:
+            ray.shutdown()
+
+
+def collect(jobs: Sequence[Job], baseline: str, slug: str) -> dict[str, Any]:
+    """The results of finished runs as JSON data: rows with their figures by seed, the teacher's, versions and device."""
+    rows: dict[str, dict[str, Any]] = {}
+    teacher: dict[str, Any] | None = None
+    environment: dict[str, Any] = {}
+    for job in jobs:
+        if not job.done:
+            continue
+        figures = json.loads((job.folder / "evaluation.json").read_text())
+        environment = json.loads((job.folder / "environment.json").read_text())
+        row = rows.setdefault(job.entry.label, {"label": job.entry.label, "recipe": job.entry.recipe.name, "variant": job.entry.variant, "seeds": [], "metrics": {}})
+        row["seeds"].append(job.seed)
+        for name, value in figures.items():
+            row["metrics"].setdefault(name, []).append(value)
+        for name, facts in (environment.get("teachers") or {}).items():
+            if teacher is None:
+                teacher = {"label": f"{name} ({facts['model']})", "metrics": {k: [v] for k, v in facts.items() if isinstance(v, int | float)}}
+    for row in rows.values():
+        row["metrics"] = {k: v for k, v in row["metrics"].items() if len(v) == len(row["seeds"])}
+    return {
+        "slug": slug,
+        "title": slug,
+        "baseline": baseline,
+        "command": environment.get("command", ""),
+        "versions": environment.get("versions", {}),
+        "device": environment.get("device", ""),
+        "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "rows": list(rows.values()),
+        "teacher": teacher,
+    }

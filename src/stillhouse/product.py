@@ -1,0 +1,138 @@
+"""Products: what a run leaves to keep. Each kind saves to a folder, loads from it, and is judged by the evaluator of its kind.
+
+A product folder holds `product.json` (its kind and how it is made again) and data files: safetensors, never pickles.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar, Protocol
+
+import torch
+from torch import nn
+
+from stillhouse.errors import UserError, unknown
+from stillhouse.recipe import ModelSpec
+
+KINDS = {"student": "stillhouse.product:Student"}
+"""Kind -> where its class is. A method that leaves another kind names it in `Product.kind` as `module:Class`, or adds a line here."""
+
+
+class Product(Protocol):
+    """Something to keep."""
+
+    kind: ClassVar[str]
+
+    def save(self, folder: Path) -> None: ...
+
+    @classmethod
+    def load(cls, folder: Path) -> Product: ...
+
+
+@dataclass
+class Student:
+    """A trained classifier and the recipe of its model.
+
+    Attributes:
+        module: the network, logits (B, C).
+        model: how it is built again.
+        num_classes, input_shape, classes, mean, std: of the data it was trained on.
+        figures: of its training, such as `train_seconds`; kept with the run, not with the product.
+    """
+
+    kind: ClassVar[str] = "student"
+    module: nn.Module
+    model: ModelSpec
+    num_classes: int
+    input_shape: tuple[int, ...]
+    classes: list[str] = field(default_factory=list)
+    mean: tuple[float, ...] = ()
+    std: tuple[float, ...] = ()
+    figures: dict[str, float] = field(default_factory=dict)
+
+    def save(self, folder: Path) -> None:
+        from safetensors.torch import save_model
+
+        folder.mkdir(parents=True, exist_ok=True)
+        on_cpu = {p.device.type for p in self.module.parameters()} <= {"cpu"}
+        module = self.module if on_cpu else _copy_to_cpu(self.module)
+        save_model(module, str(folder / "model.safetensors"))
+        meta = {
+            "kind": self.kind,
+            "format": 1,
+            "model": self.model.model_copy(update={"checkpoint": None, "pretrained": False}).model_dump(mode="json"),
+            "num_classes": self.num_classes,
+            "input_shape": list(self.input_shape),
+            "classes": self.classes,
+            "mean": list(self.mean),
+            "std": list(self.std),
+        }
+        (folder / "product.json").write_text(json.dumps(meta, indent=1))
+
+    @classmethod
+    def load(cls, folder: Path, trust_code: bool = False) -> Student:
+        from safetensors.torch import load_model
+
+        from stillhouse.models import build
+
+        meta = read_meta(folder)
+        spec = ModelSpec.model_validate(meta["model"])
+        if spec.model.startswith("file:") and not trust_code:
+            raise UserError(f"The product in {folder} is built by your Python file '{spec.model}'; load it with trust_code=True if you trust that file.")
+        module = build(spec, meta["num_classes"], tuple(meta["input_shape"]))
+        try:
+            load_model(module, str(folder / "model.safetensors"))
+        except Exception as error:
+            raise UserError(f"{folder / 'model.safetensors'} does not fit {spec.model}: {str(error).splitlines()[0]}") from None
+        return cls(module.eval(), spec, meta["num_classes"], tuple(meta["input_shape"]), meta["classes"], tuple(meta["mean"]), tuple(meta["std"]))
+
+
+def _copy_to_cpu(module: nn.Module) -> nn.Module:
+    import copy
+
+    return copy.deepcopy(module).cpu()
+
+
+def read_meta(folder: Path) -> dict[str, Any]:
+    """product.json of a folder. Raises `UserError` where there is none."""
+    path = Path(folder) / "product.json"
+    if not path.is_file():
+        raise UserError(f"There is no product in '{folder}': it holds no product.json. Give a run's folder, or the product folder inside it.")
+    meta: dict[str, Any] = json.loads(path.read_text())
+    return meta
+
+
+def load_product(folder: str | Path, trust_code: bool = False) -> Any:
+    """The product in a run folder or a product folder, as an object of its kind."""
+    folder = Path(folder).expanduser()
+    if (folder / "product" / "product.json").is_file():
+        folder = folder / "product"
+    kind = read_meta(folder).get("kind", "")
+    where = KINDS.get(kind, kind if ":" in kind and kind.startswith("stillhouse.") else None)
+    if where is None:
+        raise unknown("kind of product", kind, KINDS)
+    module, _, name = where.partition(":")
+    cls = getattr(importlib.import_module(module), name)
+    return cls.load(folder, trust_code=trust_code) if trust_code else cls.load(folder)
+
+
+def load(folder: str | Path, trust_code: bool = False) -> Any:
+    """The product of a finished run, ready to use: for a student, its network as an `nn.Module` in evaluation mode, on the CPU; other kinds as they are.
+
+    Args:
+        folder: a run's folder, or the product folder inside it.
+        trust_code: allow a model that your own Python file builds (`file:`).
+
+    Raises:
+        UserError: no product there, or weights that do not fit.
+    """
+    product = load_product(folder, trust_code)
+    return product.module if isinstance(product, Student) else product
+
+
+def state_on_cpu(module: nn.Module) -> dict[str, torch.Tensor]:
+    """The weights of a module on the CPU, detached."""
+    return {k: v.detach().cpu().clone() for k, v in module.state_dict().items()}

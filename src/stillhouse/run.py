@@ -1,0 +1,398 @@
+"""`Run`: the folder, seed, device, data, models, stages and loops of one run; and `Method`, the class that a paper's procedure fills in."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+import shutil
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any, Generic, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+import stillhouse
+from stillhouse.engine import Fitted, fit, loop, written_beside
+from stillhouse.errors import UserError
+from stillhouse.live import Live
+from stillhouse.randomness import key, keyed
+from stillhouse.recipe import DataSpec, MethodConfig, ModelSpec, TeacherSpec, TrainSpec, dump
+
+C = TypeVar("C", bound=MethodConfig)
+T = TypeVar("T")
+
+
+@dataclass
+class Stage:
+    """A line of a plan: what will be done, shown by --dry-run."""
+
+    name: str
+    does: str
+    models: dict[str, str] = field(default_factory=dict)  # role -> "timm:x, 0.27 M parameters"
+    taps: dict[str, str] = field(default_factory=dict)
+    steps: int | None = None
+
+
+class Method(Generic[C]):
+    """A paper's whole procedure. Subclasses set `Config` (the recipe, whole), say what they will do in `plan`, and do it in `run`, top to bottom."""
+
+    Config: type[MethodConfig]
+
+    def plan(self, config: C, run: Run) -> list[Stage]:
+        """The stages, in order; `run.stage` refuses a name that is not among them. Trains nothing."""
+        raise NotImplementedError
+
+    def run(self, config: C, run: Run) -> Any:
+        """Do the work and return a product."""
+        raise NotImplementedError
+
+
+def cache_folder() -> Path:
+    """Where stages and decoded data are kept: STILLHOUSE_CACHE, or the user's cache folder."""
+    given = os.environ.get("STILLHOUSE_CACHE")
+    if given:
+        return Path(given).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "stillhouse"
+
+
+class Run:
+    """What a method asks for data, models, stages and loops. Everything is under `folder`; stages that other runs may share are in the cache.
+
+    Args:
+        folder: the run's own folder; None for a plan, which writes nothing.
+        config: the resolved recipe.
+        data_root: where data is, before STILLHOUSE_DATA.
+        live: the display.
+        cpu: stay on the CPU.
+    """
+
+    def __init__(self, folder: Path | None, config: MethodConfig, *, data_root: str | None = None, live: Live | None = None, cpu: bool = False) -> None:
+        self._folder, self.config, self.data_root, self.live, self.cpu = folder, config, data_root, live or Live(), cpu
+        self.seed = config.seed
+        self.planned: set[str] | None = None
+        self.record: dict[str, Any] = {}  # further facts for environment.json and the report
+        self._bundles: dict[str, Any] = {}
+
+    @property
+    def folder(self) -> Path:
+        assert self._folder is not None, "a plan writes nothing"
+        return self._folder
+
+    @property
+    def device(self) -> torch.device:
+        return torch.device("cuda" if torch.cuda.is_available() and not self.cpu else "cpu")
+
+    # ---- data and models -------------------------------------------------------------------------------------------------------------------
+
+    def data(self, spec: DataSpec) -> Any:
+        """The data set of a spec (`stillhouse.data.DataBundle`), loaded once."""
+        from stillhouse.data import load
+
+        name = spec.model_dump_json()
+        if name not in self._bundles:
+            self._bundles[name] = load(spec, self.data_root)
+        return self._bundles[name]
+
+    def loader(self, spec: DataSpec, split: str, batch_size: int = 256, *, train: bool = False) -> Any:
+        """A loader of a split; `train=True`: shuffled and augmented as the run's seed says, sharded over processes."""
+        from stillhouse.data import Loader
+
+        dataset = self.data(spec).dataset(split, train=train)
+        rank, world = _rank_world() if train else (0, 1)
+        return Loader(dataset, batch_size, seed=self.seed, shuffle=train, drop_last=train, workers=spec.workers if train else 0, rank=rank, world=world)
+
+    def model(self, spec: ModelSpec, data: DataSpec, role: str = "student", seed: int | None = None) -> nn.Module:
+        """The network of a spec, sized for the data, initialised as (seed, role) say."""
+        from stillhouse.models import build
+
+        bundle = self.data(data)
+        with keyed("model", role, self.seed if seed is None else seed):
+            return build(spec, bundle.num_classes, bundle.input_shape)
+
+    def splits(self, spec: DataSpec, batch_size: int = 256) -> dict[str, Any]:
+        """Evaluation loaders of the splits that may steer training: train, and holdout and val where they exist."""
+        bundle = self.data(spec)
+        return {s: self.loader(spec, s, batch_size) for s in ("train", "holdout", "val") if bundle.has(s)}
+
+    def validation(self, spec: DataSpec) -> Any:
+        """The loader that may pick a checkpoint: val, else holdout, else None."""
+        bundle = self.data(spec)
+        for split in ("val", "holdout"):
+            if bundle.has(split):
+                return self.loader(spec, split)
+        return None
+
+    def student(self, module: nn.Module, spec: ModelSpec, data: DataSpec, figures: Mapping[str, float]) -> Any:
+        """A trained network as the product of this run."""
+        from stillhouse.product import Student
+
+        b = self.data(data)
+        return Student(module, spec, b.num_classes, tuple(b.input_shape), list(b.classes), tuple(b.mean), tuple(b.std), dict(figures))
+
+    def evaluated(self, product: Any) -> dict[str, float]:
+        """The figures of a product on test data, by the evaluator of its kind."""
+        from stillhouse.evaluation import evaluator
+
+        return evaluator(product.kind)(product, self)
+
+    # ---- stages ----------------------------------------------------------------------------------------------------------------------------
+
+    def stage(self, name: str, make: Callable[[], T], uses: Mapping[str, Any], *, shared: bool = True) -> T:
+        """The result of `make()`, kept on disk under a hash of `uses` and reused by every run that uses the same.
+
+        Inside `make`, `run.folder` is the stage's own folder, so that a fit that was cut off goes on. The result may be a mapping of tensors, plain
+        JSON data, or a mapping of those two. Two processes that want the same stage take turns.
+
+        Args:
+            name: one of the plan's stages (an index may follow a dot: `expert.3`).
+            uses: everything that the result depends on, as JSON data.
+            shared: keep it in the cache for other runs; False: in the run's folder.
+        """
+        from filelock import FileLock
+
+        if self.planned is not None and name.split(".")[0] not in self.planned:
+            raise UserError(f"The stage '{name}' is not in the method's plan ({', '.join(sorted(self.planned))}).")
+        digest = hashlib.blake2b(json.dumps({"name": name, "format": 1, **uses}, sort_keys=True, default=str).encode(), digest_size=10).hexdigest()
+        root = cache_folder() / "stages" if shared else self.folder / "stages"
+        done, working = root / f"{name}-{digest}", root / f"{name}-{digest}.partial"
+        root.mkdir(parents=True, exist_ok=True)
+        with _main_first(FileLock(str(done) + ".lock")):
+            if not (done / "result.json").exists():
+                working.mkdir(exist_ok=True)
+                outer, self._folder = self._folder, working
+                try:
+                    result = make()
+                finally:
+                    self._folder = outer
+                if _rank_world()[0] == 0:
+                    (working / "uses.json").write_text(json.dumps(uses, indent=1, sort_keys=True, default=str))
+                    _save_value(working, result)
+                    shutil.rmtree(working / "checkpoints", ignore_errors=True)
+                    os.replace(working, done)
+        return _load_value(done)  # type: ignore[return-value]
+
+    def fit(self, name: str, module: Any, train: Any, spec: TrainSpec, *, evaluate: Callable[..., dict[str, float]] | None = None, splits: Mapping[str, Any] | None = None) -> Fitted:
+        """Train a module over a loader (see `stillhouse.engine.fit`) in this run's folder."""
+        return fit(module, train, spec, folder=self.folder, stage=name, seed=self.seed, evaluate=evaluate, splits=splits, live=self.live, cpu=self.cpu)
+
+    def loop(self, name: str, state: Mapping[str, Any], step: Callable[[int], Mapping[str, Tensor]], steps: int, **options: Any) -> float:
+        """The same loop where there is no loader (see `stillhouse.engine.loop`)."""
+        return loop(self.folder, name, state, step, steps, seed=self.seed, live=self.live, **options)
+
+    # ---- teachers --------------------------------------------------------------------------------------------------------------------------
+
+    def teacher(self, name: str, spec: TeacherSpec, data: DataSpec) -> Any:
+        """A teacher from its spec; one without weights is trained first, as a stage that every recipe with the same teacher shares."""
+        from stillhouse.teachers import CoTrained, Ensemble, Frozen, Momentum, PastSelf
+
+        if spec.ensemble is not None:
+            return Ensemble([self.teacher(f"{name}.{i}", member, data) for i, member in enumerate(spec.ensemble)], spec.mean)
+        if spec.momentum is not None:
+            return Momentum(spec.momentum)
+        if spec.past_self:
+            past = PastSelf()
+            bundle = self.data(data)
+            past.start(self.loader(data, "train").labels(), bundle.num_classes)
+            return past
+        if spec.peer is not None:
+            return CoTrained(self.model(spec.peer, data, role=name), embedding=spec.peer.embedding)
+        seed = spec.seed or 0
+        model = self.model(spec.network, data, role="teacher", seed=seed)
+        if spec.train is not None and spec.checkpoint is None and not spec.pretrained:
+            trained = self.trained("teacher", model, spec.network, spec.train, data, seed)
+            model.load_state_dict(trained["weights"])
+            self.record.setdefault("teachers", {})[name] = {"model": spec.model, **trained["figures"]}
+        elif spec.checkpoint is None and not spec.pretrained:
+            raise UserError(f"The teacher '{name}' ({spec.model}) has no weights: give it a `checkpoint`, `pretrained: true`, or `train:` to train it first.")
+        return Frozen(model, embedding=spec.embedding, name=name)
+
+    def trained(self, stage: str, model: nn.Module, spec: ModelSpec, train: TrainSpec, data: DataSpec, seed: int) -> dict[str, Any]:
+        """A network trained alone with cross-entropy, as a shared stage: {"weights": tensors, "figures": test figures}."""
+        from stillhouse.distillation import Distillation
+        from stillhouse.evaluation.classification import evaluate_classifier
+        from stillhouse.product import state_on_cpu
+        from stillhouse.recipe import objective_from_spec
+
+        bundle = self.data(data)
+
+        def make() -> dict[str, Any]:
+            outer, self.seed = self.seed, seed
+            try:
+                module = Distillation(model, None, [objective_from_spec("ce")], seed=seed)
+                check = self.validation(data)
+                self.fit(stage, module, self.loader(data, "train", train.batch_size, train=True), train, evaluate=None if check is None else lambda m, d: evaluate_classifier(m, check, d, ["accuracy"]))
+                module.close()
+            finally:
+                self.seed = outer
+            figures = evaluate_classifier(model, self.loader(data, "test"), next(model.parameters()).device, ["accuracy", "calibration"]) if bundle.has("test") else {}
+            return {"weights": state_on_cpu(model), "figures": figures}
+
+        training = train.model_dump(mode="json", exclude={"log_every", "checkpoint_seconds", "trackers", "compile"})
+        return self.stage(stage, make, {"model": spec.model_dump(mode="json"), "train": training, "data": bundle.fingerprint, "augment": _augmentation(data), "seed": seed})
+
+
+def _augmentation(spec: DataSpec) -> dict[str, Any]:
+    return spec.model_dump(mode="json", include={"augment", "mixup", "cutmix", "image_size"})
+
+
+def _rank_world() -> tuple[int, int]:
+    from accelerate import PartialState
+
+    state = PartialState()
+    return state.process_index, state.num_processes
+
+
+@contextmanager
+def _main_first(lock: Any) -> Iterator[None]:
+    """The lock is held by the main process of a job; its other processes go in with it and leave together."""
+    rank, world = _rank_world()
+    if rank == 0:
+        with lock:
+            yield
+            _wait(world)
+    else:
+        yield
+        _wait(world)
+
+
+def _wait(world: int) -> None:
+    if world > 1:
+        from accelerate import PartialState
+
+        PartialState().wait_for_everyone()
+
+
+def _save_value(folder: Path, value: Any) -> None:
+    """A mapping of tensors, JSON data, or a mapping of those."""
+    from safetensors.torch import save_file
+
+    def is_tensors(v: Any) -> bool:
+        return isinstance(v, Mapping) and bool(v) and all(isinstance(x, Tensor) for x in v.values())
+
+    parts = dict(value) if isinstance(value, Mapping) and any(is_tensors(v) for v in value.values()) else {"": value}
+    index: dict[str, Any] = {}
+    for name, part in parts.items():
+        if is_tensors(part):
+            save_file({k: v.detach().cpu().contiguous().clone() for k, v in part.items()}, str(folder / f"{name or 'result'}.safetensors"))
+            index[name] = {"tensors": f"{name or 'result'}.safetensors"}
+        else:
+            index[name] = {"value": part}
+    with written_beside(folder / "result.json") as beside:
+        beside.write_text(json.dumps(index))
+
+
+def _load_value(folder: Path) -> Any:
+    from safetensors.torch import load_file
+
+    index = json.loads((folder / "result.json").read_text())
+    parts = {name: load_file(str(folder / part["tensors"])) if "tensors" in part else part["value"] for name, part in index.items()}
+    return parts[""] if set(parts) == {""} else parts
+
+
+# ---- a run from a recipe -------------------------------------------------------------------------------------------------------------------
+
+
+def versions() -> dict[str, str]:
+    """The versions that a result depends on."""
+    out = {"stillhouse": stillhouse.__version__, "python": platform.python_version()}
+    for package in ("torch", "torchvision", "accelerate", "timm", "transformers", "numpy"):
+        try:
+            out[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return out
+
+
+def plan(config: MethodConfig, *, data_root: str | None = None) -> list[Stage]:
+    """What a recipe would do."""
+    from stillhouse import catalog
+
+    return catalog.method(config.method).plan(config, Run(None, config, data_root=data_root, cpu=True))
+
+
+def execute(config: MethodConfig, folder: str | Path, *, data_root: str | None = None, live: Live | None = None, overwrite: bool = False, cpu: bool = False) -> dict[str, float]:
+    """Run a recipe in a folder and return the figures of its product; a run that was cut off goes on.
+
+    The folder will hold recipe.yaml (resolved), environment.json (versions, seed, device), metrics.csv, checkpoints/, product/, evaluation.json and
+    report.html.
+
+    Raises:
+        UserError: a folder that holds a finished run (unless `overwrite`), or an unfinished run of another recipe.
+    """
+    from stillhouse import catalog
+    from stillhouse.reporting.run_report import write_run_report
+
+    folder = Path(folder).expanduser()
+    text = dump(config)
+    main = _rank_world()[0] == 0
+    if main:
+        _claim(folder, text, overwrite)
+    _wait(_rank_world()[1])
+    method = catalog.method(config.method)
+    run = Run(folder, config, data_root=data_root, live=live, cpu=cpu)
+    run.planned = {s.name for s in method.plan(config, run)}
+    started = time.monotonic()
+    try:
+        if main:
+            _write_json(folder / "environment.json", {"versions": versions(), "seed": config.seed, "device": _device_name(run.device), "processes": _rank_world()[1], "command": " ".join(["stillhouse", *sys.argv[1:]])})
+        product = method.run(config, run)
+        figures: dict[str, float] = dict(getattr(product, "figures", {}) or {})
+        if main:
+            _keep(product, folder / "product")
+            figures |= run.evaluated(product)
+            figures.setdefault("run_seconds", time.monotonic() - started)
+            environment = json.loads((folder / "environment.json").read_text())
+            _write_json(folder / "environment.json", {**environment, **run.record})
+            _write_json(folder / "evaluation.json", figures)
+            write_run_report(folder)
+        _wait(_rank_world()[1])
+    finally:
+        if live is not None:
+            live.close()
+    return figures
+
+
+def _claim(folder: Path, text: str, overwrite: bool) -> None:
+    held = folder / "recipe.yaml"
+    if overwrite and folder.exists():
+        if not held.exists() and any(folder.iterdir()):
+            raise UserError(f"{folder} is not a run's folder (it has no recipe.yaml), so --overwrite leaves it alone; give another folder.")
+        shutil.rmtree(folder)
+    if (folder / "evaluation.json").exists():
+        raise UserError(f"{folder} holds a finished run; choose another folder with --out, or start over with --overwrite.")
+    if held.exists() and held.read_text() != text:
+        line = next((f"'{a.strip()}' there, '{b.strip()}' now" for a, b in zip(held.read_text().splitlines(), text.splitlines()) if a != b), "their lengths differ")
+        raise UserError(f"{folder} holds an unfinished run of another recipe ({line}); choose another folder with --out, or start over with --overwrite.")
+    if not held.exists() and folder.exists() and any(folder.iterdir()):
+        raise UserError(f"{folder} is not empty and not a run's folder; choose another folder with --out.")
+    with written_beside(held) as beside:
+        beside.write_text(text)
+
+
+def _keep(product: Any, folder: Path) -> None:
+    beside = folder.with_name("product.partial")
+    shutil.rmtree(beside, ignore_errors=True)
+    beside.mkdir(parents=True)
+    product.save(beside)
+    shutil.rmtree(folder, ignore_errors=True)
+    os.replace(beside, folder)
+
+
+def _write_json(path: Path, value: Any) -> None:
+    with written_beside(path) as beside:
+        beside.write_text(json.dumps(value, indent=1))
+
+
+def _device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+
+
+__all__ = ["Method", "Run", "Stage", "cache_folder", "execute", "key", "plan", "versions"]
