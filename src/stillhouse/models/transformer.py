@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from stillhouse.errors import UserError
+from stillhouse.models.anatomy import quarters
 from stillhouse.models.registry import register
 
 
@@ -78,16 +79,6 @@ class Patches(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.proj(x).flatten(2).transpose(1, 2)
-
-
-def quarters(depth: int) -> list[int]:
-    """The last index of each quarter of 0 … depth-1 (all of them below four).
-
-    >>> quarters(12), quarters(6), quarters(2)
-    ([2, 5, 8, 11], [1, 2, 4, 5], [0, 1])
-    """
-    count = min(4, depth)
-    return [-(-depth * (i + 1) // count) - 1 for i in range(count)]
 
 
 @register({"vit": {}})

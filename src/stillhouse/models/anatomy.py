@@ -1,0 +1,184 @@
+"""What is where inside a network, whatever library it comes from: its stages, its classifier, and the embedding that goes into the classifier."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from stillhouse.errors import UserError
+from stillhouse.signals import Batch, call_model, first_tensor, read_logits
+
+MOST_STAGES = 4
+AFTER_FEATURES = (
+    nn.Linear,
+    nn.Flatten,
+    nn.MaxPool2d,
+    nn.AvgPool2d,
+    nn.AdaptiveAvgPool2d,
+    nn.AdaptiveMaxPool2d,
+    nn.Dropout,
+    nn.Softmax,
+    nn.LogSoftmax,
+)
+
+
+def stages(model: nn.Module) -> list[str]:
+    """Dotted names of a model's stages, shallow to deep; a tap on each gives the features of that stage.
+
+    Our nets say them (`stage_names`). Of timm models they are the last four entries of `feature_info`, so that every net of five resolutions is without
+    its stem. Else: top-level `layer1` …; else the model's longest chain of modules (torchvision's `features`, a transformer's layers), cut before each
+    module that lowers the resolution, or in four even parts where none does.
+
+    Raises:
+        UserError: no such chain; taps must then be named one by one.
+    """
+    own = getattr(model, "stage_names", None)
+    if own:
+        return list(own)
+    modules = dict(model.named_modules())
+    info = [entry for entry in getattr(model, "feature_info", None) or [] if isinstance(entry, dict) and entry.get("module") in modules]
+    if len(info) > 1:
+        names = [entry["module"] for entry in info]
+        isotropic = len({entry.get("reduction") for entry in info}) == 1
+        return [names[i] for i in quarters(len(names))] if isotropic else names[-MOST_STAGES:]
+    numbered = [name for name, _ in model.named_children() if re.fullmatch(r"(layer|stage|block)_?\d+", name)]
+    if len(numbered) > 1:
+        return numbered
+    return _chain_stages(model, modules)
+
+
+def quarters(depth: int) -> list[int]:
+    """The last index of each quarter of 0 … depth-1 (all of them below four).
+
+    >>> quarters(12), quarters(6), quarters(2)
+    ([2, 5, 8, 11], [1, 2, 4, 5], [0, 1])
+    """
+    count = min(MOST_STAGES, depth)
+    return [-(-depth * (i + 1) // count) - 1 for i in range(count)]
+
+
+def classifier(model: nn.Module, batch: Batch) -> str:
+    """Dotted name of the classifier: the linear layer or convolution whose input is the embedding, found by a forward pass of the batch.
+
+    It is the last linear layer or convolution whose output is the logits; or, where the logits are made from its output without further weights
+    (pooled, averaged over two heads, one token picked), the last module with weights that runs, if it has as many outputs as there are logits.
+
+    Args:
+        model: any classifier; runs in evaluation mode without autograd, and is left as it was.
+        batch: a few samples.
+
+    Raises:
+        UserError: there is none such; the spec's `embedding:` must then name it.
+    """
+    calls, logits = _probe(model, batch)
+    width = _width(logits)
+    for name, module, output in reversed(calls):
+        if _is_linear(module) and output.numel() == logits.numel() and torch.equal(output.reshape(logits.shape).float(), logits.float()):
+            return name
+    if calls:
+        name, module, output = calls[-1]
+        if _is_linear(module) and width in (output.shape[-1], output.shape[min(1, output.ndim - 1)]):
+            return name
+    raise UserError(
+        f"Could not find the classifier of {type(model).__name__}: no linear layer or convolution gives its {width} logits; "
+        "set `embedding:` in the model's spec to the submodule whose input is the embedding."
+    )
+
+
+def num_outputs(model: nn.Module, batch: Batch) -> int:
+    """How many classes a model tells apart: the width of its logits for the batch (a forward pass as in `classifier`)."""
+    with _evaluating(model), torch.no_grad():
+        return _width(read_logits(call_model(model, batch)))
+
+
+def embedding_from(tensor: Tensor) -> Tensor:
+    """The classifier's input as an embedding (B, D): (B, D, H, W) is averaged over space, (B, L, D) over tokens, (B, D) is taken as it is.
+
+    >>> [tuple(embedding_from(torch.ones(shape)).shape) for shape in [(2, 5), (2, 5, 4, 4), (2, 7, 5)]]
+    [(2, 5), (2, 5), (2, 5)]
+    """
+    if tensor.ndim == 4:
+        return tensor.mean((2, 3))
+    if tensor.ndim == 3:
+        return tensor.mean(1)
+    if tensor.ndim == 2:
+        return tensor
+    raise UserError(
+        f"An embedding is made from (B, D), (B, D, H, W) or (B, L, D), not from shape {tuple(tensor.shape)}; set `embedding:` to another submodule."
+    )
+
+
+def _chain_stages(model: nn.Module, modules: dict[str, nn.Module]) -> list[str]:
+    """Stages of the Sequential or ModuleList that holds most modules."""
+    sizes = {name: len(list(m.modules())) for name, m in modules.items() if isinstance(m, nn.Sequential | nn.ModuleList) and len(m) > 1}
+    chain = max(sizes, key=lambda name: sizes[name], default=None)
+    if chain is not None and 3 * sizes[chain] >= len(modules):
+        prefix = f"{chain}." if chain else ""
+        children = [_runnable(f"{prefix}{name}", child) for name, child in modules[chain].named_children()]
+        while children and isinstance(children[-1][1], AFTER_FEATURES):
+            children.pop()
+        if children:
+            ends = [i - 1 for i, (_, child) in enumerate(children) if i > 0 and _lowers_resolution(child)] + [len(children) - 1]
+            ends = ends[-MOST_STAGES:] if len(ends) > 1 else quarters(len(children))
+            return [children[i][0] for i in ends]
+    raise UserError(
+        f"Could not find the stages of {type(model).__name__} (no chain of layers holds most of it); name the taps by their submodules instead."
+    )
+
+
+def _runnable(name: str, module: nn.Module) -> tuple[str, nn.Module]:
+    """A list of modules is never called itself: its last one stands for it."""
+    while isinstance(module, nn.ModuleList) and len(module):
+        name, module = f"{name}.{len(module) - 1}", module[-1]
+    return name, module
+
+
+def _lowers_resolution(module: nn.Module) -> bool:
+    def stride(part: nn.Module) -> int:
+        value: Any = getattr(part, "stride", 1) if isinstance(part, nn.Conv2d | nn.MaxPool2d | nn.AvgPool2d) else 1
+        return max(value) if isinstance(value, tuple) else value
+
+    return any(stride(part) > 1 for part in module.modules())
+
+
+def _probe(model: nn.Module, batch: Batch) -> tuple[list[tuple[str, nn.Module, Tensor]], Tensor]:
+    """Calls of the modules with weights of their own, in order, with their outputs; and the logits."""
+    calls: list[tuple[str, nn.Module, Tensor]] = []
+
+    def watch(name: str) -> Any:
+        return lambda module, args, output: calls.append((name, module, first_tensor(output)))
+
+    handles = [m.register_forward_hook(watch(n)) for n, m in model.named_modules() if any(True for _ in m.parameters(recurse=False))]
+    try:
+        with _evaluating(model), torch.no_grad():
+            logits = read_logits(call_model(model, batch))
+    finally:
+        for handle in handles:
+            handle.remove()
+    return calls, logits
+
+
+def _is_linear(module: nn.Module) -> bool:
+    return isinstance(module, nn.Linear | nn.Conv2d)
+
+
+def _width(logits: Tensor) -> int:
+    """Classes are the last dimension, or for maps (B, C, H, W) the second."""
+    return logits.shape[1] if logits.ndim == 4 else logits.shape[-1]
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode inside; afterwards every module's own mode as before."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
