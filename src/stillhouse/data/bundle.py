@@ -1,0 +1,226 @@
+"""`load`: a `DataSpec` as a `DataBundle`, with its classes, subset, splits, noise and transforms settled."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from stillhouse.data.augment import transforms
+from stillhouse.data.dataset import IndexedDataset, ItemInputs, PixelInputs
+from stillhouse.data.source import SMALL, Samples, Source, digest, find_root, measured, source
+from stillhouse.data.split import balanced, keep_classes, noisy, stratified
+from stillhouse.errors import UserError, unknown
+from stillhouse.recipe import DataSpec
+
+SPLITS = ("train", "holdout", "val", "test")
+
+
+@dataclass
+class _Split:
+    """Which samples of a source's split, in order, and their labels."""
+
+    samples: Samples
+    positions: np.ndarray
+    labels: np.ndarray
+
+    def at(self, rows: np.ndarray) -> _Split:
+        return _Split(self.samples, self.positions[rows], self.labels[rows])
+
+    @property
+    def identity(self) -> str:
+        return digest(self.samples.identity, self.positions, self.labels)
+
+
+@dataclass
+class DataBundle:
+    """A data set ready for use.
+
+    Attributes:
+        name: as in the recipe.
+        classes: class names, in label order.
+        input_shape: (C, H, W) of a model's input; any shape for float inputs.
+        mean, std: the normalisation per channel; () for inputs used as they are.
+        fingerprint: a hash of the samples, their splits and labels, and what is done to them; equal data and options give an equal fingerprint,
+            wherever the files lie and however many workers read them.
+    """
+
+    name: str
+    classes: list[str]
+    input_shape: tuple[int, ...]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    fingerprint: str
+    _spec: DataSpec = field(repr=False)
+    _source: Source = field(repr=False)
+    _splits: dict[str, _Split] = field(repr=False)
+    _pixels: dict[int, tuple[Tensor, np.ndarray]] = field(repr=False, default_factory=dict)
+
+    @property
+    def num_classes(self) -> int:
+        return len(self.classes)
+
+    def has(self, split: str) -> bool:
+        """Whether there is such a split. Raises `UserError` for a word that is no split's."""
+        if split not in SPLITS:
+            raise unknown("split", split, SPLITS)
+        return split in self._splits
+
+    def dataset(self, split: str, *, train: bool) -> IndexedDataset:
+        """A split's samples, with training augmentation (`train=True`) or as they are evaluated.
+
+        Raises:
+            UserError: a split that this data set does not have.
+        """
+        if not self.has(split):
+            how = f"; set data.{split}, such as data.{split}=0.1" if split in ("holdout", "val") else ""
+            raise UserError(f"The data set '{self.name}' has no {split} split{how}.")
+        part = self._splits[split]
+        mixing = {"mixup": self._spec.mixup, "cutmix": self._spec.cutmix} if train else {}
+        if mixing and self._spec.cutmix and len(self.input_shape) != 3:
+            raise UserError(f"data.cutmix needs images; the inputs of '{self.name}' have shape {self.input_shape}.")
+        if mixing and self._spec.mixup and not self.input_shape:
+            raise UserError(f"data.mixup needs inputs that are one tensor; those of '{self.name}' are mappings.")
+        return IndexedDataset(self._inputs(part, train), part.labels, self.num_classes, **mixing)
+
+    def _inputs(self, part: _Split, train: bool) -> PixelInputs | ItemInputs:
+        augment = self._spec.augment if train else "plain"
+        own = transforms(augment) if isinstance(augment, list) else None
+        if part.samples.pixels is None:
+            if own is None and self.mean:
+                own = _photo(self.input_shape[-2:], self._source.shape[-2:], augment == "standard", self._source.flip)
+            return ItemInputs(part.samples.item, part.positions, own, self.input_shape, self.mean, self.std)
+        images, held = self._decoded(part)
+        rows = np.searchsorted(held, part.positions)
+        if own is not None:
+            return ItemInputs(_Rows(images).item, rows, own, self.input_shape, self.mean, self.std)
+        moves = augment == "standard"
+        pad = max(images.shape[-1] // 8, 1) if moves else 0
+        return PixelInputs(images, rows, self.mean, self.std, self.input_shape[-2:], pad, moves and self._source.flip)
+
+    def _decoded(self, part: _Split) -> tuple[Tensor, np.ndarray]:
+        """The images of all splits that share this split's samples, and their positions; decoded once."""
+        which = id(part.samples)
+        if which not in self._pixels:
+            held = np.unique(np.concatenate([s.positions for s in self._splits.values() if s.samples is part.samples]))
+            assert part.samples.pixels is not None
+            self._pixels[which] = (part.samples.pixels(held), held)
+        return self._pixels[which]
+
+
+@dataclass
+class _Rows:
+    images: Tensor
+
+    def item(self, row: int) -> Tensor:
+        return self.images[row]
+
+
+def load(spec: DataSpec, data_root: str | Path | None = None) -> DataBundle:
+    """The data set that a spec describes.
+
+    In this order: keep `classes`; without a test split, take a stratified fifth of the training samples as one; take the balanced subsets `size` and
+    `test_size`; replace `label_noise` of the training labels; cut `val` and `holdout` from training (their labels are as noisy as training's).
+
+    Args:
+        spec: the recipe's `data`.
+        data_root: the folder that holds the data, where the spec names none; default: STILLHOUSE_DATA, then the user's cache.
+
+    Raises:
+        UserError: what was asked for is not there or does not fit; the message says what and where.
+    """
+    found = source(spec, find_root(spec, data_root))
+    parts = {
+        name: _whole(samples, len(found.classes), spec.name) for name in ("train", "val", "test") if (samples := getattr(found, name)) is not None
+    }
+    classes = found.classes
+    if spec.classes is not None:
+        for name, part in parts.items():
+            kept, renumbered = keep_classes(part.labels, spec.classes, classes)
+            parts[name] = _Split(part.samples, kept, renumbered)
+        classes = [classes[c] for c in spec.classes]
+    train = parts["train"]
+    if not len(train.labels):
+        raise UserError(f"The data set '{spec.name}' holds no training samples" + (f" of data.classes {spec.classes}." if spec.classes else "."))
+    if "test" not in parts:
+        test = stratified(train.labels, 0.2, spec.seed, "test")
+        parts["test"], train = train.at(test), train.at(np.setdiff1d(np.arange(len(train.labels)), test))
+    if spec.size is not None:
+        train = train.at(balanced(train.labels, spec.size, spec.seed, "size"))
+    if spec.test_size is not None:
+        parts["test"] = parts["test"].at(balanced(parts["test"].labels, spec.test_size, spec.seed, "test_size"))
+    splits = {**parts, **_cut(train, spec, len(classes), "val" not in parts)}
+    shape, mean, std = _form(found, spec)
+    facts = (classes, shape, mean, std, sorted((name, part.identity) for name, part in splits.items()), spec.augment, spec.mixup, spec.cutmix)
+    bundle = DataBundle(spec.name, classes, shape, mean, std, digest(*facts), spec, found, splits)
+    if isinstance(spec.augment, list):
+        transforms(spec.augment)  # a wrong name is told at once, not at the first batch
+    return bundle
+
+
+def _whole(samples: Samples, classes: int, name: str) -> _Split:
+    labels = samples.labels
+    if len(labels) and not 0 <= labels.min() <= labels.max() < classes:
+        wrong = int(labels.min()) if labels.min() < 0 else int(labels.max())
+        raise UserError(
+            f"The data set '{name}' holds the label {wrong}, but has classes 0 to {classes - 1}; is a split without labels among its splits?"
+        )
+    return _Split(samples, np.arange(len(labels)), labels)
+
+
+def _cut(train: _Split, spec: DataSpec, classes: int, needs_val: bool) -> dict[str, _Split]:
+    """Training samples as train, holdout and val. The cuts are stratified by the true labels, so that noise does not move them."""
+    true, everything = train.labels, len(train.labels)
+    if spec.label_noise:
+        train = _Split(train.samples, train.positions, noisy(true, spec.label_noise, classes, spec.seed))
+    rest, out = np.arange(everything), {}
+    for name, share in (("val", spec.val if needs_val else 0.0), ("holdout", spec.holdout)):
+        if share:
+            taken = rest[stratified(true[rest], min(share * everything / len(rest), 1.0), spec.seed, name)]
+            out[name], rest = train.at(taken), np.setdiff1d(rest, taken)
+        if not len(rest):
+            raise UserError(f"data.val {spec.val} and data.holdout {spec.holdout} leave none of {everything} samples for training.")
+    return {"train": train.at(rest), **out}
+
+
+def _form(found: Source, spec: DataSpec) -> tuple[tuple[int, ...], tuple[float, ...], tuple[float, ...]]:
+    """Input shape, mean and std."""
+    if found.mean is not None and found.std is not None:
+        mean, std = found.mean, found.std
+    else:
+        mean, std = measured(found.train)
+    if spec.image_size is None:
+        return found.shape, mean, std
+    if not mean:
+        raise UserError(f"data.image_size: '{spec.name}' gives no images but inputs that are used as they are; leave it out.")
+    return (found.shape[0], spec.image_size, spec.image_size), mean, std
+
+
+def _photo(size: tuple[int, int], native: tuple[int, int], standard: bool, flip: bool) -> Callable[[Any], Any]:
+    """The usual transforms of images that are read one by one: a random resized crop (small images: a shifted crop) and a flip, or the centre."""
+    from torchvision.transforms import v2
+
+    if not standard:
+        return _Centre(size)
+    mirror = [v2.RandomHorizontalFlip()] if flip else []
+    if max(native) <= SMALL:
+        return v2.Compose([_Centre(size), v2.RandomCrop(size, padding=max(size[0] // 8, 1)), *mirror])
+    return v2.Compose([v2.RandomResizedCrop(size), *mirror])
+
+
+@dataclass
+class _Centre:
+    """The centre of an image resized to 8/7 of the wanted size (256 for 224); one that has the size already is left as it is."""
+
+    size: tuple[int, int]
+
+    def __call__(self, image: Any) -> Any:
+        from torchvision.transforms.v2 import functional as V
+
+        if tuple(V.get_size(image)) == self.size:
+            return image
+        return V.center_crop(V.resize(image, [round(min(self.size) * 8 / 7)]), list(self.size))

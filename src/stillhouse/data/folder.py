@@ -1,0 +1,76 @@
+"""Folders of image files, a folder a class, as torchvision's ImageFolder reads them: PATH/train/CLASS/*.jpg, or PATH/CLASS/*.jpg."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from stillhouse.data.source import IMAGENET_MEAN, IMAGENET_STD, Samples, Source, digest, evenly, existing
+from stillhouse.errors import UserError, unknown
+from stillhouse.recipe import DataSpec
+
+EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp", ".gif")
+
+
+def imagefolder(path: str, spec: DataSpec, root: Path) -> Source:
+    """The images under PATH.
+
+    With a `train` folder: `val` and `test` beside it are those splits; a lone `val` (ImageNet's layout) is the test split, and validation is
+    then cut from training by `data.val`. Without one, the class folders are the training set, and a fifth of it becomes the test split.
+
+    Raises:
+        UserError: no such folder (with the nearest), no class folders, no images, or a class that only the test split has.
+    """
+    if spec.options:
+        raise UserError(f"data.options: imagefolder: takes no options; given: {', '.join(spec.options)}.")
+    base = existing(path, root)
+    if not base.is_dir():
+        raise UserError(f"imagefolder: '{base}' is a file; name the folder that holds train/, or the class folders.")
+    train = base / "train" if (base / "train").is_dir() else base
+    classes = sorted(entry.name for entry in os.scandir(train) if entry.is_dir() and not entry.name.startswith("."))
+    if not classes:
+        raise UserError(f"imagefolder: '{train}' holds no class folders; images are expected as '{train}/CLASS/*.jpg'.")
+    others = {name: _scan(base / name, classes) for name in ("val", "valid", "test") if train != base and (base / name).is_dir()}
+    val, test = others.get("val") or others.get("valid"), others.get("test")
+    if test is None:
+        val, test = None, val
+    return Source(_scan(train, classes), classes, (3, 224, 224), test=test, val=val, mean=IMAGENET_MEAN, std=IMAGENET_STD)
+
+
+def open_image(path: str | Path) -> Image.Image:
+    """A decoded RGB image. Raises `UserError` naming the file that cannot be read."""
+    try:
+        with Image.open(path) as image:
+            return image.convert("RGB")
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise UserError(f"Cannot read the image '{path}' ({error}); replace or remove it.") from None
+
+
+@dataclass
+class _Files:
+    paths: list[str]
+
+    def item(self, position: int) -> Image.Image:
+        return open_image(self.paths[position])
+
+
+def _scan(folder: Path, classes: list[str]) -> Samples:
+    """All images below the class folders, in the order of their names."""
+    ids = {name: i for i, name in enumerate(classes)}
+    paths: list[str] = []
+    labels: list[int] = []
+    for name in sorted(entry.name for entry in os.scandir(folder) if entry.is_dir() and not entry.name.startswith(".")):
+        if name not in ids:
+            raise unknown(f"class folder in the training set for '{folder / name}', class", name, classes)
+        found = sorted(os.path.join(at, f) for at, _, files in os.walk(folder / name) for f in files if f.lower().endswith(EXTENSIONS))
+        paths += found
+        labels += [ids[name]] * len(found)
+    if not paths:
+        raise UserError(f"imagefolder: '{folder}' holds no images ({', '.join(EXTENSIONS)}) in its class folders.")
+    sizes = [os.path.getsize(paths[i]) for i in evenly(len(paths), 10_000)]
+    names = [os.path.relpath(p, folder) for p in paths]
+    return Samples(np.array(labels, dtype=np.int64), digest(names, sizes), _Files(paths).item)

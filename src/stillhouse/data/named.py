@@ -1,0 +1,52 @@
+"""The data sets known by one word: scikit-learn's digits, and CIFAR-10."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from stillhouse.data.parquet import read_splits
+from stillhouse.data.source import Source, in_memory
+from stillhouse.data.split import stratified
+from stillhouse.errors import UserError
+
+
+def digits() -> Source:
+    """1,797 handwritten digits, 8x8 pixels; a fixed, stratified 80/20 split into training and test, whatever the seed."""
+    from sklearn.datasets import load_digits
+
+    bunch = load_digits()
+    images = torch.from_numpy(np.rint(bunch.images * (255 / 16)).astype(np.uint8))[:, None]
+    labels = bunch.target.astype(np.int64)
+    test = stratified(labels, 0.2, 0, "digits test")
+    train = np.setdiff1d(np.arange(len(labels)), test)
+    parts = [in_memory(images[torch.from_numpy(p)], labels[p]) for p in (train, test)]
+    return Source(parts[0], [str(i) for i in range(10)], (1, 8, 8), test=parts[1], mean=(0.3055,), std=(0.3762,), flip=False)
+
+
+def cifar10(root: Path) -> Source:
+    """CIFAR-10 from `root/cifar10/*.parquet` (the layout of Hugging Face's `uoft-cs/cifar10`), or by torchvision, which downloads it.
+
+    Raises:
+        UserError: not under the root, and not to be downloaded.
+    """
+    if list((root / "cifar10").glob("train*.parquet")) and list((root / "cifar10").glob("test*.parquet")):
+        found = read_splits(root / "cifar10", "img", "label")
+        assert found.test is not None
+    else:
+        from torchvision.datasets import CIFAR10
+
+        try:
+            root.mkdir(parents=True, exist_ok=True)
+            sets = [CIFAR10(str(root), train=train, download=True) for train in (True, False)]
+        except (OSError, RuntimeError) as error:
+            raise UserError(
+                f"CIFAR-10 is not under '{root}' (looked for cifar10/train*.parquet and test*.parquet) and could not be downloaded ({error}); "
+                "name the folder that holds it with --data-root or STILLHOUSE_DATA."
+            ) from None
+        parts = [in_memory(torch.from_numpy(s.data).permute(0, 3, 1, 2).contiguous(), np.array(s.targets, dtype=np.int64)) for s in sets]
+        found = Source(parts[0], list(sets[0].classes), (3, 32, 32), test=parts[1])
+    found.mean, found.std = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
+    return found

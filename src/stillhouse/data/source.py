@@ -1,0 +1,153 @@
+"""What every format gives: `Samples` (labels, and inputs on demand) in a `Source` of splits; and the folders that data is found and kept in."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from stillhouse.errors import UserError
+from stillhouse.recipe import DataSpec
+
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+SMALL = 96  # images up to this many pixels a side are kept decoded in memory
+
+
+@dataclass
+class Samples:
+    """The samples of one split of a source.
+
+    Attributes:
+        labels: (N,) int64.
+        identity: names the content: equal data has an equal identity on every machine.
+        item: the input at a position: a PIL image, a uint8 tensor (C, H, W), or a float tensor of any shape that is used as it is.
+        pixels: for images that fit into memory: the uint8 images (n, C, H, W) at these positions, decoded at once.
+    """
+
+    labels: np.ndarray
+    identity: str
+    item: Callable[[int], Any]
+    pixels: Callable[[np.ndarray], Tensor] | None = None
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+
+@dataclass
+class Source:
+    """A data set as it is found, before subset, splits and noise.
+
+    Attributes:
+        train, test, val: its splits; where `test` is absent, a share of `train` is taken instead.
+        classes: class names in label order.
+        shape: (C, H, W) of a model's input, or any shape for float inputs.
+        mean, std: the usual normalisation per channel; None: measured on `train`; (): none, for float inputs.
+        flip: whether a mirrored image keeps its class (not so for digits).
+    """
+
+    train: Samples
+    classes: list[str]
+    shape: tuple[int, ...]
+    test: Samples | None = None
+    val: Samples | None = None
+    mean: tuple[float, ...] | None = None
+    std: tuple[float, ...] | None = None
+    flip: bool = field(default=True)
+
+
+def source(spec: DataSpec, root: Path) -> Source:
+    """Find the data set that `spec.name` names. Raises `UserError` in a sentence where it is unknown, missing or empty."""
+    from stillhouse.data import folder, libraries, named, parquet
+    from stillhouse.errors import unknown
+
+    if spec.name in ("digits", "cifar10"):
+        if spec.options:
+            raise UserError(f"data.options: '{spec.name}' takes no options; given: {', '.join(spec.options)}.")
+        return named.digits() if spec.name == "digits" else named.cifar10(root)
+    formats = {
+        "imagefolder": folder.imagefolder,
+        "torchvision": libraries.torchvision,
+        "hf": libraries.hf,
+        "parquet": parquet.parquet,
+        "file": libraries.file,
+    }
+    scheme, _, rest = spec.name.partition(":")
+    if scheme in formats and rest:
+        return formats[scheme](rest, spec, root)
+    shapes = {"imagefolder": "PATH", "torchvision": "CLASS", "hf": "REPO", "parquet": "PATH", "file": "PATH.py:FUNCTION"}
+    if scheme in formats:
+        raise UserError(f"data.name: '{scheme}' needs to be told which: '{scheme}:{shapes[scheme]}'.")
+    raise unknown("data set", spec.name, ["digits", "cifar10", *(f"{k}:{v}" for k, v in shapes.items())])
+
+
+def find_root(spec: DataSpec, given: str | Path | None = None) -> Path:
+    """The folder that holds the data: the recipe's, else the one given, else STILLHOUSE_DATA, else `data` in the cache."""
+    chosen = spec.root or given or os.environ.get("STILLHOUSE_DATA")
+    return Path(chosen).expanduser() if chosen else cache_folder() / "data"
+
+
+def cache_folder() -> Path:
+    """Where decoded data is kept: STILLHOUSE_CACHE, else ~/.cache/stillhouse."""
+    return Path(os.environ.get("STILLHOUSE_CACHE") or "~/.cache/stillhouse").expanduser()
+
+
+def existing(path: str, root: Path) -> Path:
+    """A path as given, or under the data root. Raises `UserError` with the nearest sibling."""
+    from stillhouse.errors import nearest
+
+    tried = Path(path).expanduser()
+    for candidate in (tried, root / tried):
+        if candidate.exists():
+            return candidate
+    siblings = [p.name for p in tried.parent.iterdir()] if tried.parent.is_dir() else []
+    close = nearest(tried.name, siblings, 1)
+    hint = f"; did you mean '{tried.parent / close[0]}'?" if close else f", nor under the data root '{root}'."
+    raise UserError(f"There is no file or folder '{path}'{hint}")
+
+
+def digest(*parts: Any) -> str:
+    """A short hash of arrays and of anything that prints stably."""
+    h = hashlib.blake2b(digest_size=16)
+    for part in parts:
+        h.update(np.ascontiguousarray(part).tobytes() if isinstance(part, np.ndarray) else repr(part).encode())
+        h.update(b"\x1f")
+    return h.hexdigest()
+
+
+def evenly(n: int, count: int) -> np.ndarray:
+    """At most `count` positions spread evenly over range(n)."""
+    return np.unique(np.linspace(0, n - 1, min(n, count)).astype(np.int64)) if n else np.zeros(0, np.int64)
+
+
+def measured(samples: Samples) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and standard deviation per channel of at most 2,000 images spread over the set, in [0, 1]; whatever subset is trained on."""
+    assert samples.pixels is not None
+    images = samples.pixels(evenly(len(samples), 2000)).to(torch.float64) / 255
+    std = images.std(dim=(0, 2, 3), correction=0).clamp_min(1e-3)
+    return tuple(round(v, 4) for v in images.mean(dim=(0, 2, 3)).tolist()), tuple(round(v, 4) for v in std.tolist())
+
+
+@dataclass
+class InMemory:
+    """uint8 images (N, C, H, W) as `Samples` read them."""
+
+    images: Tensor
+
+    def __call__(self, positions: np.ndarray) -> Tensor:
+        return self.images if len(positions) == len(self.images) else self.images[torch.from_numpy(positions)]
+
+    def item(self, position: int) -> Tensor:
+        return self.images[position]
+
+
+def in_memory(images: Tensor, labels: np.ndarray) -> Samples:
+    """Samples of uint8 images (N, C, H, W) that are all in memory."""
+    held = InMemory(images)
+    return Samples(labels, digest(tuple(images.shape), images[torch.from_numpy(evenly(len(images), 1000))].numpy()), held.item, held)
