@@ -62,12 +62,12 @@ class Job:
 
 
 def entries(recipes: Sequence[str | Path], variants: Sequence[str] | None = None) -> list[Entry]:
-    """The rows of a comparison: each recipe itself and its variants; those named `paper…` only if asked for. `base` is the recipe itself."""
+    """The rows of a comparison: each recipe itself and its variants; those named `paper…` and `smoke` only if asked for. `base` is the recipe itself."""
     rows = []
     for path in map(Path, recipes):
         there = list(read_yaml(path).get("variants") or {})
         if variants is None:
-            rows += [Entry(path, None), *(Entry(path, v) for v in there if not v.startswith("paper"))]
+            rows += [Entry(path, None), *(Entry(path, v) for v in there if not v.startswith("paper") and v != "smoke")]
             continue
         for v in variants:
             if v != "base" and v not in there:

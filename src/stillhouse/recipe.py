@@ -122,6 +122,7 @@ class TeacherSpec(Spec):
     pretrained: bool = False
     options: dict[str, Any] = Field(default_factory=dict)
     embedding: str | None = None
+    data: DataSpec | None = Field(None, description="What the teacher is trained on; default: the recipe's data. The classes must be the same.")
     train: TrainSpec | None = Field(None, description="Without checkpoint or pretrained: how the teacher is trained first, once, kept by content.")
     seed: int | None = Field(None, description="Seed of the teacher's own training; default 0, so that all seeds of a bench share one teacher.")
     ensemble: list[TeacherSpec] | None = Field(None, description="Several live teachers as one.")

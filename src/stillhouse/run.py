@@ -204,7 +204,7 @@ class Run:
             return past
         if spec.peer is not None:
             return CoTrained(self.model(spec.peer, data, role=name), embedding=spec.peer.embedding)
-        seed = spec.seed or 0
+        seed, data = spec.seed or 0, spec.data or data
         model = self.model(spec.network, data, role="teacher", seed=seed)
         if spec.train is not None and spec.checkpoint is None and not spec.pretrained:
             trained = self.trained("teacher", model, spec.network, spec.train, data, seed)

@@ -51,7 +51,7 @@ class GeneralDistillation(Method[Config]):
         for name, spec in config.all_teachers.items():
             for member in spec.ensemble or [spec]:
                 if member.model and member.train and not member.checkpoint and not member.pretrained:
-                    steps = member.train.epochs * len(run.loader(config.data, "train", member.train.batch_size, train=True))
+                    steps = member.train.epochs * len(run.loader(member.data or config.data, "train", member.train.batch_size, train=True))
                     model = run.model(member.network, config.data, "teacher", member.seed or 0)
                     stages.append(Stage("teacher", f"train the teacher '{name}' with cross-entropy (kept, shared)", {name: describe(member.model, model)}, steps=steps))
         student = run.model(config.student, config.data)

@@ -1,0 +1,266 @@
+"""The command: parses, calls, prints. Exit codes: 0 done, 2 the user's mistake, 1 ours. `--help` and `methods` import no torch."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Optional
+
+import typer
+
+if TYPE_CHECKING:
+    from stillhouse.catalog import Card
+    from stillhouse.run import Stage
+
+app = typer.Typer(
+    name="stillhouse",
+    help="Knowledge distillation under one roof: make a small model carry what a big one knows.\n\nStart with: stillhouse demo",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+Recipe = Annotated[Path, typer.Argument(help="A recipe file (YAML).", metavar="RECIPE")]
+Sets = Annotated[Optional[list[str]], typer.Option("--set", help="Override a key: train.epochs=3. May be given several times.", metavar="KEY=VALUE")]  # noqa: UP045
+DataRoot = Annotated[Optional[str], typer.Option(help="Folder that holds the data sets; default: STILLHOUSE_DATA.")]  # noqa: UP045
+Cpu = Annotated[bool, typer.Option("--cpu", help="Stay on the CPU.")]
+
+
+def _version(value: bool) -> None:
+    if value:
+        from stillhouse import __version__
+
+        typer.echo(__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def _root(version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")] = False) -> None:
+    pass
+
+
+@app.command(epilog="Example: stillhouse run recipes/classification/nkd_uskd.yaml --set train.epochs=5 --data-root ~/data")
+def run(
+    recipe: Recipe,
+    set_: Sets = None,
+    variant: Annotated[Optional[str], typer.Option(help="One of the recipe's variants, such as paper.")] = None,  # noqa: UP045
+    out: Annotated[Optional[Path], typer.Option(help="The run's folder; default: runs/NAME-sSEED.")] = None,  # noqa: UP045
+    data_root: DataRoot = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the resolved recipe and the plan; train nothing.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Start over in a folder that holds a run.")] = False,
+    cpu: Cpu = False,
+) -> None:
+    """Run a recipe: train what it names, keep the product, write the report. A run that was cut off goes on."""
+    from stillhouse import recipe as recipes
+
+    config = recipes.load(recipe, variant, set_ or [])
+    if dry_run:
+        from stillhouse.run import plan
+
+        typer.echo(recipes.dump(config))
+        _print_plan(plan(config, data_root=data_root))
+        return
+    from stillhouse.live import Bars
+    from stillhouse.run import execute
+
+    folder = out or Path("runs") / f"{config.name}-s{config.seed}"
+    figures = execute(config, folder, data_root=data_root, live=Bars(), overwrite=overwrite, cpu=cpu)
+    if os.environ.get("RANK", "0") == "0":
+        for name, value in figures.items():
+            typer.echo(f"{name:<16} {value:,.4f}" if value < 1000 else f"{name:<16} {value:,.0f}")
+        typer.echo(f"\nReport: {folder / 'report.html'}\nUse it: stillhouse.load({str(folder)!r})")
+
+
+def _print_plan(stages: list[Stage]) -> None:
+    typer.echo("Plan:")
+    for number, stage in enumerate(stages, 1):
+        typer.echo(f"  {number}. {stage.name}: {stage.does}" + (f", {stage.steps:,} steps" if stage.steps is not None else ""))
+        for role, text in stage.models.items():
+            typer.echo(f"     {role}: {text}")
+        for name, path in stage.taps.items():
+            typer.echo(f"     tap {name}: {path}")
+
+
+@app.command(epilog="Example: stillhouse methods nkd_uskd")
+def methods(
+    name: Annotated[Optional[str], typer.Argument(help="A method or an objective; none: list all.")] = None,  # noqa: UP045
+) -> None:
+    """List the methods and objectives, or show the page of one."""
+    from stillhouse import catalog
+
+    if name is not None:
+        _print_card(catalog.card(name))
+        return
+    by_kind = {"method": "Methods (method: NAME)", "objective": "Objectives (listed under objectives:)"}
+    for kind, heading in by_kind.items():
+        typer.echo(heading)
+        for card in catalog.methods():
+            if card.kind == kind:
+                shown = ", ".join(card.provides)
+                summary = card.title.partition(": ")[2] or card.title
+                summary = summary[0].upper() + summary[1:]
+                room = 150 - 27
+                typer.echo(f"  {shown:<24} {summary if len(summary) <= room else summary[: room - 1] + '…'}")
+
+
+def _print_card(card: Card) -> None:
+    typer.echo(card.title)
+    for key, value in card.fields.items():
+        typer.echo(f"  {key:<9} {value}")
+    if card.text:
+        typer.echo("\n" + card.text)
+    import importlib.util
+
+    from stillhouse import catalog
+
+    if card.kind == "objective" and importlib.util.find_spec("torch"):
+        for name in card.provides:
+            typer.echo(f"\nOptions of {name}:")
+            for key, field in catalog.options(catalog.objective(name)).model_fields.items():
+                typer.echo(f"  {key}: {_type_name(field.annotation)}" + ("" if field.is_required() else f" = {field.default!r}"))
+    evidence = Path("evidence") / f"{card.slug}.json"
+    recipe = next(Path("recipes").rglob(f"{card.slug}.yaml"), None) if Path("recipes").is_dir() else None
+    if recipe is not None:
+        typer.echo(f"\nTry it: stillhouse run {recipe}")
+    if evidence.is_file():
+        import json
+
+        from stillhouse.reporting.comparison import comparison_markdown
+
+        typer.echo("\nEvidence (" + str(evidence) + "):\n" + comparison_markdown(json.loads(evidence.read_text())))
+
+
+def _type_name(annotation: Any) -> str:
+    return getattr(annotation, "__name__", str(annotation)) if not hasattr(annotation, "__args__") else str(annotation).replace("typing.", "")
+
+
+@app.command(epilog="Example: stillhouse bench recipes/classification/pld.yaml --seeds 0,1,2 --evidence evidence/pld.json")
+def bench(
+    recipe: Annotated[list[Path], typer.Argument(help="Recipes; each with its variants is a row.", metavar="RECIPE...")],
+    variants: Annotated[Optional[str], typer.Option(help="Variants, comma separated; base is the recipe itself. Default: base and all but paper… and smoke.")] = None,  # noqa: UP045
+    seeds: Annotated[str, typer.Option(help="Seeds, comma separated.")] = "0,1,2",
+    baseline: Annotated[Optional[str], typer.Option(help="The row that the others are compared with; default: alone, ce, or the first.")] = None,  # noqa: UP045
+    out: Annotated[Optional[Path], typer.Option(help="Folder of the runs; default: runs/bench-NAME.")] = None,  # noqa: UP045
+    evidence: Annotated[Optional[Path], typer.Option(help="Also write the results as JSON here.")] = None,  # noqa: UP045
+    set_: Sets = None,
+    data_root: DataRoot = None,
+    engine: Annotated[str, typer.Option(help="local, or ray.")] = "local",
+    jobs: Annotated[int, typer.Option("--jobs", "-j", min=1, help="Runs at the same time.")] = 1,
+    cpu: Cpu = False,
+) -> None:
+    """Compare recipes and variants over seeds under one budget. Runs that are done are kept; a second start goes on."""
+    import json
+
+    from rich.console import Console
+
+    from stillhouse.bench import bench as run_bench
+    from stillhouse.bench import entries
+    from stillhouse.live import Bars
+    from stillhouse.reporting.comparison import comparison_table, write_comparison_report
+
+    rows = entries(recipe, None if variants is None else [v.strip() for v in variants.split(",")])
+    folder = out or Path("runs") / f"bench-{recipe[0].stem}"
+    results = run_bench(
+        rows,
+        _seeds(seeds),
+        folder,
+        baseline=baseline,
+        sets=set_ or [],
+        data_root=data_root,
+        cpu=cpu,
+        engine=engine,
+        jobs=jobs,
+        slug=evidence.stem if evidence else recipe[0].stem,
+        live=Bars(),
+        after=lambda job, n, total: typer.echo(f"[{n}/{total}] {job.folder.name} done", err=True),
+    )
+    results["command"] = " ".join(["stillhouse", *(a for a in sys.argv[1:])])
+    for path in filter(None, (folder / "results.json", evidence)):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(results, indent=1) + "\n")
+    write_comparison_report(results, folder / "report.html")
+    Console().print(comparison_table(results))
+    typer.echo(f"Report: {folder / 'report.html'}")
+
+
+def _seeds(text: str) -> list[int]:
+    from stillhouse.errors import UserError
+
+    try:
+        return [int(s) for s in text.split(",")]
+    except ValueError:
+        raise UserError(f"--seeds takes whole numbers separated by commas, such as 0,1,2; given: '{text}'.") from None
+
+
+@app.command(epilog="Example: stillhouse export runs/nkd_uskd-s0 --to onnx --out student.onnx")
+def export(
+    folder: Annotated[Path, typer.Argument(help="A finished run's folder, or a product folder.")],
+    to: Annotated[str, typer.Option(help="onnx, torch (torch.export, .pt2) or safetensors (weights alone).")] = "onnx",
+    out: Annotated[Optional[Path], typer.Option(help="The file to write; default: beside the product.")] = None,  # noqa: UP045
+    trust_code: Annotated[bool, typer.Option("--trust-code", help="Allow a model that your own Python file builds.")] = False,
+) -> None:
+    """Write a run's student in a form that other programs load."""
+    from stillhouse.export import export as write
+
+    typer.echo(f"Wrote {write(folder, to, out, trust_code)}")
+
+
+@app.command(epilog="Example: stillhouse report runs/nkd_uskd-s0")
+def report(folder: Annotated[Path, typer.Argument(help="A run's folder, finished or not, or a comparison's.")]) -> None:
+    """Write the HTML report of a run or a comparison anew."""
+    import json
+
+    from stillhouse.errors import UserError
+    from stillhouse.reporting.comparison import write_comparison_report
+    from stillhouse.reporting.run_report import write_run_report
+
+    if (folder / "recipe.yaml").is_file():
+        path = write_run_report(folder)
+    elif (folder / "results.json").is_file():
+        path = folder / "report.html"
+        write_comparison_report(json.loads((folder / "results.json").read_text()), path)
+    else:
+        raise UserError(f"'{folder}' is no run's folder (no recipe.yaml) and no comparison's (no results.json).")
+    typer.echo(f"Report: {path}")
+
+
+@app.command(epilog="Example: stillhouse schema > stillhouse.schema.json")
+def schema(method: Annotated[str, typer.Argument(help="A method's slug.")] = "distillation") -> None:
+    """Print the JSON schema of a method's recipes, for editors."""
+    import json
+
+    from stillhouse.schema import recipe_schema
+
+    typer.echo(json.dumps(recipe_schema(method), indent=1))
+
+
+@app.command(epilog="Example: stillhouse demo")
+def demo(
+    out: Annotated[Path, typer.Option(help="Folder of the runs.")] = Path("runs/demo"),
+    seeds: Annotated[str, typer.Option(help="Seeds, comma separated.")] = "0,1,2",
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Start over.")] = False,
+) -> None:
+    """Distil a small network on real handwritten digits, in minutes and without a network: alone, with KD, with NKD, with PLD."""
+    from stillhouse.demo import demo as show
+
+    show(out, _seeds(seeds), overwrite)
+
+
+def main() -> None:
+    """The entry point: turns a user's mistake into one sentence and exit code 2."""
+    from stillhouse.errors import UserError
+
+    try:
+        app()
+    except UserError as error:
+        typer.echo(f"stillhouse: {error}", err=True)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        typer.echo("stillhouse: stopped; start the same command again to go on.", err=True)
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()
