@@ -59,3 +59,9 @@ def same_rows(name: str, student: Tensor, teacher: Tensor) -> None:
         raise UserError(
             f"{name}: the student gives {len(student)} samples but the teacher {len(teacher)} (shapes {tuple(student.shape)}, {tuple(teacher.shape)})."
         )
+
+
+def same_shape(name: str, student: Tensor, teacher: Tensor) -> None:
+    """Raise `UserError` unless both maps (B, C, H, W) have one shape."""
+    if student.shape != teacher.shape:
+        raise UserError(f"{name}: the student's map has shape {tuple(student.shape)} but the teacher's {tuple(teacher.shape)}; they must be equal.")

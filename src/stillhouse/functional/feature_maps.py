@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from stillhouse.errors import UserError
 
-LAST_STAGES = ("stage:-3", "stage:-2", "stage:-1")
+LAST_STAGES = ["stage:-3", "stage:-2", "stage:-1"]
 """The stages that the multi-stage classics use: all of a CIFAR network, the last three of four elsewhere."""
 
 PREFIXES = (0, 1, 2, 5)
