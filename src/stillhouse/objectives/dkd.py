@@ -1,0 +1,84 @@
+"""DKD: KD split into a target-class part and a non-target part, each with a weight of its own.
+
+paper: Decoupled Knowledge Distillation
+venue: CVPR 2022
+arxiv: 2203.08679
+task: classification
+family: logits
+use when: the teacher is confident, so that plain KD passes little on about the other classes
+needs: labels; teacher logits
+
+L = T^2 (alpha * KL of (target, rest) + beta * KL over the other classes, renormalised), with a linear warm-up over 20 epochs whose first epoch
+counts as 1, as in the authors' code. beta is 8 for unlike pairs of networks and 2 for pairs of one small family. Soft labels: their largest class.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from stillhouse.functional import checks
+from stillhouse.functional.divergences import kl_divergence, standardise
+from stillhouse.functional.labels import check_label, class_ids, without_classes
+from stillhouse.functional.precision import full_precision
+from stillhouse.objective import Objective, Progress
+from stillhouse.signals import Batch, Signals
+
+
+@full_precision
+def dkd_loss(
+    student_logits: Tensor, teacher_logits: Tensor, labels: Tensor, alpha: float = 1.0, beta: float = 8.0, temperature: float = 4.0
+) -> dict[str, Tensor]:
+    """The two weighted parts of DKD (eq. 7 of the paper); their sum is the loss.
+
+    Args:
+        student_logits, teacher_logits: (B, C); the teacher's may be log-probabilities.
+        labels: class ids (B,), or soft labels (B, C), of which the largest class is taken.
+        alpha, beta: weights of the target and the non-target part, both beside temperature^2.
+        temperature: of both parts.
+
+    Raises:
+        UserError: shapes that do not fit, fewer than two classes, or (on the CPU) a class id out of range.
+    """
+    checks.same_classes("dkd", student_logits, teacher_logits)
+    check_label("dkd", labels, student_logits)
+    target = class_ids(labels)
+    rest_s, rest_t = (without_classes(z, target) / temperature for z in (student_logits, teacher_logits.detach()))
+    binary_s, binary_t = (
+        torch.cat([z.gather(1, target[:, None]) / temperature, rest.logsumexp(1, keepdim=True)], dim=1)
+        for z, rest in ((student_logits, rest_s), (teacher_logits.detach(), rest_t))
+    )
+    return {
+        "target": alpha * temperature**2 * kl_divergence(binary_s, F.log_softmax(binary_t, dim=1)),
+        "non_target": beta * temperature**2 * kl_divergence(rest_s, F.log_softmax(rest_t, dim=1)),
+    }
+
+
+class DKD(Objective):
+    """Decoupled knowledge distillation.
+
+    Args:
+        alpha, beta: weights of the target and the non-target part.
+        temperature: of both parts.
+        warmup_epochs: epochs over which the loss grows linearly to its full weight; 0: none.
+        standardise: standardise both logits per row first (arXiv 2403.01427).
+    """
+
+    name = "dkd"
+    needs = frozenset({"student.logits", "teacher.logits", "label"})
+
+    def __init__(
+        self, alpha: float = 1.0, beta: float = 8.0, temperature: float = 4.0, warmup_epochs: float = 20.0, standardise: bool = False
+    ) -> None:
+        super().__init__()
+        checks.options("dkd", positive={"temperature": temperature}, non_negative={"alpha": alpha, "beta": beta, "warmup_epochs": warmup_epochs})
+        self.alpha, self.beta, self.temperature, self.warmup_epochs, self.standardise = alpha, beta, temperature, warmup_epochs, standardise
+
+    def forward(self, student: Signals, teacher: Signals, batch: Batch, progress: Progress) -> dict[str, Tensor]:
+        z, v = student.logits, teacher.log_probs()
+        if self.standardise:
+            z, v = standardise(z), standardise(v)
+        warmth = min(1.0, (progress.epoch + 1) / self.warmup_epochs) if self.warmup_epochs else 1.0
+        terms = dkd_loss(z, v, batch["label"], self.alpha, self.beta, self.temperature)
+        return {name: warmth * term for name, term in terms.items()}
