@@ -1,0 +1,24 @@
+"""Knowledge review, fusion and loss, against the arrays of `review_kd`."""
+
+from __future__ import annotations
+
+from parity.case import Case
+from stillhouse.objectives.review_kd import ABF, hcl_loss
+
+
+def hcl(case: Case) -> None:
+    value = hcl_loss(case.leaf("student"), case["teacher"], **case.params)
+    value.backward()
+    case.close("loss", value)
+    case.close_grad("student")
+
+
+def abf(case: Case) -> None:
+    p = case.params
+    fusion = case.load(ABF(p["in_channel"], p["mid_channel"], p["out_channel"], p["fuse"])).train(p["mode"] == "train")
+    out, residual = fusion(case["x"], case["y"] if p["fuse"] else None, tuple(case["out"].shape[2:]))
+    case.close("out", out)
+    case.close("residual", residual)
+
+
+ADAPTERS = {"hcl": hcl, "abf": abf}
