@@ -344,7 +344,7 @@ def load(path: str | Path, variant: str | None = None, sets: Sequence[str] = ())
 
 def dump(config: BaseModel) -> str:
     """A config as YAML that loads to the same config."""
-    return yaml.safe_dump(config.model_dump(mode="json", exclude_defaults=False), sort_keys=False, allow_unicode=True, width=120)
+    return yaml.safe_dump(config.model_dump(mode="json", exclude_none=True, exclude={"variants"}), sort_keys=False, allow_unicode=True, width=120)
 
 
 def check_objectives(config: BaseModel, where: str = "recipe", path: tuple[Any, ...] = ()) -> None:
@@ -389,7 +389,9 @@ def _check_options(spec: ObjectiveSpec, where: str, path: tuple[Any, ...]) -> No
                 moved.append(f"{where}: '{'.'.join(map(str, loc))}': {item['msg'][0].lower() + item['msg'][1:]}; given: {given!r} ({type(given).__name__}).")
         raise UserError("\n".join(dict.fromkeys(moved))) from None
     if spec.model_extra is not None:
-        spec.model_extra.update({k: getattr(checked, k) for k in spec.model_extra})
+        spec.model_extra.update({k: v for k in type(checked).model_fields if (v := getattr(checked, k)) is not None})
+    if spec.weight is None:
+        spec.weight = catalog.objective(spec.name).default_weight
 
 
 def objective_from_spec(spec: str | Mapping[str, Any] | ObjectiveSpec) -> Any:

@@ -138,7 +138,7 @@ class Run:
         return Student(module, spec, b.num_classes, tuple(b.input_shape), list(b.classes), tuple(b.mean), tuple(b.std), dict(figures))
 
     def evaluated(self, product: Any) -> dict[str, float]:
-        """The figures of a product on test data, by the evaluator of its kind."""
+        """The figures of a product on test data, by the evaluator of its kind: a function (product, run) -> {name: number}."""
         from stillhouse.evaluation import evaluator
 
         return evaluator(product.kind)(product, self)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -13,10 +14,22 @@ from stillhouse.evaluation import classification, cost, evaluates
 from stillhouse.evaluation.mode import move
 from stillhouse.signals import Batch
 
+if TYPE_CHECKING:
+    from stillhouse.product import Student
+    from stillhouse.run import Run
+
 GROUPS = (*classification.GROUPS, "cost")
 
 
 @evaluates("student")
+def judge(product: Student, run: Run) -> dict[str, float]:
+    """The figures of a run's student on its test split (its training split where there is none), in the groups that the recipe's `evaluate` names."""
+    data = run.config.data
+    split = "test" if run.data(data).has("test") else "train"
+    loader = run.loader(data, split)
+    return evaluate_student(product.module, loader, next(iter(loader)), getattr(run.config, "evaluate", GROUPS), run.folder / "product" / "model.safetensors")
+
+
 def evaluate_student(
     module: nn.Module, loader: Iterable[Batch], example_batch: Batch, groups: Sequence[str] = GROUPS, folder: str | Path | None = None
 ) -> dict[str, float]:

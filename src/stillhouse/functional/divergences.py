@@ -10,7 +10,7 @@ from stillhouse.functional.precision import full_precision
 
 @full_precision
 def kl_divergence(student_logits: Tensor, teacher_log_probs: Tensor, temperature: float = 1.0, mask: Tensor | None = None) -> Tensor:
-    """KL(teacher || softmax(student_logits / temperature)), summed over the last axis, mean over all others.
+    """KL(teacher || softmax(student_logits / temperature)), summed over the last axis, mean over all others. Detach what is a constant.
 
     Args:
         student_logits: (..., C).

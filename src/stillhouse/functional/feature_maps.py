@@ -30,8 +30,7 @@ def as_map(x: Tensor) -> Tensor:
         return x[:, :, None, None]
     if x.ndim == 3:
         rows, length, width = x.shape
-        side = math.isqrt(length)
-        prefix = next((p for p in PREFIXES if math.isqrt(length - p) ** 2 == length - p), None) if length > max(PREFIXES) else length - side * side
+        prefix = next((p for p in PREFIXES if p < length and math.isqrt(length - p) ** 2 == length - p), None)
         if prefix is not None:
             side = math.isqrt(length - prefix)
             return x[:, prefix:].transpose(1, 2).reshape(rows, width, side, side)

@@ -93,5 +93,5 @@ class GeneralDistillation(Method[Config]):
 
 
 def describe(name: str, model: Any) -> str:
-    """`resnet20, 0.27 M parameters`."""
-    return f"{name}, {sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters"
+    """`stillhouse:resnet20, 272,474 parameters`."""
+    return f"{name}, {sum(p.numel() for p in model.parameters()):,} parameters"

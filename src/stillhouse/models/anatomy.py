@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -92,8 +92,7 @@ def classifier(model: nn.Module, batch: Batch) -> str:
 
 def num_outputs(model: nn.Module, batch: Batch) -> int:
     """How many classes a model tells apart: the width of its logits for the batch (a forward pass as in `classifier`)."""
-    with _evaluating(model), torch.no_grad():
-        return _width(read_logits(call_model(model, batch)))
+    return _width(_logits(model, batch))
 
 
 def embedding_from(tensor: Tensor) -> Tensor:
@@ -147,20 +146,37 @@ def _lowers_resolution(module: nn.Module) -> bool:
 
 
 def _probe(model: nn.Module, batch: Batch) -> tuple[list[tuple[str, nn.Module, Tensor]], Tensor]:
-    """Calls of the modules with weights of their own, in order, with their outputs; and the logits."""
+    """Calls of the innermost modules with weights, in order, with their outputs; and the logits."""
     calls: list[tuple[str, nn.Module, Tensor]] = []
 
     def watch(name: str) -> Any:
         return lambda module, args, output: calls.append((name, module, first_tensor(output)))
 
-    handles = [m.register_forward_hook(watch(n)) for n, m in model.named_modules() if any(True for _ in m.parameters(recurse=False))]
+    handles = [
+        m.register_forward_hook(watch(n))
+        for n, m in model.named_modules()
+        if next(m.parameters(), None) is not None and next(m.children(), None) is None
+    ]
     try:
-        with _evaluating(model), torch.no_grad():
-            logits = read_logits(call_model(model, batch))
+        logits = _logits(model, batch)
     finally:
         for handle in handles:
             handle.remove()
     return calls, logits
+
+
+def _logits(model: nn.Module, batch: Batch) -> Tensor:
+    try:
+        with _evaluating(model), torch.no_grad():
+            return read_logits(call_model(model, batch))
+    except UserError:
+        raise
+    except (RuntimeError, TypeError, ValueError, AssertionError, IndexError) as error:
+        given = batch["input"]
+        shapes = {k: tuple(v.shape) for k, v in given.items()} if isinstance(given, Mapping) else tuple(given.shape)
+        raise UserError(
+            f"{type(model).__name__} could not run on an input of shape {shapes}: {str(error).strip() or type(error).__name__}."
+        ) from error
 
 
 def _is_linear(module: nn.Module) -> bool:

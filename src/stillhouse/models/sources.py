@@ -21,7 +21,11 @@ from stillhouse.errors import MissingExtra, UserError, nearest, unknown
 
 Shape = tuple[int, ...]
 Options = Mapping[str, Any]
-TASKS = {"image": "AutoModelForImageClassification", "text": "AutoModelForSequenceClassification", "causal": "AutoModelForCausalLM"}
+TASKS = {  # options.task: the Auto class, and its mapping from config classes to models
+    "image": ("AutoModelForImageClassification", "MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING"),
+    "text": ("AutoModelForSequenceClassification", "MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING"),
+    "causal": ("AutoModelForCausalLM", "MODEL_FOR_CAUSAL_LM_MAPPING"),
+}
 
 
 def from_timm(name: str, num_classes: int | None, input_shape: Shape | None, options: Options, pretrained: bool) -> nn.Module:
@@ -99,7 +103,7 @@ def from_transformers(name: str, num_classes: int | None, input_shape: Shape | N
         raise unknown("options.task", str(task), TASKS)
     if num_classes is not None and task != "causal":
         arguments.setdefault("num_labels", num_classes)
-    auto = getattr(transformers, TASKS[task])
+    auto = getattr(transformers, TASKS[task][0])
     owner = f"hf:{name}"
     if name.startswith("config:"):
         kind = name.removeprefix("config:")
@@ -125,21 +129,26 @@ def from_transformers(name: str, num_classes: int | None, input_shape: Shape | N
         setattr(config, key, value)
     if folder.is_dir() and not any(folder.glob("*.safetensors")) and not any(folder.glob("*.bin")):
         return _from_config(auto, config, task, owner)
-    _check_task(auto, config, task, owner)
+    _model_class(config, task, owner)
     return _published(name, pretrained and not folder.is_dir(), lambda: auto.from_pretrained(source, config=config))
 
 
 def _from_config(auto: Any, config: Any, task: str, owner: str) -> nn.Module:
-    _check_task(auto, config, task, owner)
+    model = _model_class(config, task, owner)
+    config.architectures = config.architectures or [model.__name__]
     return auto.from_config(config)
 
 
-def _check_task(auto: Any, config: Any, task: str, owner: str) -> None:
+def _model_class(config: Any, task: str, owner: str) -> type[nn.Module]:
+    """The model that a config has for a task; the first where it has several."""
     import transformers
 
-    if type(config) not in auto._model_mapping:
-        able = [t for t, n in TASKS.items() if type(config) in getattr(transformers, n)._model_mapping]
+    models = getattr(transformers, TASKS[task][1])
+    if type(config) not in models:
+        able = [t for t, (_, mapping) in TASKS.items() if type(config) in getattr(transformers, mapping)]
         raise UserError(f"'{owner}' has no model for options.task '{task}'; it has: {', '.join(able) or 'none of ' + ', '.join(TASKS)}.")
+    model = models[type(config)]
+    return model[0] if isinstance(model, tuple | list) else model
 
 
 def _check_config(config: Any, arguments: Options, owner: str) -> None:

@@ -116,7 +116,7 @@ class CRD(Objective):
 
     def forward(self, student: Signals, teacher: Signals, batch: Batch, progress: Progress) -> dict[str, Tensor]:
         v_s = gather(F.normalize(self.embed_student(student.embedding).float()))
-        v_t = gather(F.normalize(self.embed_teacher(teacher.embedding).float()))
+        v_t = gather(F.normalize(self.embed_teacher(teacher.embedding.detach()).float()))
         index = gather(batch["index"])
         candidates = torch.cat([index[:, None], self.sampler.draw(index, self.negatives)], dim=1)
         terms = {

@@ -32,6 +32,7 @@ def dist_loss(student_probs: Tensor, teacher_probs: Tensor) -> dict[str, Tensor]
         student_probs, teacher_probs: (B, C) softmax(z / T).
     """
     checks.same_classes("dist", student_probs, teacher_probs)
+    teacher_probs = teacher_probs.detach()
     return {
         "inter": 1 - pearson(student_probs, teacher_probs).mean(),
         "intra": 1 - pearson(student_probs.t(), teacher_probs.t()).mean(),
@@ -63,6 +64,6 @@ class DIST(Objective):
 
     def forward(self, student: Signals, teacher: Signals, batch: Batch, progress: Progress) -> dict[str, Tensor]:
         student_probs = gather(F.softmax(student.logits.float() / self.temperature, dim=-1))
-        terms = dist_loss(student_probs, gather(teacher.log_probs(self.temperature).exp()))
+        terms = dist_loss(student_probs, gather(teacher.log_probs(self.temperature).exp().detach()))
         scale = self.temperature**2
         return {"inter": self.beta * scale * terms["inter"], "intra": self.gamma * scale * terms["intra"]}

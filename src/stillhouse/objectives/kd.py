@@ -28,7 +28,7 @@ from stillhouse.signals import Batch, Signals
 def kd_loss(student_logits: Tensor, teacher_logits: Tensor, temperature: float = 4.0) -> Tensor:
     """T^2 times the mean KL divergence at temperature T. (..., C) and (..., C) -> scalar. Hinton et al. 2015, section 2."""
     checks.same_classes("kd", student_logits, teacher_logits)
-    return temperature**2 * kl_divergence(student_logits, F.log_softmax(teacher_logits / temperature, dim=-1), temperature)
+    return temperature**2 * kl_divergence(student_logits, F.log_softmax(teacher_logits.detach() / temperature, dim=-1), temperature)
 
 
 class KD(Objective):
@@ -52,7 +52,7 @@ class KD(Objective):
         logits = student.logits
         if self.standardise:
             return {"loss": kd_loss(standardise(logits), standardise(teacher.log_probs()), self.temperature)}
-        targets = teacher.log_probs(self.temperature)
+        targets = teacher.log_probs(self.temperature).detach()
         checks.same_classes("kd", logits, targets)
         mask = batch["label"] != -100 if logits.ndim == 3 and "label" in batch else None
         return {"loss": self.temperature**2 * kl_divergence(logits, targets, self.temperature, mask)}

@@ -33,7 +33,7 @@ def standardised_kd_loss(student_logits: Tensor, teacher_logits: Tensor, tempera
         t_squared: multiply by temperature^2, as the authors' code does.
     """
     checks.same_classes("logit_standardisation", student_logits, teacher_logits)
-    teacher_log_probs = (standardise(teacher_logits) / temperature).log_softmax(dim=-1)
+    teacher_log_probs = (standardise(teacher_logits.detach()) / temperature).log_softmax(dim=-1)
     return (temperature**2 if t_squared else 1.0) * kl_divergence(standardise(student_logits), teacher_log_probs, temperature)
 
 

@@ -47,4 +47,4 @@ class PKT(Objective):
     default_weight = 30000.0
 
     def forward(self, student: Signals, teacher: Signals, batch: Batch, progress: Progress) -> dict[str, Tensor]:
-        return {"loss": pkt_loss(gather(student.embedding), gather(teacher.embedding))}
+        return {"loss": pkt_loss(gather(student.embedding), gather(teacher.embedding.detach()))}

@@ -84,7 +84,7 @@ class RKD(Objective):
         self.distance_weight, self.angle_weight, self.squared = distance_weight, angle_weight, squared
 
     def forward(self, student: Signals, teacher: Signals, batch: Batch, progress: Progress) -> dict[str, Tensor]:
-        f_s, f_t = gather(student.embedding), gather(teacher.embedding)
+        f_s, f_t = gather(student.embedding), gather(teacher.embedding.detach())
         terms = {}
         if self.distance_weight:
             terms["distance"] = self.distance_weight * rkd_distance_loss(f_s, f_t, self.squared)
