@@ -1,0 +1,83 @@
+"""How figures are shown to a reader: title, unit, digits, which way is better, and one sentence of what each means."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Quantity:
+    """How one named figure is shown. `better` is 1 where higher is better, -1 where lower is, 0 where nothing is known."""
+
+    title: str
+    unit: str = ""
+    scale: float = 1.0
+    decimals: int | None = None  # None: three significant digits
+    better: int = 0
+    meaning: str = ""
+
+    @property
+    def header(self) -> str:
+        """Title with unit, for a column or an axis."""
+        return f"{self.title} ({self.unit})" if self.unit else self.title
+
+    @property
+    def difference_unit(self) -> str:
+        """The unit of a difference: percentage points for percent."""
+        return "points" if self.unit == "%" else self.unit
+
+    def digits(self, value: float, like: float | None = None) -> str:
+        """The value in this unit, without the unit; an en dash for NaN. With `like`, to as many decimals as that value has."""
+        x = value * self.scale
+        if not math.isfinite(x):
+            return "–" if math.isnan(x) else ("∞" if x > 0 else "−∞")
+        measure = x if like is None else like * self.scale
+        decimals = self.decimals
+        if decimals is None:
+            if 0 < abs(measure) < 1e-4:
+                return f"{x:.2e}".replace("-", "−")
+            decimals = 0 if measure == round(measure) else max(0, 2 - math.floor(math.log10(abs(measure))))
+        return f"{x:,.{decimals}f}".replace("-", "−")
+
+    def signed(self, value: float) -> str:
+        """As `digits`, with a plus sign for what is not negative."""
+        text = self.digits(value)
+        return text if math.isnan(value) or text.startswith("−") else f"+{text}"
+
+    def text(self, value: float) -> str:
+        """The value with its unit."""
+        return "–" if math.isnan(value) else f"{self.digits(value)} {self.unit}".strip()
+
+
+_KNOWN = {
+    "accuracy": Quantity("Accuracy", "%", 100, 2, 1, "Share of test samples whose most probable class is the right one."),
+    "accuracy_top5": Quantity("Top-5 accuracy", "%", 100, 2, 1, "Share of test samples whose right class is among the five most probable."),
+    "nll": Quantity("NLL", "nats", 1, 3, -1, "Negative log-likelihood: how surprised the model is by the right class, on average; lower is better."),
+    "ece": Quantity(
+        "ECE", "%", 100, 2, -1, "Expected calibration error: how far the model's confidence is from its accuracy; 0 is as sure as it is right."
+    ),
+    "brier": Quantity("Brier", "", 1, 3, -1, "Brier score: squared distance of the probabilities from the right answer, 0 to 2; lower is better."),
+    "aurc": Quantity(
+        "AURC", "×10⁻³", 1000, 1, -1, "Error rate when the least confident answers are withheld, averaged over how many are; lower is better."
+    ),
+    "parameters": Quantity("Parameters", "M", 1e-6, None, -1, "Numbers that the model holds, in millions."),
+    "multiply_adds": Quantity(
+        "Multiply-adds", "M", 1e-6, None, -1, "Multiplications with addition for one sample, in millions: the work of one prediction."
+    ),
+    "latency_ms": Quantity("Latency", "ms", 1, None, -1, "Median time of one prediction, one sample at a time (one CPU thread, or the GPU)."),
+    "file_bytes": Quantity("File size", "MB", 1e-6, None, -1, "What the saved product takes on disk, in millions of bytes."),
+    "train_seconds": Quantity("Training time", "s", 1, None, -1, "Wall-clock time of the training."),
+}
+
+
+def quantity(name: str) -> Quantity:
+    """How the figure of this name is shown; `val/accuracy` as `accuracy`; an unknown name as itself, to three digits."""
+    base = name.rsplit("/", 1)[-1]
+    return _KNOWN.get(base, Quantity(base.replace("_", " ").capitalize()))
+
+
+def in_reading_order(names: set[str]) -> list[str]:
+    """Known figures in their usual order (quality, calibration, cost), then the others by name."""
+    known = list(_KNOWN)
+    return sorted(names, key=lambda n: (known.index(n) if n in _KNOWN else len(known), n))

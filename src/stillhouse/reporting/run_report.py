@@ -1,0 +1,188 @@
+"""The report of one run: its figures, its training curves, its recipe and where it was made, from the files of the run's folder."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+import shlex
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from stillhouse.errors import UserError
+from stillhouse.reporting.page import cards, code, figure, grid, page, pairs, section, write
+from stillhouse.reporting.quantities import quantity
+
+Curve = tuple[list[float], list[float]]
+_POSITION = ("stage", "epoch", "step")
+_MOST_POINTS = 2000
+
+
+def write_run_report(folder: str | Path) -> Path:
+    """Write `report.html` into a run's folder: one file that needs no network. What the run has not (yet) written is left out.
+
+    Args:
+        folder: may hold `recipe.yaml`, `environment.json`, `metrics.csv`, `evaluation.json` and `product/product.json`.
+
+    Returns:
+        The path of the report.
+
+    Raises:
+        UserError: a folder that is not there or holds none of these, or a file that cannot be read.
+    """
+    folder = Path(folder)
+    recipe = _text(folder / "recipe.yaml")
+    environment = _json(folder / "environment.json")
+    evaluation = _json(folder / "evaluation.json")
+    product = _json(folder / "product" / "product.json")
+    curves = read_curves(folder / "metrics.csv")
+    if not (recipe or environment or evaluation or product or curves):
+        raise UserError(f"There is no run in '{folder}' to report: no recipe.yaml, environment.json, metrics.csv, evaluation.json or product.")
+
+    body = []
+    if evaluation:
+        body.append(section("Results", "What the finished product does on test data, and what it costs.", cards(_headline(evaluation))))
+    body += _training(curves)
+    if product:
+        body.append(section("Product", "What the run left to keep, in the folder product/.", pairs(_flat(product))))
+    if recipe:
+        body.append(section("Recipe", "Every option of this run, defaults included; a run of this recipe repeats it.", code(recipe)))
+    if environment:
+        body.append(_environment(environment))
+    title, subtitle = _names(recipe, folder)
+    return write(folder / "report.html", page(title, subtitle, body))
+
+
+def read_curves(path: Path) -> dict[str, dict[str, Curve]]:
+    """The curves of a metrics file: stage -> name -> (steps, values). Empty cells are skipped; a file that is not there gives none.
+
+    The columns are `stage`, `epoch`, `step` and then one a figure. Long curves are thinned to 2,000 points, the last one kept.
+    """
+    if not path.is_file():
+        return {}
+    out: dict[str, dict[str, Curve]] = {}
+    with path.open(newline="", encoding="utf-8") as file:
+        for i, row in enumerate(csv.DictReader(file)):
+            at = next((x for x in (_number(row.get("step")), _number(row.get("epoch"))) if x is not None), float(i))
+            for name, cell in row.items():
+                value = _number(cell) if name and name not in _POSITION else None
+                if value is not None:
+                    xs, ys = out.setdefault(row.get("stage") or "", {}).setdefault(name, ([], []))
+                    xs.append(at)
+                    ys.append(value)
+    return {stage: {name: _thin(curve) for name, curve in curves.items()} for stage, curves in out.items()}
+
+
+def _training(curves: Mapping[str, Mapping[str, Curve]]) -> list[str]:
+    """A section a stage: the terms of the loss together, then every other figure by itself."""
+    if not curves:
+        return []
+    from stillhouse.reporting.figures import lines
+
+    out = []
+    for i, (stage, by_name) in enumerate(curves.items()):
+        losses = {n: c for n, c in by_name.items() if "/" not in n and n != "lr"}
+        # The total first, so that it has the first colour.
+        losses = dict(sorted(losses.items(), key=lambda item: item[0] != "loss"))
+        figures = []
+        if losses:
+            text = "The loss and the terms that make it up, as trained." if len(losses) > 1 else "The loss, as trained."
+            figures.append(figure(lines(losses, "optimiser step", "loss", may_be_log=True), f"loss-{i}", text))
+        for n, (name, (xs, ys)) in enumerate((n, c) for n, c in by_name.items() if n not in losses):
+            shown = quantity(name)
+            where = "Learning rate" if name == "lr" else f"{shown.title} ({name.rsplit('/', 1)[0]})" if "/" in name else shown.title
+            meaning = "How large the optimiser's steps are." if name == "lr" else shown.meaning.replace("test samples", "samples")
+            fig = lines({name: (xs, [y * shown.scale for y in ys])}, "optimiser step", "lr" if name == "lr" else shown.header)
+            figures.append(figure(fig, f"figure-{i}-{n}", f"{where}. {meaning}".strip()))
+        title = f"Training: {stage}" if stage else "Training"
+        out.append(section(title, "How training went, from its first step to its last.", grid(figures)))
+    return out
+
+
+def _headline(evaluation: Mapping[str, Any]) -> list[tuple[str, str, str]]:
+    items = []
+    for name, value in _flat(evaluation).items():
+        shown = quantity(name)
+        title = shown.title + (f" ({name.rsplit('/', 1)[0]})" if "/" in name else "")
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        items.append((title, shown.text(value) if number else str(value), shown.meaning))
+    return items
+
+
+def _environment(environment: Mapping[str, Any]) -> str:
+    rest = dict(environment)
+    command, versions = rest.pop("command", None), rest.pop("versions", None)
+    content = code(command if isinstance(command, str) else shlex.join(map(str, command))) if command else ""
+    if rest:
+        content += pairs(_flat(rest))
+    if isinstance(versions, Mapping):
+        content += f"<h3>Versions</h3>{pairs(versions)}"
+    return section("Where it was made", "The command, the machine and the versions behind these figures.", content)
+
+
+def _names(recipe: str | None, folder: Path) -> tuple[str, str]:
+    """Title and subtitle from the recipe, as far as it can be read."""
+    try:
+        tree = yaml.safe_load(recipe or "")
+    except yaml.YAMLError:
+        tree = None
+    tree = tree if isinstance(tree, dict) else {}
+    data, student = tree.get("data"), tree.get("student")
+    parts = [
+        f"method {tree['method']}" if tree.get("method") else None,
+        f"student {student.get('model') if isinstance(student, dict) else student}" if student else None,
+        f"data {data.get('name') if isinstance(data, dict) else data}" if data else None,
+        f"seed {tree['seed']}" if tree.get("seed") is not None else None,
+    ]
+    return str(tree.get("name") or folder.resolve().name), " · ".join(p for p in parts if p)
+
+
+def _flat(tree: Mapping[str, Any], above: str = "") -> dict[str, Any]:
+    """Nested mappings as one, keys joined by a slash."""
+    out: dict[str, Any] = {}
+    for name, value in tree.items():
+        out.update(_flat(value, f"{above}{name}/") if isinstance(value, Mapping) else {f"{above}{name}": value})
+    return out
+
+
+def _thin(curve: Curve) -> Curve:
+    xs, ys = curve
+    stride = math.ceil(len(xs) / _MOST_POINTS)
+    if stride <= 1:
+        return curve
+    keep = sorted({*range(0, len(xs), stride), len(xs) - 1})
+    return [xs[i] for i in keep], [ys[i] for i in keep]
+
+
+def _number(cell: Any) -> float | None:
+    """A cell as a number; None for an empty, torn or non-finite one."""
+    try:
+        value = float(cell)
+    except (TypeError, ValueError):
+        return None
+    return value if math.isfinite(value) else None
+
+
+def _text(path: Path) -> str | None:
+    try:
+        return path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        return None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} cannot be read: {error}.") from None
+
+
+def _json(path: Path) -> dict[str, Any] | None:
+    text = _text(path)
+    if text is None:
+        return None
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path} is not valid JSON: {error}.") from None
+    if not isinstance(value, dict):
+        raise UserError(f"{path} must hold an object of names and values, but holds {type(value).__name__}.")
+    return value
