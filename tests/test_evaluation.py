@@ -15,7 +15,7 @@ from stillhouse.errors import UserError
 from stillhouse.evaluation import classification as C
 from stillhouse.evaluation import cost, evaluator
 from stillhouse.evaluation.statistics import mean_interval, paired_difference, standard_deviation
-from stillhouse.evaluation.student import evaluate_student
+from stillhouse.evaluation.student import evaluate_student, judge
 
 ORACLES = Path(os.environ.get("STILLHOUSE_ORACLES", Path(__file__).parents[2] / "shared" / "oracles"))
 
@@ -215,7 +215,7 @@ def test_seeds_that_do_not_pair_get_a_sentence():
 
 
 def test_the_student_evaluator_is_found_by_kind_and_gives_the_groups_asked_for(tmp_path: Path):
-    assert evaluator("student") is evaluate_student
+    assert evaluator("student") is judge
     with pytest.raises(UserError, match="did you mean 'student'"):
         evaluator("studnet")
     logits, labels = outputs(n=40)
