@@ -130,7 +130,23 @@ def from_transformers(name: str, num_classes: int | None, input_shape: Shape | N
     if folder.is_dir() and not any(folder.glob("*.safetensors")) and not any(folder.glob("*.bin")):
         return _from_config(auto, config, task, owner)
     _model_class(config, task, owner)
-    return _published(name, pretrained and not folder.is_dir(), lambda: auto.from_pretrained(source, config=config))
+    return _load_folder(auto, source, config, owner, download=pretrained and not folder.is_dir())
+
+
+def _load_folder(auto: Any, source: str, config: Any, owner: str, download: bool) -> nn.Module:
+    """A model with its weights. A classifier may be new (a folder of a bare encoder), but of another size, or with most weights absent, it is refused."""
+    options = {"config": config, "ignore_mismatched_sizes": True, "output_loading_info": True}
+    model, info = _published(owner, download, lambda: auto.from_pretrained(source, **options))
+    if info["mismatched_keys"]:
+        name, given, ours = min(info["mismatched_keys"])
+        raise UserError(
+            f"The weights of '{owner}' do not fit: '{name}' is {tuple(given)} in its file, {tuple(ours)} in the model (another number of classes?)."
+        )
+    if 2 * len(info["missing_keys"]) > len(model.state_dict()):
+        raise UserError(
+            f"The weights of '{owner}' are of another architecture: {len(info['missing_keys'])} of {len(model.state_dict())} tensors are not in its file."
+        )
+    return model
 
 
 def _from_config(auto: Any, config: Any, task: str, owner: str) -> nn.Module:
@@ -219,6 +235,9 @@ def _call(make: Callable[..., Any], owner: str, *args: Any, **kwargs: Any) -> An
         match = re.search(r"unexpected keyword argument '(\w+)'", str(error))
         if match and match[1] in kwargs:
             raise _UnknownOption(owner, match[1]) from None
+        match = re.search(r"multiple values for keyword argument '(\w+)'", str(error))
+        if match and match[1] in kwargs:
+            raise UserError(f"options.{match[1]}: '{owner}' fixes it by its name; choose another name.") from None
         raise
 
 
