@@ -145,7 +145,16 @@ def test_figures_of_other_tasks_are_compared_by_what_there_is(tmp_path: Path):
 def write_run(folder: Path) -> Path:
     (folder / "product").mkdir(parents=True)
     (folder / "recipe.yaml").write_text("name: small <run>\nmethod: distillation\nseed: 3\nstudent: {model: stillhouse:resnet20}\n", encoding="utf-8")
-    (folder / "environment.json").write_text(json.dumps({"versions": {"torch": "2.15.0"}, "seed": 3, "command": ["stillhouse", "run", "a b.yaml"]}))
+    (folder / "environment.json").write_text(
+        json.dumps(
+            {
+                "versions": {"torch": "2.15.0"},
+                "seed": 3,
+                "command": ["stillhouse", "run", "a b.yaml"],
+                "teachers": {"big": {"model": "hf:x", "nll": 0.5}},
+            }
+        )
+    )
     (folder / "evaluation.json").write_text(json.dumps({"accuracy": 0.7012, "parameters": 272474, "peer": {"accuracy": 0.5}}))
     (folder / "product" / "product.json").write_text(json.dumps({"kind": "student"}))
     (folder / "metrics.csv").write_text(
@@ -163,6 +172,9 @@ def test_a_run_report_has_results_curves_recipe_and_versions(tmp_path: Path):
     assert path == tmp_path / "run" / "report.html"
     assert "70.12 %" in html
     assert "Accuracy (peer)" in html
+    assert "Teacher: big" in html
+    assert "hf:x" in html
+    assert "0.500 nats" in html
     assert "Training: teacher" in html
     assert "Training: student" in html
     assert len(re.findall(r'id="(loss|figure)-\d', html)) == 5  # teacher: losses, lr; student: losses, lr, accuracy
@@ -209,6 +221,9 @@ def test_a_folder_without_a_run_or_with_a_broken_file_gets_a_sentence(tmp_path: 
         ("accuracy", 0.7234, "72.34 %"),
         ("val/accuracy", 0.5, "50.00 %"),
         ("parameters", 11_689_512, "11.7 M"),
+        ("parameters", 1210, "1.21 k"),
+        ("parameters", 999, "999"),
+        ("multiply_adds", 4.1e9, "4.10 G"),
         ("file_bytes", 1_100_000, "1.10 MB"),
         ("latency_ms", 132.4, "132 ms"),
         ("nll", float("nan"), "–"),
@@ -218,4 +233,4 @@ def test_a_folder_without_a_run_or_with_a_broken_file_gets_a_sentence(tmp_path: 
     ],
 )
 def test_figures_are_shown_in_the_unit_a_reader_expects(name: str, value: float, text: str):
-    assert quantity(name).text(value) == text
+    assert quantity(name, value).text(value) == text

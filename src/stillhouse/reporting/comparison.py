@@ -41,7 +41,7 @@ class Comparison:
 
     title: str
     primary: str
-    names: list[str]  # of all figures, in reading order, the primary one first
+    shown: dict[str, Quantity]  # how each figure is shown, in reading order, the primary one first
     rows: list[Row]
     baseline: str | None
     teacher: Row | None
@@ -49,22 +49,22 @@ class Comparison:
 
     def headers(self) -> list[str]:
         """Titles of the table's columns, with units."""
-        shown = [quantity(n).header for n in self.names]
+        headers = [q.header for q in self.shown.values()]
         if self.baseline is not None:
-            unit = quantity(self.primary).difference_unit
-            shown.insert(1, f"Gain over {self.baseline}" + (f" ({unit})" if unit else ""))
-        return ["Method", *shown]
+            unit = self.shown[self.primary].difference_unit
+            headers.insert(1, f"Gain over {self.baseline}" + (f" ({unit})" if unit else ""))
+        return ["Method", *headers]
 
     def cells(self) -> list[list[Cell]]:
         """The table, a list of cells for each row; the teacher, where there is one, comes last."""
         return [self._cells(row) for row in [*self.rows, *([self.teacher] if self.teacher else [])]]
 
     def _cells(self, row: Row) -> list[Cell]:
-        cells = [_spread_cell(quantity(n), row.values(n)) for n in self.names]
+        cells = [_spread_cell(q, row.values(name)) for name, q in self.shown.items()]
         if self.baseline is not None:
             is_baseline = row.label == self.baseline and row is not self.teacher
-            cells.insert(1, Cell("baseline", 0.0) if is_baseline else _gain_cell(quantity(self.primary), row.gain))
-        return [Cell(row.label + (" (teacher)" if row is self.teacher else "")), *cells]
+            cells.insert(1, Cell("baseline", 0.0) if is_baseline else _gain_cell(self.shown[self.primary], row.gain))
+        return [Cell(row.label), *cells]
 
 
 def compare(results: Mapping[str, Any]) -> Comparison:
@@ -101,14 +101,16 @@ def compare(results: Mapping[str, Any]) -> Comparison:
         )
         for label, row, f in zip(labels, given, figures)
     ]
-    teacher = results.get("teacher")
+    given_teacher = results.get("teacher") or {}
+    teacher = _teacher(given_teacher) if given_teacher.get("metrics") else None
+    every = [*rows, *([teacher] if teacher else [])]
     return Comparison(
         title=results.get("title") or results.get("slug") or "Comparison",
         primary=primary,
-        names=[primary, *(n for n in names if n != primary)],
+        shown={n: quantity(n, max((abs(v) for row in every for v in row.values(n)), default=0.0)) for n in sorted(names, key=lambda n: n != primary)},
         rows=rows,
         baseline=baseline,
-        teacher=_teacher(teacher) if teacher and teacher.get("metrics") else None,
+        teacher=teacher,
         note=_note(rows, baseline),
     )
 
@@ -146,7 +148,7 @@ def comparison_markdown(results: Mapping[str, Any]) -> str:
 def write_comparison_report(results: Mapping[str, Any], path: Path) -> Path:
     """Write the comparison as one HTML file that needs no network. Returns its path; raises as `compare`."""
     comparison = compare(results)
-    shown = quantity(comparison.primary)
+    shown = comparison.shown[comparison.primary]
     labels = [row.label for row in comparison.rows]
     marked = [labels.index(comparison.baseline)] if comparison.baseline is not None else []
     body = [
@@ -186,7 +188,13 @@ def _gain(values: Mapping[int, float], baseline: Mapping[int, float], shown: Qua
 
 def _teacher(given: Mapping[str, Any]) -> Row:
     as_list = {n: v if isinstance(v, Sequence) else [v] for n, v in given["metrics"].items()}
-    return Row(str(given.get("label", "teacher")), (), {n: [float(x) for x in v if x is not None] for n, v in as_list.items()}, None)
+    label = str(given.get("label", "teacher"))
+    return Row(
+        label if "teacher" in label.lower() else f"{label} (teacher)",
+        (),
+        {n: [float(x) for x in v if x is not None] for n, v in as_list.items()},
+        None,
+    )
 
 
 def _note(rows: Sequence[Row], baseline: str | None) -> str:
@@ -245,7 +253,7 @@ def _glance(comparison: Comparison, shown: Quantity) -> list[tuple[str, str, str
 
 
 def _glossary(comparison: Comparison) -> str:
-    meanings = {quantity(n).header: quantity(n).meaning for n in comparison.names if quantity(n).meaning}
+    meanings = {q.header: q.meaning for q in comparison.shown.values() if q.meaning}
     return folded("What the columns mean", pairs(meanings)) if meanings else ""
 
 
@@ -268,10 +276,10 @@ def _plots(comparison: Comparison, shown: Quantity) -> list[str]:
 
     def dot_plot(name: str) -> str:
         line = (teacher.label, of_teacher(name)) if teacher and not math.isnan(of_teacher(name)) else None
-        text = f"{quantity(name).title} of each method: every seed (ring), the mean (filled) and its 95 % t interval (bar)" + (
+        text = f"{comparison.shown[name].title} of each method: every seed (ring), the mean (filled) and its 95 % t interval (bar)" + (
             "; dashed: the teacher." if line else "."
         )
-        return figure(dots(spreads(name), quantity(name), style, line), f"dots-{name}", text)
+        return figure(dots(spreads(name), comparison.shown[name], style, line), f"dots-{name}", text)
 
     out = [
         section(
@@ -282,22 +290,23 @@ def _plots(comparison: Comparison, shown: Quantity) -> list[str]:
     ]
     quality = spreads(comparison.primary)
     costs = []
-    for name in ("parameters", "multiply_adds", "train_seconds"):
+    for name in (n for n in ("parameters", "multiply_adds", "train_seconds") if n in comparison.shown):
+        cost = comparison.shown[name]
         points = {row.label: (mean(row.values(name)), quality[row.label]) for row in comparison.rows if row.values(name) and row.label in quality}
         star = (teacher.label, of_teacher(name), of_teacher(comparison.primary)) if teacher else None
         if star and math.isnan(star[1] + star[2]):
             star = None
-        if len({cost for cost, _ in points.values()} | ({star[1]} if star else set())) > 1:
-            text = f"{shown.title} against {quantity(name).title.lower()}. {quantity(name).meaning}"
-            costs.append(figure(trade(points, quantity(name), shown, style, star), f"cost-{name}", text))
+        if len({value for value, _ in points.values()} | ({star[1]} if star else set())) > 1:
+            text = f"{shown.title} against {cost.title.lower()}. {cost.meaning}"
+            costs.append(figure(trade(points, cost, shown, style, star), f"cost-{name}", text))
     if costs:
         marks = [(look.mark, look.color, label) for label, look in style.items()]
         if teacher:
-            marks.append((TEACHER.mark, TEACHER.color, f"{teacher.label} (teacher)"))
+            marks.append((TEACHER.mark, TEACHER.color, teacher.label))
         text = "The best place is the upper left: good at a low price. Bars are 95 % t intervals of the mean."
         out.append(section("Quality against cost", text, legend(marks), grid(costs)))
-    if "ece" in comparison.names and comparison.primary != "ece":
-        out.append(section("Calibration", f"{quantity('ece').meaning}", dot_plot("ece")))
+    if "ece" in comparison.shown and comparison.primary != "ece":
+        out.append(section("Calibration", comparison.shown["ece"].meaning, dot_plot("ece")))
     return out
 
 

@@ -98,7 +98,7 @@ def dots(spreads: Mapping[str, Spread], shown: Quantity, style: Mapping[str, Sty
         fig.add_vline(x=value * shown.scale, line={"color": TEACHER.color, "dash": "dash", "width": 1.5})
         fig.add_scatter(
             x=[value * shown.scale],
-            y=[_wrapped(f"{name} (teacher)")],
+            y=[_wrapped(name)],
             mode="markers",
             marker={"color": TEACHER.color, "size": 14, "symbol": TEACHER.symbol},
             hovertemplate="teacher: %{x:.4~g}<extra></extra>",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 
 @dataclass(frozen=True)
@@ -16,6 +16,14 @@ class Quantity:
     decimals: int | None = None  # None: three significant digits
     better: int = 0
     meaning: str = ""
+    prefixes: bool = False  # thousands, millions or billions, whichever suits the largest value shown
+
+    def suited_to(self, largest: float) -> Quantity:
+        """The same figure in the unit that suits values up to `largest`: k, M or G before the unit, where it takes prefixes."""
+        if not self.prefixes or not abs(largest) >= 1000:
+            return self
+        power = min(3, int(math.log10(abs(largest))) // 3)
+        return replace(self, unit=" kMG"[power] + self.unit, scale=self.scale / 1000**power)
 
     @property
     def header(self) -> str:
@@ -61,20 +69,23 @@ _KNOWN = {
     "aurc": Quantity(
         "AURC", "×10⁻³", 1000, 1, -1, "Error rate when the least confident answers are withheld, averaged over how many are; lower is better."
     ),
-    "parameters": Quantity("Parameters", "M", 1e-6, None, -1, "Numbers that the model holds, in millions."),
+    "parameters": Quantity("Parameters", "", 1, None, -1, "Numbers that the model holds.", prefixes=True),
     "multiply_adds": Quantity(
-        "Multiply-adds", "M", 1e-6, None, -1, "Multiplications with addition for one sample, in millions: the work of one prediction."
+        "Multiply-adds", "", 1, None, -1, "Multiplications with addition for one sample: the work of one prediction.", prefixes=True
     ),
     "latency_ms": Quantity("Latency", "ms", 1, None, -1, "Median time of one prediction, one sample at a time (one CPU thread, or the GPU)."),
-    "file_bytes": Quantity("File size", "MB", 1e-6, None, -1, "What the saved product takes on disk, in millions of bytes."),
+    "file_bytes": Quantity("File size", "B", 1, None, -1, "What the saved product takes on disk, in bytes.", prefixes=True),
     "train_seconds": Quantity("Training time", "s", 1, None, -1, "Wall-clock time of the training."),
+    "run_seconds": Quantity(
+        "Whole run", "s", 1, None, -1, "Wall-clock time of the whole run, with its teacher's training where that was not already there."
+    ),
 }
 
 
-def quantity(name: str) -> Quantity:
-    """How the figure of this name is shown; `val/accuracy` as `accuracy`; an unknown name as itself, to three digits."""
+def quantity(name: str, largest: float = 0.0) -> Quantity:
+    """How the figure of this name is shown, in a unit for values up to `largest`; `val/accuracy` as `accuracy`; an unknown name as itself, to three digits."""
     base = name.rsplit("/", 1)[-1]
-    return _KNOWN.get(base, Quantity(base.replace("_", " ").capitalize()))
+    return _KNOWN.get(base, Quantity(base.replace("_", " ").capitalize())).suited_to(largest)
 
 
 def in_reading_order(names: set[str]) -> list[str]:

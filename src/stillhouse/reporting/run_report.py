@@ -14,7 +14,7 @@ import yaml
 
 from stillhouse.errors import UserError
 from stillhouse.reporting.page import cards, code, figure, grid, page, pairs, section, write
-from stillhouse.reporting.quantities import quantity
+from stillhouse.reporting.quantities import in_reading_order, quantity
 
 Curve = tuple[list[float], list[float]]
 _POSITION = ("stage", "epoch", "step")
@@ -45,6 +45,8 @@ def write_run_report(folder: str | Path) -> Path:
     body = []
     if evaluation:
         body.append(section("Results", "What the finished product does on test data, and what it costs.", cards(_headline(evaluation))))
+    for name, figures in ((environment or {}).pop("teachers", None) or {}).items():
+        body.append(section(f"Teacher: {name}", "The network that the student learned from, on the same test data.", cards(_headline(figures))))
     body += _training(curves)
     if product:
         body.append(section("Product", "What the run left to keep, in the folder product/.", pairs(_flat(product))))
@@ -102,12 +104,14 @@ def _training(curves: Mapping[str, Mapping[str, Curve]]) -> list[str]:
     return out
 
 
-def _headline(evaluation: Mapping[str, Any]) -> list[tuple[str, str, str]]:
-    items = []
-    for name, value in _flat(evaluation).items():
-        shown = quantity(name)
-        title = shown.title + (f" ({name.rsplit('/', 1)[0]})" if "/" in name else "")
+def _headline(figures: Mapping[str, Any]) -> list[tuple[str, str, str]]:
+    """Cards of named figures, numbers in their units and anything else as it is."""
+    items, flat = [], _flat(figures)
+    for name in in_reading_order(set(flat)):
+        value = flat[name]
         number = isinstance(value, int | float) and not isinstance(value, bool)
+        shown = quantity(name, value if number else 0.0)
+        title = shown.title + (f" ({name.rsplit('/', 1)[0]})" if "/" in name else "")
         items.append((title, shown.text(value) if number else str(value), shown.meaning))
     return items
 
