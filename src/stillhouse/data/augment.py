@@ -53,7 +53,7 @@ def normalise(images: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -
     """(B, C, H, W) uint8, or floats in [0, 1], as float32 with each channel centred and scaled."""
     unit = 255.0 if images.dtype == torch.uint8 else 1.0
     centre, scale = (torch.tensor(v, dtype=torch.float32)[:, None, None] * unit for v in (mean, std))
-    return images.to(torch.float32).sub_(centre).div_(scale) if images.dtype != torch.float32 else (images - centre) / scale
+    return images.to(torch.float32, copy=True).sub_(centre).div_(scale)
 
 
 def resize(images: Tensor, size: tuple[int, int]) -> Tensor:
@@ -70,7 +70,8 @@ def transforms(items: list[str | dict[str, Any]], where: str = "data.augment") -
     from torchvision.transforms import v2
 
     built = [_transform(item, f"{where}.{i}") for i, item in enumerate(items)]
-    return v2.Compose(built) if built else v2.Identity()
+    compose: Callable[[Any], Any] = v2.Compose(built) if built else v2.Identity()
+    return compose
 
 
 def _transform(item: str | dict[str, Any], where: str) -> Any:

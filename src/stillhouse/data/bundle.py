@@ -45,8 +45,8 @@ class DataBundle:
         classes: class names, in label order.
         input_shape: (C, H, W) of a model's input; any shape for float inputs.
         mean, std: the normalisation per channel; () for inputs used as they are.
-        fingerprint: a hash of the samples, their splits and labels, and what is done to them; equal data and options give an equal fingerprint,
-            wherever the files lie and however many workers read them.
+        fingerprint: a hash of the samples, their splits and labels, the input's size and the normalisation; equal data gives an equal one wherever
+            the files lie. Augmentation is not in it.
     """
 
     name: str
@@ -63,6 +63,10 @@ class DataBundle:
     @property
     def num_classes(self) -> int:
         return len(self.classes)
+
+    @property
+    def _size(self) -> tuple[int, int]:
+        return self.input_shape[-2], self.input_shape[-1]
 
     def has(self, split: str) -> bool:
         """Whether there is such a split. Raises `UserError` for a word that is no split's."""
@@ -92,7 +96,7 @@ class DataBundle:
         own = transforms(augment) if isinstance(augment, list) else None
         if part.samples.pixels is None:
             if own is None and self.mean:
-                own = _photo(self.input_shape[-2:], self._source.shape[-2:], augment == "standard", self._source.flip)
+                own = _photo(self._size, max(self._source.shape[-2:]) <= SMALL, augment == "standard", self._source.flip)
             return ItemInputs(part.samples.item, part.positions, own, self.input_shape, self.mean, self.std)
         images, held = self._decoded(part)
         rows = np.searchsorted(held, part.positions)
@@ -100,7 +104,7 @@ class DataBundle:
             return ItemInputs(_Rows(images).item, rows, own, self.input_shape, self.mean, self.std)
         moves = augment == "standard"
         pad = max(images.shape[-1] // 8, 1) if moves else 0
-        return PixelInputs(images, rows, self.mean, self.std, self.input_shape[-2:], pad, moves and self._source.flip)
+        return PixelInputs(images, rows, self.mean, self.std, self._size, pad, moves and self._source.flip)
 
     def _decoded(self, part: _Split) -> tuple[Tensor, np.ndarray]:
         """The images of all splits that share this split's samples, and their positions; decoded once."""
@@ -149,13 +153,15 @@ def load(spec: DataSpec, data_root: str | Path | None = None) -> DataBundle:
     if "test" not in parts:
         test = stratified(train.labels, 0.2, spec.seed, "test")
         parts["test"], train = train.at(test), train.at(np.setdiff1d(np.arange(len(train.labels)), test))
+        if not len(train.labels):
+            raise UserError(f"The data set '{spec.name}' has no test split, and one training sample is too few to take one from.")
     if spec.size is not None:
         train = train.at(balanced(train.labels, spec.size, spec.seed, "size"))
     if spec.test_size is not None:
         parts["test"] = parts["test"].at(balanced(parts["test"].labels, spec.test_size, spec.seed, "test_size"))
     splits = {**parts, **_cut(train, spec, len(classes), "val" not in parts)}
     shape, mean, std = _form(found, spec)
-    facts = (classes, shape, mean, std, sorted((name, part.identity) for name, part in splits.items()), spec.augment, spec.mixup, spec.cutmix)
+    facts = (classes, shape, mean, std, sorted((name, part.identity) for name, part in splits.items()))
     bundle = DataBundle(spec.name, classes, shape, mean, std, digest(*facts), spec, found, splits)
     if isinstance(spec.augment, list):
         transforms(spec.augment)  # a wrong name is told at once, not at the first batch
@@ -200,14 +206,14 @@ def _form(found: Source, spec: DataSpec) -> tuple[tuple[int, ...], tuple[float, 
     return (found.shape[0], spec.image_size, spec.image_size), mean, std
 
 
-def _photo(size: tuple[int, int], native: tuple[int, int], standard: bool, flip: bool) -> Callable[[Any], Any]:
+def _photo(size: tuple[int, int], small: bool, standard: bool, flip: bool) -> Callable[[Any], Any]:
     """The usual transforms of images that are read one by one: a random resized crop (small images: a shifted crop) and a flip, or the centre."""
     from torchvision.transforms import v2
 
     if not standard:
         return _Centre(size)
     mirror = [v2.RandomHorizontalFlip()] if flip else []
-    if max(native) <= SMALL:
+    if small:
         return v2.Compose([_Centre(size), v2.RandomCrop(size, padding=max(size[0] // 8, 1)), *mirror])
     return v2.Compose([v2.RandomResizedCrop(size), *mirror])
 

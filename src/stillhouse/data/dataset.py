@@ -146,7 +146,7 @@ class ItemInputs:
 
     def _plain(self, position: int) -> Any:
         value = self.item(position)
-        return self.transform(_as_tensor(value)) if self.transform else value
+        return self.transform(as_tensor(value)) if self.transform else value
 
     def _image(self, position: int) -> Tensor:
         from torchvision.transforms.v2 import functional as V
@@ -167,7 +167,8 @@ class ItemInputs:
         return value if value.dtype == torch.uint8 else value.to(torch.float32)
 
 
-def _as_tensor(value: Any) -> Any:
+def as_tensor(value: Any) -> Any:
+    """Arrays, numbers and lists as tensors, floats as float32; anything else as it is."""
     value = torch.as_tensor(value) if isinstance(value, np.ndarray | float | int | list) else value
     return value.to(torch.float32) if isinstance(value, Tensor) and value.is_floating_point() else value
 
@@ -176,7 +177,7 @@ def _stack(rows: list[Any]) -> Any:
     """(B, ...) of tensors or arrays; of mappings, a mapping of such. Raises `UserError` for shapes that differ."""
     if isinstance(rows[0], dict):
         return {k: _stack([r[k] for r in rows]) for k in rows[0]}
-    tensors = [_as_tensor(r) for r in rows]
+    tensors = [as_tensor(r) for r in rows]
     shapes = {tuple(t.shape) for t in tensors}
     if len(shapes) > 1:
         raise UserError(f"The inputs of a batch have different shapes: {', '.join(map(str, sorted(shapes)[:3]))}; make them equal.")

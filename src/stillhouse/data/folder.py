@@ -10,7 +10,7 @@ import numpy as np
 from PIL import Image
 
 from stillhouse.data.source import IMAGENET_MEAN, IMAGENET_STD, Samples, Source, digest, evenly, existing
-from stillhouse.errors import UserError, unknown
+from stillhouse.errors import UserError, nearest
 from stillhouse.recipe import DataSpec
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp", ".gif")
@@ -65,7 +65,9 @@ def _scan(folder: Path, classes: list[str]) -> Samples:
     labels: list[int] = []
     for name in sorted(entry.name for entry in os.scandir(folder) if entry.is_dir() and not entry.name.startswith(".")):
         if name not in ids:
-            raise unknown(f"class folder in the training set for '{folder / name}', class", name, classes)
+            close = nearest(name, classes, 1)
+            hint = f"; did you mean '{close[0]}'?" if close else "."
+            raise UserError(f"imagefolder: '{folder / name}' is a class that the training set does not have{hint}")
         found = sorted(os.path.join(at, f) for at, _, files in os.walk(folder / name) for f in files if f.lower().endswith(EXTENSIONS))
         paths += found
         labels += [ids[name]] * len(found)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import inspect
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from stillhouse.data.dataset import as_tensor
 from stillhouse.data.parquet import DecodedImages
 from stillhouse.data.source import IMAGENET_MEAN, IMAGENET_STD, SMALL, Samples, Source, cache_folder, digest, evenly, existing, in_memory
 from stillhouse.errors import MissingExtra, UserError, nearest, unknown
@@ -137,7 +138,7 @@ def hf(repo: str, spec: DataSpec, root: Path) -> Source:
 
 def _hf_column(features: Any, asked: str | None, usual: list[str], option: str, repo: str) -> str:
     chosen = asked or next((n for n in usual if n in features), None)
-    if chosen not in features:
+    if chosen is None or chosen not in features:
         raise UserError(f"hf:{repo} has no column '{chosen or usual[0]}' (it has {', '.join(features)}); name it with data.options.{option}.")
     return chosen
 
@@ -145,7 +146,7 @@ def _hf_column(features: Any, asked: str | None, usual: list[str], option: str, 
 def _hf_samples(table: Any, image: str, label: str, what: str) -> Samples:
     labels = _int_labels(list(table[label]), what)
     rows = _Column(table.select_columns([image]), image)
-    samples = Samples(labels, digest(what, labels), rows.item)
+    samples = _sampled(labels, rows.item)
     first = rows.item(0) if len(labels) else None
     if isinstance(first, Image.Image) and max(first.size) <= SMALL:
         shape = (1 if first.mode in ("1", "L") else 3, first.height, first.width)
@@ -219,9 +220,12 @@ class _Inputs:
 
 
 def _sequence_samples(found: Any, labels: np.ndarray) -> Samples:
-    inputs = _Inputs(found)
-    seen = [_content(inputs.item(int(i))) for i in evenly(len(labels), 16)]
-    return Samples(labels, digest(labels, *seen), inputs.item)
+    return _sampled(labels, _Inputs(found).item)
+
+
+def _sampled(labels: np.ndarray, item: Callable[[int], Any]) -> Samples:
+    """Samples whose identity is their labels and the content of 16 of them."""
+    return Samples(labels, digest(labels, *(_content(item(int(i))) for i in evenly(len(labels), 16))), item)
 
 
 def _content(value: Any) -> Any:
@@ -246,14 +250,14 @@ def _source(samples: dict[str, Samples | None], classes: Any, flip: bool = True)
         raise UserError("The training split holds no samples.")
     names = [str(c) for c in classes] if classes else [str(i) for i in range(max(int(s.labels.max()) for s in parts.values()) + 1)]
     first = train.item(0)
-    if isinstance(first, np.ndarray):
-        first = Image.fromarray(first) if first.dtype == np.uint8 else torch.from_numpy(first)
+    first = Image.fromarray(first) if isinstance(first, np.ndarray) and first.dtype == np.uint8 else as_tensor(first)
+    shape: tuple[int, ...] = ()
     if isinstance(first, Image.Image):
         channels = 1 if first.mode in ("1", "L") else 3
         side = max(first.size) if max(first.size) <= SMALL else 224
         shape = (channels, first.height, first.width) if train.pixels else (channels, side, side)
-    else:
-        shape = tuple(first.shape) if isinstance(first, Tensor) else ()
+    elif isinstance(first, Tensor):
+        shape = tuple(first.shape)
     image = isinstance(first, Image.Image) or (isinstance(first, Tensor) and first.dtype == torch.uint8 and first.ndim == 3)
     usual = (None, None) if train.pixels else ((), ()) if not image else (IMAGENET_MEAN, IMAGENET_STD) if shape[0] == 3 else ((0.5,), (0.5,))
     return Source(train, names, shape, test=parts.get("test"), val=parts.get("val"), mean=usual[0], std=usual[1], flip=flip)

@@ -90,13 +90,12 @@ class Loader:
         return self._stream(_Stream(self, epoch, batch, epochs))
 
     def _stream(self, stream: _Stream) -> Iterator[Batch]:
-        make = _Make(self.dataset, self.seed)
         if not self.workers:
             for key in stream:
                 yield self.dataset.batch(key, self.seed)
             return
-        made = DataLoader(
-            make,  # type: ignore[arg-type]
+        made: DataLoader[Any] = DataLoader(
+            _Make(self.dataset, self.seed),  # type: ignore[arg-type]
             batch_sampler=stream,  # type: ignore[arg-type]
             num_workers=self.workers,
             collate_fn=_as_made,
@@ -147,9 +146,6 @@ class _Make:
             return self._dataset.batch(key, self._seed)
         except UserError as error:
             return UserError(str(error))
-
-    def __getitem__(self, key: BatchKey) -> Batch | UserError:
-        return self.__getitems__(key)
 
 
 def _as_made(batch: Any) -> Any:
@@ -240,8 +236,9 @@ class AdaptedLoader:
         for generator in {id(g): g for g in (getattr(self.loader, "generator", None), getattr(sampler, "generator", None))}.values():
             if isinstance(generator, torch.Generator):
                 generator.manual_seed(keys(self.seed, "order", epoch))
-        if hasattr(sampler, "set_epoch"):
-            sampler.set_epoch(epoch)
+        set_epoch = getattr(sampler, "set_epoch", None)
+        if set_epoch is not None:
+            set_epoch(epoch)
 
 
 def as_batch(made: Any) -> Batch:

@@ -95,6 +95,8 @@ class _Table:
     def samples(self) -> Samples:
         identity = digest([(Path(f).name, os.path.getsize(f)) for f in self.files], self.labels)
         small = max(self.shape[1:]) <= SMALL
+        if not small:
+            self._read_encoded()  # before workers fork, which then share it
         return Samples(self.labels, identity, self.item, DecodedImages(self.read, len(self.labels), self.shape, self.cache) if small else None)
 
     def item(self, position: int) -> Image.Image:
@@ -102,12 +104,16 @@ class _Table:
 
     def read(self, positions: np.ndarray) -> Iterator[Image.Image]:
         """The images at these positions, decoded one by one."""
+        encoded = self._read_encoded()
+        for position in positions.tolist():
+            yield _decode(encoded[position].as_py(), f"row {position} of {', '.join(self.files)}")
+
+    def _read_encoded(self) -> Any:
         if self._encoded is None:
             import pyarrow.parquet as pq
 
             self._encoded = pq.ParquetDataset(self.files).read(columns=[self.column]).column(self.column)
-        for position, value in zip(positions, self._encoded.take(positions)):
-            yield _decode(value.as_py(), f"row {position} of {', '.join(self.files)}")
+        return self._encoded
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_encoded": None}
@@ -152,7 +158,7 @@ def _decode(value: Any, where: str) -> Image.Image:
     """An image from its encoded bytes, or from Hugging Face's {bytes, path}."""
     data = value.get("bytes") if isinstance(value, dict) else value
     try:
-        image = Image.open(io.BytesIO(data))
+        image = Image.open(io.BytesIO(data or b""))
         image.load()
         return image
     except (OSError, SyntaxError, TypeError, ValueError) as error:

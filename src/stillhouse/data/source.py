@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from stillhouse.errors import UserError
+from stillhouse.errors import UserError, nearest, unknown
 from stillhouse.recipe import DataSpec
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -59,13 +59,12 @@ class Source:
     val: Samples | None = None
     mean: tuple[float, ...] | None = None
     std: tuple[float, ...] | None = None
-    flip: bool = field(default=True)
+    flip: bool = True
 
 
 def source(spec: DataSpec, root: Path) -> Source:
     """Find the data set that `spec.name` names. Raises `UserError` in a sentence where it is unknown, missing or empty."""
     from stillhouse.data import folder, libraries, named, parquet
-    from stillhouse.errors import unknown
 
     if spec.name in ("digits", "cifar10"):
         if spec.options:
@@ -100,8 +99,6 @@ def cache_folder() -> Path:
 
 def existing(path: str, root: Path) -> Path:
     """A path as given, or under the data root. Raises `UserError` with the nearest sibling."""
-    from stillhouse.errors import nearest
-
     tried = Path(path).expanduser()
     for candidate in (tried, root / tried):
         if candidate.exists():
