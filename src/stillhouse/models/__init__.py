@@ -51,7 +51,7 @@ def build(spec: ModelSpec, num_classes: int | None = None, input_shape: tuple[in
         raise
     except (TypeError, ValueError, RuntimeError, AssertionError, ArithmeticError) as error:
         given = f" with options {spec.options}" if spec.options else ""
-        raise UserError(f"Could not build '{spec.model}'{given}: {str(error).strip() or type(error).__name__}.") from error
+        raise UserError(f"Could not build '{spec.model}'{given}: {str(error).strip().rstrip('.') or type(error).__name__}.") from error
     if spec.checkpoint is not None:
         load_weights(model, spec.checkpoint, owner=f"model '{spec.model}'")
     return model

@@ -175,7 +175,7 @@ def _logits(model: nn.Module, batch: Batch) -> Tensor:
         given = batch["input"]
         shapes = {k: tuple(v.shape) for k, v in given.items()} if isinstance(given, Mapping) else tuple(given.shape)
         raise UserError(
-            f"{type(model).__name__} could not run on an input of shape {shapes}: {str(error).strip() or type(error).__name__}."
+            f"{type(model).__name__} could not run on an input of shape {shapes}: {str(error).strip().rstrip('.') or type(error).__name__}."
         ) from error
 
 

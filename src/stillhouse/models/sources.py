@@ -250,6 +250,5 @@ def _published(name: str, pretrained: bool, make: Callable[[], Any]) -> Any:
     except Exception as error:
         if not pretrained:
             raise
-        raise UserError(
-            f"Could not get the published weights of '{name}': {str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__}."
-        ) from error
+        said = str(error).strip().splitlines() or [type(error).__name__]
+        raise UserError(f"Could not get the published weights of '{name}' (no network?): {said[0].rstrip('.')}.") from error
