@@ -1,4 +1,4 @@
-"""Evaluators: how a product is judged, by its kind. An evaluator is a function that returns figures by name.
+"""Evaluators: how a product is judged, by its kind. An evaluator is a function `(product, run)` that returns figures by name.
 
 A kind has its evaluator in the file of that name here (`student.py`), or any file registers one with `@evaluates("kind")` when it is imported.
 """

@@ -27,7 +27,9 @@ def judge(product: Student, run: Run) -> dict[str, float]:
     data = run.config.data
     split = "test" if run.data(data).has("test") else "train"
     loader = run.loader(data, split)
-    return evaluate_student(product.module, loader, next(iter(loader)), getattr(run.config, "evaluate", GROUPS), run.folder / "product" / "model.safetensors")
+    return evaluate_student(
+        product.module, loader, next(iter(loader)), getattr(run.config, "evaluate", GROUPS), run.folder / "product" / "model.safetensors"
+    )
 
 
 def evaluate_student(

@@ -44,9 +44,10 @@ def write_run_report(folder: str | Path) -> Path:
 
     body = []
     if evaluation:
-        body.append(section("Results", "What the finished product does on test data, and what it costs.", cards(_headline(evaluation))))
+        body.append(section("Results", "What the finished product does on test data, and what it costs.", cards(_shown(evaluation))))
     for name, figures in ((environment or {}).pop("teachers", None) or {}).items():
-        body.append(section(f"Teacher: {name}", "The network that the student learned from, on the same test data.", cards(_headline(figures))))
+        facts = {title: value for title, value, _ in _shown(figures)}
+        body.append(section(f"Teacher: {name}", "The network that the student learned from, judged on test data.", pairs(facts)))
     body += _training(curves)
     if product:
         body.append(section("Product", "What the run left to keep, in the folder product/.", pairs(_flat(product))))
@@ -91,7 +92,7 @@ def _training(curves: Mapping[str, Mapping[str, Curve]]) -> list[str]:
         losses = dict(sorted(losses.items(), key=lambda item: item[0] != "loss"))
         figures = []
         if losses:
-            text = "The loss and the terms that make it up, as trained." if len(losses) > 1 else "The loss, as trained."
+            text = "The loss, and its terms before they are weighted." if len(losses) > 1 else "The loss."
             figures.append(figure(lines(losses, "optimiser step", "loss", may_be_log=True), f"loss-{i}", text))
         for n, (name, (xs, ys)) in enumerate((n, c) for n, c in by_name.items() if n not in losses):
             shown = quantity(name)
@@ -104,8 +105,8 @@ def _training(curves: Mapping[str, Mapping[str, Curve]]) -> list[str]:
     return out
 
 
-def _headline(figures: Mapping[str, Any]) -> list[tuple[str, str, str]]:
-    """Cards of named figures, numbers in their units and anything else as it is."""
+def _shown(figures: Mapping[str, Any]) -> list[tuple[str, str, str]]:
+    """Named figures as (title, value, meaning): numbers in their units, anything else as it is."""
     items, flat = [], _flat(figures)
     for name in in_reading_order(set(flat)):
         value = flat[name]
