@@ -29,7 +29,7 @@ from stillhouse.errors import UserError
 from stillhouse.evaluation.classification import aurc, excess_aurc, expected_calibration_error
 from stillhouse.functional import checks
 from stillhouse.functional.divergences import soft_cross_entropy
-from stillhouse.functional.labels import check_label, hard_only, is_soft
+from stillhouse.functional.labels import check_label, is_soft
 from stillhouse.functional.precision import full_precision
 from stillhouse.objective import Context, Objective, Progress
 from stillhouse.signals import Batch, Signals, call_model, read_logits
@@ -93,7 +93,6 @@ class PSKD(Objective):
         self.alpha, self.past = alpha, past
         self.needs = frozenset({"student.logits", "label"} | ({"teacher.logits", "index"} if past == "table" else set()))
         self.snapshot: nn.Module | None = None
-        self._snapshot_said: Tensor | None = None
 
     def prepare(self, ctx: Context) -> None:
         if self.past == "snapshot":
@@ -111,11 +110,6 @@ class PSKD(Objective):
             for mine, theirs in zip(self.snapshot.state_dict().values(), ctx.student.state_dict().values()):
                 mine.copy_(theirs)
 
-    @torch.no_grad()
-    def before_step(self, batch: Batch, teacher: Signals, ctx: Context) -> None:
-        if self.snapshot is not None and ctx.progress.epoch > 0:
-            self._snapshot_said = torch.softmax(read_logits(call_model(self.snapshot, batch)).float(), dim=-1)
-
     def forward(self, student: Signals, teacher: Signals, batch: Batch, progress: Progress) -> dict[str, Tensor]:
         labels, logits = batch["label"], student.logits
         growing = share(self.alpha, progress.epoch, progress.epochs)
@@ -123,7 +117,8 @@ class PSKD(Objective):
             if is_soft(labels):
                 raise UserError("ps_kd: the table remembers unmixed samples, but labels are soft; turn mixup and cutmix off, or set past: snapshot.")
             return {"loss": ps_kd_loss(logits, labels, teacher.log_probs().exp(), growing)}
-        said, self._snapshot_said = self._snapshot_said, None
-        if said is None:  # the first epoch has no past: its target is the label
-            said, growing = torch.zeros_like(logits, dtype=torch.float32), 0.0
+        if self.snapshot is None or progress.epoch == 0:  # the first epoch has no past: its target is the label
+            return {"loss": ps_kd_loss(logits, labels, torch.zeros_like(logits, dtype=torch.float32), 0.0)}
+        with torch.no_grad():
+            said = torch.softmax(read_logits(call_model(self.snapshot, batch)).float(), dim=-1)
         return {"loss": ps_kd_loss(logits, labels, said, growing)}
