@@ -146,7 +146,7 @@ def aurc(confidence: Tensor, correct: Tensor) -> float:
     wrong = 1.0 - correct[order].double()
     wrong = (torch.zeros(len(size), dtype=torch.double, device=wrong.device).index_add_(0, tie, wrong) / size)[tie]
     seen = torch.arange(1, len(wrong) + 1, dtype=torch.double, device=wrong.device)
-    return (wrong.cumsum(0) / seen).mean().item()
+    return float((wrong.cumsum(0) / seen).mean())
 
 
 def excess_aurc(confidence: Tensor, correct: Tensor) -> float:

@@ -100,7 +100,7 @@ def _one_thread() -> Iterator[None]:
 @contextmanager
 def _unfused() -> Iterator[None]:
     """Inside, transformer and recurrent layers run as the products they are made of: their fused kernels count as nothing."""
-    kernels = (torch.backends.mkldnn, torch.backends.cudnn)
+    kernels: tuple[Any, ...] = (torch.backends.mkldnn, torch.backends.cudnn)
     before = [k.enabled for k in kernels]
     fast = torch.backends.mha.get_fastpath_enabled()
     try:
