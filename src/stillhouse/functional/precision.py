@@ -28,7 +28,7 @@ def full_precision(loss: Callable[P, R]) -> Callable[P, R]:
         raised = [_raise(a) for a in args]
         named = {k: _raise(v) for k, v in kwargs.items()}
         device = next((a.device.type for a in (*raised, *named.values()) if isinstance(a, Tensor)), "cpu")
-        if not torch.is_autocast_enabled(device):
+        if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
             return loss(*raised, **named)  # type: ignore[arg-type]
         with torch.autocast(device, enabled=False):
             return loss(*raised, **named)  # type: ignore[arg-type]
