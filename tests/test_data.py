@@ -327,6 +327,13 @@ def test_a_wrong_transform_or_argument_is_told_with_its_place(augment, message):
         digits(augment=augment)
 
 
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_transform_that_does_not_fit_the_images_is_told(workers):
+    data = digits(size=20, augment=[{"RandomCrop": {"size": 64}}]).dataset("train", train=True)
+    with pytest.raises(UserError, match=r"^data.augment cannot be applied to sample \d+: Required crop size"):
+        next(iter(Loader(data, 4, workers=workers)))
+
+
 def test_a_list_of_transforms_is_applied_to_training_only():
     bundle = digits(size=50, augment=[{"RandomHorizontalFlip": {"p": 1.0}}, {"RandomApply": {"transforms": ["RandomVerticalFlip"], "p": 0.0}}])
     train, plain = (next(iter(Loader(bundle.dataset("train", train=t), 50)))["input"] for t in (True, False))

@@ -212,10 +212,9 @@ def _photo(size: tuple[int, int], small: bool, standard: bool, flip: bool) -> Ca
 
     if not standard:
         return _Centre(size)
-    mirror = [v2.RandomHorizontalFlip()] if flip else []
-    if small:
-        return v2.Compose([_Centre(size), v2.RandomCrop(size, padding=max(size[0] // 8, 1)), *mirror])
-    return v2.Compose([v2.RandomResizedCrop(size), *mirror])
+    crops = [_Centre(size), v2.RandomCrop(size, padding=max(size[0] // 8, 1))] if small else [v2.RandomResizedCrop(size)]
+    usual: Callable[[Any], Any] = v2.Compose([*crops, *([v2.RandomHorizontalFlip()] if flip else [])])
+    return usual
 
 
 @dataclass

@@ -149,6 +149,7 @@ class ItemInputs:
         return self.transform(as_tensor(value)) if self.transform else value
 
     def _image(self, position: int) -> Tensor:
+        """uint8, or float32 in [0, 1], of the shape wanted."""
         from torchvision.transforms.v2 import functional as V
 
         value = self.item(position)
@@ -157,14 +158,18 @@ class ItemInputs:
         if isinstance(value, Image.Image):
             value = value.convert("L" if self.shape[0] == 1 else "RGB")
         if self.transform is not None:
-            value = self.transform(value)
+            try:
+                value = self.transform(value)
+            except (ValueError, TypeError, RuntimeError) as error:
+                raise UserError(f"data.augment cannot be applied to sample {position}: {str(error).rstrip('.')}.") from None
         if isinstance(value, Image.Image):
             value = V.pil_to_tensor(value)
         if tuple(value.shape[-2:]) != self.shape[-2:]:
             value = V.center_crop(V.resize(value, min(self.shape[-2:]), antialias=True), list(self.shape[-2:]))
         if tuple(value.shape) != self.shape:
             raise UserError(f"Sample {position} has shape {tuple(value.shape)} after data.augment, but inputs of shape {self.shape} are expected.")
-        return value if value.dtype == torch.uint8 else value.to(torch.float32)
+        image: Tensor = value if value.dtype == torch.uint8 else value.to(torch.float32)
+        return image
 
 
 def as_tensor(value: Any) -> Any:

@@ -45,7 +45,8 @@ def open_image(path: str | Path) -> Image.Image:
     """A decoded RGB image. Raises `UserError` naming the file that cannot be read."""
     try:
         with Image.open(path) as image:
-            return image.convert("RGB")
+            decoded: Image.Image = image.convert("RGB")
+            return decoded
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise UserError(f"Cannot read the image '{path}' ({error}); replace or remove it.") from None
 

@@ -103,9 +103,9 @@ def existing(path: str, root: Path) -> Path:
     for candidate in (tried, root / tried):
         if candidate.exists():
             return candidate
-    siblings = [p.name for p in tried.parent.iterdir()] if tried.parent.is_dir() else []
+    siblings = {p.name: p for place in (root / tried, tried) if place.parent.is_dir() for p in place.parent.iterdir()}
     close = nearest(tried.name, siblings, 1)
-    hint = f"; did you mean '{tried.parent / close[0]}'?" if close else f", nor under the data root '{root}'."
+    hint = f"; did you mean '{siblings[close[0]]}'?" if close else f", nor under the data root '{root}'."
     raise UserError(f"There is no file or folder '{path}'{hint}")
 
 

@@ -76,7 +76,7 @@ def noisy(labels: np.ndarray, rate: float, classes: int, seed: int) -> np.ndarra
     """
     if classes < 2:
         raise UserError("data.label_noise needs at least two classes.")
-    out = labels.copy()
+    out: np.ndarray = labels.copy()
     chosen = np.array(permutation(len(labels), seed, "noise")[: round(rate * len(labels))], dtype=np.int64)
     step = 1 + np.floor(uniforms(keys(seed, "noise class"), chosen, 1)[:, 0] * (classes - 1)).astype(np.int64)
     out[chosen] = (labels[chosen] + step) % classes
