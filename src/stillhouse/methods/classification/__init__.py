@@ -1,0 +1,1 @@
+"""Procedures for image classifiers: one paper, one file."""
