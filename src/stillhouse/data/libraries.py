@@ -80,7 +80,7 @@ def _torchvision_split(cls: Any, arguments: dict[str, Any], root: Path, takes: A
         return cls(**place, **arguments, download=True)
     except (RuntimeError, OSError, ImportError) as error:
         raise UserError(
-            f"torchvision:{cls.__name__} is not under '{root}' and could not be downloaded ({error}); "
+            f"torchvision:{cls.__name__} is not under '{root}' and could not be downloaded ({' '.join(str(error).split()).rstrip('.')}); "
             "name the folder that holds it with --data-root or STILLHOUSE_DATA."
         ) from None
 

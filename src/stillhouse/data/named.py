@@ -43,7 +43,7 @@ def cifar10(root: Path) -> Source:
             sets = [CIFAR10(str(root), train=train, download=True) for train in (True, False)]
         except (OSError, RuntimeError) as error:
             raise UserError(
-                f"CIFAR-10 is not under '{root}' (looked for cifar10/train*.parquet and test*.parquet) and could not be downloaded ({error}); "
+                f"CIFAR-10 is not under '{root}' (looked for cifar10/train*.parquet and test*.parquet) and could not be downloaded ({' '.join(str(error).split()).rstrip('.')}); "
                 "name the folder that holds it with --data-root or STILLHOUSE_DATA."
             ) from None
         parts = [in_memory(torch.from_numpy(s.data).permute(0, 3, 1, 2).contiguous(), np.array(s.targets, dtype=np.int64)) for s in sets]
