@@ -52,5 +52,4 @@ def same_size(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
     """Both features as maps, averaged (adaptive pooling) to the smaller height and the smaller width."""
     student, teacher = as_map(student), as_map(teacher)
     size = (min(student.shape[2], teacher.shape[2]), min(student.shape[3], teacher.shape[3]))
-    fit = lambda x: x if x.shape[2:] == size else F.adaptive_avg_pool2d(x, size)  # noqa: E731
-    return fit(student), fit(teacher)
+    return tuple(x if x.shape[2:] == size else F.adaptive_avg_pool2d(x, size) for x in (student, teacher))  # type: ignore[return-value]

@@ -29,9 +29,9 @@ def full_precision(loss: Callable[P, R]) -> Callable[P, R]:
         named = {k: _raise(v) for k, v in kwargs.items()}
         device = next((a.device.type for a in (*raised, *named.values()) if isinstance(a, Tensor)), "cpu")
         if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
-            return loss(*raised, **named)  # type: ignore[arg-type]
+            return loss(*raised, **named)
         with torch.autocast(device, enabled=False):
-            return loss(*raised, **named)  # type: ignore[arg-type]
+            return loss(*raised, **named)
 
     return run
 

@@ -13,6 +13,7 @@ A = the flattened mean over channels of f^p, of length 1; L = mean over entries 
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -60,4 +61,4 @@ class AT(Objective):
         self.needs = frozenset(f"student.tap:{s}" for s in student_layers) | frozenset(f"teacher.tap:{t}" for t in teacher_layers)
 
     def forward(self, student: Signals, teacher: Signals, batch: Batch, progress: Progress) -> dict[str, Tensor]:
-        return {"loss": sum(at_loss(student.taps[s], teacher.taps[t], self.p) for s, t in self.pairs)}
+        return {"loss": torch.stack([at_loss(student.taps[s], teacher.taps[t], self.p) for s, t in self.pairs]).sum()}

@@ -63,4 +63,5 @@ class CrossEntropy(Objective):
         self.label_smoothing, self.ignore_index = label_smoothing, ignore_index
 
     def forward(self, student: Signals, teacher: Signals, batch: Batch, progress: Progress) -> dict[str, Tensor]:
+        assert student.logits is not None
         return {"loss": cross_entropy(student.logits, batch["label"], self.label_smoothing, self.ignore_index)}

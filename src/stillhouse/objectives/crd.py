@@ -61,6 +61,11 @@ class Negatives(nn.Module):
         labels: class ids (N,) of the training set in index order.
     """
 
+    labels: Tensor
+    order: Tensor
+    counts: Tensor
+    starts: Tensor
+
     def __init__(self, labels: Tensor) -> None:
         super().__init__()
         counts = torch.bincount(labels)
@@ -93,6 +98,8 @@ class CRD(Objective):
     name = "crd"
     needs = frozenset({"student.embedding", "teacher.embedding", "index"})
     default_weight = 0.8
+    memory_student: Tensor
+    memory_teacher: Tensor
 
     def __init__(self, width: int = 128, negatives: int = 16384, temperature: float = 0.07, momentum: float = 0.5) -> None:
         super().__init__()
@@ -100,6 +107,7 @@ class CRD(Objective):
         self.width, self.negatives, self.temperature, self.momentum = width, negatives, temperature, momentum
 
     def build(self, student: Signals, teacher: Signals, batch: Batch) -> None:
+        assert student.embedding is not None and teacher.embedding is not None
         self.embed_student = nn.Linear(student.embedding.shape[-1], self.width)
         self.embed_teacher = nn.Linear(teacher.embedding.shape[-1], self.width)
 
@@ -115,6 +123,7 @@ class CRD(Objective):
         self.sampler = Negatives(labels.cpu()).to(device)
 
     def forward(self, student: Signals, teacher: Signals, batch: Batch, progress: Progress) -> dict[str, Tensor]:
+        assert student.embedding is not None and teacher.embedding is not None
         v_s = gather(F.normalize(self.embed_student(student.embedding).float()))
         v_t = gather(F.normalize(self.embed_teacher(teacher.embedding.detach()).float()))
         index = gather(batch["index"])

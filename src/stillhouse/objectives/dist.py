@@ -14,6 +14,7 @@ L = T^2 (beta * (1 - mean Pearson of rows) + gamma * (1 - mean Pearson of column
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -43,7 +44,7 @@ def dist_loss(student_probs: Tensor, teacher_probs: Tensor) -> dict[str, Tensor]
 def pearson(x: Tensor, y: Tensor, eps: float = 1e-8) -> Tensor:
     """Pearson correlation of each row of x with that of y, (N, M) and (N, M) -> (N,); 0 where a row is constant."""
     x, y = x - x.mean(1, keepdim=True), y - y.mean(1, keepdim=True)
-    return (x * y).sum(1) / (x.norm(dim=1) * y.norm(dim=1) + eps)
+    return (x * y).sum(1) / (torch.linalg.vector_norm(x, dim=1) * torch.linalg.vector_norm(y, dim=1) + eps)
 
 
 class DIST(Objective):
@@ -63,6 +64,7 @@ class DIST(Objective):
         self.beta, self.gamma, self.temperature = beta, gamma, temperature
 
     def forward(self, student: Signals, teacher: Signals, batch: Batch, progress: Progress) -> dict[str, Tensor]:
+        assert student.logits is not None
         student_probs = gather(F.softmax(student.logits.float() / self.temperature, dim=-1))
         terms = dist_loss(student_probs, gather(teacher.log_probs(self.temperature).exp().detach()))
         scale = self.temperature**2

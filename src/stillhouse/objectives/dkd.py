@@ -77,6 +77,7 @@ class DKD(Objective):
 
     def forward(self, student: Signals, teacher: Signals, batch: Batch, progress: Progress) -> dict[str, Tensor]:
         z, v = student.logits, teacher.log_probs()
+        assert z is not None
         if self.standardise:
             z, v = standardise(z), standardise(v)
         warmth = min(1.0, (progress.epoch + 1) / self.warmup_epochs) if self.warmup_epochs else 1.0

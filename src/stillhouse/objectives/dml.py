@@ -51,6 +51,7 @@ class DML(Objective):
         self.temperature = temperature
 
     def forward(self, student: Signals, teacher: Signals, batch: Batch, progress: Progress) -> dict[str, Tensor]:
+        assert student.logits is not None
         peer = teacher.logits
         if peer is None or (torch.is_grad_enabled() and not peer.requires_grad):
             raise UserError(f"dml: the teacher '{self.teacher}' must be a network that trains along: give it as `peer:`, not as `model:`.")

@@ -50,6 +50,7 @@ class KD(Objective):
 
     def forward(self, student: Signals, teacher: Signals, batch: Batch, progress: Progress) -> dict[str, Tensor]:
         logits = student.logits
+        assert logits is not None
         if self.standardise:
             return {"loss": kd_loss(standardise(logits), standardise(teacher.log_probs()), self.temperature)}
         targets = teacher.log_probs(self.temperature).detach()

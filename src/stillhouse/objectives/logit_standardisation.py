@@ -55,4 +55,5 @@ class LogitStandardisation(Objective):
         self.temperature, self.t_squared = temperature, t_squared
 
     def forward(self, student: Signals, teacher: Signals, batch: Batch, progress: Progress) -> dict[str, Tensor]:
+        assert student.logits is not None
         return {"loss": standardised_kd_loss(student.logits, teacher.log_probs(), self.temperature, self.t_squared)}

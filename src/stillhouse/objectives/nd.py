@@ -94,13 +94,13 @@ def read_class_means(path: str | Path, num_classes: int, width: int) -> Tensor:
 
 def adapter(student_width: int, teacher_width: int, dropout: float = 0.5, std: float | None = None) -> nn.Sequential:
     """BatchNorm1d, Dropout, Linear, as published: weights of PyTorch's default and zero bias, or with `std` both normal (0.01 on ImageNet)."""
-    layers = nn.Sequential(nn.BatchNorm1d(student_width), nn.Dropout(dropout), nn.Linear(student_width, teacher_width))
+    linear = nn.Linear(student_width, teacher_width)
     if std is None:
-        nn.init.zeros_(layers[2].bias)
+        nn.init.zeros_(linear.bias)
     else:
-        nn.init.normal_(layers[2].weight, std=std)
-        nn.init.normal_(layers[2].bias, std=std)
-    return layers
+        nn.init.normal_(linear.weight, std=std)
+        nn.init.normal_(linear.bias, std=std)
+    return nn.Sequential(nn.BatchNorm1d(student_width), nn.Dropout(dropout), linear)
 
 
 class ND(Objective):
@@ -115,6 +115,7 @@ class ND(Objective):
 
     name = "nd"
     needs = frozenset({"student.logits", "student.embedding", "teacher.embedding", "label"})
+    means: Tensor
 
     def __init__(
         self, variant: Variant = "nd", adapter_dropout: float = 0.5, adapter_std: float | None = None, class_means: str | None = None
@@ -122,9 +123,10 @@ class ND(Objective):
         super().__init__()
         checks.options("nd", share={"adapter_dropout": adapter_dropout}, non_negative={"adapter_std": adapter_std or 0.0})
         self.variant, self.adapter_dropout, self.adapter_std, self.table = variant, adapter_dropout, adapter_std, class_means
-        self.adapter: nn.Module | None = None
+        self.adapter: nn.Sequential | None = None
 
     def build(self, student: Signals, teacher: Signals, batch: Batch) -> None:
+        assert student.logits is not None and student.embedding is not None and teacher.embedding is not None
         width, wanted, classes = student.embedding.shape[-1], teacher.embedding.shape[-1], student.logits.shape[-1]
         if width != wanted:
             self.adapter = adapter(width, wanted, self.adapter_dropout, self.adapter_std)
@@ -139,6 +141,7 @@ class ND(Objective):
 
     def forward(self, student: Signals, teacher: Signals, batch: Batch, progress: Progress) -> dict[str, Tensor]:
         f_s, f_t = student.embedding, teacher.embedding
+        assert f_s is not None and f_t is not None
         if self.adapter is not None:
             if self.training and len(f_s) == 1:
                 raise UserError("nd: the adapter's batch norm cannot train on a batch of one sample; drop the last incomplete batch.")

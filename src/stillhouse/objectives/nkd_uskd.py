@@ -113,12 +113,17 @@ def uskd_loss(
     with torch.no_grad():  # Zipf's law over the ranking: label 1 / rank for every class, targets included, then targets dropped
         weak = F.softmax(weak_logits, dim=1)
         final = log_s if rank_on == "logs" else log_s.exp()
-        score = sum(part / (1 - part.gather(1, target).sum(1, keepdim=True) + 1e-6) for part in (weak, final))
+        score = share_of_rest(weak, target) + share_of_rest(final, target)
         rank = score.argsort(dim=1, descending=True, stable=True).argsort(dim=1) + 1
         zipf = without_classes(1.0 / rank, target)
         zipf = zipf / zipf.sum(1, keepdim=True)
     non_target_part = soft_cross_entropy(without_classes(student_logits, target), zipf)
     return {"target": alpha * target_part, "non_target": beta * non_target_part, "weak": mu * weak_part}
+
+
+def share_of_rest(x: Tensor, target: Tensor) -> Tensor:
+    """x over what it leaves to the non-targets, x / (1 - sum_k x_tk + 1e-6); (B, C) and (B, K) ids -> (B, C)."""
+    return x / (1 - x.gather(1, target).sum(1, keepdim=True) + 1e-6)
 
 
 class NKD(Objective):
@@ -140,6 +145,7 @@ class NKD(Objective):
 
     def forward(self, student: Signals, teacher: Signals, batch: Batch, progress: Progress) -> dict[str, Tensor]:
         z, v = student.logits, teacher.log_probs()
+        assert z is not None
         if self.standardise:
             z, v = standardise(z), standardise(v)
         return nkd_loss(z, v, batch["label"], self.temperature, self.gamma)
@@ -171,10 +177,12 @@ class USKD(Objective):
         self.needs = frozenset({"student.logits", f"student.tap:{student_layer}", "label"})
 
     def build(self, student: Signals, teacher: Signals, batch: Batch) -> None:
+        assert student.logits is not None
         if student.logits.ndim != 2:
             raise UserError(f"uskd: needs logits of shape (B, C); given: {tuple(student.logits.shape)}.")
         self.weak = nn.Linear(pooled(student.taps[self.student_layer]).shape[1], student.logits.shape[1])
 
     def forward(self, student: Signals, teacher: Signals, batch: Batch, progress: Progress) -> dict[str, Tensor]:
+        assert student.logits is not None
         weak_logits = self.weak(pooled(student.taps[self.student_layer]))
         return uskd_loss(student.logits, weak_logits, batch["label"], self.alpha, self.beta, self.mu, self.rank_on)

@@ -13,6 +13,7 @@ Each channel of a sample, flattened to length 1, is one draw; the kernel is (x .
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -57,4 +58,4 @@ class NST(Objective):
         self.needs = frozenset(f"student.tap:{s}" for s in student_layers) | frozenset(f"teacher.tap:{t}" for t in teacher_layers)
 
     def forward(self, student: Signals, teacher: Signals, batch: Batch, progress: Progress) -> dict[str, Tensor]:
-        return {"loss": sum(nst_loss(student.taps[s], teacher.taps[t]) for s, t in self.pairs)}
+        return {"loss": torch.stack([nst_loss(student.taps[s], teacher.taps[t]) for s, t in self.pairs]).sum()}

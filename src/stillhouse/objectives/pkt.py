@@ -14,6 +14,7 @@ that of all ranks. Labels are not used.
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from stillhouse.functional import checks
@@ -28,13 +29,13 @@ def pkt_loss(student: Tensor, teacher: Tensor, eps: float = 1e-7) -> Tensor:
     """Mean over all pairs of p_t log((p_t + eps) / (p_s + eps)) (eqs. 3 to 6). Embeddings (B, D) and (B, D')."""
     checks.same_rows("pkt", student, teacher)
     p_t, p_s = neighbourhood(teacher.detach(), eps), neighbourhood(student, eps)
-    return (p_t * ((p_t + eps) / (p_s + eps)).log()).mean()
+    return (p_t * torch.log((p_t + eps) / (p_s + eps))).mean()
 
 
 @full_precision
 def neighbourhood(x: Tensor, eps: float = 1e-7) -> Tensor:
     """(B, D) -> (B, B) of (cosine + 1) / 2, rows divided by their sum."""
-    unit = x / (x.norm(dim=1, keepdim=True) + eps)
+    unit = x / (torch.linalg.vector_norm(x, dim=1, keepdim=True) + eps)
     alike = (unit @ unit.t() + 1) / 2
     return alike / alike.sum(1, keepdim=True)
 
@@ -47,4 +48,5 @@ class PKT(Objective):
     default_weight = 30000.0
 
     def forward(self, student: Signals, teacher: Signals, batch: Batch, progress: Progress) -> dict[str, Tensor]:
+        assert student.embedding is not None and teacher.embedding is not None
         return {"loss": pkt_loss(gather(student.embedding), gather(teacher.embedding.detach()))}

@@ -76,4 +76,5 @@ class PLD(Objective):
         self.temperature = temperature
 
     def forward(self, student: Signals, teacher: Signals, batch: Batch, progress: Progress) -> dict[str, Tensor]:
+        assert student.logits is not None
         return {"loss": pld_loss(student.logits, teacher.log_probs(), batch["label"], self.temperature)}

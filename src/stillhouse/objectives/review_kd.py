@@ -62,11 +62,13 @@ class ABF(nn.Module):
 
     def __init__(self, in_channel: int, mid_channel: int, out_channel: int, fuse: bool) -> None:
         super().__init__()
-        self.conv1 = nn.Sequential(nn.Conv2d(in_channel, mid_channel, 1, bias=False), nn.BatchNorm2d(mid_channel))
-        self.conv2 = nn.Sequential(nn.Conv2d(mid_channel, out_channel, 3, padding=1, bias=False), nn.BatchNorm2d(out_channel))
+        inwards = nn.Conv2d(in_channel, mid_channel, 1, bias=False)
+        outwards = nn.Conv2d(mid_channel, out_channel, 3, padding=1, bias=False)
+        self.conv1 = nn.Sequential(inwards, nn.BatchNorm2d(mid_channel))
+        self.conv2 = nn.Sequential(outwards, nn.BatchNorm2d(out_channel))
         self.att_conv = nn.Sequential(nn.Conv2d(2 * mid_channel, 2, 1), nn.Sigmoid()) if fuse else None
-        nn.init.kaiming_uniform_(self.conv1[0].weight, a=1)
-        nn.init.kaiming_uniform_(self.conv2[0].weight, a=1)
+        nn.init.kaiming_uniform_(inwards.weight, a=1)
+        nn.init.kaiming_uniform_(outwards.weight, a=1)
 
     def forward(self, x: Tensor, y: Tensor | None = None, size: tuple[int, int] | None = None) -> tuple[Tensor, Tensor]:
         """The prediction of the teacher's map (B, out, h, w) and the fused map to pass on (B, mid, h, w).
@@ -118,7 +120,10 @@ class ReviewKD(Objective):
     def _maps(self, signals: Signals, layers: list[str]) -> list[Tensor]:
         """Shallow to deep."""
         maps = [as_map(signals.taps[layer]) for layer in layers]
-        return [*maps, as_map(signals.embedding)] if self.embedding else maps
+        if self.embedding:
+            assert signals.embedding is not None
+            maps.append(as_map(signals.embedding))
+        return maps
 
     def build(self, student: Signals, teacher: Signals, batch: Batch) -> None:
         widths = [(s.shape[1], t.shape[1]) for s, t in zip(self._maps(student, self.student_layers), self._maps(teacher, self.teacher_layers))]
@@ -127,9 +132,10 @@ class ReviewKD(Objective):
 
     def forward(self, student: Signals, teacher: Signals, batch: Batch, progress: Progress) -> dict[str, Tensor]:
         warmth = min(1.0, progress.epoch / self.warmup_epochs) if self.warmup_epochs else 1.0
-        total, passed = 0.0, None
+        terms: list[Tensor] = []
+        passed = None
         stages = zip(self.fusions, self._maps(student, self.student_layers), self._maps(teacher, self.teacher_layers))
         for fusion, f_s, f_t in reversed(list(stages)):
             predicted, passed = fusion(f_s, passed, tuple(f_t.shape[2:]))
-            total = total + hcl_loss(predicted, f_t)
-        return {"loss": warmth * total}
+            terms.append(hcl_loss(predicted, f_t))
+        return {"loss": warmth * torch.stack(terms).sum()}

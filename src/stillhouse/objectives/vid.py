@@ -84,8 +84,8 @@ class VID(Objective):
         self.log_scales = nn.ParameterList(nn.Parameter(torch.full((teacher_channels,), start)) for _, teacher_channels in widths)
 
     def forward(self, student: Signals, teacher: Signals, batch: Batch, progress: Progress) -> dict[str, Tensor]:
-        total = 0.0
+        terms = []
         for (s, t), regressor, log_scale in zip(self.pairs, self.regressors, self.log_scales):
             f_s, f_t = same_size(student.taps[s], teacher.taps[t])
-            total = total + vid_loss(regressor(f_s), f_t, log_scale, self.eps)
-        return {"loss": total}
+            terms.append(vid_loss(regressor(f_s), f_t, log_scale, self.eps))
+        return {"loss": torch.stack(terms).sum()}
