@@ -44,7 +44,8 @@ def dist_loss(student_probs: Tensor, teacher_probs: Tensor) -> dict[str, Tensor]
 def pearson(x: Tensor, y: Tensor, eps: float = 1e-8) -> Tensor:
     """Pearson correlation of each row of x with that of y, (N, M) and (N, M) -> (N,); 0 where a row is constant."""
     x, y = x - x.mean(1, keepdim=True), y - y.mean(1, keepdim=True)
-    return (x * y).sum(1) / (torch.linalg.vector_norm(x, dim=1) * torch.linalg.vector_norm(y, dim=1) + eps)
+    lengths = torch.linalg.vector_norm(x, dim=1) * torch.linalg.vector_norm(y, dim=1)
+    return torch.div((x * y).sum(1), lengths + eps)
 
 
 class DIST(Objective):
