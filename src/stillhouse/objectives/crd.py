@@ -68,9 +68,9 @@ class Negatives(nn.Module):
 
     def __init__(self, labels: Tensor) -> None:
         super().__init__()
-        counts = torch.bincount(labels)
-        if labels.ndim != 1 or int((counts > 0).sum()) < 2:
+        if labels.ndim != 1 or labels.unique().numel() < 2:
             raise UserError("crd: needs class ids of at least two classes in the training set, to draw negatives of another class.")
+        counts = torch.bincount(labels)
         self.register_buffer("labels", labels, persistent=False)
         self.register_buffer("order", labels.argsort(stable=True), persistent=False)  # samples, class after class
         self.register_buffer("counts", counts, persistent=False)

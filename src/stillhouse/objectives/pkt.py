@@ -29,7 +29,8 @@ def pkt_loss(student: Tensor, teacher: Tensor, eps: float = 1e-7) -> Tensor:
     """Mean over all pairs of p_t log((p_t + eps) / (p_s + eps)) (eqs. 3 to 6). Embeddings (B, D) and (B, D')."""
     checks.same_rows("pkt", student, teacher)
     p_t, p_s = neighbourhood(teacher.detach(), eps), neighbourhood(student, eps)
-    return torch.mean(p_t * torch.log((p_t + eps) / (p_s + eps)))
+    pairs: Tensor = p_t * torch.log((p_t + eps) / (p_s + eps))
+    return pairs.mean()
 
 
 @full_precision
