@@ -68,7 +68,7 @@ class Negatives(nn.Module):
 
     def __init__(self, labels: Tensor) -> None:
         super().__init__()
-        if labels.ndim != 1 or labels.unique().numel() < 2:
+        if labels.ndim != 1 or int((torch.bincount(labels) > 0).sum()) < 2:
             raise UserError("crd: needs class ids of at least two classes in the training set, to draw negatives of another class.")
         counts = torch.bincount(labels)
         self.register_buffer("labels", labels, persistent=False)

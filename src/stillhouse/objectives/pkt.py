@@ -29,15 +29,14 @@ def pkt_loss(student: Tensor, teacher: Tensor, eps: float = 1e-7) -> Tensor:
     """Mean over all pairs of p_t log((p_t + eps) / (p_s + eps)) (eqs. 3 to 6). Embeddings (B, D) and (B, D')."""
     checks.same_rows("pkt", student, teacher)
     p_t, p_s = neighbourhood(teacher.detach(), eps), neighbourhood(student, eps)
-    pairs: Tensor = p_t * torch.log((p_t + eps) / (p_s + eps))
-    return pairs.mean()
+    return (p_t * torch.log((p_t + eps) / (p_s + eps))).mean()
 
 
 @full_precision
 def neighbourhood(x: Tensor, eps: float = 1e-7) -> Tensor:
     """(B, D) -> (B, B) of (cosine + 1) / 2, rows divided by their sum."""
     unit = x / (torch.linalg.vector_norm(x, dim=1, keepdim=True) + eps)
-    alike = (unit @ unit.t() + 1) / 2
+    alike: Tensor = (unit @ unit.t() + 1) / 2
     return alike / alike.sum(1, keepdim=True)
 
 
