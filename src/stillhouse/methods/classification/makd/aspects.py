@@ -1,0 +1,305 @@
+"""Where MaKD's answers come from: a file, a vision-language model on disk, a small image-and-text model trained here, or noisy class answers.
+
+Each source gives P(yes) of every question for every training image, (N, Q); models answer by two logits, for "Yes" and "No".
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import Field, model_validator
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from stillhouse.errors import UserError, unknown
+from stillhouse.functional.precision import full_precision
+from stillhouse.models import build
+from stillhouse.objective import Progress
+from stillhouse.randomness import generator, key, keyed
+from stillhouse.recipe import Data, DataSpec, Model, Spec, TrainSpec
+from stillhouse.run import Run
+from stillhouse.signals import Batch
+
+Yes = dict[str, list[str | int]]
+"""Question -> the classes for which the answer is yes."""
+
+
+class Annotated(Spec):
+    """Class answers as they are, with noise of each image's own."""
+
+    yes: Yes = Field(description="Question -> names of the classes for which the answer is yes.")
+    flip: float = Field(0.1, ge=0, lt=1, description="Share of answers turned round, drawn by image and question.")
+    confidence: float = Field(0.95, gt=0.5, le=1, description="P(yes) of a yes; a no is 1 - confidence.")
+
+
+class Trained(Spec):
+    """A small image-and-text model that learns to answer from class answers, in place of a large multimodal one."""
+
+    yes: Yes = Field(description="Question -> names of the classes for which the answer is yes.")
+    network: Model = Field(description="Its image encoder.")
+    dim: int = Field(64, ge=1, description="Width that images and questions are compared in.")
+    data: Data | None = Field(None, description="What it is trained on; default: the recipe's data.")
+    train: TrainSpec = Field(default_factory=TrainSpec)
+    seed: int = Field(0, description="Its own, so that all seeds of a bench share one.")
+
+
+class VisionLanguage(Spec):
+    """A vision-language model of transformers, in a folder on disk."""
+
+    path: str = Field(description="Folder of model and processor.")
+    prompt: str = Field("<image>\n{question}", description="Where the processor has no chat template: the text around a question.")
+    yes: str = Field("Yes", description="The answer that counts as yes; one token.")
+    no: str = Field("No", description="The answer that counts as no; one token.")
+    batch_size: int = Field(8, ge=1, description="Questions asked at once.")
+
+
+class AspectsSpec(Spec):
+    """Questions, and exactly one source of answers."""
+
+    questions: str | list[str] | None = Field(None, description="A text file, one question a line, or the questions; default: those of `yes`.")
+    file: str | None = Field(
+        None, description="JSON {index in the training split: [Q numbers]}, or safetensors with `aspects` (N, Q) or `yes_no` (N, Q, 2)."
+    )
+    vision_language: VisionLanguage | None = None
+    trained: Trained | None = None
+    annotated: Annotated | None = None
+    drop_below: float = Field(
+        0.0, ge=0, description="Drop questions whose answers vary less than this (variance over the images); they tell nothing."
+    )
+    permute: bool = Field(False, description="Give each image another's answers (ablation).")
+
+    @model_validator(mode="after")
+    def _one_source(self) -> AspectsSpec:
+        given = [k for k in ("file", "vision_language", "trained", "annotated") if getattr(self, k) is not None]
+        if len(given) != 1:
+            raise ValueError(f"give exactly one of file, vision_language, trained, annotated (given: {', '.join(given) or 'none'})")
+        if self.questions is None and self.class_answers is None:
+            raise ValueError("questions are needed with file and vision_language")
+        return self
+
+    @property
+    def class_answers(self) -> Yes | None:
+        source = self.trained or self.annotated
+        return None if source is None else source.yes
+
+    def questions_asked(self) -> list[str]:
+        """The questions in order. Raises `UserError` for none, for one asked twice, or for one without class answers where those are the source."""
+        asked = list(self.class_answers or {}) if self.questions is None else read_questions(self.questions)
+        if not asked:
+            raise UserError("aspects.questions: there are no questions.")
+        twice = next((q for q in asked if asked.count(q) > 1), None)
+        if twice is not None:
+            raise UserError(f"aspects.questions: '{twice}' is asked twice.")
+        for q in asked if self.class_answers is not None else []:
+            if q not in self.class_answers:
+                raise UserError(f"aspects: the question '{q}' has no class answers under `yes`.")
+        return asked
+
+
+def read_questions(given: str | Sequence[str]) -> list[str]:
+    """Questions of a list, or of a text file with one a line; blanks around them and empty lines go."""
+    if isinstance(given, str):
+        path = Path(given).expanduser()
+        if not path.is_file():
+            raise UserError(f"aspects.questions: there is no file '{given}'.")
+        given = path.read_text(encoding="utf-8").splitlines()
+    return [q.strip() for q in given if q.strip()]
+
+
+def question_prompt(classes: Sequence[str], count: int = 100) -> str:
+    """A request to a language model for candidate questions about these classes."""
+    return (
+        f"Here are the classes of an image data set: {', '.join(classes)}. Write {count} yes-or-no questions about visible features (shape, colour, texture, "
+        "parts, context, behaviour) that tell these classes apart. Each question must be clear, about one feature, and different from the others. "
+        "Give one question a line and nothing else."
+    )
+
+
+def selection_prompt(questions: Sequence[str], classes: Sequence[str], count: int = 50) -> str:
+    """A request to a language model to keep the most relevant and most distinct questions."""
+    listed = "\n".join(questions)
+    return (
+        f"Of the questions below, choose the {count} that are most relevant for telling apart {', '.join(classes)} and most distinct from each other. "
+        f"Give one question a line, unchanged, and nothing else.\n{listed}"
+    )
+
+
+@full_precision
+def aspect_probs(yes_no: Tensor) -> Tensor:
+    """P(yes) = exp(l_yes) / (exp(l_yes) + exp(l_no)), in float32; (..., 2) -> (...)."""
+    return yes_no.softmax(-1)[..., 0]
+
+
+def aspect_table(spec: AspectsSpec, data: DataSpec, run: Run) -> tuple[list[str], Tensor]:
+    """The questions that are kept and their answers for every training image, in index order: P(yes), (N, Q).
+
+    Raises:
+        UserError: answers that are missing, not Q, or not in [0, 1] (the image is named); no question left.
+    """
+    questions, count = spec.questions_asked(), len(run.data(data).dataset("train", train=False))
+    if spec.file is not None:
+        answers = read_answers(spec.file, count, len(questions))
+    else:
+        uses = {
+            "aspects": spec.model_dump(mode="json", exclude={"drop_below", "permute"}),
+            "questions": questions,
+            "data": run.data(data).fingerprint,
+        }
+        answers = run.stage("aspects", lambda: _answer(spec, questions, data, run), uses)["answers"]["aspects"]
+    varying = (answers.var(0, correction=0) >= spec.drop_below).tolist()
+    if not any(varying):
+        raise UserError(f"aspects.drop_below: no question's answers vary by {spec.drop_below} or more; lower it.")
+    questions, answers = [q for q, v in zip(questions, varying) if v], answers[:, torch.tensor(varying)]
+    return questions, answers[torch.randperm(count, generator=generator(run.seed, "permute aspects"))] if spec.permute else answers
+
+
+def _answer(spec: AspectsSpec, questions: list[str], data: DataSpec, run: Run) -> dict[str, dict[str, Tensor]]:
+    if spec.annotated is not None:
+        return {"answers": {"aspects": annotate(spec.annotated, questions, data, run)}}
+    if spec.trained is not None:
+        model = trained_annotator(spec.trained, questions, run, data).to(run.device).eval()
+        with torch.no_grad():
+            said = [model(batch["input"].to(run.device), questions).float().cpu() for batch in run.loader(data, "train")]
+    else:
+        assert spec.vision_language is not None
+        from stillhouse.methods.classification.makd.vision_language import ask
+
+        said = ask(spec.vision_language, questions, data, run)
+    yes_no = torch.cat(said)
+    return {"answers": {"yes_no": yes_no, "aspects": aspect_probs(yes_no)}}
+
+
+def read_answers(path: str, count: int, questions: int) -> Tensor:
+    """The answers in a file, (count, questions), in index order. Raises `UserError` naming the first image whose answers are missing or wrong."""
+    file = Path(path).expanduser()
+    if not file.is_file():
+        raise UserError(f"aspects.file: there is no file '{path}'.")
+    if file.suffix == ".safetensors":
+        from safetensors.torch import load_file
+
+        tensors = load_file(str(file))
+        if not {"aspects", "yes_no"} & set(tensors):
+            raise UserError(f"aspects.file: {path} must hold `aspects` (N, Q) or `yes_no` (N, Q, 2); it holds: {', '.join(tensors) or 'nothing'}.")
+        table = tensors["aspects"].float() if "aspects" in tensors else aspect_probs(tensors["yes_no"])
+        if table.shape != (count, questions):
+            raise UserError(
+                f"aspects.file: {path} holds answers of shape {tuple(table.shape)}, but {count} images and {questions} questions need {(count, questions)}."
+            )
+    else:
+        try:
+            rows: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise UserError(f"aspects.file: {path} is neither safetensors nor JSON ({error}).") from None
+        absent = next((i for i in range(count) if str(i) not in rows), None)
+        if absent is not None or len(rows) != count:
+            what = f"image '{absent}' has no answers" if absent is not None else f"it holds {len(rows)} images"
+            raise UserError(f"aspects.file: {path}: {what}; the training split has {count} images, '0' to '{count - 1}'.")
+        wrong = next((i for i in range(count) if len(rows[str(i)]) != questions), None)
+        if wrong is not None:
+            raise UserError(f"aspects.file: {path}: image '{wrong}' has {len(rows[str(wrong)])} answers to {questions} questions.")
+        table = torch.tensor([rows[str(i)] for i in range(count)], dtype=torch.float32)
+    bad = (~((table >= 0) & (table <= 1))).any(1).nonzero()
+    if len(bad):
+        raise UserError(f"aspects.file: {path}: an answer for image '{int(bad[0])}' is not a number from 0 to 1.")
+    return table
+
+
+def class_answers(yes: Yes, questions: Sequence[str], classes: Sequence[str]) -> Tensor:
+    """1 where a class is a yes, else 0: (C, Q). Raises `UserError` for a class that is none, with the nearest."""
+    table = torch.zeros(len(classes), len(questions))
+    for j, question in enumerate(questions):
+        for name in map(str, yes[question]):
+            if name not in classes:
+                raise unknown(f"class (under aspects, '{question}')", name, classes)
+            table[classes.index(name), j] = 1.0
+    return table
+
+
+def annotate(spec: Annotated, questions: list[str], data: DataSpec, run: Run) -> Tensor:
+    """Class answers of every training image, some turned round, softened: (N, Q)."""
+    answers = class_answers(spec.yes, questions, run.data(data).classes)[run.loader(data, "train").labels()]
+    turned = torch.rand(answers.shape, generator=generator(data.seed, "turn answers")) < spec.flip
+    return 1 - spec.confidence + (2 * spec.confidence - 1) * torch.where(turned, 1 - answers, answers)
+
+
+class ImageText(nn.Module):
+    """Answers questions about images: the image's vector is compared with two vectors of the question, one for yes and one for no.
+
+    Args:
+        image: a network that gives `dim` numbers.
+        dim: width of the comparison.
+        buckets: words are told apart by their hash modulo this.
+    """
+
+    def __init__(self, image: nn.Module, dim: int, buckets: int = 4096) -> None:
+        super().__init__()
+        self.image, self.dim, self.buckets = image, dim, buckets
+        self.words = nn.EmbeddingBag(buckets, dim, mode="mean")
+        self.text = nn.Sequential(nn.Linear(dim, dim), nn.GELU(), nn.Linear(dim, 2 * (dim + 1)))
+
+    def forward(self, images: Tensor, questions: Sequence[str]) -> Tensor:
+        """(B, ...) images and Q questions to (B, Q, 2) logits of yes and no."""
+        hashed = [[key(word) % self.buckets for word in re.findall(r"\w+", q.lower())] for q in questions]
+        offsets = torch.tensor([0, *(len(h) for h in hashed[:-1])]).cumsum(0)
+        ids = torch.tensor([i for h in hashed for i in h])
+        device = self.words.weight.device
+        text = self.text(self.words(ids.to(device), offsets.to(device))).view(len(questions), 2, self.dim + 1)
+        return torch.einsum("bd,qkd->bqk", F.normalize(self.image(images), dim=-1), text[..., 1:]) + text[..., 0]
+
+
+class Answering(nn.Module):
+    """Trains an `ImageText` on class answers: cross-entropy over yes and no, mean over images and questions."""
+
+    def __init__(self, student: ImageText, questions: list[str], answers: Tensor) -> None:
+        super().__init__()
+        self.student, self.questions = student, questions
+        self.register_buffer("answers", answers, persistent=False)
+
+    def param_groups(self) -> list[dict[str, Any]]:
+        return [{"params": list(self.student.parameters())}]
+
+    def forward(self, batch: Batch, progress: Progress) -> dict[str, Tensor]:
+        logits, yes = self.student(batch["input"], self.questions).float(), self.answers[batch["label"]]
+        accuracy = ((logits.detach()[..., 0] > logits.detach()[..., 1]) == (yes > 0.5)).float().mean()
+        return {"loss": F.cross_entropy(logits.flatten(0, 1), 1 - yes.flatten().long()), "accuracy": accuracy}
+
+
+def trained_annotator(spec: Trained, questions: list[str], run: Run, data: DataSpec) -> ImageText:
+    """The small image-and-text model, trained once and kept; its share of right answers on test images is recorded with the run."""
+    from stillhouse.product import state_on_cpu
+
+    source = spec.data or data
+    bundle = run.data(source)
+    with keyed("model", "annotator", spec.seed):
+        model = ImageText(build(spec.network, spec.dim, bundle.input_shape), spec.dim)
+    answers = class_answers(spec.yes, questions, bundle.classes)
+
+    def make() -> dict[str, Any]:
+        outer, run.seed = run.seed, spec.seed
+        try:
+            run.fit("annotator", Answering(model, questions, answers), run.loader(source, "train", spec.train.batch_size, train=True), spec.train)
+        finally:
+            run.seed = outer
+        return {"weights": state_on_cpu(model), "figures": {"answers_right": _share_right(model, questions, answers, source, run)}}
+
+    uses = {**spec.model_dump(mode="json", exclude={"train": {"log_every", "checkpoint_seconds", "trackers"}}), "questions": questions}
+    kept = run.stage("annotator", make, {**uses, "data": bundle.fingerprint})
+    model.load_state_dict(kept["weights"])
+    run.record["annotator"] = kept["figures"]
+    return model
+
+
+@torch.no_grad()
+def _share_right(model: ImageText, questions: list[str], answers: Tensor, data: DataSpec, run: Run) -> float:
+    model.eval()
+    device, right, seen = next(model.parameters()).device, 0.0, 0
+    for batch in run.loader(data, "test"):
+        logits = model(batch["input"].to(device), questions).cpu()
+        right += float(((logits[..., 0] > logits[..., 1]) == (answers[batch["label"]] > 0.5)).float().mean(1).sum())
+        seen += len(logits)
+    return right / seen
