@@ -9,7 +9,6 @@ from __future__ import annotations
 import csv
 import io
 import math
-import os
 import signal
 import threading
 import time
@@ -25,6 +24,7 @@ from torch import Tensor, nn
 
 from stillhouse.distillation import to_device
 from stillhouse.errors import TrainingDiverged, UserError, unknown
+from stillhouse.files import written_beside
 from stillhouse.live import Live
 from stillhouse.objective import Context, Progress
 from stillhouse.randomness import generator, seed_step
@@ -42,25 +42,6 @@ class Stateful(Protocol):
 
 
 # ---- files ---------------------------------------------------------------------------------------------------------------------------------
-
-
-@contextmanager
-def written_beside(path: Path) -> Iterator[Path]:
-    """A path to write to, renamed to `path` when the block ends well: readers see the old file or the new one, never a torn one.
-
-    Raises:
-        UserError: where the disk is full; the old file is kept.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        yield beside
-        os.replace(beside, path)
-    except (OSError, RuntimeError) as error:
-        beside.unlink(missing_ok=True)
-        if getattr(error, "errno", None) == 28 or "No space left" in str(error) or isinstance(error, RuntimeError) and "write" in str(error).lower():
-            raise UserError(f"Could not write {path}: the disk is full. What was there before is kept; free some space and start again.") from error
-        raise
 
 
 class Metrics:
@@ -232,9 +213,9 @@ class Loop:
                         self.finished = True
                     now = time.monotonic()
                     self.seconds, clock = self.seconds + now - clock, now
-                    if self.done < self.steps and not self.finished and self._due(now):
+                    if self.done < self.steps and not self.finished and self._due(now) and self.whole(self.done):
                         self.save()
-                if self._interrupted:
+                if self._interrupted and self.whole(self.done):
                     self.seconds += time.monotonic() - clock
                     self.save()
                     raise KeyboardInterrupt
@@ -243,6 +224,10 @@ class Loop:
 
     def ends_epoch(self, done: int) -> bool:
         return False
+
+    def whole(self, done: int) -> bool:
+        """Whether nothing is half done after so many steps, so that a checkpoint says all."""
+        return True
 
     def _due(self, now: float) -> bool:
         due = now - self._last_save >= self.checkpoint_seconds
@@ -342,7 +327,7 @@ def make_accelerator(spec: TrainSpec, folder: Path | None = None, cpu: bool = Fa
     AcceleratorState._reset_state()  # the precision may differ between the stages of one run
     precision = {"full": "no", "bf16": "bf16", "fp16": "fp16"}[spec.precision]
     accelerator = Accelerator(
-        cpu=cpu or None,
+        cpu=cpu,
         mixed_precision=precision,
         log_with=list(spec.trackers) or None,
         project_dir=None if folder is None else str(folder),
@@ -384,9 +369,13 @@ def rate_factor(spec: TrainSpec, progress_epochs: float) -> float:
 class _FitLoop(Loop):
     steps_per_epoch = 1
     optimizer: Any = None
+    accumulate = 1
 
     def ends_epoch(self, done: int) -> bool:
         return done % self.steps_per_epoch == 0
+
+    def whole(self, done: int) -> bool:
+        return done % self.accumulate == 0  # between them, gradients are being accumulated
 
     def row_extras(self) -> dict[str, float]:
         return {"lr": self.optimizer.param_groups[0]["lr"]}
@@ -438,12 +427,15 @@ def fit(
         ema = AveragedModel(module.student, multi_avg_fn=get_ema_multi_avg_fn(spec.ema), use_buffers=True)
     if spec.compile:
         module.compile()
+    progress = Progress(steps_per_epoch=per_epoch, epochs=spec.epochs)
+    ctx = TrainingContext(module, progress, splits or {}, seed, device, folder, train)
+    if hasattr(module, "prepare"):
+        module.prepare(ctx)
     wrapped, optimizer = accelerator.prepare(module, optimizer)
     if spec.trackers and accelerator.is_main_process:
         accelerator.init_trackers(folder.name)
 
     total = spec.epochs * per_epoch
-    progress = Progress(steps_per_epoch=per_epoch, epochs=spec.epochs)
     state: dict[str, Stateful] = {"module": module, "optimizer": optimizer}
     if ema is not None:
         state["ema"] = ema
@@ -463,10 +455,7 @@ def fit(
         live=live,
         trackers=bool(spec.trackers),
     )
-    loop.steps_per_epoch, loop.optimizer = per_epoch, optimizer
-    ctx = TrainingContext(module, progress, splits or {}, seed, device, folder, train)
-    if hasattr(module, "prepare"):
-        module.prepare(ctx)
+    loop.steps_per_epoch, loop.optimizer, loop.accumulate = per_epoch, optimizer, spec.accumulate
     loop.restore()
     keeper = _Best(spec, folder, stage, loop)
     module.train()

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import torch
 
-from stillhouse.engine import written_beside
 from stillhouse.errors import MissingExtra, UserError, unknown
+from stillhouse.files import written_beside
 from stillhouse.product import Student, load_product
 
 FORMATS = {"onnx": "student.onnx", "torch": "student.pt2", "safetensors": "student.safetensors"}

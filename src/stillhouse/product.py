@@ -74,19 +74,14 @@ class Student:
 
     @classmethod
     def load(cls, folder: Path, trust_code: bool = False) -> Student:
-        from safetensors.torch import load_model
-
-        from stillhouse.models import build
+        from stillhouse.models import build, load_weights
 
         meta = read_meta(folder)
         spec = ModelSpec.model_validate(meta["model"])
         if spec.model.startswith("file:") and not trust_code:
             raise UserError(f"The product in {folder} is built by your Python file '{spec.model}'; load it with trust_code=True if you trust that file.")
         module = build(spec, meta["num_classes"], tuple(meta["input_shape"]))
-        try:
-            load_model(module, str(folder / "model.safetensors"))
-        except Exception as error:
-            raise UserError(f"{folder / 'model.safetensors'} does not fit {spec.model}: {str(error).splitlines()[0]}") from None
+        load_weights(module, folder / "model.safetensors", owner=f"model {spec.model}")
         return cls(module.eval(), spec, meta["num_classes"], tuple(meta["input_shape"]), meta["classes"], tuple(meta["mean"]), tuple(meta["std"]))
 
 

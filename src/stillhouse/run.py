@@ -9,8 +9,8 @@ import platform
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -20,8 +20,9 @@ import torch
 from torch import Tensor, nn
 
 import stillhouse
-from stillhouse.engine import Fitted, fit, loop, written_beside
+from stillhouse.engine import Fitted, fit, loop
 from stillhouse.errors import UserError
+from stillhouse.files import written_beside
 from stillhouse.live import Live
 from stillhouse.randomness import key, keyed
 from stillhouse.recipe import DataSpec, MethodConfig, ModelSpec, TeacherSpec, TrainSpec, dump
@@ -164,19 +165,21 @@ class Run:
         root = cache_folder() / "stages" if shared else self.folder / "stages"
         done, working = root / f"{name}-{digest}", root / f"{name}-{digest}.partial"
         root.mkdir(parents=True, exist_ok=True)
-        with _main_first(FileLock(str(done) + ".lock")):
-            if not (done / "result.json").exists():
+        rank, world = _rank_world()
+        with FileLock(str(done) + ".lock") if rank == 0 else nullcontext():
+            if not _agree((done / "result.json").exists(), world):
                 working.mkdir(exist_ok=True)
                 outer, self._folder = self._folder, working
                 try:
                     result = make()
                 finally:
                     self._folder = outer
-                if _rank_world()[0] == 0:
+                if rank == 0:
                     (working / "uses.json").write_text(json.dumps(uses, indent=1, sort_keys=True, default=str))
                     _save_value(working, result)
                     shutil.rmtree(working / "checkpoints", ignore_errors=True)
                     os.replace(working, done)
+            _wait(world)
         return _load_value(done)  # type: ignore[return-value]
 
     def fit(self, name: str, module: Any, train: Any, spec: TrainSpec, *, evaluate: Callable[..., dict[str, float]] | None = None, splits: Mapping[str, Any] | None = None) -> Fitted:
@@ -250,17 +253,13 @@ def _rank_world() -> tuple[int, int]:
     return state.process_index, state.num_processes
 
 
-@contextmanager
-def _main_first(lock: Any) -> Iterator[None]:
-    """The lock is held by the main process of a job; its other processes go in with it and leave together."""
-    rank, world = _rank_world()
-    if rank == 0:
-        with lock:
-            yield
-            _wait(world)
-    else:
-        yield
-        _wait(world)
+def _agree(value: bool, world: int) -> bool:
+    """The main process's answer, in every process."""
+    if world == 1:
+        return value
+    from accelerate.utils import broadcast_object_list
+
+    return bool(broadcast_object_list([value])[0])
 
 
 def _wait(world: int) -> None:
@@ -327,10 +326,13 @@ def execute(config: MethodConfig, folder: str | Path, *, data_root: str | None =
     Raises:
         UserError: a folder that holds a finished run (unless `overwrite`), or an unfinished run of another recipe.
     """
+    from accelerate import PartialState
+
     from stillhouse import catalog
     from stillhouse.reporting.run_report import write_run_report
 
     folder = Path(folder).expanduser()
+    PartialState(cpu=cpu)
     text = dump(config)
     main = _rank_world()[0] == 0
     if main:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from stillhouse.files import written_beside
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
@@ -103,10 +104,8 @@ def page(title: str, subtitle: str, body: Sequence[str]) -> str:
 def write(path: Path, document: str) -> Path:
     """Write beside and rename, so that a reader never sees half a report."""
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(document, encoding="utf-8")
-    os.replace(partial, path)
+    with written_beside(path) as beside:
+        beside.write_text(document, encoding="utf-8")
     return path
 
 
