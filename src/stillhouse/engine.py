@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from stillhouse.distillation import to_device
 from stillhouse.errors import TrainingDiverged, UserError, unknown
-from stillhouse.files import written_beside
+from stillhouse.files import is_full, written_beside
 from stillhouse.live import Live
 from stillhouse.objective import Context, Progress
 from stillhouse.randomness import generator, seed_step
@@ -84,17 +84,16 @@ class Metrics:
         if widened or not self.path.exists():
             self._rewrite()
         else:
-            self._guard(lambda: self._append(row))
+            self._append(row)
 
     def _append(self, row: Mapping[str, str]) -> None:
-        with open(self.path, "a", newline="") as handle:
-            csv.DictWriter(handle, self.columns, restval="").writerow(row)
-
-    def _guard(self, write: Callable[[], None]) -> None:
         try:
-            write()
+            with open(self.path, "a", newline="") as handle:
+                csv.DictWriter(handle, self.columns, restval="").writerow(row)
         except OSError as error:
-            raise UserError(f"Could not write {self.path}: {error.strerror or error}. The last checkpoint is kept.") from error
+            if is_full(error):
+                raise UserError(f"Could not write {self.path}: the disk is full. The last checkpoint is kept; free some space and start again.") from error
+            raise
 
     def _rewrite(self) -> None:
         text = io.StringIO()
@@ -339,16 +338,20 @@ def make_accelerator(spec: TrainSpec, folder: Path | None = None, cpu: bool = Fa
     return accelerator
 
 
-def make_optimizer(groups: list[dict[str, Any]], spec: TrainSpec) -> torch.optim.Optimizer:
-    """The optimiser that a recipe names, any of torch.optim."""
+def optimizer_class(name: str) -> type[torch.optim.Optimizer]:
+    """A class of torch.optim by its name in any case. Raises `UserError` with the nearest names."""
     classes = {n.lower(): c for n, c in vars(torch.optim).items() if isinstance(c, type) and issubclass(c, torch.optim.Optimizer) and n != "Optimizer"}
-    name = spec.optimizer.name.lower()
-    if name not in classes:
-        raise unknown("optimizer", spec.optimizer.name, classes)
+    if name.lower() not in classes:
+        raise unknown("optimizer", name, classes)
+    return classes[name.lower()]
+
+
+def make_optimizer(groups: list[dict[str, Any]], spec: TrainSpec) -> torch.optim.Optimizer:
+    """The optimiser that a recipe names, any of torch.optim, over parameter groups that may set their own lr and weight_decay."""
     try:
-        return classes[name](groups, **spec.optimizer.arguments())
+        return optimizer_class(spec.optimizer.name)(groups, **spec.optimizer.arguments())  # type: ignore[arg-type]
     except TypeError as error:
-        raise UserError(f"train.optimizer: {name} takes no such option: {str(error).split('.__init__() ')[-1]}.") from None
+        raise UserError(f"train.optimizer: {spec.optimizer.name} takes no such option: {str(error).split('.__init__() ')[-1]}.") from None
 
 
 def rate_factor(spec: TrainSpec, progress_epochs: float) -> float:

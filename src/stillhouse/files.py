@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,8 +23,15 @@ def written_beside(path: Path) -> Iterator[Path]:
     try:
         yield beside
         os.replace(beside, path)
-    except (OSError, RuntimeError) as error:
+    except BaseException as error:
         beside.unlink(missing_ok=True)
-        if getattr(error, "errno", None) == 28 or "No space left" in str(error) or isinstance(error, RuntimeError) and "write" in str(error).lower():
-            raise UserError(f"Could not write {path}: the disk is full. What was there before is kept; free some space and start again.") from error
+        if is_full(error):
+            raise UserError(f"Could not write {path}: the disk is full (or over its quota). What was there before is kept; free some space and start again.") from error
         raise
+
+
+def is_full(error: BaseException) -> bool:
+    """Whether an error of any library says that nothing more can be written: no space, a quota, or a limit on file size."""
+    number = getattr(error, "errno", None)
+    text = str(error)
+    return number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) or any(w in text for w in ("No space left", "File too large", "PytorchStreamWriter failed", "unexpected pos"))

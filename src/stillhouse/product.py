@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from stillhouse.errors import UserError, unknown
+from stillhouse.files import written_beside
 from stillhouse.recipe import ModelSpec
 
 KINDS = {"student": "stillhouse.product:Student"}
@@ -59,7 +60,8 @@ class Student:
         folder.mkdir(parents=True, exist_ok=True)
         on_cpu = {p.device.type for p in self.module.parameters()} <= {"cpu"}
         module = self.module if on_cpu else _copy_to_cpu(self.module)
-        save_model(module, str(folder / "model.safetensors"))
+        with written_beside(folder / "model.safetensors") as beside:
+            save_model(module, str(beside))
         meta = {
             "kind": self.kind,
             "format": 1,

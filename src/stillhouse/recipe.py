@@ -330,7 +330,7 @@ def validate(tree: Mapping[str, Any], where: str = "recipe") -> MethodConfig:
         valid = config.model_validate(dict(tree))
     except ValidationError as error:
         raise spell(error, config, where) from None
-    check_objectives(valid, where)
+    check_plugins(valid, where)
     return valid
 
 
@@ -347,20 +347,39 @@ def dump(config: BaseModel) -> str:
     return yaml.safe_dump(config.model_dump(mode="json", exclude_none=True, exclude={"variants"}), sort_keys=False, allow_unicode=True, width=120)
 
 
-def check_objectives(config: BaseModel, where: str = "recipe", path: tuple[Any, ...] = ()) -> None:
-    """Validate every `ObjectiveSpec` inside a config with the options of its own class (only that objective's file is imported), in place."""
+def check_plugins(config: BaseModel, where: str = "recipe", path: tuple[Any, ...] = ()) -> None:
+    """Validate the parts of a config that a class elsewhere defines, in place: objectives by the options of their own file, optimisers by torch.optim."""
     for name in type(config).model_fields:
         value = getattr(config, name)
         for at, item in enumerate(value) if isinstance(value, list) else [(None, value)]:
             here = (*path, name) if at is None else (*path, name, at)
             if isinstance(item, ObjectiveSpec):
                 _check_options(item, where, here)
+            elif isinstance(item, OptimizerSpec):
+                _check_optimizer(item, where, here)
             elif isinstance(item, BaseModel):
-                check_objectives(item, where, here)
+                check_plugins(item, where, here)
         if isinstance(value, dict):
             for key, item in value.items():
                 if isinstance(item, BaseModel):
-                    check_objectives(item, where, (*path, name, key))
+                    check_plugins(item, where, (*path, name, key))
+
+
+def _check_optimizer(spec: OptimizerSpec, where: str, path: tuple[Any, ...]) -> None:
+    import inspect
+
+    from stillhouse.engine import optimizer_class
+
+    dotted = ".".join(map(str, path))
+    try:
+        valid = [p for p in inspect.signature(optimizer_class(spec.name)).parameters if p != "params"]
+    except UserError as error:
+        raise UserError(f"{where}: {dotted}.name: {error}") from None
+    for key in spec.arguments():
+        if key not in valid:
+            close = nearest(key, ["name", *valid])
+            hint = f"did you mean '{dotted}.{close[0]}'?" if close else f"valid keys there: name, {', '.join(valid)}."
+            raise UserError(f"{where}: unknown key '{dotted}.{key}' for {spec.name}; {hint}")
 
 
 def _check_options(spec: ObjectiveSpec, where: str, path: tuple[Any, ...]) -> None:

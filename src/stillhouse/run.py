@@ -280,7 +280,8 @@ def _save_value(folder: Path, value: Any) -> None:
     index: dict[str, Any] = {}
     for name, part in parts.items():
         if is_tensors(part):
-            save_file({k: v.detach().cpu().contiguous().clone() for k, v in part.items()}, str(folder / f"{name or 'result'}.safetensors"))
+            with written_beside(folder / f"{name or 'result'}.safetensors") as beside:
+                save_file({k: v.detach().cpu().contiguous().clone() for k, v in part.items()}, str(beside))
             index[name] = {"tensors": f"{name or 'result'}.safetensors"}
         else:
             index[name] = {"value": part}

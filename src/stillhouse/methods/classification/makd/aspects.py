@@ -9,13 +9,14 @@ import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from stillhouse.catalog import load_file
 from stillhouse.errors import UserError, unknown
 from stillhouse.functional.precision import full_precision
 from stillhouse.models import build
@@ -25,14 +26,34 @@ from stillhouse.recipe import Data, DataSpec, Model, Spec, TrainSpec
 from stillhouse.run import Run
 from stillhouse.signals import Batch
 
-Yes = dict[str, list[str | int]]
-"""Question -> the classes for which the answer is yes."""
+ClassAnswers = dict[str, list[str | int]]
+"""Question -> names of the classes for which the answer is yes."""
 
 
-class Annotated(Spec):
+def _read_class_answers(given: Any) -> Any:
+    """The mapping itself, or that of a JSON file, or what `file:PATH.py:FUNCTION` gives."""
+    if not isinstance(given, str):
+        return given
+    if given.startswith("file:"):
+        module, name = load_file(given)
+        make = getattr(module, name or "answers", None)
+        if not callable(make):
+            raise UserError(f"aspects: '{given}' names no function.")
+        return make()
+    path = Path(given).expanduser()
+    if not path.is_file():
+        raise UserError(f"aspects: there is no file of class answers '{given}'.")
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+Answers = Annotated[ClassAnswers, BeforeValidator(_read_class_answers)]
+SAID = "Question -> names of the classes for which the answer is yes; here, in a JSON file, or given by file:PATH.py:FUNCTION."
+
+
+class Noisy(Spec):
     """Class answers as they are, with noise of each image's own."""
 
-    yes: Yes = Field(description="Question -> names of the classes for which the answer is yes.")
+    answers: Answers = Field(description=SAID)
     flip: float = Field(0.1, ge=0, lt=1, description="Share of answers turned round, drawn by image and question.")
     confidence: float = Field(0.95, gt=0.5, le=1, description="P(yes) of a yes; a no is 1 - confidence.")
 
@@ -40,7 +61,7 @@ class Annotated(Spec):
 class Trained(Spec):
     """A small image-and-text model that learns to answer from class answers, in place of a large multimodal one."""
 
-    yes: Yes = Field(description="Question -> names of the classes for which the answer is yes.")
+    answers: Answers = Field(description=SAID)
     network: Model = Field(description="Its image encoder.")
     dim: int = Field(64, ge=1, description="Width that images and questions are compared in.")
     data: Data | None = Field(None, description="What it is trained on; default: the recipe's data.")
@@ -53,21 +74,21 @@ class VisionLanguage(Spec):
 
     path: str = Field(description="Folder of model and processor.")
     prompt: str = Field("<image>\n{question}", description="Where the processor has no chat template: the text around a question.")
-    yes: str = Field("Yes", description="The answer that counts as yes; one token.")
-    no: str = Field("No", description="The answer that counts as no; one token.")
+    yes_word: str = Field("Yes", description="The answer that counts as yes; one token.")
+    no_word: str = Field("No", description="The answer that counts as no; one token.")
     batch_size: int = Field(8, ge=1, description="Questions asked at once.")
 
 
 class AspectsSpec(Spec):
     """Questions, and exactly one source of answers."""
 
-    questions: str | list[str] | None = Field(None, description="A text file, one question a line, or the questions; default: those of `yes`.")
+    questions: str | list[str] | None = Field(None, description="A text file, one question a line, or the questions; default: those of `answers`.")
     file: str | None = Field(
         None, description="JSON {index in the training split: [Q numbers]}, or safetensors with `aspects` (N, Q) or `yes_no` (N, Q, 2)."
     )
     vision_language: VisionLanguage | None = None
     trained: Trained | None = None
-    annotated: Annotated | None = None
+    annotated: Noisy | None = None
     drop_below: float = Field(
         0.0, ge=0, description="Drop questions whose answers vary less than this (variance over the images); they tell nothing."
     )
@@ -83,9 +104,9 @@ class AspectsSpec(Spec):
         return self
 
     @property
-    def class_answers(self) -> Yes | None:
+    def class_answers(self) -> ClassAnswers | None:
         source = self.trained or self.annotated
-        return None if source is None else source.yes
+        return None if source is None else source.answers
 
     def questions_asked(self) -> list[str]:
         """The questions in order. Raises `UserError` for none, for one asked twice, or for one without class answers where those are the source."""
@@ -97,7 +118,7 @@ class AspectsSpec(Spec):
             raise UserError(f"aspects.questions: '{twice}' is asked twice.")
         for q in asked if self.class_answers is not None else []:
             if q not in self.class_answers:
-                raise UserError(f"aspects: the question '{q}' has no class answers under `yes`.")
+                raise UserError(f"aspects: the question '{q}' has no class answers under `answers`.")
         return asked
 
 
@@ -209,20 +230,20 @@ def read_answers(path: str, count: int, questions: int) -> Tensor:
     return table
 
 
-def class_answers(yes: Yes, questions: Sequence[str], classes: Sequence[str]) -> Tensor:
+def class_matrix(answers: ClassAnswers, questions: Sequence[str], classes: Sequence[str]) -> Tensor:
     """1 where a class is a yes, else 0: (C, Q). Raises `UserError` for a class that is none, with the nearest."""
     table = torch.zeros(len(classes), len(questions))
     for j, question in enumerate(questions):
-        for name in map(str, yes[question]):
+        for name in map(str, answers[question]):
             if name not in classes:
                 raise unknown(f"class (under aspects, '{question}')", name, classes)
             table[classes.index(name), j] = 1.0
     return table
 
 
-def annotate(spec: Annotated, questions: list[str], data: DataSpec, run: Run) -> Tensor:
+def annotate(spec: Noisy, questions: list[str], data: DataSpec, run: Run) -> Tensor:
     """Class answers of every training image, some turned round, softened: (N, Q)."""
-    answers = class_answers(spec.yes, questions, run.data(data).classes)[run.loader(data, "train").labels()]
+    answers = class_matrix(spec.answers, questions, run.data(data).classes)[run.loader(data, "train").labels()]
     turned = torch.rand(answers.shape, generator=generator(data.seed, "turn answers")) < spec.flip
     return 1 - spec.confidence + (2 * spec.confidence - 1) * torch.where(turned, 1 - answers, answers)
 
@@ -277,7 +298,7 @@ def trained_annotator(spec: Trained, questions: list[str], run: Run, data: DataS
     bundle = run.data(source)
     with keyed("model", "annotator", spec.seed):
         model = ImageText(build(spec.network, spec.dim, bundle.input_shape), spec.dim)
-    answers = class_answers(spec.yes, questions, bundle.classes)
+    answers = class_matrix(spec.answers, questions, bundle.classes)
 
     def make() -> dict[str, Any]:
         outer, run.seed = run.seed, spec.seed

@@ -39,7 +39,7 @@ def ask(spec: VisionLanguage, questions: list[str], data: DataSpec, run: Run) ->
         raise UserError(f"aspects.vision_language: could not load a model from '{spec.path}': {str(error).splitlines()[0]}") from None
     tokenizer = processor.tokenizer
     tokenizer.padding_side = "left"  # so that the last position of every row is where the answer starts
-    ids = torch.tensor([token_id(tokenizer, spec.yes), token_id(tokenizer, spec.no)], device=run.device)
+    ids = torch.tensor([token_id(tokenizer, spec.yes_word), token_id(tokenizer, spec.no_word)], device=run.device)
     texts = [prompt(processor, spec, q) for q in questions]
     bundle = run.data(data)
     mean, std = (torch.tensor(v).view(-1, 1, 1) for v in (bundle.mean, bundle.std))
