@@ -1,0 +1,273 @@
+"""Writes the generated pages: docs/recipes.md from the option types, docs/catalogue.md and docs/methods/ from cards, options, recipes and evidence.
+
+`make docs` writes them anew; `python docs/build.py --check` writes nothing and exits 1 where one is stale.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import re
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, get_args
+
+import yaml
+from keys import SHARED, default, key_table, kind, prose, recipe_reference, table
+from pydantic import BaseModel
+
+from stillhouse import catalog, recipe
+from stillhouse.catalog import Card
+from stillhouse.reporting.comparison import comparison_markdown
+
+ROOT = Path(__file__).resolve().parents[1]
+DOCS = ROOT / "docs"
+NOTE = "<!-- Written by docs/build.py; do not edit. `make docs` writes it anew. -->\n"
+BELOW = "<!-- From here on written by docs/build.py; do not edit. `make docs` writes it anew. -->\n"
+KINDS = {"objective": "Objectives", "method": "Methods"}
+
+
+def pages() -> dict[Path, str]:
+    """Every generated page by its path."""
+    found = cards()
+    out = {path: head(path) + text for path, text in ((DOCS / "recipes.md", recipe_reference()), (DOCS / "catalogue.md", catalogue(found)))}
+    return out | {DOCS / "methods" / f"{c.slug}.md": method_page(c) for c in found}
+
+
+def head(path: Path) -> str:
+    """The written part of a page, up to the line that says what is generated."""
+    text = path.read_text(encoding="utf-8") if path.is_file() else ""
+    return text.partition(BELOW)[0] + BELOW + "\n"
+
+
+def cards() -> list[Card]:
+    """The cards of this package (other packages' plug-ins are no part of its pages)."""
+    return [c for c in catalog.methods() if c.module.startswith("stillhouse.")]
+
+
+def stale(wanted: dict[Path, str]) -> list[Path]:
+    """Pages that differ from what they should be, and pages of methods that are gone."""
+    changed = [path for path, text in wanted.items() if not path.is_file() or path.read_text(encoding="utf-8") != text]
+    return sorted([*changed, *(p for p in (DOCS / "methods").glob("*.md") if p not in wanted)])
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--check", action="store_true", help="write nothing; exit 1 where a page is stale")
+    check = parser.parse_args().check
+    wanted = pages()
+    for path in stale(wanted):
+        print(("stale: " if check else "wrote " if path in wanted else "removed ") + str(path.relative_to(ROOT)))
+        if check:
+            continue
+        if path in wanted:
+            path.parent.mkdir(exist_ok=True)
+            path.write_text(wanted[path], encoding="utf-8")
+        else:
+            path.unlink()
+    return int(check and bool(stale(wanted)))
+
+
+# ---- the catalogue -------------------------------------------------------------------------------------------------------------------------
+
+
+def catalogue(found: list[Card]) -> str:
+    """What docs/catalogue.md lists."""
+    parts = []
+    for key, heading in KINDS.items():
+        mine = [c for c in found if c.kind == key]
+        parts.append(f"## {heading}\n")
+        for family in sorted({c.fields.get("family", "general") for c in mine}):
+            rows = [catalogue_row(c) for c in mine if c.fields.get("family", "general") == family]
+            parts.append(f"### {family[0].upper() + family[1:]}\n\n" + table(("name", "what it does", "paper", "recipe", "evidence", "parity"), rows))
+    return "\n".join(parts)
+
+
+def catalogue_row(card: Card) -> tuple[str, ...]:
+    recipe_file, shown, kinds = recipe_of(card), measured(card), parity_kinds(card.slug)
+    return (
+        f"[{', '.join(card.provides)}](methods/{card.slug}.md)",
+        prose(summary(card), in_table=True),
+        " ".join(filter(None, (prose(card.fields.get("venue", ""), in_table=True), paper_link(card)))) or "–",
+        f"[recipe](../{recipe_file.relative_to(ROOT).as_posix()})" if recipe_file else "–",
+        f"[measured](methods/{card.slug}.md#evidence)" if shown else "–",
+        str(len(kinds)) if kinds else "–",
+    )
+
+
+def method_page(card: Card) -> str:
+    """docs/methods/<slug>.md."""
+    facts = [(key, prose(value, in_table=True)) for key, value in card.fields.items() if key not in ("arxiv", "provides")]
+    facts += [("arXiv", paper_link(card))] if paper_link(card) else []
+    if card.provides != (card.slug,):
+        facts.append(("names in recipes", ", ".join(f"`{name}`" for name in card.provides)))
+    parts = [f"{NOTE}# {prose(card.title)}\n", table(("", ""), facts), prose(card.text) + "\n" if card.text else ""]
+    parts += [
+        "## In a recipe\n",
+        *usage(card),
+        "## Options\n",
+        *options(card),
+        "## Evidence\n",
+        evidence_section(card),
+        "## Parity\n",
+        parity_section(card),
+    ]
+    parts.append(f"Source: [{card.module}](../../{card.file.relative_to(ROOT).as_posix()}). [All methods](../catalogue.md).\n")
+    return "\n".join(part for part in parts if part)
+
+
+def usage(card: Card) -> Iterator[str]:
+    """The recipe file, or, for an objective without one, its line in a recipe."""
+    file = recipe_of(card)
+    if file is not None:
+        path = file.relative_to(ROOT).as_posix()
+        names = list(recipe.read_yaml(file).get("variants") or {})
+        yield (
+            f"`stillhouse run {path}`"
+            + (f" (variants: {', '.join(f'`{v}`' for v in names)})" if names else "")
+            + f". This is [{path}](../../{path}):\n"
+        )
+        yield f"```yaml\n{file.read_text(encoding='utf-8').rstrip()}\n```\n"
+    elif card.kind == "objective":
+        entries = [
+            yaml.safe_dump({"name": n, **written(catalog.options(catalog.objective(n)))}, default_flow_style=True, sort_keys=False, width=10_000)
+            for n in card.provides
+        ]
+        yield "It has no recipe of its own yet. Its line in any recipe, with its defaults:\n"
+        yield "```yaml\nobjectives:\n" + "".join(f"  - {entry}" for entry in entries) + "```\n"
+    else:
+        yield "It has no recipe in this repository; its keys are below.\n"
+
+
+def written(model: type[BaseModel]) -> dict[str, Any]:
+    """An objective's options as a recipe would hold them; what must be given is shown as `…`."""
+    values = {name: "…" if field.is_required() else field.get_default(call_default_factory=True) for name, field in model.model_fields.items()}
+    return {name: list(v) if isinstance(v, tuple) else v for name, v in values.items() if v is not None}
+
+
+def options(card: Card) -> Iterator[str]:
+    if card.kind == "objective":
+        for name in card.provides:
+            cls = catalog.objective(name)
+            keys = catalog.options(cls)
+            weight = f"Default `weight`: {cls.default_weight:g}."
+            heading = f"Of `{name}`. " if len(card.provides) > 1 else ""
+            yield f"{heading}{weight} `teacher`, `label` and schedules of the weight are those of every objective ([ObjectiveSpec](../recipes.md#objectivespec)).\n"
+            words = argument_words(cls.__doc__ or "")
+            rows = [
+                (f"`{n}`" + ("*" if f.is_required() else ""), kind(f), default(f), prose(words.get(n, ""), in_table=True))
+                for n, f in keys.model_fields.items()
+            ]
+            yield table(("key", "type", "default", "what it is"), rows) if rows else "It has no options.\n"
+        return
+    config = catalog.method(card.slug).Config
+    general = set(recipe.MethodConfig.model_fields)
+    links = table_links(key_table(config, without=general))
+    yield f"Keys of a recipe with `method: {card.slug}`, beside `name`, `seed` and `variants`; the types that methods share are on [the recipe page](../recipes.md).\n"
+    yield links
+    for own in own_types(config):
+        yield f"### {own.__name__}\n\n{prose(' '.join((own.__doc__ or '').split()))}\n"
+        yield table_links(key_table(own))
+
+
+def table_links(text: str) -> str:
+    """Links to shared types, which are on the recipe page."""
+    for model in SHARED:
+        text = text.replace(f"(#{model.__name__.lower()})", f"(../recipes.md#{model.__name__.lower()})")
+    return text
+
+
+def own_types(model: type[BaseModel], seen: tuple[type[BaseModel], ...] = ()) -> list[type[BaseModel]]:
+    """Option types that a method's config holds and that are not shared, in order of appearance."""
+    found: list[type[BaseModel]] = []
+    for field in model.model_fields.values():
+        for inner in leaves(field.annotation):
+            if inner not in SHARED and inner not in found and inner not in seen:
+                found += [inner, *(t for t in own_types(inner, (*seen, inner, *found)) if t not in found)]
+    return found
+
+
+def leaves(annotation: Any) -> Iterator[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        yield annotation
+    for inner in get_args(annotation):
+        yield from leaves(inner)
+
+
+def argument_words(docstring: str) -> dict[str, str]:
+    """Name -> words, from the `Args:` of a docstring; `a, b: …` describes both."""
+    block = re.search(r"Args:\n((?:[ \t]+.*\n?|\n)+)", docstring)
+    out: dict[str, str] = {}
+    names: list[str] = []
+    for line in block.group(1).splitlines() if block else []:
+        start = re.match(r" {8}(\w+(?:, \w+)*): (.*)", line)
+        if start:
+            names = start.group(1).split(", ")
+            out.update(dict.fromkeys(names, start.group(2)))
+        elif line.startswith(" " * 9) and names:
+            out.update({n: f"{out[n]} {line.strip()}" for n in names})
+        elif line.strip():
+            break
+    return out
+
+
+def evidence_section(card: Card) -> str:
+    shown = measured(card)
+    if shown is None:
+        return "Not measured yet.\n"
+    made = [
+        f"Made by `{shown['command']}`" if shown.get("command") else "",
+        f"{shown['created'][:10]}" if shown.get("created") else "",
+        str(shown.get("device") or ""),
+        ", ".join(f"{k} {v}" for k, v in (shown.get("versions") or {}).items()),
+    ]
+    note = f"{prose(str(shown['note']))}\n\n" if shown.get("note") else ""
+    return f"{note}{comparison_markdown(shown)}\n{'; '.join(filter(None, made))}. The figures: [evidence/{card.slug}.json](../../evidence/{card.slug}.json).\n"
+
+
+def parity_section(card: Card) -> str:
+    kinds = parity_kinds(card.slug)
+    if not kinds:
+        return "There are no arrays of the authors' code that it is compared with.\n"
+    count = "one kind" if len(kinds) == 1 else f"{len(kinds)} kinds"
+    return f"It is compared with arrays of the authors' code in {count} of case: {', '.join(f'`{k}`' for k in kinds)}.\n"
+
+
+# ---- what is known of a card ---------------------------------------------------------------------------------------------------------------
+
+
+def recipe_of(card: Card) -> Path | None:
+    """recipes/**/<slug>.yaml."""
+    return next(iter(sorted((ROOT / "recipes").rglob(f"{card.slug}.yaml"))), None)
+
+
+def measured(card: Card) -> dict[str, Any] | None:
+    """evidence/<slug>.json."""
+    file = ROOT / "evidence" / f"{card.slug}.json"
+    found: dict[str, Any] | None = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
+    return found
+
+
+def parity_kinds(slug: str) -> list[str]:
+    """Kinds of the authors' arrays that an adapter compares with."""
+    if not (ROOT / "tests" / "parity" / "adapters" / f"{slug}.py").is_file():
+        return []
+    if str(ROOT / "tests") not in sys.path:
+        sys.path.insert(0, str(ROOT / "tests"))
+    return sorted(importlib.import_module(f"parity.adapters.{slug}").ADAPTERS)
+
+
+def summary(card: Card) -> str:
+    text = card.title.partition(": ")[2] or card.title
+    return text[0].upper() + text[1:]
+
+
+def paper_link(card: Card) -> str:
+    number = card.fields.get("arxiv", "").split(" ")[0].rstrip(",;")
+    return f"[{number}](https://arxiv.org/abs/{number})" if re.fullmatch(r"\d{4}\.\d{4,5}", number) else ""
+
+
+if __name__ == "__main__":
+    sys.exit(main())
