@@ -9,10 +9,10 @@ import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import torch
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -30,7 +30,10 @@ ClassAnswers = dict[str, list[str | int]]
 """Question -> names of the classes for which the answer is yes."""
 
 
-def _read_class_answers(given: Any) -> Any:
+SAID = "Question -> names of the classes for which the answer is yes; here, in a JSON file, or given by file:PATH.py:FUNCTION."
+
+
+def read_class_answers(given: ClassAnswers | str) -> ClassAnswers:
     """The mapping itself, or that of a JSON file, or what `file:PATH.py:FUNCTION` gives."""
     if not isinstance(given, str):
         return given
@@ -39,21 +42,21 @@ def _read_class_answers(given: Any) -> Any:
         make = getattr(module, name or "answers", None)
         if not callable(make):
             raise UserError(f"aspects: '{given}' names no function.")
-        return make()
-    path = Path(given).expanduser()
-    if not path.is_file():
-        raise UserError(f"aspects: there is no file of class answers '{given}'.")
-    return json.loads(path.read_text(encoding="utf-8"))
-
-
-Answers = Annotated[ClassAnswers, BeforeValidator(_read_class_answers)]
-SAID = "Question -> names of the classes for which the answer is yes; here, in a JSON file, or given by file:PATH.py:FUNCTION."
+        read = make()
+    else:
+        path = Path(given).expanduser()
+        if not path.is_file():
+            raise UserError(f"aspects: there is no file of class answers '{given}'.")
+        read = json.loads(path.read_text(encoding="utf-8"))
+    if not isinstance(read, dict) or not all(isinstance(v, list) for v in read.values()):
+        raise UserError(f"aspects: '{given}' must give a mapping of questions to lists of class names.")
+    return read
 
 
 class Noisy(Spec):
     """Class answers as they are, with noise of each image's own."""
 
-    answers: Answers = Field(description=SAID)
+    answers: ClassAnswers | str = Field(description=SAID)
     flip: float = Field(0.1, ge=0, lt=1, description="Share of answers turned round, drawn by image and question.")
     confidence: float = Field(0.95, gt=0.5, le=1, description="P(yes) of a yes; a no is 1 - confidence.")
 
@@ -61,7 +64,7 @@ class Noisy(Spec):
 class Trained(Spec):
     """A small image-and-text model that learns to answer from class answers, in place of a large multimodal one."""
 
-    answers: Answers = Field(description=SAID)
+    answers: ClassAnswers | str = Field(description=SAID)
     network: Model = Field(description="Its image encoder.")
     dim: int = Field(64, ge=1, description="Width that images and questions are compared in.")
     data: Data | None = Field(None, description="What it is trained on; default: the recipe's data.")
@@ -99,26 +102,27 @@ class AspectsSpec(Spec):
         given = [k for k in ("file", "vision_language", "trained", "annotated") if getattr(self, k) is not None]
         if len(given) != 1:
             raise ValueError(f"give exactly one of file, vision_language, trained, annotated (given: {', '.join(given) or 'none'})")
-        if self.questions is None and self.class_answers is None:
+        if self.questions is None and self.trained is None and self.annotated is None:
             raise ValueError("questions are needed with file and vision_language")
         return self
 
     @property
     def class_answers(self) -> ClassAnswers | None:
         source = self.trained or self.annotated
-        return None if source is None else source.answers
+        return None if source is None else read_class_answers(source.answers)
 
     def questions_asked(self) -> list[str]:
         """The questions in order. Raises `UserError` for none, for one asked twice, or for one without class answers where those are the source."""
-        asked = list(self.class_answers or {}) if self.questions is None else read_questions(self.questions)
+        known = self.class_answers
+        asked = list(known or {}) if self.questions is None else read_questions(self.questions)
         if not asked:
             raise UserError("aspects.questions: there are no questions.")
         twice = next((q for q in asked if asked.count(q) > 1), None)
         if twice is not None:
             raise UserError(f"aspects.questions: '{twice}' is asked twice.")
-        for q in asked if self.class_answers is not None else []:
-            if q not in self.class_answers:
-                raise UserError(f"aspects: the question '{q}' has no class answers under `answers`.")
+        unanswered = next((q for q in asked if known is not None and q not in known), None)
+        if unanswered is not None:
+            raise UserError(f"aspects: the question '{unanswered}' has no class answers under `answers`.")
         return asked
 
 
@@ -243,7 +247,7 @@ def class_matrix(answers: ClassAnswers, questions: Sequence[str], classes: Seque
 
 def annotate(spec: Noisy, questions: list[str], data: DataSpec, run: Run) -> Tensor:
     """Class answers of every training image, some turned round, softened: (N, Q)."""
-    answers = class_matrix(spec.answers, questions, run.data(data).classes)[run.loader(data, "train").labels()]
+    answers = class_matrix(read_class_answers(spec.answers), questions, run.data(data).classes)[run.loader(data, "train").labels()]
     turned = torch.rand(answers.shape, generator=generator(data.seed, "turn answers")) < spec.flip
     return 1 - spec.confidence + (2 * spec.confidence - 1) * torch.where(turned, 1 - answers, answers)
 
@@ -298,7 +302,7 @@ def trained_annotator(spec: Trained, questions: list[str], run: Run, data: DataS
     bundle = run.data(source)
     with keyed("model", "annotator", spec.seed):
         model = ImageText(build(spec.network, spec.dim, bundle.input_shape), spec.dim)
-    answers = class_matrix(spec.answers, questions, bundle.classes)
+    answers = class_matrix(read_class_answers(spec.answers), questions, bundle.classes)
 
     def make() -> dict[str, Any]:
         outer, run.seed = run.seed, spec.seed
@@ -308,7 +312,11 @@ def trained_annotator(spec: Trained, questions: list[str], run: Run, data: DataS
             run.seed = outer
         return {"weights": state_on_cpu(model), "figures": {"answers_right": _share_right(model, questions, answers, source, run)}}
 
-    uses = {**spec.model_dump(mode="json", exclude={"train": {"log_every", "checkpoint_seconds", "trackers"}}), "questions": questions}
+    uses = {
+        **spec.model_dump(mode="json", exclude={"train": {"log_every", "checkpoint_seconds", "trackers"}}),
+        "questions": questions,
+        "answers": answers.tolist(),
+    }
     kept = run.stage("annotator", make, {**uses, "data": bundle.fingerprint})
     model.load_state_dict(kept["weights"])
     run.record["annotator"] = kept["figures"]
