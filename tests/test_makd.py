@@ -13,7 +13,8 @@ from stillhouse import catalog, recipe
 from stillhouse.distillation import Distillation
 from stillhouse.errors import UserError
 from stillhouse.methods.classification.makd import AspectClassifier, Aspects, Widened, aspect_loss, strip_aspects
-from stillhouse.methods.classification.makd.aspects import AspectsSpec, ImageText, aspect_probs, read_answers
+from stillhouse.methods.classification.makd.aspects import AspectsSpec, aspect_probs, read_answers
+from stillhouse.methods.classification.makd.image_text import ImageText
 from stillhouse.models import build
 from stillhouse.objective import Progress
 from stillhouse.objectives.ce import CrossEntropy, cross_entropy

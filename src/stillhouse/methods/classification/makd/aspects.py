@@ -6,25 +6,20 @@ Each source gives P(yes) of every question for every training image, (N, Q); mod
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from pydantic import Field, model_validator
-from torch import Tensor, nn
-from torch.nn import functional as F
+from torch import Tensor
 
 from stillhouse.catalog import load_file
 from stillhouse.errors import UserError, unknown
 from stillhouse.functional.precision import full_precision
-from stillhouse.models import build
-from stillhouse.objective import Progress
-from stillhouse.randomness import generator, key, keyed
+from stillhouse.randomness import generator
 from stillhouse.recipe import Data, DataSpec, Model, Spec, TrainSpec
 from stillhouse.run import Run
-from stillhouse.signals import Batch
 
 ClassAnswers = dict[str, list[str | int]]
 """Question -> names of the classes for which the answer is yes."""
@@ -187,6 +182,8 @@ def _answer(spec: AspectsSpec, questions: list[str], data: DataSpec, run: Run) -
     if spec.annotated is not None:
         return {"answers": {"aspects": annotate(spec.annotated, questions, data, run)}}
     if spec.trained is not None:
+        from stillhouse.methods.classification.makd.image_text import trained_annotator
+
         model = trained_annotator(spec.trained, questions, run, data).to(run.device).eval()
         with torch.no_grad():
             said = [model(batch["input"].to(run.device), questions).float().cpu() for batch in run.loader(data, "train")]
@@ -250,85 +247,3 @@ def annotate(spec: Noisy, questions: list[str], data: DataSpec, run: Run) -> Ten
     answers = class_matrix(read_class_answers(spec.answers), questions, run.data(data).classes)[run.loader(data, "train").labels()]
     turned = torch.rand(answers.shape, generator=generator(data.seed, "turn answers")) < spec.flip
     return 1 - spec.confidence + (2 * spec.confidence - 1) * torch.where(turned, 1 - answers, answers)
-
-
-class ImageText(nn.Module):
-    """Answers questions about images: the image's vector is compared with two vectors of the question, one for yes and one for no.
-
-    Args:
-        image: a network that gives `dim` numbers.
-        dim: width of the comparison.
-        buckets: words are told apart by their hash modulo this.
-    """
-
-    def __init__(self, image: nn.Module, dim: int, buckets: int = 4096) -> None:
-        super().__init__()
-        self.image, self.dim, self.buckets = image, dim, buckets
-        self.words = nn.EmbeddingBag(buckets, dim, mode="mean")
-        self.text = nn.Sequential(nn.Linear(dim, dim), nn.GELU(), nn.Linear(dim, 2 * (dim + 1)))
-
-    def forward(self, images: Tensor, questions: Sequence[str]) -> Tensor:
-        """(B, ...) images and Q questions to (B, Q, 2) logits of yes and no."""
-        hashed = [[key(word) % self.buckets for word in re.findall(r"\w+", q.lower())] for q in questions]
-        offsets = torch.tensor([0, *(len(h) for h in hashed[:-1])]).cumsum(0)
-        ids = torch.tensor([i for h in hashed for i in h])
-        device = self.words.weight.device
-        text = self.text(self.words(ids.to(device), offsets.to(device))).view(len(questions), 2, self.dim + 1)
-        return torch.einsum("bd,qkd->bqk", F.normalize(self.image(images), dim=-1), text[..., 1:]) + text[..., 0]
-
-
-class Answering(nn.Module):
-    """Trains an `ImageText` on class answers: cross-entropy over yes and no, mean over images and questions."""
-
-    def __init__(self, student: ImageText, questions: list[str], answers: Tensor) -> None:
-        super().__init__()
-        self.student, self.questions = student, questions
-        self.register_buffer("answers", answers, persistent=False)
-
-    def param_groups(self) -> list[dict[str, Any]]:
-        return [{"params": list(self.student.parameters())}]
-
-    def forward(self, batch: Batch, progress: Progress) -> dict[str, Tensor]:
-        logits, yes = self.student(batch["input"], self.questions).float(), self.answers[batch["label"]]
-        accuracy = ((logits.detach()[..., 0] > logits.detach()[..., 1]) == (yes > 0.5)).float().mean()
-        return {"loss": F.cross_entropy(logits.flatten(0, 1), 1 - yes.flatten().long()), "accuracy": accuracy}
-
-
-def trained_annotator(spec: Trained, questions: list[str], run: Run, data: DataSpec) -> ImageText:
-    """The small image-and-text model, trained once and kept; its share of right answers on test images is recorded with the run."""
-    from stillhouse.product import state_on_cpu
-
-    source = spec.data or data
-    bundle = run.data(source)
-    with keyed("model", "annotator", spec.seed):
-        model = ImageText(build(spec.network, spec.dim, bundle.input_shape), spec.dim)
-    answers = class_matrix(read_class_answers(spec.answers), questions, bundle.classes)
-
-    def make() -> dict[str, Any]:
-        outer, run.seed = run.seed, spec.seed
-        try:
-            run.fit("annotator", Answering(model, questions, answers), run.loader(source, "train", spec.train.batch_size, train=True), spec.train)
-        finally:
-            run.seed = outer
-        return {"weights": state_on_cpu(model), "figures": {"answers_right": _share_right(model, questions, answers, source, run)}}
-
-    uses = {
-        **spec.model_dump(mode="json", exclude={"train": {"log_every", "checkpoint_seconds", "trackers"}}),
-        "questions": questions,
-        "answers": answers.tolist(),
-    }
-    kept = run.stage("annotator", make, {**uses, "data": bundle.fingerprint})
-    model.load_state_dict(kept["weights"])
-    run.record["annotator"] = kept["figures"]
-    return model
-
-
-@torch.no_grad()
-def _share_right(model: ImageText, questions: list[str], answers: Tensor, data: DataSpec, run: Run) -> float:
-    model.eval()
-    device, right, seen = next(model.parameters()).device, 0.0, 0
-    for batch in run.loader(data, "test"):
-        logits = model(batch["input"].to(device), questions).cpu()
-        right += float(((logits[..., 0] > logits[..., 1]) == (answers[batch["label"]] > 0.5)).float().mean(1).sum())
-        seen += len(logits)
-    return right / seen
