@@ -29,6 +29,7 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from stillhouse.data import BatchKey, Loader
+from stillhouse.data.joined import processes
 from stillhouse.distillation import Distillation
 from stillhouse.errors import UserError
 from stillhouse.evaluation.classification import evaluate_classifier
@@ -166,7 +167,10 @@ class FerKD(Method[Config]):
         dataset = Replayed(
             bundle.dataset("train", train=False), store, size, config.train.epochs, config.crops, thresholds, MixSpec(**config.mix.model_dump())
         )
-        loader = Loader(dataset, size, seed=run.seed, drop_last=True, workers=config.data.workers, **_share(size, config.crops))
+        at = processes()
+        if size % (config.crops * at["world"]):
+            raise UserError(f"train.batch_size ({size}) must be a multiple of crops x processes ({config.crops} x {at['world']}).")
+        loader = Loader(dataset, size, seed=run.seed, drop_last=True, workers=config.data.workers, **at)
         student = run.model(config.student, config.data)
         live = config.labels == "live"
         objective = StoredLabels(config.temperature, config.regions.temperature, live)
@@ -250,12 +254,3 @@ def count_bands(store: RegionStore, thresholds: Thresholds, labels: Tensor, clas
     }
     present = set(labels.unique().tolist())
     return {"figures": figures, "lost": [name for c, name in enumerate(classes) if c in present and not survivors[c]]}
-
-
-def _share(batch_size: int, crops: int) -> dict[str, int]:
-    from accelerate import PartialState
-
-    state = PartialState()
-    if batch_size % (crops * state.num_processes):
-        raise UserError(f"train.batch_size ({batch_size}) must be a multiple of crops x processes ({crops} x {state.num_processes}).")
-    return {"rank": state.process_index, "world": state.num_processes}

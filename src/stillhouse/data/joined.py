@@ -1,0 +1,93 @@
+"""`Joined`: chosen samples of several data sets as one, such as a target set with an unlabelled pool beside it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from stillhouse.data.bundle import DataBundle
+from stillhouse.data.dataset import BatchKey, IndexedDataset
+from stillhouse.errors import UserError
+from stillhouse.signals import Batch
+
+
+@dataclass(frozen=True)
+class Part:
+    """Samples `rows` (n,) of a data set. Inputs x become `scale * x + shift` (per channel); without `labelled`, every label is -1."""
+
+    dataset: IndexedDataset
+    rows: np.ndarray
+    scale: Tensor | None = None
+    shift: Tensor | None = None
+    labelled: bool = False
+
+
+def unlabelled(pool: DataBundle, target: DataBundle, rows: np.ndarray | None = None, *, train: bool, where: str = "pool") -> Part:
+    """Training images of a pool, normalised as the target's are, without labels.
+
+    Args:
+        pool, target: their bundles.
+        rows: which; None for all.
+        train: with the pool's training augmentation.
+        where: what the message calls the pool's spec.
+
+    Raises:
+        UserError: images of another shape than the target's.
+    """
+    if tuple(pool.input_shape) != tuple(target.input_shape):
+        raise UserError(
+            f"{where}: the images of '{pool.name}' have shape {tuple(pool.input_shape)}, those of '{target.name}' {tuple(target.input_shape)}; "
+            f"set {where}.image_size, and choose images of as many channels."
+        )
+    dataset = pool.dataset("train", train=train)
+    rows = np.arange(len(dataset)) if rows is None else rows
+    if (pool.mean, pool.std) == (target.mean, target.std) or not pool.mean or not target.mean:
+        return Part(dataset, rows)
+    own_mean, own_std, mean, std = (torch.tensor(v)[:, None, None] for v in (pool.mean, pool.std, target.mean, target.std))
+    return Part(dataset, rows, own_std / std, (own_mean - mean) / std)
+
+
+def processes() -> dict[str, int]:
+    """`rank` and `world` of this process, as a `Loader` takes them."""
+    from accelerate import PartialState
+
+    state = PartialState()
+    return {"rank": state.process_index, "world": state.num_processes}
+
+
+class Joined:
+    """Several parts one after the other; what `stillhouse.data.Loader` asks of a data set. `index` counts through all parts."""
+
+    def __init__(self, parts: list[Part]) -> None:
+        self.parts = parts
+        self._starts = np.cumsum([0, *(len(p.rows) for p in parts)])
+
+    def __len__(self) -> int:
+        return int(self._starts[-1])
+
+    def labels(self) -> Tensor:
+        """(n,) class ids, -1 where a part is unlabelled."""
+        return torch.cat([p.dataset.labels()[torch.from_numpy(p.rows)] if p.labelled else torch.full((len(p.rows),), -1) for p in self.parts])
+
+    def batch(self, key: BatchKey, seed: int) -> Batch:
+        """`input`, `label` (B,), `index` (B,)."""
+        index = key.indices[key.start : key.stop]
+        source = np.searchsorted(self._starts, index, side="right") - 1
+        x: Tensor | None = None
+        label = torch.full((len(index),), -1)
+        for number, part in enumerate(self.parts):
+            at = np.flatnonzero(source == number)
+            if not len(at):
+                continue
+            rows = part.rows[index[at] - self._starts[number]]
+            got = part.dataset.batch(BatchKey(key.epoch, rows, 0, len(rows)), seed)
+            values = got["input"] if part.scale is None else got["input"] * part.scale + part.shift
+            x = values.new_empty(len(index), *values.shape[1:]) if x is None else x
+            where = torch.from_numpy(at)
+            x[where] = values
+            if part.labelled:
+                label[where] = got["label"]
+        return {"input": x, "label": label, "index": torch.from_numpy(index)}
