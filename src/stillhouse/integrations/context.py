@@ -1,0 +1,42 @@
+"""What objectives are given inside another library's loop: the `Context` over a user's loader, and objectives by name."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from stillhouse.data import AdaptedLoader
+from stillhouse.distillation import Distillation, Weighted
+from stillhouse.engine import TrainingContext
+from stillhouse.objective import Objective, Progress, WeightSchedule
+from stillhouse.recipe import ObjectiveSpec, objective_from_spec
+
+Objectives = Sequence[str | Mapping[str, Any] | ObjectiveSpec | Objective | tuple[Objective, float | WeightSchedule] | Weighted]
+
+
+def weighted(objectives: Objectives) -> list[Any]:
+    """Objectives as a `Distillation` takes them; names and mappings are read as in a recipe."""
+    return [o if isinstance(o, Objective | tuple | Weighted) else objective_from_spec(o) for o in objectives]
+
+
+class LoaderContext(TrainingContext):
+    """A training's context where the only split is the user's own training loader, swept as it is: in its order, with its augmentation, and each
+    process its own share (class means are then summed over processes).
+    """
+
+    def __init__(self, module: Distillation, progress: Progress, train: AdaptedLoader, seed: int, device: torch.device, folder: Path) -> None:
+        super().__init__(module, progress, {"train": train}, seed, device, folder, train)
+
+    def class_mean(self, what: str, of: str = "teacher") -> tuple[Tensor, Tensor]:
+        mean, counts = super().class_mean(what, of)
+        if not dist.is_available() or not dist.is_initialized() or dist.get_world_size() == 1:
+            return mean, counts
+        sums, counts = mean.double() * counts[:, None], counts.clone()
+        dist.all_reduce(sums)
+        dist.all_reduce(counts)
+        return (sums / counts.clamp_min(1)[:, None]).float(), counts
