@@ -13,17 +13,17 @@ import sys
 from pathlib import Path
 
 
-def compare_memory(teacher: str, student: str, device: str, batch_size: int, steps: int, threads: int, sides: tuple[str, ...]) -> dict[str, float]:
-    """Mebibytes at the peak, by side; a side whose library is missing is left out."""
-    out = {}
-    for side in sides:
-        numbers = [str(v) for v in (batch_size, steps, threads)]
-        done = subprocess.run([sys.executable, "-W", "ignore", __file__, side, teacher, student, device, *numbers], capture_output=True, text=True)
-        if done.returncode == 0:
-            out[side] = json.loads(done.stdout.splitlines()[-1])
-        elif "ImportError" not in done.stderr and "ModuleNotFoundError" not in done.stderr:
-            raise RuntimeError(done.stderr)
-    return out
+def compare_memory(
+    teacher: str, student: str, device: str, batch_size: int, steps: int, threads: int, sides: tuple[str, ...], rounds: int
+) -> dict[str, list[float]]:
+    """Mebibytes at the peak by side, one for each of `rounds` processes, which take turns."""
+    peaks: dict[str, list[float]] = {side: [] for side in sides}
+    numbers = [str(v) for v in (batch_size, steps, threads)]
+    for side in sides * rounds:
+        command = [sys.executable, "-W", "ignore", __file__, side, teacher, student, device, *numbers]
+        done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+        peaks[side].append(json.loads(done.stdout.splitlines()[-1]))
+    return peaks
 
 
 def one_side(side: str, teacher: str, student: str, device: str, batch_size: int, steps: int, threads: int) -> float:

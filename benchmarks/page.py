@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import statistics
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -74,11 +75,15 @@ def _free(figures: Mapping[str, Any], title: str) -> str:
 
 def _memory(figures: Mapping[str, Any], title: str) -> str:
     peaks = figures["mebibytes"]
-    rows = [[NAMES[side], f"{peak:,.0f}", f"{peak / peaks['hand_written']:.3f}"] for side, peak in peaks.items()]
+    middle = {side: statistics.median(found) for side, found in peaks.items()}
+    rows = [
+        [NAMES[side], f"{middle[side]:,.0f}", f"{min(found):,.0f} to {max(found):,.0f}", f"{middle[side] / middle['hand_written']:.3f}"]
+        for side, found in peaks.items()
+    ]
     what = "the most that torch had allocated" if title else "peak resident size of the whole process"
     return (
-        f"## Memory{title}\n\n{figures['teacher']} to {figures['student']}, batch {figures['batch_size']}, each side in a process of its own: {what}.\n\n"
-        + _table(["side", "MiB", "ratio"], rows)
+        f"## Memory{title}\n\n{figures['teacher']} to {figures['student']}, batch {figures['batch_size']}, each side in processes of its own: {what}, median.\n\n"
+        + _table(["side", "MiB", "least to most", "ratio"], rows)
     )
 
 
@@ -96,11 +101,11 @@ def _objectives(figures: Mapping[str, Any], title: str) -> str:
     rows = []
     for row in figures["objectives"]:
         step = "" if row["step_ratio"] is None else f"{row['step_ratio']:.2f}"
-        rows.append([f"`{row['name']}`", row["teacher"], f"{row['loss_ms']:.2f}", f"{row['loss_ratio']:.1f}", f"{row['mebibytes']:.1f}", step])
+        rows.append([f"`{row['name']}`", row["teacher"], f"{row['loss_ms']:.2f}", f"{row['loss_ratio']:,.1f}", f"{row['mebibytes']:.1f}", step])
     left_out = "".join(f"- `{name}`: {why}\n" for name, why in figures["left_out"].items())
     return (
         f"## What each objective costs{title}\n\n{figures['teacher']} to {figures['student']}, batch {figures['batch_size']}, {figures['classes']} classes, "
-        "published options. The loss alone is forward and backward on signals that are already there, and MiB is the most that it holds at a time; the step "
+        "default options. The loss alone is forward and backward on signals that are already there, and MiB is the most that it holds at a time; the step "
         "is the whole one: both networks forward, backward, inner steps; without the optimiser. Ratios are to `kd`.\n\n"
         + _table(["objective", "teacher", "loss, ms", "loss, ratio", "loss, MiB", "step, ratio"], rows)
         + (f"\nNot measured here:\n\n{left_out}" if left_out else "")
