@@ -1,0 +1,167 @@
+"""The documentation does what it says: its code blocks run in order, its links resolve, its generated pages are what the code says.
+
+A block that begins with `# file: NAME` is saved under that name; other `python` blocks run, as do the lines of `bash` blocks that begin with `stillhouse`.
+Blocks marked `no-run` are only read.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import torch
+
+import stillhouse
+from stillhouse import cli
+
+ROOT = Path(__file__).resolve().parents[1]
+WRITTEN = [ROOT / "README.md", *sorted(p for p in (ROOT / "docs").glob("*.md"))]
+EVERY = [*WRITTEN, *sorted((ROOT / "docs" / "methods").glob("*.md"))]
+FENCE = re.compile(r"^```(\w+)([^\n]*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+
+
+class Block(NamedTuple):
+    """A fenced block of a page."""
+
+    language: str
+    marks: str
+    text: str
+
+    @property
+    def file(self) -> str | None:
+        """The name that it is to be saved under."""
+        found = re.match(r"# file: (\S+)\n", self.text)
+        return found.group(1) if found else None
+
+
+def blocks(page: Path) -> Iterator[Block]:
+    for language, marks, text in FENCE.findall(page.read_text(encoding="utf-8")):
+        yield Block(language, marks, text)
+
+
+def command(line: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A `stillhouse` line of a page, in this process; it must end well."""
+    words = line.partition("#")[0].split()
+    monkeypatch.setattr(sys, "argv", words)
+    try:
+        cli.main()
+    except SystemExit as stop:
+        assert not stop.code, f"`{line}` ended with exit code {stop.code}"
+
+
+def follow(page: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, object]:
+    """Do what a page says, top to bottom, in a folder; the names that its Python blocks leave."""
+    monkeypatch.chdir(folder)
+    names: dict[str, object] = {"__name__": "__main__"}
+    for block in blocks(page):
+        if block.file:
+            (folder / block.file).write_text(block.text)
+        elif "no-run" in block.marks:
+            continue
+        elif block.language == "python":
+            exec(compile(block.text, str(page), "exec"), names)
+        elif block.language == "bash":
+            for line in block.text.splitlines():
+                if line.startswith("stillhouse "):
+                    command(line, monkeypatch)
+    return names
+
+
+def test_the_readme_can_be_followed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    names = follow(ROOT / "README.md", tmp_path, monkeypatch)
+    right = (names["student"](names["x"]).argmax(1) == names["y"]).float().mean()
+    assert right > 0.8, "the student of the README learned little"
+    assert (tmp_path / "runs" / "digits-s0" / "report.html").is_file() and (tmp_path / "runs" / "digits-alone-s0" / "product").is_dir()
+
+
+def test_the_quick_start_can_be_followed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    follow(ROOT / "docs" / "quick-start.md", tmp_path, monkeypatch)
+    shown = capsys.readouterr().out
+    assert "1. teacher" in shown and "2. student" in shown and "Options of nkd" in shown
+    for name in re.findall(r"^\| `([\w.]+)/?` \|", (ROOT / "docs" / "quick-start.md").read_text(), re.MULTILINE):
+        assert (tmp_path / "runs" / "first-s0" / name).exists(), f"the run left no {name}"
+    assert (tmp_path / "student.safetensors").is_file() and (tmp_path / "runs" / "bench-first" / "report.html").is_file()
+
+
+def photos(folder: Path) -> None:
+    """A few pictures in folders, as a reader would have them."""
+    from PIL import Image
+
+    for name, colour in (("apples", 0), ("pears", 1)):
+        for i in range(24):
+            pixels = (torch.rand(64, 64, 3, generator=torch.Generator().manual_seed(i)) * 128).to(torch.uint8)
+            pixels[..., colour] += 96
+            path = folder / "photos" / "train" / name / f"{i}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(pixels.numpy()).save(path)
+
+
+def test_the_page_on_your_own_model_and_data_can_be_followed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    photos(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    names = follow(ROOT / "docs" / "your-own.md", tmp_path, monkeypatch)
+    shown = capsys.readouterr().out
+    assert (
+        "mobilenetv3_small_050" in shown
+        and (tmp_path / "runs" / "try" / "product").is_dir()
+        and (tmp_path / "runs" / "by-hand" / "metrics.csv").is_file()
+    )
+    assert not names["student"].training
+
+
+@pytest.fixture
+def added(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with the files of the page on adding a method, nothing run."""
+    for block in blocks(ROOT / "docs" / "adding-a-method.md"):
+        if block.file:
+            (tmp_path / block.file).write_text(block.text)
+    return tmp_path
+
+
+def test_the_page_on_adding_a_method_can_be_followed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    follow(ROOT / "docs" / "adding-a-method.md", tmp_path, monkeypatch)
+    shown = capsys.readouterr().out
+    assert "sure_kd.sureness" in (tmp_path / "runs" / "sure-s0" / "metrics.csv").read_text().splitlines()[0]
+    assert "Gain over alone" in re.sub(r"\s+", " ", shown) and "2. assistant: distil the teacher" in shown
+    assert stillhouse.load(tmp_path / "runs" / "assistant-s0")(torch.zeros(2, 1, 8, 8)).shape == (2, 10)
+    assert not (tmp_path / "runs" / "assistant-s0" / "stages").exists(), "the assistant's stage is shared, and so in the cache"
+
+
+def test_an_installed_plug_in_is_found_by_its_entry_points(added: Path):
+    tomllib = pytest.importorskip("tomllib", reason="needs Python 3.11 to read pyproject.toml")
+    project = tomllib.loads((added / "pyproject.toml").read_text())["project"]
+    info = added / f"{project['name'].replace('-', '_')}-{project['version']}.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {project['name']}\nVersion: {project['version']}\n")
+    groups = project["entry-points"].items()
+    (info / "entry_points.txt").write_text(
+        "".join(f"[{group}]\n" + "".join(f"{k} = {v}\n" for k, v in points.items()) + "\n" for group, points in groups)
+    )
+    recipe = (added / "assistant.yaml").read_text().replace("file:assistant.py", "assistant").replace("kd]", "{name: sure_kd, temperature: 2}]")
+    assert "method: assistant\n" in recipe and "sure_kd" in recipe
+    (added / "by_name.yaml").write_text(recipe)
+
+    def shown(*arguments: str) -> str:
+        done = subprocess.run(
+            [sys.executable, "-m", "stillhouse", *arguments],
+            cwd=added,
+            env={**os.environ, "PYTHONPATH": str(added)},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    listed = shown("methods")
+    assert re.search(r"^  sure_kd +The student listens more", listed, re.MULTILINE) and re.search(
+        r"^  assistant +Distil a middle-sized", listed, re.MULTILINE
+    )
+    planned = shown("run", "by_name.yaml", "--dry-run")
+    assert "2. assistant" in planned and "temperature: 2.0" in planned
