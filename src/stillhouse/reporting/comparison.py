@@ -19,24 +19,27 @@ if TYPE_CHECKING:
     import rich.table
 
 
+IN_TERMINAL = ("ece", "parameters", "multiply_adds", "latency_ms", "file_bytes", "train_seconds")
+
+
 def comparison_table(results: Mapping[str, Any]) -> rich.table.Table:
-    """The comparison for a terminal: the columns in which the methods differ, with the note as the caption."""
+    """The comparison for a terminal: the primary figure, the gain, calibration and cost (means alone), with the note as the caption."""
     import rich.box
     import rich.table
     from rich.text import Text
 
     comparison = compare(results)
     texts = [[c.text for c in cells] for cells in comparison.cells()]
-    methods = texts[: len(comparison.rows)]
-    first = 2 + (comparison.baseline is not None)  # method, primary figure, gain: always there
-    keep = [i for i in range(len(texts[0])) if i < first or len({row[i] for row in methods}) > 1]
+    first = 2 + (comparison.baseline is not None)  # method, primary figure, gain
+    names = [None] * first + [n for n in comparison.shown if n != comparison.primary]
+    keep = [i for i, name in enumerate(names) if i < first or name in IN_TERMINAL]
     title, caption = Text(comparison.title), Text(comparison.note)
     out = rich.table.Table(title=title, caption=caption, title_justify="left", caption_justify="left", box=rich.box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     headers = comparison.headers()
     for i in keep:
         out.add_column(Text(headers[i]), justify="right" if i else "left", no_wrap=0 < i < first)
     for row in texts:
-        out.add_row(*(Text(row[i]) for i in keep))
+        out.add_row(*(Text(row[i] if i < first or names[i] == "ece" else row[i].partition(" ± ")[0]) for i in keep))
     return out
 
 
