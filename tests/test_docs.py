@@ -1,11 +1,12 @@
 """The documentation does what it says: its code blocks run in order, its links resolve, its generated pages are what the code says.
 
 A block that begins with `# file: NAME` is saved under that name; other `python` blocks run, as do the lines of `bash` blocks that begin with `stillhouse`.
-Blocks marked `no-run` are only read.
+Blocks marked `no-run` are only read, and so are those marked with a library that is not installed.
 """
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import re
 import subprocess
@@ -62,7 +63,7 @@ def follow(page: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> dict[st
     for block in blocks(page):
         if block.file:
             (folder / block.file).write_text(block.text)
-        elif "no-run" in block.marks:
+        elif "no-run" in block.marks or any(importlib.util.find_spec(needed) is None for needed in block.marks.split()):
             continue
         elif block.language == "python":
             exec(compile(block.text, str(page), "exec"), names)
@@ -165,3 +166,14 @@ def test_an_installed_plug_in_is_found_by_its_entry_points(added: Path):
     )
     planned = shown("run", "by_name.yaml", "--dry-run")
     assert "2. assistant" in planned and "temperature: 2.0" in planned
+
+
+def test_the_page_on_integrations_can_be_followed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    names = follow(ROOT / "docs" / "integrations.md", tmp_path, monkeypatch)
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in names["teacher"].modules())
+    assert "trainer" not in names or (tmp_path / "student" / "model.safetensors").is_file()
+
+
+def test_the_page_on_recipes_can_be_followed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    follow(ROOT / "docs" / "recipes.md", tmp_path, monkeypatch)
+    assert "from_own" in (tmp_path / "runs" / "warmer-s0" / "metrics.csv").read_text().splitlines()[0]
