@@ -47,27 +47,32 @@ def cards() -> list[Card]:
     return [c for c in catalog.methods() if c.module.startswith("stillhouse.")]
 
 
-def stale(wanted: dict[Path, str]) -> list[Path]:
-    """Pages that differ from what they should be, and pages of methods that are gone."""
+def stale(wanted: dict[Path, str], folder: Path = DOCS / "methods") -> list[Path]:
+    """Pages that differ from what they should be, and pages in the methods' folder of methods that are gone."""
     changed = [path for path, text in wanted.items() if not path.is_file() or path.read_text(encoding="utf-8") != text]
-    return sorted([*changed, *(p for p in (DOCS / "methods").glob("*.md") if p not in wanted)])
+    return sorted([*changed, *(p for p in folder.glob("*.md") if p not in wanted)])
+
+
+def write(wanted: dict[Path, str], folder: Path = DOCS / "methods") -> list[Path]:
+    """Write what is stale and remove what is gone; which pages those were."""
+    changed = stale(wanted, folder)
+    for path in changed:
+        if path in wanted:
+            path.parent.mkdir(exist_ok=True)
+            path.write_text(wanted[path], encoding="utf-8")
+        else:
+            path.unlink()
+    return changed
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--check", action="store_true", help="write nothing; exit 1 where a page is stale")
     check = parser.parse_args().check
-    wanted = pages()
-    for path in stale(wanted):
-        print(("stale: " if check else "wrote " if path in wanted else "removed ") + str(path.relative_to(ROOT)))
-        if check:
-            continue
-        if path in wanted:
-            path.parent.mkdir(exist_ok=True)
-            path.write_text(wanted[path], encoding="utf-8")
-        else:
-            path.unlink()
-    return int(check and bool(stale(wanted)))
+    changed = stale(pages()) if check else write(pages())
+    for path in changed:
+        print(("stale: " if check else "wrote " if path.exists() else "removed ") + path.relative_to(ROOT).as_posix())
+    return int(check and bool(changed))
 
 
 # ---- the catalogue -------------------------------------------------------------------------------------------------------------------------

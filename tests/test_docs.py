@@ -6,6 +6,7 @@ Blocks marked `no-run` are only read, and so are those marked with a library tha
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import os
 import re
@@ -13,13 +14,15 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 from typing import NamedTuple
 
 import pytest
 import torch
 
 import stillhouse
-from stillhouse import cli
+from stillhouse import catalog, cli
+from stillhouse.recipe import MethodConfig
 
 ROOT = Path(__file__).resolve().parents[1]
 WRITTEN = [ROOT / "README.md", *sorted(p for p in (ROOT / "docs").glob("*.md"))]
@@ -76,7 +79,7 @@ def follow(page: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> dict[st
 
 def test_the_readme_can_be_followed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
     names = follow(ROOT / "README.md", tmp_path, monkeypatch)
-    right = (names["student"](names["x"]).argmax(1) == names["y"]).float().mean()
+    right = (names["student"].cpu()(names["x"]).argmax(1) == names["y"]).float().mean()
     assert right > 0.8, "the student of the README learned little"
     assert (tmp_path / "runs" / "digits-s0" / "report.html").is_file() and (tmp_path / "runs" / "digits-alone-s0" / "product").is_dir()
 
@@ -177,3 +180,61 @@ def test_the_page_on_integrations_can_be_followed(tmp_path: Path, monkeypatch: p
 def test_the_page_on_recipes_can_be_followed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
     follow(ROOT / "docs" / "recipes.md", tmp_path, monkeypatch)
     assert "from_own" in (tmp_path / "runs" / "warmer-s0" / "metrics.csv").read_text().splitlines()[0]
+
+
+def anchors(page: Path) -> set[str]:
+    """What a link may name after `#`: headings as a page of Markdown shows them."""
+    text = FENCE.sub("", page.read_text(encoding="utf-8"))
+    return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in re.findall(r"^#+ (.+)$", text, re.MULTILINE)}
+
+
+@pytest.mark.parametrize("page", EVERY, ids=lambda p: p.relative_to(ROOT).as_posix())
+def test_every_relative_link_resolves(page: Path):
+    for target in re.findall(r"\]\(([^)\s]+)\)", FENCE.sub("", page.read_text(encoding="utf-8"))):
+        if "://" in target:
+            continue
+        name, _, anchor = target.partition("#")
+        there = (page.parent / name).resolve() if name else page
+        assert there.exists(), f"{page.name} links to {target}, which is not there"
+        assert not anchor or anchor in anchors(there), f"{page.name} links to {target}, but {there.name} has no such heading"
+
+
+@pytest.fixture(scope="module")
+def build() -> ModuleType:
+    """docs/build.py."""
+    sys.path.insert(0, str(ROOT / "docs"))
+    try:
+        return importlib.import_module("build")
+    finally:
+        sys.path.remove(str(ROOT / "docs"))
+
+
+def test_the_recipe_reference_is_what_the_types_say(build: ModuleType):
+    page = ROOT / "docs" / "recipes.md"
+    assert page.read_text(encoding="utf-8") == build.pages()[page], "docs/recipes.md is stale; run `make docs`"
+
+
+def test_every_method_has_a_page_that_lists_its_options_and_says_what_is_missing(build: ModuleType):
+    pages = build.pages()
+    for card in build.cards():
+        text = pages[ROOT / "docs" / "methods" / f"{card.slug}.md"]
+        assert f"(methods/{card.slug}.md)" in pages[ROOT / "docs" / "catalogue.md"]
+        assert ("Not measured yet." in text) == (not (ROOT / "evidence" / f"{card.slug}.json").is_file())
+        keys = (
+            (k for n in card.provides for k in catalog.options(catalog.objective(n)).model_fields)
+            if card.kind == "objective"
+            else catalog.method(card.slug).Config.model_fields
+        )
+        for key in keys:
+            assert f"| `{key}`" in text or key in MethodConfig.model_fields, f"the page of {card.slug} does not list {key}"
+
+
+def test_a_stale_page_is_told_and_mended(build: ModuleType, tmp_path: Path):
+    page, gone = tmp_path / "docs" / "methods" / "kd.md", tmp_path / "docs" / "methods" / "gone.md"
+    page.parent.mkdir(parents=True)
+    page.write_text("old")
+    gone.write_text("a method that is gone")
+    wanted = {page: "new"}
+    assert build.stale(wanted, page.parent) == [gone, page]
+    assert build.write(wanted, page.parent) == [gone, page] and page.read_text() == "new" and not gone.exists()
+    assert build.stale(wanted, page.parent) == []
