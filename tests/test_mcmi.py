@@ -33,7 +33,7 @@ def test_information_at_the_class_means_is_what_entropy_the_mean_adds():
     seen = statistics()
     p, q = LOGITS.double().softmax(-1), seen.centroids().double()
     entropy = lambda x: -(x * x.log()).sum(-1)  # noqa: E731
-    expected = sum((LABELS == y).sum() * (entropy(q[y]) - entropy(p[LABELS == y]).mean()) for y in range(5)) / 60
+    expected = sum((y == LABELS).sum() * (entropy(q[y]) - entropy(p[y == LABELS]).mean()) for y in range(5)) / 60
     assert seen.information() == pytest.approx(float(expected), rel=1e-5)
     assert float(conditional_information(LOGITS, LABELS, seen.centroids())) == pytest.approx(seen.information(), rel=1e-5)
 
