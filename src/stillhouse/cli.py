@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Optional
@@ -24,8 +25,8 @@ app = typer.Typer(
 
 Recipe = Annotated[Path, typer.Argument(help="A recipe file (YAML).", metavar="RECIPE")]
 Sets = Annotated[Optional[list[str]], typer.Option("--set", help="Override a key: train.epochs=3. May be given several times.", metavar="KEY=VALUE")]  # noqa: UP045
-DataRoot = Annotated[Optional[str], typer.Option(help="Folder that holds the data sets; default: STILLHOUSE_DATA.")]  # noqa: UP045
-Cpu = Annotated[bool, typer.Option("--cpu", help="Stay on the CPU.")]
+DataRoot = Annotated[Optional[str], typer.Option(help="Folder that holds the data sets; default: STILLHOUSE_DATA.", metavar="FOLDER")]  # noqa: UP045
+Cpu = Annotated[bool, typer.Option("--cpu", help="Use no GPU.")]
 
 
 def _version(value: bool) -> None:
@@ -45,14 +46,14 @@ def _root(version: Annotated[bool, typer.Option("--version", callback=_version, 
 def run(
     recipe: Recipe,
     set_: Sets = None,
-    variant: Annotated[Optional[str], typer.Option(help="One of the recipe's variants, such as paper.")] = None,  # noqa: UP045
+    variant: Annotated[Optional[str], typer.Option(help="One of the recipe's variants, such as paper.", metavar="NAME")] = None,  # noqa: UP045
     out: Annotated[Optional[Path], typer.Option(help="The run's folder; default: runs/NAME-sSEED.")] = None,  # noqa: UP045
     data_root: DataRoot = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the resolved recipe and the plan; train nothing.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Start over in a folder that holds a run.")] = False,
     cpu: Cpu = False,
 ) -> None:
-    """Run a recipe: train what it names, keep the product, write the report. A run that was cut off goes on."""
+    """Run a recipe. Trains what it names, keeps the product, writes the report; a run that was cut off goes on."""
     from stillhouse import recipe as recipes
 
     config = recipes.load(recipe, variant, set_ or [])
@@ -85,14 +86,15 @@ def _print_plan(stages: list[Stage]) -> None:
 
 @app.command(epilog="Example: stillhouse methods nkd_uskd")
 def methods(
-    name: Annotated[Optional[str], typer.Argument(help="A method or an objective; none: list all.")] = None,  # noqa: UP045
+    name: Annotated[Optional[str], typer.Argument(help="A method or an objective; without it, all are listed.", metavar="NAME")] = None,  # noqa: UP045
 ) -> None:
-    """List the methods and objectives, or show the page of one."""
+    """List methods and objectives, or show one."""
     from stillhouse import catalog
 
     if name is not None:
         _print_card(catalog.card(name))
         return
+    width = max(shutil.get_terminal_size((150, 24)).columns, 80)
     by_kind = {"method": "Methods (method: NAME)", "objective": "Objectives (listed under objectives:)"}
     for kind, heading in by_kind.items():
         typer.echo(heading)
@@ -101,7 +103,7 @@ def methods(
                 shown = ", ".join(card.provides)
                 summary = card.title.partition(": ")[2] or card.title
                 summary = summary[0].upper() + summary[1:]
-                room = 150 - 27
+                room = width - 27
                 typer.echo(f"  {shown:<24} {summary if len(summary) <= room else summary[: room - 1] + '…'}")
 
 
@@ -120,6 +122,14 @@ def _print_card(card: Card) -> None:
             typer.echo(f"\nOptions of {name}:")
             for key, field in catalog.options(catalog.objective(name)).model_fields.items():
                 typer.echo(f"  {key}: {_type_name(field.annotation)}" + ("" if field.is_required() else f" = {field.default!r}"))
+    if card.kind == "method" and importlib.util.find_spec("torch"):
+        typer.echo(f"\nKeys of a recipe with method: {card.slug} (beside name, seed and variants; stillhouse schema {card.slug} has all):")
+        from stillhouse.recipe import MethodConfig
+
+        for key, field in catalog.method(card.slug).Config.model_fields.items():
+            if key in MethodConfig.model_fields:
+                continue
+            typer.echo(f"  {key}: {_type_name(field.annotation)}" + (f"  {field.description}" if field.description else ""))
     evidence = Path("evidence") / f"{card.slug}.json"
     recipe = next(Path("recipes").rglob(f"{card.slug}.yaml"), None) if Path("recipes").is_dir() else None
     if recipe is not None:
@@ -133,13 +143,18 @@ def _print_card(card: Card) -> None:
 
 
 def _type_name(annotation: Any) -> str:
-    return getattr(annotation, "__name__", str(annotation)) if not hasattr(annotation, "__args__") else str(annotation).replace("typing.", "")
+    import re
+
+    text = annotation.__name__ if isinstance(annotation, type) and not hasattr(annotation, "__args__") else str(annotation)
+    return re.sub(r"\b(?:\w+\.)+(\w+)", r"\1", text)
 
 
 @app.command(epilog="Example: stillhouse bench recipes/classification/pld.yaml --seeds 0,1,2 --evidence evidence/pld.json")
 def bench(
-    recipe: Annotated[list[Path], typer.Argument(help="Recipes; each with its variants is a row.", metavar="RECIPE...")],
-    variants: Annotated[Optional[str], typer.Option(help="Variants, comma separated; base is the recipe itself. Default: base and all but paper… and smoke.")] = None,  # noqa: UP045
+    recipe: Annotated[list[Path], typer.Argument(help="Recipes; each of them and each of its variants is a row.", metavar="RECIPE")],
+    variants: Annotated[
+        Optional[str], typer.Option(help="Variants, comma separated; base is the recipe itself. Default: base and all but paper… and smoke.")
+    ] = None,  # noqa: UP045
     seeds: Annotated[str, typer.Option(help="Seeds, comma separated.")] = "0,1,2",
     baseline: Annotated[Optional[str], typer.Option(help="The row that the others are compared with; default: alone, ce, or the first.")] = None,  # noqa: UP045
     out: Annotated[Optional[Path], typer.Option(help="Folder of the runs; default: runs/bench-NAME.")] = None,  # noqa: UP045
@@ -150,7 +165,7 @@ def bench(
     jobs: Annotated[int, typer.Option("--jobs", "-j", min=1, help="Runs at the same time.")] = 1,
     cpu: Cpu = False,
 ) -> None:
-    """Compare recipes and variants over seeds under one budget. Runs that are done are kept; a second start goes on."""
+    """Compare recipes and variants over seeds. Runs that are done are kept; a second start goes on."""
     import json
 
     from rich.console import Console
@@ -201,7 +216,7 @@ def export(
     out: Annotated[Optional[Path], typer.Option(help="The file to write; default: beside the product.")] = None,  # noqa: UP045
     trust_code: Annotated[bool, typer.Option("--trust-code", help="Allow a model that your own Python file builds.")] = False,
 ) -> None:
-    """Write a run's student in a form that other programs load."""
+    """Write a student for other programs to load."""
     from stillhouse.export import export as write
 
     typer.echo(f"Wrote {write(folder, to, out, trust_code)}")
@@ -209,7 +224,7 @@ def export(
 
 @app.command(epilog="Example: stillhouse report runs/nkd_uskd-s0")
 def report(folder: Annotated[Path, typer.Argument(help="A run's folder, finished or not, or a comparison's.")]) -> None:
-    """Write the HTML report of a run or a comparison anew."""
+    """Write a run's or comparison's report anew."""
     import json
 
     from stillhouse.errors import UserError
@@ -228,7 +243,7 @@ def report(folder: Annotated[Path, typer.Argument(help="A run's folder, finished
 
 @app.command(epilog="Example: stillhouse schema > stillhouse.schema.json")
 def schema(method: Annotated[str, typer.Argument(help="A method's slug.")] = "distillation") -> None:
-    """Print the JSON schema of a method's recipes, for editors."""
+    """Print the JSON schema of recipes, for editors."""
     import json
 
     from stillhouse.schema import recipe_schema
@@ -242,7 +257,7 @@ def demo(
     seeds: Annotated[str, typer.Option(help="Seeds, comma separated.")] = "0,1,2",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Start over.")] = False,
 ) -> None:
-    """Distil a small network on real handwritten digits, in minutes and without a network: alone, with KD, with NKD, with PLD."""
+    """See distillation work on handwritten digits. A teacher and four students (alone, KD, NKD, PLD) in minutes, with no data to fetch."""
     from stillhouse.demo import demo as show
 
     show(out, _seeds(seeds), overwrite)
