@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 from torch.utils.checkpoint import checkpoint
 
-from stillhouse import Distillation, Ensemble, Frozen, Momentum, Progress, Signals, Taps
+from stillhouse import Distillation, Ensemble, Frozen, Momentum, PastSelf, Progress, Signals, Taps
 from stillhouse.errors import UserError
 from stillhouse.objectives.ce import CrossEntropy
 from stillhouse.objectives.fitnet import FitNet
@@ -296,3 +296,14 @@ def test_unlike_class_counts_are_told_before_training() -> None:
     teacher.fc = nn.Linear(6, 10)
     with pytest.raises(UserError, match="the teacher has 10 classes and the student 4"):
         Distillation(Net(), teacher, [KD()]).build(batch())
+
+
+def test_a_build_that_fails_says_why_whatever_the_teacher() -> None:
+    past = PastSelf()
+    past.start(batch()["label"], 4)
+    with pytest.raises(UserError, match="past-self teacher needs `index` in every batch, but the data gives only: input, label"):
+        Distillation(Net(), past, [CrossEntropy(), KD()]).build(batch())
+    unbuilt = Distillation(Net(), Momentum(0.9), [_reading(ND(), "other")])
+    with pytest.raises(UserError, match="reads the teacher 'other'"):
+        unbuilt.build(batch())
+    unbuilt.close()

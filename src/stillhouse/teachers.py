@@ -227,7 +227,8 @@ class Momentum(nn.Module):
             mine.copy_(theirs)
 
     def close(self) -> None:
-        self._reader.close()
+        if self.model is not None:
+            self._reader.close()
 
 
 class PastSelf(nn.Module):
@@ -249,6 +250,8 @@ class PastSelf(nn.Module):
     def attach(self, wanted: Iterable[str], probe: Batch, student: nn.Module) -> None:
         if self.table is None:
             raise UserError("The past-self teacher does not know the training labels: call start(labels, num_classes), or train from a recipe.")
+        if "index" not in probe:
+            raise UserError(f"The past-self teacher needs `index` in every batch, but the data gives only: {', '.join(probe)}.")
 
     def forward(self, batch: Batch, student: Signals | None = None) -> Signals:
         assert self.table is not None
