@@ -104,7 +104,9 @@ class DistillationTrainer(_transformers.Trainer):  # type: ignore[misc]
         """The Trainer's optimiser, with a group for what objectives (and teachers that learn) own."""
         if self.distillation is not None:
             return self.optimizer
-        self.distillation = self._build()
+        teachers, entries, embedding = self._parts
+        self.distillation = Distillation(self.model, teachers, entries, seed=self.args.seed, embedding=embedding)
+        self._build(self.distillation)
         optimizer = super().create_optimizer(*args, **kwargs)
         groups = self.distillation.param_groups()[1:]
         if groups and self._given_optimizer:
@@ -128,9 +130,7 @@ class DistillationTrainer(_transformers.Trainer):  # type: ignore[misc]
         else:
             super()._load_best_model()
 
-    def _build(self) -> Distillation:
-        teachers, entries, embedding = self._parts
-        distillation = Distillation(self.model, teachers, entries, seed=self.args.seed, embedding=embedding)
+    def _build(self, distillation: Distillation) -> None:
         loader = self.get_train_dataloader()
         self._loader = _Loader(getattr(loader, "base_dataloader", loader), self.args.seed)
         with keyed("probe", self.args.seed):
@@ -146,7 +146,6 @@ class DistillationTrainer(_transformers.Trainer):  # type: ignore[misc]
                 epochs = math.ceil(self.args.max_steps * self.args.gradient_accumulation_steps / per_epoch)
         self._progress = Progress(steps_per_epoch=per_epoch, epochs=max(epochs, 1))
         self._context = LoaderContext(distillation, self._progress, self._loader, self.args.seed, self.args.device, Path(self.args.output_dir))
-        return distillation
 
     def _set_signature_columns_if_needed(self) -> None:
         """Also keeps the column `index`, which the student never sees but some objectives and teachers read."""
