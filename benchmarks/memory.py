@@ -1,56 +1,80 @@
-"""Peak memory of a training step, ours and the hand-written loop's, each in a process of its own.
+"""Peak memory of a training step, ours and the hand-written loop's, each in processes of its own.
 
-On a CPU the process's peak resident size, interpreter and libraries included; on a GPU the most that torch had allocated. Each process builds the
-same networks and data; `python benchmarks/memory.py SIDE ...` is one of them and prints its figure.
+What torch holds for tensors is the same every time; the process's resident size, interpreter and libraries included, depends on how the C library
+reuses what was freed, so it varies by some per cent. `python benchmarks/memory.py SIDE ...` is one of the processes and prints its figures.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
+
+import torch
 
 
 def compare_memory(
     teacher: str, student: str, device: str, batch_size: int, steps: int, threads: int, sides: tuple[str, ...], rounds: int
-) -> dict[str, list[float]]:
-    """Mebibytes at the peak by side, one for each of `rounds` processes, which take turns."""
-    peaks: dict[str, list[float]] = {side: [] for side in sides}
+) -> dict[str, dict[str, list[float]]]:
+    """{side: {what: mebibytes, one of each of `rounds` processes}}; the sides take turns."""
+    peaks: dict[str, dict[str, list[float]]] = {side: {} for side in sides}
     numbers = [str(v) for v in (batch_size, steps, threads)]
     for side in sides * rounds:
         command = [sys.executable, "-W", "ignore", __file__, side, teacher, student, device, *numbers]
         done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
-        peaks[side].append(json.loads(done.stdout.splitlines()[-1]))
+        for what, peak in json.loads(done.stdout.splitlines()[-1]).items():
+            peaks[side].setdefault(what, []).append(peak)
     return peaks
 
 
-def one_side(side: str, teacher: str, student: str, device: str, batch_size: int, steps: int, threads: int) -> float:
-    """Train `side` for `steps` steps in this process and return its peak in mebibytes."""
+def one_side(side: str, teacher: str, student: str, device: str, batch_size: int, steps: int, threads: int) -> dict[str, float]:
+    """Train `side` for `steps` steps in this process: its peaks in mebibytes, `tensors` and, on a CPU, `resident`."""
     import sides
-    import torch
     from turns import OURS, Turns
 
     torch.set_num_threads(threads)
     pair = sides.Pair(teacher, student, torch.device(device))
     batches = pair.data(batch_size)
     networks = pair.make()
-    if device == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-    if side == OURS:
-        sides.stillhouse(*networks, Turns(batches, {}, blocks=0, size=steps - 1))
-    else:
+
+    def train() -> None:
+        if side == OURS:
+            sides.stillhouse(*networks, Turns(batches, {}, blocks=0, size=steps - 1))
+            return
         step = (sides.PEERS[side][0] if side in sides.PEERS else sides.hand_written)(*networks)
         for number in range(steps):
             step(dict(batches[number % len(batches)]))
-    if device == "cuda":
-        return torch.cuda.max_memory_allocated() / 2**20
-    return peak_resident()
+
+    before = [*networks[0].state_dict().values(), *networks[1].state_dict().values(), *(x for batch in batches for x in batch.values())]
+    held = sum(x.nbytes for x in before) / 2**20
+    found = {"tensors": held + peak_of_tensors(train, pair.device)}
+    return found if device == "cuda" else {**found, "resident": peak_resident()}
+
+
+def peak_of_tensors(work: Callable[[], Any], device: torch.device) -> float:
+    """Mebibytes: the most that torch holds at a time during a call, beyond what it held before."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        work()
+        return (torch.cuda.max_memory_allocated() - before) / 2**20
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler is chatty
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        work()
+    held = most = 0
+    for event in sorted((e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"), key=lambda e: e.start_ns()):
+        held += event.nbytes()
+        most = max(most, held)
+    return most / 2**20
 
 
 def peak_resident() -> float:
-    """Peak resident size of this process in mebibytes. On Linux from /proc, as getrusage there starts from the size of the process that began this one."""
+    """Mebibytes: peak resident size of this process. On Linux from /proc, as getrusage there starts from the size of the process that began this one."""
     status = Path("/proc/self/status")
     if status.exists():
         line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM"))

@@ -7,7 +7,6 @@ It gets the kind of teacher that it asks for: a frozen network, one that trains 
 from __future__ import annotations
 
 import argparse
-import os
 import statistics
 import tempfile
 import time
@@ -17,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from memory import peak_of_tensors
 from page import write_page
 from run import RESULTS, keep
 from torch import Tensor, nn
@@ -180,23 +180,6 @@ def seconds(work: Callable[[], None], times: int, device: torch.device) -> float
     return (time.perf_counter() - began) / times
 
 
-def peak_mebibytes(work: Callable[[], None], device: torch.device) -> float:
-    """The most memory that a call holds at a time beyond what was held before."""
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        work()
-        return (torch.cuda.max_memory_allocated() - before) / 2**20
-    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler is chatty
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        work()
-    held = most = 0
-    for event in sorted((e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"), key=lambda e: e.start_ns()):
-        held += event.nbytes()
-        most = max(most, held)
-    return most / 2**20
-
-
 def measure(trial: Trial, kd: Trial, rounds: int, steps: int, device: torch.device) -> dict[str, Any]:
     """An objective's figures beside those of `kd`, taken in turns."""
     trial.loss()
@@ -206,7 +189,7 @@ def measure(trial: Trial, kd: Trial, rounds: int, steps: int, device: torch.devi
     return {
         "loss_ms": 1000 * statistics.median(mine for mine, _ in alone),
         "loss_ratio": statistics.median(mine / theirs for mine, theirs in alone),
-        "mebibytes": peak_mebibytes(trial.loss, device),
+        "mebibytes": peak_of_tensors(trial.loss, device),
         "step_ms": 1000 * statistics.median(mine for mine, _ in whole) if whole else None,
         "step_ratio": statistics.median(mine / theirs for mine, theirs in whole) if whole else None,
     }

@@ -20,7 +20,7 @@ same data. The peers are used as their documentation shows, torchdistill's loss 
 def write_page(results: Path, page: Path | None = None) -> str:
     """Write the page from all results there are, and return its text."""
     found = {path.stem: json.loads(path.read_text()) for path in sorted(results.glob("*.json"))}
-    text = HEAD
+    text = HEAD + "\n## Goals\n\n" + _table(["goal", "at most", "measured"], _goals({name: made["figures"] for name, made in found.items()}))
     for suffix, title in (("", ""), (".cuda", " on a GPU")):
         for part, show in SECTIONS.items():
             if part + suffix in found:
@@ -30,6 +30,29 @@ def write_page(results: Path, page: Path | None = None) -> str:
     page.parent.mkdir(exist_ok=True)
     page.write_text(text)
     return text
+
+
+def _goals(found: Mapping[str, Any]) -> list[list[str]]:
+    rows = []
+    for part in (p + s for s in ("", ".cuda") for p in ("imagenet_stem", "cifar_stem")):
+        if part in found:
+            sides = found[part]["sides"]
+            rows.append([f"a step on the {part} pair, of the hand-written loop's", "1.02", f"{sides['stillhouse']['ratio']:.3f}"])
+            for peer in (p for p in sides if p not in ("stillhouse", "hand_written")):
+                rows.append(
+                    [f"a step on the {part} pair, below {NAMES[peer]}'s", f"{sides[peer]['ratio']:.3f}", f"{sides['stillhouse']['ratio']:.3f}"]
+                )
+    for part in (p for p in ("free", "free.cuda") if p in found):
+        rows.append([f"our own work a step ({part})", "0.3 ms", f"{found[part]['own_ms']:.3f} ms"])
+    for part in (p for p in ("memory", "memory.cuda") if p in found):
+        peaks = {side: {what: statistics.median(values) for what, values in figures.items()} for side, figures in found[part]["mebibytes"].items()}
+        for what, hand in peaks["hand_written"].items():
+            rows.append([f"{part} ({what}), of the hand-written loop's", "1.02", f"{peaks['stillhouse'][what] / hand:.3f}"])
+    if "startup" in found:
+        started = found["startup"]
+        rows.append(["`import stillhouse` over `import torch`", "0.2 s", f"{started['import torch, stillhouse']['over_torch']:+.2f} s"])
+        rows += [[f"`{name}`", "0.3 s", f"{row['seconds']:.2f} s"] for name, row in started.items() if name.startswith("stillhouse ")]
+    return rows
 
 
 def _versions(versions: Mapping[str, str]) -> str:
@@ -74,16 +97,18 @@ def _free(figures: Mapping[str, Any], title: str) -> str:
 
 
 def _memory(figures: Mapping[str, Any], title: str) -> str:
-    peaks = figures["mebibytes"]
-    middle = {side: statistics.median(found) for side, found in peaks.items()}
-    rows = [
-        [NAMES[side], f"{middle[side]:,.0f}", f"{min(found):,.0f} to {max(found):,.0f}", f"{middle[side] / middle['hand_written']:.3f}"]
-        for side, found in peaks.items()
-    ]
-    what = "the most that torch had allocated" if title else "peak resident size of the whole process"
+    titles = {"tensors": "torch's tensors", "resident": "the whole process, resident"}
+    hand = figures["mebibytes"]["hand_written"]
+    rows = []
+    for what, found in hand.items():
+        for side, peaks in figures["mebibytes"].items():
+            middle = statistics.median(peaks[what])
+            spread = f"{min(peaks[what]):,.0f} to {max(peaks[what]):,.0f}"
+            rows.append([titles[what], NAMES[side], f"{middle:,.0f}", spread, f"{middle / statistics.median(found):.3f}"])
     return (
-        f"## Memory{title}\n\n{figures['teacher']} to {figures['student']}, batch {figures['batch_size']}, each side in processes of its own: {what}, median.\n\n"
-        + _table(["side", "MiB", "least to most", "ratio"], rows)
+        f"## Memory{title}\n\n{figures['teacher']} to {figures['student']}, batch {figures['batch_size']}, each side in processes of its own: peaks, the "
+        "median of processes. What the C library keeps for later makes resident sizes vary.\n\n"
+        + _table(["what", "side", "MiB", "least to most", "ratio"], rows)
     )
 
 

@@ -35,7 +35,7 @@ def main() -> None:
     parser.add_argument("--blocks", type=int, default=24, help="blocks of two steps that each side runs on the imagenet_stem pair")
     parser.add_argument("--cifar-blocks", type=int, default=5, help="blocks of one step on the cifar_stem pair, whose steps take seconds on a CPU")
     parser.add_argument("--free-blocks", type=int, default=60, help="blocks of 50 steps that cost nothing")
-    parser.add_argument("--memory-rounds", type=int, default=3, help="processes of each side whose peak memory is taken")
+    parser.add_argument("--memory-rounds", type=int, default=2, help="processes of each side whose peak memory is taken")
     parser.add_argument("--rounds", type=int, default=5, help="starts of each command")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
