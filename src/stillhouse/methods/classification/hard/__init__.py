@@ -1,0 +1,379 @@
+"""HARD: an augmentor learns, beside the student, images on which teacher and student disagree; the student learns to agree there too.
+
+paper: HARD: Hard Augmentations for Robust Distillation
+venue: arXiv 2023
+arxiv: 2305.14890
+task: classification
+family: logits, adversarial augmentation
+use when: the teacher is invariant or robust to what the training images do not show
+needs: a live teacher through which gradients flow; no labels
+
+A step: the augmentor (networks in evaluation mode, only its own parameters learn) makes one step of Adam on L_a, then the student learns
+D(f_t(x) || f_s(x)) + D(f_t(x~) || f_s(x~)) on fresh, detached x~, with D = T^2 KL of the softmaxes. There is no released training code and the full text was not
+at hand; [open] marks a recommendation that is not confirmed. Form A of L_a is the definition: -D(f_t(x~) || f_s(x~)). Form B, the default [open]: the student's answer
+should move and the teacher's not, -lambda_s D(f_s(x) || f_s(x~)) + lambda_t D(f_t(x) || f_t(x~)). Balance [open]: with m the running mean (0.9) of the loss on x~, the
+augmentor rests from m > l_max until m < l_min, both times the untrained student's loss (while it rests its gradient is computed and dropped, to spare a wait
+for the device). Augmentors: `affine` (a learned Gaussian over affine maps), `mix` (a learned, content-dependent mask over two images [open]), `vae` (a
+hierarchical VAE trained here on the training images, with edits of posteriors, of latents, or all weights; a small net of our own, not VDVAE), `random` (known
+rotations and shifts, an upper bound) and `none` (plain distillation). Learning rates, lambdas, T and balance are [open]. On CUDA, `affine` is not deterministic.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch
+from pydantic import Field, model_validator
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from stillhouse.errors import UserError
+from stillhouse.evaluation.classification import evaluate_classifier
+from stillhouse.evaluation.shifted import Shifts, shifted_accuracy
+from stillhouse.functional import checks
+from stillhouse.functional.divergences import kl_divergence
+from stillhouse.functional.gather import gather
+from stillhouse.functional.precision import full_precision
+from stillhouse.methods.classification.hard.augmentors import Augmentor, LearnedAffine, LearnedMix, RandomAffine
+from stillhouse.methods.classification.hard.vae import VAE, Edit, VAEAugmentor, VAEFit
+from stillhouse.objective import Progress
+from stillhouse.objectives.ce import cross_entropy
+from stillhouse.product import Student, state_on_cpu
+from stillhouse.recipe import Data, MethodConfig, Model, OptimizerSpec, Spec, Teacher, TrainSpec
+from stillhouse.run import Method, Run, Stage
+from stillhouse.signals import Batch, call_model, read_logits
+from stillhouse.teachers import Frozen
+
+MOMENTUM = 0.9  # of the running mean that the balance watches
+RATES = {"affine": 2e-2, "mix": 1e-4, "vae": 1e-4}
+
+
+@full_precision
+def disagreement(reference: Tensor, other: Tensor, temperature: float = 2.0) -> Tensor:
+    """D(a || b) = T^2 KL(softmax(a / T) || softmax(b / T)), batch mean, with gradient to both. (B, C) and (B, C) -> scalar."""
+    checks.same_classes("hard", other, reference)
+    return temperature**2 * kl_divergence(other, F.log_softmax(reference / temperature, dim=-1), temperature)
+
+
+def augmentor_loss(
+    form: Literal["A", "B"],
+    student_hard: Tensor,
+    teacher_hard: Tensor,
+    student_clean: Tensor,
+    teacher_clean: Tensor,
+    temperature: float = 2.0,
+    lambda_student: float = 1.0,
+    lambda_teacher: float = 3.0,
+) -> Tensor:
+    """What the augmentor minimises; logits (B, C) on changed and on clean images (the clean ones are detached).
+
+    Form A: -D(t(x~) || s(x~)). Form B: -lambda_s D(s(x) || s(x~)) + lambda_t D(t(x) || t(x~)).
+    """
+    if form == "A":
+        return -disagreement(teacher_hard, student_hard, temperature)
+    moved = disagreement(student_clean.detach(), student_hard, temperature)
+    kept = disagreement(teacher_clean.detach(), teacher_hard, temperature)
+    return lambda_teacher * kept - lambda_student * moved
+
+
+def balanced(active: Tensor, mean: Tensor, reference: Tensor, low: float, high: float) -> Tensor:
+    """Whether the augmentor learns (1) or rests (0): it stops above high * reference and goes on below low * reference; between them it does as before."""
+    return torch.where(mean > high * reference, 0.0, torch.where(mean < low * reference, 1.0, active))
+
+
+class Game(nn.Module):
+    """The training module: student and augmentor, step by step in turn. The teacher stays outside the module tree.
+
+    Args:
+        student: the model being trained.
+        teacher: frozen, live.
+        augmentor: images -> (changed images, penalty); None for plain distillation.
+        rate: Adam's learning rate for the augmentor.
+        form, temperature, lambda_student, lambda_teacher: see `augmentor_loss`.
+        steps: augmentor steps before a student step.
+        low, high: the balance, as shares of the untrained student's loss.
+        label_weight: of the cross-entropy on clean images.
+    """
+
+    def __init__(
+        self,
+        student: nn.Module,
+        teacher: Frozen,
+        augmentor: nn.Module | None,
+        *,
+        rate: float = 2e-2,
+        form: Literal["A", "B"] = "B",
+        temperature: float = 2.0,
+        lambda_student: float = 1.0,
+        lambda_teacher: float = 3.0,
+        steps: int = 1,
+        low: float = 0.05,
+        high: float = 1.0,
+        label_weight: float = 0.0,
+    ) -> None:
+        super().__init__()
+        self.student, self.augmentor = student, augmentor
+        self._teacher = [teacher]
+        self.form, self.temperature, self.weights = form, temperature, (lambda_student, lambda_teacher)
+        self.steps, self.low, self.high, self.label_weight = steps, low, high, label_weight
+        self._learned = [] if augmentor is None else [p for p in augmentor.parameters() if p.requires_grad]
+        self.optimizer = torch.optim.Adam(self._learned, lr=rate) if self._learned else None
+        for name in ("reference", "mean"):
+            self.register_buffer(name, torch.zeros(()))
+        self.register_buffer("active", torch.ones(()))
+        self._teacher_clean: Tensor | None = None
+
+    def param_groups(self) -> list[dict[str, Any]]:
+        """The student's; the augmentor has an optimiser of its own."""
+        return [{"params": [p for p in self.student.parameters() if p.requires_grad]}]
+
+    def build(self, batch: Batch) -> None:
+        """Move the teacher to the student's device and compare the classes."""
+        x = batch["input"][:2]
+        device = next(self.student.parameters()).device
+        self._teacher[0].to(device)
+        mode = self.student.training
+        self.student.eval()
+        with torch.no_grad():
+            checks.same_classes("hard", self._ask_student(x.to(device)), self._ask_teacher(x.to(device)))
+        self.student.train(mode)
+
+    def before_step(self, batch: Batch, ctx: Any) -> None:
+        """The augmentor's steps."""
+        if self.optimizer is None:
+            return
+        x = batch["input"]
+        self.student.eval()
+        with torch.no_grad():
+            student_clean, teacher_clean = self._ask_student(x), self._ask_teacher(x)
+        self._teacher_clean = teacher_clean
+        for _ in range(self.steps):
+            self.learn(x, student_clean, teacher_clean)
+        self.student.train()
+
+    def learn(self, x: Tensor, student_clean: Tensor, teacher_clean: Tensor) -> Tensor:
+        """One step of the augmentor on L_a, which is returned; parameters of the networks get no gradient."""
+        assert self.augmentor is not None and self.optimizer is not None
+        changed, penalty = self.augmentor(x)
+        answers = self._ask_student(changed), self._ask_teacher(changed)
+        loss = augmentor_loss(self.form, *answers, student_clean, teacher_clean, self.temperature, *self.weights) + penalty
+        gradients = torch.autograd.grad(loss, self._learned, allow_unused=True)
+        before = [p.detach().clone() for p in self._learned]
+        for p, g in zip(self._learned, gradients):
+            p.grad = torch.zeros_like(p) if g is None else _mean_over_ranks(g) * self.active
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        with torch.no_grad():
+            for p, old in zip(self._learned, before):
+                p.copy_(torch.where(self.active > 0, p, old))
+        return loss.detach()
+
+    def forward(self, batch: Batch, progress: Progress) -> dict[str, Tensor]:
+        x = batch["input"]
+        changed = None
+        if self.augmentor is not None:
+            with torch.no_grad():
+                changed = self.augmentor(x)[0].to(x.dtype)
+        with torch.no_grad():
+            ready, self._teacher_clean = self._teacher_clean, None
+            teacher_clean = self._ask_teacher(x) if ready is None else ready
+            teacher_hard = None if changed is None else self._ask_teacher(changed)
+        answers = self._ask_student(x if changed is None else torch.cat([x, changed]))
+        clean = disagreement(teacher_clean, answers[: len(x)], self.temperature)
+        terms = {"clean": clean, "loss": clean}
+        if self.label_weight:
+            terms["ce"] = cross_entropy(answers[: len(x)], batch["label"])
+            terms["loss"] = terms["loss"] + self.label_weight * terms["ce"]
+        if teacher_hard is not None:
+            terms["hard"] = disagreement(teacher_hard, answers[len(x) :], self.temperature)
+            terms["loss"] = terms["loss"] + terms["hard"]
+            terms["ratio"] = terms["hard"].detach() / clean.detach().clamp_min(1e-8)
+            self._watch(clean.detach(), terms["hard"].detach())
+            terms["active"] = self.active.clone()
+        return terms
+
+    @torch.no_grad()
+    def _watch(self, clean: Tensor, hard: Tensor) -> None:
+        clean, hard = gather(clean[None]).mean(), gather(hard[None]).mean()
+        first = self.reference == 0
+        self.reference.copy_(torch.where(first, clean, self.reference))
+        self.mean.copy_(torch.where(first, hard, MOMENTUM * self.mean + (1 - MOMENTUM) * hard))
+        self.active.copy_(balanced(self.active, self.mean, self.reference, self.low, self.high))
+
+    def _ask_student(self, x: Tensor) -> Tensor:
+        return read_logits(call_model(self.student, {"input": x}))
+
+    def _ask_teacher(self, x: Tensor) -> Tensor:
+        return read_logits(call_model(self._teacher[0].model, {"input": x}))
+
+    def train(self, mode: bool = True) -> Game:
+        """The augmentor's own networks (a VAE) have no other mode; the teacher stays in evaluation mode."""
+        super().train(mode)
+        self._teacher[0].model.eval()
+        return self
+
+    def get_extra_state(self) -> dict[str, Any]:
+        return {} if self.optimizer is None else {"optimizer": self.optimizer.state_dict()}
+
+    def set_extra_state(self, state: dict[str, Any]) -> None:
+        if self.optimizer is not None and "optimizer" in state:
+            self.optimizer.load_state_dict(state["optimizer"])
+
+
+def _mean_over_ranks(gradient: Tensor) -> Tensor:
+    return gather(gradient[None]).mean(0)
+
+
+class AugmentorConfig(Spec):
+    """What changes the images; options of other kinds are not read."""
+
+    kind: Literal["affine", "mix", "vae", "random", "none"] = "affine"
+    rate: float | None = Field(None, gt=0, description="Adam's; default: 0.02 for affine, 0.0001 for mix and vae.")
+    sigma: float = Field(0.1, gt=0, description="affine: standard deviation at the start.")
+    covariance: Literal["diagonal", "full"] = Field("diagonal", description="affine: of the six entries of the map.")
+    max_area: float = Field(0.75, gt=0, description="affine: bound on |det - 1|; beyond it a sample stays as it is.")
+    background: float | None = Field(
+        0.0, ge=0, le=1, description="affine, random: grey level outside the image, 0 is black; null repeats the border."
+    )
+    patch: int = Field(4, ge=1, description="mix: pixels of one value of the mask.")
+    edit: Edit = Field("posterior", description="vae: what is learned.")
+    start: int = Field(0, ge=0, description="vae: first level that is edited, coarsest first.")
+    end: int | None = Field(None, ge=1, description="vae: levels from here on are drawn from the prior.")
+    edited: float = Field(1.0, gt=0, le=1, description="vae, latent: share of the batch that is edited.")
+    penalty: float = Field(1e-3, ge=0, description="vae, latent: weight of the penalty on unlikely latents.")
+    rotate: float = Field(0.6, ge=0, description="random: radians.")
+    shift: float = Field(0.2, ge=0, description="random: share of the image.")
+
+
+class VAEConfig(Spec):
+    """The VAE that is trained for `augmentor.kind: vae`."""
+
+    width: int = Field(32, ge=4)
+    latent: int = Field(4, ge=1)
+    levels: int = Field(3, ge=1)
+    train: TrainSpec = Field(
+        default_factory=lambda: TrainSpec(epochs=30, batch_size=64, clip=1.0, optimizer=OptimizerSpec(name="adam", lr=2e-3, weight_decay=0.0))
+    )
+
+
+class Config(MethodConfig):
+    data: Data
+    teacher: Teacher
+    student: Model
+    augmentor: AugmentorConfig = Field(default_factory=AugmentorConfig)
+    vae: VAEConfig = Field(default_factory=VAEConfig)
+    form: Literal["A", "B"] = Field("B", description="Of the augmentor's loss.")
+    lambda_student: float = Field(1.0, ge=0, description="B: on the student's answer, which should move.")
+    lambda_teacher: float = Field(3.0, ge=0, description="B: on the teacher's answer, which should not.")
+    steps: int = Field(1, ge=1, description="Augmentor steps before each student step.")
+    l_min: float = Field(0.05, ge=0, description="The augmentor goes on below this share of the untrained student's loss.")
+    l_max: float = Field(1.0, gt=0, description="The augmentor rests above this share of the untrained student's loss.")
+    temperature: float = Field(2.0, gt=0)
+    label_weight: float = Field(0.0, ge=0, description="Of the cross-entropy on clean images; 0: labels are not used.")
+    train: TrainSpec = Field(default_factory=TrainSpec)
+    shifts: Shifts = Field(default_factory=dict, description="Test images are changed so, for accuracy_NAME: name -> transforms as in data.augment.")
+    evaluate: list[str] = Field(default_factory=lambda: ["accuracy", "calibration", "cost"])
+
+    @model_validator(mode="after")
+    def _rising(self) -> Config:
+        if self.l_min > self.l_max:
+            raise ValueError(f"l_min ({self.l_min}) must not exceed l_max ({self.l_max})")
+        return self
+
+
+class HARD(Method[Config]):
+    Config = Config
+
+    def plan(self, config: Config, run: Run) -> list[Stage]:
+        batches = len(run.loader(config.data, "train", config.train.batch_size, train=True))
+        stages = [Stage("teacher", "train the teacher with cross-entropy (kept, shared)")]
+        if config.augmentor.kind == "vae":
+            stages.append(Stage("vae", "train a VAE on the training images (kept, shared)"))
+        what = "alone" if config.augmentor.kind == "none" else f"against an augmentor ({config.augmentor.kind})"
+        return [*stages, Stage("student", f"train the student {what}", steps=config.train.epochs * batches)]
+
+    def run(self, config: Config, run: Run) -> Student:
+        teacher = run.teacher("teacher", config.teacher, config.data)
+        if not isinstance(teacher, Frozen):
+            raise UserError("hard: the teacher must be one live, frozen network, as gradients flow through it to the augmentor.")
+        student = run.model(config.student, config.data)
+        augmentor = self.augmentor(config, run)
+        images = next(iter(run.loader(config.data, "train", 8)))["input"].to(run.device)
+        start = sample(augmentor, images, run.device)
+        module = Game(
+            student,
+            teacher,
+            augmentor,  # type: ignore[arg-type]
+            rate=config.augmentor.rate or RATES.get(config.augmentor.kind, 1e-4),
+            form=config.form,
+            temperature=config.temperature,
+            lambda_student=config.lambda_student,
+            lambda_teacher=config.lambda_teacher,
+            steps=config.steps,
+            low=config.l_min,
+            high=config.l_max,
+            label_weight=config.label_weight,
+        )
+        check = run.validation(config.data)
+        evaluate = None if check is None else lambda m, d: evaluate_classifier(m, check, d, ["accuracy", "calibration"])
+        loader = run.loader(config.data, "train", config.train.batch_size, train=True)
+        fitted = run.fit("student", module, loader, config.train, evaluate=evaluate)
+        if augmentor is not None:
+            self.show(config, run, [images, start, sample(augmentor, images, run.device)])
+        figures = {"train_seconds": fitted.seconds, **shifted_accuracy(student, run, config.data, config.shifts)}
+        figures |= {f"teacher_{k}": v for k, v in shifted_accuracy(teacher.model, run, config.data, config.shifts).items()}
+        return run.student(student, config.student, config.data, figures)
+
+    def augmentor(self, config: Config, run: Run) -> nn.Module | None:
+        """The augmentor that the recipe names; a VAE is trained first, as a stage."""
+        spec, bundle = config.augmentor, run.data(config.data)
+        background = None if spec.background is None else [(spec.background - m) / s for m, s in zip(bundle.mean, bundle.std)]
+        if spec.kind == "none":
+            return None
+        if len(bundle.input_shape) != 3 or not bundle.mean:
+            raise UserError(f"hard: augmentors are for images; the inputs of '{config.data.name}' have shape {tuple(bundle.input_shape)}.")
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(run.seed)
+            if spec.kind == "affine":
+                return LearnedAffine(background, spec.sigma, spec.covariance, spec.max_area)
+            if spec.kind == "random":
+                return RandomAffine(background, spec.rotate, spec.shift)
+            if spec.kind == "mix":
+                return LearnedMix(bundle.input_shape[0], spec.patch)
+        return VAEAugmentor(self.vae(config, run), spec.edit, spec.start, spec.end, spec.edited, spec.penalty)
+
+    def vae(self, config: Config, run: Run) -> VAE:
+        """A VAE of the training images, the same for all seeds of the run."""
+        bundle, spec = run.data(config.data), config.vae
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(0)
+            vae = VAE(bundle.input_shape, bundle.mean, bundle.std, spec.width, spec.latent, spec.levels)
+
+        def make() -> dict[str, Any]:
+            outer, run.seed = run.seed, 0
+            try:
+                run.fit("vae", VAEFit(vae), run.loader(config.data, "train", spec.train.batch_size, train=True), spec.train)
+            finally:
+                run.seed = outer
+            return {"weights": state_on_cpu(vae), "format": 1}
+
+        kept = run.stage("vae", make, {"vae": spec.model_dump(mode="json"), "data": bundle.fingerprint})
+        vae.load_state_dict(kept["weights"])
+        return vae.to(run.device)
+
+    def show(self, config: Config, run: Run, rows: list[Tensor]) -> None:
+        """augmented.png in the run's folder: images, and what the augmentor made of them before and after training."""
+        from torchvision.utils import save_image
+
+        bundle = run.data(config.data)
+        mean, std = (torch.tensor(v, device=run.device)[:, None, None] for v in (bundle.mean, bundle.std))
+        save_image(torch.cat(rows) * std + mean, run.folder / "augmented.png", nrow=len(rows[0]))
+
+
+def sample(augmentor: Augmentor | None, images: Tensor, device: torch.device) -> Tensor:
+    """Changed images under fixed noise."""
+    if augmentor is None:
+        return images
+    with torch.no_grad(), torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(0)
+        return augmentor.to(device)(images)[0].clamp(-10, 10)  # type: ignore[attr-defined]
