@@ -11,6 +11,7 @@ import json
 import re
 import sys
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any, get_args
 
@@ -44,7 +45,7 @@ def head(path: Path) -> str:
 
 def cards() -> list[Card]:
     """The cards of this package (other packages' plug-ins are no part of its pages)."""
-    return [c for c in catalog.methods() if c.module.startswith("stillhouse.")]
+    return [c for c in catalog.methods() if c.module.startswith("stillhouse.") and c.fields]
 
 
 def stale(wanted: dict[Path, str], folder: Path = DOCS / "methods") -> list[Path]:
@@ -220,16 +221,38 @@ def argument_words(docstring: str) -> dict[str, str]:
 
 def evidence_section(card: Card) -> str:
     shown = measured(card)
-    if shown is None:
+    if not shown:
         return "Not measured yet.\n"
+    return "\n".join(comparison(path, heading=len(shown) > 1 or path.stem != card.slug) for path in shown)
+
+
+def comparison(path: Path, heading: bool) -> str:
+    """The table of an evidence file, how it was made, and a link to all its figures."""
+    found = json.loads(path.read_text(encoding="utf-8"))
     made = [
-        f"Made by `{shown['command']}`" if shown.get("command") else "",
-        f"{shown['created'][:10]}" if shown.get("created") else "",
-        str(shown.get("device") or ""),
-        ", ".join(f"{k} {v}" for k, v in (shown.get("versions") or {}).items()),
+        f"`{re.sub(r' --(out|data-root)[= ][^ ]+', '', found['command'])}`" if found.get("command") else "",
+        str(found.get("created") or "")[:10],
+        str(found.get("device") or ""),
+        ", ".join(f"{k} {v}" for k, v in (found.get("versions") or {}).items() if k in ("stillhouse", "torch")),
     ]
-    note = f"{prose(str(shown['note']))}\n\n" if shown.get("note") else ""
-    return f"{note}{comparison_markdown(shown)}\n{'; '.join(filter(None, made))}. The figures: [evidence/{card.slug}.json](../../evidence/{card.slug}.json).\n"
+    title = f"### {found.get('title') or path.stem}\n\n" if heading else ""
+    note = f"{prose(str(found['note']))}\n\n" if found.get("note") else ""
+    return f"{title}{note}{comparison_markdown(without_idle_columns(found))}\n{', '.join(filter(None, made))}. All figures: [evidence/{path.name}](../../evidence/{path.name}).\n"
+
+
+def without_idle_columns(found: dict[str, Any]) -> dict[str, Any]:
+    """A comparison without the figures in which its rows do not differ, and without those that say little on a page."""
+    names = {name for row in found["rows"] for name in row["metrics"]}
+    idle = {n for n in names if len({json.dumps(row["metrics"].get(n, [None])[:1]) for row in found["rows"]}) == 1} - {
+        "accuracy",
+        found.get("primary"),
+    }
+    idle |= {"accuracy_top5", "brier", "latency_ms", "file_bytes", "run_seconds"} - {found.get("primary")}
+
+    def kept(row: dict[str, Any]) -> dict[str, Any]:
+        return {**row, "metrics": {k: v for k, v in row["metrics"].items() if k not in idle}}
+
+    return {**found, "rows": [kept(row) for row in found["rows"]], "teacher": kept(found["teacher"]) if found.get("teacher") else None}
 
 
 def parity_section(card: Card) -> str:
@@ -248,11 +271,22 @@ def recipe_of(card: Card) -> Path | None:
     return next(iter(sorted((ROOT / "recipes").rglob(f"{card.slug}.yaml"))), None)
 
 
-def measured(card: Card) -> dict[str, Any] | None:
-    """evidence/<slug>.json."""
-    file = ROOT / "evidence" / f"{card.slug}.json"
-    found: dict[str, Any] | None = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
-    return found
+def measured(card: Card) -> list[Path]:
+    """evidence/<slug>.json, and comparisons of several methods (files that are named after no method) in which it is a row."""
+    folder = ROOT / "evidence"
+    own = [p for p in (folder / f"{card.slug}.json",) if p.is_file()]
+    return own + [p for p in sorted(folder.glob("*.json")) if p.stem not in catalog.cards() and names_in(p) & set(card.provides)]
+
+
+@cache
+def names_in(path: Path) -> frozenset[str]:
+    """The objectives and methods that the rows of an evidence file ran, as their recipes say; `ce` alone is in all and left out."""
+    names: set[str] = set()
+    for row in json.loads(path.read_text(encoding="utf-8"))["rows"]:
+        for file in (ROOT / "recipes").rglob(str(row.get("recipe"))):
+            tree = recipe.resolve(recipe.read_yaml(file), row.get("variant"))
+            names |= {tree.get("method", "distillation"), *(o if isinstance(o, str) else o["name"] for o in tree.get("objectives") or [])}
+    return frozenset(names - {"ce", "distillation"})
 
 
 def parity_kinds(slug: str) -> list[str]:

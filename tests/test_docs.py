@@ -219,7 +219,7 @@ def test_every_method_has_a_page_that_lists_its_options_and_says_what_is_missing
     for card in build.cards():
         text = pages[ROOT / "docs" / "methods" / f"{card.slug}.md"]
         assert f"(methods/{card.slug}.md)" in pages[ROOT / "docs" / "catalogue.md"]
-        assert ("Not measured yet." in text) == (not (ROOT / "evidence" / f"{card.slug}.json").is_file())
+        assert ("Not measured yet." in text) == (not build.measured(card))
         keys = (
             (k for n in card.provides for k in catalog.options(catalog.objective(n)).model_fields)
             if card.kind == "objective"
