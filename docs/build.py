@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 import yaml
-from keys import SHARED, default, key_table, kind, prose, recipe_reference, table
+from keys import SHARED, argument_words, default, key_table, kind, prose, recipe_reference, table
 from pydantic import BaseModel
 
 from stillhouse import catalog, recipe
@@ -202,23 +202,6 @@ def leaves(annotation: Any) -> Iterator[type[BaseModel]]:
         yield from leaves(inner)
 
 
-def argument_words(docstring: str) -> dict[str, str]:
-    """Name -> words, from the `Args:` of a docstring; `a, b: …` describes both."""
-    block = re.search(r"Args:\n((?:[ \t]+.*\n?|\n)+)", docstring)
-    out: dict[str, str] = {}
-    names: list[str] = []
-    for line in block.group(1).splitlines() if block else []:
-        start = re.match(r" {8}(\w+(?:, \w+)*): (.*)", line)
-        if start:
-            names = start.group(1).split(", ")
-            out.update(dict.fromkeys(names, start.group(2)))
-        elif line.startswith(" " * 9) and names:
-            out.update({n: f"{out[n]} {line.strip()}" for n in names})
-        elif line.strip():
-            break
-    return out
-
-
 def evidence_section(card: Card) -> str:
     shown = measured(card)
     if not shown:
@@ -243,10 +226,8 @@ def comparison(path: Path, heading: bool) -> str:
 def without_idle_columns(found: dict[str, Any]) -> dict[str, Any]:
     """A comparison without the figures in which its rows do not differ, and without those that say little on a page."""
     names = {name for row in found["rows"] for name in row["metrics"]}
-    idle = {n for n in names if len({json.dumps(row["metrics"].get(n, [None])[:1]) for row in found["rows"]}) == 1} - {
-        "accuracy",
-        found.get("primary"),
-    }
+    values = {n: {v for row in found["rows"] for v in row["metrics"].get(n, ())} for n in names}
+    idle = {n for n in names if len(values[n]) == 1} - {"accuracy", found.get("primary")}
     idle |= {"accuracy_top5", "brier", "latency_ms", "file_bytes", "run_seconds"} - {found.get("primary")}
 
     def kept(row: dict[str, Any]) -> dict[str, Any]:
