@@ -119,6 +119,7 @@ class BDKD(Objective):
 
     def forward(self, student: Signals, teacher: Signals, batch: Batch, progress: Progress) -> dict[str, Tensor]:
         mine, peer = student.logits, teacher.logits
+        assert mine is not None
         if peer is None or (torch.is_grad_enabled() and not peer.requires_grad):
             raise UserError(f"bd_kd: the teacher '{self.teacher}' must be a network that trains along: give it as `peer:`, not as `model:`.")
         return {

@@ -112,11 +112,12 @@ class PSKD(Objective):
 
     def forward(self, student: Signals, teacher: Signals, batch: Batch, progress: Progress) -> dict[str, Tensor]:
         labels, logits = batch["label"], student.logits
+        assert logits is not None
         growing = share(self.alpha, progress.epoch, progress.epochs)
         if self.past == "table":
             if is_soft(labels):
                 raise UserError("ps_kd: the table remembers unmixed samples, but labels are soft; turn mixup and cutmix off, or set past: snapshot.")
-            return {"loss": ps_kd_loss(logits, labels, teacher.log_probs().exp(), growing)}
+            return {"loss": ps_kd_loss(logits, labels, teacher.log_probs().exp().detach(), growing)}
         if self.snapshot is None or progress.epoch == 0:  # the first epoch has no past: its target is the label
             return {"loss": ps_kd_loss(logits, labels, torch.zeros_like(logits, dtype=torch.float32), 0.0)}
         with torch.no_grad():

@@ -15,7 +15,8 @@ matters), the held-out loss after it, an Adam step of the fusion network (1e-3, 
 weights as constants. `solver: joint` is the released CIFAR code: fusion network and student minimise the training loss together, without its slips (a
 broadcast to B x B, no T^2). `edges: signed` is the paper; `squared` and `products` are what its code computes. Published: `hidden` [128] for images, [32] and [64]
 for tables (the attack-detection code: [32, 16], slope 0.01), temperature 4 (CIFAR-100), 1.5 (ImageNet); on problems of few classes use 1. `geometry`
-gives the paper's ablation. The virtual step runs in full precision, without dropout, and leaves batch statistics alone.
+gives the paper's ablation. The virtual step runs in full precision, without dropout, and leaves batch statistics alone. The held-out labels
+are what it believes: where they are as wrong as the training labels (`data.label_noise`), it learns to distrust a good teacher.
 """
 
 from __future__ import annotations
@@ -114,8 +115,8 @@ class FusionNetwork(nn.Sequential):
         layers: list[nn.Module] = []
         for a, b in pairwise(widths):
             layers += [nn.Linear(a, b), nn.LeakyReLU(slope)]
+        nn.init.zeros_(layers[-2].bias)
         super().__init__(*layers[:-1])
-        nn.init.zeros_(self[-1].bias)
 
     def forward(self, state: Tensor) -> Tensor:
         return torch.sigmoid(super().forward(state)).squeeze(-1)
@@ -148,6 +149,9 @@ class TGeoKD(Objective):
     """
 
     name = "tgeo_kd"
+    mean: Tensor  # (C, C), the teacher's mean prediction of each class
+    fusion: FusionNetwork
+    optimizer: torch.optim.Optimizer
 
     def __init__(
         self,
@@ -171,12 +175,11 @@ class TGeoKD(Objective):
         self.temperature, self.hidden, self.slope, self.edges, self.geometry = temperature, tuple(hidden), slope, edges, geometry
         self.solver, self.lr, self.virtual_lr, self.every, self.outer_batch = solver, lr, virtual_lr, every, outer_batch
         self.needs = frozenset({"student.logits", "teacher.logits", "label"} | ({"holdout"} if solver == "unroll" else set()))
-        self.fusion: FusionNetwork
-        self.optimizer: torch.optim.Optimizer
 
     # ---- the fusion ratio ------------------------------------------------------------------------------------------------------------------
 
     def build(self, student: Signals, teacher: Signals, batch: Batch) -> None:
+        assert student.logits is not None
         classes = student.logits.shape[1]
         self.register_buffer("mean", torch.full((classes, classes), 1 / classes))
         probe = torch.zeros(1, classes)
@@ -227,7 +230,7 @@ class TGeoKD(Objective):
 
     def held_out_loss(self, student: nn.Module, batch: Batch, teacher: Signals, held_out: Batch) -> Tensor:
         """Cross-entropy on held-out samples after one virtual SGD step with the present ratios: a scalar, differentiable in the fusion network. Eqs. 4, 5."""
-        weights = {name: p for name, p in student.named_parameters() if p.requires_grad}
+        weights: dict[str, Tensor] = {name: p for name, p in student.named_parameters() if p.requires_grad}
         logits = _call(student, weights, batch)
         _check(logits, batch["label"])
         ratio = self.ratio(logits.detach(), teacher.log_probs(), batch["label"])
@@ -237,7 +240,8 @@ class TGeoKD(Objective):
         return F.cross_entropy(_call(student, stepped, held_out), held_out["label"])
 
     def forward(self, student: Signals, teacher: Signals, batch: Batch, progress: Progress) -> dict[str, Tensor]:
-        logits, labels = student.logits, batch["label"]
+        logits, labels, teacher = student.logits, batch["label"], teacher.detach()
+        assert logits is not None
         _check(logits, labels)
         known = teacher.log_probs()
         checks.same_classes("tgeo_kd", logits, known)

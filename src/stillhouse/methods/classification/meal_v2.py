@@ -109,6 +109,7 @@ class MealV2(Objective):
         self.needs = frozenset({"student.logits", "teacher.logits"} | ({"label"} if hard_labels else set()))
 
     def build(self, student: Signals, teacher: Signals, batch: Batch) -> None:
+        assert student.logits is not None
         if self.has_discriminator:
             self.discriminator = Discriminator(student.logits.shape[1], self.reduction)
 
@@ -116,10 +117,12 @@ class MealV2(Objective):
         return [group | ({"lr": self.lr} if self.lr is not None else {}) for group in super().param_groups()]
 
     def forward(self, student: Signals, teacher: Signals, batch: Batch, progress: Progress) -> dict[str, Tensor]:
+        assert student.logits is not None
         logits = student.logits.float()
         members = teacher.members or (teacher,)
-        if all(m.logits is not None for m in members):
-            target, seen = averaged(torch.stack([m.logits for m in members]))
+        known = [m.logits for m in members if m.logits is not None]
+        if len(known) == len(members):
+            target, seen = averaged(torch.stack(known))
         elif self.discriminator is None or self.sees == "probabilities":
             target = seen = teacher.log_probs().exp()
         else:
