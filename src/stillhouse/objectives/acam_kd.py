@@ -41,7 +41,7 @@ FAINT = 0.05
 
 
 @full_precision
-def masked_losses(difference: Tensor, spatial: Tensor, channel: Tensor) -> tuple[Tensor, Tensor]:
+def masked_losses(difference: Tensor, spatial: Tensor, channel: Tensor, scale_free: bool = False) -> tuple[Tensor, Tensor]:
     """The spatial and the channel term: squared masked differences over the masks' sums, mean over units and batch.
 
     L_s = mean_bm sum_cp (M_s[m,p] D[c,p])^2 / (C sum_p M_s[m,p]), and likewise L_c with channels and positions exchanged.
@@ -50,11 +50,14 @@ def masked_losses(difference: Tensor, spatial: Tensor, channel: Tensor) -> tuple
         difference: D, (B, C, L).
         spatial: (B, M, L), in [0, 1]. All ones give the mean squared error.
         channel: (B, M, C).
+        scale_free: divide by the sum of squared masks, so that fainter masks do not cost less.
     """
     squares = difference.square()
     _, channels, length = difference.shape
-    over_positions = torch.einsum("bml,bl->bm", spatial.square(), squares.sum(1)) / (channels * spatial.sum(-1) + 1e-6)
-    over_channels = torch.einsum("bmc,bc->bm", channel.square(), squares.sum(2)) / (length * channel.sum(-1) + 1e-6)
+    weigh_s, weigh_c = spatial.square(), channel.square()
+    area_s, area_c = (weigh_s.sum(-1), weigh_c.sum(-1)) if scale_free else (spatial.sum(-1), channel.sum(-1))
+    over_positions = torch.einsum("bml,bl->bm", weigh_s, squares.sum(1)) / (channels * area_s + 1e-6)
+    over_channels = torch.einsum("bmc,bc->bm", weigh_c, squares.sum(2)) / (length * area_c + 1e-6)
     return over_positions.mean(), over_channels.mean()
 
 
@@ -143,6 +146,7 @@ class ACAMKD(Objective):
         diversity: `pairwise` or `joint`, see `mask_overlap`.
         detach_student_in_fusion: no gradient into the student by way of the masks.
         standardise: standardise both maps per channel over batch and space, for features of a large scale.
+        scale_free: divide the masked terms by the sum of squared masks, so that masks cannot lower them by fading.
         ignore_index: differences at positions with this label (B, H, W) are set to zero.
         max_tokens: positions above which keys and values of the fusion are average-pooled.
         inherit: submodules that start from the teacher's weights where name and shape agree.
@@ -164,6 +168,7 @@ class ACAMKD(Objective):
         diversity: Diversity = "pairwise",
         detach_student_in_fusion: bool = False,
         standardise: bool = False,
+        scale_free: bool = False,
         ignore_index: int | None = None,
         max_tokens: int = 4096,
         inherit: list[str] = [],  # noqa: B006
@@ -179,7 +184,7 @@ class ACAMKD(Objective):
         self.units, self.distill_weight, self.diversity_weight = masks, distill_weight, diversity_weight
         self.use, self.mask_source, self.query, self.diversity = parts, mask_source, query, diversity
         self.detach_student_in_fusion, self.standardise, self.ignore_index = detach_student_in_fusion, standardise, ignore_index
-        self.max_tokens, self.inherit = max_tokens, list(inherit)
+        self.scale_free, self.max_tokens, self.inherit = scale_free, max_tokens, list(inherit)
         named = lambda side, layers: {f"{side}.logits" if layer == "logits" else f"{side}.tap:{layer}" for layer in layers}  # noqa: E731
         labels = set() if ignore_index is None else {"label"}
         self.needs = frozenset(named("student", student_layers) | named("teacher", teacher_layers) | labels)
@@ -234,7 +239,7 @@ class ACAMKD(Objective):
         asked = student.detach() if self.detach_student_in_fusion else student
         fused = level.fuse(asked, teacher) if self.mask_source == "cooperative" else teacher if self.mask_source == "teacher" else asked
         spatial, channel = level.masks(fused)
-        over_positions, over_channels = masked_losses(difference, spatial, channel)
+        over_positions, over_channels = masked_losses(difference, spatial, channel, self.scale_free)
         out, used = {}, []
         if self.use != "channel":
             out["spatial"], used = self.distill_weight * over_positions, [spatial]
