@@ -25,13 +25,16 @@ class Part:
     labelled: bool = False
 
 
-def unlabelled(pool: DataBundle, target: DataBundle, rows: np.ndarray | None = None, *, train: bool, where: str = "pool") -> Part:
-    """Training images of a pool, normalised as the target's are, without labels.
+def unlabelled(
+    pool: DataBundle, target: DataBundle, rows: np.ndarray | None = None, *, train: bool, split: str = "train", where: str = "pool"
+) -> Part:
+    """Images of a pool, normalised as the target's are, without labels.
 
     Args:
         pool, target: their bundles.
         rows: which; None for all.
         train: with the pool's training augmentation.
+        split: of the pool.
         where: what the message calls the pool's spec.
 
     Raises:
@@ -42,7 +45,7 @@ def unlabelled(pool: DataBundle, target: DataBundle, rows: np.ndarray | None = N
             f"{where}: the images of '{pool.name}' have shape {tuple(pool.input_shape)}, those of '{target.name}' {tuple(target.input_shape)}; "
             f"set {where}.image_size, and choose images of as many channels."
         )
-    dataset = pool.dataset("train", train=train)
+    dataset = pool.dataset(split, train=train)
     rows = np.arange(len(dataset)) if rows is None else rows
     if (pool.mean, pool.std) == (target.mean, target.std) or not pool.mean or not target.mean:
         return Part(dataset, rows)
