@@ -13,6 +13,7 @@ positions and one over channels; the squared differences under them are `spatial
 M = 6 for detection, the number of classes for segmentation. `inherit` starts the named parts of the student from the teacher's weights where they fit.
 No code was released; from descriptions of the paper. Reconstructions: the sum of a mask divides its term, as in MasKD, whose normalisation this is (some
 notes print it as a factor); the channel units start from N(0, 1), the spatial ones from N(0, 0.01^2); gradients flow into the masks from both sides.
+`scale_free` and `detach_student_in_fusion` are ours, for tasks in which the masks would fade under the loss (watch `faintest_mask`).
 Diversity is the mean over pairs of masks, in [0, 1]; `diversity: joint` is the printed form, M - 1 times as large. Maps above `max_tokens` positions
 have keys and values pooled, which approximates the attention. `mask_source` gives the ablations: `none` is the plain mean squared error.
 """
@@ -103,7 +104,7 @@ class Level(nn.Module):
     ) -> None:
         super().__init__()
         inner = max(channels // 2, 1)
-        self.align = nn.Identity() if student_channels == channels else nn.Conv2d(student_channels, channels, 1)
+        self.align: nn.Module = nn.Identity() if student_channels == channels else nn.Conv2d(student_channels, channels, 1)
         self.to_query, self.to_key, self.to_value = (nn.Conv2d(channels, width, 1) for width in (inner, inner, channels))
         self.channel_units = nn.Parameter(torch.randn(units, 1))
         self.spatial_units = nn.Parameter(0.01 * torch.randn(units, channels))
@@ -154,6 +155,7 @@ class ACAMKD(Objective):
 
     name = "acam_kd"
     same_classes = False
+    faintest: Tensor
 
     def __init__(
         self,
@@ -185,23 +187,17 @@ class ACAMKD(Objective):
         self.use, self.mask_source, self.query, self.diversity = parts, mask_source, query, diversity
         self.detach_student_in_fusion, self.standardise, self.ignore_index = detach_student_in_fusion, standardise, ignore_index
         self.scale_free, self.max_tokens, self.inherit = scale_free, max_tokens, list(inherit)
-        named = lambda side, layers: {f"{side}.logits" if layer == "logits" else f"{side}.tap:{layer}" for layer in layers}  # noqa: E731
-        labels = set() if ignore_index is None else {"label"}
-        self.needs = frozenset(named("student", student_layers) | named("teacher", teacher_layers) | labels)
+        sides = [("student", layer) for layer in student_layers] + [("teacher", layer) for layer in teacher_layers]
+        maps = {f"{side}.logits" if layer == "logits" else f"{side}.tap:{layer}" for side, layer in sides}
+        self.needs = frozenset(maps if ignore_index is None else maps | {"label"})
 
     def build(self, student: Signals, teacher: Signals, batch: Batch) -> None:
-        self.levels = nn.ModuleList()
-        for f_s, f_t in self._maps(student, teacher):
-            self.levels.append(Level(f_s.shape[1], f_t.shape[1], self.units, self.query, self.max_tokens))
+        maps = self._maps(student, teacher)
+        self.levels = nn.ModuleList(Level(f_s.shape[1], f_t.shape[1], self.units, self.query, self.max_tokens) for f_s, f_t in maps)
         self.register_buffer("faintest", torch.ones(()))
 
     def _maps(self, student: Signals, teacher: Signals) -> list[tuple[Tensor, Tensor]]:
-        read = lambda signals, layer: signals.logits if layer == "logits" else as_map(signals.taps[layer])  # noqa: E731
-        maps = [(read(student, s), read(teacher, t)) for s, t in self.pairs]
-        for (layer, _), (f_s, f_t) in zip(self.pairs, maps):
-            if f_s.ndim != 4 or f_t.ndim != 4:
-                raise UserError(f"acam_kd: layer '{layer}' must give maps (B, C, H, W); given: {tuple(f_s.shape)} and {tuple(f_t.shape)}.")
-        return maps
+        return [(map_of(student, s), map_of(teacher, t)) for s, t in self.pairs]
 
     def prepare(self, ctx: Context) -> None:
         if self.inherit:
@@ -211,13 +207,14 @@ class ACAMKD(Objective):
     def begin_epoch(self, ctx: Context) -> None:
         if self.faintest < FAINT:
             warnings.warn(
-                f"acam_kd: the mean of a mask has sunk to {float(self.faintest):.3f}, so little is distilled; lower distill_weight or masks.",
+                "acam_kd: the mean of a mask has sunk below 0.05, so it distils little; lower distill_weight or masks, or set scale_free.",
                 stacklevel=2,
             )
 
     def forward(self, student: Signals, teacher: Signals, batch: Batch, progress: Progress) -> dict[str, Tensor]:
         terms: list[dict[str, Tensor]] = []
         for level, (f_s, f_t) in zip(self.levels, self._maps(student, teacher)):
+            assert isinstance(level, Level)
             terms.append(self._terms(level, f_s.float(), f_t.detach().float(), batch))
         out = {name: torch.stack([t[name] for t in terms]).sum() for name in terms[0] if not name.startswith("log:")}
         if "log:faintest_mask" in terms[0]:
@@ -249,6 +246,16 @@ class ACAMKD(Objective):
         out["diversity"] = self.diversity_weight * torch.stack(overlaps).sum()
         out["log:faintest_mask"] = torch.stack([masks.detach().mean((0, 2)).amin() for masks in used]).amin()
         return out
+
+
+def map_of(signals: Signals, layer: str) -> Tensor:
+    """A layer's map (B, C, H, W), or the map of logits. Raises `UserError` for logits that are no map."""
+    if layer != "logits":
+        return as_map(signals.taps[layer])
+    if signals.logits is None or signals.logits.ndim != 4:
+        shape = "none" if signals.logits is None else tuple(signals.logits.shape)
+        raise UserError(f"acam_kd: the layer `logits` must give maps (B, C, H, W); given: {shape}.")
+    return signals.logits
 
 
 def standardised(x: Tensor) -> Tensor:

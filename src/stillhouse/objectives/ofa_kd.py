@@ -78,7 +78,8 @@ class SepConv(nn.Module):
         self.op = nn.Sequential(*separable(inputs, inputs, stride=2), *separable(inputs, outputs, stride=1))
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.op(x)
+        out: Tensor = self.op(x)
+        return out
 
 
 def separable(inputs: int, outputs: int, stride: int) -> list[nn.Module]:
@@ -100,7 +101,8 @@ class PatchMerging(nn.Module):
         rows, length, width = x.shape
         side = math.isqrt(length) // 2
         x = x.view(rows, side, 2, side, 2, width).permute(0, 1, 3, 4, 2, 5).reshape(rows, side * side, 4 * width)
-        return self.act(self.reduction(self.norm(x)))
+        out: Tensor = self.act(self.reduction(self.norm(x)))
+        return out
 
 
 class BesideClassTokens(nn.Module):
@@ -111,8 +113,6 @@ class BesideClassTokens(nn.Module):
         self.fn, self.class_tokens = fn, class_tokens
 
     def forward(self, x: Tensor) -> Tensor:
-        if not self.class_tokens:
-            return self.fn(x)
         return torch.cat([x[:, : self.class_tokens], self.fn(x[:, self.class_tokens :])], dim=1)
 
 
@@ -232,8 +232,9 @@ class OFAKD(Objective):
         self.needs = frozenset(needs | ({"teacher.embedding"} if width is None else set()))
 
     def build(self, student: Signals, teacher: Signals, batch: Batch) -> None:
+        assert student.logits is not None and student.embedding is not None
         own = student.embedding.shape[-1]
-        widest = self.width or max(own, teacher.embedding.shape[-1])
+        widest = self.width or max(own, 0 if teacher.embedding is None else teacher.embedding.shape[-1])
         classes = student.logits.shape[-1]
         self.branches = nn.ModuleDict()
         for stage, layer in zip(self.stages, self.layers):
@@ -241,7 +242,7 @@ class OFAKD(Objective):
             if feature.ndim == 4:
                 self.branches[str(stage)] = map_branch(stage, feature.shape[1], widest, classes)
             elif feature.ndim == 3:
-                self.branches[str(stage)] = token_branch(stage, *feature.shape[1:], own, classes, grid=self.grid)
+                self.branches[str(stage)] = token_branch(stage, feature.shape[1], feature.shape[2], own, classes, grid=self.grid)
             else:
                 raise UserError(
                     f"ofa_kd: the student's layer '{layer}' gives {tuple(feature.shape)}; a branch needs a map (B, C, H, W) or tokens (B, L, D)."
@@ -251,6 +252,7 @@ class OFAKD(Objective):
         return x.flatten(1, 2) if self.channels_last and x.ndim == 4 else x
 
     def forward(self, student: Signals, teacher: Signals, batch: Batch, progress: Progress) -> dict[str, Tensor]:
+        assert student.logits is not None
         label, said = batch["label"], teacher.log_probs()
         target = class_ids(label)
         options = (self.temperature, self.nontarget_exponent, self.include_hard)

@@ -80,13 +80,15 @@ class Prototypes(nn.Module):
     @full_precision
     def assignment(self, fused: Tensor) -> Tensor:
         """Soft assignment of tokens (B, N, D) to prototypes, (B, N, P)."""
-        return self.assign(F.normalize(fused, dim=-1)).softmax(-1)
+        scores: Tensor = self.assign(F.normalize(fused, dim=-1))
+        return scores.softmax(-1)
 
     @full_precision
     def described(self, fused: Tensor, assignment: Tensor) -> Tensor:
         """Tokens (B, N, D) joined with the descriptor of their image, (B, N, D), not negative."""
         descriptor = self.describe(vlad(F.normalize(fused, dim=-1), assignment, self.prototypes))
-        return self.transform(torch.cat([fused, descriptor[:, None].expand_as(fused)], dim=-1))
+        out: Tensor = self.transform(torch.cat([fused, descriptor[:, None].expand_as(fused)], dim=-1))
+        return out
 
     @full_precision
     def augmented(self, x: Tensor) -> Tensor:
@@ -170,10 +172,12 @@ class ProCKD(Objective):
             )
         norm, head = self._readout
         x = norm(x)
-        return head(x[:, 0] if self.class_token else x.mean(1))
+        logits: Tensor = head(x[:, 0] if self.class_token else x.mean(1))
+        return logits
 
     def forward(self, student: Signals, teacher: Signals, batch: Batch, progress: Progress) -> dict[str, Tensor]:
         label, plain, parts = batch["label"], student.logits, self.parts
+        assert plain is not None
         check_label("proc_kd", label, plain)
         taught = [tokens(teacher.taps[layer]).detach() for layer in self.teacher_layers]
         fused = parts.fused(taught)
