@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from stillhouse.errors import UserError
-from stillhouse.methods.classification.hard import Game, augmentor_loss, balanced, disagreement
 from stillhouse.methods.classification.hard.augmentors import LearnedAffine, LearnedMix, RandomAffine
+from stillhouse.methods.classification.hard.game import Game, augmentor_loss, balanced, disagreement
 from stillhouse.methods.classification.hard.vae import VAE, VAEAugmentor, VAEFit, draw_pixels, gaussian_kl, pixel_nll, spread
 from stillhouse.objective import Progress
 from stillhouse.teachers import Frozen
