@@ -113,7 +113,8 @@ class BesideClassTokens(nn.Module):
         self.fn, self.class_tokens = fn, class_tokens
 
     def forward(self, x: Tensor) -> Tensor:
-        return torch.cat([x[:, : self.class_tokens], self.fn(x[:, self.class_tokens :])], dim=1)
+        patches: Tensor = self.fn(x[:, self.class_tokens :])
+        return torch.cat([x[:, : self.class_tokens], patches], dim=1) if self.class_tokens else patches
 
 
 class Readout(nn.Module):
