@@ -1,0 +1,304 @@
+"""Kernel self-distillation: a model is refitted to its own predictions and to the labels, with the best weight between the two at every step.
+
+paper: Even your Teacher Needs Guidance: Ground-Truth Targets Dampen Regularization Imposed by Self-Distillation
+venue: NeurIPS 2021
+arxiv: 2102.13088
+task: classification
+family: self-distillation
+use when: labels are noisy or the model fits them too closely, and a second, equally large model of itself is affordable
+needs: labels; validation data for alpha: optimal
+
+With `kernel`: ridge regression on one-hot labels minus 1/C [choice for classification], every step, the limit and the best weights in closed form
+(`chain.py`, also a scikit-learn-like estimator of its own). The kernel sees pixels in [0, 1]. The limit of a constant alpha is one ridge fit with
+lambda / alpha. With `student`: networks trained with MSE on probabilities; alpha: optimal trains, at each step, one student with alpha 0, estimates
+the best weight from the validation outputs of it and of the first model, and trains the step's student once with that: three trainings in place of
+a grid. The script adds `reg_coef` times the sum of unsquared norms of all parameters; the default here is the optimiser's weight decay, and
+`reg_coef` is there for the script's numbers. The script's epochs keep the best validation checkpoint: `train.best`. The best weight is clipped to
+[0, 1]. Leave-one-out predictions in place of validation data are not offered. With a kernel, which is deterministic, the run's seed is added to
+data.seed. Class ids only.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import ClassVar, Literal
+
+import torch
+from pydantic import Field, model_validator
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from stillhouse.distillation import Distillation
+from stillhouse.errors import UserError
+from stillhouse.evaluation import evaluates
+from stillhouse.evaluation.classification import collect_logits, evaluate_classifier
+from stillhouse.functional import checks
+from stillhouse.functional.labels import check_label, hard_only
+from stillhouse.functional.precision import full_precision
+from stillhouse.methods.classification.self_distill_kernel.chain import KERNELS, KernelSelfDistillation, optimal_weight
+from stillhouse.objective import Context, Objective, Progress
+from stillhouse.product import Student, read_meta
+from stillhouse.recipe import Data, DataSpec, MethodConfig, Model, Spec, TrainSpec
+from stillhouse.run import Method, Run, Stage
+from stillhouse.signals import Batch, Signals
+
+
+@full_precision
+def weighted_targets_loss(logits: Tensor, labels: Tensor, teacher_probs: Tensor | None, alpha: float) -> Tensor:
+    """alpha MSE(softmax z, one-hot y) + (1 - alpha) MSE(softmax z, teacher), means over B * C entries; without a teacher, the first term alone.
+
+    Args:
+        logits: (B, C).
+        labels: class ids (B,).
+        teacher_probs: (B, C) of the model before, or None.
+        alpha: weight of the labels.
+
+    Raises:
+        UserError: soft labels, or shapes that do not fit.
+    """
+    hard_only("self_distill_kernel", labels)
+    check_label("self_distill_kernel", labels, logits)
+    probs = F.softmax(logits, dim=-1)
+    to_labels = F.mse_loss(probs, F.one_hot(labels, logits.shape[1]).to(probs.dtype))
+    if teacher_probs is None:
+        return to_labels
+    checks.same_classes("self_distill_kernel", logits, teacher_probs)
+    return alpha * to_labels + (1 - alpha) * F.mse_loss(probs, teacher_probs.detach())
+
+
+def sum_of_norms(parameters: list[Tensor]) -> Tensor:
+    """The sum of the parameters' L2 norms, not squared: a scalar."""
+    return torch.stack([p.float().norm() for p in parameters]).sum()
+
+
+class WeightedTargets(Objective):
+    """The loss of one step of the chain of networks.
+
+    Args:
+        alpha: weight of the labels; None for the first model, which has no predecessor.
+        reg_coef: weight of the sum of unsquared norms of the network's parameters.
+    """
+
+    name = "self_distill"
+
+    def __init__(self, alpha: float | None = None, reg_coef: float = 0.0) -> None:
+        super().__init__()
+        checks.options("self_distill_kernel", non_negative={"reg_coef": reg_coef})
+        self.alpha, self.reg_coef = alpha, reg_coef
+        self.needs = frozenset({"student.logits", "label"} | (set() if alpha is None else {"teacher.logits"}))
+        self._trained: list[Tensor] = []
+
+    def prepare(self, ctx: Context) -> None:
+        self._trained = [p for p in ctx.student.parameters() if p.requires_grad]
+
+    def forward(self, student: Signals, teacher: Signals, batch: Batch, progress: Progress) -> dict[str, Tensor]:
+        before = None if self.alpha is None else teacher.log_probs().exp()
+        terms = {"loss": weighted_targets_loss(student.logits, batch["label"], before, 1.0 if self.alpha is None else self.alpha)}
+        return {**terms, "norms": self.reg_coef * sum_of_norms(self._trained)} if self.reg_coef else terms
+
+
+class KernelSpec(Spec):
+    """The kernel and its ridge."""
+
+    name: Literal["rbf", "laplace", "linear", "cubic"] = "rbf"
+    gamma: float = Field(0.05, gt=0, description="rbf: exp(-gamma |x - x'|^2) on pixels in [0, 1].")
+    ridge: float = Field(0.2, gt=0, description="lambda; not multiplied by the number of samples.")
+
+
+class Config(MethodConfig):
+    data: Data
+    kernel: KernelSpec | None = Field(None, description="Kernel ridge regression, in closed form.")
+    student: Model | None = Field(None, description="Or a network.")
+    train: TrainSpec = Field(default_factory=TrainSpec, description="student: how each of the chain's networks is trained.")
+    reg_coef: float = Field(0.0, ge=0, description="student: weight of the sum of unsquared parameter norms; the released script has 1e-4.")
+    steps: int = Field(5, ge=1, description="Fits; the first has no predecessor.")
+    alpha: Literal["optimal"] | float | list[float] = Field(
+        "optimal", description="Weight of the labels: the best at each step, one number, or one a step."
+    )
+    keep: Literal["last", "best", "limit"] = Field(
+        "last", description="Which step is the product; best: on validation data; limit: kernel with constant alpha."
+    )
+    evaluate: list[str] = Field(default_factory=lambda: ["accuracy", "calibration", "cost"])
+
+    @model_validator(mode="after")
+    def _fits(self) -> Config:
+        if (self.kernel is None) == (self.student is None):
+            raise ValueError("give exactly one of kernel and student")
+        if isinstance(self.alpha, list) and len(self.alpha) != self.steps:
+            raise ValueError(f"alpha must be one number or one for each of {self.steps} steps; given: {len(self.alpha)}")
+        if self.alpha != "optimal" and not all(0 <= a <= 1 for a in (self.alpha if isinstance(self.alpha, list) else [self.alpha])):
+            raise ValueError("alpha must lie between 0 and 1")
+        if self.keep == "limit" and (self.student is not None or not isinstance(self.alpha, float | int)):
+            raise ValueError("keep: limit needs a kernel and one constant alpha")
+        return self
+
+    @property
+    def sample(self) -> DataSpec:
+        """The data. A kernel machine has nothing random in it, so with one the run's seed also draws the subset, the noise and the split."""
+        return self.data if self.kernel is None else self.data.model_copy(update={"seed": self.data.seed + self.seed})
+
+
+@dataclass
+class KernelClassifier:
+    """A kernel machine of one step (or the limit): classes are told by the largest of k(x, X) coefficients + 1/C.
+
+    Attributes:
+        points: X, (n, p) pixels in [0, 1]; coefficients: (n, C), float64.
+        mean, std: of the inputs that it is given, per channel, which it undoes.
+    """
+
+    kind: ClassVar[str] = "stillhouse.methods.classification.self_distill_kernel:KernelClassifier"
+    kernel: str
+    gamma: float
+    points: Tensor
+    coefficients: Tensor
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    classes: list[str]
+    figures: dict[str, float] = field(default_factory=dict)
+
+    def predict(self, inputs: Tensor) -> Tensor:
+        """Scores (B, C), float64, near class probabilities: of normalised inputs (B, channels, height, width)."""
+        x = pixels(inputs, self.mean, self.std)
+        return KERNELS[self.kernel](x, self.points, self.gamma) @ self.coefficients + 1 / len(self.classes)
+
+    def save(self, folder: Path) -> None:
+        from safetensors.torch import save_file
+
+        folder.mkdir(parents=True, exist_ok=True)
+        save_file({"points": self.points.contiguous(), "coefficients": self.coefficients.contiguous()}, str(folder / "model.safetensors"))
+        meta = {"kernel": self.kernel, "gamma": self.gamma, "mean": self.mean, "std": self.std, "classes": self.classes}
+        (folder / "product.json").write_text(json.dumps({"kind": self.kind, "format": 1, **meta}, indent=1))
+
+    @classmethod
+    def load(cls, folder: Path) -> KernelClassifier:
+        from safetensors.torch import load_file
+
+        meta, held = read_meta(folder), load_file(str(Path(folder) / "model.safetensors"))
+        return cls(meta["kernel"], meta["gamma"], held["points"], held["coefficients"], tuple(meta["mean"]), tuple(meta["std"]), meta["classes"])
+
+
+@evaluates(KernelClassifier.kind)
+def judge(product: KernelClassifier, run: Run) -> dict[str, float]:
+    """Test accuracy, mean squared error to the one-hot labels, and the numbers that the machine holds."""
+    x, y = _points(run, run.config.sample, "test")  # type: ignore[attr-defined]
+    scores = KERNELS[product.kernel](x, product.points, product.gamma) @ product.coefficients + 1 / len(product.classes)
+    return {
+        "accuracy": (scores.argmax(-1) == y).double().mean().item(),
+        "mse": (scores - F.one_hot(y, len(product.classes))).square().mean().item(),
+        "parameters": float(product.coefficients.numel()),
+    }
+
+
+def pixels(inputs: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:
+    """Normalised inputs (B, ...) as rows of pixels in [0, 1], (B, p) float64; inputs without normalisation as they are."""
+    x = inputs.double()
+    if mean:
+        shape = (1, -1, *[1] * (x.ndim - 2))
+        x = x * torch.tensor(std, dtype=x.dtype).view(shape) + torch.tensor(mean, dtype=x.dtype).view(shape)
+    return x.flatten(1)
+
+
+def _points(run: Run, data: DataSpec, split: str) -> tuple[Tensor, Tensor]:
+    """A split as rows of pixels (n, p) and class ids (n,)."""
+    bundle = run.data(data)
+    batches = list(run.loader(data, split))
+    return torch.cat([pixels(b["input"], bundle.mean, bundle.std) for b in batches]), torch.cat([b["label"] for b in batches])
+
+
+class SelfDistillation(Method[Config]):
+    Config = Config
+
+    def plan(self, config: Config, run: Run) -> list[Stage]:
+        if run.validation(config.sample) is None and (config.alpha == "optimal" or config.keep == "best"):
+            raise UserError("alpha: optimal and keep: best need validation data: set data.val to a share above 0, or alpha to a number.")
+        if config.kernel is not None:
+            count = len(run.data(config.sample).dataset("train", train=False))
+            return [Stage("chain", f"decompose a {config.kernel.name} kernel of {count} samples, and take {config.steps} steps in closed form")]
+        assert config.student is not None
+        fits = config.steps + (config.steps - 1 if config.alpha == "optimal" else 0)
+        steps = fits * config.train.epochs * len(run.loader(config.sample, "train", config.train.batch_size, train=True))
+        return [Stage("step", f"train {fits} networks, each on the labels and the one before it", {"student": config.student.model}, steps=steps)]
+
+    def run(self, config: Config, run: Run) -> KernelClassifier | Student:
+        return self._kernel(config, run) if config.kernel is not None else self._networks(config, run)
+
+    # ---- kernels, in closed form -----------------------------------------------------------------------------------------------------------
+
+    def _kernel(self, config: Config, run: Run) -> KernelClassifier:
+        spec, bundle = config.kernel, run.data(config.sample)
+        assert spec is not None
+        x, labels = _points(run, config.sample, "train")
+        targets = F.one_hot(labels, bundle.num_classes).double() - 1 / bundle.num_classes
+        alpha = 1.0 if config.alpha == "optimal" else config.alpha
+        chain = KernelSelfDistillation(spec.name, spec.gamma, spec.ridge, config.steps, alpha).fit(x, targets)
+        checked = next((s for s in ("val", "holdout") if bundle.has(s)), None)
+        figures: dict[str, float] = {}
+        errors: dict[int, float] = {}
+        if checked is not None:
+            xv, yv = _points(run, config.sample, checked)
+            tv = F.one_hot(yv, bundle.num_classes).double() - 1 / bundle.num_classes
+            if config.alpha == "optimal":
+                found = chain.choose_alphas(xv, tv)
+                figures |= {f"alpha_step{t}": a for t, a in enumerate(found, 2)}
+            errors = {t: (chain.predict(xv, t) - tv).square().mean().item() for t in range(1, config.steps + 1)}
+            figures |= {f"val_mse_step{t}": e for t, e in errors.items()}
+        xt, yt = _points(run, config.sample, "test")
+        constant = len(set(chain.alphas[1:] or chain.alphas)) == 1
+        for step in [*range(1, config.steps + 1), *(["limit"] if constant else [])]:
+            name = step if step == "limit" else f"step{step}"
+            figures[f"accuracy_{name}"] = (chain.predict(xt, step).argmax(-1) == yt).double().mean().item()
+            b = chain.shrinkage(step)
+            figures[f"directions_{name}"] = (b.sum() ** 2 / b.square().sum().clamp_min(1e-300)).item()  # how many eigen-directions are in use
+        kept = {"last": config.steps, "limit": "limit", "best": min(errors, key=errors.__getitem__) if errors else config.steps}[config.keep]
+        coefficients = chain.coefficients(kept)
+        return KernelClassifier(spec.name, spec.gamma, chain.x, coefficients, tuple(bundle.mean), tuple(bundle.std), list(bundle.classes), figures)
+
+    # ---- networks --------------------------------------------------------------------------------------------------------------------------
+
+    def _networks(self, config: Config, run: Run) -> Student:
+        assert config.student is not None
+        check = run.validation(config.data)
+        figures: dict[str, float] = {}
+        chain: list[nn.Module] = []
+        kept: list[float] = []
+        trainings = 0
+        for step in range(1, config.steps + 1):
+            alpha: float | None = None
+            if step > 1:
+                if config.alpha == "optimal":
+                    pure = self._fit(config, run, f"step.{step}.pure", step, chain[-1], 0.0)
+                    trainings += 1
+                    found = optimal_weight(*self._outputs(check, chain[0], pure, run.device))
+                    figures[f"alpha_step{step}"] = found
+                    alpha = min(max(found, 0.0), 1.0)
+                else:
+                    alpha = config.alpha[step - 1] if isinstance(config.alpha, list) else float(config.alpha)
+            chain.append(self._fit(config, run, f"step.{step}", step, chain[-1] if chain else None, alpha))
+            trainings += 1
+            figures[f"accuracy_step{step}"] = evaluate_classifier(chain[-1], run.loader(config.data, "test"), run.device, ["accuracy"])["accuracy"]
+            if check is not None:
+                figures[f"val_accuracy_step{step}"] = evaluate_classifier(chain[-1], check, run.device, ["accuracy"])["accuracy"]
+                kept.append(figures[f"val_accuracy_step{step}"])
+        network = chain[kept.index(max(kept))] if config.keep == "best" else chain[-1]
+        return run.student(network, config.student, config.data, {**figures, "trainings": float(trainings)})
+
+    def _fit(self, config: Config, run: Run, name: str, step: int, before: nn.Module | None, alpha: float | None) -> nn.Module:
+        """One network of the chain, from a fresh initialisation (the same for all that are tried at a step)."""
+        assert config.student is not None
+        network = run.model(config.student, config.data, role=f"step.{step}")
+        module = Distillation(network, before, [WeightedTargets(alpha, config.reg_coef)], seed=run.seed)
+        check = run.validation(config.data)
+        judge_by = None if check is None else lambda m, d: evaluate_classifier(m, check, d, ["accuracy", "calibration"])
+        run.fit(name, module, run.loader(config.data, "train", config.train.batch_size, train=True), config.train, evaluate=judge_by)
+        module.close()
+        return network
+
+    @staticmethod
+    def _outputs(check: object, plain: nn.Module, pure: nn.Module, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+        """Validation targets and class probabilities of the first model and of the one without labels, each (n, C)."""
+        g1, labels = collect_logits(plain, check, device)  # type: ignore[arg-type]
+        g0, _ = collect_logits(pure, check, device)  # type: ignore[arg-type]
+        return F.one_hot(labels, g1.shape[1]).double(), g1.double().softmax(-1), g0.double().softmax(-1)
