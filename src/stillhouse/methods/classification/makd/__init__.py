@@ -29,7 +29,7 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from stillhouse.distillation import Distillation
+from stillhouse.distillation import Distillation, to_device
 from stillhouse.errors import UserError
 from stillhouse.evaluation import evaluates
 from stillhouse.evaluation.classification import evaluate_classifier
@@ -122,10 +122,13 @@ class Aspects(Objective):
 
     def __init__(self, answers: Tensor) -> None:
         super().__init__()
-        self.register_buffer("answers", answers.float(), persistent=False)
+        self.answers = answers.float()  # not a buffer: neither in checkpoints nor broadcast between processes
 
     def forward(self, student: Signals, teacher: Signals, batch: Batch, progress: Progress) -> dict[str, Tensor]:
-        logits, targets = student.taps["aspects"], self.answers[batch["index"]]
+        logits, index = student.taps["aspects"], batch["index"]
+        if self.answers.device != index.device:
+            self.answers = self.answers.to(index.device)
+        targets = self.answers[index]
         agreement = ((logits.detach() > 0) == (targets > 0.5)).float().mean()
         return {"loss": aspect_loss(logits, targets), "log:agreement": agreement}
 
@@ -181,9 +184,8 @@ class MaKD(Method[Config]):
 
     def plan(self, config: Config, run: Run) -> list[Stage]:
         bundle, questions = run.data(config.data), config.aspects.questions_asked()
-        out = [
-            Stage("teacher", f"train the teacher '{name}' with cross-entropy (kept, shared)") for name, t in config.all_teachers.items() if t.train
-        ]
+        trained = [name for name, t in config.all_teachers.items() if any(member.train for member in t.ensemble or [t])]
+        out = [Stage("teacher", f"train the teacher '{name}' with cross-entropy (kept, shared)") for name in trained]
         if config.aspects.trained is not None:
             out.append(
                 Stage("annotator", f"train {config.aspects.trained.network.model} with a text encoder on {len(questions)} questions (kept, shared)")
@@ -221,6 +223,5 @@ class MaKD(Method[Config]):
         if config.keep_aspects:
             kept = run.student(student, config.student, config.data, figures)
             return AspectClassifier(**vars(kept), questions=questions)
-        device = next(network.parameters()).device
-        plain = strip_aspects(network, bundle.num_classes, {"input": probe["input"].to(device)})
+        plain = strip_aspects(network, bundle.num_classes, to_device(probe, next(network.parameters()).device))
         return run.student(plain, config.student, config.data, figures)
