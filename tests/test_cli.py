@@ -47,7 +47,9 @@ def test_a_run_leaves_a_folder_with_a_working_product(command, recipe_file, tmp_
     code, out, _ = command("run", recipe_file(QUICK), "--cpu")
     folder = tmp_path / "runs" / "recipe-s0"
     assert code == 0 and "accuracy" in out and str(Path("runs/recipe-s0/report.html")) in out
-    assert {"recipe.yaml", "environment.json", "metrics.csv", "checkpoints", "product", "evaluation.json", "report.html"} <= {p.name for p in folder.iterdir()}
+    assert {"recipe.yaml", "environment.json", "metrics.csv", "checkpoints", "product", "evaluation.json", "report.html"} <= {
+        p.name for p in folder.iterdir()
+    }
     model = stillhouse.load(folder)
     assert not model.training and model(torch.zeros(3, 1, 8, 8)).shape == (3, 10)
     environment = json.loads((folder / "environment.json").read_text())
@@ -73,11 +75,21 @@ def test_dry_run_prints_the_recipe_and_the_plan_and_writes_nothing(command, reci
     code, out, _ = command("run", recipe_file(QUICK), "--dry-run", "--set", "objectives.2.name=nd")
     assert code == 2, "a list is not extended by --set"
     code, out, _ = command("run", recipe_file(QUICK), "--dry-run", "--set", "objectives=[ce, kd, nd]")
-    assert code == 0 and "temperature: 4" in out and "1. teacher" in out and "2. student" in out and "4 steps" in out and "fc:in" in out and "parameters" in out
+    assert (
+        code == 0
+        and "temperature: 4" in out
+        and "1. teacher" in out
+        and "2. student" in out
+        and "4 steps" in out
+        and "fc:in" in out
+        and "parameters" in out
+    )
     assert [p.name for p in tmp_path.iterdir()] == ["recipe.yaml"]
 
 
-@pytest.mark.parametrize("arguments", [["run", "nothing.yaml"], ["methods", "kdd"], ["export", "nowhere"], ["report", "nowhere"], ["bench", "nothing.yaml"]])
+@pytest.mark.parametrize(
+    "arguments", [["run", "nothing.yaml"], ["methods", "kdd"], ["export", "nowhere"], ["report", "nowhere"], ["bench", "nothing.yaml"]]
+)
 def test_a_mistake_exits_2_with_one_sentence(command, arguments: list[str]):
     code, _, err = command(*arguments)
     assert code == 2 and err.startswith("stillhouse: ") and "Traceback" not in err

@@ -25,4 +25,6 @@ def test_a_killed_run_resumes_to_the_same_weights_and_metrics(tmp_path: Path, wo
     results = json.loads(done.stdout.splitlines()[-1])
     assert set(results) == set(MOMENTS[workers].split(","))
     for moment, result in results.items():
-        assert result == {"killed": True, "finished": True, "product/model.safetensors": True, "metrics.csv": True}, f"killed at {moment}: {result}\n{log[-3000:]}"
+        assert result == {"killed": True, "finished": True, "product/model.safetensors": True, "metrics.csv": True}, (
+            f"killed at {moment}: {result}\n{log[-3000:]}"
+        )

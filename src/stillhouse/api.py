@@ -10,19 +10,19 @@ from typing import Any
 import torch
 from torch import nn
 
-from stillhouse.distillation import Distillation, Weighted
+from stillhouse.distillation import Distillation
 from stillhouse.engine import fit
 from stillhouse.errors import UserError
 from stillhouse.live import Bars, Live
 from stillhouse.objective import Objective, WeightSchedule
-from stillhouse.recipe import ObjectiveSpec, TrainSpec, objective_from_spec, spell
+from stillhouse.recipe import TrainSpec, spell
 
 
 def distill(
     teacher: nn.Module | Mapping[str, Any] | Any | None,
     student: nn.Module,
     train_loader: Any,
-    objectives: Sequence[str | Mapping[str, Any] | ObjectiveSpec | Objective | tuple[Objective, float | WeightSchedule]] = ("ce", "kd"),
+    objectives: Sequence[str | Mapping[str, Any] | Objective | tuple[Objective, float | WeightSchedule]] = ("ce", "kd"),
     *,
     val_loader: Any = None,
     train: TrainSpec | Mapping[str, Any] | None = None,
@@ -65,8 +65,7 @@ def distill(
         evaluate = lambda model, device: evaluate_classifier(model, check, device)  # noqa: E731
     if spec.best is not None and evaluate is None:
         raise UserError("train.best needs a val_loader, or an `evaluate` of your own.")
-    entries: list[Any] = [o if isinstance(o, Objective | tuple | Weighted) else objective_from_spec(o) for o in objectives]
-    module = Distillation(student, teacher, entries, seed=seed)
+    module = Distillation(student, teacher, objectives, seed=seed)
     with tempfile.TemporaryDirectory() as temporary:
         live = Bars() if progress else Live()
         try:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from stillhouse.errors import MissingExtra, UserError, nearest
-from stillhouse.recipe import parse_sets, read_yaml, resolve, validate
+from stillhouse.recipe import beside_recipe, parse_sets, read_yaml, resolve, validate
 
 
 @dataclass(frozen=True)
@@ -49,13 +49,25 @@ class Job:
         from stillhouse.run import execute
 
         sets = {**parse_sets(self.sets), "seed": self.seed}
-        tree = resolve(read_yaml(self.entry.recipe), self.entry.variant, sets, where=str(self.entry.recipe))
+        tree = beside_recipe(resolve(read_yaml(self.entry.recipe), self.entry.variant, sets, where=str(self.entry.recipe)), self.entry.recipe.parent)
         tree["name"] = self.folder.name
         execute(validate(tree, str(self.entry.recipe)), self.folder, data_root=self.data_root, live=live, cpu=self.cpu)
 
     def command(self) -> list[str]:
         """The same as a command for a process of its own."""
-        out = [sys.executable, "-m", "stillhouse", "run", str(self.entry.recipe), "--out", str(self.folder), "--set", f"seed={self.seed}", "--set", f"name={self.folder.name}"]
+        out = [
+            sys.executable,
+            "-m",
+            "stillhouse",
+            "run",
+            str(self.entry.recipe),
+            "--out",
+            str(self.folder),
+            "--set",
+            f"seed={self.seed}",
+            "--set",
+            f"name={self.folder.name}",
+        ]
         out += ["--variant", self.entry.variant] if self.entry.variant else []
         out += [x for s in self.sets for x in ("--set", s)]
         return out + (["--data-root", self.data_root] if self.data_root else []) + (["--cpu"] if self.cpu else [])
@@ -175,7 +187,9 @@ def collect(jobs: Sequence[Job], baseline: str, slug: str) -> dict[str, Any]:
             continue
         figures = json.loads((job.folder / "evaluation.json").read_text())
         environment = json.loads((job.folder / "environment.json").read_text())
-        row = rows.setdefault(job.entry.label, {"label": job.entry.label, "recipe": job.entry.recipe.name, "variant": job.entry.variant, "seeds": [], "metrics": {}})
+        row = rows.setdefault(
+            job.entry.label, {"label": job.entry.label, "recipe": job.entry.recipe.name, "variant": job.entry.variant, "seeds": [], "metrics": {}}
+        )
         row["seeds"].append(job.seed)
         for name, value in figures.items():
             row["metrics"].setdefault(name, []).append(value)

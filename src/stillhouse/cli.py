@@ -64,13 +64,14 @@ def run(
         _print_plan(plan(config, data_root=data_root))
         return
     from stillhouse.live import Bars
+    from stillhouse.reporting.quantities import quantity
     from stillhouse.run import execute
 
     folder = out or Path("runs") / f"{config.name}-s{config.seed}"
     figures = execute(config, folder, data_root=data_root, live=Bars(), overwrite=overwrite, cpu=cpu)
     if os.environ.get("RANK", "0") == "0":
         for name, value in figures.items():
-            typer.echo(f"{name:<16} {value:,.4f}" if value < 1000 else f"{name:<16} {value:,.0f}")
+            typer.echo(f"{name:<16} {quantity(name, value).text(value)}")
         typer.echo(f"\nReport: {folder / 'report.html'}\nUse it: stillhouse.load({str(folder)!r})")
 
 
@@ -153,8 +154,8 @@ def _type_name(annotation: Any) -> str:
 def bench(
     recipe: Annotated[list[Path], typer.Argument(help="Recipes; each of them and each of its variants is a row.", metavar="RECIPE")],
     variants: Annotated[
-        Optional[str], typer.Option(help="Variants, comma separated; base is the recipe itself. Default: base and all but paper… and smoke.")
-    ] = None,  # noqa: UP045
+        str | None, typer.Option(help="Variants, comma separated; base is the recipe itself. Default: base and all but paper… and smoke.")
+    ] = None,
     seeds: Annotated[str, typer.Option(help="Seeds, comma separated.")] = "0,1,2",
     baseline: Annotated[Optional[str], typer.Option(help="The row that the others are compared with; default: alone, ce, or the first.")] = None,  # noqa: UP045
     out: Annotated[Optional[Path], typer.Option(help="Folder of the runs; default: runs/bench-NAME.")] = None,  # noqa: UP045
@@ -191,13 +192,24 @@ def bench(
         live=Bars(),
         after=lambda job, n, total: typer.echo(f"[{n}/{total}] {job.folder.name} done", err=True),
     )
-    results["command"] = " ".join(["stillhouse", *(a for a in sys.argv[1:])])
+    results["command"] = " ".join(["stillhouse", *_without_places(sys.argv[1:])])
     for path in filter(None, (folder / "results.json", evidence)):
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(results, indent=1) + "\n")
     write_comparison_report(results, folder / "report.html")
     Console().print(comparison_table(results))
     typer.echo(f"Report: {folder / 'report.html'}")
+
+
+def _without_places(arguments: list[str]) -> list[str]:
+    """A command's arguments without the folders of one machine."""
+    out, skip = [], False
+    for argument in arguments:
+        if skip or argument.partition("=")[0] in ("--out", "--data-root"):
+            skip = not skip and "=" not in argument
+            continue
+        out.append(argument)
+    return out
 
 
 def _seeds(text: str) -> list[int]:

@@ -39,7 +39,8 @@ class Distillation(nn.Module):
     Args:
         student: the model being trained.
         teachers: one teacher, several by name, or none. A plain `nn.Module` becomes a `Frozen` teacher named "teacher".
-        objectives: objectives, or (objective, weight) pairs; a weight is a number or a `WeightSchedule`. Without a weight: its published one.
+        objectives: names ("kd"), mappings ({"name": "kd", "temperature": 2}), objectives, or (objective, weight) pairs; a weight is a number or a
+            `WeightSchedule`. Without a weight: its published one.
         seed: seeds the layers that objectives make.
         embedding: the student's classifier submodule, where it is not found by itself.
 
@@ -50,7 +51,7 @@ class Distillation(nn.Module):
         self,
         student: nn.Module,
         teachers: nn.Module | Teacher | Mapping[str, nn.Module | Teacher] | None,
-        objectives: Sequence[Objective | tuple[Objective, float | WeightSchedule] | Weighted],
+        objectives: Sequence[str | Mapping[str, Any] | Objective | tuple[Objective, float | WeightSchedule] | Weighted],
         *,
         seed: int = 0,
         embedding: str | None = None,
@@ -72,13 +73,22 @@ class Distillation(nn.Module):
         self._built = False
         self._checked_taps = False
         self._said: Signals | None = None
+        self._first = [
+            name
+            for name in self._still
+            if any(e.objective.teacher == name for e in self.entries) and not getattr(self._still[name], "reads_student", False)
+        ]
         self._observing = [t for t in self.teachers.values() if isinstance(t, nn.Module)]
         self._stepping = [e for e in self.entries if type(e.objective).before_step is not Objective.before_step]
 
     @staticmethod
-    def _entry(item: Objective | tuple[Objective, float | WeightSchedule] | Weighted) -> Weighted:
+    def _entry(item: Any) -> Weighted:
         if isinstance(item, Weighted):
             return item
+        if not isinstance(item, Objective | tuple):
+            from stillhouse.recipe import objective_from_spec
+
+            return objective_from_spec(item)
         objective, weight = item if isinstance(item, tuple) else (item, item.default_weight)
         return Weighted(objective, weight, getattr(objective, "name", type(objective).__name__.lower()))
 
@@ -113,7 +123,18 @@ class Distillation(nn.Module):
         for teacher in self._still.values():
             if hasattr(teacher, "to"):
                 teacher.to(device)
-        mode = self.student.training
+        mode = self.training
+        try:
+            self._probe(probe, teachers, device)
+        except BaseException:
+            self.close()
+            raise
+        finally:
+            self.train(mode)
+        self._built = True
+        return self
+
+    def _probe(self, probe: Batch, teachers: Mapping[str, Any], device: torch.device) -> None:
         with torch.no_grad(), keyed("build", self.seed):
             self.student.eval()
             self._reader.attach(self._wanted("student."), probe)
@@ -129,9 +150,6 @@ class Distillation(nn.Module):
                 self._check_classes(entry, student, teacher_said)
                 entry.objective.build(student, teacher_said, probe)
             self.objectives.to(device)
-        self.train(mode)
-        self._built = True
-        return self
 
     def _wanted(self, side: str, teacher: str | None = None) -> set[str]:
         return {
@@ -147,7 +165,9 @@ class Distillation(nn.Module):
         if wanted:
             if objective.teacher not in teachers:
                 close = nearest(objective.teacher, teachers)
-                there = f"did you mean '{close[0]}'?" if close else (f"there are: {', '.join(teachers)}." if teachers else "there is no teacher at all.")
+                there = (
+                    f"did you mean '{close[0]}'?" if close else (f"there are: {', '.join(teachers)}." if teachers else "there is no teacher at all.")
+                )
                 raise UserError(f"The objective '{entry.label}' reads the teacher '{objective.teacher}'; {there}")
             gives = {g.removesuffix("s") for g in teachers[objective.teacher].gives}
             for want in sorted(wanted):
@@ -163,7 +183,15 @@ class Distillation(nn.Module):
     def _check_classes(entry: Weighted, student: Signals, teacher: Signals) -> None:
         if "teacher.logits" not in entry.objective.needs or not getattr(entry.objective, "same_classes", True) or student.logits is None:
             return
-        source = teacher.logits if teacher.logits is not None else teacher.probs if teacher.probs is not None else teacher.members[0].logits if teacher.members else None
+        source = (
+            teacher.logits
+            if teacher.logits is not None
+            else teacher.probs
+            if teacher.probs is not None
+            else teacher.members[0].logits
+            if teacher.members
+            else None
+        )
         if source is not None and source.shape[-1] != student.logits.shape[-1]:
             raise UserError(
                 f"The objective '{entry.label}' compares class probabilities, but the teacher has {source.shape[-1]} classes and the student {student.logits.shape[-1]}."
@@ -220,18 +248,20 @@ class Distillation(nn.Module):
 
     def forward(self, batch: Batch, progress: Progress) -> dict[str, Tensor]:
         """`loss` (the weighted sum) and every term by name, unweighted: `ce`, `kd`, or `nkd.target`; scalars on the device."""
+        said: dict[str, Signals] = dict(batch.get("_teachers") or {})
+        for name in self._first:  # before the student, whose saved activations would lie under a teacher's working memory
+            if name not in said:
+                said[name] = self._still[name](batch)
         student = self._reader(batch)
         if not self._checked_taps:
             self._check_gradient(student)
-        ready: dict[str, Signals] = batch.get("_teachers") or {}
-        said: dict[str, Signals] = {}
         total: Tensor | None = None
         out: dict[str, Tensor] = {}
         for entry in self.entries:
             objective = entry.objective
             name = objective.teacher
             if name not in said:
-                said[name] = ready[name] if name in ready else self._ask(name, batch, student)
+                said[name] = self._ask(name, batch, student)
             weight = entry.at(progress)
             terms = objective(student, said[name], batch, progress)
             for term, value in terms.items():
@@ -307,4 +337,3 @@ def to_device(value: Any, device: torch.device) -> Any:
     if isinstance(value, list | tuple):
         return type(value)(to_device(v, device) for v in value)
     return value
-

@@ -1,4 +1,4 @@
-"""Files that are never torn: written beside and renamed."""
+"""Files that are never torn: written beside and renamed. And where what can be made again is kept."""
 
 from __future__ import annotations
 
@@ -26,7 +26,9 @@ def written_beside(path: Path) -> Iterator[Path]:
     except BaseException as error:
         beside.unlink(missing_ok=True)
         if is_full(error):
-            raise UserError(f"Could not write {path}: the disk is full (or over its quota). What was there before is kept; free some space and start again.") from error
+            raise UserError(
+                f"Could not write {path}: the disk is full (or over its quota). What was there before is kept; free some space and start again."
+            ) from error
         raise
 
 
@@ -34,4 +36,14 @@ def is_full(error: BaseException) -> bool:
     """Whether an error of any library says that nothing more can be written: no space, a quota, or a limit on file size."""
     number = getattr(error, "errno", None)
     text = str(error)
-    return number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) or any(w in text for w in ("No space left", "File too large", "PytorchStreamWriter failed", "unexpected pos"))
+    return number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) or any(
+        w in text for w in ("No space left", "File too large", "PytorchStreamWriter failed", "unexpected pos")
+    )
+
+
+def cache_folder() -> Path:
+    """Where stages and decoded data are kept: STILLHOUSE_CACHE, else `stillhouse` in the user's cache folder."""
+    given = os.environ.get("STILLHOUSE_CACHE")
+    if given:
+        return Path(given).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "stillhouse"

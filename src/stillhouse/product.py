@@ -14,6 +14,7 @@ from typing import Any, ClassVar, Protocol
 import torch
 from torch import nn
 
+from stillhouse import catalog
 from stillhouse.errors import UserError, unknown
 from stillhouse.files import written_beside
 from stillhouse.recipe import ModelSpec
@@ -81,7 +82,9 @@ class Student:
         meta = read_meta(folder)
         spec = ModelSpec.model_validate(meta["model"])
         if spec.model.startswith("file:") and not trust_code:
-            raise UserError(f"The product in {folder} is built by your Python file '{spec.model}'; load it with trust_code=True if you trust that file.")
+            raise UserError(
+                f"The product in {folder} is built by your Python file '{spec.model}'; load it with trust_code=True if you trust that file."
+            )
         module = build(spec, meta["num_classes"], tuple(meta["input_shape"]))
         load_weights(module, folder / "model.safetensors", owner=f"model {spec.model}")
         return cls(module.eval(), spec, meta["num_classes"], tuple(meta["input_shape"]), meta["classes"], tuple(meta["mean"]), tuple(meta["std"]))
@@ -108,10 +111,9 @@ def load_product(folder: str | Path, trust_code: bool = False) -> Any:
     if (folder / "product" / "product.json").is_file():
         folder = folder / "product"
     kind = read_meta(folder).get("kind", "")
-    where = KINDS.get(kind, kind if ":" in kind and kind.startswith("stillhouse.") else None)
-    if where is None:
-        raise unknown("kind of product", kind, KINDS)
-    module, _, name = where.partition(":")
+    module, _, name = KINDS.get(kind, kind).partition(":")
+    if not name or module not in {c.module for c in catalog.methods()} | {w.partition(":")[0] for w in KINDS.values()}:
+        raise unknown("kind of product", kind, KINDS)  # a file may name only the modules of installed methods
     cls = getattr(importlib.import_module(module), name)
     return cls.load(folder, trust_code=trust_code) if trust_code else cls.load(folder)
 

@@ -32,7 +32,9 @@ class DataSpec(Spec):
     size: int | None = Field(None, ge=1, description="Train on a class-balanced, seeded subset of this many samples (taken before the holdout).")
     test_size: int | None = Field(None, ge=1, description="Evaluate on a class-balanced, seeded subset of this many test samples.")
     holdout: float = Field(0.0, ge=0.0, lt=1.0, description="Share of the training samples kept out of training: steers what must not see test data.")
-    val: float = Field(0.0, ge=0.0, lt=1.0, description="Share of the training samples used for validation, where the data set has no validation split.")
+    val: float = Field(
+        0.0, ge=0.0, lt=1.0, description="Share of the training samples used for validation, where the data set has no validation split."
+    )
     classes: list[int] | None = Field(None, description="Keep only these class ids, renumbered in this order.")
     image_size: int | None = Field(None, ge=4, description="Resize images to this many pixels a side; default: the data set's own size.")
     augment: Literal["standard", "plain"] | list[str | dict[str, Any]] = Field(
@@ -44,7 +46,9 @@ class DataSpec(Spec):
     label_noise: float = Field(0.0, ge=0.0, le=1.0, description="Share of training labels replaced by another class, seeded.")
     seed: int = Field(0, description="Seed of the subset, the splits and the label noise: one split for all seeds of a run.")
     workers: int = Field(0, ge=0, description="Loader processes.")
-    options: dict[str, Any] = Field(default_factory=dict, description="Further arguments for torchvision:, hf: and parquet: (such as split and column names).")
+    options: dict[str, Any] = Field(
+        default_factory=dict, description="Further arguments for torchvision:, hf: and parquet: (such as split and column names)."
+    )
 
 
 class ModelSpec(Spec):
@@ -62,8 +66,8 @@ class OptimizerSpec(Spec):
 
     model_config = ConfigDict(extra="allow")
     name: str = Field("sgd", description="Any class of torch.optim, in lower case: sgd, adamw, adam, rmsprop, …")
-    lr: float = Field(0.05, gt=0)
-    weight_decay: float = Field(5e-4, ge=0)
+    lr: float = Field(0.05, gt=0, description="Learning rate; the schedule moves it.")
+    weight_decay: float = Field(5e-4, ge=0, description="Of all parameters, normalisation and biases too.")
 
     def arguments(self) -> dict[str, Any]:
         """Keyword arguments for the optimiser's class; sgd has momentum 0.9 unless told."""
@@ -76,32 +80,38 @@ class OptimizerSpec(Spec):
 class LRSchedule(Spec):
     """Learning rate over training."""
 
-    name: Literal["cosine", "step", "linear", "constant"] = "cosine"
+    name: Literal["cosine", "step", "linear", "constant"] = Field(
+        "cosine", description="cosine, linear: falling to min_lr at the end; step: by gamma at each milestone."
+    )
     warmup_epochs: float = Field(0.0, ge=0, description="Linear from 0 over this many epochs, before the schedule.")
     milestones: list[float] = Field(default_factory=list, description="step: epochs at which the rate is multiplied by gamma.")
-    gamma: float = Field(0.1, gt=0)
+    gamma: float = Field(0.1, gt=0, description="step: the factor.")
     min_lr: float = Field(0.0, ge=0, description="cosine, linear: where the rate ends.")
 
 
 class TrainSpec(Spec):
     """How one network (with its objectives) is fitted."""
 
-    epochs: int = Field(10, ge=1)
+    epochs: int = Field(10, ge=1, description="Passes over the training split.")
     batch_size: int = Field(128, ge=1, description="Samples of one optimiser step over all processes, before accumulation.")
-    optimizer: OptimizerSpec = Field(default_factory=OptimizerSpec)
-    schedule: LRSchedule = Field(default_factory=LRSchedule)
+    optimizer: OptimizerSpec = Field(default_factory=OptimizerSpec, description="SGD with momentum 0.9, unless told.")
+    schedule: LRSchedule = Field(default_factory=LRSchedule, description="The learning rate over training.")
     clip: float | None = Field(None, gt=0, description="Clip the gradient's norm.")
     accumulate: int = Field(1, ge=1, description="Batches whose gradients are averaged for one optimiser step.")
-    precision: Literal["full", "bf16", "fp16"] = "full"
+    precision: Literal["full", "bf16", "fp16"] = Field("full", description="bf16, fp16: mixed precision; losses stay in float32.")
     compile: bool = Field(False, description="torch.compile the student and the live teachers.")
     ema: float | None = Field(None, gt=0, lt=1, description="Keep an exponential moving average of the student; it is what is evaluated and kept.")
     eval_every: int = Field(1, ge=0, description="Epochs between evaluations; 0: only at the end.")
-    best: str | None = Field(None, description="Keep the weights of the best evaluation by this figure (needs a val or holdout split), such as accuracy.")
+    best: str | None = Field(
+        None, description="Keep the weights of the best evaluation by this figure (needs a val or holdout split), such as accuracy."
+    )
     patience: int | None = Field(None, ge=1, description="Stop after this many evaluations without a better `best` figure.")
     log_every: int = Field(50, ge=1, description="Steps between rows of metrics.csv.")
     checkpoint_seconds: float = Field(20.0, ge=0, description="Seconds between checkpoints, at log points and epoch ends; 0: at every one.")
     deterministic: bool = Field(False, description="Deterministic kernels on a GPU (slower); the CPU is deterministic as it is.")
-    trackers: list[Literal["tensorboard", "wandb", "mlflow"]] = Field(default_factory=list)
+    trackers: list[Literal["tensorboard", "wandb", "mlflow"]] = Field(
+        default_factory=list, description="Where figures go beside metrics.csv; each is an extra to install."
+    )
 
     @model_validator(mode="after")
     def _best_needs_patience(self) -> TrainSpec:
@@ -118,10 +128,10 @@ class TeacherSpec(Spec):
     """A source of knowledge. Exactly one of `model`, `ensemble`, `momentum`, `past_self`, `peer`."""
 
     model: str | None = Field(None, description="A live, frozen network by name.")
-    checkpoint: str | None = None
-    pretrained: bool = False
-    options: dict[str, Any] = Field(default_factory=dict)
-    embedding: str | None = None
+    checkpoint: str | None = Field(None, description="As of a student's model.")
+    pretrained: bool = Field(False, description="As of a student's model.")
+    options: dict[str, Any] = Field(default_factory=dict, description="As of a student's model.")
+    embedding: str | None = Field(None, description="As of a student's model.")
     data: DataSpec | None = Field(None, description="What the teacher is trained on; default: the recipe's data. The classes must be the same.")
     train: TrainSpec | None = Field(None, description="Without checkpoint or pretrained: how the teacher is trained first, once, kept by content.")
     seed: int | None = Field(None, description="Seed of the teacher's own training; default 0, so that all seeds of a bench share one teacher.")
@@ -146,20 +156,22 @@ class TeacherSpec(Spec):
 
 
 class WeightSpec(Spec):
-    """An objective's weight over training; see `stillhouse.objective.WeightSchedule`."""
+    """An objective's weight over training."""
 
-    kind: Literal["constant", "linear", "cosine", "warmup"] = "constant"
-    start: float = 0.0
-    end: float = 1.0
-    epochs: float | None = Field(None, gt=0)
-    steps: int | None = Field(None, gt=0)
+    kind: Literal["constant", "linear", "cosine", "warmup"] = Field(
+        "constant", description="constant: end; linear, cosine: from start to end over the span, then end; warmup: linear from 0 to end."
+    )
+    start: float = Field(0.0, description="linear, cosine: the weight at the start.")
+    end: float = Field(1.0, description="The weight at the end of the span.")
+    epochs: float | None = Field(None, gt=0, description="The span in epochs, constant inside each; neither this nor steps: the whole training.")
+    steps: int | None = Field(None, gt=0, description="The span in optimiser steps.")
 
 
 class ObjectiveSpec(Spec):
     """One objective; the keys beside these are the options of the objective that `name` names."""
 
     model_config = ConfigDict(extra="allow")
-    name: str
+    name: str = Field(description="An objective of the catalogue, or file:PATH.py:CLASS.")
     weight: float | WeightSpec | None = Field(None, description="A number, or a schedule; default: the published weight.")
     teacher: str = Field("teacher", description="Which named teacher it reads.")
     label: str | None = Field(None, description="Its name in logs, where one objective is used twice; default: its name.")
@@ -187,8 +199,10 @@ class MethodConfig(Spec):
 
     method: str = Field("distillation", description="The method's slug.")
     name: str | None = Field(None, description="The run's name; default: the recipe's file name.")
-    seed: int = 0
-    variants: dict[str, dict[str, Any]] = Field(default_factory=dict, description="Named overrides (dotted keys), chosen by --variant: the paper's setting, the baselines.")
+    seed: int = Field(0, description="Of the student's weights, the order of samples and augmentation.")
+    variants: dict[str, dict[str, Any]] = Field(
+        default_factory=dict, description="Named overrides (dotted keys), chosen by --variant: the paper's setting, the baselines."
+    )
 
 
 def spell(error: ValidationError, model: type[BaseModel], where: str) -> UserError:
@@ -262,7 +276,9 @@ def set_key(tree: dict[str, Any], dotted: str, value: Any) -> None:
         last = i == len(parts) - 1
         if isinstance(node, list):
             if not part.lstrip("-").isdigit() or not -len(node) <= int(part) < len(node):
-                raise UserError(f"--set {dotted}: '{'.'.join(parts[:i])}' is a list of {len(node)}, so '{part}' must be a number from 0 to {len(node) - 1}.")
+                raise UserError(
+                    f"--set {dotted}: '{'.'.join(parts[:i])}' is a list of {len(node)}, so '{part}' must be a number from 0 to {len(node) - 1}."
+                )
             if last:
                 node[int(part)] = value
                 return
@@ -336,10 +352,23 @@ def validate(tree: Mapping[str, Any], where: str = "recipe") -> MethodConfig:
 
 def load(path: str | Path, variant: str | None = None, sets: Sequence[str] = ()) -> MethodConfig:
     """Read, resolve and validate a recipe file. Its name defaults to the file's, with the variant."""
-    tree = resolve(read_yaml(path), variant, parse_sets(sets), where=str(path))
+    tree = beside_recipe(resolve(read_yaml(path), variant, parse_sets(sets), where=str(path)), Path(path).parent)
     if tree.get("name") is None:
         tree["name"] = Path(path).stem + (f"-{variant}" if variant else "")
     return validate(tree, where=str(path))
+
+
+def beside_recipe(value: Any, folder: Path) -> Any:
+    """A raw recipe in which every `file:PATH.py` that lies beside the recipe (and not under the working folder) is named in full."""
+    if isinstance(value, dict):
+        return {k: beside_recipe(v, folder) for k, v in value.items()}
+    if isinstance(value, list):
+        return [beside_recipe(v, folder) for v in value]
+    if isinstance(value, str) and value.startswith("file:"):
+        path, dot, rest = value.removeprefix("file:").partition(".py")
+        if not Path(path + dot).exists() and (folder / (path + dot)).exists():
+            return f"file:{(folder / (path + dot)).resolve()}{rest}"
+    return value
 
 
 def dump(config: BaseModel) -> str:
@@ -405,7 +434,9 @@ def _check_options(spec: ObjectiveSpec, where: str, path: tuple[Any, ...]) -> No
                 moved.append(f"{where}: '{'.'.join(map(str, loc))}' is missing.")
             else:
                 given = item.get("input")
-                moved.append(f"{where}: '{'.'.join(map(str, loc))}': {item['msg'][0].lower() + item['msg'][1:]}; given: {given!r} ({type(given).__name__}).")
+                moved.append(
+                    f"{where}: '{'.'.join(map(str, loc))}': {item['msg'][0].lower() + item['msg'][1:]}; given: {given!r} ({type(given).__name__})."
+                )
         raise UserError("\n".join(dict.fromkeys(moved))) from None
     if spec.model_extra is not None:
         spec.model_extra.update({k: v for k in type(checked).model_fields if (v := getattr(checked, k)) is not None})

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 import stillhouse
 from stillhouse.engine import Fitted, fit, loop
 from stillhouse.errors import UserError
-from stillhouse.files import written_beside
+from stillhouse.files import cache_folder, written_beside
 from stillhouse.live import Live
 from stillhouse.randomness import key, keyed
 from stillhouse.recipe import DataSpec, MethodConfig, ModelSpec, TeacherSpec, TrainSpec, dump
@@ -56,14 +56,6 @@ class Method(Generic[C]):
         raise NotImplementedError
 
 
-def cache_folder() -> Path:
-    """Where stages and decoded data are kept: STILLHOUSE_CACHE, or the user's cache folder."""
-    given = os.environ.get("STILLHOUSE_CACHE")
-    if given:
-        return Path(given).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "stillhouse"
-
-
 class Run:
     """What a method asks for data, models, stages and loops. Everything is under `folder`; stages that other runs may share are in the cache.
 
@@ -75,7 +67,9 @@ class Run:
         cpu: stay on the CPU.
     """
 
-    def __init__(self, folder: Path | None, config: MethodConfig, *, data_root: str | None = None, live: Live | None = None, cpu: bool = False) -> None:
+    def __init__(
+        self, folder: Path | None, config: MethodConfig, *, data_root: str | None = None, live: Live | None = None, cpu: bool = False
+    ) -> None:
         self._folder, self.config, self.data_root, self.live, self.cpu = folder, config, data_root, live or Live(), cpu
         self.seed = config.seed
         self.planned: set[str] | None = None
@@ -108,7 +102,9 @@ class Run:
 
         dataset = self.data(spec).dataset(split, train=train)
         rank, world = _rank_world() if train else (0, 1)
-        return Loader(dataset, batch_size, seed=self.seed, shuffle=train, drop_last=train, workers=spec.workers if train else 0, rank=rank, world=world)
+        return Loader(
+            dataset, batch_size, seed=self.seed, shuffle=train, drop_last=train, workers=spec.workers if train else 0, rank=rank, world=world
+        )
 
     def model(self, spec: ModelSpec, data: DataSpec, role: str = "student", seed: int | None = None) -> nn.Module:
         """The network of a spec, sized for the data, initialised as (seed, role) say."""
@@ -182,9 +178,20 @@ class Run:
             _wait(world)
         return _load_value(done)  # type: ignore[return-value]
 
-    def fit(self, name: str, module: Any, train: Any, spec: TrainSpec, *, evaluate: Callable[..., dict[str, float]] | None = None, splits: Mapping[str, Any] | None = None) -> Fitted:
+    def fit(
+        self,
+        name: str,
+        module: Any,
+        train: Any,
+        spec: TrainSpec,
+        *,
+        evaluate: Callable[..., dict[str, float]] | None = None,
+        splits: Mapping[str, Any] | None = None,
+    ) -> Fitted:
         """Train a module over a loader (see `stillhouse.engine.fit`) in this run's folder."""
-        return fit(module, train, spec, folder=self.folder, stage=name, seed=self.seed, evaluate=evaluate, splits=splits, live=self.live, cpu=self.cpu)
+        return fit(
+            module, train, spec, folder=self.folder, stage=name, seed=self.seed, evaluate=evaluate, splits=splits, live=self.live, cpu=self.cpu
+        )
 
     def loop(self, name: str, state: Mapping[str, Any], step: Callable[[int], Mapping[str, Tensor]], steps: int, **options: Any) -> float:
         """The same loop where there is no loader (see `stillhouse.engine.loop`)."""
@@ -214,7 +221,9 @@ class Run:
             model.load_state_dict(trained["weights"])
             self.record.setdefault("teachers", {})[name] = {"model": spec.model, **trained["figures"]}
         elif spec.checkpoint is None and not spec.pretrained:
-            raise UserError(f"The teacher '{name}' ({spec.model}) has no weights: give it a `checkpoint`, `pretrained: true`, or `train:` to train it first.")
+            raise UserError(
+                f"The teacher '{name}' ({spec.model}) has no weights: give it a `checkpoint`, `pretrained: true`, or `train:` to train it first."
+            )
         return Frozen(model, embedding=spec.embedding, name=name)
 
     def trained(self, stage: str, model: nn.Module, spec: ModelSpec, train: TrainSpec, data: DataSpec, seed: int) -> dict[str, Any]:
@@ -231,15 +240,29 @@ class Run:
             try:
                 module = Distillation(model, None, [objective_from_spec("ce")], seed=seed)
                 check = self.validation(data)
-                self.fit(stage, module, self.loader(data, "train", train.batch_size, train=True), train, evaluate=None if check is None else lambda m, d: evaluate_classifier(m, check, d, ["accuracy"]))
+                self.fit(
+                    stage,
+                    module,
+                    self.loader(data, "train", train.batch_size, train=True),
+                    train,
+                    evaluate=None if check is None else lambda m, d: evaluate_classifier(m, check, d, ["accuracy"]),
+                )
                 module.close()
             finally:
                 self.seed = outer
-            figures = evaluate_classifier(model, self.loader(data, "test"), next(model.parameters()).device, ["accuracy", "calibration"]) if bundle.has("test") else {}
+            figures = (
+                evaluate_classifier(model, self.loader(data, "test"), next(model.parameters()).device, ["accuracy", "calibration"])
+                if bundle.has("test")
+                else {}
+            )
             return {"weights": state_on_cpu(model), "figures": figures}
 
         training = train.model_dump(mode="json", exclude={"log_every", "checkpoint_seconds", "trackers", "compile"})
-        return self.stage(stage, make, {"model": spec.model_dump(mode="json"), "train": training, "data": bundle.fingerprint, "augment": _augmentation(data), "seed": seed})
+        return self.stage(
+            stage,
+            make,
+            {"model": spec.model_dump(mode="json"), "train": training, "data": bundle.fingerprint, "augment": _augmentation(data), "seed": seed},
+        )
 
 
 def _augmentation(spec: DataSpec) -> dict[str, Any]:
@@ -318,7 +341,9 @@ def plan(config: MethodConfig, *, data_root: str | None = None) -> list[Stage]:
     return catalog.method(config.method).plan(config, Run(None, config, data_root=data_root, cpu=True))
 
 
-def execute(config: MethodConfig, folder: str | Path, *, data_root: str | None = None, live: Live | None = None, overwrite: bool = False, cpu: bool = False) -> dict[str, float]:
+def execute(
+    config: MethodConfig, folder: str | Path, *, data_root: str | None = None, live: Live | None = None, overwrite: bool = False, cpu: bool = False
+) -> dict[str, float]:
     """Run a recipe in a folder and return the figures of its product; a run that was cut off goes on.
 
     The folder will hold recipe.yaml (resolved), environment.json (versions, seed, device), metrics.csv, checkpoints/, product/, evaluation.json and
@@ -345,7 +370,16 @@ def execute(config: MethodConfig, folder: str | Path, *, data_root: str | None =
     started = time.monotonic()
     try:
         if main:
-            _write_json(folder / "environment.json", {"versions": versions(), "seed": config.seed, "device": _device_name(run.device), "processes": _rank_world()[1], "command": " ".join(["stillhouse", *sys.argv[1:]])})
+            _write_json(
+                folder / "environment.json",
+                {
+                    "versions": versions(),
+                    "seed": config.seed,
+                    "device": _device_name(run.device),
+                    "processes": _rank_world()[1],
+                    "command": " ".join(["stillhouse", *sys.argv[1:]]),
+                },
+            )
         product = method.run(config, run)
         figures: dict[str, float] = dict(getattr(product, "figures", {}) or {})
         if main:
@@ -372,8 +406,13 @@ def _claim(folder: Path, text: str, overwrite: bool) -> None:
     if (folder / "evaluation.json").exists():
         raise UserError(f"{folder} holds a finished run; choose another folder with --out, or start over with --overwrite.")
     if held.exists() and held.read_text() != text:
-        line = next((f"'{a.strip()}' there, '{b.strip()}' now" for a, b in zip(held.read_text().splitlines(), text.splitlines()) if a != b), "their lengths differ")
-        raise UserError(f"{folder} holds an unfinished run of another recipe ({line}); choose another folder with --out, or start over with --overwrite.")
+        line = next(
+            (f"'{a.strip()}' there, '{b.strip()}' now" for a, b in zip(held.read_text().splitlines(), text.splitlines()) if a != b),
+            "their lengths differ",
+        )
+        raise UserError(
+            f"{folder} holds an unfinished run of another recipe ({line}); choose another folder with --out, or start over with --overwrite."
+        )
     if not held.exists() and folder.exists() and any(folder.iterdir()):
         raise UserError(f"{folder} is not empty and not a run's folder; choose another folder with --out.")
     with written_beside(held) as beside:

@@ -56,7 +56,9 @@ class Reader:
         number, _, suffix = name.removeprefix("stage:").partition(":")
         found = stages(self.model)
         if not number.lstrip("-").isdigit() or number == "0" or not 1 <= abs(int(number)) <= len(found):
-            raise UserError(f"The {self.owner} has {len(found)} stages ({', '.join(found)}), so '{name}' is none of them: give stage:1 to stage:{len(found)}, or stage:-1 for the last.")
+            raise UserError(
+                f"The {self.owner} has {len(found)} stages ({', '.join(found)}), so '{name}' is none of them: give stage:1 to stage:{len(found)}, or stage:-1 for the last."
+            )
         index = int(number)
         return found[index - 1 if index > 0 else index] + (f":{suffix}" if suffix else "")
 
@@ -86,7 +88,7 @@ class Reader:
 
 @runtime_checkable
 class Teacher(Protocol):
-    """A source of knowledge."""
+    """A source of knowledge. A teacher that is no module and whose answer depends on the student's sets `reads_student = True`."""
 
     gives: frozenset[str]
 

@@ -16,8 +16,9 @@ from torch import Tensor
 
 from stillhouse.data.dataset import as_tensor
 from stillhouse.data.parquet import DecodedImages
-from stillhouse.data.source import IMAGENET_MEAN, IMAGENET_STD, SMALL, Samples, Source, cache_folder, digest, evenly, existing, in_memory
+from stillhouse.data.source import IMAGENET_MEAN, IMAGENET_STD, SMALL, Samples, Source, digest, evenly, existing, in_memory
 from stillhouse.errors import MissingExtra, UserError, nearest, unknown
+from stillhouse.files import cache_folder
 from stillhouse.recipe import DataSpec
 
 # Sets whose classes a mirror image changes.

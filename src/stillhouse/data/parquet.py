@@ -19,8 +19,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from stillhouse.data.source import IMAGENET_MEAN, IMAGENET_STD, SMALL, Samples, Source, cache_folder, digest, existing
+from stillhouse.data.source import IMAGENET_MEAN, IMAGENET_STD, SMALL, Samples, Source, digest, existing
 from stillhouse.errors import UserError, unknown
+from stillhouse.files import cache_folder
 from stillhouse.recipe import DataSpec
 
 SPLIT_NAMES = {"train": "train", "test": "test", "val": "val", "valid": "val", "validation": "val"}

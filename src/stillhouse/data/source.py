@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from stillhouse.errors import UserError, nearest, unknown
+from stillhouse.files import cache_folder
 from stillhouse.recipe import DataSpec
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -90,11 +91,6 @@ def find_root(spec: DataSpec, given: str | Path | None = None) -> Path:
     """The folder that holds the data: the recipe's, else the one given, else STILLHOUSE_DATA, else `data` in the cache."""
     chosen = spec.root or given or os.environ.get("STILLHOUSE_DATA")
     return Path(chosen).expanduser() if chosen else cache_folder() / "data"
-
-
-def cache_folder() -> Path:
-    """Where decoded data is kept: STILLHOUSE_CACHE, else ~/.cache/stillhouse."""
-    return Path(os.environ.get("STILLHOUSE_CACHE") or "~/.cache/stillhouse").expanduser()
 
 
 def existing(path: str, root: Path) -> Path:

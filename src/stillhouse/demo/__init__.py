@@ -25,7 +25,9 @@ def demo(out: Path, seeds: Sequence[int], overwrite: bool = False) -> None:
             raise UserError(f"{out} does not look like a demo's folder, so --overwrite leaves it alone; give another with --out.")
         shutil.rmtree(out)
     console = Console(stderr=True)
-    console.print("1,797 scans of handwritten digits, 8 x 8 pixels. A teacher is trained once, then the same small student alone and with three objectives.\n")
+    console.print(
+        "1,797 scans of handwritten digits, 8 x 8 pixels. A teacher is trained once, then the same small student alone and with three objectives.\n"
+    )
     torch.set_num_threads(1)  # networks this small only lose by sharing a step between threads
     live = Bars()
     try:

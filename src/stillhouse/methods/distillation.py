@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from pydantic import Field, model_validator
 
 from stillhouse.distillation import Distillation
@@ -23,13 +24,17 @@ from stillhouse.run import Method, Run, Stage
 
 
 class Config(MethodConfig):
-    data: Data
+    data: Data = Field(description="What the student is trained and judged on.")
     teacher: Teacher | None = Field(None, description="The one teacher; the same as teachers: {teacher: …}.")
-    teachers: dict[str, Teacher] = Field(default_factory=dict, description="Several teachers by name; an objective reads the one that its `teacher` names.")
-    student: Model
-    objectives: Objectives
-    train: TrainSpec = Field(default_factory=TrainSpec)
-    evaluate: list[str] = Field(default_factory=lambda: ["accuracy", "calibration", "cost"], description="Groups of figures: accuracy, calibration, cost.")
+    teachers: dict[str, Teacher] = Field(
+        default_factory=dict, description="Several teachers by name; an objective reads the one that its `teacher` names."
+    )
+    student: Model = Field(description="The network to train.")
+    objectives: Objectives = Field(description="The losses, whose weighted sum is minimised.")
+    train: TrainSpec = Field(default_factory=TrainSpec, description="How the student is fitted.")
+    evaluate: list[str] = Field(
+        default_factory=lambda: ["accuracy", "calibration", "cost"], description="Groups of figures: accuracy, calibration, cost."
+    )
 
     @model_validator(mode="after")
     def _one_spelling(self) -> Config:
@@ -53,23 +58,48 @@ class GeneralDistillation(Method[Config]):
                 if member.model and member.train and not member.checkpoint and not member.pretrained:
                     steps = member.train.epochs * len(run.loader(member.data or config.data, "train", member.train.batch_size, train=True))
                     model = run.model(member.network, config.data, "teacher", member.seed or 0)
-                    stages.append(Stage("teacher", f"train the teacher '{name}' with cross-entropy (kept, shared)", {name: describe(member.model, model)}, steps=steps))
+                    stages.append(
+                        Stage(
+                            "teacher",
+                            f"train the teacher '{name}' with cross-entropy (kept, shared)",
+                            {name: describe(member.model, model)},
+                            steps=steps,
+                        )
+                    )
         student = run.model(config.student, config.data)
         steps = config.train.epochs * len(run.loader(config.data, "train", config.train.batch_size, train=True))
         losses = " + ".join(o.name for o in config.objectives)
-        stages.append(Stage("student", f"train the student on {bundle.name} with {losses}", {"student": describe(config.student.model, student)}, self._taps(config, run, student), steps))
+        stages.append(
+            Stage(
+                "student",
+                f"train the student on {bundle.name} with {losses}",
+                {"student": describe(config.student.model, student)},
+                self._taps(config, run, student),
+                steps,
+            )
+        )
         return stages
 
     def _taps(self, config: Config, run: Run, student: Any) -> dict[str, str]:
+        """Where the objectives will tap the student and the live teachers; a wrong name is found here, before anything is trained."""
         from stillhouse.teachers import Reader
 
         probe = next(iter(run.loader(config.data, "train", 2)))
-        wanted = [n for o in config.objectives for n in objective_from_spec(o).objective.needs]
-        reader = Reader(student, "student", config.student.embedding)
-        reader.attach({n.removeprefix("student.") for n in wanted if n.startswith("student.")}, probe)
-        paths = reader.paths
-        reader.close()
-        return {f"student {k}": v for k, v in paths.items()}
+        objectives = [objective_from_spec(o).objective for o in config.objectives]
+        networks = {"student": (student, config.student.embedding, [n for o in objectives for n in o.needs if n.startswith("student.")])}
+        for name, spec in config.all_teachers.items():
+            wanted = [n for o in objectives if o.teacher == name for n in o.needs if n.startswith("teacher.")]
+            if spec.model and wanted:
+                networks[name] = (run.model(spec.network, config.data, "teacher", spec.seed or 0), spec.embedding, wanted)
+        out = {}
+        for name, (model, embedding, wanted) in networks.items():
+            reader = Reader(model.eval(), name, embedding)
+            with torch.no_grad():
+                reader.attach({n.partition(".")[2] for n in wanted}, probe)
+                reader(probe)
+            out |= {f"{name} {k}": v for k, v in reader.paths.items()}
+            reader.close()
+        return out
 
     def run(self, config: Config, run: Run) -> Student:
         teachers = {name: run.teacher(name, spec, config.data) for name, spec in config.all_teachers.items()}
