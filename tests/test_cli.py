@@ -116,7 +116,7 @@ def test_bench_compares_resumes_and_writes_evidence(command, recipe_file):
     assert results["baseline"] == "alone" and results["slug"] == "quick" and results["teacher"]["metrics"]["accuracy"]
     assert {r["label"]: r["seeds"] for r in results["rows"]} == {"recipe": [0, 1], "alone": [0, 1]}
     assert all(len(r["metrics"]["accuracy"]) == 2 for r in results["rows"])
-    code, out, err = command(*arguments)
+    code, _, err = command(*arguments)
     assert code == 0 and "[1/" not in err, "what is done is kept"
     assert command("report", "b")[0] == 0
 

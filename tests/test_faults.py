@@ -135,7 +135,7 @@ BATCH = {"input": torch.randn(6, 4), "label": torch.tensor([0, 1, 2, 0, 1, 2])}
 
 
 def test_a_tap_that_does_not_exist_names_the_nearest():
-    with pytest.raises(UserError, match="'bodi'.*body"):
+    with pytest.raises(UserError, match=r"'bodi'.*body"):
         Distillation(Net(), None, [Tapped("bodi")]).build(BATCH)
 
 
