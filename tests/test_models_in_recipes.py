@@ -107,6 +107,7 @@ def test_a_users_own_file_trains_and_loads_only_when_trusted(tmp_path: Path, dat
     run(tree, tmp_path / "run", data_root)
     with pytest.raises(UserError, match="trust_code=True if you trust that file"):
         stillhouse.load(tmp_path / "run")
+    file.unlink()  # the product holds a copy of what builds it
     model = stillhouse.load(tmp_path / "run", trust_code=True)
     assert model.head.in_features == 6 and model(torch.zeros(3, 1, 8, 8))["out"].shape == (3, 10)
 

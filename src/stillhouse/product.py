@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
@@ -63,10 +64,11 @@ class Student:
         module = self.module if on_cpu else _copy_to_cpu(self.module)
         with written_beside(folder / "model.safetensors") as beside:
             save_model(module, str(beside))
+        spec = self.model.model_copy(update={"checkpoint": None, "pretrained": False, "model": _bring_along(self.model.model, folder)})
         meta = {
             "kind": self.kind,
             "format": 1,
-            "model": self.model.model_copy(update={"checkpoint": None, "pretrained": False}).model_dump(mode="json"),
+            "model": spec.model_dump(mode="json"),
             "num_classes": self.num_classes,
             "input_shape": list(self.input_shape),
             "classes": self.classes,
@@ -88,6 +90,21 @@ class Student:
         module = build(spec, meta["num_classes"], tuple(meta["input_shape"]))
         load_weights(module, folder / "model.safetensors", owner=f"model {spec.model}")
         return cls(module.eval(), spec, meta["num_classes"], tuple(meta["input_shape"]), meta["classes"], tuple(meta["mean"]), tuple(meta["std"]))
+
+
+def _bring_along(name: str, folder: Path) -> str:
+    """The model's name, with the user's Python file or the transformers config that it points to copied into the product, so that the product stands alone."""
+    if name.startswith("file:"):
+        path, _, rest = name.removeprefix("file:").partition(".py")
+        source = Path(path + ".py").expanduser()
+        shutil.copyfile(source, folder / source.name)
+        return f"file:{source.name}{rest}"
+    config = Path(name.removeprefix("hf:")).expanduser() / "config.json"
+    if name.startswith("hf:") and config.is_file():
+        (folder / "config").mkdir()
+        shutil.copyfile(config, folder / "config" / "config.json")
+        return "hf:config"
+    return name
 
 
 def _copy_to_cpu(module: nn.Module) -> nn.Module:
@@ -115,7 +132,7 @@ def load_product(folder: str | Path, trust_code: bool = False) -> Any:
     if not name or module not in {c.module for c in catalog.methods()} | {w.partition(":")[0] for w in KINDS.values()}:
         raise unknown("kind of product", kind, KINDS)  # a file may name only the modules of installed methods
     cls = getattr(importlib.import_module(module), name)
-    return cls.load(folder, trust_code=trust_code) if trust_code else cls.load(folder)
+    return Student.load(folder, trust_code) if cls is Student else cls.load(folder)
 
 
 def load(folder: str | Path, trust_code: bool = False) -> Any:
