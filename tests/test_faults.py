@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import importlib.util
 import resource
 import subprocess
 import sys
@@ -97,6 +98,13 @@ def test_an_early_stop_stops_and_keeps_the_best(recipe_file, tmp_path: Path):
     figures = [float(r["val/accuracy"]) for r in rows]
     best = max(range(len(figures)), key=figures.__getitem__)
     assert len(rows) < 40 and len(rows) == best + 3, "two evaluations after the first best one"
+
+
+def test_a_tracker_that_is_not_installed_names_its_extra(recipe_file, tmp_path: Path):
+    if importlib.util.find_spec("mlflow"):
+        pytest.skip("mlflow is installed here")
+    with pytest.raises(UserError, match=r"stillhouse\[mlflow\]"):
+        run(recipe_file(ALONE), tmp_path / "out", "train.trackers=[mlflow]")
 
 
 def test_best_without_validation_data_is_refused(recipe_file, tmp_path: Path):

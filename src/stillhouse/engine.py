@@ -7,6 +7,7 @@ Terms stay on the device; every `log_every` steps they are read at once, checked
 from __future__ import annotations
 
 import csv
+import importlib.util
 import io
 import math
 import signal
@@ -23,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from stillhouse.distillation import to_device
-from stillhouse.errors import TrainingDiverged, UserError, unknown
+from stillhouse.errors import MissingExtra, TrainingDiverged, UserError, unknown
 from stillhouse.files import is_full, written_beside
 from stillhouse.live import Live
 from stillhouse.objective import Context, Progress
@@ -329,6 +330,9 @@ def make_accelerator(spec: TrainSpec, folder: Path | None = None, cpu: bool = Fa
     from accelerate import Accelerator, DistributedDataParallelKwargs
     from accelerate.state import AcceleratorState
 
+    for tracker in spec.trackers:  # Accelerate would leave a missing one out without a word
+        if importlib.util.find_spec(tracker) is None:
+            raise MissingExtra(f"train.trackers: {tracker}", {"tensorboard": "trackers"}.get(tracker, tracker))
     AcceleratorState._reset_state()  # the precision may differ between the stages of one run
     precision = {"full": "no", "bf16": "bf16", "fp16": "fp16"}[spec.precision]
     accelerator = Accelerator(
