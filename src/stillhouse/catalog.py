@@ -12,7 +12,7 @@ import inspect
 import re
 import sys
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import cache, lru_cache
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -87,7 +87,7 @@ def cards() -> dict[str, Card]:
     for kind, folder in (("objective", "objectives"), ("method", "methods")):
         for file in sorted((_HERE / folder).rglob("*.py")):
             package = file.name == "__init__.py"
-            if package != _is_paper(file.parent) or file.name.startswith("_") and not package:
+            if package != _is_paper(file.parent) or (file.name.startswith("_") and not package):
                 continue
             slug = file.parent.name if package else file.stem
             module = "stillhouse." + ".".join(file.relative_to(_HERE).with_suffix("").parts).removesuffix(".__init__")
@@ -100,7 +100,7 @@ def cards() -> dict[str, Card]:
     return found
 
 
-@lru_cache(maxsize=None)
+@cache
 def _is_paper(folder: Path) -> bool:
     """A folder of a paper's slug, rather than a folder of papers: its docstring has an arxiv or paper line."""
     init = folder / "__init__.py"
@@ -187,7 +187,7 @@ def method(name: str) -> Method[Any]:
     return _class_in(_import(names[name]), Method, name, by_name=False)()
 
 
-@lru_cache(maxsize=None)
+@cache
 def options(cls: type[Objective]) -> type[BaseModel]:
     """The options of an objective as a pydantic model, from the types and defaults of its `__init__`."""
     import typing
@@ -201,4 +201,6 @@ def options(cls: type[Objective]) -> type[BaseModel]:
             continue
         default = ... if parameter.default is parameter.empty else parameter.default
         fields[parameter.name] = (hints.get(parameter.name, Any), default)
-    return create_model(f"{cls.__name__}Options", __config__=ConfigDict(extra="forbid", arbitrary_types_allowed=True, protected_namespaces=()), **fields)
+    return create_model(
+        f"{cls.__name__}Options", __config__=ConfigDict(extra="forbid", arbitrary_types_allowed=True, protected_namespaces=()), **fields
+    )

@@ -59,7 +59,12 @@ class Bars(Live):
                 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
                 self._bar = Progress(
-                    TextColumn("[bold]{task.description:<28}"), BarColumn(24), MofNCompleteColumn(), TimeRemainingColumn(compact=True), TextColumn("{task.fields[text]}"), console=self.console
+                    TextColumn("[bold]{task.description:<28}"),
+                    BarColumn(24),
+                    MofNCompleteColumn(),
+                    TimeRemainingColumn(compact=True),
+                    TextColumn("{task.fields[text]}"),
+                    console=self.console,
                 )
                 self._bar.start()
             self._task = self._bar.add_task(label, total=total, completed=done, text="")

@@ -22,6 +22,14 @@ def recipe_schema(method: str = "distillation") -> dict[str, Any]:
                 own = catalog.options(catalog.objective(name)).model_json_schema()
                 schema["$defs"].update(own.pop("$defs", {}))
                 properties = {**common["properties"], "name": {"const": name}, **own.get("properties", {})}
-                shapes.append({"type": "object", "title": card.title, "properties": properties, "required": ["name", *own.get("required", [])], "additionalProperties": False})
+                shapes.append(
+                    {
+                        "type": "object",
+                        "title": card.title,
+                        "properties": properties,
+                        "required": ["name", *own.get("required", [])],
+                        "additionalProperties": False,
+                    }
+                )
         schema["$defs"]["ObjectiveSpec"] = {"anyOf": shapes}
     return schema

@@ -55,7 +55,9 @@ class Signals:
             log_p = self.probs.float().clamp_min(torch.finfo(torch.float32).tiny).log()
             return log_p if temperature == 1.0 else torch.log_softmax(log_p / temperature, dim=-1)
         if self.top is not None:
-            raise UserError("This objective needs the probabilities of all classes, but its teacher knows only the top k; store full logits or use a top-k objective.")
+            raise UserError(
+                "This objective needs the probabilities of all classes, but its teacher knows only the top k; store full logits or use a top-k objective."
+            )
         raise UserError("This objective needs class probabilities, but its teacher gives none.")
 
     def detach(self) -> Signals:
@@ -63,7 +65,12 @@ class Signals:
         cut = lambda x: None if x is None else x.detach()  # noqa: E731
         top = None if self.top is None else TopK(self.top.log_probs.detach(), self.top.indices, self.top.tail.detach())
         return Signals(
-            cut(self.logits), cut(self.probs), top, cut(self.embedding), {k: v.detach() for k, v in self.taps.items()}, tuple(m.detach() for m in self.members)
+            cut(self.logits),
+            cut(self.probs),
+            top,
+            cut(self.embedding),
+            {k: v.detach() for k, v in self.taps.items()},
+            tuple(m.detach() for m in self.members),
         )
 
 
