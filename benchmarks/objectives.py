@@ -25,7 +25,7 @@ from stillhouse import catalog, models
 from stillhouse.data import Loader
 from stillhouse.data.dataset import BatchKey
 from stillhouse.distillation import Distillation, to_device
-from stillhouse.engine import TrainingContext
+from stillhouse.context import TrainingContext
 from stillhouse.errors import UserError
 from stillhouse.objective import Objective, Progress
 from stillhouse.recipe import ModelSpec

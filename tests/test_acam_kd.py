@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from stillhouse.distillation import Distillation
-from stillhouse.engine import TrainingContext
+from stillhouse.context import TrainingContext
 from stillhouse.errors import UserError
 from stillhouse.models import build
 from stillhouse.objective import Progress

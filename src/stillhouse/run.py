@@ -20,10 +20,11 @@ import torch
 from torch import Tensor, nn
 
 import stillhouse
-from stillhouse.engine import Fitted, fit, loop
+from stillhouse.engine import Fitted, fit
 from stillhouse.errors import UserError
 from stillhouse.files import cache_folder, written_beside
 from stillhouse.live import Live
+from stillhouse.loop import loop
 from stillhouse.randomness import key, keyed
 from stillhouse.recipe import DataSpec, MethodConfig, ModelSpec, TeacherSpec, TrainSpec, dump
 
@@ -194,7 +195,7 @@ class Run:
         )
 
     def loop(self, name: str, state: Mapping[str, Any], step: Callable[[int], Mapping[str, Tensor]], steps: int, **options: Any) -> float:
-        """The same loop where there is no loader (see `stillhouse.engine.loop`)."""
+        """The same loop where there is no loader (see `stillhouse.loop.loop`)."""
         return loop(self.folder, name, state, step, steps, seed=self.seed, live=self.live, **options)
 
     # ---- teachers --------------------------------------------------------------------------------------------------------------------------

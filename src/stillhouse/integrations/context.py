@@ -12,7 +12,7 @@ from torch import Tensor
 
 from stillhouse.data import AdaptedLoader
 from stillhouse.distillation import Distillation, Weighted
-from stillhouse.engine import TrainingContext
+from stillhouse.context import TrainingContext
 from stillhouse.objective import Objective, Progress, WeightSchedule
 from stillhouse.recipe import ObjectiveSpec, objective_from_spec
 

@@ -25,6 +25,7 @@ from typing import Any, Literal
 import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from stillhouse.errors import UserError
 from stillhouse.evaluation.classification import evaluate_classifier
@@ -61,15 +62,22 @@ class AugmentorConfig(Spec):
     shift: float = Field(0.2, ge=0, description="random: share of the image.")
 
 
+class VAETrain(TrainSpec):
+    """How the VAE is fitted: other defaults, for a network that is none of the classifiers."""
+
+    epochs: int = Field(60, ge=1)
+    batch_size: int = Field(64, ge=1)
+    clip: float | None = Field(1.0, gt=0)
+    optimizer: OptimizerSpec = Field(default_factory=lambda: OptimizerSpec(name="adam", lr=2e-3, weight_decay=0.0))
+
+
 class VAEConfig(Spec):
     """The VAE that is trained for `augmentor.kind: vae`."""
 
     width: int = Field(32, ge=4)
     latent: int = Field(4, ge=1)
     levels: int = Field(3, ge=1)
-    train: TrainSpec = Field(
-        default_factory=lambda: TrainSpec(epochs=30, batch_size=64, clip=1.0, optimizer=OptimizerSpec(name="adam", lr=2e-3, weight_decay=0.0))
-    )
+    train: VAETrain = Field(default_factory=VAETrain)
 
 
 class Config(MethodConfig):
@@ -183,7 +191,8 @@ class HARD(Method[Config]):
 
         bundle = run.data(config.data)
         mean, std = (torch.tensor(v, device=run.device)[:, None, None] for v in (bundle.mean, bundle.std))
-        save_image(torch.cat(rows) * std + mean, run.folder / "augmented.png", nrow=len(rows[0]))
+        shown = F.interpolate(torch.cat(rows) * std + mean, scale_factor=max(64 // bundle.input_shape[-1], 1), mode="nearest")
+        save_image(shown, run.folder / "augmented.png", nrow=len(rows[0]))
 
 
 def sample(augmentor: Augmentor | None, images: Tensor, device: torch.device) -> Tensor:
