@@ -22,10 +22,10 @@ from run import RESULTS, keep
 from torch import Tensor, nn
 
 from stillhouse import catalog, models
+from stillhouse.context import TrainingContext
 from stillhouse.data import Loader
 from stillhouse.data.dataset import BatchKey
 from stillhouse.distillation import Distillation, to_device
-from stillhouse.context import TrainingContext
 from stillhouse.errors import UserError
 from stillhouse.objective import Objective, Progress
 from stillhouse.recipe import ModelSpec

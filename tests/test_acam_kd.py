@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from stillhouse.distillation import Distillation
 from stillhouse.context import TrainingContext
+from stillhouse.distillation import Distillation
 from stillhouse.errors import UserError
 from stillhouse.models import build
 from stillhouse.objective import Progress

@@ -110,7 +110,7 @@ def test_methods_lists_and_shows_pages(command):
 
 def test_bench_compares_resumes_and_writes_evidence(command, recipe_file):
     arguments = ["bench", recipe_file(QUICK), "--seeds", "0,1", "--cpu", "--out", "b", "--evidence", "evidence/quick.json"]
-    code, out, err = command(*arguments)
+    code, _, err = command(*arguments)
     assert code == 0 and "[4/4]" in err
     results = json.loads(Path("evidence/quick.json").read_text())
     assert results["baseline"] == "alone" and results["slug"] == "quick" and results["teacher"]["metrics"]["accuracy"]

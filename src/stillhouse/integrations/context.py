@@ -10,9 +10,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from stillhouse.context import TrainingContext
 from stillhouse.data import AdaptedLoader
 from stillhouse.distillation import Distillation, Weighted
-from stillhouse.context import TrainingContext
 from stillhouse.objective import Objective, Progress, WeightSchedule
 from stillhouse.recipe import ObjectiveSpec, objective_from_spec
 
