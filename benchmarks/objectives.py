@@ -208,7 +208,7 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     device = torch.device(options.device)
     batch = to_device(next(iter(Loader(Samples(), options.batch_size))), device)
-    cards = {name: card for card in catalog.methods() if card.kind == "objective" for name in card.provides}
+    cards = {name: card for card in catalog.list_methods() if card.kind == "objective" for name in card.provides}
     kd, _ = make("kd", "", batch, device)
     rows, left_out = [], {}
     for name in options.only or cards:

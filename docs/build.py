@@ -45,7 +45,7 @@ def head(path: Path) -> str:
 
 def cards() -> list[Card]:
     """The cards of this package (other packages' plug-ins are no part of its pages)."""
-    return [c for c in catalog.methods() if c.module.startswith("stillhouse.") and c.fields]
+    return [c for c in catalog.list_methods() if c.module.startswith("stillhouse.") and c.fields]
 
 
 def stale(wanted: dict[Path, str], folder: Path = DOCS / "methods") -> list[Path]:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import csv
 import importlib.util
 import resource
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -187,3 +189,22 @@ def test_needed_keys_of_the_batch_are_checked():
 
     with pytest.raises(UserError, match="`index`"):
         Distillation(Net(), None, [NeedsIndex()]).build(BATCH)
+
+
+def test_ctrl_c_is_answered_at_once_and_the_next_start_goes_on(recipe_file, tmp_path: Path):
+    path, folder = recipe_file(ALONE), tmp_path / "out"
+    command = [sys.executable, "-m", "stillhouse", "run", str(path), "--out", str(folder), "--cpu", "--set", "train.epochs=100000", "--set", "train.log_every=5"]
+    running = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 120
+    while not (folder / "checkpoints" / "student.pt").exists() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    running.send_signal(signal.SIGINT)
+    _, err = running.communicate(timeout=30)
+    assert running.returncode == 130 and "start again to go on" in err and "Traceback" not in err, err
+    done = torch.load(folder / "checkpoints" / "student.pt", weights_only=True)["done"]
+    again = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    while torch.load(folder / "checkpoints" / "student.pt", weights_only=True)["done"] <= done and time.monotonic() < deadline + 120:
+        time.sleep(0.2)
+    again.send_signal(signal.SIGINT)
+    _, err = again.communicate(timeout=30)
+    assert f"going on from {done}" in err, err

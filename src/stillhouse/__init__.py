@@ -13,7 +13,7 @@ __version__ = "0.1.0"
 _FACE = {
     "distill": "stillhouse.api",
     "load": "stillhouse.product",
-    "methods": "stillhouse.catalog",
+    "list_methods": "stillhouse.catalog",
     "Signals": "stillhouse.signals",
     "Taps": "stillhouse.signals",
     "Objective": "stillhouse.objective",
@@ -30,7 +30,7 @@ __all__ = ["__version__", *_FACE]
 
 if TYPE_CHECKING:
     from stillhouse.api import distill as distill
-    from stillhouse.catalog import methods as methods
+    from stillhouse.catalog import list_methods as list_methods
     from stillhouse.distillation import Distillation as Distillation
     from stillhouse.errors import UserError as UserError
     from stillhouse.objective import Objective as Objective

@@ -107,7 +107,7 @@ def _is_paper(folder: Path) -> bool:
     return init.exists() and re.search(r"^(paper|arxiv): ", init.read_text("utf-8")[:4096], re.MULTILINE) is not None
 
 
-def methods() -> list[Card]:
+def list_methods() -> list[Card]:
     """All cards, sorted by kind and slug."""
     return sorted(cards().values(), key=lambda c: (c.kind, c.slug))
 

@@ -99,7 +99,7 @@ def methods(
     by_kind = {"method": "Methods (method: NAME)", "objective": "Objectives (listed under objectives:)"}
     for kind, heading in by_kind.items():
         typer.echo(heading)
-        for card in catalog.methods():
+        for card in catalog.list_methods():
             if card.kind == kind:
                 shown = ", ".join(card.provides)
                 summary = card.title.partition(": ")[2] or card.title

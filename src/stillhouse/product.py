@@ -129,7 +129,7 @@ def load_product(folder: str | Path, trust_code: bool = False) -> Any:
         folder = folder / "product"
     kind = read_meta(folder).get("kind", "")
     module, _, name = KINDS.get(kind, kind).partition(":")
-    if not name or module not in {c.module for c in catalog.methods()} | {w.partition(":")[0] for w in KINDS.values()}:
+    if not name or module not in {c.module for c in catalog.list_methods()} | {w.partition(":")[0] for w in KINDS.values()}:
         raise unknown("kind of product", kind, KINDS)  # a file may name only the modules of installed methods
     cls = getattr(importlib.import_module(module), name)
     return Student.load(folder, trust_code) if cls is Student else cls.load(folder)

@@ -15,7 +15,7 @@ def recipe_schema(method: str = "distillation") -> dict[str, Any]:
     common = schema.get("$defs", {}).get("ObjectiveSpec")
     if common is not None:
         shapes: list[dict[str, Any]] = [{"type": "string"}]
-        for card in catalog.methods():
+        for card in catalog.list_methods():
             if card.kind != "objective":
                 continue
             for name in card.provides:
