@@ -95,8 +95,9 @@ class TrainingContext(Context):
 
         source = self.split("holdout")
         dataset = source.dataset
+        n = min(n, len(dataset))
         if self._holdout_batches is None or self._holdout_batches.batch_size != n:
-            self._holdout_batches = Loader(dataset, min(n, len(dataset)), seed=self._seed, shuffle=True, drop_last=True)
+            self._holdout_batches = Loader(dataset, n, seed=self._seed, shuffle=True, drop_last=True)
         loader = self._holdout_batches
         epoch, batch = divmod(self.progress.epoch * self.progress.steps_per_epoch + self.progress.batch, len(loader))
         return to_device(next(iter(loader.batches(epoch, batch, epoch + 1))), self._device)

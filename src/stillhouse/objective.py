@@ -42,11 +42,11 @@ class Context(Protocol):
     teachers: Mapping[str, Any]
 
     def sweep(self, split: str, of: str = "teacher") -> Iterator[tuple[Batch, Signals]]:
-        """Batches of a split (`train`, `holdout`, `val`) under evaluation transforms with the signals of a teacher or of `"student"`; no autograd, sharded over ranks."""
+        """Batches of a split (`train`, `holdout`, `val`) under evaluation transforms with the signals of a teacher or of `"student"`; no autograd; every process sweeps the whole split."""
         ...
 
     def class_mean(self, what: Literal["probs", "logits", "embedding"], of: str = "teacher") -> tuple[Tensor, Tensor]:
-        """(C, ·) mean of a signal per class over the training set, summed over ranks, and the (C,) count of samples per class."""
+        """(C, ·) mean of a signal per class over the training set, and the (C,) count of samples per class."""
         ...
 
     def labels(self, split: str = "train") -> Tensor:
