@@ -34,6 +34,7 @@ from stillhouse.methods.classification.hard.augmentors import Augmentor, Learned
 from stillhouse.methods.classification.hard.game import Game
 from stillhouse.methods.classification.hard.vae import VAE, Edit, VAEAugmentor, VAEFit
 from stillhouse.product import Student, state_on_cpu
+from stillhouse.randomness import keyed
 from stillhouse.recipe import Data, MethodConfig, Model, OptimizerSpec, Spec, Teacher, TrainSpec
 from stillhouse.run import Method, Run, Stage
 from stillhouse.teachers import Frozen
@@ -156,8 +157,7 @@ class HARD(Method[Config]):
             return None
         if len(bundle.input_shape) != 3 or not bundle.mean:
             raise UserError(f"hard: augmentors are for images; the inputs of '{config.data.name}' have shape {tuple(bundle.input_shape)}.")
-        with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(run.seed)
+        with keyed("augmentor", run.seed):
             if spec.kind == "affine":
                 return LearnedAffine(background, spec.sigma, spec.covariance, spec.max_area)
             if spec.kind == "random":
@@ -169,8 +169,7 @@ class HARD(Method[Config]):
     def vae(self, config: Config, run: Run) -> VAE:
         """A VAE of the training images, the same for all seeds of the run."""
         bundle, spec = run.data(config.data), config.vae
-        with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(0)
+        with keyed("vae"):
             vae = VAE(bundle.input_shape, bundle.mean, bundle.std, spec.width, spec.latent, spec.levels)
 
         def make() -> dict[str, Any]:
@@ -199,6 +198,5 @@ def sample(augmentor: Augmentor | None, images: Tensor, device: torch.device) ->
     """Changed images under fixed noise."""
     if augmentor is None:
         return images
-    with torch.no_grad(), torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        torch.manual_seed(0)
+    with torch.no_grad(), keyed("sample"):
         return augmentor.to(device)(images)[0].clamp(-10, 10)  # type: ignore[attr-defined]

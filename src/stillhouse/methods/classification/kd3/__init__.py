@@ -49,6 +49,7 @@ from stillhouse.methods.classification.kd3.shared import SharedClassifier, Share
 from stillhouse.objective import Progress
 from stillhouse.objectives.kd import KD
 from stillhouse.product import Student
+from stillhouse.randomness import keyed
 from stillhouse.recipe import Data, MethodConfig, Model, Teacher, TrainSpec
 from stillhouse.run import Method, Run, Stage
 from stillhouse.signals import Batch
@@ -225,25 +226,25 @@ class KD3(Method[Config]):
         """KD^3 itself."""
         probe = to_device(next(iter(Loader(still, 2))), torch.device("cpu"))
         teacher.to(torch.device("cpu"))
-        torch.default_generator.manual_seed(run.seed)
-        shared, tap = make_shared(student, teacher.model, probe, config.factor)
-        teacher.attach([f"tap:{tap}"], probe, student)
-        teacher.to(run.device)
-        module = Sharing(
-            shared,
-            teacher,
-            tap,
-            still,
-            dynamic=config.selection == "dynamic",
-            cutoff=config.cutoff,
-            weigh=config.weigh,
-            contrast_weight=config.contrast_weight,
-            tau=config.tau,
-            mix_alpha=config.mix_alpha,
-            width=config.width,
-            batch_size=config.train.batch_size,
-            say=run.live.say,
-        )
+        with keyed("shared", run.seed):
+            shared, tap = make_shared(student, teacher.model, probe, config.factor)
+            teacher.attach([f"tap:{tap}"], probe, student)
+            teacher.to(run.device)
+            module = Sharing(
+                shared,
+                teacher,
+                tap,
+                still,
+                dynamic=config.selection == "dynamic",
+                cutoff=config.cutoff,
+                weigh=config.weigh,
+                contrast_weight=config.contrast_weight,
+                tau=config.tau,
+                mix_alpha=config.mix_alpha,
+                width=config.width,
+                batch_size=config.train.batch_size,
+                say=run.live.say,
+            )
         module.selected.copy_(mask)
         fitted = run.fit("student", module, SelectedBatches(moving, lambda: module.selected, config.train.batch_size, run.seed), config.train)
         teacher.close()
