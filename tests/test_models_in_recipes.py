@@ -85,7 +85,7 @@ def test_a_tap_that_the_teacher_lacks_is_told_by_name(pictures: Path, tmp_path: 
 def test_a_plan_shows_which_submodules_are_tapped(pictures: Path) -> None:
     tree = on_pictures(pictures, "timm:test_vit", "timm:test_resnet", ["ce", "nd", {"name": "fitnet", "student_layer": "stage:1"}])
     (_, student) = plan(recipe.validate(tree))
-    assert student.taps == {"student embedding": "fc:in", "student stage:1": "layer1"}
+    assert student.taps == {"student embedding": "fc:in", "student stage:1": "layer1", "teacher embedding": "head:in", "teacher stage:2": "blocks.2"}
     assert student.models["student"].startswith("timm:test_resnet, 3")
 
 

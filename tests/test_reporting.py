@@ -71,13 +71,13 @@ def test_markdown_holds_mean_spread_and_paired_gain():
     assert "95 % t interval" in text
 
 
-def test_the_terminal_shows_the_columns_in_which_methods_differ():
+def test_the_terminal_shows_the_gain_calibration_and_cost():
     console = Console(width=120, record=True, file=io.StringIO())
     console.print(comparison_table(RESULTS))
     text = console.export_text()
     assert "73.00 ± 1.73" in text
-    assert "Gain over CE (points)" in text
-    assert "Parameters" not in text
+    assert "Gain over CE" in text and "(points)" in text
+    assert "ECE" in text and "Params" in text
 
 
 def test_seeds_are_paired_by_number_and_failed_ones_left_out():

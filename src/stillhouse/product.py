@@ -85,8 +85,12 @@ class Student:
         spec = ModelSpec.model_validate(meta["model"])
         if spec.model.startswith("file:") and not trust_code:
             raise UserError(
-                f"The product in {folder} is built by your Python file '{spec.model}'; load it with trust_code=True if you trust that file."
+                f"The product in {folder} is built by the Python file '{spec.model}'; load it with trust_code=True if you trust that file."
             )
+        for scheme, suffix in (("file:", ".py"), ("hf:", "")):
+            brought = folder / spec.model.removeprefix(scheme)
+            if spec.model.startswith(scheme) and Path(str(brought).rpartition(".py:")[0] + suffix if suffix else brought).exists():
+                spec = spec.model_copy(update={"model": f"{scheme}{brought}"})
         module = build(spec, meta["num_classes"], tuple(meta["input_shape"]))
         load_weights(module, folder / "model.safetensors", owner=f"model {spec.model}")
         return cls(module.eval(), spec, meta["num_classes"], tuple(meta["input_shape"]), meta["classes"], tuple(meta["mean"]), tuple(meta["std"]))

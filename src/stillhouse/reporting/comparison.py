@@ -19,27 +19,35 @@ if TYPE_CHECKING:
     import rich.table
 
 
-IN_TERMINAL = ("ece", "parameters", "multiply_adds", "latency_ms", "file_bytes", "train_seconds")
+IN_TERMINAL = {"ece": "ECE", "parameters": "Params", "multiply_adds": "MACs", "latency_ms": "Latency", "file_bytes": "File"}
+"""The figures that a terminal has room for beside the primary one and the gain, by short titles; MACs are multiply-adds."""
 
 
 def comparison_table(results: Mapping[str, Any]) -> rich.table.Table:
-    """The comparison for a terminal: the primary figure, the gain, calibration and cost (means alone), with the note as the caption."""
+    """The comparison for a terminal of 80 columns: the primary figure, the gain, calibration and cost (means alone), with the note as the caption."""
     import rich.box
     import rich.table
     from rich.text import Text
 
     comparison = compare(results)
-    texts = [[c.text for c in cells] for cells in comparison.cells()]
     first = 2 + (comparison.baseline is not None)  # method, primary figure, gain
-    names = [None] * first + [n for n in comparison.shown if n != comparison.primary]
+    names = [""] * first + [n for n in comparison.shown if n != comparison.primary]
+    headers = [
+        h.replace(" (", "\n(") if i < first else f"{IN_TERMINAL.get(names[i], '')}\n({comparison.shown[names[i]].unit})"
+        for i, h in enumerate(comparison.headers())
+    ]
     keep = [i for i, name in enumerate(names) if i < first or name in IN_TERMINAL]
     title, caption = Text(comparison.title), Text(comparison.note)
     out = rich.table.Table(title=title, caption=caption, title_justify="left", caption_justify="left", box=rich.box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    headers = comparison.headers()
     for i in keep:
-        out.add_column(Text(headers[i]), justify="right" if i else "left", no_wrap=0 < i < first)
-    for row in texts:
-        out.add_row(*(Text(row[i] if i < first or names[i] == "ece" else row[i].partition(" ± ")[0]) for i in keep))
+        out.add_column(
+            Text(headers[i].removesuffix("\n()")), justify="right" if i else "left", no_wrap=i > 0, overflow="fold", min_width=8 if i == 0 else None
+        )
+    for row in comparison.cells():
+        shown = [c.text for c in row]
+        if first == 3:
+            shown[2] = shown[2].replace(" [", "\n[")
+        out.add_row(*(Text(shown[i] if i < first else shown[i].partition(" ± ")[0]) for i in keep))
     return out
 
 
