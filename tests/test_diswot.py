@@ -7,14 +7,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from parity.case import oracle_folder
 from torch import nn
 from torch.nn import functional as F
 
+from stillhouse.data import Loader, load
 from stillhouse.distillation import Distillation
 from stillhouse.errors import UserError
 from stillhouse.methods.classification.diswot import SimilarityDistillation
 from stillhouse.methods.classification.diswot.search import Encoding, Scored, Space, SpaceSpec, kendall_tau, search
 from stillhouse.methods.classification.diswot.similarity import (
+    View,
     channel_distance,
     initialise,
     relation_distance,
@@ -25,7 +28,7 @@ from stillhouse.methods.classification.diswot.similarity import (
 from stillhouse.models import build
 from stillhouse.objective import Progress
 from stillhouse.product import load_product
-from stillhouse.recipe import ModelSpec, validate
+from stillhouse.recipe import DataSpec, ModelSpec, validate
 from stillhouse.run import execute
 
 BATCH = {"input": torch.randn(8, 1, 8, 8, generator=torch.Generator().manual_seed(0)), "label": torch.arange(8) % 10}
@@ -186,3 +189,26 @@ def test_recipes_that_cannot_work_are_refused(tmp_path: Path, monkeypatch: pytes
         execute(validate(recipe(teacher={"model": "stillhouse:resnet8x4"})), tmp_path / "b", cpu=True)
     with pytest.raises(UserError, match=r"raise space\.parameters"):
         execute(validate(recipe(space={"parameters": 100})), tmp_path / "c", cpu=True)
+
+
+def test_the_score_ranks_s1_as_published_distilled_accuracy_does():
+    path = oracle_folder() / "diswot" / "s1_reference_accuracies.npz"
+    if not path.is_file():
+        pytest.skip(f"no oracle at {path}")
+    with np.load(path, allow_pickle=False) as table:
+        accuracy = dict(zip(map(tuple, table["depths"].tolist()), table["acc_kd"].tolist()))
+    images = load(DataSpec(name="digits", augment="plain")).dataset("train", train=False)
+    depths = [d for d in accuracy if set(d) <= {1, 7}] + [(3, 3, 3), (5, 5, 5), (3, 5, 7), (7, 5, 3)]
+    taus = []
+    for seed in range(3):
+        labels = torch.randint(100, (64,), generator=torch.Generator().manual_seed(seed))
+        batch = {**next(iter(Loader(images, 64, seed=seed, shuffle=True))), "label": labels}
+
+        def seen(name: str, options: dict, batch: dict = batch, seed: int = seed) -> View:
+            return view(lambda: build(ModelSpec(model=name, options=options), 100, (1, 8, 8)), batch, seed, name, str(options))
+
+        teacher = seen("stillhouse:resnet56", {})
+        students = [seen("stillhouse:resnet_stages", {"stem": 16, "widths": [16, 32, 64], "depths": list(d)}) for d in depths]
+        scores = [-float(semantic_distance(s.gradient, teacher.gradient) + relation_distance(s.feature, teacher.feature)) for s in students]
+        taus.append(kendall_tau(scores, [accuracy[d] for d in depths]))
+    assert np.mean(taus) >= 0.35
