@@ -123,6 +123,7 @@ def _six_n_plus_two(depth: int, factor: int) -> dict[str, object]:
 
 register({f"resnet{depth}": _six_n_plus_two(depth, 1) for depth in (8, 14, 20, 32, 44, 56, 110)})(ResNet)
 register({f"resnet{depth}x4": _six_n_plus_two(depth, 4) for depth in (8, 32)})(ResNet)
+register({"resnet_stages": {"bottleneck": False}})(ResNet)  # of any shape: options stem, widths, depths
 register(
     {
         name: {"stem": 64, "widths": (64, 128, 256, 512), "depths": depths, "bottleneck": name == "resnet50"}

@@ -13,15 +13,11 @@ import numpy as np
 from pydantic import Field
 
 from stillhouse.errors import UserError
-from stillhouse.models.registry import register
-from stillhouse.models.resnet import ResNet
 from stillhouse.recipe import ModelSpec, Spec, set_key
 
 Combine = Literal["sum", "semantic", "relation", "rank_sum", "parameters"]
 Encoding = tuple[int, ...]
 TRIES = 1000
-
-register({"resnet_stages": {"bottleneck": False}})(ResNet)  # options: stem, widths, depths
 
 
 class SpaceSpec(Spec):
