@@ -301,7 +301,8 @@ class SearchWithoutTraining(Method[Config]):
         """Kendall's tau of scores (and of the number of parameters) with distilled accuracy, and what the choice cost against the best of those trained."""
         accuracy = [t["figures"]["test_accuracy"] for t in trained.values()]
         at = [found.encodings.index(e) for e in trained]
-        kinds: list[Combine] = ["parameters"] if config.score.combine == "parameters" else ["sum", "semantic", "relation", "rank_sum", "parameters"]
+        alone: dict[Combine, list[Combine]] = {"parameters": ["parameters"], "relation": ["relation", "parameters"]}
+        kinds = alone.get(config.score.combine, ["sum", "semantic", "relation", "rank_sum", "parameters"])
         out = {f"tau_{c}": kendall_tau(found.scores(c)[at], accuracy) for c in kinds}
         out = {k: v for k, v in out.items() if math.isfinite(v)}
         chosen = trained[best]["figures"]["test_accuracy"]

@@ -52,7 +52,7 @@ class Space:
 
     def model(self, encoding: Encoding) -> ModelSpec:
         """The network that an encoding stands for."""
-        tree = {"model": self.spec.model, "options": copy.deepcopy(self.spec.options)}
+        tree: dict[str, Any] = {"model": self.spec.model, "options": copy.deepcopy(self.spec.options)}
         for gene, choices, which in zip(self.spec.genes, self.choices, encoding):
             if gene == "model":
                 tree["model"] = choices[which]
