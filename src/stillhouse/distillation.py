@@ -66,7 +66,7 @@ class Distillation(nn.Module):
         self.learning = nn.ModuleDict({name: t for name, t in wrapped.items() if isinstance(t, nn.Module)})
         self._still = {name: t for name, t in wrapped.items() if not isinstance(t, nn.Module)}
         self._order = list(wrapped)
-        self.entries = [self._entry(o) for o in objectives]
+        self.entries = [self.entry(o) for o in objectives]
         self._distinct_labels()
         self.objectives = nn.ModuleList(e.objective for e in self.entries)
         self._reader = Reader(student, "student", embedding)
@@ -82,7 +82,8 @@ class Distillation(nn.Module):
         self._stepping = [e for e in self.entries if type(e.objective).before_step is not Objective.before_step]
 
     @staticmethod
-    def _entry(item: Any) -> Weighted:
+    def entry(item: Any) -> Weighted:
+        """An objective in any of the forms that `objectives` takes, with its weight and its name in logs."""
         if isinstance(item, Weighted):
             return item
         if not isinstance(item, Objective | tuple):

@@ -14,14 +14,9 @@ from stillhouse.context import TrainingContext
 from stillhouse.data import AdaptedLoader
 from stillhouse.distillation import Distillation, Weighted
 from stillhouse.objective import Objective, Progress, WeightSchedule
-from stillhouse.recipe import ObjectiveSpec, objective_from_spec
+from stillhouse.recipe import ObjectiveSpec
 
 Objectives = Sequence[str | Mapping[str, Any] | ObjectiveSpec | Objective | tuple[Objective, float | WeightSchedule] | Weighted]
-
-
-def weighted(objectives: Objectives) -> list[Any]:
-    """Objectives as a `Distillation` takes them; names and mappings are read as in a recipe."""
-    return [o if isinstance(o, Objective | tuple | Weighted) else objective_from_spec(o) for o in objectives]
 
 
 class LoaderContext(TrainingContext):

@@ -21,7 +21,7 @@ from stillhouse.data.loader import as_batch
 from stillhouse.distillation import Distillation
 from stillhouse.engine import make_optimizer
 from stillhouse.errors import MissingExtra, UserError
-from stillhouse.integrations.context import LoaderContext, Objectives, weighted
+from stillhouse.integrations.context import LoaderContext, Objectives
 from stillhouse.objective import Progress
 from stillhouse.randomness import keyed
 from stillhouse.recipe import OptimizerSpec, TrainSpec
@@ -78,7 +78,7 @@ class DistillationModule(_lightning.LightningModule):  # type: ignore[misc, name
         embedding: str | None = None,
     ) -> None:
         super().__init__()
-        self.distillation = Distillation(student, teachers, weighted(objectives), seed=seed, embedding=embedding)
+        self.distillation = Distillation(student, teachers, objectives, seed=seed, embedding=embedding)
         self._optimizer = optimizer if isinstance(optimizer, OptimizerSpec) or callable(optimizer) else OptimizerSpec.model_validate(dict(optimizer))
         self._seed = seed
         self._ready = False

@@ -21,7 +21,7 @@ from stillhouse.data.loader import as_batch
 from stillhouse.distillation import Distillation
 from stillhouse.errors import MissingExtra, UserError
 from stillhouse.files import written_beside
-from stillhouse.integrations.context import LoaderContext, Objectives, weighted
+from stillhouse.integrations.context import LoaderContext, Objectives
 from stillhouse.objective import Progress
 from stillhouse.randomness import keyed
 from stillhouse.signals import Batch
@@ -64,7 +64,7 @@ class DistillationTrainer(_transformers.Trainer):  # type: ignore[misc]
         **kwargs: Any,
     ) -> None:
         self.distillation: Distillation | None = None
-        self._parts = (teachers, weighted(objectives), embedding)
+        self._parts = (teachers, [Distillation.entry(o) for o in objectives], embedding)
         self._given_optimizer = (kwargs.get("optimizers") or (None,))[0] is not None
         self._resume_from: str | None = None
         self._sums: dict[str, Tensor] = {}
