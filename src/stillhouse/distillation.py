@@ -43,6 +43,7 @@ class Distillation(nn.Module):
             `WeightSchedule`. Without a weight: its published one.
         seed: seeds the layers that objectives make.
         embedding: the student's classifier submodule, where it is not found by itself.
+        vocabulary: of language models, how many tokens their tokenizer has: logits beyond them, of rows that only pad an embedding, are cut off.
 
     Call `build(batch)` once before training: it makes the hooks and the objectives' own layers.
     """
@@ -55,6 +56,7 @@ class Distillation(nn.Module):
         *,
         seed: int = 0,
         embedding: str | None = None,
+        vocabulary: int | None = None,
     ) -> None:
         super().__init__()
         if not objectives:
@@ -70,6 +72,7 @@ class Distillation(nn.Module):
         self._distinct_labels()
         self.objectives = nn.ModuleList(e.objective for e in self.entries)
         self._reader = Reader(student, "student", embedding)
+        self._vocabulary = vocabulary
         self._built = False
         self._checked_taps = False
         self._said: Signals | None = None
@@ -138,6 +141,8 @@ class Distillation(nn.Module):
     def _probe(self, probe: Batch, teachers: Mapping[str, Any], device: torch.device) -> None:
         with torch.no_grad(), keyed("build", self.seed):
             self.student.eval()
+            for reader in (self._reader, *(r for t in teachers.values() for m in getattr(t, "members", [t]) if (r := getattr(m, "_reader", None)))):
+                reader.width = self._vocabulary
             self._reader.attach(self._wanted("student."), probe)
             student = self._reader(probe)
             said = {}

@@ -20,7 +20,7 @@ from stillhouse.errors import UserError, unknown
 from stillhouse.files import written_beside
 from stillhouse.recipe import ModelSpec
 
-KINDS = {"student": "stillhouse.product:Student"}
+KINDS = {"student": "stillhouse.product:Student", "language": "stillhouse.models.language:Language"}
 """Kind -> where its class is. A method that leaves another kind names it in `Product.kind` as `module:Class`, or adds a line here."""
 
 

@@ -9,7 +9,7 @@ import platform
 import shutil
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
@@ -97,11 +97,13 @@ class Run:
             self._bundles[name] = load(spec, self.data_root)
         return self._bundles[name]
 
-    def loader(self, spec: DataSpec, split: str, batch_size: int = 256, *, train: bool = False) -> Any:
-        """A loader of a split; `train=True`: shuffled and augmented as the run's seed says, sharded over processes."""
+    def loader(self, spec: DataSpec, split: str, batch_size: int | None = None, *, train: bool = False) -> Any:
+        """A loader of a split, by default of batches that suit evaluation; `train=True`: shuffled and augmented as the run's seed says, sharded over processes."""
         from stillhouse.data import Loader
 
-        dataset = self.data(spec).dataset(split, train=train)
+        bundle = self.data(spec)
+        dataset = bundle.dataset(split, train=train)
+        batch_size = batch_size or getattr(bundle, "evaluation_batch", 256)
         rank, world = _rank_world() if train else (0, 1)
         return Loader(
             dataset, batch_size, seed=self.seed, shuffle=train, drop_last=train, workers=spec.workers if train else 0, rank=rank, world=world
@@ -113,9 +115,11 @@ class Run:
 
         bundle = self.data(data)
         with keyed("model", role, self.seed if seed is None else seed):
+            if hasattr(bundle, "model"):  # text settles the model's task and vocabulary
+                return bundle.model(spec)
             return build(spec, bundle.num_classes, bundle.input_shape)
 
-    def splits(self, spec: DataSpec, batch_size: int = 256) -> dict[str, Any]:
+    def splits(self, spec: DataSpec, batch_size: int | None = None) -> dict[str, Any]:
         """Evaluation loaders of the splits that may steer training: train, and holdout and val where they exist."""
         bundle = self.data(spec)
         return {s: self.loader(spec, s, batch_size) for s in ("train", "holdout", "val") if bundle.has(s)}
@@ -133,7 +137,15 @@ class Run:
         from stillhouse.product import Student
 
         b = self.data(data)
+        if hasattr(b, "product"):
+            return b.product(module, spec, dict(figures))
         return Student(module, spec, b.num_classes, tuple(b.input_shape), list(b.classes), tuple(b.mean), tuple(b.std), dict(figures))
+
+    def figures(self, model: nn.Module, data: DataSpec, loader: Any, device: torch.device, groups: Sequence[str]) -> dict[str, float]:
+        """Figures of a network over a loader, as its data is judged: by classes, or by tokens."""
+        from stillhouse.evaluation.classification import evaluate_classifier
+
+        return getattr(self.data(data), "evaluate", evaluate_classifier)(model, loader, device, groups)
 
     def evaluated(self, product: Any) -> dict[str, float]:
         """The figures of a product on test data, by the evaluator of its kind: a function (product, run) -> {name: number}."""
@@ -215,7 +227,7 @@ class Run:
             return past
         if spec.peer is not None:
             return CoTrained(self.model(spec.peer, data, role=name), embedding=spec.peer.embedding)
-        seed, data = spec.seed or 0, spec.data or data
+        students, seed, data = data, spec.seed or 0, spec.data or data
         model = self.model(spec.network, data, role="teacher", seed=seed)
         if spec.train is not None and spec.checkpoint is None and not spec.pretrained:
             trained = self.trained("teacher", model, spec.network, spec.train, data, seed)
@@ -225,12 +237,14 @@ class Run:
             raise UserError(
                 f"The teacher '{name}' ({spec.model}) has no weights: give it a `checkpoint`, `pretrained: true`, or `train:` to train it first."
             )
+        bundle = self.data(students)
+        if hasattr(bundle, "teacher"):
+            model = bundle.teacher(model, spec, self.data(data))
         return Frozen(model, embedding=spec.embedding, name=name)
 
     def trained(self, stage: str, model: nn.Module, spec: ModelSpec, train: TrainSpec, data: DataSpec, seed: int) -> dict[str, Any]:
         """A network trained alone with cross-entropy, as a shared stage: {"weights": tensors, "figures": test figures}."""
         from stillhouse.distillation import Distillation
-        from stillhouse.evaluation.classification import evaluate_classifier
         from stillhouse.product import state_on_cpu
         from stillhouse.recipe import objective_from_spec
 
@@ -246,13 +260,13 @@ class Run:
                     module,
                     self.loader(data, "train", train.batch_size, train=True),
                     train,
-                    evaluate=None if check is None else lambda m, d: evaluate_classifier(m, check, d, ["accuracy"]),
+                    evaluate=None if check is None else lambda m, d: self.figures(m, data, check, d, ["accuracy"]),
                 )
                 module.close()
             finally:
                 self.seed = outer
             figures = (
-                evaluate_classifier(model, self.loader(data, "test"), next(model.parameters()).device, ["accuracy", "calibration"])
+                self.figures(model, data, self.loader(data, "test"), next(model.parameters()).device, ["accuracy", "calibration"])
                 if bundle.has("test")
                 else {}
             )

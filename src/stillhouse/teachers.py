@@ -7,7 +7,7 @@ from __future__ import annotations
 import copy
 import hashlib
 from collections.abc import Iterable, Sequence
-from typing import Literal, Protocol, runtime_checkable
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -30,6 +30,7 @@ class Reader:
 
     def __init__(self, model: nn.Module, owner: str, embedding: str | None = None) -> None:
         self.model, self.owner, self._classifier = model, owner, embedding
+        self.width: int | None = None  # of a language model: tokens that the tokenizer knows; logits of further rows are cut off
         self._taps: Taps | None = None
         self._paths: dict[str, str] = {}  # name asked for -> tap of the model
 
@@ -69,15 +70,19 @@ class Reader:
 
     def __call__(self, batch: Batch) -> Signals:
         if self._taps is None:
-            return Signals(logits=read_logits(call_model(self.model, batch)))
+            return Signals(logits=self._logits(call_model(self.model, batch)))
         with self._taps.capture() as got:
             output = call_model(self.model, batch)
-        signals = Signals(logits=read_logits(output), taps={name: got[path] for name, path in self._paths.items() if name != "embedding"})
+        signals = Signals(logits=self._logits(output), taps={name: got[path] for name, path in self._paths.items() if name != "embedding"})
         if "embedding" in self._paths:
             from stillhouse.models.anatomy import embedding_from
 
             signals.embedding = embedding_from(got[self._paths["embedding"]])
         return signals
+
+    def _logits(self, output: Any) -> Tensor:
+        logits = read_logits(output)
+        return logits if self.width is None or logits.shape[-1] <= self.width else logits[..., : self.width]
 
     def close(self) -> None:
         """Leave no hook on the model."""

@@ -124,8 +124,8 @@ class _Rows:
         return self.images[row]
 
 
-def load(spec: DataSpec, data_root: str | Path | None = None) -> DataBundle:
-    """The data set that a spec describes.
+def load(spec: DataSpec, data_root: str | Path | None = None) -> Any:
+    """The data set that a spec describes: a `DataBundle`, or of text a `stillhouse.data.text.TextBundle`.
 
     In this order: keep `classes`; without a test split, take a stratified fifth of the training samples as one; take the balanced subsets `size` and
     `test_size`; replace `label_noise` of the training labels; cut `val` and `holdout` from training (their labels are as noisy as training's).
@@ -137,6 +137,10 @@ def load(spec: DataSpec, data_root: str | Path | None = None) -> DataBundle:
     Raises:
         UserError: what was asked for is not there or does not fit; the message says what and where.
     """
+    if spec.name.startswith("text:"):
+        from stillhouse.data import text
+
+        return text.load(spec, data_root)
     found = source(spec, find_root(spec, data_root))
     parts = {
         name: _whole(samples, len(found.classes), spec.name) for name in ("train", "val", "test") if (samples := getattr(found, name)) is not None

@@ -17,7 +17,6 @@ from pydantic import Field, model_validator
 
 from stillhouse.distillation import Distillation
 from stillhouse.errors import UserError
-from stillhouse.evaluation.classification import evaluate_classifier
 from stillhouse.product import Student
 from stillhouse.recipe import Data, MethodConfig, Model, Objectives, Teacher, TrainSpec, objective_from_spec
 from stillhouse.run import Method, Run, Stage
@@ -101,11 +100,16 @@ class GeneralDistillation(Method[Config]):
             reader.close()
         return out
 
+    def module(self, config: Config, run: Run, student: Any, teachers: dict[str, Any]) -> Distillation:
+        """What is trained."""
+        objectives = [objective_from_spec(o) for o in config.objectives]
+        vocabulary = getattr(run.data(config.data), "vocabulary", None)
+        return Distillation(student, teachers, objectives, seed=run.seed, embedding=config.student.embedding, vocabulary=vocabulary)
+
     def run(self, config: Config, run: Run) -> Student:
         teachers = {name: run.teacher(name, spec, config.data) for name, spec in config.all_teachers.items()}
         student = run.model(config.student, config.data)
-        objectives = [objective_from_spec(o) for o in config.objectives]
-        module = Distillation(student, teachers, objectives, seed=run.seed, embedding=config.student.embedding)
+        module = self.module(config, run, student, teachers)
         check = run.validation(config.data)
         if config.train.best is not None and check is None:
             raise UserError("train.best needs data to judge by: set data.val or data.holdout to a share above 0.")
@@ -114,7 +118,7 @@ class GeneralDistillation(Method[Config]):
             module,
             run.loader(config.data, "train", config.train.batch_size, train=True),
             config.train,
-            evaluate=None if check is None else lambda m, d: evaluate_classifier(m, check, d, ["accuracy", "calibration"]),
+            evaluate=None if check is None else lambda m, d: run.figures(m, config.data, check, d, ["accuracy", "calibration"]),
             splits=run.splits(config.data),
         )
         module.close()

@@ -25,6 +25,8 @@ TASKS = {  # options.task: the Auto class, and its mapping from config classes t
     "image": ("AutoModelForImageClassification", "MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING"),
     "text": ("AutoModelForSequenceClassification", "MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING"),
     "causal": ("AutoModelForCausalLM", "MODEL_FOR_CAUSAL_LM_MAPPING"),
+    "masked": ("AutoModelForMaskedLM", "MODEL_FOR_MASKED_LM_MAPPING"),
+    "seq2seq": ("AutoModelForSeq2SeqLM", "MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING"),
 }
 
 
@@ -83,7 +85,7 @@ def from_torchvision(name: str, num_classes: int | None, input_shape: Shape | No
 
 
 def from_transformers(name: str, num_classes: int | None, input_shape: Shape | None, options: Options, pretrained: bool) -> nn.Module:
-    """A transformers classifier (`options.task`: image, text) or language model (causal).
+    """A transformers classifier (`options.task`: image, text) or language model (causal, masked, seq2seq).
 
     Args:
         name: a folder with config.json, whose weights are loaded where it has any; `config:TYPE` for a fresh model, whose further options are the
@@ -101,7 +103,7 @@ def from_transformers(name: str, num_classes: int | None, input_shape: Shape | N
     task = arguments.pop("task", "image")
     if task not in TASKS:
         raise unknown("options.task", str(task), TASKS)
-    if num_classes is not None and task != "causal":
+    if num_classes is not None and task in ("image", "text"):
         arguments.setdefault("num_labels", num_classes)
     auto = getattr(transformers, TASKS[task][0])
     owner = f"hf:{name}"

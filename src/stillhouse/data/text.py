@@ -1,0 +1,415 @@
+"""Text as batches of tokens: `load` gives a `TextBundle`, which a `Run` uses like any other data (`data: {name: "text:shakespeare"}`).
+
+A batch's `label` (B, L) stands where its prediction stands: `label[b, t]` is what `logits[b, t]` should say (of a causal model, the next token), and
+-100 where nothing is asked (padding, prompts, tokens that are not masked). No loss has to shift anything. Text to be classified has labels (B,).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from pydantic import ValidationError
+from torch import Tensor, nn
+
+from stillhouse.data.corpus import Records, TextOptions, read
+from stillhouse.data.dataset import BatchKey
+from stillhouse.data.source import digest, find_root
+from stillhouse.data.split import balanced
+from stillhouse.data.tokenizer import encode, identity, size, tokenizer
+from stillhouse.errors import UserError, unknown
+from stillhouse.randomness import key as keys
+from stillhouse.randomness import uniforms
+from stillhouse.recipe import DataSpec, ModelSpec, TeacherSpec, spell
+from stillhouse.signals import Batch
+
+IGNORE = -100
+SPLITS = ("train", "holdout", "val", "test")
+
+
+@dataclass(frozen=True)
+class Ragged:
+    """Rows of different lengths: row i is `values[starts[i]:starts[i + 1]]`."""
+
+    values: np.ndarray  # (T,) int64
+    starts: np.ndarray  # (N + 1,) int64
+
+    @classmethod
+    def of(cls, rows: Sequence[Sequence[int] | np.ndarray]) -> Ragged:
+        starts = np.cumsum([0, *map(len, rows)], dtype=np.int64)
+        return cls(np.concatenate([np.asarray(r, np.int64) for r in rows]) if rows else np.zeros(0, np.int64), starts)
+
+    def __len__(self) -> int:
+        return len(self.starts) - 1
+
+    @property
+    def lengths(self) -> np.ndarray:
+        return np.diff(self.starts)
+
+    def padded(self, rows: np.ndarray, fill: int) -> Tensor:
+        """(B, L) int64 of these rows, L the longest of them, filled at the end."""
+        lengths = self.lengths[rows]
+        inside = np.arange(max(int(lengths.max()), 1))[None, :] < lengths[:, None]
+        out = np.full(inside.shape, fill, np.int64)
+        at = (self.starts[rows][:, None] + np.arange(inside.shape[1])[None, :])[inside]
+        out[inside] = self.values[at]
+        return torch.from_numpy(out)
+
+
+@dataclass
+class Rows:
+    """What a split is made of: `inputs`, and where the task has them `labels` (tokens), `positions` (packed rows), `classes` (N,)."""
+
+    inputs: Ragged
+    labels: Ragged | None = None
+    positions: Ragged | None = None
+    classes: np.ndarray | None = None
+
+    @property
+    def identity(self) -> str:
+        parts = [p for r in (self.inputs, self.labels, self.positions) for p in ((r.values, r.starts) if r is not None else (None,))]
+        return digest(*parts, self.classes)
+
+
+class TokenDataset:
+    """The rows of a split; makes batches as a function of (seed, epoch, indices)."""
+
+    def __init__(self, rows: Rows, bundle: TextBundle) -> None:
+        self.rows, self.bundle = rows, bundle
+
+    def __len__(self) -> int:
+        return len(self.rows.inputs)
+
+    def labels(self) -> Tensor:
+        """(n,) classes, in index order. Raises `UserError` for tokens, of which a sample has many."""
+        if self.rows.classes is None:
+            raise UserError("A sample of a language model's data has no class: objectives that look at classes need data.options.task: classify.")
+        return torch.from_numpy(self.rows.classes)
+
+    def __getitem__(self, index: int) -> Batch:
+        """One sample, as a training step of seed 0 and epoch 0 would see it."""
+        made = self.batch(BatchKey(0, np.array([index % len(self)]), 0, 1), 0)
+        return {"input": {k: v[0] for k, v in made["input"].items()}, "label": made["label"][0], "index": made["index"][0]}
+
+    def batch(self, key: BatchKey, seed: int) -> Batch:
+        """`input` (a mapping that transformers models take), `label` (B, L), or (B,) of classes, `index` (B,)."""
+        which = key.indices[key.start : key.stop]
+        rows, tokens, task = self.rows, self.bundle.tokenizer, self.bundle.task
+        x = {"input_ids": rows.inputs.padded(which, tokens.pad_token_id)}
+        lengths = torch.from_numpy(rows.inputs.lengths[which])
+        inside = torch.arange(x["input_ids"].shape[1])[None, :] < lengths[:, None]
+        if rows.positions is not None:
+            x["position_ids"] = _packed_positions(rows.positions.padded(which, -1), inside)
+        elif not bool(inside.all()) or task != "causal":
+            x["attention_mask"] = inside.to(torch.int64)
+        if rows.classes is not None:
+            label = torch.from_numpy(rows.classes[which])
+        elif task == "masked":
+            x["input_ids"], label = self._masked(x["input_ids"], inside, which, key.epoch, seed)
+        else:
+            assert rows.labels is not None
+            label = rows.labels.padded(which, IGNORE)
+        if task == "seq2seq":
+            x["decoder_input_ids"] = shifted_right(label, tokens.pad_token_id, self.bundle.decoder_start)
+        return {"input": x, "label": label, "index": torch.from_numpy(which)}
+
+    def _masked(self, ids: Tensor, inside: Tensor, which: np.ndarray, epoch: int, seed: int) -> tuple[Tensor, Tensor]:
+        """Of the tokens drawn (at least one a sample), 80 % become the mask, 10 % any token, 10 % stay. BERT, arXiv 1810.04805, section 3.1."""
+        draws = torch.from_numpy(uniforms(keys(seed, "mask", epoch), which, 3 * ids.shape[1])).view(3, len(which), -1)
+        first = draws[0].masked_fill(~inside, 2.0)
+        drawn = inside & (first <= torch.maximum(first.amin(1, keepdim=True), torch.tensor(self.bundle.options.masked_share, dtype=first.dtype)))
+        tokens, mask = size(self.bundle.tokenizer), self.bundle.tokenizer.mask_token_id
+        out = torch.where(drawn & (draws[1] < 0.8), mask, ids)
+        out = torch.where(drawn & (draws[1] >= 0.9), (draws[2] * tokens).to(torch.int64), out)
+        return out, ids.masked_fill(~drawn, IGNORE)
+
+
+def shifted_right(label: Tensor, pad: int, start: int) -> Tensor:
+    """What a decoder reads: `start`, then the labels (B, L) but the last, with `pad` where they are -100."""
+    return torch.cat([torch.full_like(label[:, :1], start), label[:, :-1].masked_fill(label[:, :-1] == IGNORE, pad)], 1)
+
+
+def _packed_positions(positions: Tensor, inside: Tensor) -> Tensor:
+    """Positions that begin at 0 with each sample; padding at a row's end is a sample of its own, so that it sees nothing else."""
+    padding = (~inside).cumsum(1) - 1
+    return torch.where(inside, positions, padding)
+
+
+@dataclass
+class TextBundle:
+    """Text ready for use; what `DataBundle` is for images.
+
+    Attributes:
+        name, task, options: as in the recipe, with the task settled.
+        tokenizer: a `PreTrainedTokenizerFast`.
+        classes: names of the classes, of text to be classified.
+        fingerprint: a hash of the tokens, their splits and labels.
+    """
+
+    name: str
+    task: str
+    options: TextOptions
+    tokenizer: Any
+    classes: list[str]
+    splits: dict[str, Rows] = field(repr=False)
+    input_shape: tuple[int, ...] = ()
+    mean: tuple[float, ...] = ()
+    std: tuple[float, ...] = ()
+
+    def __post_init__(self) -> None:
+        self.fingerprint = digest(
+            self.task, self.classes, identity(self.tokenizer), self.options.masked_share, sorted((n, r.identity) for n, r in self.splits.items())
+        )
+
+    @property
+    def num_classes(self) -> int:
+        """Classes, or tokens."""
+        return len(self.classes) if self.task == "classify" else size(self.tokenizer)
+
+    @property
+    def vocabulary(self) -> int | None:
+        """How many tokens the tokenizer knows, where tokens are predicted; logits beyond them belong to padded rows of an embedding."""
+        return None if self.task == "classify" else size(self.tokenizer)
+
+    @property
+    def evaluation_batch(self) -> int:
+        """Samples of a batch for judging, so that its logits fit into memory: about 8,000 tokens."""
+        return max(8192 // self.context, 1)
+
+    @property
+    def context(self) -> int:
+        return self.options.context
+
+    @property
+    def decoder_start(self) -> int:
+        """The id that a decoder begins with."""
+        tokens = self.tokenizer
+        return next(i for i in (tokens.bos_token_id, tokens.eos_token_id, tokens.pad_token_id) if i is not None)
+
+    def has(self, split: str) -> bool:
+        """Whether there is such a split. Raises `UserError` for a word that is no split's."""
+        if split not in SPLITS:
+            raise unknown("split", split, SPLITS)
+        return split in self.splits
+
+    def dataset(self, split: str, *, train: bool = False) -> TokenDataset:
+        """A split's rows. Raises `UserError` for a split that is not there."""
+        if not self.has(split):
+            raise UserError(f"The data set '{self.name}' has no {split} split" + (f"; set data.{split}." if split in ("val", "holdout") else "."))
+        return TokenDataset(self.splits[split], self)
+
+    def model(self, spec: ModelSpec) -> nn.Module:
+        """A network for this task and vocabulary."""
+        from stillhouse.models.language import build
+
+        return build(spec, self)
+
+    def teacher(self, model: nn.Module, spec: TeacherSpec, trained_on: TextBundle) -> nn.Module:
+        """A teacher for students of this tokenizer; its own is that of the folder it comes from, or of the text it was trained on."""
+        from stillhouse.models.language import as_teacher, own_tokenizer
+
+        assert spec.model is not None
+        return as_teacher(model, own_tokenizer(spec.model) or trained_on.tokenizer, self.tokenizer, self.task)
+
+    def evaluate(self, model: nn.Module, loader: Any, device: torch.device | str, groups: Sequence[str]) -> dict[str, float]:
+        """Figures of a network: of tokens, or of classes."""
+        from stillhouse.evaluation.classification import evaluate_classifier
+        from stillhouse.evaluation.language import evaluate_tokens
+
+        if self.task == "classify":
+            return evaluate_classifier(model, loader, device, groups)
+        return evaluate_tokens(model, loader, device, vocabulary=self.vocabulary)
+
+    def product(self, module: nn.Module, spec: ModelSpec, figures: dict[str, float]) -> Any:
+        """What a run leaves: the network with its tokenizer."""
+        from stillhouse.models.language import Language
+
+        return Language(module, self.tokenizer, self.task, self.context, list(self.classes), dict(figures))
+
+
+def load(spec: DataSpec, data_root: str | Path | None = None) -> TextBundle:
+    """`text:shakespeare`, `text:sst2`, `text:PATH` or `text:hf:NAME` as a bundle.
+
+    The tokenizer learns from the whole training split, before `size`, `val` and `holdout` are taken from it, so that a teacher on more of the same
+    text has the same one.
+
+    Raises:
+        UserError: an option that does not fit, a sample that is too long or empty, a split that holds nothing.
+    """
+    options = read_options(spec)
+    found = read(spec.name.removeprefix("text:"), options, find_root(spec, data_root))
+    labelled = bool(found["train"]) and "label" in found["train"][0]
+    task = options.task or ("classify" if labelled else "causal")
+    if task == "classify" and not labelled:
+        raise UserError(f"data.options.task: classify needs labels, but '{spec.name}' has none; name their column in data.options.columns.label.")
+    texts = [r[k] for r in found["train"] for k in ("stream", "text", "prompt", "completion") if k in r]
+    if not any(texts):
+        raise UserError(f"The data set '{spec.name}' holds no text.")
+    tokens = tokenizer(options.tokenizer, texts)
+    classes = sorted({str(r["label"]) for r in found["train"]}) if task == "classify" else []
+    parts = {split: _rows(records, task, tokens, options, classes, f"{spec.name} ({split})") for split, records in found.items()}
+    return TextBundle(
+        spec.name, task, options, tokens, classes, {n: _packed(r, options) for n, r in _cut(parts, spec, "stream" in found["train"][0]).items()}
+    )
+
+
+def read_options(spec: DataSpec) -> TextOptions:
+    """data.options of text data. Raises `UserError` with the key's path, also for keys that are of images only."""
+    for key in ("classes", "image_size"):
+        if getattr(spec, key) is not None:
+            raise UserError(f"data.{key} is for images; '{spec.name}' is text.")
+    for key in ("mixup", "cutmix", "label_noise"):
+        if getattr(spec, key):
+            raise UserError(f"data.{key} is for images; '{spec.name}' is text.")
+    try:
+        return TextOptions.model_validate(spec.options)
+    except ValidationError as error:
+        raise spell(error, TextOptions, "data.options") from None
+
+
+def _rows(records: Records, task: str, tokens: Any, options: TextOptions, classes: list[str], where: str) -> Rows:
+    if task == "masked" and tokens.mask_token_id is None:
+        raise UserError("data.options.task: masked needs a tokenizer with a mask token.")
+    if records and "stream" in records[0]:
+        return _blocks(records[0]["stream"], task, tokens, options, where)
+    end = [] if tokens.eos_token_id is None else [tokens.eos_token_id]
+    if records and "prompt" in records[0]:
+        prompts, answers = (encode(tokens, [r[k] for r in records]) for k in ("prompt", "completion"))
+    else:
+        prompts, answers = [[] for _ in records], encode(tokens, [r["text"] for r in records])
+    learned = [len(a) + (len(p) > 0 or bool(end)) > 1 if a and task == "causal" else bool(a) for p, a in zip(prompts, answers)]
+    empty = ~np.array(learned, bool)
+    _refuse(empty, options.empty == "refuse", where, "has an empty completion" if any(prompts) else "is empty", "options.empty: drop leaves it out")
+    if task == "seq2seq":
+        if not any(prompts):
+            raise UserError(f"{where}: seq2seq needs prompts and completions; name their columns in data.options.columns.")
+        answers = [a + end for a in answers]
+        keep = np.flatnonzero(~empty & _fitted(prompts, options, f"{where}, prompts") & _fitted(answers, options, f"{where}, completions"))
+        return Rows(Ragged.of([prompts[i] for i in keep]), Ragged.of([answers[i] for i in keep]))
+    if task == "causal":
+        whole = [p + a + end for p, a in zip(prompts, answers)]
+        before = [len(w) for w in whole]
+        keep = np.flatnonzero(~empty & _fitted(whole, options, where, [len(p) for p in prompts], extra=1))
+        # a cut takes from the prompt first; what is left of it is not learned
+        given = [0 if options.prompt_loss else max(len(p) - (n - len(w)), 0) for p, n, w in zip(prompts, before, whole)]
+        labels = Ragged.of([[IGNORE] * max(given[i] - 1, 0) + whole[i][max(given[i], 1) :] for i in keep])
+        return Rows(Ragged.of([whole[i][:-1] for i in keep]), labels)
+    begin, close = marks(tokens)
+    whole = [begin + p + a + close for p, a in zip(prompts, answers)]
+    keep = np.flatnonzero(~empty & _fitted(whole, options, where))
+    inputs = Ragged.of([whole[i] for i in keep])
+    if task == "masked":
+        return Rows(inputs)
+    ids = {name: i for i, name in enumerate(classes)}
+    strange = sorted({str(records[i]["label"]) for i in keep} - set(ids))
+    if strange:
+        raise UserError(f"{where}: the class '{strange[0]}' is not among the training samples' ({', '.join(classes)}).")
+    return Rows(inputs, classes=np.array([ids[str(records[i]["label"])] for i in keep], np.int64))
+
+
+def marks(tokens: Any) -> tuple[list[int], list[int]]:
+    """What an encoder's text begins and ends with: [CLS] and [SEP] where the tokenizer has them."""
+    begin = tokens.cls_token_id if tokens.cls_token_id is not None else tokens.bos_token_id
+    close = tokens.sep_token_id if tokens.sep_token_id is not None else tokens.eos_token_id
+    return ([] if begin is None else [begin]), ([] if close is None else [close])
+
+
+def _blocks(text: str, task: str, tokens: Any, options: TextOptions, where: str) -> Rows:
+    """One long text, cut into samples of `context` tokens; of a causal model, the last of each is the next one's first."""
+    if task not in ("causal", "masked"):
+        raise UserError(f"data.options.task: {task} needs records; '{where}' is one plain text.")
+    ids = np.array(encode(tokens, [text])[0], np.int64)
+    length = options.context
+    count = (len(ids) - (task == "causal")) // length
+    if count < 1:
+        raise UserError(f"'{where}' holds {len(ids)} tokens, fewer than one sample of data.options.context {length}.")
+    starts = np.arange(count + 1, dtype=np.int64) * length
+    inputs = Ragged(ids[: count * length], starts)
+    return Rows(inputs, Ragged(ids[1 : count * length + 1], starts) if task == "causal" else None)
+
+
+def _fitted(rows: list[list[int]], options: TextOptions, where: str, prompts: Sequence[int] | None = None, extra: int = 0) -> np.ndarray:
+    """Which rows stay; those longer than the context are cut in place, where that is asked for. A causal model reads one token less than a row has."""
+    limit = options.context + extra
+    long = np.array([len(r) > limit for r in rows], bool)
+    longest = max(map(len, rows), default=0)
+    _refuse(
+        long,
+        options.too_long == "refuse",
+        where,
+        f"is longer than data.options.context {options.context} (the longest has {longest - extra} tokens)",
+        "raise it, or set options.too_long to cut or drop",
+    )
+    if options.too_long == "drop":
+        return ~long
+    for i in np.flatnonzero(long):
+        surplus = len(rows[i]) - limit
+        front = min(surplus, prompts[i]) if prompts is not None else 0
+        rows[i] = rows[i][front : front + limit]
+    return np.ones(len(rows), bool)
+
+
+def _refuse(wrong: np.ndarray, refuse: bool, where: str, what: str, remedy: str) -> None:
+    if refuse and wrong.any():
+        more = f" (and {int(wrong.sum()) - 1} others)" if wrong.sum() > 1 else ""
+        raise UserError(f"{where}: sample {int(np.flatnonzero(wrong)[0])}{more} {what}; {remedy}.")
+
+
+def _take(rows: Rows, which: np.ndarray) -> Rows:
+    def part(r: Ragged | None) -> Ragged | None:
+        return None if r is None else Ragged.of([r.values[r.starts[i] : r.starts[i + 1]] for i in which])
+
+    inputs = part(rows.inputs)
+    assert inputs is not None
+    return Rows(inputs, part(rows.labels), part(rows.positions), None if rows.classes is None else rows.classes[which])
+
+
+def _cut(parts: dict[str, Rows], spec: DataSpec, stream: bool) -> dict[str, Rows]:
+    """Splits and subsets, as functions of data.seed: a tenth for testing where there is no test split, `size`, `test_size`, `val`, `holdout`."""
+    train = parts["train"]
+
+    def drawn(rows: Rows, count: int, what: str) -> np.ndarray:
+        return balanced(np.zeros(len(rows.inputs), np.int64) if rows.classes is None else rows.classes, count, spec.seed, what)
+
+    def split(rows: Rows, taken: np.ndarray, what: str) -> tuple[Rows, Rows]:
+        rest = np.setdiff1d(np.arange(len(rows.inputs)), taken)
+        if not len(taken) or not len(rest):
+            raise UserError(f"The data set '{spec.name}' has {len(rows.inputs)} training samples, too few to take a {what} split from.")
+        return _take(rows, taken), _take(rows, rest)
+
+    out = dict(parts)
+    if "test" not in out:
+        count = max(len(train.inputs) // 10, 1)
+        last = np.arange(len(train.inputs) - count, len(train.inputs))
+        out["test"], train = split(train, last if stream else drawn(train, count, "test"), "test")
+    if spec.size is not None:
+        train = _take(train, drawn(train, spec.size, "size"))
+    if spec.test_size is not None:
+        out["test"] = _take(out["test"], drawn(out["test"], spec.test_size, "test_size"))
+    everything = len(train.inputs)
+    for name, share in (("val", spec.val if "val" not in out else 0.0), ("holdout", spec.holdout)):
+        if share:
+            out[name], train = split(train, drawn(train, max(round(share * everything), 1), name), name)
+    if not len(train.inputs):
+        raise UserError(f"The data set '{spec.name}' holds no training samples.")
+    return {**out, "train": train}
+
+
+def _packed(rows: Rows, options: TextOptions) -> Rows:
+    """Samples joined in their order into rows of at most `context` tokens, with positions that begin anew at each."""
+    if not options.pack or rows.labels is None or not len(rows.inputs):
+        return rows
+    row, used, fills = [], 0, []
+    for length in rows.inputs.lengths.tolist():
+        if used + length > options.context and used:
+            fills.append(used)
+            used = 0
+        row.append(len(fills))
+        used += length
+    starts = np.cumsum([0, *fills, used], dtype=np.int64)
+    positions = np.arange(len(rows.inputs.values)) - np.repeat(rows.inputs.starts[:-1], rows.inputs.lengths)
+    return Rows(Ragged(rows.inputs.values, starts), Ragged(rows.labels.values, starts), Ragged(positions.astype(np.int64), starts))

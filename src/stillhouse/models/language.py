@@ -1,0 +1,232 @@
+"""Language models of transformers as teachers and students, and `Language`, the product: a network with its tokenizer.
+
+A model is named as everywhere: `hf:config:TYPE` (fresh, `options` are its config's), `hf:FOLDER` or `hf:NAME` with `pretrained: true`. The task and the
+vocabulary come from the data.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from stillhouse.data.tokenizer import encode, size, tokenizer
+from stillhouse.errors import UserError, unknown
+from stillhouse.functional.vocabularies import Mapped, mapped
+from stillhouse.recipe import ModelSpec
+from stillhouse.signals import read_logits
+
+if TYPE_CHECKING:
+    from stillhouse.data.text import TextBundle
+
+TASKS = {"causal": "causal", "masked": "masked", "classify": "text", "seq2seq": "seq2seq"}
+AUTO = {
+    "causal": "AutoModelForCausalLM",
+    "masked": "AutoModelForMaskedLM",
+    "classify": "AutoModelForSequenceClassification",
+    "seq2seq": "AutoModelForSeq2SeqLM",
+}
+SPECIAL = ("pad_token_id", "bos_token_id", "eos_token_id")
+
+
+def build(spec: ModelSpec, bundle: TextBundle) -> nn.Module:
+    """A network for the task and vocabulary of text data.
+
+    Raises:
+        UserError: what `stillhouse.models.build` raises; a vocabulary smaller than the tokenizer's; a context longer than the model's positions.
+    """
+    from stillhouse.models import build as any_model
+
+    options = dict(spec.options)
+    if spec.model.startswith("hf:"):
+        options.setdefault("task", TASKS[bundle.task])
+        if spec.model.startswith("hf:config:"):
+            tokens = bundle.tokenizer
+            options.setdefault("vocab_size", size(tokens))
+            for name in SPECIAL:
+                if getattr(tokens, name) is not None:
+                    options.setdefault(name, getattr(tokens, name))
+            if bundle.task == "seq2seq":
+                options.setdefault("decoder_start_token_id", bundle.decoder_start)
+    model = any_model(spec.model_copy(update={"options": options}), bundle.num_classes, None)
+    config = getattr(model, "config", None)
+    rows = getattr(config, "vocab_size", None)
+    if rows is not None and rows < size(bundle.tokenizer):
+        raise UserError(
+            f"'{spec.model}' has {rows} tokens, but the tokenizer '{bundle.options.tokenizer}' has {size(bundle.tokenizer)}; take the model's own "
+            f"tokenizer (data.options.tokenizer: hf:NAME)."
+        )
+    positions = getattr(config, "max_position_embeddings", None)
+    if isinstance(positions, int) and 0 < positions < bundle.context:
+        raise UserError(f"data.options.context is {bundle.context}, but '{spec.model}' reads at most {positions} tokens; lower it.")
+    return model
+
+
+def own_tokenizer(name: str) -> Any:
+    """The tokenizer that a model's folder or repository holds; None where there is none."""
+    place = name.removeprefix("hf:")
+    if not name.startswith("hf:") or place.startswith("config:"):
+        return None
+    folder = Path(place).expanduser()
+    if folder.is_dir() and not any((folder / f).is_file() for f in ("tokenizer.json", "tokenizer_config.json")):
+        return None
+    return tokenizer(name)
+
+
+class OtherIds(nn.Module):
+    """A model that numbers the same tokens otherwise: the student's ids go in translated, and its logits come out in the student's order.
+
+    For a teacher whose vocabulary holds every token of the student's, by its string (characters within a larger set, a pruned vocabulary). Tokens that
+    only the teacher has are left out, which renormalises its probabilities over the shared ones.
+    """
+
+    def __init__(self, model: nn.Module, ids: Mapped) -> None:
+        super().__init__()
+        self.model = model
+        self.register_buffer("ids", ids.ids, persistent=False)
+
+    def forward(self, **inputs: Any) -> Tensor:
+        for name in ("input_ids", "decoder_input_ids"):
+            if name in inputs:
+                inputs[name] = self.ids[inputs[name]]
+        return read_logits(self.model(**inputs))[..., self.ids]
+
+
+def as_teacher(model: nn.Module, theirs: Any, ours: Any, task: str) -> nn.Module:
+    """A teacher as the student's tokenizer needs it: as it is where both number tokens alike, else translated by string.
+
+    Args:
+        model: the teacher.
+        theirs, ours: tokenizers of the teacher and of the student.
+        task: of the data; a classifier's ids are translated, its logits are not.
+
+    Raises:
+        UserError: tokens of the student that the teacher lacks (see `stillhouse.functional.vocabularies.mapped`).
+    """
+    ids = mapped(ours.get_vocab(), theirs.get_vocab())
+    if ids.same:
+        return model
+    if task == "classify":
+        raise UserError(
+            f"The teacher's tokenizer ({len(theirs)} tokens) and the student's ({len(ours)}) differ; a text classifier needs its own tokenizer."
+        )
+    return OtherIds(model, ids)
+
+
+@dataclass
+class Language:
+    """A language model or text classifier with its tokenizer; a folder that transformers loads as well (`model/`).
+
+    Attributes:
+        module: the network.
+        tokenizer: a transformers tokenizer.
+        task: causal, masked, classify or seq2seq.
+        context: tokens read at most.
+        classes: class names, of a classifier.
+        figures: of its training; kept with the run, not with the product.
+    """
+
+    kind: ClassVar[str] = "language"
+    module: nn.Module
+    tokenizer: Any
+    task: str
+    context: int
+    classes: list[str] = field(default_factory=list)
+    figures: dict[str, float] = field(default_factory=dict)
+
+    def save(self, folder: Path) -> None:
+        """`product.json`, and `model/` with the config, `model.safetensors` and the tokenizer."""
+        if not hasattr(self.module, "save_pretrained"):
+            raise UserError(f"A language product is a transformers model (hf:…), which saves itself; this student is a {type(self.module).__name__}.")
+        folder.mkdir(parents=True, exist_ok=True)
+        with _quietly():
+            self.module.save_pretrained(folder / "model")
+        self.tokenizer.save_pretrained(folder / "model")
+        meta = {"kind": self.kind, "format": 1, "task": self.task, "context": self.context, "classes": self.classes}
+        (folder / "product.json").write_text(json.dumps(meta, indent=1))
+
+    @classmethod
+    def load(cls, folder: Path) -> Language:
+        """From a product's folder. Raises `UserError` where the files are not there or are of an unknown task."""
+        import transformers
+
+        meta = json.loads((folder / "product.json").read_text())
+        if meta["task"] not in AUTO:
+            raise unknown("task of a language product", str(meta["task"]), AUTO)
+        if not (folder / "model" / "config.json").is_file():
+            raise UserError(f"The product in {folder} is incomplete: it has no model/config.json.")
+        with _quietly():
+            model = getattr(transformers, AUTO[meta["task"]]).from_pretrained(folder / "model", use_safetensors=True)
+        tokens = transformers.AutoTokenizer.from_pretrained(folder / "model")
+        return cls(model.eval(), tokens, meta["task"], meta["context"], meta["classes"])
+
+    @torch.no_grad()
+    def generate(self, prompts: Sequence[str], max_new_tokens: int = 64, **options: Any) -> list[str]:
+        """What the model writes after (causal) or for (seq2seq) each prompt, without the prompt.
+
+        Args:
+            prompts: texts; a prompt longer than the context loses its beginning.
+            max_new_tokens: at most.
+            options: of transformers' `generate`, such as do_sample, temperature, top_k; drawn from torch's default generator.
+
+        Raises:
+            UserError: a model that does not write.
+        """
+        if self.task not in ("causal", "seq2seq"):
+            raise UserError(f"This product is a {self.task} model, which does not write; use predict.")
+        begin = self.tokenizer.bos_token_id if self.tokenizer.bos_token_id is not None else self.tokenizer.eos_token_id
+        room = max(self.context - max_new_tokens, 1) if self.task == "causal" else self.context
+        rows = [ids[-room:] or [begin] for ids in encode(self.tokenizer, prompts)]
+        x = left_padded(rows, self.tokenizer.pad_token_id, next(self.module.parameters()).device)
+        written = self.module.generate(**x, max_new_tokens=max_new_tokens, pad_token_id=self.tokenizer.pad_token_id, **options)
+        written = written[:, x["input_ids"].shape[1] :] if self.task == "causal" else written[:, 1:]
+        return self.tokenizer.batch_decode(written, skip_special_tokens=True)
+
+    @torch.no_grad()
+    def predict(self, texts: Sequence[str]) -> list[dict[str, Any]]:
+        """`label` and `probs` (by class name) of each text. Raises `UserError` for a model that is no classifier, or a text beyond the context."""
+        from stillhouse.data.text import Ragged, marks
+
+        if self.task != "classify":
+            raise UserError(f"This product is a {self.task} model, which does not classify; use generate.")
+        begin, close = marks(self.tokenizer)
+        rows = Ragged.of([begin + ids + close for ids in encode(self.tokenizer, texts)])
+        if len(rows) and int(rows.lengths.max()) > self.context:
+            raise UserError(
+                f"Text {int(rows.lengths.argmax())} has {int(rows.lengths.max())} tokens, but the model reads {self.context}; shorten it."
+            )
+        import numpy as np
+
+        ids = rows.padded(np.arange(len(rows)), self.tokenizer.pad_token_id)
+        inside = torch.arange(ids.shape[1])[None, :] < torch.from_numpy(rows.lengths)[:, None]
+        device = next(self.module.parameters()).device
+        probs = self.module(input_ids=ids.to(device), attention_mask=inside.long().to(device)).logits.float().softmax(-1).cpu().tolist()
+        return [{"label": self.classes[p.index(max(p))], "probs": dict(zip(self.classes, p))} for p in probs]
+
+
+@contextmanager
+def _quietly() -> Iterator[None]:
+    """Without transformers' progress bars, which files of a second do not need."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
+
+
+def left_padded(rows: Sequence[Sequence[int]], pad: int, device: torch.device | str) -> Mapping[str, Tensor]:
+    """`input_ids` and `attention_mask` (B, L) of rows padded at their beginning, as generation needs them."""
+    length = max(map(len, rows))
+    ids = torch.tensor([[pad] * (length - len(r)) + list(r) for r in rows], device=device)
+    mask = torch.tensor([[0] * (length - len(r)) + [1] * len(r) for r in rows], device=device)
+    return {"input_ids": ids, "attention_mask": mask}
