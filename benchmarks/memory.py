@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
+
+from stillhouse.evaluation.cost import peak_of_tensors
 
 
 def compare_memory(
@@ -52,25 +51,8 @@ def one_side(side: str, teacher: str, student: str, device: str, batch_size: int
 
     before = [*networks[0].state_dict().values(), *networks[1].state_dict().values(), *(x for batch in batches for x in batch.values())]
     held = sum(x.nbytes for x in before) / 2**20
-    found = {"tensors": held + peak_of_tensors(train, pair.device)}
+    found = {"tensors": held + peak_of_tensors(train, pair.device) / 2**20}
     return found if device == "cuda" else {**found, "resident": peak_resident()}
-
-
-def peak_of_tensors(work: Callable[[], Any], device: torch.device) -> float:
-    """Mebibytes: the most that torch holds at a time during a call, beyond what it held before."""
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        work()
-        return (torch.cuda.max_memory_allocated() - before) / 2**20
-    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler is chatty
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        work()
-    held = most = 0
-    for event in sorted((e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"), key=lambda e: e.start_ns()):
-        held += event.nbytes()
-        most = max(most, held)
-    return most / 2**20
 
 
 def peak_resident() -> float:

@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from memory import peak_of_tensors
 from page import write_page
 from run import RESULTS, keep
 from torch import Tensor, nn
@@ -27,6 +26,7 @@ from stillhouse.data import Loader
 from stillhouse.data.dataset import BatchKey
 from stillhouse.distillation import Distillation, to_device
 from stillhouse.errors import UserError
+from stillhouse.evaluation.cost import peak_of_tensors
 from stillhouse.objective import Objective, Progress
 from stillhouse.recipe import ModelSpec
 from stillhouse.signals import Batch, Signals
@@ -189,7 +189,7 @@ def measure(trial: Trial, kd: Trial, rounds: int, steps: int, device: torch.devi
     return {
         "loss_ms": 1000 * statistics.median(mine for mine, _ in alone),
         "loss_ratio": statistics.median(mine / theirs for mine, theirs in alone),
-        "mebibytes": peak_of_tensors(trial.loss, device),
+        "mebibytes": peak_of_tensors(trial.loss, device) / 2**20,
         "step_ms": 1000 * statistics.median(mine for mine, _ in whole) if whole else None,
         "step_ratio": statistics.median(mine / theirs for mine, theirs in whole) if whole else None,
     }

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import statistics
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -23,10 +24,17 @@ class Entry:
 
     recipe: Path
     variant: str | None
+    group: str | None = None  # which of the recipe's `groups` the row is in
+    sets: tuple[str, ...] = ()  # what the group sets, as KEY=VALUE
 
     @property
     def label(self) -> str:
         return self.variant or self.recipe.stem
+
+    @property
+    def folder(self) -> str:
+        """The start of its runs' folder names."""
+        return self.label if self.group is None else f"{self.label}-{self.group}"
 
 
 @dataclass(frozen=True)
@@ -48,7 +56,7 @@ class Job:
         """In this process."""
         from stillhouse.run import execute
 
-        sets = {**parse_sets(self.sets), "seed": self.seed}
+        sets = {**parse_sets([*self.sets, *self.entry.sets]), "seed": self.seed}
         tree = beside_recipe(resolve(read_yaml(self.entry.recipe), self.entry.variant, sets, where=str(self.entry.recipe)), self.entry.recipe.parent)
         tree["name"] = self.folder.name
         execute(validate(tree, str(self.entry.recipe)), self.folder, data_root=self.data_root, live=live, cpu=self.cpu)
@@ -69,28 +77,47 @@ class Job:
             f"name={self.folder.name}",
         ]
         out += ["--variant", self.entry.variant] if self.entry.variant else []
-        out += [x for s in self.sets for x in ("--set", s)]
+        out += [x for s in (*self.sets, *self.entry.sets) for x in ("--set", s)]
         return out + (["--data-root", self.data_root] if self.data_root else []) + (["--cpu"] if self.cpu else [])
 
 
 def entries(recipes: Sequence[str | Path], variants: Sequence[str] | None = None) -> list[Entry]:
-    """The rows of a comparison: each recipe itself and its variants; those named `paper…` and `smoke` only if asked for. `base` is the recipe itself."""
+    """The rows of a comparison: each recipe itself and its variants; those named `paper…` and `smoke` only if asked for. `base` is the recipe itself;
+    a variant that overrides nothing gives it a name, and stands for it.
+
+    A recipe with `groups` (one dotted key and its named values, such as two students) gives every row once a group.
+    """
     rows = []
     for path in map(Path, recipes):
-        there = list(read_yaml(path).get("variants") or {})
+        tree = read_yaml(path)
+        there: dict[str, Any] = tree.get("variants") or {}
+        found: list[Entry] = []
         if variants is None:
-            rows += [Entry(path, None), *(Entry(path, v) for v in there if not v.startswith("paper") and v != "smoke")]
-            continue
-        for v in variants:
+            base = [] if any(not overrides for overrides in there.values()) else [Entry(path, None)]
+            found = [*base, *(Entry(path, v) for v in there if not v.startswith("paper") and v != "smoke")]
+        for v in variants or ():
             if v != "base" and v not in there:
                 close = nearest(v, [*there, "base"])
                 raise UserError(f"{path}: no variant '{v}'; " + (f"did you mean '{close[0]}'?" if close else f"there are: base, {', '.join(there)}."))
-            rows.append(Entry(path, None if v == "base" else v))
-    labels = [r.label for r in rows]
+            found.append(Entry(path, None if v == "base" else v))
+        rows += [replace(e, **g) for g in _groups(tree.get("groups"), path) for e in found]
+    labels = [r.folder for r in rows]
     twice = sorted({label for label in labels if labels.count(label) > 1})
     if twice:
         raise UserError(f"Two rows of the comparison are called '{twice[0]}'; rename the recipe's file or the variant.")
     return rows
+
+
+def _groups(given: Any, path: Path) -> list[dict[str, Any]]:
+    """The group and what it sets, for each group of a recipe; [{}] where there are none."""
+    if not given:
+        return [{}]
+    if not isinstance(given, dict) or len(given) != 1 or not isinstance(next(iter(given.values())), dict):
+        raise UserError(
+            f"{path}: groups takes one dotted key with named values, such as student: {{small: stillhouse:resnet8, other: stillhouse:vgg8}}."
+        )
+    ((dotted, values),) = given.items()
+    return [{"group": name, "sets": (f"{dotted}={json.dumps(value)}",)} for name, value in values.items()]
 
 
 def bench(
@@ -99,6 +126,7 @@ def bench(
     out: Path,
     *,
     baseline: str | None = None,
+    reference: str | None = None,
     sets: Sequence[str] = (),
     data_root: str | None = None,
     cpu: bool = False,
@@ -113,18 +141,23 @@ def bench(
     Args:
         out: one folder a run below it.
         baseline: the row that others are compared with; default: `alone`, `ce`, or the first row.
+        reference: the row whose training step is the unit of the others' cost, where recipes measure it (`evaluate: [step]`); default: `kd`, or
+            the baseline.
         engine: `local` (this process; with `jobs` > 1, so many processes) or `ray`.
     """
     labels = [r.label for r in rows]
     baseline = baseline or next((b for b in ("alone", "ce") if b in labels), labels[0])
     if baseline not in labels:
         raise UserError(f"The baseline '{baseline}' is no row of this comparison; rows: {', '.join(labels)}.")
-    every = [Job(e, s, out / f"{e.label}-s{s}", tuple(sets), data_root, cpu) for s in seeds for e in rows]
+    reference = reference or ("kd" if "kd" in labels else baseline)
+    if reference not in labels:
+        raise UserError(f"The reference '{reference}' is no row of this comparison; rows: {', '.join(labels)}.")
+    every = [Job(e, s, out / f"{e.folder}-s{s}", tuple(sets), data_root, cpu) for s in seeds for e in rows]
     todo = [j for j in every if not j.done]
     for number, job in enumerate(_finished(todo, engine, jobs, live), 1):
         if after is not None:
             after(job, number, len(todo))
-    return collect(every, baseline, slug or rows[0].recipe.stem)
+    return collect(every, baseline, slug or rows[0].recipe.stem, reference)
 
 
 def _finished(todo: Sequence[Job], engine: str, jobs: int, live: Any) -> Iterator[Job]:
@@ -177,7 +210,7 @@ def _on_ray(todo: Sequence[Job]) -> Iterator[Job]:
             ray.shutdown()
 
 
-def collect(jobs: Sequence[Job], baseline: str, slug: str) -> dict[str, Any]:
+def collect(jobs: Sequence[Job], baseline: str, slug: str, reference: str | None = None) -> dict[str, Any]:
     """The results of finished runs as JSON data: rows with their figures by seed, the teacher's, versions and device."""
     rows: dict[str, dict[str, Any]] = {}
     teacher: dict[str, Any] | None = None
@@ -187,8 +220,10 @@ def collect(jobs: Sequence[Job], baseline: str, slug: str) -> dict[str, Any]:
             continue
         figures = json.loads((job.folder / "evaluation.json").read_text())
         environment = json.loads((job.folder / "environment.json").read_text())
+        entry = job.entry
         row = rows.setdefault(
-            job.entry.label, {"label": job.entry.label, "recipe": job.entry.recipe.name, "variant": job.entry.variant, "seeds": [], "metrics": {}}
+            entry.folder,
+            {"label": entry.label, "recipe": entry.recipe.name, "variant": entry.variant, "group": entry.group, "seeds": [], "metrics": {}},
         )
         row["seeds"].append(job.seed)
         for name, value in figures.items():
@@ -198,10 +233,14 @@ def collect(jobs: Sequence[Job], baseline: str, slug: str) -> dict[str, Any]:
                 teacher = {"label": f"{name} ({facts['model']})", "metrics": {k: [v] for k, v in facts.items() if isinstance(v, int | float)}}
     for row in rows.values():
         row["metrics"] = {k: v for k, v in row["metrics"].items() if len(v) == len(row["seeds"])}
+        if row["group"] is None:
+            del row["group"]
+    _relative_costs(rows.values(), reference)
     return {
         "slug": slug,
         "title": slug,
         "baseline": baseline,
+        **({"reference": reference} if any("step_relative" in r["metrics"] for r in rows.values()) else {}),
         "command": environment.get("command", ""),
         "versions": environment.get("versions", {}),
         "device": environment.get("device", ""),
@@ -209,3 +248,14 @@ def collect(jobs: Sequence[Job], baseline: str, slug: str) -> dict[str, Any]:
         "rows": list(rows.values()),
         "teacher": teacher,
     }
+
+
+def _relative_costs(rows: Iterable[dict[str, Any]], reference: str | None) -> None:
+    """Give each row its step's time and memory as multiples of the reference row's in the same group (the median over seeds)."""
+    rows = list(rows)
+    units = {row.get("group"): row["metrics"] for row in rows if row["label"] == reference}
+    for row in rows:
+        unit = units.get(row.get("group"), {})
+        for relative, name in (("step_relative", "step_ratio"), ("step_memory_relative", "step_bytes")):
+            if name in unit and name in row["metrics"]:
+                row["metrics"][relative] = [v / statistics.median(unit[name]) for v in row["metrics"][name]]

@@ -158,6 +158,12 @@ def bench(
     ] = None,
     seeds: Annotated[str, typer.Option(help="Seeds, comma separated.")] = "0,1,2",
     baseline: Annotated[Optional[str], typer.Option(help="The row that the others are compared with; default: alone, ce, or the first.")] = None,  # noqa: UP045
+    reference: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(
+            help="The row whose training step is the unit of cost, where recipes measure it (evaluate: [step]); default: kd, or the baseline."
+        ),
+    ] = None,
     out: Annotated[Optional[Path], typer.Option(help="Folder of the runs; default: runs/bench-NAME.")] = None,  # noqa: UP045
     evidence: Annotated[Optional[Path], typer.Option(help="Also write the results as JSON here.")] = None,  # noqa: UP045
     set_: Sets = None,
@@ -183,6 +189,7 @@ def bench(
         _seeds(seeds),
         folder,
         baseline=baseline,
+        reference=reference,
         sets=set_ or [],
         data_root=data_root,
         cpu=cpu,

@@ -203,6 +203,10 @@ class MethodConfig(Spec):
     variants: dict[str, dict[str, Any]] = Field(
         default_factory=dict, description="Named overrides (dotted keys), chosen by --variant: the paper's setting, the baselines."
     )
+    groups: dict[str, dict[str, Any]] = Field(
+        default_factory=dict,
+        description="For `stillhouse bench`: one dotted key and its named values, such as two students; every variant is run with each.",
+    )
 
 
 def spell(error: ValidationError, model: type[BaseModel], where: str) -> UserError:
@@ -319,9 +323,10 @@ def parse_sets(items: Sequence[str]) -> dict[str, Any]:
 
 
 def resolve(tree: Mapping[str, Any], variant: str | None = None, sets: Mapping[str, Any] | None = None, where: str = "recipe") -> dict[str, Any]:
-    """A raw recipe with its variant and overrides applied (in that order); the variants themselves are dropped."""
+    """A raw recipe with its variant and overrides applied (in that order); the variants themselves, and the groups of a comparison, are dropped."""
     out = copy.deepcopy(dict(tree))
     variants = out.pop("variants", None) or {}
+    out.pop("groups", None)
     if variant is not None:
         if variant not in variants:
             close = nearest(variant, variants)
@@ -373,7 +378,9 @@ def beside_recipe(value: Any, folder: Path) -> Any:
 
 def dump(config: BaseModel) -> str:
     """A config as YAML that loads to the same config."""
-    return yaml.safe_dump(config.model_dump(mode="json", exclude_none=True, exclude={"variants"}), sort_keys=False, allow_unicode=True, width=120)
+    return yaml.safe_dump(
+        config.model_dump(mode="json", exclude_none=True, exclude={"variants", "groups"}), sort_keys=False, allow_unicode=True, width=120
+    )
 
 
 def check_plugins(config: BaseModel, where: str = "recipe", path: tuple[Any, ...] = ()) -> None:

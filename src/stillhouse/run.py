@@ -206,6 +206,17 @@ class Run:
             module, train, spec, folder=self.folder, stage=name, seed=self.seed, evaluate=evaluate, splits=splits, live=self.live, cpu=self.cpu
         )
 
+    def last_step(self, module: Any, train: Any, spec: TrainSpec, splits: Mapping[str, Any]) -> tuple[Any, Any]:
+        """A batch on the device and the context of a fit's last epoch, to measure a further step by (see `evaluation.cost.step_cost`)."""
+        from stillhouse.context import TrainingContext
+        from stillhouse.distillation import to_device
+        from stillhouse.objective import Progress
+
+        device = next(p.device for p in module.parameters())
+        progress = Progress(epoch=spec.epochs - 1, steps_per_epoch=len(train), epochs=spec.epochs)
+        batch = to_device(next(iter(train.batches(spec.epochs - 1, 0, spec.epochs))), device)
+        return batch, TrainingContext(module, progress, splits, self.seed, device, self.folder, train)
+
     def loop(self, name: str, state: Mapping[str, Any], step: Callable[[int], Mapping[str, Tensor]], steps: int, **options: Any) -> float:
         """The same loop where there is no loader (see `stillhouse.loop.loop`)."""
         return loop(self.folder, name, state, step, steps, seed=self.seed, live=self.live, **options)

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from stillhouse.run import Run
 
 GROUPS = (*classification.GROUPS, "cost")
+IN_TRAINING = ("step",)  # measured by the method, where the training is at hand
 
 
 @evaluates("student")
@@ -51,8 +52,8 @@ def evaluate_student(
         UserError: an unknown group, or what `evaluate_classifier` raises.
     """
     for group in groups:
-        if group not in GROUPS:
-            raise unknown("evaluation group", group, GROUPS)
+        if group not in (*GROUPS, *IN_TRAINING):
+            raise unknown("evaluation group", group, [*GROUPS, *IN_TRAINING])
     device = next((p.device for p in module.parameters()), torch.device("cpu"))
     judged = [g for g in groups if g in classification.GROUPS]
     out = classification.evaluate_classifier(module, loader, device, judged) if judged else {}

@@ -17,6 +17,7 @@ from pydantic import Field, model_validator
 
 from stillhouse.distillation import Distillation
 from stillhouse.errors import UserError
+from stillhouse.evaluation.cost import step_cost
 from stillhouse.product import Student
 from stillhouse.recipe import Data, MethodConfig, Model, Objectives, Teacher, TrainSpec, objective_from_spec
 from stillhouse.run import Method, Run, Stage
@@ -32,7 +33,8 @@ class Config(MethodConfig):
     objectives: Objectives = Field(description="The losses, whose weighted sum is minimised.")
     train: TrainSpec = Field(default_factory=TrainSpec, description="How the student is fitted.")
     evaluate: list[str] = Field(
-        default_factory=lambda: ["accuracy", "calibration", "cost"], description="Groups of figures: accuracy, calibration, cost."
+        default_factory=lambda: ["accuracy", "calibration", "cost"],
+        description="Groups of figures: accuracy, calibration, cost, and step (what a training step costs).",
     )
 
     @model_validator(mode="after")
@@ -113,17 +115,21 @@ class GeneralDistillation(Method[Config]):
         check = run.validation(config.data)
         if config.train.best is not None and check is None:
             raise UserError("train.best needs data to judge by: set data.val or data.holdout to a share above 0.")
+        train, splits = run.loader(config.data, "train", config.train.batch_size, train=True), run.splits(config.data)
         fitted = run.fit(
             "student",
             module,
-            run.loader(config.data, "train", config.train.batch_size, train=True),
+            train,
             config.train,
             evaluate=None if check is None else lambda m, d: run.figures(m, config.data, check, d, ["accuracy", "calibration"]),
-            splits=run.splits(config.data),
+            splits=splits,
         )
+        figures = {"train_seconds": fitted.seconds}
+        if "step" in config.evaluate:
+            figures |= step_cost(module, *run.last_step(module, train, config.train, splits))
         module.close()
         run.record["weights"] = {name: t.fingerprint() for name, t in teachers.items() if hasattr(t, "fingerprint")}
-        return run.student(student, config.student, config.data, {"train_seconds": fitted.seconds})
+        return run.student(student, config.student, config.data, figures)
 
 
 def describe(name: str, model: Any) -> str:

@@ -73,6 +73,7 @@ class ResNet(nn.Module):
         bottleneck: blocks are `Bottleneck`, not `BasicBlock`.
         num_classes: C.
         input_shape: (channels, height, width).
+        stem_stride: of the first convolution; 2 makes the whole net four times cheaper.
     """
 
     published_names: ClassVar[dict[str, str]] = {r"\bshortcut\.": "downsample.", r"^linear\.": "fc."}
@@ -85,10 +86,11 @@ class ResNet(nn.Module):
         bottleneck: bool = False,
         num_classes: int = 10,
         input_shape: tuple[int, ...] = (3, 32, 32),
+        stem_stride: int = 1,
     ) -> None:
         super().__init__()
         block = Bottleneck if bottleneck else BasicBlock
-        self.conv1 = nn.Conv2d(input_shape[0], stem, 3, 1, 1, bias=False)
+        self.conv1 = nn.Conv2d(input_shape[0], stem, 3, stem_stride, 1, bias=False)
         self.bn1 = nn.BatchNorm2d(stem)
         self.relu = nn.ReLU()
         self.stage_names = [f"layer{i + 1}" for i in range(len(widths))]

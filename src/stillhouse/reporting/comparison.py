@@ -30,7 +30,7 @@ def comparison_table(results: Mapping[str, Any]) -> rich.table.Table:
     from rich.text import Text
 
     comparison = compare(results)
-    first = 2 + (comparison.baseline is not None)  # method, primary figure, gain
+    first = 2 + (comparison.baseline is not None) + bool(comparison.groups)  # method, group, primary figure, gain
     names = [""] * first + [n for n in comparison.shown if n != comparison.primary]
     headers = [
         h.replace(" (", "\n(") if i < first else f"{IN_TERMINAL.get(names[i], '')}\n({comparison.shown[names[i]].unit})"
@@ -45,8 +45,8 @@ def comparison_table(results: Mapping[str, Any]) -> rich.table.Table:
         )
     for row in comparison.cells():
         shown = [c.text for c in row]
-        if first == 3:
-            shown[2] = shown[2].replace(" [", "\n[")
+        if comparison.baseline is not None:
+            shown[first - 1] = shown[first - 1].replace(" [", "\n[")
         out.add_row(*(Text(shown[i] if i < first else shown[i].partition(" ± ")[0]) for i in keep))
     return out
 
@@ -65,18 +65,18 @@ def write_comparison_report(results: Mapping[str, Any], path: Path) -> Path:
     comparison = compare(results)
     shown = comparison.shown[comparison.primary]
     labels = [row.label for row in comparison.rows]
-    marked = [labels.index(comparison.baseline)] if comparison.baseline is not None else []
+    marked = [i for i, label in enumerate(labels) if label == comparison.baseline]
+    parts = [(f" · {g}", comparison.only(g)) for g in comparison.groups] or [("", comparison)]
+    meaning = f"{shown.title}: {shown.meaning or 'the figure that the methods are compared by.'}"
     body = [
-        section(
-            "At a glance", f"{shown.title}: {shown.meaning or 'the figure that the methods are compared by.'}", cards(_glance(comparison, shown))
-        ),
+        *(section(f"At a glance{name}", meaning, cards(_glance(part, shown))) for name, part in parts),
         section(
             "All figures",
             f"{comparison.note} Click on a header to sort.",
             table(comparison.headers(), comparison.cells(), marked),
             _glossary(comparison),
         ),
-        *_plots(comparison, shown),
+        *(block for name, part in parts for block in _plots(part, shown, name)),
         *_origin(results),
     ]
     about = [str(results[k]) for k in ("slug", "created", "device") if results.get(k)]
@@ -115,9 +115,10 @@ def _glossary(comparison: Comparison) -> str:
     return folded("What the columns mean", pairs(meanings)) if meanings else ""
 
 
-def _plots(comparison: Comparison, shown: Quantity) -> list[str]:
+def _plots(comparison: Comparison, shown: Quantity, suffix: str = "") -> list[str]:
     from stillhouse.reporting.figures import TEACHER, Spread, dots, styles, trade
 
+    anchor = suffix.replace(" · ", "-").replace(" ", "-")
     style = styles([row.label for row in comparison.rows])
     teacher = comparison.teacher
 
@@ -137,18 +138,18 @@ def _plots(comparison: Comparison, shown: Quantity) -> list[str]:
         text = f"{comparison.shown[name].title} of each method: every seed (ring), the mean (filled) and its 95 % t interval (bar)" + (
             "; dashed: the teacher." if line else "."
         )
-        return figure(dots(spreads(name), comparison.shown[name], style, line), f"dots-{name}", text)
+        return figure(dots(spreads(name), comparison.shown[name], style, line), f"dots-{name}{anchor}", text)
 
     out = [
         section(
-            f"{shown.title}, seed by seed",
+            f"{shown.title}, seed by seed{suffix}",
             "Methods whose points mix can hardly be told apart; those that stand clear can.",
             dot_plot(comparison.primary),
         )
     ]
     quality = spreads(comparison.primary)
     costs = []
-    for name in (n for n in ("parameters", "multiply_adds", "train_seconds") if n in comparison.shown):
+    for name in (n for n in ("parameters", "multiply_adds", "step_relative", "train_seconds") if n in comparison.shown):
         cost = comparison.shown[name]
         points = {row.label: (mean(row.values(name)), quality[row.label]) for row in comparison.rows if row.values(name) and row.label in quality}
         star = (teacher.label, of_teacher(name), of_teacher(comparison.primary)) if teacher else None
@@ -156,15 +157,15 @@ def _plots(comparison: Comparison, shown: Quantity) -> list[str]:
             star = None
         if len({value for value, _ in points.values()} | ({star[1]} if star else set())) > 1:
             text = f"{shown.title} against {cost.title.lower()}. {cost.meaning}"
-            costs.append(figure(trade(points, cost, shown, style, star), f"cost-{name}", text))
+            costs.append(figure(trade(points, cost, shown, style, star), f"cost-{name}{anchor}", text))
     if costs:
         marks = [(look.mark, look.color, label) for label, look in style.items()]
         if teacher:
             marks.append((TEACHER.mark, TEACHER.color, teacher.label))
         text = "The best place is the upper left: good at a low price. Bars are 95 % t intervals of the mean."
-        out.append(section("Quality against cost", text, legend(marks), grid(costs)))
+        out.append(section(f"Quality against cost{suffix}", text, legend(marks), grid(costs)))
     if "ece" in comparison.shown and comparison.primary != "ece":
-        out.append(section("Calibration", comparison.shown["ece"].meaning, dot_plot("ece")))
+        out.append(section(f"Calibration{suffix}", comparison.shown["ece"].meaning, dot_plot("ece")))
     return out
 
 

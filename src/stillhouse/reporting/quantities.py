@@ -75,6 +75,24 @@ _KNOWN = {
     ),
     "latency_ms": Quantity("Latency", "ms", 1, None, -1, "Median time of one prediction, one sample at a time (one CPU thread, or the GPU)."),
     "file_bytes": Quantity("File size", "B", 1, None, -1, "What the saved product takes on disk, in bytes.", prefixes=True),
+    "step_relative": Quantity(
+        "Step",
+        "×",
+        1,
+        2,
+        -1,
+        "Time of a training step (CPU time on a CPU; without the optimiser), as a multiple of the reference's in the same group.",
+    ),
+    "step_memory_relative": Quantity(
+        "Step memory", "×", 1, 2, -1, "The most that a training step holds beyond what was held before, as a multiple of the reference's."
+    ),
+    "step_ms": Quantity("Step time", "ms", 1, None, -1, "Time of a training step (CPU time on a CPU; without the optimiser)."),
+    "step_ratio": Quantity(
+        "Step / plain", "×", 1, 2, -1, "Time of a training step over a plain cross-entropy step of the same student, taken in turns."
+    ),
+    "step_bytes": Quantity(
+        "Step memory", "B", 1, None, -1, "The most that torch holds at a time in a training step, beyond what it held before.", True
+    ),
     "train_seconds": Quantity("Training time", "s", 1, None, -1, "Wall-clock time of the training."),
     "run_seconds": Quantity(
         "Whole run", "s", 1, None, -1, "Wall-clock time of the whole run, with its teacher's training where that was not already there."

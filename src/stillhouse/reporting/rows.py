@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from stillhouse.errors import UserError, unknown
 from stillhouse.evaluation.statistics import Difference, mean, paired_difference, standard_deviation
 from stillhouse.reporting.page import Cell
 from stillhouse.reporting.quantities import Quantity, in_reading_order, quantity
+
+MORE_TELLING = {"step_relative": ("step_ms", "step_ratio"), "step_memory_relative": ("step_bytes",)}
+"""Figures that are not shown where a more telling one is there."""
 
 
 @dataclass(frozen=True)
@@ -21,6 +24,7 @@ class Row:
     seeds: tuple[int, ...]
     figures: dict[str, list[float]]
     gain: Difference | None
+    group: str | None = None  # where a comparison has several, such as students: the baseline is the group's own
 
     def values(self, name: str) -> list[float]:
         """The values of a figure over the seeds that have it."""
@@ -39,13 +43,22 @@ class Comparison:
     teacher: Row | None
     note: str
 
+    @property
+    def groups(self) -> list[str]:
+        """Names of the groups in the order of the rows; empty where there is one comparison only."""
+        return list(dict.fromkeys(row.group for row in self.rows if row.group is not None))
+
+    def only(self, group: str) -> Comparison:
+        """The comparison within one group, as if there were no other."""
+        return replace(self, rows=[replace(row, group=None) for row in self.rows if row.group == group])
+
     def headers(self) -> list[str]:
         """Titles of the table's columns, with units."""
         headers = [q.header for q in self.shown.values()]
         if self.baseline is not None:
             unit = self.shown[self.primary].difference_unit
             headers.insert(1, f"Gain over {self.baseline}" + (f" ({unit})" if unit else ""))
-        return ["Method", *headers]
+        return ["Method", *(["Group"] if self.groups else []), *headers]
 
     def cells(self) -> list[list[Cell]]:
         """The table, a list of cells for each row; the teacher, where there is one, comes last."""
@@ -56,7 +69,7 @@ class Comparison:
         if self.baseline is not None:
             is_baseline = row.label == self.baseline and row is not self.teacher
             cells.insert(1, Cell("baseline", 0.0) if is_baseline else _gain_cell(self.shown[self.primary], row.gain))
-        return [Cell(row.label), *cells]
+        return [Cell(row.label), *([Cell(row.group or "–")] if self.groups else []), *cells]
 
 
 def compare(results: Mapping[str, Any]) -> Comparison:
@@ -65,7 +78,8 @@ def compare(results: Mapping[str, Any]) -> Comparison:
     Args:
         results: `rows`, each with `label`, `seeds` and `metrics` (name -> a value per seed; None where a seed failed), and where known `title`, `slug`,
             `baseline` (a row's label), `teacher` (`label`, `metrics`: name -> value), `primary` (the figure to compare by; default `accuracy`,
-            or the first that there is).
+            or the first that there is), and `reference` (the row whose step is the unit of the relative costs). Rows may have a `group`: a row is
+            compared with the baseline of its own.
 
     Raises:
         UserError: no rows, no figures, a baseline or primary figure that is not there, or not as many values as seeds.
@@ -74,22 +88,24 @@ def compare(results: Mapping[str, Any]) -> Comparison:
     if not given:
         raise UserError("There is nothing to compare: the results have no rows.")
     figures = [_figures_by_seed(row) for row in given]
-    names = in_reading_order({n for f in figures for n, by_seed in f.items() if any(not math.isnan(v) for v in by_seed.values())})
-    primary = results.get("primary") or ("accuracy" if "accuracy" in names or not names else names[0])
+    names = {n for f in figures for n, by_seed in f.items() if any(not math.isnan(v) for v in by_seed.values())}
+    primary = results.get("primary") or ("accuracy" if "accuracy" in names or not names else in_reading_order(names)[0])
     if primary not in names:
-        raise unknown("figure in these results", primary, names)
+        raise unknown("figure in these results", primary, in_reading_order(names))
     baseline = results.get("baseline")
     labels = [row["label"] for row in given]
     if baseline is not None and baseline not in labels:
         raise unknown("row for the baseline", baseline, labels)
 
-    against = figures[labels.index(baseline)].get(primary, {}) if baseline is not None else {}
+    names -= {hidden for n, less in MORE_TELLING.items() if n in names for hidden in less}
+    against = {row.get("group"): f.get(primary, {}) for label, row, f in zip(labels, given, figures) if label == baseline}
     rows = [
         Row(
             label,
             tuple(row["seeds"]),
-            {n: list(by_seed.values()) for n, by_seed in f.items()},
-            None if label == baseline else _gain(f.get(primary, {}), against, quantity(primary)),
+            {n: list(by_seed.values()) for n, by_seed in f.items() if n in names},
+            None if label == baseline else _gain(f.get(primary, {}), against.get(row.get("group"), {}), quantity(primary)),
+            row.get("group"),
         )
         for label, row, f in zip(labels, given, figures)
     ]
@@ -99,12 +115,20 @@ def compare(results: Mapping[str, Any]) -> Comparison:
     return Comparison(
         title=results.get("title") or results.get("slug") or "Comparison",
         primary=primary,
-        shown={n: quantity(n, max((abs(v) for row in every for v in row.values(n)), default=0.0)) for n in sorted(names, key=lambda n: n != primary)},
+        shown={
+            n: _named(quantity(n, max((abs(v) for row in every for v in row.values(n)), default=0.0)), results.get("reference"))
+            for n in sorted(in_reading_order(names), key=lambda n: n != primary)
+        },
         rows=rows,
         baseline=baseline,
         teacher=teacher,
         note=_note(rows, baseline),
     )
+
+
+def _named(shown: Quantity, reference: str | None) -> Quantity:
+    """A multiple with the name of what it is a multiple of."""
+    return replace(shown, unit=f"× {reference}") if shown.unit == "×" and reference and "reference" in shown.meaning else shown
 
 
 def _figures_by_seed(row: Mapping[str, Any]) -> dict[str, dict[int, float]]:
