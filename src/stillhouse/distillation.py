@@ -227,7 +227,17 @@ class Distillation(nn.Module):
     # ---- hooks of the engine ---------------------------------------------------------------------------------------------------------------
 
     def prepare(self, ctx: Context) -> None:
-        """Once before training."""
+        """Once before training.
+
+        Raises:
+            UserError: an objective that needs labels over data of which some have none (class id -1), or what an objective raises.
+        """
+        readers = [e.label for e in self.entries if "label" in e.objective.needs]
+        missing = _unlabelled(ctx) if readers else 0
+        if missing:
+            raise UserError(
+                f"The objective '{readers[0]}' needs labels, but {missing:,} training samples have none (label -1); leave them out, or use only objectives without labels, such as kd."
+            )
         for entry in self.entries:
             entry.objective.prepare(ctx)
 
@@ -321,6 +331,15 @@ class Distillation(nn.Module):
             if reader is not None and reader.paths:
                 out[name] = reader.paths
         return {k: v for k, v in out.items() if v}
+
+
+def _unlabelled(ctx: Context) -> int:
+    """How many training samples have the class id -1; 0 where labels are not known beforehand."""
+    try:
+        labels = ctx.labels("train")
+    except UserError:
+        return 0
+    return int((labels == -1).sum()) if labels.ndim == 1 and not labels.is_floating_point() else 0
 
 
 def first_samples(batch: Batch, n: int) -> Batch:
