@@ -1,0 +1,1 @@
+"""Procedures for graphs: networks on them taught to students without one, and small graphs in place of large ones."""
