@@ -8,135 +8,24 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from pydantic import ValidationError
-from torch import Tensor, nn
+from torch import nn
 
 from stillhouse.data.corpus import Records, TextOptions, read
-from stillhouse.data.dataset import BatchKey
 from stillhouse.data.source import digest, find_root
 from stillhouse.data.split import balanced
-from stillhouse.data.tokenizer import encode, identity, size, tokenizer
+from stillhouse.data.token_dataset import IGNORE, Ragged, Rows, TokenDataset, packed, taken
+from stillhouse.data.tokenizer import decoder_start, encode, identity, size, tokenizer
 from stillhouse.errors import UserError, unknown
-from stillhouse.randomness import key as keys
-from stillhouse.randomness import uniforms
 from stillhouse.recipe import DataSpec, ModelSpec, TeacherSpec, spell
-from stillhouse.signals import Batch
 
-IGNORE = -100
 SPLITS = ("train", "holdout", "val", "test")
-
-
-@dataclass(frozen=True)
-class Ragged:
-    """Rows of different lengths: row i is `values[starts[i]:starts[i + 1]]`."""
-
-    values: np.ndarray  # (T,) int64
-    starts: np.ndarray  # (N + 1,) int64
-
-    @classmethod
-    def of(cls, rows: Sequence[Sequence[int] | np.ndarray]) -> Ragged:
-        starts = np.cumsum([0, *map(len, rows)], dtype=np.int64)
-        return cls(np.concatenate([np.asarray(r, np.int64) for r in rows]) if rows else np.zeros(0, np.int64), starts)
-
-    def __len__(self) -> int:
-        return len(self.starts) - 1
-
-    @property
-    def lengths(self) -> np.ndarray:
-        return np.diff(self.starts)
-
-    def padded(self, rows: np.ndarray, fill: int) -> Tensor:
-        """(B, L) int64 of these rows, L the longest of them, filled at the end."""
-        lengths = self.lengths[rows]
-        inside = np.arange(max(int(lengths.max()), 1))[None, :] < lengths[:, None]
-        out = np.full(inside.shape, fill, np.int64)
-        at = (self.starts[rows][:, None] + np.arange(inside.shape[1])[None, :])[inside]
-        out[inside] = self.values[at]
-        return torch.from_numpy(out)
-
-
-@dataclass
-class Rows:
-    """What a split is made of: `inputs`, and where the task has them `labels` (tokens), `positions` (packed rows), `classes` (N,)."""
-
-    inputs: Ragged
-    labels: Ragged | None = None
-    positions: Ragged | None = None
-    classes: np.ndarray | None = None
-
-    @property
-    def identity(self) -> str:
-        parts = [p for r in (self.inputs, self.labels, self.positions) for p in ((r.values, r.starts) if r is not None else (None,))]
-        return digest(*parts, self.classes)
-
-
-class TokenDataset:
-    """The rows of a split; makes batches as a function of (seed, epoch, indices)."""
-
-    def __init__(self, rows: Rows, bundle: TextBundle) -> None:
-        self.rows, self.bundle = rows, bundle
-
-    def __len__(self) -> int:
-        return len(self.rows.inputs)
-
-    def labels(self) -> Tensor:
-        """(n,) classes, in index order. Raises `UserError` for tokens, of which a sample has many."""
-        if self.rows.classes is None:
-            raise UserError("A sample of a language model's data has no class: objectives that look at classes need data.options.task: classify.")
-        return torch.from_numpy(self.rows.classes)
-
-    def __getitem__(self, index: int) -> Batch:
-        """One sample, as a training step of seed 0 and epoch 0 would see it."""
-        made = self.batch(BatchKey(0, np.array([index % len(self)]), 0, 1), 0)
-        return {"input": {k: v[0] for k, v in made["input"].items()}, "label": made["label"][0], "index": made["index"][0]}
-
-    def batch(self, key: BatchKey, seed: int) -> Batch:
-        """`input` (a mapping that transformers models take), `label` (B, L), or (B,) of classes, `index` (B,)."""
-        which = key.indices[key.start : key.stop]
-        rows, tokens, task = self.rows, self.bundle.tokenizer, self.bundle.task
-        x = {"input_ids": rows.inputs.padded(which, tokens.pad_token_id)}
-        lengths = torch.from_numpy(rows.inputs.lengths[which])
-        inside = torch.arange(x["input_ids"].shape[1])[None, :] < lengths[:, None]
-        if rows.positions is not None:
-            x["position_ids"] = _packed_positions(rows.positions.padded(which, -1), inside)
-        elif not bool(inside.all()) or task != "causal":
-            x["attention_mask"] = inside.to(torch.int64)
-        if rows.classes is not None:
-            label = torch.from_numpy(rows.classes[which])
-        elif task == "masked":
-            x["input_ids"], label = self._masked(x["input_ids"], inside, which, key.epoch, seed)
-        else:
-            assert rows.labels is not None
-            label = rows.labels.padded(which, IGNORE)
-        if task == "seq2seq":
-            x["decoder_input_ids"] = shifted_right(label, tokens.pad_token_id, self.bundle.decoder_start)
-        return {"input": x, "label": label, "index": torch.from_numpy(which)}
-
-    def _masked(self, ids: Tensor, inside: Tensor, which: np.ndarray, epoch: int, seed: int) -> tuple[Tensor, Tensor]:
-        """Of the tokens drawn (at least one a sample), 80 % become the mask, 10 % any token, 10 % stay. BERT, arXiv 1810.04805, section 3.1."""
-        draws = torch.from_numpy(uniforms(keys(seed, "mask", epoch), which, 3 * ids.shape[1])).view(3, len(which), -1)
-        first = draws[0].masked_fill(~inside, 2.0)
-        drawn = inside & (first <= torch.maximum(first.amin(1, keepdim=True), torch.tensor(self.bundle.options.masked_share, dtype=first.dtype)))
-        tokens, mask = size(self.bundle.tokenizer), self.bundle.tokenizer.mask_token_id
-        out = torch.where(drawn & (draws[1] < 0.8), mask, ids)
-        out = torch.where(drawn & (draws[1] >= 0.9), (draws[2] * tokens).to(torch.int64), out)
-        return out, ids.masked_fill(~drawn, IGNORE)
-
-
-def shifted_right(label: Tensor, pad: int, start: int) -> Tensor:
-    """What a decoder reads: `start`, then the labels (B, L) but the last, with `pad` where they are -100."""
-    return torch.cat([torch.full_like(label[:, :1], start), label[:, :-1].masked_fill(label[:, :-1] == IGNORE, pad)], 1)
-
-
-def _packed_positions(positions: Tensor, inside: Tensor) -> Tensor:
-    """Positions that begin at 0 with each sample; padding at a row's end is a sample of its own, so that it sees nothing else."""
-    padding = (~inside).cumsum(1) - 1
-    return torch.where(inside, positions, padding)
 
 
 @dataclass
@@ -184,11 +73,10 @@ class TextBundle:
     def context(self) -> int:
         return self.options.context
 
-    @property
+    @cached_property
     def decoder_start(self) -> int:
         """The id that a decoder begins with."""
-        tokens = self.tokenizer
-        return next(i for i in (tokens.bos_token_id, tokens.eos_token_id, tokens.pad_token_id) if i is not None)
+        return decoder_start(self.options.tokenizer, self.tokenizer) if self.task == "seq2seq" else 0
 
     def has(self, split: str) -> bool:
         """Whether there is such a split. Raises `UserError` for a word that is no split's."""
@@ -200,7 +88,7 @@ class TextBundle:
         """A split's rows. Raises `UserError` for a split that is not there."""
         if not self.has(split):
             raise UserError(f"The data set '{self.name}' has no {split} split" + (f"; set data.{split}." if split in ("val", "holdout") else "."))
-        return TokenDataset(self.splits[split], self)
+        return TokenDataset(self.splits[split], self.task, self.tokenizer, self.decoder_start, self.options.masked_share)
 
     def model(self, spec: ModelSpec) -> nn.Module:
         """A network for this task and vocabulary."""
@@ -253,7 +141,12 @@ def load(spec: DataSpec, data_root: str | Path | None = None) -> TextBundle:
     classes = sorted({str(r["label"]) for r in found["train"]}) if task == "classify" else []
     parts = {split: _rows(records, task, tokens, options, classes, f"{spec.name} ({split})") for split, records in found.items()}
     return TextBundle(
-        spec.name, task, options, tokens, classes, {n: _packed(r, options) for n, r in _cut(parts, spec, "stream" in found["train"][0]).items()}
+        spec.name,
+        task,
+        options,
+        tokens,
+        classes,
+        {n: packed(r, options.context) if options.pack else r for n, r in _cut(parts, spec, "stream" in found["train"][0]).items()},
     )
 
 
@@ -359,15 +252,6 @@ def _refuse(wrong: np.ndarray, refuse: bool, where: str, what: str, remedy: str)
         raise UserError(f"{where}: sample {int(np.flatnonzero(wrong)[0])}{more} {what}; {remedy}.")
 
 
-def _take(rows: Rows, which: np.ndarray) -> Rows:
-    def part(r: Ragged | None) -> Ragged | None:
-        return None if r is None else Ragged.of([r.values[r.starts[i] : r.starts[i + 1]] for i in which])
-
-    inputs = part(rows.inputs)
-    assert inputs is not None
-    return Rows(inputs, part(rows.labels), part(rows.positions), None if rows.classes is None else rows.classes[which])
-
-
 def _cut(parts: dict[str, Rows], spec: DataSpec, stream: bool) -> dict[str, Rows]:
     """Splits and subsets, as functions of data.seed: a tenth for testing where there is no test split, `size`, `test_size`, `val`, `holdout`."""
     train = parts["train"]
@@ -375,11 +259,11 @@ def _cut(parts: dict[str, Rows], spec: DataSpec, stream: bool) -> dict[str, Rows
     def drawn(rows: Rows, count: int, what: str) -> np.ndarray:
         return balanced(np.zeros(len(rows.inputs), np.int64) if rows.classes is None else rows.classes, count, spec.seed, what)
 
-    def split(rows: Rows, taken: np.ndarray, what: str) -> tuple[Rows, Rows]:
-        rest = np.setdiff1d(np.arange(len(rows.inputs)), taken)
-        if not len(taken) or not len(rest):
+    def split(rows: Rows, chosen: np.ndarray, what: str) -> tuple[Rows, Rows]:
+        rest = np.setdiff1d(np.arange(len(rows.inputs)), chosen)
+        if not len(chosen) or not len(rest):
             raise UserError(f"The data set '{spec.name}' has {len(rows.inputs)} training samples, too few to take a {what} split from.")
-        return _take(rows, taken), _take(rows, rest)
+        return taken(rows, chosen), taken(rows, rest)
 
     out = dict(parts)
     if "test" not in out:
@@ -387,9 +271,9 @@ def _cut(parts: dict[str, Rows], spec: DataSpec, stream: bool) -> dict[str, Rows
         last = np.arange(len(train.inputs) - count, len(train.inputs))
         out["test"], train = split(train, last if stream else drawn(train, count, "test"), "test")
     if spec.size is not None:
-        train = _take(train, drawn(train, spec.size, "size"))
+        train = taken(train, drawn(train, spec.size, "size"))
     if spec.test_size is not None:
-        out["test"] = _take(out["test"], drawn(out["test"], spec.test_size, "test_size"))
+        out["test"] = taken(out["test"], drawn(out["test"], spec.test_size, "test_size"))
     everything = len(train.inputs)
     for name, share in (("val", spec.val if "val" not in out else 0.0), ("holdout", spec.holdout)):
         if share:
@@ -397,19 +281,3 @@ def _cut(parts: dict[str, Rows], spec: DataSpec, stream: bool) -> dict[str, Rows
     if not len(train.inputs):
         raise UserError(f"The data set '{spec.name}' holds no training samples.")
     return {**out, "train": train}
-
-
-def _packed(rows: Rows, options: TextOptions) -> Rows:
-    """Samples joined in their order into rows of at most `context` tokens, with positions that begin anew at each."""
-    if not options.pack or rows.labels is None or not len(rows.inputs):
-        return rows
-    row, used, fills = [], 0, []
-    for length in rows.inputs.lengths.tolist():
-        if used + length > options.context and used:
-            fills.append(used)
-            used = 0
-        row.append(len(fills))
-        used += length
-    starts = np.cumsum([0, *fills, used], dtype=np.int64)
-    positions = np.arange(len(rows.inputs.values)) - np.repeat(rows.inputs.starts[:-1], rows.inputs.lengths)
-    return Rows(Ragged(rows.inputs.values, starts), Ragged(rows.labels.values, starts), Ragged(positions.astype(np.int64), starts))

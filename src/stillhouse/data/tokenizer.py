@@ -57,6 +57,20 @@ def size(tokens: Any) -> int:
     return max(tokens.get_vocab().values()) + 1
 
 
+def decoder_start(name: str, tokens: Any) -> int:
+    """The id that a decoder begins with: that of the model which the tokenizer `hf:NAME` comes with, else the beginning of a text."""
+    if name.startswith("hf:"):
+        from transformers import AutoConfig
+
+        try:
+            given = getattr(AutoConfig.from_pretrained(name.removeprefix("hf:")), "decoder_start_token_id", None)
+        except (OSError, ValueError):  # a folder of a tokenizer alone
+            given = None
+        if given is not None:
+            return int(given)
+    return next(int(i) for i in (tokens.bos_token_id, tokens.eos_token_id, tokens.pad_token_id) if i is not None)
+
+
 def identity(tokens: Any) -> str:
     """A hash of the vocabulary: tokens by id, and which of them are special."""
     return digest(sorted(tokens.get_vocab().items(), key=lambda kv: kv[1]), sorted(map(str, tokens.special_tokens_map.items())))

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from stillhouse.data.tokenizer import encode, size, tokenizer
 from stillhouse.errors import UserError, unknown
+from stillhouse.evaluation.mode import evaluating
 from stillhouse.functional.vocabularies import Mapped, mapped
 from stillhouse.recipe import ModelSpec
 from stillhouse.signals import read_logits
@@ -49,11 +50,10 @@ def build(spec: ModelSpec, bundle: TextBundle) -> nn.Module:
         if spec.model.startswith("hf:config:"):
             tokens = bundle.tokenizer
             options.setdefault("vocab_size", size(tokens))
+            plain = _plain_config(spec.model.removeprefix("hf:config:"))
             for name in SPECIAL:
-                if getattr(tokens, name) is not None:
+                if getattr(tokens, name) is not None and hasattr(plain, name):
                     options.setdefault(name, getattr(tokens, name))
-            if bundle.task == "seq2seq":
-                options.setdefault("decoder_start_token_id", bundle.decoder_start)
     model = any_model(spec.model_copy(update={"options": options}), bundle.num_classes, None)
     config = getattr(model, "config", None)
     rows = getattr(config, "vocab_size", None)
@@ -65,7 +65,41 @@ def build(spec: ModelSpec, bundle: TextBundle) -> nn.Module:
     positions = getattr(config, "max_position_embeddings", None)
     if isinstance(positions, int) and 0 < positions < bundle.context:
         raise UserError(f"data.options.context is {bundle.context}, but '{spec.model}' reads at most {positions} tokens; lower it.")
+    if bundle.task == "seq2seq":
+        _start(model, bundle.decoder_start, spec.model)
+    if bundle.options.pack and bundle.task == "causal" and not keeps_apart(model):
+        raise UserError(
+            f"'{spec.model}' lets packed samples see each other (its attention takes no note of position_ids); set data.options.pack: false."
+        )
     return model
+
+
+def _start(model: nn.Module, start: int, name: str) -> None:
+    """Settle the id that a decoder begins with; a trained decoder has one already."""
+    given = getattr(model.config, "decoder_start_token_id", None)
+    if given is None:
+        model.config.decoder_start_token_id = model.generation_config.decoder_start_token_id = start
+    elif given != start:
+        raise UserError(
+            f"'{name}' begins to write with token {given}, but the data with {start}; take its own tokenizer (data.options.tokenizer: hf:NAME)."
+        )
+
+
+def _plain_config(kind: str) -> Any:
+    import transformers
+
+    return transformers.AutoConfig.for_model(kind) if kind in transformers.CONFIG_MAPPING else None
+
+
+@torch.no_grad()
+def keeps_apart(model: nn.Module) -> bool:
+    """Whether a causal model reads two samples packed in one row as it reads each alone; tried on six tokens."""
+    device = next(model.parameters()).device
+    ids, positions = torch.tensor([[1, 2, 3, 3, 1, 2]], device=device), torch.tensor([[0, 1, 2, 0, 1, 2]], device=device)
+    with evaluating(model):
+        together = read_logits(model(input_ids=ids, position_ids=positions, use_cache=False))[:, 3:]
+        alone = read_logits(model(input_ids=ids[:, 3:], use_cache=False))
+    return torch.allclose(together, alone, rtol=1e-3, atol=1e-3 * float(alone.abs().max()))
 
 
 def own_tokenizer(name: str) -> Any:
@@ -191,7 +225,8 @@ class Language:
     @torch.no_grad()
     def predict(self, texts: Sequence[str]) -> list[dict[str, Any]]:
         """`label` and `probs` (by class name) of each text. Raises `UserError` for a model that is no classifier, or a text beyond the context."""
-        from stillhouse.data.text import Ragged, marks
+        from stillhouse.data.text import marks
+        from stillhouse.data.token_dataset import Ragged
 
         if self.task != "classify":
             raise UserError(f"This product is a {self.task} model, which does not classify; use generate.")
