@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 
 import stillhouse
 from stillhouse import cli
@@ -119,6 +120,36 @@ def test_bench_compares_resumes_and_writes_evidence(command, recipe_file):
     code, _, err = command(*arguments)
     assert code == 0 and "[1/" not in err, "what is done is kept"
     assert command("report", "b")[0] == 0
+
+
+def test_bench_runs_every_variant_in_every_group_and_compares_within_it(command, recipe_file):
+    small, large = {"model": "stillhouse:mlp", "options": {"widths": [4]}}, {"model": "stillhouse:mlp", "options": {"widths": [64]}}
+    recipe = yaml.safe_load(QUICK)
+    recipe |= {"groups": {"student": {"small": small, "large": large}}, "evaluate": ["accuracy", "cost", "step"]}
+    recipe["variants"] = {"kd": {}, "alone": {"teacher": None, "objectives": ["ce"]}}
+    arguments = ["bench", recipe_file(yaml.safe_dump(recipe)), "--seeds", "0,1", "--cpu", "--out", "b"]
+    code, out, err = command(*arguments)
+    assert code == 0 and "[8/8]" in err and "Group" in out
+    results = json.loads(Path("b/results.json").read_text())
+    rows = {(r["label"], r["group"]): r["metrics"] for r in results["rows"]}
+    assert set(rows) == {(v, g) for v in ("kd", "alone") for g in ("small", "large")} and results["reference"] == "kd"
+    assert rows["kd", "large"]["parameters"] > rows["kd", "small"]["parameters"]
+    for group in ("small", "large"):
+        of_kd = rows["kd", group]
+        assert sum(of_kd["step_relative"]) == pytest.approx(2.0), "the reference is its own unit: two seeds around their median"
+        assert rows["alone", group]["step_memory_relative"][0] == pytest.approx(rows["alone", group]["step_bytes"][0] / of_kd["step_bytes"][0], rel=0.2)
+    report = Path("b/report.html").read_text()
+    assert "At a glance · small" in report and "seed by seed · large" in report and "Step (× kd)" in report
+
+
+def test_bench_on_ray_gives_the_figures_of_one_process(command, recipe_file):
+    pytest.importorskip("ray", reason="ray is not installed (the extra `ray`)")
+    found = []
+    for more in ([], ["--engine", "ray"]):
+        assert command("bench", recipe_file(QUICK), "--seeds", "0", "--cpu", "--out", f"b{len(found)}", *more)[0] == 0
+        results = json.loads(Path(f"b{len(found)}/results.json").read_text())
+        found.append({r["label"]: (r["metrics"]["accuracy"], r["metrics"]["nll"]) for r in results["rows"]})
+    assert found[0] == found[1]
 
 
 def test_help_and_methods_do_not_import_torch_and_answer_in_time():
