@@ -31,14 +31,14 @@ def counted(batch: Batch, shape: torch.Size | tuple[int, ...], ignore_index: int
     Raises:
         UserError: a mask of another shape.
     """
-    mask = batch.get("mask")
+    mask: Tensor | None = batch.get("mask")
     if mask is not None:
         if mask.shape != torch.Size(shape):
             raise UserError(
                 f"The batch's mask has shape {tuple(mask.shape)}, but the logits score positions of shape {tuple(shape)}; they must be equal."
             )
         return mask.bool()
-    label = batch.get("label")
+    label: Tensor | None = batch.get("label")
     if label is None or label.is_floating_point() or label.shape != torch.Size(shape):
         return None
     return label != ignore_index
