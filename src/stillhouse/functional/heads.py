@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from stillhouse.errors import UserError
 from stillhouse.functional.token_losses import Reduction
+from stillhouse.signals import Signals
 
 CHUNK = 2**25
 """Numbers that the working memory of a chunk holds: 128 MiB in float32."""
@@ -33,6 +34,18 @@ class Head:
     def detach(self) -> Head:
         """The same outside autograd (no copy)."""
         return Head(self.hidden.detach(), self.weight.detach(), None if self.bias is None else self.bias.detach())
+
+
+def head_of(signals: Signals, owner: str) -> Head:
+    """The head of a network that gives no logits: its taps `hidden` (..., D), `output_weight` (V, D) and, where it has one, `output_bias` (V,).
+
+    Raises:
+        UserError: a tap is missing.
+    """
+    try:
+        return Head(signals.taps["hidden"], signals.taps["output_weight"], signals.taps.get("output_bias"))
+    except KeyError as missing:
+        raise UserError(f"The {owner} gives neither logits nor the tap {missing}; chunked losses need `hidden` and `output_weight`.") from None
 
 
 def in_chunks(

@@ -60,19 +60,23 @@ def token_mean(rows: Tensor, mask: Tensor | None = None, count: Tensor | float |
     return total / count
 
 
-def step_count(batch: Batch, mask: Tensor | None, tokens: int) -> Tensor | float:
+def step_count(batch: Batch, rows: Tensor, mask: Tensor | None = None, share: bool = True) -> Tensor:
     """What the sum over a batch is divided by so that the mean is over all tokens of the optimiser step.
 
-    `batch["token_count"]`, where a loop that accumulates gives it; else the tokens that count here. Over several processes whose gradients are averaged:
-    the mean of that number over them, so that every token weighs the same wherever it lies.
+    `batch["token_count"]`, where a loop that accumulates gives it; else the tokens that count here.
+
+    Args:
+        rows: (...,) one value a token.
+        mask: (...,) True where it counts; default: all.
+        share: over several processes, whose gradients are averaged, take the mean of their numbers, so that every token weighs the same wherever it
+            lies. Every process must then call this.
     """
-    count = batch.get("token_count", tokens if mask is None else mask.sum())
-    if not dist.is_available() or not dist.is_initialized() or dist.get_world_size() == 1:
-        return count.clamp_min(1) if isinstance(count, Tensor) else max(count, 1)
-    device = mask.device if mask is not None else count.device if isinstance(count, Tensor) else batch["label"].device
-    shared = torch.as_tensor(count, device=device).float().reshape(1)  # a copy: the batch's own number stays as it is
-    dist.all_reduce(shared)
-    return (shared[0] / dist.get_world_size()).clamp_min(1)
+    given = batch.get("token_count", rows.numel() if mask is None else mask.sum())
+    count = torch.as_tensor(given, device=rows.device).float().reshape(1).clone()
+    if share and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+        dist.all_reduce(count)
+        count = count / dist.get_world_size()
+    return count[0].clamp_min(1)
 
 
 # ---- divergences ---------------------------------------------------------------------------------------------------------------------------
