@@ -238,7 +238,14 @@ class Run:
             return past
         if spec.peer is not None:
             return CoTrained(self.model(spec.peer, data, role=name), embedding=spec.peer.embedding)
-        students, seed, data = data, spec.seed or 0, spec.data or data
+        model, bundle = self.network(name, spec, data), self.data(data)
+        if hasattr(bundle, "teacher"):  # text: the teacher's tokens in the student's order
+            model = bundle.teacher(model, spec, self.data(spec.data or data))
+        return Frozen(model, embedding=spec.embedding, name=name)
+
+    def network(self, name: str, spec: TeacherSpec, data: DataSpec) -> nn.Module:
+        """The network of a live teacher with its weights, trained first where it has none."""
+        seed, data = spec.seed or 0, spec.data or data
         model = self.model(spec.network, data, role="teacher", seed=seed)
         if spec.train is not None and spec.checkpoint is None and not spec.pretrained:
             trained = self.trained("teacher", model, spec.network, spec.train, data, seed)
@@ -248,10 +255,7 @@ class Run:
             raise UserError(
                 f"The teacher '{name}' ({spec.model}) has no weights: give it a `checkpoint`, `pretrained: true`, or `train:` to train it first."
             )
-        bundle = self.data(students)
-        if hasattr(bundle, "teacher"):
-            model = bundle.teacher(model, spec, self.data(data))
-        return Frozen(model, embedding=spec.embedding, name=name)
+        return model
 
     def trained(self, stage: str, model: nn.Module, spec: ModelSpec, train: TrainSpec, data: DataSpec, seed: int) -> dict[str, Any]:
         """A network trained alone with cross-entropy, as a shared stage: {"weights": tensors, "figures": test figures}."""

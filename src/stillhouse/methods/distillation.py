@@ -102,6 +102,14 @@ class GeneralDistillation(Method[Config]):
             reader.close()
         return out
 
+    def teachers(self, config: Config, run: Run) -> dict[str, Any]:
+        """The teachers by name."""
+        return {name: run.teacher(name, spec, config.data) for name, spec in config.all_teachers.items()}
+
+    def loader(self, config: Config, run: Run) -> Any:
+        """The student's training batches."""
+        return run.loader(config.data, "train", config.train.batch_size, train=True)
+
     def module(self, config: Config, run: Run, student: Any, teachers: dict[str, Any]) -> Distillation:
         """What is trained."""
         objectives = [objective_from_spec(o) for o in config.objectives]
@@ -109,13 +117,13 @@ class GeneralDistillation(Method[Config]):
         return Distillation(student, teachers, objectives, seed=run.seed, embedding=config.student.embedding, vocabulary=vocabulary)
 
     def run(self, config: Config, run: Run) -> Student:
-        teachers = {name: run.teacher(name, spec, config.data) for name, spec in config.all_teachers.items()}
+        teachers = self.teachers(config, run)
         student = run.model(config.student, config.data)
         module = self.module(config, run, student, teachers)
         check = run.validation(config.data)
         if config.train.best is not None and check is None:
             raise UserError("train.best needs data to judge by: set data.val or data.holdout to a share above 0.")
-        train, splits = run.loader(config.data, "train", config.train.batch_size, train=True), run.splits(config.data)
+        train, splits = self.loader(config, run), run.splits(config.data)
         fitted = run.fit(
             "student",
             module,
