@@ -127,6 +127,7 @@ def bench(
     *,
     baseline: str | None = None,
     reference: str | None = None,
+    primary: str | None = None,
     sets: Sequence[str] = (),
     data_root: str | None = None,
     cpu: bool = False,
@@ -143,6 +144,7 @@ def bench(
         baseline: the row that others are compared with; default: `alone`, `ce`, or the first row.
         reference: the row whose training step is the unit of the others' cost, where recipes measure it (`evaluate: [step]`); default: `kd`, or
             the baseline.
+        primary: the figure that rows are compared by; default: `accuracy`, or the first that there is.
         engine: `local` (this process; with `jobs` > 1, so many processes) or `ray`.
     """
     labels = [r.label for r in rows]
@@ -157,7 +159,8 @@ def bench(
     for number, job in enumerate(_finished(todo, engine, jobs, live), 1):
         if after is not None:
             after(job, number, len(todo))
-    return collect(every, baseline, slug or rows[0].recipe.stem, reference)
+    results = collect(every, baseline, slug or rows[0].recipe.stem, reference)
+    return results if primary is None else {**results, "primary": primary}
 
 
 def _finished(todo: Sequence[Job], engine: str, jobs: int, live: Any) -> Iterator[Job]:

@@ -164,6 +164,10 @@ def bench(
             help="The row whose training step is the unit of cost, where recipes measure it (evaluate: [step]); default: kd, or the baseline."
         ),
     ] = None,
+    primary: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(help="The figure that rows are compared by, such as nll; default: accuracy, or the first that there is."),
+    ] = None,
     out: Annotated[Optional[Path], typer.Option(help="Folder of the runs; default: runs/bench-NAME.")] = None,  # noqa: UP045
     evidence: Annotated[Optional[Path], typer.Option(help="Also write the results as JSON here.")] = None,  # noqa: UP045
     set_: Sets = None,
@@ -190,6 +194,7 @@ def bench(
         folder,
         baseline=baseline,
         reference=reference,
+        primary=primary,
         sets=set_ or [],
         data_root=data_root,
         cpu=cpu,
@@ -226,6 +231,36 @@ def _seeds(text: str) -> list[int]:
         return [int(s) for s in text.split(",")]
     except ValueError:
         raise UserError(f"--seeds takes whole numbers separated by commas, such as 0,1,2; given: '{text}'.") from None
+
+
+@app.command(epilog="Example: stillhouse cache recipes/classification/kd.yaml --out stores/kd --top 5 --precision fp16 --views 15")
+def cache(
+    recipe: Recipe,
+    out: Annotated[Path, typer.Option(help="The store's folder; one that was cut off goes on.", metavar="FOLDER")],
+    top: Annotated[Optional[int], typer.Option(help="Keep the k most probable classes and the mass of the others; default: all.")] = None,  # noqa: UP045
+    precision: Annotated[Optional[str], typer.Option(help="fp32, fp16, bf16 or int8; default: fp32.")] = None,  # noqa: UP045
+    views: Annotated[Optional[int], typer.Option(help="Augmented views of each sample; default: 1.")] = None,  # noqa: UP045
+    embedding: Annotated[bool, typer.Option("--embedding", help="Keep the embedding too.")] = False,
+    tap: Annotated[Optional[list[str]], typer.Option(help="Keep this tap too. May be given several times.")] = None,  # noqa: UP045
+    teacher: Annotated[str, typer.Option(help="Which of the recipe's teachers.")] = "teacher",
+    set_: Sets = None,
+    variant: Annotated[Optional[str], typer.Option(help="One of the recipe's variants.", metavar="NAME")] = None,  # noqa: UP045
+    data_root: DataRoot = None,
+    engine: Annotated[str, typer.Option(help="local (under torchrun: every process takes its share), or ray.")] = "local",
+    jobs: Annotated[int, typer.Option("--jobs", "-j", min=1, help="Workers, with --engine ray.")] = 2,
+    cpu: Cpu = False,
+) -> None:
+    """Keep what a recipe's teacher says of its data. Students then train from the store: teacher: {store: FOLDER}."""
+    from stillhouse import recipe as recipes
+    from stillhouse.live import Bars
+    from stillhouse.store.making import asked, describe, make_for
+
+    config = recipes.load(recipe, variant, set_ or [])
+    given = {"top": top, "precision": precision, "views": views, "embedding": embedding or None, "taps": tap}
+    spec = asked(config, teacher, {k: v for k, v in given.items() if v is not None})
+    make_for(config, teacher, spec, out, engine=engine, jobs=jobs, data_root=data_root, cpu=cpu, live=Bars())
+    if os.environ.get("RANK", "0") == "0":
+        typer.echo(describe(out))
 
 
 @app.command(epilog="Example: stillhouse export runs/nkd_uskd-s0 --to onnx --out student.onnx")

@@ -62,6 +62,14 @@ _KNOWN = {
     "accuracy": Quantity("Accuracy", "%", 100, 2, 1, "Share of test samples whose most probable class is the right one."),
     "accuracy_top5": Quantity("Top-5 accuracy", "%", 100, 2, 1, "Share of test samples whose right class is among the five most probable."),
     "nll": Quantity("NLL", "nats", 1, 3, -1, "Negative log-likelihood: how surprised the model is by the right class, on average; lower is better."),
+    "accuracy_omitted": Quantity("Accuracy, omitted", "%", 100, 2, 1, "Share right among test samples of the classes that the student never saw."),
+    "accuracy_seen": Quantity("Accuracy, seen", "%", 100, 2, 1, "Share right among test samples of the classes that the student was taught."),
+    "perplexity": Quantity(
+        "Perplexity", "", 1, 3, -1, "How many tokens the model hesitates between, on average: exp of the mean loss of a token; lower is better."
+    ),
+    "auc": Quantity("AUC", "%", 100, 2, 1, "Area under the ROC curve: how often a positive is ranked above a negative."),
+    "nmi": Quantity("NMI", "%", 100, 2, 1, "Normalised mutual information of clusters and classes."),
+    "ari": Quantity("ARI", "%", 100, 2, 1, "Adjusted Rand index of clusters and classes; 0 is chance."),
     "ece": Quantity(
         "ECE", "%", 100, 2, -1, "Expected calibration error: how far the model's confidence is from its accuracy; 0 is as sure as it is right."
     ),
