@@ -177,9 +177,9 @@ class Distillation(nn.Module):
                 raise UserError(f"The objective '{entry.label}' reads the teacher '{objective.teacher}'; {there}")
             gives = {g.removesuffix("s") for g in teachers[objective.teacher].gives}
             for want in sorted(wanted):
-                if want.removesuffix("s") not in gives:
+                if want.removesuffix("s") not in gives and not (want == "logits" and "top" in gives and objective.reads_top):
                     raise UserError(
-                        f"The objective '{entry.label}' needs the teacher's {want}, but the teacher '{objective.teacher}' gives only {', '.join(sorted(teachers[objective.teacher].gives))}."
+                        f"The objective '{entry.label}' needs the teacher's {want}, but the teacher '{objective.teacher}' gives only {', '.join(sorted(teachers[objective.teacher].gives))}{getattr(teachers[objective.teacher], 'remedy', '')}."
                     )
         for key in ("label", "index"):
             if key in objective.needs and key not in batch:

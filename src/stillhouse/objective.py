@@ -75,11 +75,13 @@ class Objective(nn.Module):
             `stage:N` (1-based; negative counts from the end) for the model's N-th stage. Set it in `__init__` where it depends on options.
             Checked at start; what is not named is not captured.
         default_weight: the published weight, used where the recipe gives none.
+        reads_top: whether the k most probable classes with the mass of all others (`Signals.top`) will do where `needs` says `"teacher.logits"`.
         teacher: the name of the teacher that it reads.
     """
 
     needs: frozenset[str] = frozenset({"student.logits"})
     default_weight: ClassVar[float] = 1.0
+    reads_top: bool = False
     teacher: str = "teacher"
 
     def build(self, student: Signals, teacher: Signals, batch: Batch) -> None:

@@ -124,8 +124,29 @@ def _shorthand(key: str) -> BeforeValidator:
     return BeforeValidator(lambda v: {key: v} if isinstance(v, str) else v)
 
 
+class StoreSpec(Spec):
+    """What is kept of a teacher's signals, and how (see docs/store.md)."""
+
+    top: int | None = Field(None, ge=1, description="Keep the k most probable classes and the mass of all others; default: full logits.")
+    logits: bool = Field(True, description="Keep class scores; false: only embedding and taps.")
+    embedding: bool = Field(False, description="Keep the embedding.")
+    taps: list[str] = Field(default_factory=list, description="Keep these taps: submodules, or stage:N.")
+    precision: Literal["fp32", "fp16", "bf16", "int8"] = Field("fp32", description="Of what is kept; what rounding costs is recorded.")
+    views: int = Field(1, ge=1, description="Augmented views of each sample; epoch e of a training replays view e mod views.")
+    seed: int = Field(0, description="Of the views: view v of sample i is drawn by the key (seed, v, i).")
+    shard_rows: int | None = Field(None, ge=1, description="Samples of a shard; default: about 64 MB, and at least 16 shards for many samples.")
+
+    @model_validator(mode="after")
+    def _keeps_something(self) -> StoreSpec:
+        if not (self.logits or self.embedding or self.taps):
+            raise ValueError("it keeps nothing: set logits, embedding or taps")
+        if self.top is not None and not self.logits:
+            raise ValueError("top keeps class scores, but logits is false")
+        return self
+
+
 class TeacherSpec(Spec):
-    """A source of knowledge. Exactly one of `model`, `ensemble`, `momentum`, `past_self`, `peer`."""
+    """A source of knowledge. Exactly one of `model`, `ensemble`, `momentum`, `past_self`, `peer`, `store: PATH`."""
 
     model: str | None = Field(None, description="A live, frozen network by name.")
     checkpoint: str | None = Field(None, description="As of a student's model.")
@@ -140,12 +161,19 @@ class TeacherSpec(Spec):
     momentum: float | None = Field(None, gt=0, lt=1, description="The student's own exponential moving average, with this momentum.")
     past_self: bool = Field(False, description="The student's predictions of its last epoch, by sample index.")
     peer: ModelSpec | None = Field(None, description="A second network trained together with the student.")
+    store: str | StoreSpec | None = Field(
+        None,
+        description="A folder that `stillhouse cache` wrote: its signals are the teacher. Or, beside model or ensemble, what to store: written once, kept by content, and read in place of the live teacher.",
+    )
 
     @model_validator(mode="after")
     def _one_kind(self) -> TeacherSpec:
         given = [k for k in ("model", "ensemble", "momentum", "past_self", "peer") if getattr(self, k)]
+        given += ["store"] if isinstance(self.store, str) else []
         if len(given) != 1:
-            raise ValueError(f"give exactly one of model, ensemble, momentum, past_self, peer (given: {', '.join(given) or 'none'})")
+            raise ValueError(f"give exactly one of model, ensemble, momentum, past_self, peer, store: PATH (given: {', '.join(given) or 'none'})")
+        if self.store is not None and given[0] not in ("model", "ensemble", "store"):
+            raise ValueError(f"{given[0]} changes as the student learns, so it cannot be stored")
         return self
 
     @property

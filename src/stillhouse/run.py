@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 import torch
+from pydantic import BaseModel
 from torch import Tensor, nn
 
 import stillhouse
@@ -76,6 +77,7 @@ class Run:
         self.planned: set[str] | None = None
         self.record: dict[str, Any] = {}  # further facts for environment.json and the report
         self._bundles: dict[str, Any] = {}
+        self._stores: dict[str, list[Any]] = {}  # data -> stores that its training batches replay
 
     @property
     def folder(self) -> Path:
@@ -103,6 +105,10 @@ class Run:
 
         bundle = self.data(spec)
         dataset = bundle.dataset(split, train=train)
+        if split == "train" and (train or spec.augment == "plain"):
+            from stillhouse.store import StoredDataset
+
+            dataset = StoredDataset(dataset, self._stores.setdefault(spec.model_dump_json(), [])) if _reads_store(self.config) else dataset
         batch_size = batch_size or getattr(bundle, "evaluation_batch", 256)
         rank, world = _rank_world() if train else (0, 1)
         return Loader(
@@ -227,6 +233,8 @@ class Run:
         """A teacher from its spec; one without weights is trained first, as a stage that every recipe with the same teacher shares."""
         from stillhouse.teachers import CoTrained, Ensemble, Frozen, Momentum, PastSelf
 
+        if spec.store is not None:
+            return self._stored(name, spec, data)
         if spec.ensemble is not None:
             return Ensemble([self.teacher(f"{name}.{i}", member, data) for i, member in enumerate(spec.ensemble)], spec.mean)
         if spec.momentum is not None:
@@ -257,6 +265,30 @@ class Run:
             )
         return model
 
+    def _stored(self, name: str, spec: TeacherSpec, data: DataSpec) -> Any:
+        """A teacher read from its store, which is written first where the recipe says what to keep and not where it is."""
+        from stillhouse.store import Store, data_facts
+        from stillhouse.store.making import make
+        from stillhouse.teachers import Stored
+
+        if data.mixup or data.cutmix:
+            raise UserError(
+                f"The teacher '{name}' is read from a store, sample by sample, but data.mixup and data.cutmix mix a batch; set both to 0."
+            )
+        folder = spec.store if isinstance(spec.store, str) else make(self, name, spec, data)
+        bundle = self.data(data)
+        store = Store(folder)
+        store.check(data_facts(data, bundle), bundle.num_classes, bundle.dataset("train", train=True))
+        beside = self._stores.setdefault(data.model_dump_json(), [])
+        for other in beside:
+            if (other.views, other.manifest["seed"]) != (store.views, store.manifest["seed"]):
+                raise UserError(
+                    f"The stores '{other.folder}' and '{store.folder}' hold other views of the samples ({other.views} of seed {other.manifest['seed']}, "
+                    f"{store.views} of seed {store.manifest['seed']}), but a student sees one view at a time; cache both with the same views and seed."
+                )
+        beside.append(store)
+        return Stored(store, name=name)
+
     def trained(self, stage: str, model: nn.Module, spec: ModelSpec, train: TrainSpec, data: DataSpec, seed: int) -> dict[str, Any]:
         """A network trained alone with cross-entropy, as a shared stage: {"weights": tensors, "figures": test figures}."""
         from stillhouse.distillation import Distillation
@@ -267,6 +299,7 @@ class Run:
 
         def make() -> dict[str, Any]:
             outer, self.seed = self.seed, seed
+            stores, self._stores = self._stores, {}  # a network trained alone sees its own augmentation, not the views of a store
             try:
                 module = Distillation(model, None, [objective_from_spec("ce")], seed=seed)
                 check = self.validation(data)
@@ -279,7 +312,7 @@ class Run:
                 )
                 module.close()
             finally:
-                self.seed = outer
+                self.seed, self._stores = outer, stores
             figures = (
                 self.figures(model, data, self.loader(data, "test"), next(model.parameters()).device, ["accuracy", "calibration"])
                 if bundle.has("test")
@@ -297,6 +330,17 @@ class Run:
 
 def _augmentation(spec: DataSpec) -> dict[str, Any]:
     return spec.model_dump(mode="json", include={"augment", "mixup", "cutmix", "image_size"})
+
+
+def _reads_store(config: Any) -> bool:
+    """Whether a recipe names a stored teacher anywhere."""
+    if isinstance(config, TeacherSpec) and config.store is not None:
+        return True
+    if isinstance(config, BaseModel):
+        return any(_reads_store(getattr(config, name)) for name in type(config).model_fields)
+    if isinstance(config, Mapping):
+        return any(map(_reads_store, config.values()))
+    return isinstance(config, list | tuple) and any(map(_reads_store, config))
 
 
 def _rank_world() -> tuple[int, int]:

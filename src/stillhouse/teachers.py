@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from stillhouse.errors import UserError
 from stillhouse.objective import Progress
-from stillhouse.signals import Batch, Signals, Taps, call_model, read_logits
+from stillhouse.signals import Batch, Signals, Taps, TopK, call_model, read_logits
 
 EVERYTHING = frozenset({"logits", "embedding", "taps"})
 
@@ -197,6 +197,51 @@ class Ensemble(_Still):
     def close(self) -> None:
         for member in self.members:
             member.close()
+
+
+class NotLive(UserError, AttributeError):
+    """A stored teacher was asked for the network itself."""
+
+
+class Stored(_Still):
+    """A teacher that spoke earlier: its signals come with each batch, under `stored`, from a store (`stillhouse.store.Store`).
+
+    Args:
+        store: what is read; the batches come from a `StoredDataset` that reads it too.
+        name: what messages call it.
+    """
+
+    def __init__(self, store: Any, *, name: str = "teacher") -> None:
+        self.store, self.name = store, name
+        self.gives = store.gives
+        self.remedy = f"; the store '{store.folder}' holds no more: cache again with what is missing"
+
+    @property
+    def model(self) -> nn.Module:
+        raise NotLive(f"This method runs the teacher '{self.name}' itself, but it is read from a store; give a live teacher.")
+
+    def attach(self, wanted: Iterable[str], probe: Batch, student: nn.Module) -> None:
+        taps = [f"tap:{t}" for t in self.store.manifest["taps"]]
+        for name in wanted:
+            if name.startswith("tap:") and name not in taps:
+                raise UserError(
+                    f"The objectives need the teacher's {name}, but the store '{self.store.folder}' holds {', '.join(taps) or 'no taps'}; cache again with it among store.taps."
+                )
+
+    def __call__(self, batch: Batch, student: Signals | None = None) -> Signals:
+        held = (batch.get("stored") or {}).get(self.store.id)
+        if held is None:
+            raise UserError(
+                f"This batch carries no signals of the store '{self.store.folder}': a stored teacher knows the training samples as they were cached, and no others (a sweep without augmentation needs a store of data.augment: plain)."
+            )
+        top = TopK(held["top"], held["top.indices"], held["top.tail"]) if "top" in held else None
+        taps = {k.removeprefix("tap:"): v for k, v in held.items() if k.startswith("tap:")}
+        return Signals(logits=held.get("logits"), top=top, embedding=held.get("embedding"), taps=taps)
+
+    def fingerprint(self) -> str:
+        """The store's identity."""
+        identity: str = self.store.id
+        return identity
 
 
 class Momentum(nn.Module):

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from stillhouse.data.augment import crop_flip, mix, normalise, partners, resize
+from stillhouse.data.drawn import arrays, crop_and_flip, listening
 from stillhouse.errors import UserError
 from stillhouse.randomness import key as keys
 from stillhouse.randomness import keyed, uniforms
@@ -82,6 +83,21 @@ class IndexedDataset:
         x, label = mix(inputs[mine], inputs[theirs], labels[mine], labels[theirs], self._mixup, self._cutmix, draw)
         return {"input": x, "label": label, "index": torch.from_numpy(key.indices[positions])}
 
+    def recorded(self, key: BatchKey, seed: int) -> tuple[Batch, dict[str, np.ndarray]]:
+        """A batch, and what was drawn for it: `crop` (B, 4) (top, left, height, width) and `flip` (B,), where images are augmented.
+
+        Raises:
+            UserError: mixed samples, which are a batch's and not a sample's.
+        """
+        if self._mixup or self._cutmix:
+            raise UserError("Signals are kept sample by sample, but data.mixup and data.cutmix mix a batch; set both to 0.")
+        own = key.indices[key.start : key.stop]
+        if not isinstance(self._inputs, PixelInputs | ItemInputs):
+            return self.batch(key, seed), {}
+        x, drawn = self._inputs.recorded(own, key.epoch, seed)
+        index = torch.from_numpy(own)
+        return {"input": x, "label": self._labels[index], "index": index}, drawn
+
 
 @dataclass
 class PixelInputs:
@@ -115,6 +131,16 @@ class PixelInputs:
             picked = resize(picked, self.size)
         return normalise(picked, self.mean, self.std)
 
+    def recorded(self, indices: np.ndarray, epoch: int, seed: int) -> tuple[Tensor, dict[str, np.ndarray]]:
+        """The inputs; and where they are augmented, `crop` (B, 4) (top, left, height, width; negative in the padding) and `flip` (B,)."""
+        x = self(indices, epoch, seed)
+        if not (self.pad or self.flip):
+            return x, {}
+        draws = uniforms(keys(seed, "augment", epoch), indices, 3)
+        corner = (draws[:, :2] * (2 * self.pad + 1)).astype(np.int32) - self.pad
+        sides = np.broadcast_to(np.array(self.images.shape[-2:], np.int32), corner.shape)
+        return x, {"crop": np.concatenate([corner, sides], 1), "flip": (draws[:, 2] < 0.5) & self.flip}
+
 
 @dataclass
 class ItemInputs:
@@ -143,6 +169,19 @@ class ItemInputs:
         if not self.mean:
             return _stack(rows)
         return normalise(torch.stack(rows), self.mean, self.std)
+
+    def recorded(self, indices: np.ndarray, epoch: int, seed: int) -> tuple[Any, dict[str, np.ndarray]]:
+        """The inputs; and for images under torchvision's transforms, `crop` (B, 4) and `flip` (B,) as they were drawn."""
+        if not self.mean or self.transform is None:
+            return self(indices, epoch, seed), {}
+        rows, drawn = [], []
+        with listening(self.transform) as heard:
+            for index in indices.tolist():
+                heard.clear()
+                with keyed(seed, "augment", epoch, index):
+                    rows.append(self._image(int(self.positions[index])))
+                drawn.append(crop_and_flip(heard))
+        return normalise(torch.stack(rows), self.mean, self.std), arrays(drawn)
 
     def _plain(self, position: int) -> Any:
         value = self.item(position)

@@ -1,0 +1,212 @@
+"""The store that a recipe names: its teacher trained or loaded, its data, one manifest; written by this process, by ranks, or by Ray workers."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from stillhouse.errors import MissingExtra, UserError, unknown
+from stillhouse.files import cache_folder
+from stillhouse.live import Live
+from stillhouse.recipe import DataSpec, MethodConfig, StoreSpec, TeacherSpec, spell
+from stillhouse.store.reading import Store
+from stillhouse.store.writing import cache
+
+CONTENT = ("name", "size", "test_size", "holdout", "val", "classes", "label_noise", "seed", "options")
+
+
+def data_facts(spec: DataSpec, bundle: Any) -> dict[str, Any]:
+    """What a manifest says of the data: its fingerprint, its recipe, and the transforms of its training split."""
+    given = spec.model_dump(mode="json")
+    source = getattr(bundle, "_source", None)
+    return {
+        "fingerprint": bundle.fingerprint,
+        "split": "train",
+        "spec": {k: given[k] for k in CONTENT},
+        "transform": {
+            "augment": given["augment"],
+            "image_size": given["image_size"],
+            "mean": list(bundle.mean),
+            "std": list(bundle.std),
+            "mirrored": bool(getattr(source, "flip", False)),
+        },
+    }
+
+
+def teacher_facts(spec: TeacherSpec, teacher: Any) -> dict[str, Any]:
+    """What a manifest says of the teacher: the hash of its weights, and its recipe."""
+    return {"weights": teacher.fingerprint(), "model": spec.model or f"ensemble of {len(spec.ensemble or ())}, mean of {spec.mean}"}
+
+
+def make(run: Any, name: str, spec: TeacherSpec, data: DataSpec, folder: Path | None = None, **options: Any) -> Path:
+    """Write the store of a recipe's teacher (`spec.store` says what is kept), or go on with it; all processes of the run take their share.
+
+    Args:
+        run: a `stillhouse.run.Run`.
+        folder: default: in the cache, under a hash of everything the signals depend on.
+        options: of `stillhouse.store.cache`; `rank` and `world` in place of the run's own.
+
+    Returns:
+        the folder.
+    """
+    from filelock import FileLock
+
+    from stillhouse.run import _rank_world, _wait
+
+    assert isinstance(spec.store, StoreSpec)
+    if data.mixup or data.cutmix:
+        raise UserError("Signals are kept sample by sample, but data.mixup and data.cutmix mix a batch; set both to 0.")
+    teacher = run.teacher(name, spec.model_copy(update={"store": None}), data)
+    bundle = run.data(data)
+    for member in getattr(teacher, "members", [teacher]):
+        member._reader.width = getattr(bundle, "vocabulary", None)
+    facts = {"teacher_facts": teacher_facts(spec, teacher), "data_facts": data_facts(data, bundle)}
+    if folder is None:
+        digest = hashlib.blake2b(json.dumps([facts, spec.store.model_dump(mode="json")], sort_keys=True).encode(), digest_size=10).hexdigest()
+        folder = cache_folder() / "stores" / f"{name}-{digest}"
+    folder = Path(folder).expanduser()
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    rank, world = _rank_world()
+    options = {
+        "rank": rank,
+        "world": world,
+        "batch_size": getattr(bundle, "evaluation_batch", 256),
+        "device": run.device,
+        "live": run.live,
+        **options,
+    }
+    alone = options["world"] == 1
+    with FileLock(str(folder) + ".lock") if alone else nullcontext():
+        cache(teacher, bundle.dataset("train", train=True), folder, spec.store, **facts, **options)
+    _wait(world)
+    return folder
+
+
+def asked(config: MethodConfig, name: str, given: Mapping[str, Any]) -> TeacherSpec:
+    """A recipe's teacher, to be stored as the recipe says, and as `given` (fields of `StoreSpec`) says otherwise.
+
+    Raises:
+        UserError: no such teacher, one that cannot be stored, or options that do not fit.
+    """
+    teachers = _teachers(config)
+    if name not in teachers:
+        raise unknown("teacher in this recipe called", name, teachers)
+    spec = teachers[name]
+    if isinstance(spec.store, str):
+        raise UserError(f"The teacher '{name}' is read from the store '{spec.store}' already; give the recipe of a live teacher.")
+    kept = spec.store.model_dump() if spec.store is not None else {}
+    try:
+        store = StoreSpec.model_validate({**kept, **given})
+        return TeacherSpec.model_validate({**spec.model_dump(), "store": store.model_dump()})
+    except ValidationError as error:
+        raise spell(error, StoreSpec, f"teacher '{name}'") from None
+
+
+def _teachers(config: MethodConfig) -> dict[str, TeacherSpec]:
+    found = getattr(config, "all_teachers", None)
+    if found is None:
+        found = {n: v for n in type(config).model_fields if isinstance(v := getattr(config, n), TeacherSpec)}
+    return dict(found)
+
+
+def make_for(
+    config: MethodConfig,
+    name: str,
+    spec: TeacherSpec,
+    folder: Path,
+    *,
+    engine: str = "local",
+    jobs: int = 2,
+    data_root: str | None = None,
+    cpu: bool = False,
+    live: Live | None = None,
+) -> None:
+    """Write the store of a recipe's teacher into a folder.
+
+    Raises:
+        UserError: a recipe without `data`, an unknown engine, and what `cache` raises.
+    """
+    from accelerate import PartialState
+
+    from stillhouse.run import Run
+
+    data = getattr(config, "data", None)
+    if not isinstance(data, DataSpec):
+        raise UserError(f"The recipe's method '{config.method}' has no `data` that a teacher could be run over.")
+    if engine == "ray":
+        make_on_ray(config, name, spec, data, folder, jobs, data_root, cpu)
+    elif engine == "local":
+        PartialState(cpu=cpu)
+        make(Run(None, config, data_root=data_root, live=live, cpu=cpu), name, spec, data, folder)
+    else:
+        raise UserError(f"There is no engine '{engine}'; there are: local, ray.")
+
+
+def describe(folder: Path) -> str:
+    """What a finished store holds, what it weighs, and what rounding cost; every shard is checked."""
+    store = Store(folder)
+    held = store.manifest
+    scores = ([f"top {held['top']} of {held['classes']} classes and the tail"] if held["top"] else ["logits"]) if held["logits"] else []
+    kept = ", ".join([*scores, *(["embedding"] if held["embedding"] else []), *(f"tap {t}" for t in held["taps"])])
+    units, unit = (store.tokens, "token") if store.tokens is not None else (len(store) * store.views, "sample and view")
+    lines = [
+        f"{len(store):,} samples, {store.views} view{'s' if store.views > 1 else ''}: {kept}; {held['precision']}",
+        f"{store.bytes:,} bytes, {store.bytes / max(units, 1):.1f} a {unit}",
+    ]
+    if held["precision"] != "fp32":
+        lines += [f"rounding of {name}: at most {worst:.2g}, {rms:.2g} root mean square" for name, (worst, rms) in store.errors().items()]
+    return "\n".join([*lines, f"Train from it: teacher: {{store: {folder}}}"])
+
+
+def make_on_ray(
+    config: MethodConfig, name: str, spec: TeacherSpec, data: DataSpec, folder: Path, jobs: int, data_root: str | None, cpu: bool
+) -> None:
+    """The same by Ray workers, each with its share of the shards. The teacher is trained before, here."""
+    try:
+        import ray
+    except ImportError:
+        raise MissingExtra("--engine ray", "ray") from None
+    from stillhouse.run import Run
+
+    Run(None, config, data_root=data_root, cpu=cpu).teacher(name, spec.model_copy(update={"store": None}), data)
+    started = not ray.is_initialized()
+    if started:
+        ray.init(log_to_driver=False, include_dashboard=False)
+    gpus = 0.25 if ray.cluster_resources().get("GPU") and not cpu else 0
+    remote = ray.remote(num_cpus=1, num_gpus=gpus, max_retries=1)(_share)
+    environment: Mapping[str, str] = {**os.environ, "OMP_NUM_THREADS": "1"}
+    try:
+        ray.get([remote.remote(config, name, spec, data, folder.absolute(), i, jobs, data_root, cpu, environment) for i in range(jobs)])
+    except ray.exceptions.RayTaskError as error:
+        raise UserError(str(error.cause)) from None if isinstance(error.cause, UserError) else error
+    finally:
+        if started:
+            ray.shutdown()
+
+
+def _share(
+    config: MethodConfig,
+    name: str,
+    spec: TeacherSpec,
+    data: DataSpec,
+    folder: Path,
+    rank: int,
+    world: int,
+    data_root: str | None,
+    cpu: bool,
+    environment: Mapping[str, str],
+) -> None:
+    os.environ.update(environment)
+    from accelerate import PartialState
+
+    from stillhouse.run import Run
+
+    PartialState(cpu=cpu)
+    make(Run(None, config, data_root=data_root, cpu=cpu), name, spec, data, folder, rank=rank, world=world)
