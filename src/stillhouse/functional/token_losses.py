@@ -26,7 +26,9 @@ Reduction = Literal["mean", "sum"]
 
 
 def counted(batch: Batch, shape: torch.Size | tuple[int, ...], ignore_index: int = -100) -> Tensor | None:
-    """Which positions of logits (*shape, V) count: `batch["mask"]` (*shape) where given, else labels (*shape) that are not `ignore_index`; None: all.
+    """Which positions of logits (*shape, V) count: `batch["mask"]` (*shape) where given; else, of sequences, labels (*shape) that are not `ignore_index`.
+
+    None: all. Of samples (B, C) all count, as an unlabelled one can still be distilled.
 
     Raises:
         UserError: a mask of another shape.
@@ -39,7 +41,7 @@ def counted(batch: Batch, shape: torch.Size | tuple[int, ...], ignore_index: int
             )
         return mask.bool()
     label: Tensor | None = batch.get("label")
-    if label is None or label.is_floating_point() or label.shape != torch.Size(shape):
+    if label is None or len(shape) < 2 or label.shape != torch.Size(shape):
         return None
     return label != ignore_index
 
