@@ -305,3 +305,8 @@ def test_a_model_that_cannot_read_the_context_or_the_tokens_is_refused(text: Any
         small(bundle, n_positions=32)
     with pytest.raises(UserError, match="has 100 tokens, but the tokenizer 'bytes' has 261"):
         small(bundle, vocab_size=100)
+
+
+def test_a_single_class_is_refused(text: Any) -> None:
+    with pytest.raises(UserError, match="has the one class 'good'"):
+        text([{"text": t, "label": "good"} for t in LINES])

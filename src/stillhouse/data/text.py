@@ -139,6 +139,8 @@ def load(spec: DataSpec, data_root: str | Path | None = None) -> TextBundle:
         raise UserError(f"The data set '{spec.name}' holds no text.")
     tokens = tokenizer(options.tokenizer, texts)
     classes = sorted({str(r["label"]) for r in found["train"]}) if task == "classify" else []
+    if task == "classify" and len(classes) < 2:
+        raise UserError(f"The data set '{spec.name}' has the one class '{classes[0]}'; a classifier needs two or more.")
     parts = {split: _rows(records, task, tokens, options, classes, f"{spec.name} ({split})") for split, records in found.items()}
     return TextBundle(
         spec.name,
