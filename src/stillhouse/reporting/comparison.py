@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     import rich.table
 
 
-IN_TERMINAL = {"ece": "ECE", "parameters": "Params", "multiply_adds": "MACs", "latency_ms": "Latency", "file_bytes": "File"}
+IN_TERMINAL = {"ece": "ECE", "step_relative": "Step", "step_memory_relative": "Step mem.", "parameters": "Params", "multiply_adds": "MACs", "latency_ms": "Latency", "file_bytes": "File"}
 """The figures that a terminal has room for beside the primary one and the gain, by short titles; MACs are multiply-adds."""
 
 
@@ -36,7 +36,8 @@ def comparison_table(results: Mapping[str, Any]) -> rich.table.Table:
         h.replace(" (", "\n(") if i < first else f"{IN_TERMINAL.get(names[i], '')}\n({comparison.shown[names[i]].unit})"
         for i, h in enumerate(comparison.headers())
     ]
-    keep = [i for i, name in enumerate(names) if i < first or name in IN_TERMINAL]
+    room = list(IN_TERMINAL)[: 3 if "step_relative" in names else None]
+    keep = [i for i, name in enumerate(names) if i < first or name in room]
     title, caption = Text(comparison.title), Text(comparison.note)
     out = rich.table.Table(title=title, caption=caption, title_justify="left", caption_justify="left", box=rich.box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for i in keep:

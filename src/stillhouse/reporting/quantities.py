@@ -77,12 +77,6 @@ _KNOWN = {
     "aurc": Quantity(
         "AURC", "×10⁻³", 1000, 1, -1, "Error rate when the least confident answers are withheld, averaged over how many are; lower is better."
     ),
-    "parameters": Quantity("Parameters", "", 1, None, -1, "Numbers that the model holds.", prefixes=True),
-    "multiply_adds": Quantity(
-        "Multiply-adds", "", 1, None, -1, "Multiplications with addition for one sample: the work of one prediction.", prefixes=True
-    ),
-    "latency_ms": Quantity("Latency", "ms", 1, None, -1, "Median time of one prediction, one sample at a time (one CPU thread, or the GPU)."),
-    "file_bytes": Quantity("File size", "B", 1, None, -1, "What the saved product takes on disk, in bytes.", prefixes=True),
     "step_relative": Quantity(
         "Step",
         "×",
@@ -94,6 +88,12 @@ _KNOWN = {
     "step_memory_relative": Quantity(
         "Step memory", "×", 1, 2, -1, "The most that a training step holds beyond what was held before, as a multiple of the reference's."
     ),
+    "parameters": Quantity("Parameters", "", 1, None, -1, "Numbers that the model holds.", prefixes=True),
+    "multiply_adds": Quantity(
+        "Multiply-adds", "", 1, None, -1, "Multiplications with addition for one sample: the work of one prediction.", prefixes=True
+    ),
+    "latency_ms": Quantity("Latency", "ms", 1, None, -1, "Median time of one prediction, one sample at a time (one CPU thread, or the GPU)."),
+    "file_bytes": Quantity("File size", "B", 1, None, -1, "What the saved product takes on disk, in bytes.", prefixes=True),
     "step_ms": Quantity("Step time", "ms", 1, None, -1, "Time of a training step (CPU time on a CPU; without the optimiser)."),
     "step_ratio": Quantity(
         "Step / plain", "×", 1, 2, -1, "Time of a training step over a plain cross-entropy step of the same student, taken in turns."
