@@ -131,7 +131,7 @@ def _forward_kl(space: list[Tensor]) -> Tensor:
     """(n,) KL(p || q); log q in space[0] becomes q - p. space[1] holds log p and is spent, as all others are."""
     z, t, u = space
     torch.sub(t, z, out=u)
-    values = _dot(t.exp_(), u)
+    values = u.mul_(t.exp_()).sum(1)  # a sum, not a dot product, whose rounding grows with the vocabulary
     z.exp_().sub_(t)
     return values
 
@@ -140,8 +140,8 @@ def _reverse_kl(space: list[Tensor]) -> Tensor:
     """(n,) KL(q || p); log q becomes q (log q - log p - KL)."""
     z, t = space
     torch.sub(z, t, out=t)
-    values = _dot(z.exp_(), t)
-    z.mul_(t.sub_(values[:, None]))
+    values = t.mul_(z.exp_()).sum(1)
+    torch.sub(t, z.mul_(values[:, None]), out=z)
     return values
 
 
@@ -152,10 +152,10 @@ def _jsd(beta: float) -> Callable[[list[Tensor]], Tensor]:
         z, t, m, u = space
         torch.logaddexp(z.add_(math.log1p(-beta)), t.add_(math.log(beta)), out=m)
         torch.sub(t, m, out=u)
-        teachers = _dot(t.exp_(), u) - beta * math.log(beta)  # t is now beta p, z will be (1 - beta) q
+        teachers = u.mul_(t.exp_()).sum(1) - beta * math.log(beta)  # t is now beta p, z will be (1 - beta) q
         torch.sub(z, m, out=t).sub_(math.log1p(-beta))
-        students = _dot(z.exp_(), t)
-        z.mul_(t.sub_(students[:, None] / (1 - beta)))
+        students = t.mul_(z.exp_()).sum(1)
+        torch.sub(t, z.mul_(students[:, None] / (1 - beta)), out=z)
         return teachers + students
 
     return compare
@@ -167,10 +167,6 @@ def _softmax(x: Tensor) -> Tensor:
 
 def _log_softmax(x: Tensor) -> Tensor:
     return torch.log_softmax(x, dim=-1, out=x)
-
-
-def _dot(x: Tensor, y: Tensor) -> Tensor:
-    return torch.bmm(x[:, None], y[:, :, None])[:, 0, 0]
 
 
 def _check_teacher(student: Head, teacher: Head | Tensor | TopK) -> None:
