@@ -32,7 +32,7 @@ from torch import Tensor
 from stillhouse.data.graph_sets import Graphs, GraphSetSpec, load_graphs, mapped
 from stillhouse.errors import UserError
 from stillhouse.evaluation import evaluates
-from stillhouse.methods.graphs.mirage.distil import Distilled, Options, distil, herded_graphs, random_graphs
+from stillhouse.methods.graphs.mirage.selecting import Distilled, Options, distil, herded_graphs, random_graphs
 from stillhouse.methods.graphs.mirage.networks import GraphNetwork, Kind, Pooling
 from stillhouse.methods.graphs.mirage.training import trained
 from stillhouse.methods.graphs.mirage.trees import skew

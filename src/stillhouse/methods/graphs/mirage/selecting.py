@@ -15,8 +15,8 @@ from stillhouse.methods.graphs.mirage.patterns import Patterns, mine, without_sh
 from stillhouse.methods.graphs.mirage.trees import TreeClasses, union
 from stillhouse.randomness import permutation
 
-STEP = 0.92
-"""By how much the support falls from try to try, where a budget is given."""
+STEP = 0.97
+"""To what share of itself the support falls from try to try, where a budget is given."""
 
 
 @dataclass(frozen=True)
@@ -49,8 +49,8 @@ def distil(graphs: Graphs, *, support: Mapping[int, float] | None = None, budget
     Args:
         graphs: the training graphs.
         support: class -> the fewest graphs of the class that must hold an itemset; below 1: a share of the class's graphs.
-        budget: or the most nodes of the result, as a share of the nodes of `graphs`: the support falls from 95 % of each class until the next step
-            would be too large.
+        budget: or the most nodes of the result, as a share of the nodes of `graphs`: supports fall from the size of each class, that of the class
+            with the fewest nodes so far next, until a step would be too large.
         options: hops, and the caps.
 
     Raises:
@@ -67,46 +67,47 @@ def distil(graphs: Graphs, *, support: Mapping[int, float] | None = None, budget
     classes = torch.unique(graphs.y).tolist()
     groups = {c: [items[g] for g in (graphs.y == c).nonzero().flatten().tolist()] for c in classes}
 
-    def mined(thresholds: Mapping[int, int]) -> list[Patterns]:
-        found = [mine(groups[c], thresholds[c], longest=opt.longest, most=opt.most) for c in classes]
-        return found if opt.shared else without_shared(found)
+    def mined(c: int, threshold: int) -> Patterns:
+        return mine(groups[c], threshold, longest=opt.longest, most=opt.most)
 
+    def unshared(found: Mapping[int, Patterns]) -> dict[int, Patterns]:
+        return dict(found) if opt.shared else dict(zip(found, without_shared(list(found.values()))))
+
+    chosen: dict[int, Patterns] = {}
     if support is not None:
         thresholds = _thresholds(support, {c: len(g) for c, g in groups.items()})
-        chosen = mined(thresholds)
-        for c, one in zip(classes, chosen):
+        chosen = unshared({c: mined(c, thresholds[c]) for c in classes})
+        for c, one in chosen.items():
             if not len(one):
                 raise UserError(_empty(c, f"{thresholds[c]} of its {len(groups[c])} graphs", opt, f"lower support.{c}"))
     else:
         assert budget is not None
-        thresholds, chosen, share = {}, [], 0.95
-        previous: dict[int, int] = {}
+        now, thresholds = {c: len(g) for c, g in groups.items()}, {}
+        found = {c: mined(c, now[c]) for c in classes}
         while True:
-            now = {c: max(1, round(share * len(g))) for c, g in groups.items()}
-            share *= STEP
-            if now == previous:
-                if max(now.values()) == 1:
-                    break
-                continue
-            previous, patterns = now, mined(now)
-            nodes = sum(trees.size(i) for one in patterns for p in one.itemsets for i in p)
-            if nodes > budget * graphs.num_nodes:
+            kept = unshared(found)
+            nodes = {c: sum(trees.size(i) for p in one.itemsets for i in p) for c, one in kept.items()}
+            if sum(nodes.values()) > budget * graphs.num_nodes:
                 break
-            if all(map(len, patterns)):
-                thresholds, chosen = now, patterns
-            if any(p.truncated for p in patterns):
+            if all(map(len, kept.values())):
+                thresholds, chosen = dict(now), kept
+            falling = [c for c in classes if now[c] > 1 and not found[c].truncated]
+            if not falling:
                 break
+            least = min(falling, key=nodes.__getitem__)
+            now[least] = min(now[least] - 1, round(STEP * now[least]))
+            found[least] = mined(least, now[least])
         if not chosen:
             raise UserError(
                 f"mirage: no support gives every class an itemset within {budget:g} of the {graphs.num_nodes} training nodes; raise budget, or set "
                 f"{'longest to limit itemsets' if opt.shared else 'shared: keep'}."
             )
     made = union(
-        [[trees.expand(i, opt.largest_tree) for i in p] for one in chosen for p in one.itemsets],
-        [c for c, one in zip(classes, chosen) for _ in one.itemsets],
-        [float(s) for one in chosen for s in one.support],
+        [[trees.expand(i, opt.largest_tree) for i in p] for one in chosen.values() for p in one.itemsets],
+        [c for c, one in chosen.items() for _ in one.itemsets],
+        [float(s) for one in chosen.values() for s in one.support],
     )
-    return Distilled(made, thresholds, any(p.truncated for p in chosen), trees, tree_seconds, time.perf_counter() - started)
+    return Distilled(made, thresholds, any(p.truncated for p in chosen.values()), trees, tree_seconds, time.perf_counter() - started)
 
 
 def random_graphs(graphs: Graphs, nodes: int, *keys: int | str) -> Tensor:
