@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from stillhouse import catalog
 from stillhouse.errors import UserError
 from stillhouse.functional.token_losses import step_count
 from stillhouse.objective import Progress
@@ -127,3 +128,25 @@ def test_mistakes_are_said() -> None:
         seq_kd_loss(world.logits, world.label[:, :2])
     with pytest.raises(UserError, match="seq_kd: labels must be class ids from 0 to 10"):
         seq_kd_loss(world.logits, world.label.clamp_min(0) + V)
+
+
+@pytest.mark.parametrize("name", ["gkd", "seq_kd", "taid", "token_divergence", "sinkd"])
+def test_no_step_reads_a_value_back_from_the_device(name: str) -> None:
+    objective = catalog.objective(name)(**({"tokens": 4} if name == "sinkd" else {})).to("meta")
+    student = torch.randn(B, L, V, device="meta", requires_grad=True)
+    teacher = torch.randn(B, L, V, device="meta")
+    batch = {"label": torch.zeros(B, L, dtype=torch.long, device="meta")}
+    terms = objective(Signals(logits=student), Signals(logits=teacher), batch, SPAN)
+    torch.stack([v for k, v in terms.items() if not k.startswith("log:")]).sum().backward()
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.5, 1.0])
+def test_no_chunk_reads_a_value_back_from_the_device(beta: float) -> None:
+    made = lambda *shape: torch.randn(*shape, device="meta", requires_grad=True)  # noqa: E731
+    student = Signals(taps={"hidden": made(B, L, D), "output_weight": made(V, D), "output_bias": made(V)})
+    teacher = Signals(taps={"hidden": made(B, L, 2), "output_weight": made(V, 2)})
+    top = Signals(top=TopK(made(B, L, 3), torch.zeros(B, L, 3, dtype=torch.long, device="meta"), made(B, L)))
+    batch = {"label": torch.zeros(B, L, dtype=torch.long, device="meta")}
+    for source in (teacher, top):
+        GKD(beta).to("meta")(student, source, batch, SPAN)["loss"].backward()
+    SeqKD()(student, Signals(), batch, SPAN)["loss"].backward()

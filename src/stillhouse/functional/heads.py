@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -78,7 +79,7 @@ def in_chunks(
     elif count is None:
         count = max(tokens, 1) if mask is None else mask.sum().clamp_min(1)
     rows = min(rows or max(16, CHUNK // (spaces * vocabulary)), max(tokens, 1))
-    with torch.autocast(head.hidden.device.type, enabled=False):
+    with torch.autocast(head.hidden.device.type, enabled=False) if _autocast(head.hidden) else nullcontext():
         loss: Tensor = _Chunked.apply(head.hidden, head.weight, head.bias, mask, score, spaces, temperature, rows, torch.is_grad_enabled())
         return loss / count
 
