@@ -20,7 +20,11 @@ from stillhouse.errors import UserError, unknown
 from stillhouse.files import written_beside
 from stillhouse.recipe import ModelSpec
 
-KINDS = {"student": "stillhouse.product:Student", "language": "stillhouse.models.language:Language"}
+KINDS = {
+    "student": "stillhouse.product:Student",
+    "language": "stillhouse.models.language:Language",
+    "synthetic_set": "stillhouse.synthetic.product:SyntheticSet",
+}
 """Kind -> where its class is. A method that leaves another kind names it in `Product.kind` as `module:Class`, or adds a line here."""
 
 

@@ -1,0 +1,57 @@
+"""DM: synthetic images whose mean feature in random networks is that of their class.
+
+paper: Dataset Condensation with Distribution Matching
+venue: WACV 2023
+arxiv: 2110.04181
+task: classification
+family: dataset distillation
+use when: a small set must be made fast, without bilevel training
+needs: real images with labels; a network without batch statistics, such as a ConvNet with instance norm
+
+Every iteration takes a fresh random network and sums, over classes and feature dimensions, the squared difference between the mean feature of a real batch
+and that of the class's synthetic images, both under one draw of Siamese augmentation (a draw a class). All classes go through the network in one forward;
+the published code loops over classes, which is the same for networks that see each image alone. Evaluation reports the last epoch.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from stillhouse.errors import UserError
+from stillhouse.functional.matching import feature_mean_distance
+from stillhouse.run import Method, Run, Stage
+from stillhouse.synthetic.config import PixelConfig
+from stillhouse.synthetic.product import SyntheticSet
+from stillhouse.synthetic.synthesis import Synthesis, plan
+
+
+class Config(PixelConfig):
+    pass
+
+
+def embedding(network: nn.Module, x: Tensor) -> Tensor:
+    """(B, D) what a network's classifier sees. Raises `UserError` for a network without `embed`."""
+    if not hasattr(network, "embed"):
+        raise UserError(
+            f"Distribution matching reads a network's features by its `embed`, and {type(network).__name__} has none; take stillhouse:convnet."
+        )
+    found: Tensor = network.embed(x)
+    return found
+
+
+class DistributionMatching(Method[Config]):
+    Config = Config
+
+    def plan(self, config: Config, run: Run) -> list[Stage]:
+        return plan(run, config, "dm", f"match mean features of {config.batch_real} real images a class in random networks", config.iterations)
+
+    def run(self, config: Config, run: Run) -> SyntheticSet:
+        made = Synthesis(config, run)
+
+        def loss(i: int) -> Tensor:
+            network = made.network(i)
+            real, synthetic = made.batches(i)
+            return feature_mean_distance(embedding(network, real), embedding(network, synthetic), made.classes)
+
+        made.learn("dm", loss)
+        return made.product()

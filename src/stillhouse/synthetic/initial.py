@@ -1,0 +1,95 @@
+"""How synthetic images begin: noise, random real images, images near the centres of their class, or several small real images pasted into one.
+
+And `decode`: a stored image of `factor` x `factor` tiles as that many whole images (as IDC and NCFM store them).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from stillhouse.errors import UserError, unknown
+from stillhouse.synthetic.real import RealImages
+
+HOW = ("noise", "real", "representative", "mix")
+
+
+def initial(
+    how: str, real: RealImages, ipc: int, generator: torch.Generator, features: Callable[[Tensor], Tensor] | None = None, factor: int = 2
+) -> Tensor:
+    """Images (classes * ipc, C, H, W), class-major, a copy.
+
+    Args:
+        how: `noise` (standard normal, as networks see images), `real`, `representative` (see `representative_rows`) or `mix` (see `mixed`).
+        features: representative: images -> (B, D), such as logits of a trained network; default: the pixels.
+        factor: mix: tiles a side.
+
+    Raises:
+        UserError: an unknown way, or too few images of a class.
+    """
+    if how not in HOW:
+        raise unknown("way to begin synthetic images", how, HOW)
+    if how == "noise":
+        shape = (len(real.classes) * ipc, *real.images.shape[1:])
+        return torch.randn(shape, generator=generator).to(real.images)
+    if how == "real":
+        return real.draw(ipc, generator, "images (ipc)").clone()
+    if how == "mix":
+        return mixed(real, ipc, factor, generator)
+    rows = representative_rows(real, ipc, generator, features)
+    return real.images[rows.to(real.images.device)].clone()
+
+
+def representative_rows(real: RealImages, ipc: int, generator: torch.Generator, features: Callable[[Tensor], Tensor] | None = None) -> Tensor:
+    """Rows (classes * ipc,): k-means of each class with min(ipc, 10) centres; the nearest images of the centres in turn, each image once."""
+    from sklearn.cluster import KMeans
+
+    if ipc > int(real.counts.min()):
+        raise UserError(
+            f"{ipc} images (ipc) of each class are asked for, but '{real.classes[int(real.counts.argmin())]}' has {int(real.counts.min())}."
+        )
+    seed = int(torch.randint(0, 2**31 - 1, (1,), generator=generator))
+    chosen = []
+    for rows in real.rows:
+        x = embedded(real.images, rows, features)
+        fitted = KMeans(min(ipc, 10), n_init=3, random_state=seed).fit(x)
+        nearest = np.argsort(fitted.transform(x), axis=0, kind="stable")  # (n, centres): images by distance
+        turn = dict.fromkeys(nearest.reshape(-1).tolist())  # first of every centre, then second, …; an image once
+        chosen.append(rows[torch.tensor(list(turn)[:ipc])])
+    return torch.cat(chosen)
+
+
+@torch.no_grad()
+def embedded(images: Tensor, rows: Tensor, features: Callable[[Tensor], Tensor] | None, batch: int = 512) -> np.ndarray:
+    """(n, D) float32 features of the images at these rows, on the host; without `features`, their pixels."""
+    parts = (images[part.to(images.device)] for part in rows.split(batch))
+    return torch.cat([(x if features is None else features(x)).flatten(1).float().cpu() for x in parts]).numpy()
+
+
+def mixed(real: RealImages, ipc: int, factor: int, generator: torch.Generator) -> Tensor:
+    """Images of factor x factor tiles, each a real image of the class made small (nearest pixel); factor^2 * ipc real images a class are used."""
+    height, width = real.images.shape[-2:]
+    if factor < 1 or height % factor or width % factor:
+        raise UserError(f"Images of {height} x {width} pixels cannot be cut into {factor} x {factor} equal tiles; take a factor that divides both.")
+    pool = real.draw(factor**2 * ipc, generator, "images (factor^2 * ipc)")
+    small = F.interpolate(pool, size=(height // factor, width // factor), mode="nearest")
+    tiles = small.view(len(real.classes), factor, factor, ipc, *small.shape[1:])  # class, row, column, image, C, h, w
+    return tiles.permute(0, 3, 4, 1, 5, 2, 6).reshape(len(real.classes) * ipc, -1, height, width).contiguous()
+
+
+def decode(images: Tensor, factor: int) -> Tensor:
+    """Stored images (B, C, H, W) as (factor^2 * B, C, H, W): tiles, row-major, enlarged (bilinear); the first tile of every image, then the second, …
+
+    Where the sides do not divide, images are padded right and below by 0.5.
+    """
+    if factor == 1:
+        return images
+    height, width = images.shape[-2:]
+    tile_h, tile_w = -(-height // factor), -(-width // factor)
+    padded = F.pad(images, (0, tile_w * factor - width, 0, tile_h * factor - height), value=0.5)
+    tiles = padded.view(len(images), -1, factor, tile_h, factor, tile_w).permute(2, 4, 0, 1, 3, 5).reshape(-1, images.shape[1], tile_h, tile_w)
+    return F.interpolate(tiles, size=(height, width), mode="bilinear", align_corners=False)

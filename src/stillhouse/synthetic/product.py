@@ -1,0 +1,264 @@
+"""`SyntheticSet`: a small set of images with hard or soft labels, and the recipe that made it. A product of kind `synthetic_set`.
+
+Its folder holds `images.safetensors` (images, labels, soft labels, whitening), `product.json` and `sheet.png` to look at.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from stillhouse.errors import UserError
+from stillhouse.files import written_beside
+from stillhouse.functional.whitening import Whitening
+from stillhouse.product import read_meta
+from stillhouse.synthetic.initial import decode
+from stillhouse.synthetic.real import unnormalised
+from stillhouse.synthetic.relabel import ViewLabels, Views
+
+FAR = 100.0  # of a normalised image: pixels that were learned without bounds stay far below; 0 … 255 does not
+
+
+@dataclass
+class SyntheticSet:
+    """A few images that stand for a data set.
+
+    Attributes:
+        images: (N, C, H, W) float32 as networks see them: normalised by `mean` and `std`, or whitened.
+        labels: (N,) int64.
+        classes: class names; every class has an image.
+        mean, std: of the normalisation.
+        bounded: whether the images are pictures, with pixels in [0, 1]; False: learned without bounds.
+        whitening: in place of the normalisation.
+        soft: (N * factor^2, classes) teacher logits of the images.
+        views: teacher logits of augmented views, epoch by epoch.
+        factor: each image stores factor x factor training images as tiles (`decode`).
+        lr: a learned learning rate to train with.
+        made_by: the recipe.
+        figures: of its making, such as `distil_seconds`; kept with the run, not with the product.
+    """
+
+    kind: ClassVar[str] = "synthetic_set"
+    images: Tensor
+    labels: Tensor
+    classes: list[str]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    bounded: bool = False
+    whitening: Whitening | None = None
+    soft: Tensor | None = None
+    views: ViewLabels | None = None
+    factor: int = 1
+    lr: float | None = None
+    made_by: dict[str, Any] = field(default_factory=dict)
+    figures: dict[str, float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.images, self.labels = self.images.detach().cpu().contiguous(), self.labels.detach().cpu()
+        self.check()
+
+    def check(self) -> None:
+        """Raises `UserError`, in a sentence, for images, labels or soft labels that cannot be a synthetic set's."""
+        x, y, count = self.images, self.labels, len(self.classes)
+        if x.ndim != 4 or not len(x):
+            raise UserError(f"A synthetic set holds images (N, C, H, W), at least one; given: {tuple(x.shape)}.")
+        if x.dtype != torch.float32:
+            raise UserError(f"A synthetic set holds float32 images; given: {x.dtype}. Divide uint8 images by 255 and normalise them.")
+        if self.whitening is None and not len(self.mean) == len(self.std) == x.shape[1]:
+            raise UserError(
+                f"The normalisation has {len(self.mean)} means and {len(self.std)} deviations, but the images have {x.shape[1]} channels."
+            )
+        broken = int((~x.isfinite()).flatten(1).any(1).sum())
+        if broken:
+            raise UserError(f"{broken} of {len(x)} synthetic images hold NaN or infinite pixels; lower the images' learning rate.")
+        low, high = float(self.pixels().min()), float(self.pixels().max())
+        if self.bounded and (low < -1e-3 or high > 1 + 1e-3):
+            raise UserError(
+                f"The synthetic images have pixels from {low:.3g} to {high:.3g}, not in [0, 1]; clamp them, or say that they are not bounded."
+            )
+        if float(x.abs().max()) > FAR:
+            raise UserError(
+                f"The synthetic images reach {float(x.abs().max()):.3g} after normalisation; were pixels of 0 to 255 taken for normalised ones?"
+            )
+        if y.shape != (len(x),) or y.is_floating_point() or y.dtype == torch.bool:
+            raise UserError(f"{len(x)} synthetic images need labels of shape ({len(x)},) that are class ids; given: {tuple(y.shape)}, {y.dtype}.")
+        if int(y.min()) < 0 or int(y.max()) >= count:
+            raise UserError(f"The labels run from {int(y.min())} to {int(y.max())}, but there are {count} classes (0 to {count - 1}).")
+        missing = [self.classes[c] for c in (torch.bincount(y.long(), minlength=count) == 0).nonzero().flatten().tolist()]
+        if missing:
+            shown = ", ".join(f"'{m}'" for m in missing[:5]) + (" …" if len(missing) > 5 else "")
+            raise UserError(f"The synthetic set has no image of {len(missing)} of its {count} classes: {shown}.")
+        stored = (len(x) * self.factor**2, count)
+        if self.soft is not None and self.soft.shape != stored:
+            raise UserError(f"Soft labels must have the shape {stored} (images, classes); given: {tuple(self.soft.shape)}.")
+        if self.views is not None and self.views.logits.shape[1:] != stored:
+            raise UserError(f"Soft labels of views must have the shape (epochs, {stored[0]}, {stored[1]}); given: {tuple(self.views.logits.shape)}.")
+        self.labels = y.long()
+
+    def __len__(self) -> int:
+        """Stored images."""
+        return len(self.images)
+
+    @property
+    def bytes(self) -> int:
+        """Of what is stored: images, labels and soft labels."""
+        return sum(t.numel() * t.element_size() for t in self._tensors().values())
+
+    @property
+    def fingerprint(self) -> str:
+        """A hash of what networks are trained on."""
+        digest = hashlib.blake2b(digest_size=10)
+        for name, tensor in sorted(self._tensors().items()):
+            digest.update(name.encode() + tensor.contiguous().view(torch.uint8).numpy().tobytes())
+        return digest.hexdigest()
+
+    def training_images(self) -> tuple[Tensor, Tensor]:
+        """(N * factor^2, C, H, W) and (N * factor^2,): what networks are trained on, tiles as whole images."""
+        return decode(self.images, self.factor), self.labels.repeat(self.factor**2)
+
+    def prepared(self, x: Tensor) -> Tensor:
+        """Normalised images (B, C, H, W) of real data as networks trained on this set see them."""
+        return x if self.whitening is None else self.whitening(unnormalised(x, self.mean, self.std))
+
+    def pixels(self) -> Tensor:
+        """(N, C, H, W): pixels, in [0, 1] where the set is bounded; else they may leave it."""
+        return unnormalised(self.images, self.mean, self.std) if self.whitening is None else self.whitening.invert(self.images)
+
+    def dataset(self) -> Any:
+        """As an ordinary data set (`stillhouse.data.IndexedDataset`): items {input, label, index}, for `Loader` or a DataLoader."""
+        from stillhouse.data import IndexedDataset
+
+        images, labels = self.training_images()
+        return IndexedDataset(lambda rows, epoch, seed: images[torch.from_numpy(rows)], labels.numpy(), len(self.classes))
+
+    # ---- saving ------------------------------------------------------------------------------------------------------------------------------
+
+    def save(self, folder: Path) -> None:
+        from safetensors.torch import save_file
+
+        folder.mkdir(parents=True, exist_ok=True)
+        with written_beside(folder / "images.safetensors") as beside:
+            save_file({k: v.contiguous() for k, v in self._tensors().items()}, str(beside))
+        meta = {
+            "kind": self.kind,
+            "format": 1,
+            "classes": self.classes,
+            "mean": list(self.mean),
+            "std": list(self.std),
+            "bounded": self.bounded,
+            "factor": self.factor,
+            "lr": self.lr,
+            "views": None if self.views is None else self.views.made.model_dump(mode="json"),
+            "made_by": self.made_by,
+        }
+        (folder / "product.json").write_text(json.dumps(meta, indent=1))
+        (folder / "sheet.png").write_bytes(_png(contact_sheet(self.pixels(), self.labels)))
+
+    @classmethod
+    def load(cls, folder: Path) -> SyntheticSet:
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file
+
+        meta = read_meta(folder)
+        try:
+            t = load_file(str(Path(folder) / "images.safetensors"))
+        except (OSError, SafetensorError) as error:
+            raise UserError(f"The synthetic set in '{folder}' cannot be read ({error}).") from None
+        white = Whitening(t["whitening.mean"], t["whitening.matrix"], t["whitening.inverse"]) if "whitening.matrix" in t else None
+        views = None if meta["views"] is None else ViewLabels(Views.model_validate(meta["views"]), t["views"])
+        return cls(
+            t["images"],
+            t["labels"],
+            meta["classes"],
+            tuple(meta["mean"]),
+            tuple(meta["std"]),
+            bounded=meta["bounded"],
+            whitening=white,
+            soft=t.get("soft"),
+            views=views,
+            factor=meta["factor"],
+            lr=meta["lr"],
+            made_by=meta["made_by"],
+        )
+
+    def export_folder(self, folder: str | Path) -> int:
+        """Write `folder/train/CLASS/NUMBER.png`, as an ImageFolder (classes keep their order by a number before the name); returns how many images.
+
+        Pixels are rounded to 8 bits and clipped to [0, 1]; soft labels are not written.
+        """
+        base = Path(folder) / "train"
+        names = _folder_names(self.classes)
+        counts = [0] * len(names)
+        for image, label in zip(self._eight_bits(), self.labels.tolist()):
+            (base / names[label]).mkdir(parents=True, exist_ok=True)
+            (base / names[label] / f"{counts[label]:05d}.png").write_bytes(_png(image))
+            counts[label] += 1
+        return len(self)
+
+    def export_parquet(self, path: str | Path) -> int:
+        """Write one Parquet file in the Hugging Face image layout (`img` as PNG, `label`, and `logits` where labels are soft); returns how many images."""
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        columns: dict[str, Any] = {
+            "img": pa.array([{"bytes": _png(x), "path": None} for x in self._eight_bits()]),
+            "label": pa.array(self.labels.tolist(), pa.int64()),
+        }
+        if self.soft is not None and self.factor == 1:
+            columns["logits"] = pa.array(self.soft.float().tolist(), pa.list_(pa.float32()))
+        path = Path(path)
+        features = {"img": {"_type": "Image"}, "label": {"names": self.classes, "_type": "ClassLabel"}}
+        table = pa.table(columns)
+        if "logits" not in columns:
+            table = table.replace_schema_metadata({"huggingface": json.dumps({"info": {"features": features}})})
+        with written_beside(path) as beside:
+            pq.write_table(table, beside)
+        return len(self)
+
+    def _eight_bits(self) -> Tensor:
+        return (self.pixels().clamp(0, 1) * 255).round().to(torch.uint8)
+
+    def _tensors(self) -> dict[str, Tensor]:
+        out = {"images": self.images, "labels": self.labels}
+        if self.whitening is not None:
+            w = self.whitening
+            out |= {f"whitening.{k}": getattr(w, k).cpu() for k in ("mean", "matrix", "inverse")}
+        if self.soft is not None:
+            out["soft"] = self.soft.cpu()
+        if self.views is not None:
+            out["views"] = self.views.logits.cpu()
+        return out
+
+
+def contact_sheet(pixels: Tensor, labels: Tensor, columns: int = 10, rows: int = 100) -> Tensor:
+    """Images (N, C, H, W) with pixels in [0, 1] as one uint8 image (C, h, w): a row a class, its first `columns` images; small images enlarged."""
+    from torchvision.utils import make_grid
+
+    shown = [pixels[labels == c][:columns] for c in labels.unique().tolist()[:rows]]
+    wide = max(len(s) for s in shown)
+    padded = torch.cat([torch.cat([s, s.new_ones(wide - len(s), *s.shape[1:])]) for s in shown]).clamp(0, 1)
+    padded = padded.repeat_interleave(max(1, 32 // padded.shape[-1]), 2).repeat_interleave(max(1, 32 // padded.shape[-1]), 3)
+    return (make_grid(padded, nrow=wide, padding=1, pad_value=1.0) * 255).round().to(torch.uint8)
+
+
+def _png(image: Tensor) -> bytes:
+    """A uint8 image (C, H, W), grey or RGB, as PNG."""
+    from PIL import Image
+
+    array = image.permute(1, 2, 0).numpy()
+    out = io.BytesIO()
+    Image.fromarray(array[..., 0] if array.shape[-1] == 1 else array).save(out, "png")
+    return out.getvalue()
+
+
+def _folder_names(classes: list[str]) -> list[str]:
+    digits = len(str(len(classes) - 1))
+    return [f"{i:0{digits}d}-{re.sub(r'[^A-Za-z0-9_.-]+', '_', name)}" for i, name in enumerate(classes)]
