@@ -87,6 +87,12 @@ def linear_divergence(
 
     Raises:
         UserError: shapes or types that do not fit, vocabularies of other sizes, or beta outside [0, 1].
+
+    >>> student = Head(torch.randn(2, 3, 8), torch.randn(50, 8, requires_grad=True))
+    >>> teacher = Head(torch.randn(2, 3, 16), torch.randn(50, 16))
+    >>> linear_divergence(student, teacher, beta=0.5).backward()
+    >>> student.weight.grad.shape
+    torch.Size([50, 8])
     """
     check_head("linear_divergence", student)
     check_beta("linear_divergence", beta)

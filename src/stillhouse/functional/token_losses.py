@@ -74,7 +74,7 @@ def step_count(batch: Batch, rows: Tensor, mask: Tensor | None = None, share: bo
             lies. Every process must then call this.
     """
     given = batch.get("token_count", rows.numel() if mask is None else mask.sum())
-    count = torch.as_tensor(given, device=rows.device).float().reshape(1).clone()
+    count = torch.ones(1, device=rows.device) * given
     if share and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
         dist.all_reduce(count)
         count = count / dist.get_world_size()
