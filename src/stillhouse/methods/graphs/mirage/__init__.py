@@ -32,8 +32,8 @@ from torch import Tensor
 from stillhouse.data.graph_sets import Graphs, GraphSetSpec, load_graphs, mapped
 from stillhouse.errors import UserError
 from stillhouse.evaluation import evaluates
-from stillhouse.methods.graphs.mirage.selecting import Distilled, Options, distil, herded_graphs, random_graphs
 from stillhouse.methods.graphs.mirage.networks import GraphNetwork, Kind, Pooling
+from stillhouse.methods.graphs.mirage.selecting import Distilled, Options, distil, herded_graphs, random_graphs
 from stillhouse.methods.graphs.mirage.training import trained
 from stillhouse.methods.graphs.mirage.trees import skew
 from stillhouse.product import read_meta

@@ -118,8 +118,8 @@ def random_graphs(graphs: Graphs, nodes: int, *keys: int | str) -> Tensor:
 
 def herded_graphs(graphs: Graphs, nodes: int, trees: TreeClasses) -> Tensor:
     """Ids by herding: in each class, the next graph is the one that brings the mean of its tree frequencies closest to that of the class."""
-    at = torch.stack([graphs.graph_of, trees.of_node])
-    counts = torch.sparse_coo_tensor(at, torch.ones(at.shape[1]), (len(graphs), len(trees))).coalesce().to_dense()
+    places = graphs.graph_of * len(trees) + trees.of_node
+    counts = torch.bincount(places, minlength=len(graphs) * len(trees)).view(len(graphs), len(trees)).float()
     counts /= counts.sum(1, keepdim=True)
     orders = []
     for c in torch.unique(graphs.y):

@@ -1,0 +1,1 @@
+"""Procedures that make what a model holds smaller: its embedding tables."""
