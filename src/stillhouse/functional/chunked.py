@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -115,19 +116,61 @@ def linear_divergence(
 
         return in_chunks(student, score_top, 1, temperature, mask, count, reduction, rows)
 
-    source = teacher.detach().flatten(0, -2) if isinstance(teacher, Tensor) else as_multiplied(teacher).detach()
+    teacher_logits = _by_part(teacher)
 
     def score(space: list[Tensor], part: slice) -> Tensor:
         z, t = space[0], space[1]
-        if isinstance(source, Tensor):
-            t.copy_(source[part]).div_(temperature)
-        else:
-            project(source.hidden[part], source.weight, source.bias, t).div_(temperature)
+        teacher_logits(part, t).div_(temperature)
         _log_softmax(z)
         _log_softmax(t).clamp_(min=-1e30)  # a masked logit of minus infinity: probability 0, and 0 times it is 0
         return compare(space)
 
     return in_chunks(student, score, spaces, temperature, mask, count, reduction, rows)
+
+
+def linear_taid(
+    student: Head,
+    teacher: Head | Tensor,
+    t: Tensor | float,
+    *,
+    value: Literal["ce", "kl"] = "ce",
+    mask: Tensor | None = None,
+    count: Tensor | float | None = None,
+    reduction: Reduction = "mean",
+    rows: int | None = None,
+) -> Tensor:
+    """Cross-entropy with, or KL from, TAID's target softmax((1 - t) student + t teacher logits), which is a constant (see objectives/taid.py).
+
+    Args:
+        student, teacher, mask, count, rows: as for `linear_divergence`; the teacher's top k do not suffice.
+        t: from 0, the student itself, to 1, the teacher; a number or a scalar tensor.
+    """
+    check_head("linear_taid", student)
+    _check_teacher(student, teacher)
+    teacher_logits = _by_part(teacher)
+
+    def score(space: list[Tensor], part: slice) -> Tensor:
+        z, target, u = space
+        teacher_logits(part, target).mul_(t)
+        target.add_(torch.mul(z, 1 - t, out=u))
+        _log_softmax(z)
+        _log_softmax(target).clamp_(min=-1e30)
+        if value == "kl":
+            return _forward_kl(space)
+        values = -torch.mul(target.exp_(), z, out=u).sum(1)
+        z.exp_().sub_(target)
+        return values
+
+    return in_chunks(student, score, 3, 1.0, mask, count, reduction, rows)
+
+
+def _by_part(teacher: Head | Tensor) -> Callable[[slice, Tensor], Tensor]:
+    """What writes the teacher's logits of some rows into a space."""
+    if isinstance(teacher, Tensor):
+        every = teacher.detach().flatten(0, -2)
+        return lambda part, out: out.copy_(every[part])
+    head = as_multiplied(teacher).detach()
+    return lambda part, out: project(head.hidden[part], head.weight, head.bias, out)
 
 
 # ---- a chunk: log-probabilities in place of which stand, afterwards, gradients with respect to the student's logits ---------------------------------
@@ -176,7 +219,7 @@ def _log_softmax(x: Tensor) -> Tensor:
 
 
 def _check_teacher(student: Head, teacher: Head | Tensor | TopK) -> None:
-    name, positions = "linear_divergence", student.hidden.shape[:-1]
+    name, positions = "chunked loss", student.hidden.shape[:-1]
     if isinstance(teacher, TopK):
         check_top(name, teacher.indices, len(student.weight))
         given = teacher.indices.shape[:-1]

@@ -12,7 +12,8 @@ Target: softmax of (1 - t) student + t teacher logits. t rises from t_start at l
 place of the language model's loss (the authors' mixing ratio 1); list `ce` beside it to mix. The released code is followed: the loss is the cross-entropy
 with the target, which also drives t; `value: kl` is the paper's KL, of equal gradient. Three departures: t moves in training mode only, over processes it
 is moved by their mean loss, and a loss that is not finite, or of no token, leaves it as it is. With accumulation t moves each micro-batch. t, the last loss
-and the momentum are saved with the run. The baselines of the released code are the objective `token_divergence`.
+and the momentum are saved with the run. The baselines of the released code are the objective `token_divergence`. Where the student gives the taps `hidden`
+and `output_weight` in the place of logits, no tensor of logits is ever made.
 """
 
 from __future__ import annotations
@@ -26,6 +27,8 @@ from torch import Tensor
 
 from stillhouse.errors import UserError
 from stillhouse.functional import checks
+from stillhouse.functional.chunked import linear_taid
+from stillhouse.functional.heads import head_of
 from stillhouse.functional.precision import full_precision
 from stillhouse.functional.token_losses import check_vocabulary, counted, cross_entropy_rows, forward_kl_rows, step_count, token_mean
 from stillhouse.objective import Objective, Progress
@@ -112,22 +115,26 @@ class TAID(Objective):
         self.register_buffer("momentum", torch.tensor(0.0))
 
     def forward(self, student: Signals, teacher: Signals, batch: Batch, progress: Progress) -> dict[str, Tensor]:
-        logits, targets = student.logits, teacher.log_probs().detach()
-        assert logits is not None
-        check_vocabulary("taid", logits.shape[-1], targets.shape[-1])
-        checks.same_classes("taid", logits, targets)
-        mask = counted(batch, logits.shape[:-1])
         t = self.t.clone()
-        rows = taid_rows(logits, targets, t, self.value)
-        loss = token_mean(rows, mask, step_count(batch, rows, mask, share=self.training))
+        if student.logits is None:
+            head = head_of(student, "student")
+            like, mask = head.hidden[..., 0], counted(batch, head.hidden.shape[:-1])
+            source = head_of(teacher, "teacher") if teacher.logits is None else teacher.logits
+            total = linear_taid(head, source, t, value=self.value, mask=mask, reduction="sum")
+        else:
+            logits, targets = student.logits, teacher.log_probs().detach()
+            check_vocabulary("taid", logits.shape[-1], targets.shape[-1])
+            checks.same_classes("taid", logits, targets)
+            like, mask = logits[..., 0], counted(batch, logits.shape[:-1])
+            total = token_mean(taid_rows(logits, targets, t, self.value), mask, reduction="sum")
         if self.training:
-            self._follow(rows, mask, progress)
-        return {"loss": loss, "log:t": t}
+            self._follow(total, like.numel() if mask is None else mask.sum(), progress)
+        return {"loss": total / step_count(batch, like, mask, share=self.training), "log:t": t}
 
     @torch.no_grad()
-    def _follow(self, rows: Tensor, mask: Tensor | None, progress: Progress) -> None:
+    def _follow(self, total: Tensor, tokens: Tensor | int, progress: Progress) -> None:
         """Move t by the mean over the tokens of all processes; of no token, it is not a number, and t stays."""
-        sums = torch.stack([token_mean(rows, mask, reduction="sum"), (torch.ones_like(rows) if mask is None else mask).sum().float()])
+        sums = torch.stack([total, torch.ones_like(total) * tokens])
         if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
             dist.all_reduce(sums)
         share = progress.fraction if self.total_steps is None else progress.step / self.total_steps
