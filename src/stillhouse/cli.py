@@ -247,16 +247,31 @@ def cache(
     variant: Annotated[Optional[str], typer.Option(help="One of the recipe's variants.", metavar="NAME")] = None,  # noqa: UP045
     data_root: DataRoot = None,
     engine: Annotated[str, typer.Option(help="local (under torchrun: every process takes its share), or ray.")] = "local",
-    jobs: Annotated[int, typer.Option("--jobs", "-j", min=1, help="Workers, with --engine ray.")] = 2,
+    jobs: Annotated[int, typer.Option("--jobs", "-j", min=1, help="Workers, with --engine ray; requests at the same time, with --server.")] = 2,
+    server: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(help="Ask an OpenAI-compatible server instead, such as http://localhost:8000/v1 (key: STILLHOUSE_SERVER_KEY).", metavar="URL"),
+    ] = None,
+    server_model: Annotated[str, typer.Option(help="The model's name there.", metavar="NAME")] = "default",
+    rate: Annotated[Optional[float], typer.Option(help="Requests a second, at most.")] = None,  # noqa: UP045
+    skip_long: Annotated[bool, typer.Option("--skip-long", help="Pass over samples that the server's context does not hold.")] = False,
     cpu: Cpu = False,
 ) -> None:
     """Keep what a recipe's teacher says of its data. Students then train from the store: teacher: {store: FOLDER}."""
     from stillhouse import recipe as recipes
     from stillhouse.live import Bars
-    from stillhouse.store.making import asked, describe, make_for
+    from stillhouse.store.making import asked, describe, make_for, make_from_server, store_spec
 
     config = recipes.load(recipe, variant, set_ or [])
     given = {"top": top, "precision": precision, "views": views, "embedding": embedding or None, "taps": tap}
+    if server is not None:
+        from stillhouse.store.server import Server
+
+        spec = store_spec({k: v for k, v in given.items() if v is not None})
+        asked_of = Server(server, server_model, top=top or 20, rate=rate)
+        make_from_server(config, asked_of, spec, out, workers=jobs, too_long="skip" if skip_long else "refuse", data_root=data_root, live=Bars())
+        typer.echo(describe(out))
+        return
     spec = asked(config, teacher, {k: v for k, v in given.items() if v is not None})
     make_for(config, teacher, spec, out, engine=engine, jobs=jobs, data_root=data_root, cpu=cpu, live=Bars())
     if os.environ.get("RANK", "0") == "0":

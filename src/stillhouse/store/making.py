@@ -8,7 +8,7 @@ import os
 from collections.abc import Mapping
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import ValidationError
 
@@ -17,7 +17,10 @@ from stillhouse.files import cache_folder
 from stillhouse.live import Live
 from stillhouse.recipe import DataSpec, MethodConfig, StoreSpec, TeacherSpec, spell
 from stillhouse.store.reading import Store
+from stillhouse.store.server import Server
 from stillhouse.store.writing import cache
+
+TooLongIs = Literal["refuse", "skip"]
 
 CONTENT = ("name", "size", "test_size", "holdout", "val", "classes", "label_noise", "seed", "options")
 
@@ -102,11 +105,19 @@ def asked(config: MethodConfig, name: str, given: Mapping[str, Any]) -> TeacherS
     if isinstance(spec.store, str):
         raise UserError(f"The teacher '{name}' is read from the store '{spec.store}' already; give the recipe of a live teacher.")
     kept = spec.store.model_dump() if spec.store is not None else {}
+    store = store_spec({**kept, **given})
     try:
-        store = StoreSpec.model_validate({**kept, **given})
         return TeacherSpec.model_validate({**spec.model_dump(), "store": store.model_dump()})
     except ValidationError as error:
-        raise spell(error, StoreSpec, f"teacher '{name}'") from None
+        raise spell(error, TeacherSpec, f"teacher '{name}'") from None
+
+
+def store_spec(given: Mapping[str, Any]) -> StoreSpec:
+    """What to keep, from options. Raises `UserError` for those that do not fit."""
+    try:
+        return StoreSpec.model_validate(dict(given))
+    except ValidationError as error:
+        raise spell(error, StoreSpec, "store") from None
 
 
 def _teachers(config: MethodConfig) -> dict[str, TeacherSpec]:
@@ -147,6 +158,51 @@ def make_for(
         make(Run(None, config, data_root=data_root, live=live, cpu=cpu), name, spec, data, folder)
     else:
         raise UserError(f"There is no engine '{engine}'; there are: local, ray.")
+
+
+def make_from_server(
+    config: MethodConfig,
+    server: Server,
+    spec: StoreSpec,
+    folder: Path,
+    *,
+    workers: int = 4,
+    too_long: TooLongIs = "refuse",
+    data_root: str | None = None,
+    live: Live | None = None,
+) -> None:
+    """Write a store from a server's answers on a recipe's training text; its teacher, if it names one, is not looked at.
+
+    Raises:
+        UserError: data that is no causal text, and what `asking.score` raises.
+    """
+    from accelerate import PartialState
+
+    from stillhouse.run import Run, _rank_world, _wait
+    from stillhouse.store.asking import score
+    from stillhouse.store.server import Vocabulary
+
+    PartialState(cpu=True)
+    data = getattr(config, "data", None)
+    bundle = Run(None, config, data_root=data_root, cpu=True).data(data) if isinstance(data, DataSpec) else None
+    if bundle is None or getattr(bundle, "task", None) != "causal":
+        raise UserError("A server's log-probabilities are of text: the recipe's data must be text: with data.options.task causal.")
+    rank, world = _rank_world()
+    score(
+        server,
+        bundle.dataset("train", train=True),
+        folder,
+        spec,
+        Vocabulary(bundle.tokenizer),
+        data_facts=data_facts(data, bundle),
+        classes=bundle.num_classes,
+        workers=workers,
+        too_long=too_long,
+        rank=rank,
+        world=world,
+        live=live,
+    )
+    _wait(world)
 
 
 def describe(folder: Path) -> str:

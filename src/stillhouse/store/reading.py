@@ -143,6 +143,13 @@ class Store:
                 out[name][here] = self._mapped(shard)[name][source[here]]
         return out, lengths
 
+    def tokens_of(self, indices: np.ndarray) -> list[np.ndarray]:
+        """The tokens that a server wrote for these samples, one array each. Raises `UserError` for a store that holds none."""
+        if "tokens" not in self._records[0]["arrays"]:
+            raise UserError(f"The store '{self.folder}' holds no tokens: its signals are of a data set's own.")
+        flat, lengths = self._flat(["tokens"], indices, 0)
+        return np.split(flat["tokens"].astype(np.int64), np.cumsum(lengths)[:-1])
+
     def read(self, indices: np.ndarray, view: int = 0, mask: Tensor | None = None) -> dict[str, Tensor]:
         """The signals of samples, float32: `logits` (B, C), or `top` (B, k), `top.indices` (B, k) int64 and `top.tail` (B,), `embedding`, `tap:NAME`.
 
@@ -200,14 +207,14 @@ class Store:
             UserError: what differs.
         """
         held = self.manifest["data"]
-        if held["fingerprint"] != data["fingerprint"]:
-            differs = F.difference(held["spec"], data["spec"]) or "the same name and options, but other content"
+        other = F.difference(held["spec"], data["spec"])
+        moved = F.difference(held["transform"], data["transform"], "data") or F.difference({"split": held["split"]}, {"split": data["split"]})
+        if other or (held["fingerprint"] != data["fingerprint"] and not moved):
             raise UserError(
-                f"The store '{self.folder}' was written over other data ({differs}); train on the data that it was written over, or cache anew."
+                f"The store '{self.folder}' was written over other data ({other or 'the same name and options, but other content'}); train on the data that it was written over, or cache anew."
             )
-        differs = F.difference(held["transform"], data["transform"], "data") or F.difference({"split": held["split"]}, {"split": data["split"]})
-        if differs:
-            raise UserError(f"The store '{self.folder}' was written under other transforms ({differs}); the student must see what the teacher saw.")
+        if moved:
+            raise UserError(f"The store '{self.folder}' was written under other transforms ({moved}); the student must see what the teacher saw.")
         if len(dataset) != len(self):
             raise UserError(f"The store '{self.folder}' holds {len(self)} samples, but the {data['split']} split has {len(dataset)}.")
         if self.manifest["classes"] != classes and self.gives & {"logits", "top"}:
