@@ -86,6 +86,12 @@ def critical_time(
     return out
 
 
+def reaching_time(w: Array, lam: Array, rho: Array, depth: int, scale: float, kind: Kind) -> Array:
+    """The exact time at which the layer scale is w, scale <= w < w*; arrays of features that are learned broadcast. The inverse of `trajectory`."""
+    w, lam, rho = np.broadcast_arrays(np.asarray(w, dtype=np.float64), lam, rho)
+    return _time(np.log(w) - np.log(fixed_point(rho, depth, kind) - w), lam, rho, depth, scale, kind)
+
+
 def trajectory(times: Array, lam: Array, rho: Array, depth: int, scale: float, kind: Kind) -> Array:
     """w at given times: (T,) times and (d,) features -> (T, d), the exact t(w) inverted by bisection. NaN for features that are never learned.
 
@@ -127,7 +133,7 @@ def _time(x: Array, lam: Array, rho: Array, depth: int, scale: float, kind: Kind
     nodes = first[..., None] + half[..., None] * (1 + _NODES)
     geometric = sum(nodes**k for k in range(depth + 1))  # (1 - v^(L+1)) / (1 - v)
     # rest = [v - geometric / (L+1)] / [(1 - v) geometric]; the bracket has the root v = 1, divided out: -sum_j c_j v^j
-    bracket = sum((_rest_coefficient(j, depth)) * nodes**j for j in range(depth))
+    bracket = sum(_rest_coefficient(j, depth) * nodes**j for j in range(depth))
     smooth = half * (bracket / geometric * _WEIGHTS).sum(-1)
     return (power + end**2 / rho * (singular + smooth)) / lam
 
