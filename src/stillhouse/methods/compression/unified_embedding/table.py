@@ -247,7 +247,7 @@ def collisions(table: UnifiedEmbedding, values: Mapping[str, Tensor]) -> dict[st
             place = table.offsets[first + k, 0]
             size = int(table.sizes[first + k, 0])
             there = (table.offsets[:, 0] == place).nonzero().flatten().tolist()
-            expected += sum(len(rows[int(table.feature[i])]) for i in there if i != first + k) / size if table.shared else 0.0
+            expected += sum(len(rows[int(table.feature[i])]) for i in there if i != first + k) / size
         first += r.shape[1]
         chance = expected_collisions(n, size) if table.scheme == "hash" else 0.0
         out[f.name] = {"same": same / r.shape[1], "same_expected": chance, "other": other / r.shape[1], "other_expected": expected / r.shape[1]}
