@@ -96,7 +96,7 @@ class Judging:
             )
         )
         hard_runs = main if spec.protocol == "hard" else self._networks("evaluate.hard", lambda s: hard(self.augment, s), product.fingerprint)
-        other: Any = getattr(product, "random", None)
+        other = product.random
         if spec.protocol == "soft" and other is None:
             raise UserError(
                 "evaluate.scores with soft labels compares with random images that the same teacher labelled, and this method keeps none."

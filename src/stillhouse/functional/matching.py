@@ -132,3 +132,28 @@ def unroll(gradient: Gradient, theta: Tensor, batches: Batches, lr: Tensor) -> T
 def trajectory_distance(theta: Tensor, start: Tensor, target: Tensor) -> Tensor:
     """MTT: |theta - target|^2 / |start - target|^2, a scalar. NaN where start equals target: an expert that did not move."""
     return (theta - target).square().sum() / (start - target).square().sum()
+
+
+def trajectory_distance_by_steps(gradient: Gradient, start: Tensor, target: Tensor, batches: Sequence[tuple[Tensor, Tensor]], lr: Tensor) -> Tensor:
+    """The same distance after the same steps, with a gradient that takes the memory of one step: each step's own, its parameters held constant.
+
+    Calls backward itself: what the batches and `lr` were made from collects gradients. With d = start - a G - target and w = theta_k constant, step k gives
+    the gradient of (a^2 <g, g> + 2 a <g, a (G - g) - start + target>) / |start - target|^2 in its batch, where the second g is a constant (FYI's code).
+
+    Returns:
+        The distance, detached.
+    """
+    a, theta, path, taken = lr.detach(), start.detach(), [], []
+    for x, labels in batches:
+        g = gradient(theta.requires_grad_(), x.detach(), labels).detach()
+        path.append(theta.detach())
+        taken.append(g)
+        theta = theta.detach() - a * g
+    total, whole = torch.stack(taken).sum(0), (start - target).square().sum()
+    for w, g_k, (x, labels) in zip(path, taken, batches):
+        g = gradient(w.requires_grad_(), x, labels)
+        step = (a.square() * (g * g).sum() + 2 * a * (g * (a * (total - g_k) - start + target)).sum()) / whole
+        step.backward(retain_graph=True)  # batches may share what they were made from
+    if lr.requires_grad:
+        ((start - lr * total - target).square().sum() / whole).backward()
+    return (theta.detach() - target).square().sum() / whole

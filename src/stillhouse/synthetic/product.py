@@ -43,6 +43,7 @@ class SyntheticSet:
         factor: each image stores factor x factor training images as tiles (`decode`).
         lr: a learned learning rate to train with.
         made_by: the recipe.
+        random: as many random real images under the same labels, for DD-Ranking; not saved.
         figures: of its making, such as `distil_seconds`; kept with the run, not with the product.
     """
 
@@ -59,6 +60,7 @@ class SyntheticSet:
     factor: int = 1
     lr: float | None = None
     made_by: dict[str, Any] = field(default_factory=dict)
+    random: SyntheticSet | None = None
     figures: dict[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
