@@ -104,6 +104,8 @@ def write_shard(folder: Path, number: int, arrays: Mapping[str, np.ndarray], fac
             file.write(raw)
             digest.update(raw)
             at += len(raw)
+    for left in path.parent.glob(f".{path.name}.*.partial"):  # of a process that was killed while it wrote this shard
+        left.unlink(missing_ok=True)
     record = {"arrays": listed, "bytes": at, "checksum": digest.hexdigest(), **facts}
     with written_beside(record_file(folder, number)) as beside:
         beside.write_text(json.dumps(record))

@@ -69,7 +69,8 @@ def make(run: Any, name: str, spec: TeacherSpec, data: DataSpec, folder: Path | 
     teacher = run.teacher(name, spec.model_copy(update={"store": None}), data)
     bundle = run.data(data)
     for member in getattr(teacher, "members", [teacher]):
-        member._reader.width = getattr(bundle, "vocabulary", None)
+        if hasattr(member, "_reader"):
+            member._reader.width = getattr(bundle, "vocabulary", None)
     facts = {"teacher_facts": teacher_facts(spec, teacher), "data_facts": data_facts(data, bundle)}
     if folder is None:
         digest = hashlib.blake2b(json.dumps([facts, spec.store.model_dump(mode="json")], sort_keys=True).encode(), digest_size=10).hexdigest()

@@ -152,6 +152,10 @@ def cache(
     try:
         said = teacher(probe)
         scores = _scores(said)
+        if spec.top is not None and scores.ndim not in (2, 3):
+            raise UserError(
+                f"The top k are kept of class scores (B, C) and of tokens (B, L, V), but the teacher gives {tuple(scores.shape)}; store it in full."
+            )
         first, _, _ = columns(said, probe, spec)
         row_bytes = 4 * sum(v.numel() for v in first.values()) // len(probe["index"])
         writer = Writer(

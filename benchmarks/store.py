@@ -1,0 +1,171 @@
+"""What the signal store costs and saves: `python benchmarks/store.py`, written to benchmarks/results/store.json.
+
+`step`: training from a store against the student alone and against the live teacher, in turns of blocks of steps in one process (CPU time), loader
+included. `tokens`: bytes a token and the quality of a small language model for the top 8, 32, 128 and full logits, over seeds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import os
+import platform
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from stillhouse import Distillation, Frozen, Progress
+from stillhouse.data import Loader, load
+from stillhouse.models import build
+from stillhouse.recipe import DataSpec, ModelSpec, StoreSpec, validate
+from stillhouse.run import execute
+from stillhouse.store import Store, StoredDataset, cache, data_facts
+from stillhouse.teachers import Stored
+
+RESULTS = Path(__file__).parent / "results" / "store.json"
+KD = {"name": "kd", "weight": 0.9}
+LANGUAGE: dict[str, Any] = {
+    "data": {"name": "text:shakespeare", "size": 800, "test_size": 400, "options": {"tokenizer": "bpe:512", "context": 64}},
+    "teacher": {
+        "model": "hf:config:gpt2",
+        "options": {"n_layer": 2, "n_head": 4, "n_embd": 64, "n_positions": 128, "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0},
+        "data": {"name": "text:shakespeare", "size": 6000, "test_size": 400, "options": {"tokenizer": "bpe:512", "context": 64}},
+        "train": {"epochs": 3, "batch_size": 32, "optimizer": {"name": "adamw", "lr": 3e-3, "weight_decay": 0.1}, "clip": 1.0},
+    },
+    "student": {
+        "model": "hf:config:gpt2",
+        "options": {"n_layer": 1, "n_head": 4, "n_embd": 48, "n_positions": 128, "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0},
+    },
+    "objectives": [{"name": "kd", "weight": 1.0, "temperature": 1}],
+    "train": {"epochs": 4, "batch_size": 32, "optimizer": {"name": "adamw", "lr": 1e-2, "weight_decay": 0.1}, "clip": 1.0},
+    "evaluate": ["accuracy"],
+}
+KEPT: dict[str, dict[str, Any] | None] = {
+    "live": None,
+    "full, fp32": {},
+    "full, fp16": {"precision": "fp16"},
+    "full, int8": {"precision": "int8"},
+    "top 128, fp16": {"top": 128, "precision": "fp16"},
+    "top 32, fp16": {"top": 32, "precision": "fp16"},
+    "top 8, fp16": {"top": 8, "precision": "fp16"},
+}
+
+
+def main() -> None:
+    """Measure, print, and keep the figures."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--only", nargs="+", choices=("step", "tokens"), default=("step", "tokens"))
+    parser.add_argument("--blocks", type=int, default=12, help="blocks of steps that each side runs")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[10, 11, 12])
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    found: dict[str, Any] = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    found["environment"] = {"torch": torch.__version__, "python": platform.python_version(), "threads": 1, "cores": os.cpu_count()}
+    if "step" in options.only:
+        found["step"] = [steps(student, options.blocks) for student in ("stillhouse:convnet3", "stillhouse:resnet20")]
+    if "tokens" in options.only:
+        found["tokens"] = tokens(options.seeds)
+    RESULTS.write_text(json.dumps(found, indent=1) + "\n")
+    print(json.dumps(found, indent=1))
+
+
+def steps(student: str, blocks: int, size: int = 4, batch_size: int = 128) -> dict[str, Any]:
+    """Milliseconds a step of each side (median over blocks), and its ratio to the student alone (median over pairs of blocks, least, most)."""
+    spec = DataSpec(name="cifar10", size=2000, test_size=1000)
+    bundle = load(spec)
+    dataset = bundle.dataset("train", train=True)
+
+    def network(name: str, seed: int, **given: Any) -> torch.nn.Module:
+        torch.manual_seed(seed)
+        return build(ModelSpec(model=name, options=given), bundle.num_classes, bundle.input_shape)
+
+    teacher = network("stillhouse:convnet3", 0, width=64)
+    with tempfile.TemporaryDirectory() as folder:
+        stores = {}
+        facts = {"teacher_facts": {"weights": Frozen(teacher).fingerprint(), "model": "convnet3"}, "data_facts": data_facts(spec, bundle)}
+        for name, keep in {"store, full fp32": {}, "store, top 5 fp16": {"top": 5, "precision": "fp16"}}.items():
+            began = time.process_time()
+            cache(Frozen(teacher), dataset, Path(folder) / name, StoreSpec(views=2, **keep), **facts)
+            took = time.process_time() - began
+            began = time.process_time()
+            stores[name] = (Store(Path(folder) / name), took, time.process_time() - began)
+        sides: dict[str, Callable[[], None]] = {
+            "alone": _side(network(student, 1), None, Loader(dataset, batch_size, shuffle=True), ["ce"]),
+            **{
+                name: _side(
+                    network(student, 1), Stored(s), Loader(StoredDataset(dataset, [s]), batch_size, shuffle=True), [{"name": "ce", "weight": 0.1}, KD]
+                )
+                for name, (s, _, _) in stores.items()
+            },
+            "live": _side(network(student, 1), Frozen(teacher), Loader(dataset, batch_size, shuffle=True), [{"name": "ce", "weight": 0.1}, KD]),
+        }
+        seconds: dict[str, list[float]] = {name: [] for name in sides}
+        for number in range(blocks + 1):
+            order = list(sides)
+            for name in order[number % len(order) :] + order[: number % len(order)]:
+                began = time.process_time()
+                for _ in range(size):
+                    sides[name]()
+                if number:  # the first block warms up
+                    seconds[name].append((time.process_time() - began) / size)
+        rows = {}
+        for name, took in seconds.items():
+            ratios = [a / b for a, b in zip(took, seconds["alone"])]
+            rows[name] = {"ms": 1000 * statistics.median(took), "ratio": statistics.median(ratios), "least": min(ratios), "most": max(ratios)}
+        return {
+            "student": student,
+            "batch_size": batch_size,
+            "blocks": blocks,
+            "sides": rows,
+            "stores": {n: {"bytes_per_sample_and_view": s.bytes / (2 * len(s)), "write_s": w, "open_s": o} for n, (s, w, o) in stores.items()},
+        }
+
+
+def _side(student: torch.nn.Module, teacher: Any, loader: Loader, objectives: list[Any]) -> Callable[[], None]:
+    module = Distillation(student.train(), teacher, objectives)
+    module.build(next(iter(loader)))
+    optimizer = torch.optim.SGD(student.parameters(), lr=0.01, momentum=0.9)
+    batches, numbers = loader.batches(), itertools.count()
+
+    def step() -> None:
+        number = next(numbers)
+        module(next(batches), Progress(step=number, epoch=number // len(loader), steps_per_epoch=len(loader), epochs=100))["loss"].backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
+def tokens(seeds: list[int]) -> dict[str, Any]:
+    """Bytes a token, and the student's test figures over seeds, by what is kept. The students of all stores and of the live teacher share their seeds."""
+    out: dict[str, Any] = {"seeds": seeds, "vocabulary": 512, "rows": {}}
+    with tempfile.TemporaryDirectory() as folder:
+        for name, keep in KEPT.items():
+            figures: list[dict[str, float]] = []
+            for seed in seeds:
+                tree = {**LANGUAGE, "seed": seed, "teacher": {**LANGUAGE["teacher"], "store": keep}}
+                figures.append(execute(validate(tree), Path(folder) / f"{name}-{seed}", cpu=True))
+            row: dict[str, Any] = {k: [f[k] for f in figures] for k in figures[0] if k in ("nll", "perplexity", "accuracy", "train_seconds")}
+            if keep is not None:
+                row["bytes_per_token"] = _bytes_per_token(validate({**LANGUAGE, "teacher": {**LANGUAGE["teacher"], "store": keep}}))
+            out["rows"][name] = row
+            print(name, row, flush=True)
+    return out
+
+
+def _bytes_per_token(config: Any) -> float:
+    from stillhouse.run import Run
+    from stillhouse.store.making import make
+
+    store = Store(make(Run(None, config, cpu=True), "teacher", config.teacher, config.data))
+    return store.bytes / (store.tokens or 1)
+
+
+if __name__ == "__main__":
+    main()
