@@ -124,7 +124,7 @@ class Synthesis:
 
         state = {"images": Held(self.images), "optimiser": optimiser, "peak": peak, **(beside or {})}
         steps = self.config.iterations
-        seconds = self.run.loop(name, state, step, steps) if steps else 0.0
+        seconds = self.run.loop(name, state, step, steps, log_every=10) if steps else 0.0
         self.figures |= {"distil_seconds": seconds, "distil_peak_mb": peak.bytes / 1e6, "distil_iterations": float(steps)}
         if steps:
             self.figures["distil_seconds_per_iteration"] = seconds / steps

@@ -95,8 +95,8 @@ class TrajectoryMatching(Method[Config]):
                 lr.clamp_(min=1e-6)
 
         made.learn("mtt", loss, optimiser=optimiser, beside={"inner_lr": Held(lr)}, after=after)
-        made.figures["inner_lr"] = float(lr)
-        return made.product(lr=float(lr))
+        made.figures["inner_lr"] = lr.item()
+        return made.product(lr=lr.item())
 
 
 def inner_batches(made: Synthesis, config: Config, i: int) -> list[tuple[Tensor, Tensor]]:
