@@ -14,7 +14,10 @@ quadrature), `linear.py` the networks, whose flow is integrated with adaptive st
 of the layer scale w reaching `share` of its end; the encoder's gain is w^L. With `features` the study is of numbers, with `data` of images in their
 principal components with noise added, beside noisy nuisance coordinates (the moments are then exact, the noise being known). `nonlinear` adds a ReLU
 encoder under Adam, a demonstration outside the theory. The claim is conditional: at equal lam JEPA of two or more layers learns the larger rho first;
-at unequal lam the order may not change, and the relative gap vanishes with the layer scale. Only a start that is aligned is exact.
+at unequal lam the order may not change, and the relative gap vanishes with the layer scale. Only a start that is aligned is exact, and for JEPA it
+is not stable: where a feature was learned before one of larger rho, rounding errors grow until the latter takes over its place, long before its own
+critical time, and the former has to be learned anew (seen in the recipe's `paper`; `jepa_time_error` tells). The ReLU networks have no biases and
+JEPA's predictor starts at a small multiple of the identity [choices], without which its encodings run to a constant.
 """
 
 from __future__ import annotations

@@ -25,11 +25,12 @@ class NonlinearSpec(Spec):
     steps: int = Field(1500, ge=1, description="Of Adam.")
     batch: int = Field(256, ge=2, description="Pairs a step.")
     lr: float = Field(1e-3, gt=0, description="Learning rate.")
+    start: float = Field(0.1, gt=0, description="JEPA: the predictor starts at this multiple of the identity.")
     probes: int = Field(15, ge=2, description="How often the embedding is probed.")
 
 
 class Learner(nn.Module):
-    """Encoder and linear predictor; the loss is that of the linear theory, over mini-batches.
+    """Encoder and linear predictor, without biases, which JEPA would use to make every encoding alike; the loss is the theory's, over mini-batches.
 
     Args:
         inputs: d of x and y.
@@ -41,10 +42,12 @@ class Learner(nn.Module):
         layers: list[nn.Module] = []
         at = inputs
         for _ in range(spec.layers):
-            layers += [nn.Linear(at, spec.hidden), nn.ReLU()]
+            layers += [nn.Linear(at, spec.hidden, bias=False), nn.ReLU()]
             at = spec.hidden
-        self.encoder = nn.Sequential(*layers, nn.Linear(at, spec.dim))
-        self.predictor = nn.Linear(spec.dim, spec.dim if kind == "jepa" else inputs)
+        self.encoder = nn.Sequential(*layers, nn.Linear(at, spec.dim, bias=False))
+        self.predictor = nn.Linear(spec.dim, spec.dim if kind == "jepa" else inputs, bias=False)
+        if kind == "jepa":  # as in the theory, V starts as a small multiple of the identity; a random one makes the embedding jump at first
+            nn.init.eye_(self.predictor.weight).data.mul_(spec.start)
         self.kind = kind
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
@@ -92,7 +95,7 @@ class Trainer:
             x, _, z = self.pairs.draw(split, torch.arange(len(self.pairs.clean[split])), "probe", split, self.seed)
             found[split] = self.model.encoder((x @ self.turn).float()).numpy(), z.numpy(), self.pairs.labels[split].numpy()
         (f, z, labels), (f_test, z_test, labels_test) = found["train"], found["test"]
-        size = float(f.std())
+        size = float(f.std(0).mean())
         guess = Ridge(1e-3 * max(size**2, 1e-12) * len(f)).fit(f, z).predict(f_test)
         k = self.pairs.spec.components
         out = {"content": float(r2_score(z_test[:, :k], guess[:, :k], multioutput="variance_weighted")), "size": size}
