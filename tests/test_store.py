@@ -11,6 +11,7 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -477,29 +478,40 @@ def test_token_rows_of_different_lengths_teach_as_the_live_teacher_does(recipe_f
     assert all(torch.isfinite(v).all() for v in top.values())
 
 
+class Text:
+    """20 samples of 1 to 5 tokens, each of which is its own label."""
+
+    def __len__(self) -> int:
+        return 20
+
+    def batch(self, key: BatchKey, seed: int) -> dict[str, Any]:
+        own = key.indices[key.start : key.stop]
+        lengths = torch.from_numpy(own % 5 + 1)
+        inside = torch.arange(int(lengths.max()))[None] < lengths[:, None]
+        ids = torch.where(inside, torch.from_numpy(own)[:, None] + torch.arange(inside.shape[1])[None], 0)
+        input = {"input_ids": ids, "attention_mask": inside.long()}
+        return {"input": input, "label": torch.where(inside, ids, -100), "index": torch.from_numpy(own)}
+
+
+class Tagger(nn.Module):
+    """Says of each token which it is."""
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        return torch.nn.functional.one_hot(input_ids, 30).float() * 9 * attention_mask[..., None] + 1e-3 * torch.arange(30)
+
+
+def test_a_sample_longer_than_the_teachers_context_is_named_and_what_was_written_stays(tmp_path: Path):
+    model = Tagger()
+    model.config = SimpleNamespace(max_position_embeddings=4)
+    with pytest.raises(UserError, match="Sample 4 has 5 tokens, but the teacher reads at most 4"):
+        cache(Frozen(model), Text(), tmp_path / "s", StoreSpec(shard_rows=4), batch_size=2, **FACTS)
+    assert (tmp_path / "s/shards/000000.json").exists()
+    model.config.max_position_embeddings = 5
+    assert cache(Frozen(model), Text(), tmp_path / "s", StoreSpec(shard_rows=4), batch_size=2, **FACTS) == 4
+
+
 def test_signals_of_tokens_lie_where_their_labels_are(tmp_path: Path):
-    """Samples of 1 to 5 tokens, whose teacher says at each position which token it is."""
-
-    class Text:
-        def __len__(self) -> int:
-            return 20
-
-        def batch(self, key: BatchKey, seed: int) -> dict[str, Any]:
-            own = key.indices[key.start : key.stop]
-            lengths = torch.from_numpy(own % 5 + 1)
-            inside = torch.arange(int(lengths.max()))[None] < lengths[:, None]
-            ids = torch.where(inside, torch.from_numpy(own)[:, None] + torch.arange(inside.shape[1])[None], 0)
-            return {
-                "input": {"input_ids": ids, "attention_mask": inside.long()},
-                "label": torch.where(inside, ids, -100),
-                "index": torch.from_numpy(own),
-            }
-
-    class Model(nn.Module):
-        def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-            return torch.nn.functional.one_hot(input_ids, 30).float() * 9 * attention_mask[..., None] + 1e-3 * torch.arange(30)
-
-    cache(Frozen(Model()), Text(), tmp_path / "s", StoreSpec(top=2, shard_rows=7), batch_size=4, **FACTS)
+    cache(Frozen(Tagger()), Text(), tmp_path / "s", StoreSpec(top=2, shard_rows=7), batch_size=4, **FACTS)
     store = Store(tmp_path / "s")
     assert store.tokens == sum(i % 5 + 1 for i in range(20))
     rows = np.array([19, 0, 8, 7, 13])

@@ -185,6 +185,7 @@ def _shard(
         indices = rows[start : start + batch_size]
         key = BatchKey(view, indices, 0, len(indices))
         batch, drawn = dataset.recorded(key, spec.seed) if hasattr(dataset, "recorded") else (dataset.batch(key, spec.seed), {})
+        _fits(teacher, batch, indices)
         moved = _on(batch, device)
         kept, top, tokens = columns(teacher(moved), moved, spec)
         parts.append({k: v.cpu() for k, v in kept.items()})
@@ -196,6 +197,20 @@ def _shard(
     if lengths:
         arrays["offsets"] = np.cumsum(np.concatenate([[0], *lengths]), dtype=np.int64)
     return out, arrays
+
+
+def _fits(teacher: Any, batch: Batch, samples: np.ndarray) -> None:
+    """Refuse a sample of more tokens than the teacher reads, where its config says how many those are."""
+    ids = batch["input"].get("input_ids") if isinstance(batch["input"], Mapping) else None
+    for member in getattr(teacher, "members", [teacher]):
+        limit = getattr(getattr(getattr(member, "model", None), "config", None), "max_position_embeddings", None)
+        if ids is None or not isinstance(limit, int) or not 0 < limit < ids.shape[1]:
+            continue
+        mask = batch["input"].get("attention_mask")
+        longest = int(mask.sum(1).argmax()) if mask is not None else 0
+        raise UserError(
+            f"Sample {int(samples[longest])} has {ids.shape[1]} tokens, but the teacher reads at most {limit}; shorten the samples (data.options.context, and too_long: cut or drop)."
+        )
 
 
 def columns(signals: Signals, batch: Batch, spec: StoreSpec) -> tuple[dict[str, Tensor], dict[str, Tensor], Tensor | None]:
