@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import importlib
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,8 @@ except ImportError:
     raise MissingExtra("Training with the transformers Trainer", "text") from None
 
 STATE_FILE = "distillation.pt"
+IGNORE = -100
+_CAUSAL, _MASKED, _SEQ2SEQ = (getattr(_transformers, f"MODEL_FOR_{name}_MAPPING") for name in ("CAUSAL_LM", "MASKED_LM", "SEQ_TO_SEQ_CAUSAL_LM"))
 
 
 class DistillationTrainer(_transformers.Trainer):  # type: ignore[misc]
@@ -41,13 +43,17 @@ class DistillationTrainer(_transformers.Trainer):  # type: ignore[misc]
     Takes what `Trainer` takes (its `model` is the student) and, by keyword, teachers and objectives. Evaluation is the Trainer's own: the student's
     loss and your `compute_metrics`. Terms are logged by name beside `loss` at `logging_steps`. `save_model` and checkpoints hold the student; what
     objectives own is in a checkpoint's `distillation.pt`. `max_grad_norm` clips the student's gradient. Objectives that look at the whole training
-    set (class means) read the training loader as it is. Each call of `train` makes the objectives' own layers and the optimiser anew, unless it
+    set (class means) read the training loader as it is. Labels of tokens (B, L) are as transformers has them: those of a causal model are shifted here,
+    and every counted token of an optimiser step weighs the same, whichever of its accumulated batches it lies in. Each call of `train` makes the objectives' own layers and the optimiser anew, unless it
     resumes. One process or DDP.
 
     Args:
         teachers: one teacher (any module that gives logits or an output with `.logits`, or a teacher of `stillhouse.teachers`), several by name, or None.
         objectives: names, mappings, `Objective`s or (Objective, weight) pairs, as in `stillhouse.distill`.
         embedding: the student's classifier submodule, where it is not found by itself.
+        shift_labels: whether labels (B, L) name the input tokens, so that those of the next position are learned; default: for causal language models.
+        vocabulary: how many tokens the tokenizer has, where teacher and student pad their embeddings to different sizes; default: those of
+            `processing_class`, where that is a tokenizer.
 
     >>> trainer = DistillationTrainer(student, args, train_dataset=data, teachers=teacher, objectives=["ce", "kd"])  # doctest: +SKIP
     >>> trainer.train()  # doctest: +SKIP
@@ -61,6 +67,8 @@ class DistillationTrainer(_transformers.Trainer):  # type: ignore[misc]
         teachers: nn.Module | Teacher | Mapping[str, nn.Module | Teacher] | None,
         objectives: Objectives = ("ce", "kd"),
         embedding: str | None = None,
+        shift_labels: bool | None = None,
+        vocabulary: int | None = None,
         **kwargs: Any,
     ) -> None:
         self.distillation: Distillation | None = None
@@ -69,8 +77,15 @@ class DistillationTrainer(_transformers.Trainer):  # type: ignore[misc]
         self._resume_from: str | None = None
         self._sums: dict[str, Tensor] = {}
         self._counts: dict[str, int] = {}
-        self._mean_size = 1.0
+        self._mean_size: Any = 1.0
         super().__init__(*args, **kwargs)
+        model = self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
+        self._shifts = type(model) in _CAUSAL.values() if shift_labels is None else shift_labels
+        self._starts = getattr(getattr(model, "config", None), "is_encoder_decoder", False) and hasattr(
+            model, "prepare_decoder_input_ids_from_labels"
+        )
+        tokens = self.processing_class
+        self._vocabulary = vocabulary or (max(tokens.get_vocab().values()) + 1 if hasattr(tokens, "get_vocab") else None)
         self.model_accepts_loss_kwargs = False  # as above, for versions without `loss_is_scaled_for_ga`
         if self.args.label_smoothing_factor or getattr(self, "compute_loss_func", None) is not None:
             raise UserError(
@@ -105,7 +120,9 @@ class DistillationTrainer(_transformers.Trainer):  # type: ignore[misc]
         if self.distillation is not None:
             return self.optimizer
         teachers, entries, embedding = self._parts
-        self.distillation = Distillation(self.model, teachers, entries, seed=self.args.seed, embedding=embedding)
+        self.distillation = Distillation(
+            self.model, teachers, entries, seed=self.args.seed, embedding=embedding, vocabulary=self._vocabulary if self._of_tokens() else None
+        )
         self._build(self.distillation)
         optimizer = super().create_optimizer(*args, **kwargs)
         groups = self.distillation.param_groups()[1:]
@@ -132,7 +149,7 @@ class DistillationTrainer(_transformers.Trainer):  # type: ignore[misc]
 
     def _build(self, distillation: Distillation) -> None:
         loader = self.get_train_dataloader()
-        self._loader = _Loader(getattr(loader, "base_dataloader", loader), self.args.seed)
+        self._loader = _Loader(getattr(loader, "base_dataloader", loader), self.args.seed, self._as_batch)
         with keyed("probe", self.args.seed):
             probe = next(iter(self._loader))
         distillation.build(probe)
@@ -159,8 +176,32 @@ class DistillationTrainer(_transformers.Trainer):  # type: ignore[misc]
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
         """The batches of one optimiser step; a smaller one among them weighs less, so that their mean is that of all their samples."""
         samples, items = super().get_batch_samples(*args, **kwargs)
-        self._mean_size = sum(map(_size, samples)) / max(len(samples), 1)
+        if samples and _has_tokens(samples[0]):
+            self._mean_size = sum(self._counted(s["labels"]).sum() for s in samples) / len(samples)
+        else:
+            self._mean_size = sum(map(_size, samples)) / max(len(samples), 1)
         return samples, items
+
+    def _counted(self, labels: Tensor) -> Tensor:
+        return (labels[:, 1:] if self._shifts else labels) != IGNORE
+
+    def _of_tokens(self) -> bool:
+        """Whether the student predicts tokens."""
+        model = self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
+        return any(type(model) in mapping.values() for mapping in (_CAUSAL, _MASKED, _SEQ2SEQ))
+
+    def _as_batch(self, inputs: Any) -> Batch:
+        """A batch of ours: labels of tokens stand where their predictions stand, and a decoder has its inputs."""
+        batch = as_batch(inputs)
+        if not _has_tokens(inputs):
+            return batch
+        label = batch["label"]
+        if self._shifts:
+            batch["label"] = torch.cat([label[:, 1:], torch.full_like(label[:, :1], IGNORE)], 1)
+        elif self._starts and "decoder_input_ids" not in batch["input"]:
+            model = self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
+            batch["input"] = {**batch["input"], "decoder_input_ids": model.prepare_decoder_input_ids_from_labels(labels=label)}
+        return batch
 
     def training_step(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Tensor:
         loss: Tensor = super().training_step(model, inputs, *args, **kwargs)
@@ -172,7 +213,10 @@ class DistillationTrainer(_transformers.Trainer):  # type: ignore[misc]
         """In training, the weighted sum of the objectives' terms, a mean over the batch; in evaluation, the student's own loss."""
         if self.distillation is None or not model.training:
             return super().compute_loss(model, inputs, return_outputs=return_outputs, **kwargs)
-        self._batch: Batch = as_batch(inputs)
+        tokens = _has_tokens(inputs)
+        self._batch: Batch = self._as_batch(inputs)
+        if tokens:
+            self._batch["token_count"] = torch.as_tensor(self._mean_size, device=inputs["labels"].device)
         with self.accelerator.autocast():
             self.distillation.before_step(self._batch, self._context)
             self.distillation._reader.model = model
@@ -182,7 +226,7 @@ class DistillationTrainer(_transformers.Trainer):  # type: ignore[misc]
                 self._sums[name] = self._sums.get(name, 0.0) + value.detach()
                 self._counts[name] = self._counts.get(name, 0) + 1
         loss, size = terms["loss"], _size(inputs)
-        loss = loss if size == self._mean_size else loss * (size / self._mean_size)
+        loss = loss if tokens or size == self._mean_size else loss * (size / self._mean_size)
         return (loss, terms) if return_outputs else loss
 
     def prediction_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
@@ -265,12 +309,37 @@ class _Steps(_transformers.TrainerCallback):  # type: ignore[misc]
 
 
 class _Loader(AdaptedLoader):
-    """Knows the labels of a `datasets.Dataset` by their column."""
+    """Knows the labels of a `datasets.Dataset` by their column, and reads a batch as the Trainer's training does."""
+
+    def __init__(self, loader: Any, seed: int, read: Callable[[Any], Batch]) -> None:
+        super().__init__(_Read(loader, read), seed)
 
     def labels(self) -> Tensor:
         dataset = getattr(self.loader, "dataset", None)
         column = next((c for c in ("labels", "label") if c in (getattr(dataset, "column_names", None) or ())), None)
         return super().labels() if dataset is None or column is None else torch.as_tensor(dataset[column][:]).to(torch.int64)
+
+
+class _Read:
+    """A loader whose batches are read by a function; all else is the loader's."""
+
+    def __init__(self, loader: Any, read: Callable[[Any], Batch]) -> None:
+        self._loader, self._as = loader, read
+
+    def __len__(self) -> int:
+        return len(self._loader)
+
+    def __iter__(self) -> Iterator[Batch]:
+        return map(self._as, self._loader)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.__dict__["_loader"], name)
+
+
+def _has_tokens(inputs: Mapping[str, Any]) -> bool:
+    """Whether the labels are of tokens, (B, L) ids."""
+    labels = inputs.get("labels")
+    return isinstance(labels, Tensor) and labels.ndim == 2 and not labels.is_floating_point()
 
 
 def average_gradients(parameters: list[nn.Parameter]) -> None:

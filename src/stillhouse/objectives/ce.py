@@ -18,17 +18,21 @@ from stillhouse.errors import UserError
 from stillhouse.functional import checks
 from stillhouse.functional.labels import check_range, is_soft
 from stillhouse.functional.precision import full_precision
+from stillhouse.functional.token_losses import step_count
 from stillhouse.objective import Objective, Progress
 from stillhouse.signals import Batch, Signals
 
 
 @full_precision
-def cross_entropy(logits: Tensor, labels: Tensor, label_smoothing: float = 0.0, ignore_index: int = -100) -> Tensor:
+def cross_entropy(
+    logits: Tensor, labels: Tensor, label_smoothing: float = 0.0, ignore_index: int = -100, count: Tensor | float | None = None
+) -> Tensor:
     """Mean cross-entropy of the samples (tokens, pixels) whose label is not `ignore_index`.
 
     Args:
         logits: (B, C), (B, L, V) or (B, C, H, W).
         labels: class ids (B,), (B, L) or (B, H, W); or soft labels (B, C).
+        count: what the sum is divided by instead of the number of those samples (see `stillhouse.functional.token_losses.step_count`).
 
     Raises:
         UserError: shapes that do not fit, or (on the CPU) a class id out of range.
@@ -43,6 +47,8 @@ def cross_entropy(logits: Tensor, labels: Tensor, label_smoothing: float = 0.0, 
         raise UserError(f"ce: labels must be class ids of shape {expected} for logits of shape {tuple(logits.shape)}; given: {tuple(labels.shape)}.")
     else:
         check_range("ce", labels[labels != ignore_index] if labels.device.type == "cpu" else labels, logits.shape[1])
+    if count is not None:
+        return F.cross_entropy(logits, labels, label_smoothing=label_smoothing, ignore_index=ignore_index, reduction="sum") / count
     return F.cross_entropy(logits, labels, label_smoothing=label_smoothing, ignore_index=ignore_index)
 
 
@@ -64,4 +70,7 @@ class CrossEntropy(Objective):
 
     def forward(self, student: Signals, teacher: Signals, batch: Batch, progress: Progress) -> dict[str, Tensor]:
         assert student.logits is not None
-        return {"loss": cross_entropy(student.logits, batch["label"], self.label_smoothing, self.ignore_index)}
+        label, count = batch["label"], None
+        if student.logits.ndim == 3 and not is_soft(label):  # tokens: each weighs the same in a step of several batches
+            count = step_count(batch, label, label != self.ignore_index, share=self.training)
+        return {"loss": cross_entropy(student.logits, label, self.label_smoothing, self.ignore_index, count)}

@@ -24,7 +24,7 @@ from stillhouse.errors import UserError
 from stillhouse.functional import checks
 from stillhouse.functional.divergences import kl_divergence, standardise
 from stillhouse.functional.precision import full_precision
-from stillhouse.functional.token_losses import coarse_log_probs, coarse_logits, forward_kl_rows, token_mean
+from stillhouse.functional.token_losses import coarse_log_probs, coarse_logits, forward_kl_rows, step_count, token_mean
 from stillhouse.objective import Objective, Progress
 from stillhouse.signals import Batch, Signals, TopK
 
@@ -83,4 +83,7 @@ class KD(Objective):
             return {"loss": kd_top_loss(logits, teacher.top, self.temperature, mask)}
         targets = teacher.log_probs(self.temperature).detach()
         checks.same_classes("kd", logits, targets)
-        return {"loss": self.temperature**2 * kl_divergence(logits, targets, self.temperature, mask)}
+        if mask is None:
+            return {"loss": self.temperature**2 * kl_divergence(logits, targets, self.temperature)}
+        rows = forward_kl_rows(logits.float() / self.temperature, targets)
+        return {"loss": self.temperature**2 * token_mean(rows, mask, step_count(batch, rows, mask, share=self.training))}
