@@ -1,4 +1,4 @@
-"""Writes the generated pages: docs/recipes.md from the option types, docs/catalogue.md and docs/methods/ from cards, options, recipes and evidence.
+"""Writes the generated pages: docs/recipes.md from the option types, docs/comparison.md, docs/catalogue.md and docs/methods/ from cards, options, recipes and evidence.
 
 `make docs` writes them anew; `python docs/build.py --check` writes nothing and exits 1 where one is stale.
 """
@@ -33,7 +33,14 @@ KINDS = {"objective": "Objectives", "method": "Methods"}
 def pages() -> dict[Path, str]:
     """Every generated page by its path."""
     found = cards()
-    out = {path: head(path) + text for path, text in ((DOCS / "recipes.md", recipe_reference()), (DOCS / "catalogue.md", catalogue(found)))}
+    out = {
+        path: head(path) + text
+        for path, text in (
+            (DOCS / "recipes.md", recipe_reference()),
+            (DOCS / "catalogue.md", catalogue(found)),
+            (DOCS / "comparison.md", whole_comparison()),
+        )
+    }
     return out | {DOCS / "methods" / f"{c.slug}.md": method_page(c) for c in found}
 
 
@@ -206,12 +213,30 @@ def evidence_section(card: Card) -> str:
     shown = measured(card)
     if not shown:
         return "Not measured yet.\n"
-    return "\n".join(comparison(path, heading=len(shown) > 1 or path.stem != card.slug) for path in shown)
+    return "\n".join(comparison(path, heading=len(shown) > 1 or path.stem != card.slug, of=card) for path in shown)
 
 
-def comparison(path: Path, heading: bool) -> str:
-    """The table of an evidence file, how it was made, and a link to all its figures."""
+def whole_comparison() -> str:
+    """All objectives on one budget, group by group, best first."""
+    path = ROOT / "evidence" / "objectives.json"
     found = json.loads(path.read_text(encoding="utf-8"))
+    mean = lambda row: sum(row["metrics"]["accuracy"]) / len(row["seeds"])  # noqa: E731
+    parts = []
+    for group in dict.fromkeys(row.get("group") for row in found["rows"]):
+        rows = [{k: v for k, v in row.items() if k != "group"} for row in found["rows"] if row.get("group") == group]
+        one = {**found, "rows": sorted(rows, key=mean, reverse=True)}
+        parts.append(f"## Student: {group}\n\n{comparison_markdown(without_idle_columns(one))}")
+    made = f"`{found['command']}`, {found['created'][:10]}, {found['device']}, torch {found['versions']['torch']}."
+    return "\n".join(parts) + f"\n{made} All figures: [evidence/objectives.json](../evidence/objectives.json).\n"
+
+
+def comparison(path: Path, heading: bool, of: Card) -> str:
+    """The table of an evidence file, how it was made, and a link to all its figures. Of a comparison of many methods: this one's rows and the baselines'."""
+    found = json.loads(path.read_text(encoding="utf-8"))
+    if path.stem != of.slug and len(found["rows"]) > 20:
+        named = {found.get("baseline"), found.get("reference")}
+        found["rows"] = [row for row in found["rows"] if row["label"] in named or names_of(row) & set(of.provides)]
+        found["note"] = "Of [the comparison of all objectives](../comparison.md), the rows of this one and of the baselines."
     made = [
         f"`{re.sub(r' --(out|data-root)[= ][^ ]+', '', found['command'])}`" if found.get("command") else "",
         str(found.get("created") or "")[:10],
@@ -262,12 +287,16 @@ def measured(card: Card) -> list[Path]:
 @cache
 def names_in(path: Path) -> frozenset[str]:
     """The objectives and methods that the rows of an evidence file ran, as their recipes say; `ce` alone is in all and left out."""
+    return frozenset(name for row in json.loads(path.read_text(encoding="utf-8"))["rows"] for name in names_of(row))
+
+
+def names_of(row: dict[str, Any]) -> set[str]:
+    """The same of one row."""
     names: set[str] = set()
-    for row in json.loads(path.read_text(encoding="utf-8"))["rows"]:
-        for file in (ROOT / "recipes").rglob(str(row.get("recipe"))):
-            tree = recipe.resolve(recipe.read_yaml(file), row.get("variant"))
-            names |= {tree.get("method", "distillation"), *(o if isinstance(o, str) else o["name"] for o in tree.get("objectives") or [])}
-    return frozenset(names - {"ce", "distillation"})
+    for file in (ROOT / "recipes").rglob(str(row.get("recipe"))):
+        tree = recipe.resolve(recipe.read_yaml(file), row.get("variant"))
+        names |= {tree.get("method", "distillation"), *(o if isinstance(o, str) else o["name"] for o in tree.get("objectives") or [])}
+    return names - {"ce", "distillation"}
 
 
 def parity_kinds(slug: str) -> list[str]:

@@ -120,6 +120,7 @@ def test_bench_compares_resumes_and_writes_evidence(command, recipe_file):
     code, _, err = command(*arguments)
     assert code == 0 and "[1/" not in err, "what is done is kept"
     assert command("report", "b")[0] == 0
+    assert command("report", "evidence/quick.json")[0] == 0 and Path("quick.html").is_file(), "the page is in the working folder"
 
 
 def test_bench_runs_every_variant_in_every_group_and_compares_within_it(command, recipe_file):
@@ -137,7 +138,9 @@ def test_bench_runs_every_variant_in_every_group_and_compares_within_it(command,
     for group in ("small", "large"):
         of_kd = rows["kd", group]
         assert sum(of_kd["step_relative"]) == pytest.approx(2.0), "the reference is its own unit: two seeds around their median"
-        assert rows["alone", group]["step_memory_relative"][0] == pytest.approx(rows["alone", group]["step_bytes"][0] / of_kd["step_bytes"][0], rel=0.2)
+        assert rows["alone", group]["step_memory_relative"][0] == pytest.approx(
+            rows["alone", group]["step_bytes"][0] / of_kd["step_bytes"][0], rel=0.2
+        )
     report = Path("b/report.html").read_text()
     assert "At a glance · small" in report and "seed by seed · large" in report and "Step (× kd)" in report
 

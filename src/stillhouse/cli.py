@@ -292,7 +292,11 @@ def export(
 
 
 @app.command(epilog="Example: stillhouse report runs/nkd_uskd-s0")
-def report(folder: Annotated[Path, typer.Argument(help="A run's folder, finished or not, or a comparison's.")]) -> None:
+def report(
+    folder: Annotated[
+        Path, typer.Argument(help="A run's folder, finished or not, a comparison's, or a comparison's JSON, such as those in evidence/.")
+    ],
+) -> None:
     """Write a run's or comparison's report anew."""
     import json
 
@@ -300,11 +304,16 @@ def report(folder: Annotated[Path, typer.Argument(help="A run's folder, finished
     from stillhouse.reporting.comparison import write_comparison_report
     from stillhouse.reporting.run_report import write_run_report
 
+    results = folder if folder.suffix == ".json" and folder.is_file() else folder / "results.json"
     if (folder / "recipe.yaml").is_file():
         path = write_run_report(folder)
-    elif (folder / "results.json").is_file():
-        path = folder / "report.html"
-        write_comparison_report(json.loads((folder / "results.json").read_text()), path)
+    elif results.is_file():
+        path = results.with_name("report.html") if results.name == "results.json" else Path(f"{results.stem}.html")
+        try:
+            found = json.loads(results.read_text())
+        except json.JSONDecodeError as error:
+            raise UserError(f"'{results}' is not JSON (line {error.lineno}: {error.msg}).") from None
+        write_comparison_report(found, path)
     else:
         raise UserError(f"'{folder}' is no run's folder (no recipe.yaml) and no comparison's (no results.json).")
     typer.echo(f"Report: {path}")
