@@ -255,7 +255,7 @@ class Run:
         """The network of a live teacher with its weights, trained first where it has none."""
         seed, data = spec.seed or 0, spec.data or data
         model = self.model(spec.network, data, role="teacher", seed=seed)
-        if spec.train is not None and spec.checkpoint is None and not spec.pretrained:
+        if spec.train is not None and spec.checkpoint is None:  # from published weights where it is pretrained: fine-tuned
             trained = self.trained("teacher", model, spec.network, spec.train, data, seed)
             model.load_state_dict(trained["weights"])
             self.record.setdefault("teachers", {})[name] = {"model": spec.model, **trained["figures"]}
@@ -294,6 +294,7 @@ class Run:
         from stillhouse.distillation import Distillation
         from stillhouse.product import state_on_cpu
         from stillhouse.recipe import objective_from_spec
+        from stillhouse.teachers import Frozen
 
         bundle = self.data(data)
 
@@ -321,10 +322,11 @@ class Run:
             return {"weights": state_on_cpu(model), "figures": figures}
 
         training = train.model_dump(mode="json", exclude={"log_every", "checkpoint_seconds", "trackers", "compile"})
+        start = {"start": Frozen(model).fingerprint()} if spec.pretrained else {}
         return self.stage(
             stage,
             make,
-            {"model": spec.model_dump(mode="json"), "train": training, "data": bundle.fingerprint, "augment": _augmentation(data), "seed": seed},
+            {**start, "model": spec.model_dump(mode="json"), "train": training, "data": bundle.fingerprint, "augment": _augmentation(data), "seed": seed},
         )
 
 

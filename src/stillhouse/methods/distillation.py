@@ -56,7 +56,7 @@ class GeneralDistillation(Method[Config]):
         stages = []
         for name, spec in config.all_teachers.items():
             for member in spec.ensemble or [spec]:
-                if member.model and member.train and not member.checkpoint and not member.pretrained:
+                if member.model and member.train and not member.checkpoint:
                     steps = member.train.epochs * len(run.loader(member.data or config.data, "train", member.train.batch_size, train=True))
                     model = run.model(member.network, config.data, "teacher", member.seed or 0)
                     stages.append(

@@ -183,7 +183,7 @@ class MealV2Method(Method[Config]):
     def plan(self, config: Config, run: Run) -> list[Stage]:
         stages = []
         for member in config.teacher.ensemble or [config.teacher]:
-            if member.model and member.train and not member.checkpoint and not member.pretrained:
+            if member.model and member.train and not member.checkpoint:
                 steps = member.train.epochs * len(run.loader(member.data or config.data, "train", member.train.batch_size, train=True))
                 network = describe(member.model, run.model(member.network, config.data, "teacher", member.seed or 0))
                 stages.append(Stage("teacher", "train a teacher with cross-entropy (kept, shared)", {"teacher": network}, steps=steps))
