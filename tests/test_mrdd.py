@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from pathlib import Path
 
@@ -197,3 +198,21 @@ def test_recipes_that_cannot_work_are_refused_before_training(tmp_path: Path, ch
     with pytest.raises(UserError, match=says):
         execute(validate(recipe(**changes)), tmp_path / "run", cpu=True)
     assert not (tmp_path / "run" / "metrics.csv").exists()
+
+
+def test_the_estimators_optimiser_is_part_of_the_checkpoint():
+    from stillhouse.methods.pretraining.mrdd.networks import ConsistencyEncoder
+
+    network, shape, views = NetworkSpec(kind="dense", hidden=[8]), (1, 8, 8), ViewMaker(("image", "edge"))
+    torch.manual_seed(0)
+    frozen = ConsistencyEncoder(network, 2, shape, 3)
+    whole, second = (SpecificTraining(SpecificSpec(dim=4), network, views, 0, shape, frozen, 3, "sample") for _ in range(2))
+    batch = {"input": torch.rand(6, 1, 8, 8)}
+    for i in range(2):
+        for module in (whole, second)[: i + 1]:
+            torch.manual_seed(i)
+            module(batch, None)  # type: ignore[arg-type]
+            module.after_step(batch, None, True)  # type: ignore[arg-type]
+        if i == 0:
+            second.load_state_dict(copy.deepcopy(whole.state_dict()))
+    assert torch.equal(whole.estimator.p_mu[0].weight, second.estimator.p_mu[0].weight)
