@@ -379,6 +379,53 @@ def test_mistakes_are_answered_in_a_sentence(given: dict[str, Any], words: str, 
         execute(validate(tree("dm", **{"iterations": 1, "batch_real": 5, **given})), tmp_path / "run", cpu=True)
 
 
+SRE2L = {
+    "network": {"model": "stillhouse:convnet2", "options": {"width": 4, "norm": "batch"}},
+    "teacher": {"model": "stillhouse:convnet2", "options": {"width": 4, "norm": "batch"}, "train": {"epochs": 1, "batch_size": 50}},
+    "ipc": 2,
+    "recover": {"iterations": 4, "jitter": 1},
+    "relabel": {"epochs": 2, "batch_size": 8, "augment": "resized_crop"},
+}
+
+
+def test_recovered_images_are_pictures_with_labels_of_their_views_and_random_ones_get_the_same(tmp_path: Path):
+    evaluate = {"protocol": "soft", "networks": 1, "epochs": 2, "scores": True, "full_epochs": 1}
+    found = execute(validate(tree("sre2l", **SRE2L, evaluate=evaluate)), tmp_path / "run", cpu=True)
+    made = load_product(tmp_path / "run")
+    assert made.labels.tolist() == [c for c in range(10) for _ in range(2)] and made.views.logits.shape == (2, 20, 10)
+    assert found["out_of_range_pixels"] == 0 and 0 <= found["lrs"] <= 1
+    execute(validate(tree("sre2l", **{**SRE2L, "recover": None, "relabel": None})), tmp_path / "random", cpu=True)
+    real = load_product(tmp_path / "random")
+    assert real.soft.shape == (20, 10) and not torch.equal(real.images, made.images)
+
+
+def test_recovery_from_a_network_without_batch_norm_is_refused(tmp_path: Path):
+    plain = {"model": "stillhouse:convnet2", "options": {"width": 4}, "train": {"epochs": 1, "batch_size": 50}}
+    with pytest.raises(UserError, match="take one with batch norm"):
+        execute(validate(tree("sre2l", **{**SRE2L, "teacher": plain})), tmp_path / "run", cpu=True)
+
+
+def test_a_judge_that_was_cut_off_keeps_the_networks_it_has_trained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    from stillhouse.synthetic import training
+
+    trained: list[str] = []
+    plain = training.train
+
+    def counted(run: Any, name: str, network: nn.Module, how: Any) -> nn.Module:
+        if len(trained) == 2:
+            trained.append("cut")
+            raise KeyboardInterrupt
+        trained.append(name)
+        return plain(run, name, network, how)
+
+    monkeypatch.setattr(training, "train", counted)
+    config = validate(tree("selection", seed=7, evaluate={"networks": 3, "epochs": 2}))
+    with pytest.raises(KeyboardInterrupt):
+        execute(config, tmp_path / "run", cpu=True)
+    execute(config, tmp_path / "run", cpu=True)
+    assert len(trained) == 4  # two, the one that was cut off, and that one again
+
+
 def test_a_target_beyond_the_experts_is_refused():
     with pytest.raises(UserError, match="beyond the experts' 3 epochs"):
         validate(tree("mtt", experts={"epochs": 3}, max_start=2))

@@ -1,7 +1,8 @@
 """The evaluator of synthetic sets: networks trained on the set from scratch and tested on real data, over several initialisations.
 
 Hard and soft labels are protocols of their own. DD-Ranking's scores train, beside them, on random real images of the same number and on all real data. Each
-network is a stage, so that an evaluation that was cut off goes on, and baselines are trained once for all methods on the same data.
+network is a stage, so that an evaluation that was cut off goes on, and baselines are trained once for all methods on the same data. DD-Ranking's search for
+the best learning rate and its best epoch on test data are left out: one rate, the last epoch.
 """
 
 from __future__ import annotations

@@ -35,6 +35,7 @@ class ExpertSpec(Spec):
     weight_decay: float = Field(0.0, ge=0)
     drop: float = Field(1.0, gt=0, le=1, description="Factor of the rate after half the epochs, where the momentum starts anew; 1: none.")
     augment: AugmentSpec | None = Field(None, description="Default: the recipe's `augment`.")
+    seed: int = Field(0, description="Of the experts: runs of all seeds share them.")
 
 
 Loss = Callable[[nn.Module, Tensor, Tensor, Tensor, int], Tensor]
@@ -64,10 +65,10 @@ def experts(
     augment = spec.augment or augment
     found = []
     for number in range(spec.count):
-        seed = key(run.seed, "expert", number) % 2**31
+        seed = key(spec.seed, "expert", number) % 2**31
         kept = {
             "network": network.model_dump(mode="json"),
-            "training": {**spec.model_dump(mode="json", exclude={"count"}), "augment": augment.model_dump()},
+            "training": {**spec.model_dump(mode="json", exclude={"count", "seed"}), "augment": augment.model_dump()},
             "data": run.data(data).fingerprint,
             "whitened": real.whitening is not None,
             "seed": seed,
@@ -89,7 +90,7 @@ def _train(run: Run, network: ModelSpec, data: DataSpec, real: RealImages, spec:
 
     def step(i: int) -> dict[str, Tensor]:
         epoch, at = divmod(i, steps)
-        if spec.drop < 1 and epoch == spec.epochs // 2 + 1 and not at:
+        if spec.drop < 1 and epoch == spec.epochs // 2 + 2 and not at:
             optimiser.state.clear()
             for group in optimiser.param_groups:
                 group["lr"] = spec.lr * spec.drop

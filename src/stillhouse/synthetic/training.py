@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -53,8 +53,9 @@ class HardTraining:
 
     def step(self, network: nn.Module, optimiser: torch.optim.Optimizer, i: int) -> Tensor:
         epoch, at = divmod(i, self.steps_per_epoch)
-        fallen = epoch > self.epochs // 2
-        if fallen and not at and epoch == self.epochs // 2 + 1:
+        turn = self.epochs // 2 + 2  # published: after epoch E/2 + 1
+        fallen = epoch >= turn
+        if epoch == turn and not at:
             optimiser.state.clear()
         for group in optimiser.param_groups:
             group["lr"] = self.lr * (0.1 if fallen else 1.0)
@@ -126,11 +127,3 @@ def train(run: Run, name: str, network: nn.Module, training: HardTraining | Soft
 
     run.loop(name, {"network": network, "optimiser": optimiser}, step, training.epochs * training.steps_per_epoch)
     return network.eval()
-
-
-@torch.no_grad()
-def accuracy(network: nn.Module, batches: list[tuple[Tensor, Tensor]], seen: Callable[[Tensor], Tensor] | None = None) -> float:
-    """The share of right answers over batches of (x, labels) on the network's device."""
-    network.eval()
-    right = torch.stack([(network(x if seen is None else seen(x)).argmax(-1) == y).sum() for x, y in batches]).sum()
-    return int(right) / sum(len(y) for _, y in batches)

@@ -9,12 +9,13 @@ use when: a small set must be made fast, without bilevel training
 needs: real images with labels; a network without batch statistics, such as a ConvNet with instance norm
 
 Every iteration takes a fresh random network and sums, over classes and feature dimensions, the squared difference between the mean feature of a real batch
-and that of the class's synthetic images, both under one draw of Siamese augmentation (a draw a class). All classes go through the network in one forward;
-the published code loops over classes, which is the same for networks that see each image alone. Evaluation reports the last epoch.
+and that of the class's synthetic images, both under one draw of Siamese augmentation (a draw a class). All classes go through the network together (real
+images at most 4096 at a time); the published code loops over classes, which is the same for networks that see each image alone. Evaluation reports the last epoch.
 """
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 
 from stillhouse.errors import UserError
@@ -23,6 +24,10 @@ from stillhouse.run import Method, Run, Stage
 from stillhouse.synthetic.config import PixelConfig
 from stillhouse.synthetic.product import SyntheticSet
 from stillhouse.synthetic.synthesis import Synthesis, plan
+
+
+AT_ONCE = 4096
+"""Real images that go through a network at a time."""
 
 
 class Config(PixelConfig):
@@ -51,7 +56,8 @@ class DistributionMatching(Method[Config]):
         def loss(i: int) -> Tensor:
             network = made.network(i)
             real, synthetic = made.batches(i)
-            return feature_mean_distance(embedding(network, real), embedding(network, synthetic), made.classes)
+            features = torch.cat([embedding(network, part) for part in real.split(AT_ONCE)])
+            return feature_mean_distance(features, embedding(network, synthetic), made.classes)
 
         made.learn("dm", loss)
         return made.product()
