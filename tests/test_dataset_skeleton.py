@@ -315,25 +315,29 @@ def tree(method: str, **given: Any) -> dict[str, Any]:
     return {"method": method, **plain, **given}
 
 
-def test_an_interrupted_distillation_goes_on_to_the_same_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+@pytest.mark.parametrize(
+    ("method", "options"),
+    [("dm", {}), ("dsa", {"outer": 2, "iterations": 3}), ("mtt", {"inner_steps": 2, "experts": {"count": 1, "epochs": 2}, "max_start": 0})],
+)
+def test_an_interrupted_distillation_goes_on_to_the_same_images(method: str, options: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     from stillhouse.synthetic.synthesis import Synthesis
 
-    config = validate(tree("dm", iterations=6, batch_real=5))
+    config = validate(tree(method, **{"iterations": 6, "batch_real": 5, **options}))
     execute(config, tmp_path / "whole", cpu=True)
-    plain = Synthesis.batches
+    plain = Synthesis.generator
 
-    def interrupted(self: Synthesis, i: int):
-        if i == 3:
+    def interrupted(self: Synthesis, *keys: int | str) -> torch.Generator:
+        if keys == ("augment", 2):  # in the third step
             os.kill(os.getpid(), signal.SIGINT)
-        return plain(self, i)
+        return plain(self, *keys)
 
-    monkeypatch.setattr(Synthesis, "batches", interrupted)
+    monkeypatch.setattr(Synthesis, "generator", interrupted)
     with pytest.raises(KeyboardInterrupt):
         execute(config, tmp_path / "cut", cpu=True)
-    monkeypatch.setattr(Synthesis, "batches", plain)
+    monkeypatch.setattr(Synthesis, "generator", plain)
     execute(config, tmp_path / "cut", cpu=True)
     whole, cut = (load_product(tmp_path / name) for name in ("whole", "cut"))
-    assert torch.equal(whole.images, cut.images)
+    assert torch.equal(whole.images, cut.images) and whole.lr == cut.lr
 
 
 def test_soft_and_hard_labels_are_protocols_of_their_own(tmp_path: Path):

@@ -67,14 +67,17 @@ def test_asymmetry_is_zero_for_symmetric_images():
 
 
 def recipe(host: str, **given: Any) -> dict[str, Any]:
-    options: dict[str, Any] = {"mtt": {"experts": {"count": 1, "epochs": 2}, "max_start": 0, "inner_steps": 2, "unroll": "steps"}}.get(host, {})
+    options: dict[str, Any] = {
+        "dsa": {"outer": 2},
+        "mtt": {"experts": {"count": 1, "epochs": 2}, "max_start": 0, "inner_steps": 2, "unroll": "steps"},
+    }.get(host, {})
     shape = {"network": {"model": "stillhouse:convnet2", "options": {"width": 4}}, "evaluate": {"networks": 1, "epochs": 2}}
     sizes = {"batch_real": 5, "iterations": 2}
     data = {"name": "digits", "augment": "plain", "size": 200, "test_size": 100}
     return {"method": "fyi", "data": data, "handed": True, "host": {"method": host, **shape, **sizes, **options}, **given}
 
 
-@pytest.mark.parametrize("host", ["dm", "datadam", "mtt"])
+@pytest.mark.parametrize("host", ["dm", "datadam", "mtt", "dsa"])
 def test_every_host_learns_from_mirrors_and_stores_none(host: str, tmp_path: Path):
     made = []
     for mirror in (True, False):

@@ -88,8 +88,9 @@ class Synthesis:
         optimiser: torch.optim.Optimizer | None = None,
         beside: Mapping[str, Any] | None = None,
         after: Callable[[int], None] | None = None,
+        steps: int | None = None,
     ) -> None:
-        """Minimise over the pixels for `iterations` steps.
+        """Minimise over the pixels.
 
         Args:
             name: of the stage.
@@ -97,6 +98,7 @@ class Synthesis:
             optimiser: default: `optimiser()`.
             beside: what else a checkpoint must hold, by name.
             after: called after each step.
+            steps: default: `iterations`.
         """
         optimiser = optimiser or self.optimiser()
         peak = _Peak()
@@ -123,7 +125,7 @@ class Synthesis:
             return kept
 
         state = {"images": Held(self.images), "optimiser": optimiser, "peak": peak, **(beside or {})}
-        steps = self.config.iterations
+        steps = self.config.iterations if steps is None else steps
         seconds = self.run.loop(name, state, step, steps, log_every=10) if steps else 0.0
         self.figures |= {"distil_seconds": seconds, "distil_peak_mb": peak.bytes / 1e6, "distil_iterations": float(steps)}
         if steps:

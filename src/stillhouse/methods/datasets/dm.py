@@ -25,7 +25,6 @@ from stillhouse.synthetic.config import PixelConfig
 from stillhouse.synthetic.product import SyntheticSet
 from stillhouse.synthetic.synthesis import Synthesis, plan
 
-
 AT_ONCE = 4096
 """Real images that go through a network at a time."""
 

@@ -6,13 +6,13 @@ arxiv: 2407.08113
 task: classification
 family: dataset distillation
 use when: images keep their class when mirrored, and another method that learns pixels is already in use
-needs: a host method with `mirror` (dm, datadam, mtt, …), given whole as `host`
+needs: a host method with `mirror` (dm, datadam, mtt, dsa), given whole as `host`
 
 While matching, the host sees [S; F(S)], images and then their mirror images, class by class, before augmentation; real images are not doubled and the
 flips are not stored. Augmentation draws a flip first (p 0.5, one for the batch) and then one of the other groups. For mtt inner batches are halved before
 they are doubled; its recipe here takes `unroll: steps`, the memory-saving gradient of the released code, and `full` is the whole one. `mirror: false` is the
-host alone, with its own augmentation; both are judged alike, with a flip first, and mini-batches are not doubled there. The inner training of gradient
-matching (DC, DSA) is not offered: there is no such host here; its loss is `functional.matching.gradient_distance`.
+host alone, with its own augmentation; both are judged alike, with a flip first, and mini-batches are not doubled there. With dsa the batches of the network's
+own training are doubled too.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class Config(MethodConfig):
             raise ValueError("host.method is missing: name the method that learns the images, such as dm")
         given = validate({**self.host, "data": self.data.model_dump(), "seed": self.seed}, "host")
         if not isinstance(given, PixelConfig):
-            raise ValueError(f"host.method: '{given.method}' does not learn pixels from real images; take dm, datadam or mtt")
+            raise ValueError(f"host.method: '{given.method}' does not learn pixels from real images; take dm, datadam, mtt or dsa")
         flips = flip_first(given.augment)
         judged = given.evaluate.model_copy(update={"augment": given.evaluate.augment or flips})
         learns = {"mirror": True, "augment": flips} if self.mirror else {"mirror": False}
