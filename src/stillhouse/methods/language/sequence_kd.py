@@ -9,8 +9,8 @@ use when: teacher and student have different tokenizers, or the teacher is too d
 needs: text data, a teacher that writes
 
 The teacher's writing is a stage of its own, kept as text and shared by every recipe with the same teacher, prompts and `generation`. The paper writes by
-beam search of width 5 (`temperature: 0, beams: 5`); drawing at temperature 1 also shows the student what else the teacher would say. `originals: true`
-keeps the data's own completions beside (the paper's mixture of both). A text without prompts is continued from its first `generation.prompt` tokens. The
+beam search of width 5 (`temperature: 0, beams: 5`); drawing at temperature 1 also shows the student what else the teacher would say. `learn: both` keeps
+the data's own completions beside (the paper's mixture), `learn: originals` is the baseline that learns those alone. A text without prompts is continued from its first `generation.prompt` tokens. The
 objectives are the recipe's: `seq_kd` is the paper's; a teacher's tokens can be added where both have one tokenizer. The paper's interpolation, which picks
 the beam nearest to the reference, is not here.
 """
@@ -18,7 +18,7 @@ the beam nearest to the reference, is not here.
 from __future__ import annotations
 
 from itertools import pairwise
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -43,7 +43,9 @@ from stillhouse.teachers import Frozen
 
 class Config(GeneralConfig):
     generation: Generation = Field(default_factory=lambda: Generation(temperature=0.0), description="How the teacher writes.")
-    originals: bool = Field(False, description="Keep the data's own completions beside the teacher's.")
+    learn: Literal["written", "both", "originals"] = Field(
+        "written", description="The completions that the student learns: the teacher's, both, or the data's own."
+    )
     writing_batch: int = Field(64, ge=1, description="Prompts that are continued at once.")
 
 
@@ -52,6 +54,8 @@ class SequenceKD(GeneralDistillation):
 
     def plan(self, config: Config, run: Run) -> list[Stage]:  # type: ignore[override]
         stages = super().plan(config, run)
+        if config.learn == "originals":
+            return stages
         bundle, spec = run.data(config.data), self._writer(config)
         if not isinstance(bundle, TextBundle):
             raise UserError(f"method sequence_kd needs text; data.name is '{config.data.name}'.")
@@ -75,6 +79,8 @@ class SequenceKD(GeneralDistillation):
 
     def loader(self, config: Config, run: Run) -> Any:  # type: ignore[override]
         """The student's training batches: what the teacher wrote."""
+        if config.learn == "originals":
+            return super().loader(config, run)
         bundle, spec = run.data(config.data), self._writer(config)
         model = run.network("teacher", spec, config.data)
         theirs = run.data(spec.data) if spec.data is not None else bundle
@@ -87,7 +93,7 @@ class SequenceKD(GeneralDistillation):
         }
         made = run.stage("writing", lambda: written(model, tokens, bundle, config.generation, config.writing_batch, run.device), uses)
         run.record["written"] = {"samples": len(made), "ended": sum(ended for _, ended in made), "example": made[0][0]}
-        rows = rewritten_rows(bundle, made, config.generation.prompt, originals=config.originals)
+        rows = rewritten_rows(bundle, made, config.generation.prompt, originals=config.learn == "both")
         data = TokenDataset(rows, bundle.task, bundle.tokenizer, bundle.decoder_start)
         return Loader(data, config.train.batch_size, seed=run.seed, shuffle=True, drop_last=True, **processes())
 
