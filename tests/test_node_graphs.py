@@ -170,11 +170,12 @@ def test_the_sampler_s_graphs_are_parts_of_the_whole_with_the_batch_first() -> N
 
 def test_with_all_neighbours_drawn_a_sampled_graph_gives_the_whole_graph_s_answer() -> None:
     graph = load_graph(GraphSpec(name="synthetic"))
-    nodes, edges = NeighbourSampler(graph.edges, 600, (1000, 1000)).sample(torch.tensor([5, 9]), np.random.default_rng(0))
     network = GNN("sage", 32, 8, 4).eval()
-    part = network(graph.x[nodes], network.propagation(edges, len(nodes)))
-    assert len(nodes) < 300
-    assert torch.allclose(part[:2], network(graph.x, network.propagation(graph.edges, 600))[[5, 9]], atol=1e-5)
+    whole = network(graph.x, network.propagation(graph.edges, 600))[[5, 9]]
+    for fan_out in ((1000, 1000), (-1, -1)):
+        nodes, edges = NeighbourSampler(graph.edges, 600, fan_out).sample(torch.tensor([5, 9]), np.random.default_rng(0))
+        part = network(graph.x[nodes], network.propagation(edges, len(nodes)))
+        assert len(nodes) < 300 and torch.allclose(part[:2], whole, atol=1e-5)
 
 
 def test_wrong_networks_are_refused() -> None:

@@ -147,7 +147,7 @@ class NeighbourSampler:
 
     Args:
         edges: (2, E), both directions, sorted by the first row, on the host.
-        fan_out: neighbours drawn of a node at each hop, with replacement; fewer are kept where a draw repeats.
+        fan_out: neighbours drawn of a node at each hop, with replacement; fewer are kept where a draw repeats. -1: all of them.
     """
 
     def __init__(self, edges: Tensor, nodes: int, fan_out: tuple[int, ...] = (10, 10)) -> None:
@@ -163,9 +163,14 @@ class NeighbourSampler:
         for fan in self.fan_out:
             degree = self._start[frontier + 1] - self._start[frontier]
             frontier, degree = frontier[degree > 0], degree[degree > 0]
-            pick = (generator.random((len(frontier), fan)) * degree[:, None]).astype(np.int64)
-            reached = self._neighbours[self._start[frontier][:, None] + pick]
-            drawn.append(np.stack([np.repeat(frontier, fan), reached.ravel()]))
+            if fan < 0:
+                owner = np.repeat(frontier, degree)
+                at = np.arange(len(owner)) + np.repeat(self._start[frontier] - (np.cumsum(degree) - degree), degree)
+            else:
+                owner = np.repeat(frontier, fan)
+                at = self._start[owner] + (generator.random(len(owner)) * np.repeat(degree, fan)).astype(np.int64)
+            reached = self._neighbours[at]
+            drawn.append(np.stack([owner, reached]))
             frontier = np.setdiff1d(reached, nodes)
             nodes = np.concatenate([nodes, frontier])
         ends = np.concatenate(drawn, 1)

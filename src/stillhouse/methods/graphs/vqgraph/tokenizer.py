@@ -12,6 +12,8 @@ from stillhouse.errors import UserError
 from stillhouse.functional.precision import full_precision
 from stillhouse.models.graph import convolutions, linear, propagation
 
+ROWS = 1 << 16
+
 
 class Codebook(nn.Module):
     """Codes in the space of the embeddings, found by cosine and moved by running means; buffers, not parameters.
@@ -45,7 +47,7 @@ class Codebook(nn.Module):
             codebook (M, D) that was read, before training moved it.
         """
         with torch.no_grad():
-            index = self.scores(x).argmax(-1)
+            index = torch.cat([self.scores(rows).argmax(-1) for rows in x.split(ROWS)])  # never all of (N, M) at once
         read = self.codes
         quantized = read[index]
         if not self.training:
