@@ -68,14 +68,14 @@ def main() -> None:
     found: dict[str, Any] = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
     found["environment"] = {"torch": torch.__version__, "python": platform.python_version(), "threads": 1, "cores": os.cpu_count()}
     if "step" in options.only:
-        found["step"] = [steps(student, options.blocks) for student in ("stillhouse:convnet3", "stillhouse:resnet20")]
+        found["step"] = [steps("stillhouse:convnet3", options.blocks, width=16), steps("stillhouse:resnet20", options.blocks)]
     if "tokens" in options.only:
         found["tokens"] = tokens(options.seeds)
     RESULTS.write_text(json.dumps(found, indent=1) + "\n")
     print(json.dumps(found, indent=1))
 
 
-def steps(student: str, blocks: int, size: int = 4, batch_size: int = 128) -> dict[str, Any]:
+def steps(student: str, blocks: int, size: int = 4, batch_size: int = 128, **student_options: Any) -> dict[str, Any]:
     """Milliseconds a step of each side (median over blocks), and its ratio to the student alone (median over pairs of blocks, least, most)."""
     spec = DataSpec(name="cifar10", size=2000, test_size=1000)
     bundle = load(spec)
@@ -96,14 +96,19 @@ def steps(student: str, blocks: int, size: int = 4, batch_size: int = 128) -> di
             began = time.process_time()
             stores[name] = (Store(Path(folder) / name), took, time.process_time() - began)
         sides: dict[str, Callable[[], None]] = {
-            "alone": _side(network(student, 1), None, Loader(dataset, batch_size, shuffle=True), ["ce"]),
+            "alone": _side(network(student, 1, **student_options), None, Loader(dataset, batch_size, shuffle=True), ["ce"]),
             **{
                 name: _side(
                     network(student, 1), Stored(s), Loader(StoredDataset(dataset, [s]), batch_size, shuffle=True), [{"name": "ce", "weight": 0.1}, KD]
                 )
                 for name, (s, _, _) in stores.items()
             },
-            "live": _side(network(student, 1), Frozen(teacher), Loader(dataset, batch_size, shuffle=True), [{"name": "ce", "weight": 0.1}, KD]),
+            "live": _side(
+                network(student, 1, **student_options),
+                Frozen(teacher),
+                Loader(dataset, batch_size, shuffle=True),
+                [{"name": "ce", "weight": 0.1}, KD],
+            ),
         }
         seconds: dict[str, list[float]] = {name: [] for name in sides}
         for number in range(blocks + 1):
@@ -120,6 +125,7 @@ def steps(student: str, blocks: int, size: int = 4, batch_size: int = 128) -> di
             rows[name] = {"ms": 1000 * statistics.median(took), "ratio": statistics.median(ratios), "least": min(ratios), "most": max(ratios)}
         return {
             "student": student,
+            "options": student_options,
             "batch_size": batch_size,
             "blocks": blocks,
             "sides": rows,

@@ -242,7 +242,9 @@ def make_on_ray(
     try:
         ray.get([remote.remote(config, name, spec, data, folder.absolute(), i, jobs, data_root, cpu, environment) for i in range(jobs)])
     except ray.exceptions.RayTaskError as error:
-        raise UserError(str(error.cause)) from None if isinstance(error.cause, UserError) else error
+        if isinstance(error.cause, UserError):
+            raise UserError(str(error.cause)) from None
+        raise
     finally:
         if started:
             ray.shutdown()
