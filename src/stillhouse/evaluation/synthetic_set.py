@@ -41,7 +41,8 @@ class Judging:
     """
 
     def __init__(self, run: Run, product: SyntheticSet) -> None:
-        self.run, self.product, self.config = run, product, run.config
+        self.run, self.product = run, product
+        self.config: Any = run.config
         self.spec, self.data = self.config.evaluate, self.config.data
         self.augment = self.spec.augment or self.config.augment
         split = next((s for s in ("test", "val", "holdout") if run.data(self.data).has(s)), None)
@@ -87,7 +88,7 @@ class Judging:
         from stillhouse.synthetic.config import AugmentSpec
         from stillhouse.synthetic.training import HardTraining, SoftTraining
 
-        spec, product, plain = self.spec, self.product, AugmentSpec(groups="")
+        spec, product, plain = self.spec, self.product, AugmentSpec(groups="", always="")
         mean = statistics.fmean
         real_x, real_y = self._real()
         full = spec.model_copy(update={"epochs": spec.full_epochs, "lr": None})
@@ -104,7 +105,7 @@ class Judging:
             )
 
         def random(augment: Any, seed: int) -> Any:
-            if spec.protocol == "soft":
+            if other is not None:
                 return SoftTraining.of(other, spec, augment, self.run.device, ("judge", seed))
             drawn = generator(seed, "random images")
             count = len(product) * product.factor**2 // len(product.classes)

@@ -103,7 +103,8 @@ class Flat:
 
     def __call__(self, theta: Tensor, x: Tensor) -> Tensor:
         """Logits of (B, C, H, W) at (P,)."""
-        return functional_call(self.network, self.unflatten(theta), (x,))
+        logits: Tensor = functional_call(self.network, self.unflatten(theta), (x,))
+        return logits
 
     def gradient(self, theta: Tensor, x: Tensor, labels: Tensor, create_graph: bool = True) -> Tensor:
         """(P,) of the mean cross-entropy (labels (B,) or (B, C)); theta must require a gradient."""

@@ -27,7 +27,8 @@ class BatchNormStatistics:
             raise UserError(
                 "Images are recovered from the running statistics of BatchNorm2d layers, and this network has none; take one with batch norm."
             )
-        self._network, self._found = network, {}
+        self._network = network
+        self._found: dict[nn.Module, tuple[Tensor, Tensor]] = {}
         self._hooks = [layer.register_forward_pre_hook(self._keep) for layer in self.layers]
 
     def _keep(self, layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:

@@ -98,7 +98,7 @@ def _train(run: Run, network: ModelSpec, data: DataSpec, real: RealImages, spec:
         rows = torch.tensor(order[at * size : (at + 1) * size], device=real.images.device)
         x = real.images[rows]
         drawn = generator(seed, "expert augment", i)
-        value = loss(model, x, apply(x, augmentation(augment, len(x), tuple(x.shape[-2:]), drawn)), real.labels[rows], epoch)
+        value = loss(model, x, apply(x, augmentation(augment, len(x), (x.shape[-2], x.shape[-1]), drawn)), real.labels[rows], epoch)
         optimiser.zero_grad()
         value.backward()
         optimiser.step()

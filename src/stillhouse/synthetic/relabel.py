@@ -41,7 +41,7 @@ class Views(Spec):
         drawn = generator(self.seed, "view", epoch, number)
         x = images[rows.to(images.device)]
         groups = groups_of(self.augment)
-        x = apply(x, all_of(groups, len(x), tuple(x.shape[-2:]), drawn, Strength(area=self.area)))
+        x = apply(x, all_of(groups, len(x), (x.shape[-2], x.shape[-1]), drawn, Strength(area=self.area)))
         if self.mix == "none" or len(x) < 2:
             return x
         partner = x[torch.randperm(len(x), generator=drawn).to(x.device)]

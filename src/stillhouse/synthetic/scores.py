@@ -73,7 +73,9 @@ def soft_loss(
         return soft_cross_entropy(logits / temperature, F.softmax(teacher_logits / temperature, -1))
     if kind != "mse":
         raise unknown("loss to soft labels", kind, ("kl", "sce", "mse"))
-    if ce_weight and labels is None:
-        raise UserError("The loss 'mse' with ce_weight above 0 needs labels (B,).")
     value = mse_weight * F.mse_loss(logits, teacher_logits)
-    return value + ce_weight * F.cross_entropy(logits, labels) if ce_weight else value
+    if not ce_weight:
+        return value
+    if labels is None:
+        raise UserError("The loss 'mse' with ce_weight above 0 needs labels (B,).")
+    return value + ce_weight * F.cross_entropy(logits, labels)

@@ -62,7 +62,7 @@ class HardTraining:
         order = permutation(len(self.images), *self.key, "order", epoch)
         rows = torch.tensor(order[at * self.batch_size : (at + 1) * self.batch_size], device=self.images.device)
         x = self.images[rows]
-        x = apply(x, augmentation(self.augment, len(x), tuple(x.shape[-2:]), generator(*self.key, "augment", i)))
+        x = apply(x, augmentation(self.augment, len(x), (x.shape[-2], x.shape[-1]), generator(*self.key, "augment", i)))
         return F.cross_entropy(network(x), self.labels[rows])
 
 
@@ -109,7 +109,7 @@ class SoftTraining:
         else:
             assert self.synthetic.soft is not None
             x, logits = self.images[rows.to(self.images.device)], self.synthetic.soft[rows]
-            x = apply(x, augmentation(self.augment, len(x), tuple(x.shape[-2:]), generator(*self.key, "augment", i)))
+            x = apply(x, augmentation(self.augment, len(x), (x.shape[-2], x.shape[-1]), generator(*self.key, "augment", i)))
         return soft_loss(network(x), logits.to(x.device).float(), "kl", self.temperature)
 
 
