@@ -37,19 +37,23 @@ def kd_loss(student_logits: Tensor, teacher_logits: Tensor, temperature: float =
 
 
 @full_precision
-def kd_top_loss(student_logits: Tensor, top: TopK, temperature: float = 4.0, mask: Tensor | None = None) -> Tensor:
+def kd_top_loss(student_logits: Tensor, top: TopK, temperature: float = 4.0) -> Tensor:
     """T^2 times the mean KL divergence of k + 1 events, the k classes and all others as one; logits (..., C) -> scalar.
 
     At T = 1 both sides' events are exact. At another T the student's are too; what the teacher's tail becomes is not known, and is taken as if its mass
     were even over the other classes. Rows of which nothing is known (all mass in the tail) do not count; a row may know fewer than k classes (the others
     are minus infinity, at an index that the row names already).
     """
+    return temperature**2 * token_mean(*kd_top_rows(student_logits, top, temperature))
+
+
+@full_precision
+def kd_top_rows(student_logits: Tensor, top: TopK, temperature: float) -> tuple[Tensor, Tensor]:
+    """The divergence of each row, (...,), without T^2, and whether anything is known of it, (...,)."""
     known = top.log_probs > -math.inf
     events = coarse_logits(student_logits, top.indices, temperature)
     events = events.masked_fill(F.pad(~known, (0, 1)), -math.inf)
-    targets = coarse_log_probs(top, student_logits.shape[-1], temperature).detach()
-    counts = known[..., 0] if mask is None else known[..., 0] & mask
-    return temperature**2 * token_mean(forward_kl_rows(events, targets), counts)
+    return forward_kl_rows(events, coarse_log_probs(top, student_logits.shape[-1], temperature).detach()), known[..., 0]
 
 
 class KD(Objective):
@@ -80,7 +84,10 @@ class KD(Objective):
         if teacher.top is not None and teacher.logits is None:
             if self.standardise:
                 raise UserError("kd: standardise needs the logits of all classes, but the teacher is known by its top k; switch it off.")
-            return {"loss": kd_top_loss(logits, teacher.top, self.temperature, mask)}
+            rows, known = kd_top_rows(logits, teacher.top, self.temperature)
+            if mask is None:
+                return {"loss": self.temperature**2 * token_mean(rows, known)}
+            return {"loss": self.temperature**2 * token_mean(rows, known & mask, step_count(batch, rows, known & mask, share=self.training))}
         targets = teacher.log_probs(self.temperature).detach()
         checks.same_classes("kd", logits, targets)
         if mask is None:
