@@ -10,7 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from stillhouse.data.node_graphs import GraphSpec, load_graph, read_planetoid, rows_to_one, simple_graph, take_rows, with_split
+from stillhouse.data.node_files import read_planetoid
+from stillhouse.data.node_graphs import GraphSpec, load_graph, rows_to_one, simple_graph, take_rows, with_split
 from stillhouse.errors import UserError
 from stillhouse.models.graph import GNN, NeighbourSampler, NodeMLP, propagation
 

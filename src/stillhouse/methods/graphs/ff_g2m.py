@@ -36,6 +36,7 @@ from stillhouse.functional import checks
 from stillhouse.functional.precision import full_precision
 from stillhouse.methods.graphs import glnn
 from stillhouse.methods.graphs.glnn.training import Taught, fit_nodes, graph_of, new_student, taught, test_figures
+from stillhouse.models.graph import NodeMLP
 from stillhouse.run import Method, Run, Stage
 
 Term = Literal["low", "high", "soft"]
@@ -152,7 +153,7 @@ class FFG2M(Method[Config]):
 
     def _student(
         self, config: Config, run: Run, stage: str, terms: list[Term], graph: NodeGraph, seen: NodeGraph, teacher: Taught
-    ) -> tuple[glnn.NodeMLP, dict[str, float]]:
+    ) -> tuple[NodeMLP, dict[str, float]]:
         """A student trained on some terms, and its figures, `low_cosine` and `high_kl` among them."""
         logits, low = teacher.logits, LowFrequency.of(teacher.logits, seen.edges)
         once = seen.edges[:, seen.edges[0] < seen.edges[1]]  # one direction of each edge
