@@ -155,8 +155,11 @@ def test_a_teacher_of_a_folder_teaches(file: Any, tmp_path: Path) -> None:
     data = text_data(file(questions()))
     run(tmp_path / "first", data, teacher=None, objectives=["ce"])
     folder = tmp_path / "first" / "run" / "product" / "model"
-    figures, _ = run(tmp_path, data, teacher={"model": f"hf:{folder}", "pretrained": True})
-    assert math.isfinite(figures["perplexity"])
+    published = {"model": f"hf:{folder}", "pretrained": True}
+    run(tmp_path / "as it is", data, teacher=published)
+    run(tmp_path / "tuned", data, teacher={**published, "train": FAST})
+    facts = {name: json.loads((tmp_path / name / "run" / "environment.json").read_text()) for name in ("as it is", "tuned")}
+    assert facts["as it is"]["weights"] != facts["tuned"]["weights"] and "teachers" in facts["tuned"]
 
 
 # ---- judging -------------------------------------------------------------------------------------------------------------------------------
@@ -312,6 +315,8 @@ def test_a_teacher_with_another_tokenizer_teaches_by_what_it_writes(file: Any, t
     )
     facts = json.loads((tmp_path / "run" / "environment.json").read_text())["written"]
     assert math.isfinite(figures["perplexity"]) and facts["samples"] == 15
+    own, _ = run(tmp_path / "own", data, method="sequence_kd", teacher=teacher, objectives=["ce"], learn="originals")
+    assert own["perplexity"] != figures["perplexity"] and "written" not in (tmp_path / "own" / "run" / "environment.json").read_text()
 
 
 def test_padded_rows_of_the_vocabulary_teach_nothing(file: Any) -> None:

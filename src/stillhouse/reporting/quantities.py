@@ -70,6 +70,9 @@ _KNOWN = {
     "auc": Quantity("AUC", "%", 100, 2, 1, "Area under the ROC curve: how often a positive is ranked above a negative."),
     "nmi": Quantity("NMI", "%", 100, 2, 1, "Normalised mutual information of clusters and classes."),
     "ari": Quantity("ARI", "%", 100, 2, 1, "Adjusted Rand index of clusters and classes; 0 is chance."),
+    "perplexity": Quantity(
+        "Perplexity", "", 1, 2, -1, "Of tokens: as if the model chose among so many equally likely ones each time; e to the power of the NLL."
+    ),
     "ece": Quantity(
         "ECE", "%", 100, 2, -1, "Expected calibration error: how far the model's confidence is from its accuracy; 0 is as sure as it is right."
     ),
