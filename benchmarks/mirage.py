@@ -66,6 +66,7 @@ def compared(train: Any, options: argparse.Namespace) -> dict[str, float]:
     network = GraphNetwork(
         "gin", int(train.labels.max()) + 1, int(train.edge_labels.max()) + 1, train.num_classes, width=options.width, layers=options.hops
     )
+    epoch(network, made.graphs, options.batch_size)  # warms up
     distilled = least(lambda: distil(train, budget=options.budget, options=Options(hops=options.hops)), options.rounds)
     known = least(lambda: distil(train, support=made.thresholds, options=Options(hops=options.hops)), options.rounds)
     counted = least(lambda: TreeClasses(train, options.hops), options.rounds)
