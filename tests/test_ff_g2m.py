@@ -136,8 +136,8 @@ def test_a_graph_without_edges_is_trained_on_with_a_warning(tmp_path: Path) -> N
 
 
 def test_teachers_are_kept_and_shared_by_their_setting(tmp_path: Path) -> None:
-    first = run(tmp_path / "a", train={"epochs": 2})
-    again = run(tmp_path / "b", train={"epochs": 2}, terms=["soft"])
+    first = run(tmp_path / "a", data="synthetic", train={"epochs": 2})
+    again = run(tmp_path / "b", data={"name": "synthetic"}, train={"epochs": 2}, terms=["soft"])
     other = run(tmp_path / "c", train={"epochs": 2}, teacher={"conv": "gat", "width": 16, "train": {"epochs": 60}})
     assert first["teacher_seconds"] == again["teacher_seconds"] != other["teacher_seconds"]
     assert json.loads((tmp_path / "a" / "product" / "product.json").read_text())["model"]["model"] == "stillhouse:node_mlp"

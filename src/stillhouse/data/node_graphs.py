@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor
 
 from stillhouse.data.node_files import read_npz, read_planetoid, read_pyg
@@ -50,6 +50,11 @@ class GraphSpec(Spec):
     )
     seed: int = Field(0, description="Of random splits and hidden nodes, added to the run's seed; of a synthetic graph alone.")
     synthetic: SyntheticSpec = Field(default_factory=SyntheticSpec)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _by_name_alone(cls, value: Any) -> Any:
+        return {"name": value} if isinstance(value, str) else value
 
 
 @dataclass(frozen=True)
