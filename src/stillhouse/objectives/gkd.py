@@ -72,6 +72,7 @@ class GKD(Objective):
 
     name = "gkd"
     needs = frozenset({"student.logits", "teacher.logits"})
+    reads_top = True
 
     def __init__(self, beta: float = 0.5, temperature: float = 1.0) -> None:
         super().__init__()
