@@ -162,7 +162,7 @@ def test_a_teacher_of_a_folder_teaches(file: Any, tmp_path: Path) -> None:
     assert facts["as it is"]["weights"] != facts["tuned"]["weights"] and "teachers" in facts["tuned"]
 
 
-@pytest.mark.parametrize("kept", [{}, {"top": 8}])
+@pytest.mark.parametrize("kept", [{}, {"top": 250}])
 def test_a_stored_teacher_teaches_rows_of_unequal_length_as_a_live_one(file: Any, tmp_path: Path, kept: dict[str, Any]) -> None:
     data, objectives = text_data(file(questions())), [{"name": "gkd", "beta": 0.0}]
     teacher = {"model": "hf:config:gpt2", "options": GPT2, "train": FAST}
