@@ -137,8 +137,8 @@ class PixelInputs:
         if not (self.pad or self.flip):
             return x, {}
         draws = uniforms(keys(seed, "augment", epoch), indices, 3)
-        corner = (draws[:, :2] * (2 * self.pad + 1)).astype(np.int32) - self.pad
-        sides = np.broadcast_to(np.array(self.images.shape[-2:], np.int32), corner.shape)
+        corner = (draws[:, :2] * (2 * self.pad + 1)).astype(np.int16) - np.int16(self.pad)
+        sides = np.broadcast_to(np.array(self.images.shape[-2:], np.int16), corner.shape)
         return x, {"crop": np.concatenate([corner, sides], 1), "flip": (draws[:, 2] < 0.5) & self.flip}
 
 

@@ -53,5 +53,5 @@ def crop_and_flip(heard: list[tuple[str, Mapping[str, Any]]]) -> tuple[tuple[int
 
 
 def arrays(drawn: list[tuple[tuple[int, int, int, int], bool]]) -> dict[str, np.ndarray]:
-    """`crop` (B, 4) int32 and `flip` (B,) bool of a batch."""
-    return {"crop": np.array([c for c, _ in drawn], np.int32).reshape(-1, 4), "flip": np.array([f for _, f in drawn], bool)}
+    """`crop` (B, 4) int16 and `flip` (B,) bool of a batch."""
+    return {"crop": np.array([c for c, _ in drawn], np.int16).reshape(-1, 4), "flip": np.array([f for _, f in drawn], bool)}
