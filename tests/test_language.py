@@ -29,6 +29,7 @@ from stillhouse.models.writing import Generation, Writer
 from stillhouse.recipe import DataSpec, ModelSpec
 from stillhouse.run import execute
 from stillhouse.signals import call_model, read_logits
+from stillhouse.teachers import Stored
 
 pytest.importorskip("transformers", reason="transformers is not installed")
 VERSES = [
@@ -268,6 +269,10 @@ def test_a_student_is_never_taught_its_own_writing_as_the_truth(file: Any) -> No
     with pytest.raises(UserError, match="'ce' would teach the student its own writing"):
         on_policy(bundle, 0.5, ["ce", Forward()])
     on_policy(bundle, 0.0, ["ce", Forward()])
+    with pytest.raises(UserError, match="is read from a store"):
+        OnPolicyDistillation(
+            net(bundle), Stored(type("Store", (), {"gives": frozenset({"logits"}), "folder": "f"})()), [Forward()], writer=writer(bundle)
+        )
     with pytest.raises(UserError, match=r"set data.options.pack: false"):
         packed = bundle_of(file(questions()), pack=True)
         writer(packed).rewritten(net(packed), first_batch(packed, 2))

@@ -30,6 +30,7 @@ from stillhouse.objective import Context
 from stillhouse.recipe import objective_from_spec
 from stillhouse.run import Run
 from stillhouse.signals import Batch
+from stillhouse.teachers import Stored
 
 
 class Config(GeneralConfig):
@@ -48,12 +49,17 @@ class OnPolicyDistillation(Distillation):
         The rest is `Distillation`'s.
 
     Raises:
-        UserError: an objective that would take the student's writing for the truth.
+        UserError: an objective that would take the student's writing for the truth, or a teacher that cannot read it.
     """
 
     def __init__(self, *args: Any, writer: Writer, lmbda: float = 0.5, warm_epochs: int = 0, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.writer, self.lmbda, self.warm_epochs = writer, lmbda, warm_epochs
+        stored = [name for name, teacher in self.teachers.items() if isinstance(teacher, Stored)]
+        if lmbda and stored:
+            raise UserError(
+                f"on_policy: the teacher '{stored[0]}' is read from a store, which knows nothing of what the student writes; give a live teacher."
+            )
         for entry in self.entries:
             if lmbda and "label" in entry.objective.needs and not any(n.startswith("teacher.") for n in entry.objective.needs):
                 raise UserError(
