@@ -99,7 +99,7 @@ def steps(student: str, blocks: int, size: int = 4, batch_size: int = 128, **stu
             "alone": _side(network(student, 1, **student_options), None, Loader(dataset, batch_size, shuffle=True), ["ce"]),
             **{
                 name: _side(
-                    network(student, 1), Stored(s), Loader(StoredDataset(dataset, [s]), batch_size, shuffle=True), [{"name": "ce", "weight": 0.1}, KD]
+                    network(student, 1, **student_options), Stored(s), Loader(StoredDataset(dataset, [s]), batch_size, shuffle=True), [{"name": "ce", "weight": 0.1}, KD]
                 )
                 for name, (s, _, _) in stores.items()
             },
