@@ -1,7 +1,8 @@
 """What the signal store costs and saves: `python benchmarks/store.py`, written to benchmarks/results/store.json.
 
 `step`: training from a store against the student alone and against the live teacher, in turns of blocks of steps in one process (CPU time), loader
-included. `tokens`: bytes a token and the quality of a small language model for the top 8, 32, 128 and full logits, over seeds.
+included. `bytes`: of a token, by what is kept. `gradient`: what rounding and truncation do to the gradient of `kd`. `tokens`: the quality of a small
+language model for the top 8, 32, 128 and full logits, over seeds (minutes).
 """
 
 from __future__ import annotations
@@ -18,17 +19,24 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from stillhouse import Distillation, Frozen, Progress
-from stillhouse.data import Loader, load
+from stillhouse.data import BatchKey, Loader, load
 from stillhouse.models import build
+from stillhouse.objectives.kd import kd_loss, kd_top_loss
 from stillhouse.recipe import DataSpec, ModelSpec, StoreSpec, validate
-from stillhouse.run import execute
+from stillhouse.recipe import load as load_recipe
+from stillhouse.run import Run, execute
+from stillhouse.signals import TopK
 from stillhouse.store import Store, StoredDataset, cache, data_facts
+from stillhouse.store.format import decode, encode
+from stillhouse.store.writing import top_k
 from stillhouse.teachers import Stored
 
 RESULTS = Path(__file__).parent / "results" / "store.json"
+PARTS = ("step", "bytes", "gradient", "tokens")
 KD = {"name": "kd", "weight": 0.9}
 LANGUAGE: dict[str, Any] = {
     "data": {"name": "text:shakespeare", "size": 800, "test_size": 400, "options": {"tokenizer": "bpe:512", "context": 64}},
@@ -60,7 +68,7 @@ KEPT: dict[str, dict[str, Any] | None] = {
 def main() -> None:
     """Measure, print, and keep the figures."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--only", nargs="+", choices=("step", "tokens"), default=("step", "tokens"))
+    parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS)
     parser.add_argument("--blocks", type=int, default=12, help="blocks of steps that each side runs")
     parser.add_argument("--seeds", type=int, nargs="+", default=[10, 11, 12])
     options = parser.parse_args()
@@ -69,6 +77,10 @@ def main() -> None:
     found["environment"] = {"torch": torch.__version__, "python": platform.python_version(), "threads": 1, "cores": os.cpu_count()}
     if "step" in options.only:
         found["step"] = [steps("stillhouse:convnet3", options.blocks, width=16), steps("stillhouse:resnet20", options.blocks)]
+    if "bytes" in options.only:
+        found["bytes_per_token"] = bytes_per_token()
+    if "gradient" in options.only:
+        found["kd_gradient"] = gradient()
     if "tokens" in options.only:
         found["tokens"] = tokens(options.seeds)
     RESULTS.write_text(json.dumps(found, indent=1) + "\n")
@@ -99,7 +111,10 @@ def steps(student: str, blocks: int, size: int = 4, batch_size: int = 128, **stu
             "alone": _side(network(student, 1, **student_options), None, Loader(dataset, batch_size, shuffle=True), ["ce"]),
             **{
                 name: _side(
-                    network(student, 1, **student_options), Stored(s), Loader(StoredDataset(dataset, [s]), batch_size, shuffle=True), [{"name": "ce", "weight": 0.1}, KD]
+                    network(student, 1, **student_options),
+                    Stored(s),
+                    Loader(StoredDataset(dataset, [s]), batch_size, shuffle=True),
+                    [{"name": "ce", "weight": 0.1}, KD],
                 )
                 for name, (s, _, _) in stores.items()
             },
@@ -158,19 +173,55 @@ def tokens(seeds: list[int]) -> dict[str, Any]:
                 tree = {**LANGUAGE, "seed": seed, "teacher": {**LANGUAGE["teacher"], "store": keep}}
                 figures.append(execute(validate(tree), Path(folder) / f"{name}-{seed}", cpu=True))
             row: dict[str, Any] = {k: [f[k] for f in figures] for k in figures[0] if k in ("nll", "perplexity", "accuracy", "train_seconds")}
-            if keep is not None:
-                row["bytes_per_token"] = _bytes_per_token(validate({**LANGUAGE, "teacher": {**LANGUAGE["teacher"], "store": keep}}))
             out["rows"][name] = row
             print(name, row, flush=True)
     return out
 
 
-def _bytes_per_token(config: Any) -> float:
-    from stillhouse.run import Run
-    from stillhouse.store.making import make
+def bytes_per_token() -> dict[str, float]:
+    """Bytes on disk for each learned position of 100 samples, by what is kept; the teacher is not trained, which does not matter here."""
+    tree = {**LANGUAGE, "data": {**LANGUAGE["data"], "size": 100}}
+    config = validate(tree)
+    run = Run(None, config, cpu=True)
+    bundle, out = run.data(config.data), {}
+    teacher = Frozen(run.model(config.teacher.network, config.data, "teacher", 0))
+    with tempfile.TemporaryDirectory() as folder:
+        for number, (name, keep) in enumerate(KEPT.items()):
+            if keep is not None:
+                place, facts = Path(folder) / str(number), data_facts(config.data, bundle)
+                cache(teacher, bundle.dataset("train", train=True), place, StoreSpec(**keep), teacher_facts={}, data_facts=facts, batch_size=32)
+                store = Store(place)
+                out[name] = round(store.bytes / (store.tokens or 1), 1)
+    return out
 
-    store = Store(make(Run(None, config, cpu=True), "teacher", config.teacher, config.data))
-    return store.bytes / (store.tokens or 1)
+
+def gradient(images: int = 1000) -> dict[str, Any]:
+    """The relative distance of kd's gradient on a fresh student's logits from that of full fp32 logits, for the trained teacher of store.yaml."""
+    config = load_recipe(Path(__file__).parents[1] / "recipes/classification/store.yaml")
+    run = Run(None, config, cpu=True)
+    teacher = run.teacher("teacher", config.teacher.model_copy(update={"store": None}), config.data)
+    batch = run.data(config.data).dataset("train", train=True).batch(BatchKey(0, np.arange(images), 0, images), 0)
+    with torch.no_grad():
+        scores = torch.cat([teacher({"input": part}).logits for part in batch["input"].split(250)])
+        student = run.model(config.student, config.data).eval()(batch["input"])
+
+    def of(loss: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
+        leaf = student.clone().requires_grad_()
+        return torch.autograd.grad(loss(leaf), leaf)[0]
+
+    rows: dict[str, Any] = {}
+    for temperature in (1.0, 4.0):
+        whole = of(lambda x, t=temperature: kd_loss(x, scores, t))
+        row = rows[str(temperature)] = {}
+        for precision in ("fp16", "bf16", "int8"):
+            held = decode(encode(scores, precision), precision)
+            found = of(lambda x, t=temperature, h=held: kd_loss(x, h, t))
+            row[precision] = {"distance": float((found - whole).norm() / whole.norm()), "largest_rounding": float((held - scores).abs().max())}
+        for k in (8, 5, 2, 1):
+            top = TopK(*top_k(scores, k))
+            found = of(lambda x, t=temperature, h=top: kd_top_loss(x, h, t))
+            row[f"top{k}"] = {"distance": float((found - whole).norm() / whole.norm()), "mean_tail": float(top.tail.mean())}
+    return {"images": images, "temperature": rows}
 
 
 if __name__ == "__main__":
