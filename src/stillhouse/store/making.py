@@ -71,7 +71,7 @@ def make(run: Any, name: str, spec: TeacherSpec, data: DataSpec, folder: Path | 
     for member in getattr(teacher, "members", [teacher]):
         if hasattr(member, "_reader"):
             member._reader.width = getattr(bundle, "vocabulary", None)
-    facts = {"teacher_facts": teacher_facts(spec, teacher), "data_facts": data_facts(data, bundle)}
+    facts: dict[str, Any] = {"teacher_facts": teacher_facts(spec, teacher), "data_facts": data_facts(data, bundle)}
     if folder is None:
         digest = hashlib.blake2b(json.dumps([facts, spec.store.model_dump(mode="json")], sort_keys=True).encode(), digest_size=10).hexdigest()
         folder = cache_folder() / "stores" / f"{name}-{digest}"
@@ -185,8 +185,8 @@ def make_from_server(
 
     PartialState(cpu=True)
     data = getattr(config, "data", None)
-    bundle = Run(None, config, data_root=data_root, cpu=True).data(data) if isinstance(data, DataSpec) else None
-    if bundle is None or getattr(bundle, "task", None) != "causal":
+    bundle: Any = Run(None, config, data_root=data_root, cpu=True).data(data) if isinstance(data, DataSpec) else None
+    if not isinstance(data, DataSpec) or getattr(bundle, "task", None) != "causal":
         raise UserError("A server's log-probabilities are of text: the recipe's data must be text: with data.options.task causal.")
     rank, world = _rank_world()
     score(

@@ -54,11 +54,11 @@ class Writer:
     @property
     def shards(self) -> int:
         """How many there will be."""
-        return self.manifest["views"] * self._blocks
+        return int(self.manifest["views"]) * self._blocks
 
     @property
     def _blocks(self) -> int:
-        return math.ceil(self.manifest["count"] / self.manifest["shard_rows"])
+        return math.ceil(int(self.manifest["count"]) / int(self.manifest["shard_rows"]))
 
     def place(self, shard: int) -> tuple[int, np.ndarray]:
         """The view, and the samples (n,), of a shard."""
