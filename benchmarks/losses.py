@@ -11,6 +11,7 @@ import argparse
 import statistics
 import sys
 import warnings
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
@@ -68,7 +69,7 @@ def ours(name: str, on: Given) -> tuple[Objective, Loss]:
 
     def loss() -> Tensor:
         terms = [value for key, value in objective(on.student, on.teacher, on.batch, LATE).items() if not key.startswith("log:")]
-        return terms[0] if len(terms) == 1 else torch.stack(terms).sum()
+        return reduce(torch.add, terms)
 
     return objective, loss
 

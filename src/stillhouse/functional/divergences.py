@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+
+import torch
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -19,8 +22,10 @@ def kl_divergence(student_logits: Tensor, teacher_log_probs: Tensor, temperature
         mask: (...), True where a row counts; default: all. The mean is over the rows that count.
     """
     log_q = F.log_softmax(student_logits / temperature, dim=-1)
+    if mask is None:
+        return F.kl_div(log_q, teacher_log_probs, reduction="sum", log_target=True) / math.prod(log_q.shape[:-1])
     rows = F.kl_div(log_q, teacher_log_probs, reduction="none", log_target=True).sum(-1)
-    return rows.mean() if mask is None else (rows * mask).sum() / mask.sum().clamp_min(1)
+    return (rows * mask).sum() / mask.sum().clamp_min(1)
 
 
 @full_precision
@@ -35,4 +40,5 @@ def standardise(logits: Tensor, eps: float = 1e-7) -> Tensor:
 
     Logit standardisation, Sun et al. (CVPR 2024, arXiv 2403.01427), eq. 6. Log-probabilities give the same as the logits they come from.
     """
-    return (logits - logits.mean(-1, keepdim=True)) / (eps + logits.std(-1, keepdim=True))
+    std, mean = torch.std_mean(logits, -1, keepdim=True)
+    return (logits - mean) / (eps + std)

@@ -13,6 +13,8 @@ A = the flattened mean over channels of f^p, of length 1; L = mean over entries 
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -39,7 +41,23 @@ def at_loss(student: Tensor, teacher: Tensor, p: int = 2) -> Tensor:
 @full_precision
 def attention(x: Tensor, p: int = 2) -> Tensor:
     """(B, C, H, W) -> (B, H*W): mean over channels of x^p, each row of length 1."""
-    return F.normalize(x.pow(p).mean(1).flatten(1))
+    return F.normalize(PowerMean.apply(x, p).flatten(1))  # type: ignore[no-untyped-call]
+
+
+class PowerMean(torch.autograd.Function):
+    """x.pow(p).mean(1), whose gradient p x^(p-1) g / C is one product where autograd's own makes three maps."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, p: int) -> Tensor:
+        ctx.save_for_backward(x)
+        ctx.p = p
+        return x.pow(p).mean(1)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        (x,) = ctx.saved_tensors
+        share = (ctx.p / x.shape[1] * grad)[:, None]
+        return (x if ctx.p == 2 else x.pow(ctx.p - 1)) * share, None
 
 
 class AT(Objective):

@@ -19,8 +19,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from stillhouse.functional import checks
-from stillhouse.functional.divergences import kl_divergence, standardise
-from stillhouse.functional.labels import check_label, class_ids, without_classes
+from stillhouse.functional.divergences import standardise
+from stillhouse.functional.labels import check_label, class_ids
 from stillhouse.functional.precision import full_precision
 from stillhouse.objective import Objective, Progress
 from stillhouse.signals import Batch, Signals
@@ -44,15 +44,20 @@ def dkd_loss(
     checks.same_classes("dkd", student_logits, teacher_logits)
     check_label("dkd", labels, student_logits)
     target = class_ids(labels)
-    rest_s, rest_t = (without_classes(z, target) / temperature for z in (student_logits, teacher_logits.detach()))
-    binary_s, binary_t = (
-        torch.cat([z.gather(1, target[:, None]) / temperature, rest.logsumexp(1, keepdim=True)], dim=1)
-        for z, rest in ((student_logits, rest_s), (teacher_logits.detach(), rest_t))
-    )
+    (binary_s, rest_s), (binary_t, rest_t) = (_split(z / temperature, target) for z in (student_logits, teacher_logits.detach()))
+    scale = temperature**2 / len(target)
     return {
-        "target": alpha * temperature**2 * kl_divergence(binary_s, F.log_softmax(binary_t, dim=1)),
-        "non_target": beta * temperature**2 * kl_divergence(rest_s, F.log_softmax(rest_t, dim=1)),
+        "target": alpha * scale * F.kl_div(binary_s, binary_t, reduction="sum", log_target=True),
+        "non_target": beta * scale * F.kl_div(rest_s, rest_t, reduction="sum", log_target=True),
     }
+
+
+def _split(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    """Log-probabilities of (target, rest), (B, 2), and of the classes but the target, (B, C), which itself has probability 0 and no gradient."""
+    own = target[:, None]
+    rest = logits.scatter(1, own, -1e30)  # finite: 0 times it is 0 in a divergence
+    total = rest.logsumexp(1, keepdim=True)
+    return F.log_softmax(torch.cat([logits.gather(1, own), total], dim=1), dim=1), rest - total
 
 
 class DKD(Objective):

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from stillhouse.functional import checks
 from stillhouse.functional.feature_maps import LAST_STAGES, same_size
@@ -32,13 +31,20 @@ def nst_loss(student: Tensor, teacher: Tensor) -> Tensor:
         student, teacher: maps (B, C, H, W), or tokens (B, L, D); sizes are brought to the smaller by average pooling, widths may differ.
     """
     student, teacher = same_size(student, teacher.detach())
-    s, t = F.normalize(student.flatten(2), dim=2), F.normalize(teacher.flatten(2), dim=2)
-    return _kernel(t, t).mean() + _kernel(s, s).mean() - 2 * _kernel(s, t).mean()
+    s, t = student.flatten(2), teacher.flatten(2)
+    ss, st, tt = s @ s.transpose(1, 2), s @ t.transpose(1, 2), t @ t.transpose(1, 2)  # channels are brought to length 1 here, where they are small
+    of_s, of_t = _inverse_length(ss), _inverse_length(tt)
+    return _kernel(tt, of_t, of_t).mean() + _kernel(ss, of_s, of_s).mean() - 2 * _kernel(st, of_s, of_t).mean()
 
 
-def _kernel(x: Tensor, y: Tensor) -> Tensor:
-    """(B, Cx, N) and (B, Cy, N) -> (B, Cx, Cy) of (x . y)^2."""
-    return (x @ y.transpose(1, 2)).square()
+def _inverse_length(products: Tensor) -> Tensor:
+    """1 / |x| of each channel, (B, C), from the products x . y of all channels (B, C, C); 0 channels count as of length 1e-12, as in F.normalize."""
+    return products.diagonal(dim1=1, dim2=2).clamp_min(1e-24).rsqrt()
+
+
+def _kernel(products: Tensor, of_x: Tensor, of_y: Tensor) -> Tensor:
+    """(B, Cx, Cy) of (x . y)^2 / (|x| |y|)^2."""
+    return (products * of_x[:, :, None] * of_y[:, None, :]).square()
 
 
 class NST(Objective):

@@ -63,7 +63,7 @@ def ofa_loss(
     checks.same_classes("ofa_kd", student_logits, teacher_logits)
     check_label("ofa_kd", labels, student_logits)
     p = F.softmax(teacher_logits.detach() / temperature, dim=-1)
-    mask = F.one_hot(class_ids(labels), p.shape[-1]).to(p.dtype)
+    mask = torch.zeros_like(p).scatter_(1, class_ids(labels)[:, None], 1.0)
     raised = (p + mask) ** eps
     if not nontarget_exponent:
         raised = torch.where(mask.bool(), raised, p)

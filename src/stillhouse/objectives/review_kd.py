@@ -40,13 +40,16 @@ def hcl_loss(student: Tensor, teacher: Tensor) -> Tensor:
         raise UserError(
             f"review_kd: maps must have one shape (B, C, H, W); the student's has {tuple(student.shape)}, the teacher's {tuple(teacher.shape)}."
         )
-    teacher = teacher.detach()
-    loss, weight, total = F.mse_loss(student, teacher), 1.0, 1.0
+    error = student - teacher.detach()  # the mean of differences is the difference of means
+    loss, weight, total = error.square().mean(), 1.0, 1.0
     for size in (4, 2, 1):
         if size < student.shape[2]:
             weight /= 2
             total += weight
-            loss = loss + weight * F.mse_loss(F.adaptive_avg_pool2d(student, size), F.adaptive_avg_pool2d(teacher, size))
+            pooled = F.adaptive_avg_pool2d(error, size)
+            loss = loss + weight * pooled.square().mean()
+            if student.shape[2] % 4 == student.shape[3] % 4 == 0:  # pools of equal size nest
+                error = pooled
     return loss / total
 
 
@@ -81,9 +84,11 @@ class ABF(nn.Module):
         x = self.conv1(x)
         if self.att_conv is not None:
             assert y is not None
-            y = F.interpolate(y, x.shape[2:], mode="nearest")
-            attention = self.att_conv(torch.cat([x, y], dim=1))
-            x = x * attention[:, :1] + y * attention[:, 1:]
+            conv, squash = self.att_conv
+            of_x, of_y = conv.weight.split(x.shape[1], dim=1)  # the convolution of both, joined, without joining them; of y at its own size
+            score = F.conv2d(x, of_x, conv.bias) + F.interpolate(F.conv2d(y, of_y), x.shape[2:], mode="nearest")
+            attention = squash(score)
+            x = torch.addcmul(x * attention[:, :1], F.interpolate(y, x.shape[2:], mode="nearest"), attention[:, 1:])
         if size is not None and tuple(x.shape[2:]) != tuple(size):
             x = F.interpolate(x, size, mode="nearest")
         return self.conv2(x), x

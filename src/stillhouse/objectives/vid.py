@@ -37,8 +37,9 @@ def vid_loss(mean: Tensor, teacher: Tensor, log_scale: Tensor, eps: float = 1e-5
         log_scale: (C,); the variance is softplus(log_scale) + eps.
     """
     checks.same_shape("vid", mean, teacher)
-    variance = (F.softplus(log_scale) + eps).view(1, -1, 1, 1)
-    return 0.5 * ((mean - teacher.detach()).square() / variance + variance.log()).mean()
+    variance = F.softplus(log_scale) + eps
+    error = (mean - teacher.detach()).square().mean((0, 2, 3))  # by channel, as the variance is
+    return 0.5 * (error / variance + variance.log()).mean()
 
 
 class Regressor(nn.Sequential):
@@ -47,9 +48,9 @@ class Regressor(nn.Sequential):
     def __init__(self, student_channels: int, teacher_channels: int) -> None:
         super().__init__(
             nn.Conv2d(student_channels, teacher_channels, 1, bias=False),
-            nn.ReLU(),
+            nn.ReLU(inplace=True),
             nn.Conv2d(teacher_channels, teacher_channels, 1, bias=False),
-            nn.ReLU(),
+            nn.ReLU(inplace=True),
             nn.Conv2d(teacher_channels, teacher_channels, 1, bias=False),
         )
 
