@@ -18,6 +18,7 @@ SHARED = (
     recipe.DataSpec,
     recipe.ModelSpec,
     recipe.TeacherSpec,
+    recipe.StoreSpec,
     recipe.TrainSpec,
     recipe.OptimizerSpec,
     recipe.LRSchedule,

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.data import DataLoader, TensorDataset
 
+from stillhouse.context import TrainingContext
 from stillhouse.distillation import Distillation
 from stillhouse.errors import UserError
 from stillhouse.objective import Progress
@@ -112,7 +115,7 @@ def test_both_networks_are_optimised_and_saved(batch: Batch) -> None:
     torch.testing.assert_close(terms["loss"], terms["bd_kd.student"] + terms["bd_kd.peer_ce"] + terms["bd_kd.peer"])
 
 
-def test_a_frozen_teacher_a_shared_network_and_wrong_options_get_a_sentence(batch: Batch) -> None:
+def test_a_frozen_teacher_a_shared_network_and_wrong_options_get_a_sentence(batch: Batch, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="peer:"):
         module(batch, nn.Linear(6, 5)).train()(batch, Progress())
     with pytest.raises(UserError, match="3 classes"):
@@ -123,4 +126,4 @@ def test_a_frozen_teacher_a_shared_network_and_wrong_options_get_a_sentence(batc
     same = nn.Linear(6, 5)
     shared = Distillation(same, CoTrained(same), [BDKD()]).build(batch)
     with pytest.raises(UserError, match="one and the same"):
-        shared.prepare(shared)
+        shared.prepare(TrainingContext(shared, Progress(), {}, 0, torch.device("cpu"), tmp_path, DataLoader(TensorDataset(torch.zeros(4)))))
