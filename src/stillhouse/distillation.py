@@ -13,9 +13,11 @@ from stillhouse.errors import UserError, nearest
 from stillhouse.objective import Context, Objective, Progress, WeightSchedule
 from stillhouse.randomness import keyed
 from stillhouse.signals import Batch, Signals
-from stillhouse.teachers import Frozen, Reader, Teacher
+from stillhouse.teachers import Frozen, Reader, Stored, Teacher
 
 NOTHING = Signals()
+BIG_VOCABULARY = 32_000
+"""Tokens from which on `chunked: null` means yes where it can."""
 
 
 @dataclass(frozen=True)
@@ -44,6 +46,8 @@ class Distillation(nn.Module):
         seed: seeds the layers that objectives make.
         embedding: the student's classifier submodule, where it is not found by itself.
         vocabulary: of language models, how many tokens their tokenizer has: logits beyond them, of rows that only pad an embedding, are cut off.
+        chunked: of language models: compute the losses from hidden states and the output matrix, some tokens at a time, so that no tensor of all logits is
+            made in a training step; None: where the vocabulary is big and all objectives, teachers and networks can. (See `functional/chunked.py`.)
 
     Call `build(batch)` once before training: it makes the hooks and the objectives' own layers.
     """
@@ -57,6 +61,7 @@ class Distillation(nn.Module):
         seed: int = 0,
         embedding: str | None = None,
         vocabulary: int | None = None,
+        chunked: bool | None = False,
     ) -> None:
         super().__init__()
         if not objectives:
@@ -72,7 +77,7 @@ class Distillation(nn.Module):
         self._distinct_labels()
         self.objectives = nn.ModuleList(e.objective for e in self.entries)
         self._reader = Reader(student, "student", embedding)
-        self._vocabulary = vocabulary
+        self._vocabulary, self._chunked = vocabulary, chunked
         self._built = False
         self._checked_taps = False
         self._said: Signals | None = None
@@ -141,21 +146,47 @@ class Distillation(nn.Module):
     def _probe(self, probe: Batch, teachers: Mapping[str, Any], device: torch.device) -> None:
         with torch.no_grad(), keyed("build", self.seed):
             self.student.eval()
-            for reader in (self._reader, *(r for t in teachers.values() for m in getattr(t, "members", [t]) if (r := getattr(m, "_reader", None)))):
-                reader.width = self._vocabulary
             self._reader.attach(self._wanted("student."), probe)
-            student = self._reader(probe)
-            said = {}
             for name, teacher in teachers.items():
                 teacher.attach(self._wanted("teacher.", name), probe, self.student)
                 if isinstance(teacher, nn.Module):
                     teacher.to(device).eval()
-                said[name] = teacher(probe, student)
+            readers = [self._reader, *(r for t in teachers.values() for m in getattr(t, "members", [t]) if (r := getattr(m, "_reader", None)))]
+            for reader in readers:
+                reader.width = self._vocabulary
+            why_not = self._why_not_chunked(readers, probe)
+            if self._chunked and why_not:
+                raise UserError(f"chunked: true cannot be: {why_not}; leave it out.")
+            for reader in readers:
+                reader.headless = why_not is None
+            student = self._reader(probe)
+            said = {name: teacher(probe, student) for name, teacher in teachers.items()}
             for entry in self.entries:
                 teacher_said = said.get(entry.objective.teacher, NOTHING)
                 self._check_classes(entry, student, teacher_said)
                 entry.objective.build(student, teacher_said, probe)
             self.objectives.to(device)
+
+    def _why_not_chunked(self, readers: Sequence[Reader], probe: Batch) -> str | None:
+        """What keeps the losses from being computed in chunks: a clause for the message; None where nothing does."""
+        if self._chunked is False or (self._chunked is None and (self._vocabulary or 0) < BIG_VOCABULARY):
+            return "it is not asked for"
+        for entry in self.entries:
+            if not entry.objective.reads_hidden:
+                return f"the objective '{entry.label}' reads logits, not hidden states as gkd, taid, seq_kd, and ce without label smoothing can"
+        for name, teacher in self.teachers.items():
+            if not isinstance(teacher, Stored) and not hasattr(teacher, "_reader"):
+                return f"the teacher '{name}' is no single network and no store"
+        if not isinstance(probe["input"], Mapping):
+            return "the student is no language model of transformers"
+        from stillhouse.models.language import check_headless
+
+        for reader in readers:
+            try:
+                check_headless(reader.model, probe["input"])
+            except UserError as reason:
+                return f"of the {reader.owner}, {reason}"
+        return None
 
     def _wanted(self, side: str, teacher: str | None = None) -> set[str]:
         return {
@@ -187,8 +218,10 @@ class Distillation(nn.Module):
 
     @staticmethod
     def _check_classes(entry: Weighted, student: Signals, teacher: Signals) -> None:
-        if "teacher.logits" not in entry.objective.needs or not getattr(entry.objective, "same_classes", True) or student.logits is None:
+        if "teacher.logits" not in entry.objective.needs or not getattr(entry.objective, "same_classes", True):
             return
+        classes = student.taps["output_weight"].shape[0] if student.logits is None and "output_weight" in student.taps else None
+        classes = classes if student.logits is None else student.logits.shape[-1]
         source = (
             teacher.logits
             if teacher.logits is not None
@@ -198,9 +231,10 @@ class Distillation(nn.Module):
             if teacher.members
             else None
         )
-        if source is not None and source.shape[-1] != student.logits.shape[-1]:
+        theirs = source.shape[-1] if source is not None else len(teacher.taps["output_weight"]) if "output_weight" in teacher.taps else None
+        if classes is not None and theirs is not None and theirs != classes:
             raise UserError(
-                f"The objective '{entry.label}' compares class probabilities, but the teacher has {source.shape[-1]} classes and the student {student.logits.shape[-1]}."
+                f"The objective '{entry.label}' compares class probabilities, but the teacher has {theirs} classes and the student {classes}."
             )
 
     def compile(self, *args: Any, **kwargs: Any) -> None:
@@ -301,6 +335,8 @@ class Distillation(nn.Module):
         if not torch.is_grad_enabled() or not self.training:
             return
         for name, tap in student.taps.items():
+            if name in ("output_weight", "output_bias"):  # which may be frozen
+                continue
             if not tap.requires_grad:
                 raise UserError(
                     f"The student's tap '{name}' carries no gradient, so a loss on it would train nothing; is that part frozen, or under gradient checkpointing with use_reentrant=True?"

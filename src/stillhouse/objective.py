@@ -76,12 +76,14 @@ class Objective(nn.Module):
             Checked at start; what is not named is not captured.
         default_weight: the published weight, used where the recipe gives none.
         reads_top: whether the k most probable classes with the mass of all others (`Signals.top`) will do where `needs` says `"teacher.logits"`.
+        reads_hidden: whether hidden states and the output matrix (the taps `hidden`, `output_weight`, `output_bias`) will do in the place of logits.
         teacher: the name of the teacher that it reads.
     """
 
     needs: frozenset[str] = frozenset({"student.logits"})
     default_weight: ClassVar[float] = 1.0
     reads_top: bool = False
+    reads_hidden: bool = False
     teacher: str = "teacher"
 
     def build(self, student: Signals, teacher: Signals, batch: Batch) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 import copy
 import hashlib
 from collections.abc import Iterable, Sequence
+from contextlib import nullcontext
 from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
@@ -22,6 +23,9 @@ EVERYTHING = frozenset({"logits", "embedding", "taps"})
 class Reader:
     """Calls a network once on a batch and reads its logits, embedding and taps as `Signals`.
 
+    With `headless` set, a language model is called without its output layer, and the taps `hidden`, `output_weight` and `output_bias` stand in the place
+    of logits.
+
     Args:
         model: any classifier (see `call_model`, `read_logits`).
         owner: what messages call it: "student", "teacher".
@@ -31,6 +35,7 @@ class Reader:
     def __init__(self, model: nn.Module, owner: str, embedding: str | None = None) -> None:
         self.model, self.owner, self._classifier = model, owner, embedding
         self.width: int | None = None  # of a language model: tokens that the tokenizer knows; logits of further rows are cut off
+        self.headless = False
         self._taps: Taps | None = None
         self._paths: dict[str, str] = {}  # name asked for -> tap of the model
 
@@ -69,11 +74,11 @@ class Reader:
         return dict(self._paths)
 
     def __call__(self, batch: Batch) -> Signals:
-        if self._taps is None:
+        if self._taps is None and not self.headless:
             return Signals(logits=self._logits(call_model(self.model, batch)))
-        with self._taps.capture() as got:
-            output = call_model(self.model, batch)
-        signals = Signals(logits=self._logits(output), taps={name: got[path] for name, path in self._paths.items() if name != "embedding"})
+        with nullcontext({}) if self._taps is None else self._taps.capture() as got:
+            signals = self._headless(batch) if self.headless else Signals(logits=self._logits(call_model(self.model, batch)))
+        signals.taps |= {name: got[path] for name, path in self._paths.items() if name != "embedding"}
         if "embedding" in self._paths:
             from stillhouse.models.anatomy import embedding_from
 
@@ -83,6 +88,13 @@ class Reader:
     def _logits(self, output: Any) -> Tensor:
         logits = read_logits(output)
         return logits if self.width is None or logits.shape[-1] <= self.width else logits[..., : self.width]
+
+    def _headless(self, batch: Batch) -> Signals:
+        from stillhouse.models.language import headless
+
+        head = headless(self.model, batch["input"])
+        weight, bias = head.weight[: self.width], None if head.bias is None else head.bias[: self.width]
+        return Signals(taps={"hidden": head.hidden, "output_weight": weight} | ({} if bias is None else {"output_bias": bias}))
 
     def close(self) -> None:
         """Leave no hook on the model."""

@@ -32,6 +32,10 @@ class Config(MethodConfig):
     student: Model = Field(description="The network to train.")
     objectives: Objectives = Field(description="The losses, whose weighted sum is minimised.")
     train: TrainSpec = Field(default_factory=TrainSpec, description="How the student is fitted.")
+    chunked: bool | None = Field(
+        None,
+        description="Of language models: losses from hidden states, some tokens at a time, without all logits at once; null: where the vocabulary is big.",
+    )
     evaluate: list[str] = Field(
         default_factory=lambda: ["accuracy", "calibration", "cost"],
         description="Groups of figures: accuracy, calibration, cost, and step (what a training step costs).",
@@ -114,7 +118,9 @@ class GeneralDistillation(Method[Config]):
         """What is trained."""
         objectives = [objective_from_spec(o) for o in config.objectives]
         vocabulary = getattr(run.data(config.data), "vocabulary", None)
-        return Distillation(student, teachers, objectives, seed=run.seed, embedding=config.student.embedding, vocabulary=vocabulary)
+        return Distillation(
+            student, teachers, objectives, seed=run.seed, embedding=config.student.embedding, vocabulary=vocabulary, chunked=config.chunked
+        )
 
     def run(self, config: Config, run: Run) -> Student:
         teachers = self.teachers(config, run)

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from stillhouse.data.tokenizer import encode, size, tokenizer
 from stillhouse.errors import UserError, unknown
 from stillhouse.evaluation.mode import evaluating
+from stillhouse.functional.heads import Head
 from stillhouse.functional.vocabularies import Mapped, mapped
 from stillhouse.recipe import ModelSpec
 from stillhouse.signals import read_logits
@@ -33,6 +34,7 @@ AUTO = {
     "classify": "AutoModelForSequenceClassification",
     "seq2seq": "AutoModelForSeq2SeqLM",
 }
+CAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
 SPECIAL = ("pad_token_id", "bos_token_id", "eos_token_id")
 
 
@@ -126,10 +128,41 @@ class OtherIds(nn.Module):
         self.register_buffer("ids", ids.ids, persistent=False)
 
     def forward(self, **inputs: Any) -> Tensor:
-        for name in ("input_ids", "decoder_input_ids"):
-            if name in inputs:
-                inputs[name] = self.ids[inputs[name]]
-        return read_logits(self.model(**inputs))[..., self.ids]
+        return read_logits(self.model(**self.translated(inputs)))[..., self.ids]
+
+    def translated(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
+        """The inputs in the model's own ids."""
+        return {name: self.ids[x] if name in ("input_ids", "decoder_input_ids") else x for name, x in inputs.items()}
+
+
+def headless(model: nn.Module, inputs: Mapping[str, Any]) -> Head:
+    """What a language model's logits are made of: its last hidden states, and the matrix (the live parameter) and bias of its output layer.
+
+    Raises:
+        UserError: a model that is not of transformers, or whose output layer is not the linear layer of `get_output_embeddings`.
+    """
+    if isinstance(model, OtherIds):
+        head = headless(model.model, model.translated(inputs))
+        return Head(head.hidden, head.weight[model.ids], None if head.bias is None else head.bias[model.ids])
+    whole = model.get_base_model() if hasattr(model, "get_base_model") else model  # of peft
+    last = whole.get_output_embeddings() if hasattr(whole, "get_output_embeddings") else None
+    body = getattr(whole, "base_model", whole)
+    if type(last) is not nn.Linear or body is whole:
+        raise UserError(f"a {type(whole).__name__} has no linear output layer apart from its body")
+    output = body(**{"use_cache": False, **inputs})
+    return Head(output.last_hidden_state, last.weight, last.bias)
+
+
+@torch.no_grad()
+def check_headless(model: nn.Module, inputs: Mapping[str, Any], tokens: int = 8) -> None:
+    """Raise `UserError` where the logits are not hidden states times the matrix of the output layer (scaled or capped ones); tried on a few tokens."""
+    config = getattr(model, "config", None)
+    capped = any(getattr(config, name, None) for name in CAPS)  # of which small logits would show nothing
+    few = {name: x[:1, :tokens] if isinstance(x, Tensor) and x.ndim > 1 else x for name, x in inputs.items()}
+    with evaluating(model):
+        made, logits = headless(model, few).logits(), read_logits(model(**few))
+    if capped or made.shape != logits.shape or not torch.allclose(made.float(), logits.float(), rtol=1e-2, atol=1e-2 * float(logits.abs().max())):
+        raise UserError(f"a {type(model).__name__} changes its logits after the output layer (it scales or caps them)")
 
 
 def as_teacher(model: nn.Module, theirs: Any, ours: Any, task: str) -> nn.Module:

@@ -6,7 +6,8 @@ use when: labels are there; most recipes put it beside a distillation objective
 needs: labels
 
 Label smoothing is that of Szegedy et al. (CVPR 2016, arXiv 1512.00567). Soft labels (B, C) of mixup are used as they are. Logits (B, L, V) of a
-language model take labels (B, L); logits (B, C, H, W) of a segmenter take labels (B, H, W).
+language model take labels (B, L); logits (B, C, H, W) of a segmenter take labels (B, H, W). Of hard labels, the batch's `mask` says which count. Where the
+student gives the taps `hidden` and `output_weight` in the place of logits, no tensor of logits is ever made.
 """
 
 from __future__ import annotations
@@ -16,9 +17,11 @@ from torch.nn import functional as F
 
 from stillhouse.errors import UserError
 from stillhouse.functional import checks
+from stillhouse.functional.chunked import linear_cross_entropy
+from stillhouse.functional.heads import head_of
 from stillhouse.functional.labels import check_range, is_soft
 from stillhouse.functional.precision import full_precision
-from stillhouse.functional.token_losses import step_count
+from stillhouse.functional.token_losses import counted, step_count
 from stillhouse.objective import Objective, Progress
 from stillhouse.signals import Batch, Signals
 
@@ -67,10 +70,16 @@ class CrossEntropy(Objective):
         super().__init__()
         checks.options("ce", share={"label_smoothing": label_smoothing})
         self.label_smoothing, self.ignore_index = label_smoothing, ignore_index
+        self.reads_hidden = label_smoothing == 0
 
     def forward(self, student: Signals, teacher: Signals, batch: Batch, progress: Progress) -> dict[str, Tensor]:
-        assert student.logits is not None
         label, count = batch["label"], None
-        if student.logits.ndim == 3 and not is_soft(label):  # tokens: each weighs the same in a step of several batches
-            count = step_count(batch, label, label != self.ignore_index, share=self.training)
+        tokens = student.logits is None or student.logits.ndim == 3
+        if not is_soft(label):
+            if batch.get("mask") is not None:
+                label = label.masked_fill(~counted(batch, label.shape), self.ignore_index)
+            if tokens:  # each weighs the same in a step of several batches
+                count = step_count(batch, label, label != self.ignore_index, share=self.training)
+        if student.logits is None:
+            return {"loss": linear_cross_entropy(head_of(student, "student"), label, ignore_index=self.ignore_index, count=count)}
         return {"loss": cross_entropy(student.logits, label, self.label_smoothing, self.ignore_index, count)}

@@ -11,12 +11,16 @@ needs: teacher logits; labels or `mask` say which tokens count
 The loss of the paper: the generalised Jensen-Shannon divergence, beta KL(p || m) + (1 - beta) KL(q || m) with m = beta p + (1 - beta) q; beta 0 is the
 forward KL of ordinary distillation, beta 1 the reverse KL, as in TRL. Which sequences it is lowered on, the data's or the student's own, is the
 method's choice. No factor T^2. Mean over the tokens that count; also for (B, C) logits. A teacher's top k (`Signals.top`) are compared as k tokens and all
-others as one. Where the student gives the taps `hidden` and `output_weight` in the place of logits, no tensor of logits is ever made.
+others as one; tokens of which it says nothing do not count. Where the student gives the taps `hidden` and `output_weight` in the place of logits, no
+tensor of logits is ever made.
 """
 
 from __future__ import annotations
 
+import math
+
 from torch import Tensor
+from torch.nn import functional as F
 
 from stillhouse.functional import checks
 from stillhouse.functional.chunked import linear_divergence
@@ -34,7 +38,9 @@ from stillhouse.functional.token_losses import (
     token_mean,
 )
 from stillhouse.objective import Objective, Progress
-from stillhouse.signals import Batch, Signals
+from stillhouse.signals import Batch, Signals, TopK
+
+NEVER = -1e30  # of a class that is not there: probability 0, and a gradient that is a number
 
 
 @full_precision
@@ -73,6 +79,8 @@ class GKD(Objective):
     name = "gkd"
     needs = frozenset({"student.logits", "teacher.logits"})
     reads_top = True
+    reads_hidden = True
+    reads_top = True
 
     def __init__(self, beta: float = 0.5, temperature: float = 1.0) -> None:
         super().__init__()
@@ -84,11 +92,14 @@ class GKD(Objective):
         if student.logits is None:
             return {"loss": self._from_hidden(student, teacher, batch)}
         mask = counted(batch, student.logits.shape[:-1])
-        count = step_count(batch, student.logits[..., 0], mask, share=self.training)
         if teacher.top is not None and teacher.logits is None:
-            logits = coarse_logits(student.logits, teacher.top.indices, self.temperature)
-            targets = coarse_log_probs(teacher.top, student.logits.shape[-1], self.temperature)
-            return {"loss": token_mean(jsd_rows(logits, targets.detach(), self.beta), mask, count)}
+            known = teacher.top.log_probs > -math.inf
+            logits = coarse_logits(student.logits, teacher.top.indices, self.temperature).masked_fill(F.pad(~known, (0, 1)), NEVER)
+            targets = coarse_log_probs(teacher.top, student.logits.shape[-1], self.temperature).detach().clamp_min(NEVER)
+            rows = jsd_rows(logits, targets, self.beta)
+            mask = _known(teacher.top, mask)
+            return {"loss": token_mean(rows, mask, step_count(batch, rows, mask, share=self.training))}
+        count = step_count(batch, student.logits[..., 0], mask, share=self.training)
         targets = teacher.log_probs(self.temperature).detach()
         check_vocabulary("gkd", student.logits.shape[-1], targets.shape[-1])
         checks.same_classes("gkd", student.logits, targets)
@@ -98,5 +109,13 @@ class GKD(Objective):
         head = head_of(student, "student")
         mask = counted(batch, head.hidden.shape[:-1])
         source = teacher.logits if teacher.logits is not None else teacher.top if teacher.top is not None else head_of(teacher, "teacher")
+        if isinstance(source, TopK):
+            mask = _known(source, mask)
         count = step_count(batch, head.hidden[..., 0], mask, share=self.training)
         return linear_divergence(head, source, beta=self.beta, temperature=self.temperature, mask=mask, count=count)
+
+
+def _known(top: TopK, mask: Tensor | None) -> Tensor:
+    """Which tokens count: of those in the mask, those of which the teacher says anything."""
+    known = top.log_probs[..., 0] > -math.inf
+    return known if mask is None else known & mask

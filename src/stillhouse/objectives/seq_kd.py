@@ -59,6 +59,7 @@ class SeqKD(Objective):
 
     name = "seq_kd"
     needs = frozenset({"student.logits", "label"})
+    reads_hidden = True
 
     def __init__(self, average: Literal["token", "sequence"] = "token") -> None:
         super().__init__()

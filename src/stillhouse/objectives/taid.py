@@ -88,6 +88,7 @@ class TAID(Objective):
 
     name = "taid"
     needs = frozenset({"student.logits", "teacher.logits"})
+    reads_hidden = True
     t: Tensor
     previous: Tensor
     momentum: Tensor

@@ -87,6 +87,7 @@ class OnPolicy(GeneralDistillation):
             seed=run.seed,
             embedding=config.student.embedding,
             vocabulary=bundle.vocabulary,
+            chunked=config.chunked,
             writer=Writer(bundle.tokenizer, bundle.task, bundle.context, config.generation, bundle.num_classes),
             lmbda=config.lmbda,
             warm_epochs=config.warm_epochs,
