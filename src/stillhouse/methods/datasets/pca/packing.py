@@ -1,0 +1,149 @@
+"""Prune, combine and augment (arXiv 2502.06434): which images are kept, how several are stored as one, and how a stored image is seen in training.
+
+Images of a class come in rank order; stored image k holds the ranks k, k + ipc, k + 2 ipc, … as tiles, row-major, so that its tiles have mixed ranks.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from stillhouse.errors import UserError
+from stillhouse.functional.precision import full_precision
+
+Hardness = Literal["easy", "hard", "balanced", "random"]
+MANY = 0.15
+"""Share of a class beyond which keeping only its easy images is known to hurt."""
+
+
+@full_precision
+def el2n(logits: Tensor, labels: Tensor) -> Tensor:
+    """(N,) |softmax(z_i) - onehot(y_i)|_2 of logits (N, C) or of several networks (R, N, C), whose scores are averaged: 0 where a network is sure and
+    right, sqrt(2) where it is sure and wrong.
+
+    Raises:
+        UserError: labels of another shape than (N,).
+    """
+    z = logits if logits.ndim == 3 else logits[None]
+    if z.ndim != 3 or labels.shape != z.shape[1:2]:
+        raise UserError(f"el2n compares logits (N, C) or (R, N, C) with labels (N,); given: {tuple(logits.shape)} and {tuple(labels.shape)}.")
+    target = F.one_hot(labels.long(), z.shape[-1]).to(z)
+    return (z.softmax(-1) - target).norm(dim=-1).mean(0)
+
+
+def select(scores: Tensor, rows: Sequence[Tensor], count: int, hardness: Hardness = "easy", generator: torch.Generator | None = None) -> Tensor:
+    """(classes * count,) rows, class-major, those of each class in rank order; equal scores in the order of their rows.
+
+    Args:
+        scores: (N,), small is easy; not read by `random`.
+        rows: of each class.
+        hardness: `easy`: the smallest scores, `hard`: the largest, `balanced`: evenly spaced ranks, `random`: by the generator.
+
+    Raises:
+        UserError: scores that are not finite.
+    """
+    if hardness != "random" and not bool(scores.isfinite().all()):
+        raise UserError("pca: scores of the training samples are not finite; train the scoring network with a lower learning rate.")
+    least = min(map(len, rows))
+    if count > least:
+        warnings.warn(f"pca: {count} images of each class are asked for and one class has {least}; its images are repeated.", stacklevel=2)
+    elif hardness == "easy" and count > MANY * least:
+        warnings.warn(
+            f"pca: {count} of {least} images of a class are kept; where that many are, easy images alone hurt: compare hardness balanced.",
+            stacklevel=2,
+        )
+    return torch.cat([_ranked(scores, r, count, hardness, generator) for r in rows])
+
+
+def _ranked(scores: Tensor, rows: Tensor, count: int, hardness: Hardness, generator: torch.Generator | None) -> Tensor:
+    if hardness == "random":
+        order = torch.randperm(len(rows), generator=generator)
+    else:
+        own = scores[rows.to(scores.device)].cpu()
+        order = torch.argsort(-own if hardness == "hard" else own, stable=True)
+    if hardness == "balanced" and count <= len(rows):
+        order = order[((torch.arange(count) + 0.5) * len(rows) / count).long()]
+    return rows[order.repeat(-(-count // len(rows)))[:count]]
+
+
+def combine(images: Tensor, ipc: int, grid: int) -> Tensor:
+    """Whole images (classes * grid^2 * ipc, C, H, W), class-major in rank order, as stored images (classes * ipc, C, grid * h, grid * w).
+
+    Every image is made small with antialiasing to h = ceil(H / grid) and w = ceil(W / grid), not cropped; where a side does not divide, the stored
+    image is that much larger.
+
+    Raises:
+        UserError: a number of images that does not divide.
+    """
+    tiles = grid**2
+    if grid < 1 or len(images) % (ipc * tiles):
+        raise UserError(f"pca: {len(images)} images cannot be stored {tiles} to an image and {ipc} a class.")
+    small = resized(images, grid)
+    shape = (-1, grid, grid, ipc, *small.shape[1:])  # class, tile row, tile column, image, C, h, w
+    packed = small.view(shape).permute(0, 3, 4, 1, 5, 2, 6)
+    return packed.reshape(-1, images.shape[1], grid * small.shape[-2], grid * small.shape[-1]).contiguous()
+
+
+def resized(images: Tensor, grid: int) -> Tensor:
+    """(B, C, ceil(H / grid), ceil(W / grid)), bilinear with antialiasing."""
+    size = [-(-side // grid) for side in images.shape[-2:]]
+    return images if grid == 1 else F.interpolate(images, size=size, mode="bilinear", antialias=True, align_corners=False)
+
+
+def cut(stored: Tensor, grid: int) -> Tensor:
+    """The tiles (B, grid^2, C, h, w) of stored images (B, C, grid * h, grid * w), row-major."""
+    height, width = stored.shape[-2] // grid, stored.shape[-1] // grid
+    return stored.view(len(stored), -1, grid, height, grid, width).permute(0, 2, 4, 1, 3, 5).reshape(len(stored), grid**2, -1, height, width)
+
+
+def crop_boxes(count: int, size: tuple[int, int], drawn: torch.Generator, area: float = 0.08, attempts: int = 10) -> tuple[Tensor, ...]:
+    """(top, left, height, width), each (count,) whole pixels inside an image of that (H, W): an area of [area, 1], a ratio of sides of [3/4, 4/3].
+
+    As torchvision's RandomResizedCrop: the first of some attempts that fits, else the whole image.
+    """
+    height, width = size
+    share = area + torch.rand(count, attempts, generator=drawn) * (1 - area)
+    ratio = torch.exp((2 * torch.rand(count, attempts, generator=drawn) - 1) * math.log(4 / 3))
+    h = (height * width * share / ratio).sqrt().round().long().clamp(min=1)
+    w = (height * width * share * ratio).sqrt().round().long().clamp(min=1)
+    fits = (h <= height) & (w <= width)
+    first = fits.int().argmax(1, keepdim=True)
+    none = ~fits.any(1)
+    h = h.gather(1, first)[:, 0].masked_fill(none, height)
+    w = w.gather(1, first)[:, 0].masked_fill(none, width)
+    top = (torch.rand(count, generator=drawn) * (height - h + 1)).long()
+    left = (torch.rand(count, generator=drawn) * (width - w + 1)).long()
+    return top, left, h, w
+
+
+def views(
+    stored: Tensor,
+    grid: int,
+    size: tuple[int, int],
+    drawn: torch.Generator,
+    area: float = 0.08,
+    flip: float = 0.5,
+    confined: bool = True,
+) -> Tensor:
+    """One view (B, C, *size) of each stored image: a crop inside one of its tiles (`confined`), or anywhere on it.
+
+    Args:
+        area: the smallest share of the tile (or of the stored image) that a crop keeps.
+        flip: probability of mirroring.
+    """
+    parts = cut(stored, grid) if confined else stored[:, None]
+    which = torch.randint(parts.shape[1], (len(stored),), generator=drawn)
+    x = parts[torch.arange(len(stored), device=stored.device), which.to(stored.device)]  # the tile alone: nothing of its neighbours can be seen
+    height, width = x.shape[-2:]
+    top, left, h, w = (v.to(x) for v in crop_boxes(len(x), (height, width), drawn, area))
+    mirrored = (torch.rand(len(x), generator=drawn) < flip).to(x.device)
+    zero, sign = torch.zeros_like(top), torch.where(mirrored, -1.0, 1.0).to(x)
+    theta = torch.stack([sign * w / width, zero, (2 * left + w) / width - 1, zero, h / height, (2 * top + h) / height - 1], -1).view(-1, 2, 3)
+    grid_of = F.affine_grid(theta, [len(x), x.shape[1], *size], align_corners=False)
+    return F.grid_sample(x, grid_of, padding_mode="border", align_corners=False)
