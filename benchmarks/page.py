@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 NAMES = {"hand_written": "hand-written loop", "stillhouse": "Stillhouse", "torchdistill": "torchdistill", "model_optimizer": "NVIDIA Model Optimizer"}
+TRAINERS = {**NAMES, "plain": "hand-written loop", "stillhouse": "Stillhouse, `fit`", "stillhouse_trainer": "Stillhouse in the Trainer", "trl": "TRL"}
 HEAD = """# Benchmarks
 
 Written by `make bench`; do not edit. Ratios come from blocks of steps that the sides run in turns in one process, so a busy machine slows all alike:
@@ -19,17 +20,29 @@ same data. The peers are used as their documentation shows, torchdistill's loss 
 
 def write_page(results: Path, page: Path | None = None) -> str:
     """Write the page from all results there are, and return its text."""
-    found = {path.stem: json.loads(path.read_text()) for path in sorted(results.glob("*.json"))}
+    found = {path.stem: _read(path) for path in sorted(results.glob("*.json"))}
     text = HEAD + "\n## Goals\n\n" + _table(["goal", "at most", "measured"], _goals({name: made["figures"] for name, made in found.items()}))
     for suffix, title in (("", ""), (".cuda", " on a GPU")):
         for part, show in SECTIONS.items():
             if part + suffix in found:
                 made = found[part + suffix]
-                text += "\n" + show(made["figures"], title) + f"\n{made['date']}; {made['machine']}; {_versions(made['versions'])}.\n"
+                text += "\n" + show(made["figures"], title) + f"\n{made['when']}{made['machine']}; {_versions(made['versions'])}.\n"
     page = page or results.parents[1] / "docs" / "benchmarks.md"
     page.parent.mkdir(exist_ok=True)
     page.write_text(text)
     return text
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """Figures, and when, where and of what they were taken; two benchmarks write these beside the figures."""
+    made = json.loads(path.read_text())
+    if "figures" in made:
+        return {**made, "when": f"{made['date']}; "}
+    place = made.get("environment", made)
+    versions = place.get("versions") or {name: place[name] for name in ("python", "torch") if name in place}
+    cores = f", {place['cores']} cores" if "cores" in place else ""
+    threads = place.get("threads", 1)
+    return {"figures": made, "when": "", "machine": f"CPU{cores}, {threads} thread{'s' if threads > 1 else ''}", "versions": versions}
 
 
 def _goals(found: Mapping[str, Any]) -> list[list[str]]:
@@ -48,6 +61,13 @@ def _goals(found: Mapping[str, Any]) -> list[list[str]]:
         peaks = {side: {what: statistics.median(values) for what, values in figures.items()} for side, figures in found[part]["mebibytes"].items()}
         for what, hand in peaks["hand_written"].items():
             rows.append([f"{part} ({what}), of the hand-written loop's", "1.02", f"{peaks['stillhouse'][what] / hand:.3f}"])
+    for part in (p for p in ("big_vocabulary", "big_vocabulary.cuda") if p in found):
+        worst = {what: max(row[what] for row in found[part]["losses"].values()) for what in ("time_ratio", "memory_ratio")}
+        rows.append([f"{part}: time in chunks, of the plain loss's (the worst loss)", "1.0", f"{worst['time_ratio']:.3f}"])
+        rows.append([f"{part}: memory in chunks, of the plain loss's (the worst loss)", "0.125", f"{worst['memory_ratio']:.3f}"])
+    for run in found.get("store", {}).get("step", ()):
+        for side in (s for s in run["sides"] if s.startswith("store")):
+            rows.append([f"a step of {run['student']} from a {side}, of the student's alone", "1.05", f"{run['sides'][side]['ratio']:.3f}"])
     if "startup" in found:
         started = found["startup"]
         rows.append(["`import stillhouse` over `import torch`", "0.2 s", f"{started['import torch, stillhouse']['over_torch']:+.2f} s"])
@@ -137,4 +157,163 @@ def _objectives(figures: Mapping[str, Any], title: str) -> str:
     )
 
 
-SECTIONS = {"imagenet_stem": _steps, "cifar_stem": _steps, "free": _free, "memory": _memory, "startup": _startup, "objectives": _objectives}
+def _losses(figures: Mapping[str, Any], title: str) -> str:
+    rows = [
+        [
+            f"`{row['name']}`",
+            row["peer"],
+            "authors' own" if row["authors"] else "port",
+            f"{row['ms']:.2f}",
+            f"{row['peer_ms']:.2f}",
+            f"{row['ratio']:.3f}",
+            f"{row['least']:.2f} to {row['most']:.2f}",
+            f"{row['mebibytes']:.1f}",
+            f"{row['peer_mebibytes']:.1f}",
+            f"{row['difference']:.0e}",
+        ]
+        for row in figures["losses"]
+    ]
+    return (
+        f"## Losses beside other code{title}\n\nForward and backward on the signals of {figures['teacher']} and {figures['student']}, batch "
+        f"{figures['batch_size']}, {figures['classes']} classes, in turns; *ratio* is ours over theirs, *apart* the relative distance of the values.\n\n"
+        + _table(["objective", "peer", "code", "ours, ms", "theirs, ms", "ratio", "least to most", "ours, MiB", "theirs, MiB", "apart"], rows)
+    )
+
+
+def _big_vocabulary(figures: Mapping[str, Any], title: str) -> str:
+    rows = [
+        [
+            f"`{name}`",
+            f"{row['plain_seconds']:.2f}",
+            f"{row['chunked_seconds']:.2f}",
+            f"{row['time_ratio']:.3f}",
+            f"{row['time_least']:.3f} to {row['time_most']:.3f}",
+            f"{row['plain_mebibytes']:,.0f}",
+            f"{row['chunked_mebibytes']:,.0f}",
+            f"{row['memory_ratio']:.3f}",
+            f"{row['gradient_gap']:.0e}",
+        ]
+        for name, row in figures["losses"].items()
+    ]
+    return (
+        f"## Losses of a big vocabulary{title}\n\n{figures['tokens']:,} tokens, a vocabulary of {figures['vocabulary']:,}, hidden states of "
+        f"{figures['width']} (the teacher's of {figures['teacher_width']}), top {figures['top']}: forward and backward from hidden states and output "
+        f"matrices, all logits at once (plain) against chunks; {figures['rounds']} rounds in turns. Memory is the most that a loss and its gradients "
+        "hold; the last column is the relative distance of the gradients.\n\n"
+        + _table(["loss", "plain, s", "chunks, s", "ratio", "least to most", "plain, MiB", "chunks, MiB", "ratio", "distance"], rows)
+    )
+
+
+def _language(figures: Mapping[str, Any], title: str) -> str:
+    plain = figures["sides"]["plain"]
+    rows = [
+        [
+            TRAINERS.get(side, side),
+            f"{1000 * row['seconds']:.1f}",
+            f"{row['seconds'] / plain['seconds']:.3f}",
+            f"{row['bytes'] / 2**20:,.0f}",
+            f"{row['bytes'] / plain['bytes']:.3f}",
+        ]
+        for side, row in figures["sides"].items()
+    ]
+    return (
+        f"## A step of language models{title}\n\nA small pair, batch {figures['batch_size']} of {figures['length']} tokens, a vocabulary of "
+        f"{figures['vocabulary']:,}; the Jensen-Shannon divergence at beta 0.5 (Model Optimizer: its own KL), AdamW; {figures['rounds']} processes of each side "
+        "in turns, CPU seconds, medians. Memory is what is held beyond the start.\n\n"
+        + _table(["side", "ms a step", "ratio to the hand-written loop", "MiB", "ratio"], rows)
+    )
+
+
+def _store(figures: Mapping[str, Any], title: str) -> str:
+    text = f"## A teacher's signals from a store{title}\n"
+    rows = [
+        [run["student"], side, f"{row['ms']:.1f}", f"{row['ratio']:.3f}", "" if side == "alone" else f"{row['least']:.3f} to {row['most']:.3f}"]
+        for run in figures.get("step", ())
+        for side, row in run["sides"].items()
+    ]
+    if rows:
+        sizes = {name: kept["bytes_per_sample_and_view"] for run in figures["step"] for name, kept in run["stores"].items()}
+        text += (
+            f"\nA training step, loader included, batch {figures['step'][0]['batch_size']}, in turns: the student alone, with a stored teacher, with the live "
+            "one.\n\n"
+            + _table(["student", "side", "ms a step", "ratio to alone", "least to most"], rows)
+            + "\nOn disk, a sample and view: "
+            + ", ".join(f"{size:.0f} bytes ({name.removeprefix('store, ')})" for name, size in sizes.items())
+            + ".\n"
+        )
+    if "bytes_per_token" in figures:
+        text += f"\nBytes a token on disk, of a vocabulary of {figures['vocabulary']:,}:\n\n" + _table(
+            ["kept", "bytes a token"], [[name, f"{size:,.1f}"] for name, size in figures["bytes_per_token"].items()]
+        )
+    if "kd_gradient" in figures:
+        made = figures["kd_gradient"]
+        kept = list(next(iter(made["temperature"].values())))
+        text += f"\nHow far the gradient of `kd` is from that of full fp32 logits, relative, over {made['images']:,} images:\n\n" + _table(
+            ["temperature", *kept],
+            [[t, *(f"{row[name]['distance']:.0e}" for name in kept)] for t, row in made["temperature"].items()],
+        )
+    return text
+
+
+def _graphs(figures: Mapping[str, Any], title: str) -> str:
+    large = figures["million"]
+    asked = [("Cora, all neighbours", figures["cora"]), *((f"{large['nodes']:,} nodes, neighbours {f}", s) for f, s in large["fan_outs"].items())]
+    rows = [[name, size, f"{row['mlp']:.3f}", f"{row['gnn']:.2f}", f"{row['ratio']:.1f}"] for name, sizes in asked for size, row in sizes.items()]
+    return (
+        f"## A perceptron in the place of a graph network{title}\n\nCPU milliseconds of inference for some nodes: the GCN with its neighbours fetched, over the "
+        "MLP of its width and depth. Growth with the graph is in [graph-tables.md](graph-tables.md).\n\n"
+        + _table(["graph", "nodes asked for", "MLP, ms", "GCN, ms", "ratio"], rows)
+    )
+
+
+def _mirage(figures: Mapping[str, Any], title: str) -> str:
+    timed = ("distil_seconds", "distil_known_support_seconds", "epoch_all_seconds", "epoch_distilled_seconds", "epochs_that_distillation_costs")
+    rows = [
+        [name, f"{row['graphs']:,}", f"{row['trees']:,}", f"{row['top_tenth_covers']:.2f}", *(f"{row[k]:.3f}" if k in row else "" for k in timed)]
+        for name, row in figures["sets"].items()
+    ]
+    return (
+        f"## Mirage: a set of graphs distilled{title}\n\nCPU seconds at {figures['hops']} hops and a budget of {figures['budget']:.0%} of the nodes; "
+        "*covers*: the share of nodes whose tree is among the most frequent tenth of trees; the last column is what distilling costs, in epochs of GIN on "
+        "all graphs.\n\n"
+        + _table(
+            ["set", "graphs", "trees", "covers", "distil, s", "of known support, s", "an epoch of all, s", "an epoch of the distilled, s", "epochs"],
+            rows,
+        )
+    )
+
+
+def _unified_embedding(figures: Mapping[str, Any], title: str) -> str:
+    sides = {
+        "bags": "a table a feature",
+        "hashed_bags": "a table a feature, hashed",
+        "unified": "one shared table",
+        "unified_places": "one shared table, hashed by the loader",
+    }
+    rows = [
+        [features, name, f"{found[f'{side}_read']:.2f}", f"{found[f'{side}_train']:.2f}"]
+        for features, found in figures["million_values_a_second"].items()
+        for side, name in sides.items()
+    ]
+    return (
+        f"## Look-ups of a unified embedding{title}\n\nMillion values a second, batch {figures['batch_size']}, width {figures['dim']}, {figures['values']:,} values a "
+        f"feature, a table of {figures['share']:.0%} of the rows; {figures['rounds']} rounds in turns, medians. Training is a step with dense gradients and SGD.\n\n"
+        + _table(["features", "side", "reading", "training"], rows)
+    )
+
+
+SECTIONS = {
+    "imagenet_stem": _steps,
+    "cifar_stem": _steps,
+    "free": _free,
+    "memory": _memory,
+    "startup": _startup,
+    "objectives": _objectives,
+    "losses": _losses,
+    "big_vocabulary": _big_vocabulary,
+    "language": _language,
+    "store": _store,
+    "graphs": _graphs,
+    "mirage": _mirage,
+    "unified_embedding": _unified_embedding,
+}
