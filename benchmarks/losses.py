@@ -77,7 +77,8 @@ def ours(name: str, on: Given) -> tuple[Objective, Loss]:
 def compare(name: str, peer: str, folder: Path | None, on: Given, rounds: int) -> dict[str, Any]:
     """Our loss and a peer's in turns: milliseconds (medians), their ratio, peaks of memory, and how far the values are apart."""
     objective, mine = ours(name, on)
-    theirs = PEERS[peer].make(name, on, objective, folder)
+    made, scale = PEERS[peer].make(name, on, objective, folder), PEERS[peer].losses[name]
+    theirs = made if scale == 1 else lambda: scale * made()
     leaves = [on.student.logits, on.student.embedding, *on.student.taps.values()]
     cpu = torch.device("cpu")
 
@@ -89,7 +90,7 @@ def compare(name: str, peer: str, folder: Path | None, on: Given, rounds: int) -
         return float(value.detach().sum())
 
     torch.manual_seed(1)  # what a peer with draws was given is drawn under this
-    values = step(mine), step(theirs) * PEERS[peer].losses[name]
+    values = step(mine), step(theirs)
     both = lambda: (step(mine), step(theirs))  # noqa: E731
     calls = max(1, min(100, int(0.1 / max(seconds(both, 1, cpu), 1e-5))))
     blocks = []

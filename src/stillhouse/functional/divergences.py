@@ -40,5 +40,6 @@ def standardise(logits: Tensor, eps: float = 1e-7) -> Tensor:
 
     Logit standardisation, Sun et al. (CVPR 2024, arXiv 2403.01427), eq. 6. Log-probabilities give the same as the logits they come from.
     """
-    std, mean = torch.std_mean(logits, -1, keepdim=True)
-    return (logits - mean) / (eps + std)
+    centred = logits - logits.mean(-1, keepdim=True)
+    std = torch.linalg.vector_norm(centred, dim=-1, keepdim=True) / math.sqrt(max(logits.shape[-1] - 1, 1))
+    return centred / (eps + std)

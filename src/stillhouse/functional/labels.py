@@ -31,7 +31,7 @@ def check_range(name: str, label: Tensor, classes: int) -> None:
     """Raise `UserError` for a class id that is not from 0 to classes - 1, where labels are on the CPU (on a GPU, looking would stall the step)."""
     if label.device.type != "cpu" or not label.numel():
         return
-    low, high = int(label.min()), int(label.max())
+    low, high = (int(end) for end in label.aminmax())
     if low < 0 or high >= classes:
         raise UserError(f"{name}: labels must be class ids from 0 to {classes - 1}; given: {low} to {high}.")
 

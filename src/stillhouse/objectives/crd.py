@@ -134,19 +134,26 @@ class CRD(Objective):
         }
         if self.training and torch.is_grad_enabled():
             with torch.no_grad():
-                self.memory_student = self._remember(self.memory_student, v_s, index)
-                self.memory_teacher = self._remember(self.memory_teacher, v_t, index)
+                self._remember(self.memory_student, v_s, index)
+                self._remember(self.memory_teacher, v_t, index)
         return terms
 
     def _contrast(self, memory: Tensor, anchors: Tensor, candidates: Tensor, constant: str) -> Tensor:
-        scores = scores_in(memory, anchors, candidates, self.temperature)
+        """The loss of anchors against a memory. Its gradient is taken here, so that the backward pass neither reads the memory nor keeps scores."""
+        learns = anchors.requires_grad and torch.is_grad_enabled()
+        leaf = anchors.detach().requires_grad_(learns)
+        scores = scores_in(memory, leaf, candidates, self.temperature)
         estimate = gather(scores.detach().mean()[None]).mean() * len(memory)
         z = torch.where(getattr(self, constant) < 0, estimate, getattr(self, constant))
         if self.training:
             setattr(self, constant, z)
-        return nce_loss(scores / z, len(memory))
+        loss = nce_loss(scores / z, len(memory))
+        if not learns:
+            return loss
+        (grad,) = torch.autograd.grad(loss, leaf)
+        along = (anchors * grad).sum()
+        return loss.detach() + (along - along.detach())
 
-    def _remember(self, memory: Tensor, v: Tensor, index: Tensor) -> Tensor:
-        """A new memory: the backward pass still reads the old one."""
+    def _remember(self, memory: Tensor, v: Tensor, index: Tensor) -> None:
         rows = self.momentum * memory[index] + (1 - self.momentum) * v
-        return memory.index_copy(0, index, F.normalize(rows))
+        memory.index_copy_(0, index, F.normalize(rows))

@@ -66,7 +66,12 @@ class DIST(Objective):
 
     def forward(self, student: Signals, teacher: Signals, batch: Batch, progress: Progress) -> dict[str, Tensor]:
         assert student.logits is not None
-        student_probs = gather(F.softmax(student.logits.float() / self.temperature, dim=-1))
-        terms = dist_loss(student_probs, gather(teacher.log_probs(self.temperature).exp().detach()))
+        student_probs = gather(self._probs(student))
+        terms = dist_loss(student_probs, gather(self._probs(teacher).detach()))
         scale = self.temperature**2
         return {"inter": self.beta * scale * terms["inter"], "intra": self.gamma * scale * terms["intra"]}
+
+    def _probs(self, signals: Signals) -> Tensor:
+        if signals.logits is None:
+            return signals.log_probs(self.temperature).exp()
+        return F.softmax(signals.logits.float() / self.temperature, dim=-1)
