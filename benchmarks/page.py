@@ -241,9 +241,18 @@ def _store(figures: Mapping[str, Any], title: str) -> str:
             + ", ".join(f"{size:.0f} bytes ({name.removeprefix('store, ')})" for name, size in sizes.items())
             + ".\n"
         )
-    if "bytes_per_token" in figures:
-        text += f"\nBytes a token on disk, of a vocabulary of {figures['vocabulary']:,}:\n\n" + _table(
-            ["kept", "bytes a token"], [[name, f"{size:,.1f}"] for name, size in figures["bytes_per_token"].items()]
+    learned = figures.get("tokens", {}).get("rows", {})
+    sizes = figures.get("bytes_per_token", {})
+    if sizes or learned:
+        rows = [[name, f"{sizes[name]:,.1f}" if name in sizes else "", _spread(learned.get(name, {}).get("nll"))] for name in {**learned, **sizes}]
+        seeds = len(figures["tokens"]["seeds"]) if learned else 0
+        text += "\nOf a small language model of 512 tokens, by what is kept" + (
+            f", and what its student reaches (mean and standard deviation of {seeds} seeds):\n\n" if learned else ":\n\n"
+        )
+        text += (
+            _table(["kept", "bytes a token", "test loss, nats a token"], rows)
+            if learned
+            else _table(["kept", "bytes a token"], [r[:2] for r in rows])
         )
     if "kd_gradient" in figures:
         made = figures["kd_gradient"]
@@ -253,6 +262,12 @@ def _store(figures: Mapping[str, Any], title: str) -> str:
             [[t, *(f"{row[name]['distance']:.0e}" for name in kept)] for t, row in made["temperature"].items()],
         )
     return text
+
+
+def _spread(values: list[float] | None) -> str:
+    if not values:
+        return ""
+    return f"{statistics.mean(values):.3f}" + (f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else "")
 
 
 def _graphs(figures: Mapping[str, Any], title: str) -> str:
@@ -299,6 +314,23 @@ def _unified_embedding(figures: Mapping[str, Any], title: str) -> str:
         f"## Look-ups of a unified embedding{title}\n\nMillion values a second, batch {figures['batch_size']}, width {figures['dim']}, {figures['values']:,} values a "
         f"feature, a table of {figures['share']:.0%} of the rows; {figures['rounds']} rounds in turns, medians. Training is a step with dense gradients and SGD.\n\n"
         + _table(["features", "side", "reading", "training"], rows)
+    )
+
+
+def _losses(figures: Mapping[str, Any], title: str) -> str:
+    rows = []
+    for row in figures["losses"]:
+        ratio, spread = f"{row['ratio']:.2f}", f"{row['least']:.2f} to {row['most']:.2f}"
+        apart = f"{row['difference']:.0e}" if row["difference"] < 0.01 else "another definition"
+        peer = row["peer"] + (" (authors)" if row["authors"] else "")
+        sizes = [f"{row[k]:.1f}" for k in ("mebibytes", "peer_mebibytes")]
+        rows.append([f"`{row['name']}`", peer, f"{row['ms']:.2f}", f"{row['peer_ms']:.2f}", ratio, spread, *sizes, apart])
+    return (
+        f"## Losses beside others' own code{title}\n\nForward and backward of the loss alone on the same random signals (features of {figures['teacher']} and "
+        f"{figures['student']}, batch {figures['batch_size']}, {figures['classes']} classes) with the same weights, in turns. A ratio below 1: Stillhouse is "
+        "faster. MiB is the most that a side holds at a time beyond the signals; the last column is the relative distance of the two values. `ofa_kd` is the "
+        "loss of one stage without its projector; `crd` draws its candidates here, its peers are given theirs.\n\n"
+        + _table(["objective", "peer", "ours, ms", "theirs, ms", "ratio", "least to most", "ours, MiB", "theirs, MiB", "apart"], rows)
     )
 
 
