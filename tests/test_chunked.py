@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from torch import Tensor
@@ -63,6 +65,21 @@ def test_a_top_k_teacher_in_chunks_is_the_plain_one(beta: float, temperature: fl
     rows = jsd_rows(coarse_logits(world.student.logits(), top.indices, temperature), coarse_log_probs(top, V, temperature), beta)
     mine = linear_divergence(world.student, top, beta=beta, temperature=temperature, mask=world.mask, rows=4)
     world.same(mine, token_mean(rows, world.mask))
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.5, 1.0])
+def test_a_row_that_names_fewer_than_k_tokens_is_the_row_of_those_tokens(beta: float) -> None:
+    shorter, world = World(), World()
+    top = world.top()
+    fewer = TopK(top.log_probs[..., :2], top.indices[..., :2], (1 - top.log_probs[..., :2].exp().sum(-1)).clamp_min(1e-6))
+    padded_probs, padded_indices = top.log_probs.clone(), top.indices.clone()
+    padded_probs[..., 2:], padded_indices[..., 2:] = -math.inf, top.indices[..., :1]
+    padded = TopK(padded_probs, padded_indices, fewer.tail)
+    # the tail's share of the other classes does not matter at temperature 1
+    a, b = linear_divergence(world.student, padded, beta=beta, rows=4), linear_divergence(shorter.student, fewer, beta=beta, rows=4)
+    torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+    a.backward(), b.backward()
+    torch.testing.assert_close(world.student.weight.grad, shorter.student.weight.grad, rtol=1e-4, atol=1e-6)
 
 
 def test_a_top_k_teacher_that_leaves_one_class_out_is_the_full_teacher() -> None:

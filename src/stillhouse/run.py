@@ -326,7 +326,14 @@ class Run:
         return self.stage(
             stage,
             make,
-            {**start, "model": spec.model_dump(mode="json"), "train": training, "data": bundle.fingerprint, "augment": _augmentation(data), "seed": seed},
+            {
+                **start,
+                "model": spec.model_dump(mode="json"),
+                "train": training,
+                "data": bundle.fingerprint,
+                "augment": _augmentation(data),
+                "seed": seed,
+            },
         )
 
 

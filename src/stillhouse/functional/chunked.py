@@ -15,7 +15,7 @@ from torch import Tensor
 
 from stillhouse.errors import UserError
 from stillhouse.functional.heads import Head, as_multiplied, check_head, in_chunks, project
-from stillhouse.functional.token_losses import Reduction, check_beta, check_top, check_vocabulary, coarse_log_probs
+from stillhouse.functional.token_losses import NEVER, Reduction, check_beta, check_top, check_vocabulary, coarse_log_probs
 from stillhouse.signals import TopK
 
 
@@ -100,7 +100,8 @@ def linear_divergence(
     _check_teacher(student, teacher)
     compare, spaces = (_forward_kl, 3) if beta == 0 else (_reverse_kl, 2) if beta == 1 else (_jsd(beta), 4)
     if isinstance(teacher, TopK):
-        indices, targets = teacher.indices.flatten(0, -2), coarse_log_probs(teacher, len(student.weight), temperature).detach().flatten(0, -2)
+        indices, unknown = teacher.indices.flatten(0, -2), (teacher.log_probs == -math.inf).flatten(0, -2)
+        targets = coarse_log_probs(teacher, len(student.weight), temperature).detach().clamp_min(NEVER).flatten(0, -2)
 
         def score_top(space: list[Tensor], part: slice) -> Tensor:
             z, chosen = space[0], indices[part]
@@ -109,9 +110,10 @@ def linear_divergence(
             z.scatter_(1, chosen, -math.inf)
             highest = z.amax(1, keepdim=True)
             _softmax(z)  # how the student spreads its tail
-            small = torch.cat([kept, highest - z.amax(1, keepdim=True).log()], dim=1)
+            small = torch.cat([kept.masked_fill_(unknown[part], NEVER), highest - z.amax(1, keepdim=True).log()], dim=1)
             values = compare([_log_softmax(small), target, *(torch.empty_like(small) for _ in range(spaces - 2))])
-            z.mul_(small[:, -1:]).scatter_(1, chosen, small[:, :-1])
+            small[:, :-1].masked_fill_(unknown[part], 0.0)  # at indices that the row names already: added, not written over
+            z.mul_(small[:, -1:]).scatter_(1, chosen, 0.0).scatter_add_(1, chosen, small[:, :-1])
             return values
 
         return in_chunks(student, score_top, 1, temperature, mask, count, reduction, rows)
@@ -122,7 +124,7 @@ def linear_divergence(
         z, t = space[0], space[1]
         teacher_logits(part, t).div_(temperature)
         _log_softmax(z)
-        _log_softmax(t).clamp_(min=-1e30)  # a masked logit of minus infinity: probability 0, and 0 times it is 0
+        _log_softmax(t).clamp_(min=NEVER)  # a masked logit of minus infinity: probability 0, and 0 times it is 0
         return compare(space)
 
     return in_chunks(student, score, spaces, temperature, mask, count, reduction, rows)
@@ -154,7 +156,7 @@ def linear_taid(
         teacher_logits(part, target).mul_(t)
         target.add_(torch.mul(z, 1 - t, out=u))
         _log_softmax(z)
-        _log_softmax(target).clamp_(min=-1e30)
+        _log_softmax(target).clamp_(min=NEVER)
         if value == "kl":
             return _forward_kl(space)
         values = -torch.mul(target.exp_(), z, out=u).sum(1)

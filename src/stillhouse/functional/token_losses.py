@@ -20,6 +20,8 @@ from stillhouse.functional.precision import full_precision
 from stillhouse.signals import Batch, TopK
 
 Reduction = Literal["mean", "sum"]
+NEVER = -1e30
+"""The log-probability of a class that is not there: probability 0, and a gradient that is a number."""
 
 
 # ---- which tokens count --------------------------------------------------------------------------------------------------------------------

@@ -27,6 +27,7 @@ from stillhouse.functional.chunked import linear_divergence
 from stillhouse.functional.heads import head_of
 from stillhouse.functional.precision import full_precision
 from stillhouse.functional.token_losses import (
+    NEVER,
     Reduction,
     check_beta,
     check_vocabulary,
@@ -39,8 +40,6 @@ from stillhouse.functional.token_losses import (
 )
 from stillhouse.objective import Objective, Progress
 from stillhouse.signals import Batch, Signals, TopK
-
-NEVER = -1e30  # of a class that is not there: probability 0, and a gradient that is a number
 
 
 @full_precision

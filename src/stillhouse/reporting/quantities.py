@@ -64,9 +64,6 @@ _KNOWN = {
     "nll": Quantity("NLL", "nats", 1, 3, -1, "Negative log-likelihood: how surprised the model is by the right class, on average; lower is better."),
     "accuracy_omitted": Quantity("Accuracy, omitted", "%", 100, 2, 1, "Share right among test samples of the classes that the student never saw."),
     "accuracy_seen": Quantity("Accuracy, seen", "%", 100, 2, 1, "Share right among test samples of the classes that the student was taught."),
-    "perplexity": Quantity(
-        "Perplexity", "", 1, 3, -1, "How many tokens the model hesitates between, on average: exp of the mean loss of a token; lower is better."
-    ),
     "auc": Quantity("AUC", "%", 100, 2, 1, "Area under the ROC curve: how often a positive is ranked above a negative."),
     "nmi": Quantity("NMI", "%", 100, 2, 1, "Normalised mutual information of clusters and classes."),
     "ari": Quantity("ARI", "%", 100, 2, 1, "Adjusted Rand index of clusters and classes; 0 is chance."),
