@@ -1,0 +1,63 @@
+"""KRR-ST's outer step and pool updates against the arrays of `krr_st`."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from parity.case import Case
+from stillhouse.methods.datasets.krr_st.ridge import inner_optimiser, inner_step, outer_loss, outer_optimiser
+
+
+class Net(nn.Module):
+    """The published ConvNet: blocks of 3x3 convolution, batch norm, ReLU and 2x2 average pooling, of the file's widths."""
+
+    def __init__(self, weights: dict[str, Tensor]) -> None:
+        super().__init__()
+        kernels = [w for k, w in weights.items() if k.endswith("block.0.weight")]
+        self.layers = nn.ModuleList()
+        for kernel in kernels:
+            out, channels, size, _ = kernel.shape
+            block = nn.Sequential(nn.Conv2d(channels, out, size, padding=size // 2), nn.BatchNorm2d(out), nn.ReLU(), nn.AvgPool2d(2))
+            layer = nn.Module()
+            layer.block = block
+            self.layers.append(layer)
+        self.fc = nn.Linear(weights["fc.weight"].shape[1], weights["fc.weight"].shape[0])
+
+    def embed(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = layer.block(x)
+        return x.flatten(1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(self.embed(x))
+
+
+def outer_step(case: Case) -> None:
+    p, double = case.params, case["x_syn"].dtype == torch.float64
+    rtol, pool_rtol = (1e-8, 1e-8) if double else (1e-3, 1e-4)
+    network = case.load(Net(case.weights).to(case["x_syn"].dtype)).eval()
+    x0, y0 = case["x_syn"].clone(), case["y_syn"].clone()
+    x, y = case.leaf("x_syn"), case.leaf("y_syn")
+    found = outer_loss(network, x, y, case["x_real"], case["y_real"])
+    images_grad, targets_grad = torch.autograd.grad(found["loss"], [x, y])
+    x.grad, y.grad = images_grad, targets_grad
+    case.close("feat_syn", found["synthetic"], rtol=rtol)
+    case.close("feat_real", found["real"], rtol=rtol)
+    case.close("lam", found["lam"], rtol=rtol)
+    case.close("outer_loss", found["loss"], rtol=rtol)
+    for name in ("x_syn", "y_syn"):
+        scale = float(case[f"grad:{name}"].abs().max())
+        case.close_grad(name, rtol=rtol, atol=(1e-9 if double else 1e-3) * scale)
+    outer_optimiser(x, y, p["outer_lr"]).step()
+    for name, leaf, grad in (("x_after", x, images_grad), ("y_after", y, targets_grad)):
+        clear = grad.abs() > 1e-6 * grad.abs().max()  # the first step of AdamW is nearly the sign of the gradient
+        case.close(name, torch.where(clear, leaf.detach(), case[name]), rtol=rtol, atol=1e-8 if double else 1e-3 * p["outer_lr"])
+    sgd = inner_optimiser(network)
+    for _ in range(p["inner_steps"]):
+        inner_step(network, sgd, x0, y0)
+    for name, value in network.state_dict().items():
+        case.close(f"after:{name}", value, rtol=pool_rtol, atol=1e-8 if double else 1e-5)
+
+
+ADAPTERS = {"outer_step": outer_step}
