@@ -33,6 +33,11 @@ from stillhouse.signals import Batch, Signals
 from stillhouse.teachers import CoTrained, Ensemble, Frozen, PastSelf
 
 PAIR = ("stillhouse:resnet32x4", "stillhouse:resnet8x4")
+VITS = (
+    ModelSpec(model="stillhouse:vit", options={"patch": 4, "dim": 192, "depth": 6, "heads": 6}),
+    ModelSpec(model="stillhouse:vit", options={"patch": 4, "dim": 96, "depth": 3, "heads": 6}),
+)
+TOKENS = ("proc_kd",)  # objectives of token students: they and their `kd` are measured on VITS
 OPTIONS: dict[str, dict[str, Any]] = {"ofa_kd": {"stages": [2, 3, 4]}}  # the last three: the pair has no more
 CLASSES, TRAINING, HERE = 100, 50_000, 128  # CIFAR-100's counts; of its samples, so many are here, enough for what reads a split
 
@@ -68,11 +73,12 @@ class Trial:
         UserError: the objective cannot run with this teacher.
     """
 
-    def __init__(self, objective: Objective, kind: str, batch: Batch, device: torch.device) -> None:
+    def __init__(self, objective: Objective, kind: str, batch: Batch, device: torch.device, tokens: bool = False) -> None:
         torch.manual_seed(0)
-        network = lambda name: models.build(ModelSpec(model=name), CLASSES, (3, 32, 32)).to(device)  # noqa: E731
+        teacher, student = VITS if tokens else (ModelSpec(model=name) for name in PAIR)
+        network = lambda spec: models.build(spec, CLASSES, (3, 32, 32)).to(device)  # noqa: E731
         self.objective, self.batch = objective, batch
-        self.module = Distillation(network(PAIR[1]), TEACHERS[kind](lambda: network(PAIR[0])), [objective]).to(device)
+        self.module = Distillation(network(student), TEACHERS[kind](lambda: network(teacher)), [objective]).to(device)
         self.module.build(batch)
         self.module.to(device).train()
         self._folder = tempfile.TemporaryDirectory()
@@ -148,7 +154,7 @@ def kinds(objective: Objective, needs: str) -> Iterator[str]:
     yield from (kind for kind in ("frozen", "peer", "several", "past self") if kind != first)
 
 
-def make(name: str, needs: str, batch: Batch, device: torch.device) -> tuple[Trial, str]:
+def make(name: str, needs: str, batch: Batch, device: torch.device, tokens: bool = False) -> tuple[Trial, str]:
     """An objective's trial, with the kind of teacher it took.
 
     Raises:
@@ -158,7 +164,7 @@ def make(name: str, needs: str, batch: Batch, device: torch.device) -> tuple[Tri
     objective = lambda: catalog.objective(name)(**OPTIONS.get(name, {}))  # noqa: E731
     for kind in kinds(objective(), needs):
         try:
-            return Trial(objective(), kind, batch, device), kind
+            return Trial(objective(), kind, batch, device, tokens), kind
         except UserError as error:
             why = why or error
     assert why is not None
@@ -213,12 +219,14 @@ def main() -> None:
     rows, left_out = [], {}
     for name in options.only or cards:
         try:
-            trial, kind = make(name, cards[name].fields.get("needs", ""), batch, device)
+            trial, kind = make(name, cards[name].fields.get("needs", ""), batch, device, name in TOKENS)
         except UserError as error:
             left_out[name] = str(error)
             print(f"{name:<24} {error}", flush=True)
             continue
-        row = {"name": name, "teacher": kind, **measure(trial, kd, options.rounds, options.steps, device)}
+        beside = make("kd", "", batch, device, tokens=True)[0] if name in TOKENS else kd
+        pair = "two ViTs" if name in TOKENS else "the pair"
+        row = {"name": name, "teacher": kind, "networks": pair, **measure(trial, beside, options.rounds, options.steps, device)}
         trial.close()
         rows.append(row)
         print(" ".join([f"{name:<24}", kind, *(f"{k} {v:.2f}" for k, v in row.items() if isinstance(v, float))]), flush=True)

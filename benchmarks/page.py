@@ -146,7 +146,8 @@ def _objectives(figures: Mapping[str, Any], title: str) -> str:
     rows = []
     for row in figures["objectives"]:
         step = "" if row["step_ratio"] is None else f"{row['step_ratio']:.2f}"
-        rows.append([f"`{row['name']}`", row["teacher"], f"{row['loss_ms']:.2f}", f"{row['loss_ratio']:,.1f}", f"{row['mebibytes']:.1f}", step])
+        name = f"`{row['name']}`" + (f" ({row['networks']})" if row.get("networks", "the pair") != "the pair" else "")
+        rows.append([name, row["teacher"], f"{row['loss_ms']:.2f}", f"{row['loss_ratio']:,.1f}", f"{row['mebibytes']:.1f}", step])
     left_out = "".join(f"- `{name}`: {why}\n" for name, why in figures["left_out"].items())
     return (
         f"## What each objective costs{title}\n\n{figures['teacher']} to {figures['student']}, batch {figures['batch_size']}, {figures['classes']} classes, "
