@@ -1,7 +1,7 @@
 """Perceptrons against the graph networks that taught them: inference on Cora and on a million nodes, and what training costs as a graph grows.
 
 `python benchmarks/graphs.py` measures on one thread of the CPU, in CPU seconds, which a busy machine does not lengthen, and keeps
-benchmarks/results/graphs.json. Networks are untrained: what they compute costs the same. Each size of the curve is a process of its own.
+benchmarks/results/graphs_inference.json and graphs_growth.json. Networks are untrained: what they compute costs the same. Each size of the curve is a process of its own.
 """
 
 from __future__ import annotations
@@ -9,18 +9,18 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import resource
 import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from run import keep, machine
+from run import keep
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -37,6 +37,7 @@ FAN_OUTS = {"10, 10": (10, 10), "15, 10, 5": (15, 10, 5), "all, all": (-1, -1), 
 def main() -> None:
     """Measure what is asked for and keep it."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--only", nargs="+", choices=("inference", "growth"), default=("inference", "growth"))
     parser.add_argument("--size", type=int, help="measure one size of the curve and print it as JSON")
     parser.add_argument("--largest", type=int, default=SIZES[-1])
     options = parser.parse_args()
@@ -44,16 +45,20 @@ def main() -> None:
     if options.size:
         print(json.dumps(growth(options.size)))
         return
-    figures: dict[str, Any] = {"cora": cora(), "million": large(options.largest)}
-    curve = []
-    for size in [s for s in SIZES if s <= options.largest]:
-        done = subprocess.run([sys.executable, __file__, "--size", str(size)], check=True, capture_output=True, text=True)
-        curve.append(json.loads(done.stdout.splitlines()[-1]))
-        print(curve[-1], flush=True)
-    figures["curve"] = curve
-    figures["slopes"] = {name: slope(curve, name) for name in ("gcn_step", "tokenizer_step", "ff_g2m_step", "peak_mebibytes")}
-    keep("graphs", figures, "cpu", 1)
-    print(json.dumps(figures, indent=1), machine("cpu", 1))
+    if "inference" in options.only:
+        keep("graphs_inference", {"cora": cora(), "large": large(options.largest)}, "cpu", 1)
+    if "growth" in options.only:
+        curve = []
+        for size in [s for s in SIZES if s <= options.largest]:
+            done = subprocess.run([sys.executable, __file__, "--size", str(size)], check=True, capture_output=True, text=True)
+            curve.append(json.loads(done.stdout.splitlines()[-1]))
+            print(curve[-1], flush=True)
+        keep("graphs_growth", grown(curve), "cpu", 1)
+
+
+def grown(curve: list[dict[str, float]]) -> dict[str, Any]:
+    """The curve with the exponents of its last tenfold growth."""
+    return {"curve": curve, "slopes": {name: slope(curve, name) for name in ("gcn_step", "tokenizer_step", "ff_g2m_step", "peak_mebibytes")}}
 
 
 def cora() -> dict[str, Any]:
@@ -76,7 +81,10 @@ def large(nodes: int) -> dict[str, Any]:
     for name, fans in FAN_OUTS.items():
         mlp, gnn = networks(FEATURES, CLASSES, len(fans))
         sampler = NeighbourSampler(graph.edges, graph.num_nodes, fans)
-        out[name] = {str(size): compare(graph, mlp, gnn, sampler, size, 20 if size < 1000 else 3) for size in (1, 64, 1024)}
+        out[name] = {
+            str(size): compare(graph, mlp, gnn, sampler, size, 20 if size < 64 else 3)
+            for size in ((1, 64, 1024) if fans != (-1, -1, -1) else (1, 64))
+        }
     return {"nodes": nodes, "edges": graph.edges.shape[1], "fan_outs": out}
 
 
@@ -167,8 +175,9 @@ def made(nodes: int) -> NodeGraph:
 
 
 def peak() -> float:
-    """The most memory that this process has held, in MiB."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    """The most memory that this process has held, in MiB; not getrusage's, which a child takes over from its parent."""
+    status = Path("/proc/self/status").read_text()
+    return int(status.partition("VmHWM:")[2].split()[0]) / 1024
 
 
 def slope(curve: list[dict[str, float]], name: str) -> float:
