@@ -1,0 +1,140 @@
+"""NCFM's distance, sampler, tiles and per-class steps against the arrays of `ncfm`."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from parity.case import Case
+from stillhouse.methods.datasets.ncfm import SCALE, SamplingNetwork, between, characteristic_distance, match_loss
+from stillhouse.models.convnet import ConvNet
+from stillhouse.synthetic.initial import decode, mixed
+from stillhouse.synthetic.real import RealImages
+
+
+def cf_loss(case: Case) -> None:
+    p = case.params
+    value = characteristic_distance(
+        case["feat_real"], case.leaf("feat_syn"), case.leaf("t"), p["alpha"], p["beta"], unit_features=p["l2_normalised_features"]
+    )
+    value.backward()
+    case.close("loss", value)
+    case.close("loss300", SCALE * value)
+    case.close_grad("feat_syn")
+    case.close_grad("t")
+
+
+def convnet_of(case: Case, size: int) -> nn.Module:
+    """The case's ConvNet; its depth is how many convolutions the file holds."""
+    weights = case.weights
+    depth = sum(k.startswith("layers.conv.") and k.endswith("weight") for k in weights)
+    first, last = weights["layers.conv.0.weight"], weights["classifier.weight"]
+    network = ConvNet(len(first), depth, case.params.get("norm", "instance"), num_classes=len(last), input_shape=(first.shape[1], size, size))
+    named = {}
+    for k, v in weights.items():
+        kind, *rest = k.removeprefix("layers.").split(".")
+        named["fc." + rest[0] if kind == "classifier" else f"layer{int(rest[0]) + 1}.{kind}.{rest[1]}"] = v
+    network.load_state_dict(named)
+    return network
+
+
+def match_and_calib(case: Case) -> None:
+    p, network = case.params, convnet_of(case, case["x_real"].shape[-1])
+    x = case["x_syn"].clone().requires_grad_()
+    loss = match_loss(network, case["x_real"], x, case["t"], p["alpha"], p["beta"])
+    loss.backward()
+    case.close("match_loss", loss, rtol=1e-4)
+    case.close_grad("x_syn", x, array="grad:x_syn_match", rtol=1e-4)
+    y = case["x_syn"].clone().requires_grad_()
+    calibration = F.cross_entropy(network(y), case["y_syn"])
+    calibration.backward()
+    case.close("calib_loss", calibration, rtol=1e-4)
+    case.close_grad("x_syn", y, array="grad:x_syn_calib", rtol=1e-4)
+
+
+def sampler_of(weights: dict[str, Tensor]) -> SamplingNetwork:
+    found = {k.removeprefix("t_layers_list."): v for k, v in weights.items()}
+    sampler = SamplingNetwork(len(found["0.weight"]))
+    sampler.load_state_dict(found)
+    return sampler
+
+
+def sampling_net(case: Case) -> None:
+    p, sampler = case.params, sampler_of(case.weights).train(case.params["train"])
+    t = sampler(case["noise"] * p["t_var"] ** 0.5)
+    case.close("t", t.repeat(p["t_batchsize"] // len(t), 1))
+
+
+def steps(case: Case) -> None:
+    """One iteration: classes in order, AdamW over all images after each. The released sampler does not move, so it is not stepped here."""
+    p, count = case.params, case.params["ipc"]
+    network, sampler = convnet_of(case, case["x_real"].shape[-1]), None
+    if p["sampling_net"]:
+        sampler = sampler_of(case.under("s"))
+    images = nn.Parameter(case["x_syn0"].clone())
+    optimiser = torch.optim.AdamW([images], p["lr_img"], weight_decay=5e-4)
+    total = 0.0
+    for c in range(p["classes"]):
+        t = case[f"t{c}"] if sampler is None else sampler(case[f"noise{c}"])
+        loss = match_loss(network, case["x_real"][c], images[c * count : (c + 1) * count], t)
+        optimiser.zero_grad()
+        loss.backward()
+        if sampler is not None and c == 0:
+            case.close("loss_class0", loss, rtol=1e-4)
+            for name, weight in sampler.named_parameters():
+                array = f"grad_neg_loss:t_layers_list.{name}"
+                largest = float(case[array].abs().max())
+                case.close(array, -weight.grad, rtol=1e-4, atol=max(1e-5 * largest, 1e-5))
+        optimiser.step()
+        total += loss.item()
+    case.close("loss_total", torch.tensor(total), rtol=1e-4)
+    case.close("x_syn1", images, rtol=1e-4, atol=1e-5)
+    if sampler is not None:
+        for name, value in sampler.state_dict().items():
+            case.close(f"s_after:t_layers_list.{name}", value, rtol=1e-4)
+
+
+def tiles(case: Case) -> None:
+    factor, x, y = case.params["factor"], case["x"], case["y"]
+    case.close("single", decode(x, factor), rtol=1e-6)
+    case.close("single_y", y.repeat(factor**2))
+    # the released code's other two ways are made of these: `multi` keeps the whole images too, `bound` cuts only as many as a limit of images allows
+    case.close("multi", torch.cat([x, decode(x, factor)]), rtol=1e-6)
+    case.close("multi_y", torch.cat([y, y.repeat(factor**2)]))
+    cut = min(len(x), max(0, case.params["bound"] - len(x)) // factor**2)
+    case.close("bound", torch.cat([decode(x[:cut], factor), x[cut:]]), rtol=1e-6)
+    case.close("bound_y", torch.cat([y[:cut].repeat(factor**2), y[cut:]]))
+
+
+def mix_init(case: Case) -> None:
+    p, samples = case.params, case["samples"]
+    made = mixed_of(samples, p["ipc"], p["factor"])
+    case.close("data", made, rtol=1e-6)
+    case.close("targets", torch.arange(p["classes"]).repeat_interleave(p["ipc"]))
+
+
+def mixed_of(samples: Tensor, ipc: int, factor: int) -> Tensor:
+    """`mixed` of these samples (classes, ipc * factor^2, …), in their order."""
+    classes = len(samples)
+    labels = torch.arange(classes).repeat_interleave(samples.shape[1])
+    channels = samples.shape[2]
+    real = RealImages(samples.flatten(0, 1), labels, [str(c) for c in range(classes)], (0.0,) * channels, (1.0,) * channels)
+    real.draw = lambda *_: samples.flatten(0, 1)
+    return mixed(real, ipc, factor, torch.Generator())
+
+
+def feature_extractor_mix(case: Case) -> None:
+    case.close("mid", between(case["init"], case["final"], case["l"]), rtol=1e-6)
+
+
+ADAPTERS = {
+    "cf_loss": cf_loss,
+    "match_and_calib": match_and_calib,
+    "sampling_net": sampling_net,
+    "minmax_step": steps,
+    "random_freq_step": steps,
+    "decode": tiles,
+    "mix_init": mix_init,
+    "feature_extractor_mix": feature_extractor_mix,
+}
