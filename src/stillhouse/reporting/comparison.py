@@ -19,7 +19,15 @@ if TYPE_CHECKING:
     import rich.table
 
 
-IN_TERMINAL = {"ece": "ECE", "step_relative": "Step", "step_memory_relative": "Step mem.", "parameters": "Params", "multiply_adds": "MACs", "latency_ms": "Latency", "file_bytes": "File"}
+IN_TERMINAL = {
+    "ece": "ECE",
+    "step_relative": "Step",
+    "step_memory_relative": "Step mem.",
+    "parameters": "Params",
+    "multiply_adds": "MACs",
+    "latency_ms": "Latency",
+    "file_bytes": "File",
+}
 """The figures that a terminal has room for beside the primary one and the gain, by short titles; MACs are multiply-adds."""
 
 
