@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from stillhouse.functional import checks
 from stillhouse.functional.feature_maps import LAST_STAGES, same_size
@@ -32,9 +33,17 @@ def nst_loss(student: Tensor, teacher: Tensor) -> Tensor:
     """
     student, teacher = same_size(student, teacher.detach())
     s, t = student.flatten(2), teacher.flatten(2)
+    if s.shape[2] <= min(s.shape[1], t.shape[1]):  # sum_ij (x_i . y_j)^2 = <X'X, Y'Y> of the N x N products, the smaller ones then
+        return (_by_place(t) - _by_place(s)).square().sum((1, 2)).mean()
     ss, st, tt = s @ s.transpose(1, 2), s @ t.transpose(1, 2), t @ t.transpose(1, 2)  # channels are brought to length 1 here, where they are small
     of_s, of_t = _inverse_length(ss), _inverse_length(tt)
     return _kernel(tt, of_t, of_t).mean() + _kernel(ss, of_s, of_s).mean() - 2 * _kernel(st, of_s, of_t).mean()
+
+
+def _by_place(x: Tensor) -> Tensor:
+    """(B, C, N) -> (B, N, N): mean over channels, of length 1, of their products at two places."""
+    unit = F.normalize(x, dim=2)
+    return unit.transpose(1, 2) @ unit / x.shape[1]
 
 
 def _inverse_length(products: Tensor) -> Tensor:
