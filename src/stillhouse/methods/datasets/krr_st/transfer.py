@@ -139,7 +139,11 @@ class _Judging:
             network = self.pretrained(model, seed) if how == "pretrained" else self.network(model, seed)
             return {"accuracy": self._teach(network, target, seed, augment)}
 
-        uses = {"set": self.product.fingerprint if how == "pretrained" else None, "model": model.model_dump(mode="json"), "seed": seed}
+        uses: dict[str, Any] = {
+            "set": self.product.fingerprint if how == "pretrained" else None,
+            "model": model.model_dump(mode="json"),
+            "seed": seed,
+        }
         uses |= {"spec": self.spec.model_dump(mode="json", exclude={"targets", "networks", "cross", "augment"}), "shape": list(self.shape)}
         uses |= {"target": self.run.data(target).fingerprint, "augment": augment.model_dump(), "dim": self.product.targets.shape[1]}
         return float(self.run.stage(f"evaluate.{how}.{name}.{seed}", make, uses)["accuracy"])

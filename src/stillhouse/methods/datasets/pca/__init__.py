@@ -13,7 +13,8 @@ made small, in each stored image. Augment: one crop inside one tile, a view of e
 benchmark (`protocol.py`: hard labels, or soft ones of a teacher at T = 20 with CutMix), not PCA: the grid's side, the order of images, the scoring epoch
 and the number of networks are choices. `hardness: random, grid: 1` is the benchmark's random subset, which every evaluation also reports. Departs: of
 the scores only EL2N; accuracy of the last epoch; images at the size of the data, tested whole, without the resize to 256 and centre crop; stored as
-tensors. On tiny images (32 px) a grid costs much detail: compare `grid: 1`.
+tensors, and the training split is held in memory (the `paper` recipe needs a machine for that). On tiny images (32 px) a grid costs much detail: compare
+`grid: 1`.
 """
 
 from __future__ import annotations
@@ -107,6 +108,7 @@ class PackedSet(SyntheticSet):
     @classmethod
     def load(cls, folder: Path) -> PackedSet:
         base, geometry = super().load(folder), read_meta(folder)["geometry"]
+        assert isinstance(base, cls)
         base.grid, base.size, base.confined = geometry["grid"], tuple(geometry["size"]), geometry["confined"]
         return base
 

@@ -34,7 +34,7 @@ def el2n(logits: Tensor, labels: Tensor) -> Tensor:
     if z.ndim != 3 or labels.shape != z.shape[1:2]:
         raise UserError(f"el2n compares logits (N, C) or (R, N, C) with labels (N,); given: {tuple(logits.shape)} and {tuple(labels.shape)}.")
     target = F.one_hot(labels.long(), z.shape[-1]).to(z)
-    return (z.softmax(-1) - target).norm(dim=-1).mean(0)
+    return (z.softmax(-1) - target).square().sum(-1).sqrt().mean(0)
 
 
 def select(scores: Tensor, rows: Sequence[Tensor], count: int, hardness: Hardness = "easy", generator: torch.Generator | None = None) -> Tensor:
