@@ -233,6 +233,8 @@ class Matching:
                 total.zero_()
 
         made.learn("ncfm", loss, optimiser=optimiser, beside=beside, after=after, steps=config.iterations * rounds)
+        made.figures["distil_iterations"] = float(config.iterations)
+        made.figures["distil_seconds_per_iteration"] = made.figures["distil_seconds"] / config.iterations
 
     def real_images(self, c: int, i: int) -> Tensor:
         """(n, C, H, W) of class c for step i."""
