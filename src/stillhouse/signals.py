@@ -47,7 +47,8 @@ class Signals:
             UserError: where only the top k are known, or nothing.
         """
         if self.logits is not None:
-            return torch.log_softmax(self.logits.float() / temperature, dim=-1)
+            logits = self.logits.float()
+            return torch.log_softmax(logits if temperature == 1.0 else logits / temperature, dim=-1)
         if self.members:
             stacked = torch.stack([m.log_probs(temperature) for m in self.members])
             return torch.logsumexp(stacked, dim=0) - torch.log(torch.tensor(float(len(self.members))))

@@ -79,7 +79,6 @@ class GKD(Objective):
     needs = frozenset({"student.logits", "teacher.logits"})
     reads_top = True
     reads_hidden = True
-    reads_top = True
 
     def __init__(self, beta: float = 0.5, temperature: float = 1.0) -> None:
         super().__init__()
@@ -102,7 +101,8 @@ class GKD(Objective):
         targets = teacher.log_probs(self.temperature).detach()
         check_vocabulary("gkd", student.logits.shape[-1], targets.shape[-1])
         checks.same_classes("gkd", student.logits, targets)
-        return {"loss": token_mean(jsd_rows(student.logits.float() / self.temperature, targets, self.beta), mask, count)}
+        logits = student.logits if self.temperature == 1 else student.logits.float() / self.temperature
+        return {"loss": token_mean(jsd_rows(logits, targets, self.beta), mask, count)}
 
     def _from_hidden(self, student: Signals, teacher: Signals, batch: Batch) -> Tensor:
         head = head_of(student, "student")
