@@ -16,7 +16,26 @@ from stillhouse.objective import Progress
 from stillhouse.recipe import ModelSpec
 from stillhouse.teachers import CoTrained, Frozen, PastSelf
 
-FROZEN = ["ce", "kd", "nkd", "uskd", "pld", "nd", "dkd", "fitnet", "at", "nst", "sp", "rkd", "pkt", "vid", "dist", "logit_standardisation", "review_kd", "ofa_kd"]
+FROZEN = [
+    "ce",
+    "kd",
+    "nkd",
+    "uskd",
+    "pld",
+    "nd",
+    "dkd",
+    "fitnet",
+    "at",
+    "nst",
+    "sp",
+    "rkd",
+    "pkt",
+    "vid",
+    "dist",
+    "logit_standardisation",
+    "review_kd",
+    "ofa_kd",
+]
 WITHOUT_LAYERS = ["ce", "kd", "nkd", "pld", "dkd", "at", "nst", "sp", "rkd", "pkt", "dist", "logit_standardisation"]
 OPTIONS = {"ofa_kd": {"stages": [2, 3, 4]}}
 SPAN = Progress(epoch=5, epochs=10)

@@ -193,7 +193,20 @@ def test_needed_keys_of_the_batch_are_checked():
 
 def test_ctrl_c_is_answered_at_once_and_the_next_start_goes_on(recipe_file, tmp_path: Path):
     path, folder = recipe_file(ALONE), tmp_path / "out"
-    command = [sys.executable, "-m", "stillhouse", "run", str(path), "--out", str(folder), "--cpu", "--set", "train.epochs=100000", "--set", "train.log_every=5"]
+    command = [
+        sys.executable,
+        "-m",
+        "stillhouse",
+        "run",
+        str(path),
+        "--out",
+        str(folder),
+        "--cpu",
+        "--set",
+        "train.epochs=100000",
+        "--set",
+        "train.log_every=5",
+    ]
     running = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 120
     while not (folder / "checkpoints" / "student.pt").exists() and time.monotonic() < deadline:

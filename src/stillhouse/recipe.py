@@ -27,7 +27,9 @@ class Spec(BaseModel):
 class DataSpec(Spec):
     """A data set by name, its splits, and its augmentation."""
 
-    name: str = Field(description="digits | cifar10 | text:NAME | imagefolder:PATH | torchvision:CLASS | hf:REPO | parquet:PATH | file:PATH.py:FUNCTION")
+    name: str = Field(
+        description="digits | cifar10 | text:NAME | imagefolder:PATH | torchvision:CLASS | hf:REPO | parquet:PATH | file:PATH.py:FUNCTION"
+    )
     root: str | None = Field(None, description="Folder that holds the data; default: --data-root, then STILLHOUSE_DATA, then the user's cache.")
     size: int | None = Field(None, ge=1, description="Train on a class-balanced, seeded subset of this many samples (taken before the holdout).")
     test_size: int | None = Field(None, ge=1, description="Evaluate on a class-balanced, seeded subset of this many test samples.")
@@ -154,7 +156,9 @@ class TeacherSpec(Spec):
     options: dict[str, Any] = Field(default_factory=dict, description="As of a student's model.")
     embedding: str | None = Field(None, description="As of a student's model.")
     data: DataSpec | None = Field(None, description="What the teacher is trained on; default: the recipe's data. The classes must be the same.")
-    train: TrainSpec | None = Field(None, description="Without a checkpoint: how the teacher is trained first (with pretrained: fine-tuned), once, kept by content.")
+    train: TrainSpec | None = Field(
+        None, description="Without a checkpoint: how the teacher is trained first (with pretrained: fine-tuned), once, kept by content."
+    )
     seed: int | None = Field(None, description="Seed of the teacher's own training; default 0, so that all seeds of a bench share one teacher.")
     ensemble: list[TeacherSpec] | None = Field(None, description="Several live teachers as one.")
     mean: Literal["probs", "logits"] = Field("probs", description="ensemble: what is averaged.")
