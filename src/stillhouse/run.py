@@ -14,7 +14,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Any, ClassVar, Generic, TypeVar, get_args, get_origin
 
 import torch
 from pydantic import BaseModel
@@ -45,9 +45,17 @@ class Stage:
 
 
 class Method(Generic[C]):
-    """A paper's whole procedure. Subclasses set `Config` (the recipe, whole), say what they will do in `plan`, and do it in `run`, top to bottom."""
+    """A paper's whole procedure, a subclass of `Method[Config]`, where Config is the recipe, whole. It says what it will do in `plan`, and does it in `run`,
+    top to bottom."""
 
-    Config: type[MethodConfig]
+    Config: ClassVar[type[MethodConfig]]
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        for base in vars(cls).get("__orig_bases__", ()):
+            if isinstance(get_origin(base), type) and issubclass(get_origin(base), Method):
+                config = get_args(base)[0]
+                cls.Config = config.__bound__ if isinstance(config, TypeVar) else config
 
     def plan(self, config: C, run: Run) -> list[Stage]:
         """The stages, in order; `run.stage` refuses a name that is not among them. Trains nothing."""

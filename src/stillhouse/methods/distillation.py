@@ -10,7 +10,7 @@ Teachers without weights are trained first, once, and kept. Each batch goes thro
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from pydantic import Field, model_validator
@@ -52,10 +52,11 @@ class Config(MethodConfig):
         return {**({"teacher": self.teacher} if self.teacher is not None else {}), **self.teachers}
 
 
-class GeneralDistillation(Method[Config]):
-    Config = Config
+D = TypeVar("D", bound=Config)
 
-    def plan(self, config: Config, run: Run) -> list[Stage]:
+
+class GeneralDistillation(Method[D]):
+    def plan(self, config: D, run: Run) -> list[Stage]:
         bundle = run.data(config.data)
         stages = []
         for name, spec in config.all_teachers.items():
@@ -85,7 +86,7 @@ class GeneralDistillation(Method[Config]):
         )
         return stages
 
-    def _taps(self, config: Config, run: Run, student: Any) -> dict[str, str]:
+    def _taps(self, config: D, run: Run, student: Any) -> dict[str, str]:
         """Where the objectives will tap the student and the live teachers; a wrong name is found here, before anything is trained."""
         from stillhouse.teachers import Reader
 
@@ -106,15 +107,15 @@ class GeneralDistillation(Method[Config]):
             reader.close()
         return out
 
-    def teachers(self, config: Config, run: Run) -> dict[str, Any]:
+    def teachers(self, config: D, run: Run) -> dict[str, Any]:
         """The teachers by name."""
         return {name: run.teacher(name, spec, config.data) for name, spec in config.all_teachers.items()}
 
-    def loader(self, config: Config, run: Run) -> Any:
+    def loader(self, config: D, run: Run) -> Any:
         """The student's training batches."""
         return run.loader(config.data, "train", config.train.batch_size, train=True)
 
-    def module(self, config: Config, run: Run, student: Any, teachers: dict[str, Any]) -> Distillation:
+    def module(self, config: D, run: Run, student: Any, teachers: dict[str, Any]) -> Distillation:
         """What is trained."""
         objectives = [objective_from_spec(o) for o in config.objectives]
         vocabulary = getattr(run.data(config.data), "vocabulary", None)
@@ -122,7 +123,7 @@ class GeneralDistillation(Method[Config]):
             student, teachers, objectives, seed=run.seed, embedding=config.student.embedding, vocabulary=vocabulary, chunked=config.chunked
         )
 
-    def run(self, config: Config, run: Run) -> Student:
+    def run(self, config: D, run: Run) -> Student:
         teachers = self.teachers(config, run)
         student = run.model(config.student, config.data)
         module = self.module(config, run, student, teachers)

@@ -225,8 +225,6 @@ class Config(MethodConfig):
 
 
 class MaximisedInformation(Method[Config]):
-    Config = Config
-
     def plan(self, config: Config, run: Run) -> list[Stage]:
         if config.teacher.model is None:
             raise UserError("mcmi fine-tunes a network: give teacher.model, with a checkpoint or with `train`.")

@@ -178,8 +178,6 @@ class Config(MethodConfig):
 
 
 class MealV2Method(Method[Config]):
-    Config = Config
-
     def plan(self, config: Config, run: Run) -> list[Stage]:
         stages = []
         for member in config.teacher.ensemble or [config.teacher]:

@@ -199,8 +199,6 @@ class Config(MethodConfig):
 
 
 class SSLD(Method[Config]):
-    Config = Config
-
     def plan(self, config: Config, run: Run) -> list[Stage]:
         target = len(run.data(config.data).dataset("train", train=True))
         stages = [Stage("teacher", "train the teacher with cross-entropy (kept, shared)")]

@@ -175,8 +175,6 @@ def path_weights(epochs: int, middle: Middle) -> list[float]:
 
 
 class SmoothExpertAlignment(Method[Config]):
-    Config = Config
-
     def plan(self, config: Config, run: Run) -> list[Stage]:
         e = config.experts
         does = f"match {config.inner_steps} steps with momentum to {config.expert_epochs} epochs of a smooth expert"

@@ -96,8 +96,6 @@ def losses(network: nn.Module, real: Tensor, synthetic: Tensor, classes: int, po
 
 
 class AttentionMatching(Method[Config]):
-    Config = Config
-
     def plan(self, config: Config, run: Run) -> list[Stage]:
         activations(run.model(config.network, config.data))
         does = f"match attention and mean features of {config.batch_real} real images a class in random networks"

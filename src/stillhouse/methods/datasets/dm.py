@@ -44,8 +44,6 @@ def embedding(network: nn.Module, x: Tensor) -> Tensor:
 
 
 class DistributionMatching(Method[Config]):
-    Config = Config
-
     def plan(self, config: Config, run: Run) -> list[Stage]:
         return plan(run, config, "dm", f"match mean features of {config.batch_real} real images a class in random networks", config.iterations)
 

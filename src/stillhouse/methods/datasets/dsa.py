@@ -40,8 +40,6 @@ class Config(PixelConfig):
 
 
 class GradientMatching(Method[Config]):
-    Config = Config
-
     def plan(self, config: Config, run: Run) -> list[Stage]:
         does = f"match gradients of {config.batch_real} real images a class, {config.outer} rounds a network"
         return plan(run, config, "dsa", does, config.iterations * config.outer)

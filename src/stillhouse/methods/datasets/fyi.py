@@ -80,8 +80,6 @@ def asymmetry(images: Tensor) -> float:
 
 
 class FlipYourImages(Method[Config]):
-    Config = Config
-
     def plan(self, config: Config, run: Run) -> list[Stage]:
         handed = not getattr(run.data(config.data)._source, "flip", True)
         if config.mirror and handed and not config.handed:

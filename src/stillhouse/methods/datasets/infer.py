@@ -225,8 +225,6 @@ evaluates(CompensatedSet.kind)(judge)
 
 
 class InterClassFeatureCompensator(Method[Config]):
-    Config = Config
-
     def plan(self, config: Config, run: Run) -> list[Stage]:
         teachers = [Stage("teacher", "train the networks with batch norm (kept, shared)")] if any(t.train for t in config.teachers) else []
         spec, many = config.compensate, len(config.teachers)

@@ -56,8 +56,6 @@ class Config(PixelConfig):
 
 
 class TrajectoryMatching(Method[Config]):
-    Config = Config
-
     def plan(self, config: Config, run: Run) -> list[Stage]:
         e = config.experts
         does = f"match {config.inner_steps} steps on synthetic images to {config.expert_epochs} epochs of an expert"

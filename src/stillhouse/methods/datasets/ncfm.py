@@ -146,8 +146,6 @@ def corrected_logits(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 class CharacteristicFunctionMatching(Method[Config]):
-    Config = Config
-
     def plan(self, config: Config, run: Run) -> list[Stage]:
         _check(config)
         network = run.model(config.network, config.data)

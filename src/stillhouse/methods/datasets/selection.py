@@ -67,8 +67,6 @@ def k_center(x: Tensor, count: int) -> Tensor:
 
 
 class Selection(Method[Config]):
-    Config = Config
-
     def plan(self, config: Config, run: Run) -> list[Stage]:
         teacher = (
             [] if config.features is None or config.features.train is None else [Stage("teacher", "train the network of the features (kept, shared)")]

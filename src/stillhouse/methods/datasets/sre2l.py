@@ -81,8 +81,6 @@ def real_images(config: Config, run: Run) -> Tensor:
 
 
 class SqueezeRecoverRelabel(Method[Config]):
-    Config = Config
-
     def plan(self, config: Config, run: Run) -> list[Stage]:
         teacher = [] if config.teacher.train is None else [Stage("teacher", "squeeze: train the network with batch norm (kept, shared)")]
         does = f"{config.ipc} times: recover an image of each class" if config.recover else f"take {config.ipc} random real images a class"

@@ -124,8 +124,6 @@ class Config(glnn.Config):
 
 
 class FFG2M(Method[Config]):
-    Config = Config
-
     def plan(self, config: Config, run: Run) -> list[Stage]:
         stages = glnn.GraphLess().plan(config, run)
         does = "train the MLP on the labels alone" if config.lamb == 1 else f"distil into the MLP: {', '.join(config.terms)}"

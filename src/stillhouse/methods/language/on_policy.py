@@ -73,10 +73,8 @@ class OnPolicyDistillation(Distillation):
         super().before_step(batch, ctx)
 
 
-class OnPolicy(GeneralDistillation):
-    Config = Config
-
-    def module(self, config: Config, run: Run, student: Any, teachers: dict[str, Any]) -> Distillation:  # type: ignore[override]
+class OnPolicy(GeneralDistillation[Config]):
+    def module(self, config: Config, run: Run, student: Any, teachers: dict[str, Any]) -> Distillation:
         bundle = run.data(config.data)
         if not hasattr(bundle, "tokenizer"):
             raise UserError(f"method on_policy needs text; data.name is '{config.data.name}'.")

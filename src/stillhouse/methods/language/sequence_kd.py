@@ -49,10 +49,8 @@ class Config(GeneralConfig):
     writing_batch: int = Field(64, ge=1, description="Prompts that are continued at once.")
 
 
-class SequenceKD(GeneralDistillation):
-    Config = Config
-
-    def plan(self, config: Config, run: Run) -> list[Stage]:  # type: ignore[override]
+class SequenceKD(GeneralDistillation[Config]):
+    def plan(self, config: Config, run: Run) -> list[Stage]:
         stages = super().plan(config, run)
         if config.learn == "originals":
             return stages
@@ -71,13 +69,13 @@ class SequenceKD(GeneralDistillation):
             raise UserError("method sequence_kd needs `teacher`, a live model that writes.")
         return spec
 
-    def teachers(self, config: Config, run: Run) -> dict[str, Any]:  # type: ignore[override]
+    def teachers(self, config: Config, run: Run) -> dict[str, Any]:
         """Only those that an objective reads: the writer's tokens need not be the student's."""
         objectives = [objective_from_spec(o).objective for o in config.objectives]
         read = {o.teacher for o in objectives if any(n.startswith("teacher.") for n in o.needs)}
         return {name: run.teacher(name, spec, config.data) for name, spec in config.all_teachers.items() if name in read}
 
-    def loader(self, config: Config, run: Run) -> Any:  # type: ignore[override]
+    def loader(self, config: Config, run: Run) -> Any:
         """The student's training batches: what the teacher wrote."""
         if config.learn == "originals":
             return super().loader(config, run)

@@ -151,8 +151,6 @@ def judge(product: FoundStudent, run: Run) -> dict[str, float]:
 
 
 class SearchWithoutTraining(Method[Config]):
-    Config = Config
-
     def plan(self, config: Config, run: Run) -> list[Stage]:
         if config.teacher.model is None:
             raise UserError("diswot compares networks: give teacher.model.")

@@ -133,8 +133,6 @@ class StoredLabels(Objective):
 
 
 class FerKD(Method[Config]):
-    Config = Config
-
     def plan(self, config: Config, run: Run) -> list[Stage]:
         bundle = run.data(config.data)
         images = len(bundle.dataset("train", train=False))

@@ -107,8 +107,6 @@ class Config(MethodConfig):
 
 
 class HARD(Method[Config]):
-    Config = Config
-
     def plan(self, config: Config, run: Run) -> list[Stage]:
         batches = len(run.loader(config.data, "train", config.train.batch_size, train=True))
         stages = [Stage("teacher", "train the teacher with cross-entropy (kept, shared)")]

@@ -194,8 +194,6 @@ class Config(MethodConfig):
 
 
 class KD3(Method[Config]):
-    Config = Config
-
     def plan(self, config: Config, run: Run) -> list[Stage]:
         count = len(pool_images([p.model_copy(update={"style": []}) for p in config.pool], config.data, run, train=False))
         steps = config.train.epochs * (count // config.train.batch_size)

@@ -180,8 +180,6 @@ class Config(General):
 
 
 class MaKD(Method[Config]):
-    Config = Config
-
     def plan(self, config: Config, run: Run) -> list[Stage]:
         bundle, questions = run.data(config.data), config.aspects.questions_asked()
         trained = [name for name, t in config.all_teachers.items() if any(member.train for member in t.ensemble or [t])]

@@ -154,8 +154,6 @@ class Known:
 
 
 class RobustActiveDistillation(Method[Config]):
-    Config = Config
-
     def plan(self, config: Config, run: Run) -> list[Stage]:
         bundle = run.data(config.data)
         pool = len(bundle.dataset("train", train=False)) - config.labelled

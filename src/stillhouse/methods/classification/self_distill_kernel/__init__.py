@@ -209,8 +209,6 @@ def _points(run: Run, data: DataSpec, split: str) -> tuple[Tensor, Tensor]:
 
 
 class SelfDistillation(Method[Config]):
-    Config = Config
-
     def plan(self, config: Config, run: Run) -> list[Stage]:
         if run.validation(config.sample) is None and (config.alpha == "optimal" or config.keep == "best"):
             raise UserError("alpha: optimal and keep: best need validation data: set data.val to a share above 0, or alpha to a number.")

@@ -191,8 +191,6 @@ def positions(codes: Tensor, vocabularies: Sequence[Tensor]) -> Tensor:
 
 
 class UnifiedEmbeddings(Method[Config]):
-    Config = Config
-
     def plan(self, config: Config, run: Run) -> list[Stage]:
         data = load_columns(config.data)
         tokens = sum(len(v) for v in data.vocabularies())

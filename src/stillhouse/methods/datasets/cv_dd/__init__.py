@@ -98,8 +98,6 @@ class Config(DatasetConfig):
 
 
 class CommitteeVoting(Method[Config]):
-    Config = Config
-
     def plan(self, config: Config, run: Run) -> list[Stage]:
         teachers = [Stage("teacher", "train the committee (kept, shared)")] if any(t.train for t in config.committee) else []
         priors = [Stage("priors", "measure how good the images of each network alone are (kept, shared)")] if self._measures(config) else []

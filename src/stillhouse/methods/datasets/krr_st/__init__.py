@@ -76,8 +76,6 @@ evaluates(RepresentationSet.kind)(judge)
 
 
 class SelfSupervisedDistillation(Method[Config]):
-    Config = Config
-
     def plan(self, config: Config, run: Run) -> list[Stage]:
         spec, target = config.evaluate, config.target
         stages = []

@@ -86,8 +86,6 @@ class Config(DatasetConfig):
 
 
 class NonCriticalRegionRefinement(Method[Config]):
-    Config = Config
-
     def plan(self, config: Config, run: Run) -> list[Stage]:
         teacher = [] if config.teacher.train is None else [Stage("teacher", "train the network with batch norm (kept, shared)")]
         steps = config.refine.iterations * config.ipc if config.refine else 0

@@ -117,8 +117,6 @@ evaluates(PackedSet.kind)(judge)
 
 
 class PruneCombineAugment(Method[Config]):
-    Config = Config
-
     def plan(self, config: Config, run: Run) -> list[Stage]:
         scorer, spec = config.scorer, config.evaluate
         if spec.labels == "soft" and config.teacher is None:

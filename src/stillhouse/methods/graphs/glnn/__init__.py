@@ -86,8 +86,6 @@ def node_student(module: NodeMLP, config: NodeConfig, graph: NodeGraph, figures:
 
 
 class GraphLess(Method[Config]):
-    Config = Config
-
     def plan(self, config: Config, run: Run) -> list[Stage]:
         t, s = config.teacher, config.student
         return [

@@ -147,8 +147,6 @@ class GraphSet:
 
 
 class Mirage(Method[Config]):
-    Config = Config
-
     def plan(self, config: Config, run: Run) -> list[Stage]:
         graphs, split = load_graphs(config.data, run.data_root, config.seed)
         train = graphs.select(split["train"])

@@ -172,8 +172,6 @@ class Tokens:
 
 
 class VQGraph(Method[Config]):
-    Config = Config
-
     def plan(self, config: Config, run: Run) -> list[Stage]:
         t, s = config.tokenizer, config.student
         if s.layers < 2 and config.lamb_tok:

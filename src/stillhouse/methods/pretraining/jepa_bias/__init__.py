@@ -233,8 +233,6 @@ class Simulation:
 
 
 class LinearDynamics(Method[Config]):
-    Config = Config
-
     def plan(self, config: Config, run: Run) -> list[Stage]:
         held = self._pairs(config, run)
         lam, rho = self._features(config, held)

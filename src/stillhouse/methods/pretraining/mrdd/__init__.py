@@ -178,8 +178,6 @@ def judge(product: MultiViewEncoder, run: Run) -> dict[str, float]:
 
 
 class DistilledDisentangling(Method[Config]):
-    Config = Config
-
     def plan(self, config: Config, run: Run) -> list[Stage]:
         views = ", ".join(config.views)
         steps = [
