@@ -92,7 +92,7 @@ def catalogue(found: list[Card]) -> str:
     for key, heading in KINDS.items():
         mine = [c for c in found if c.kind == key]
         parts.append(f"## {heading}\n")
-        for family in sorted({c.fields.get("family", "general") for c in mine}):
+        for family in sorted({c.fields.get("family", "general") for c in mine}, key=str.casefold):
             rows = [catalogue_row(c) for c in mine if c.fields.get("family", "general") == family]
             parts.append(f"### {family[0].upper() + family[1:]}\n\n" + table(("name", "what it does", "paper", "recipe", "evidence", "parity"), rows))
     return "\n".join(parts)

@@ -4,7 +4,7 @@ paper: Rethinking Large-scale Dataset Compression: Shifting Focus From Labels to
 venue: ICML 2026
 arxiv: 2502.06434
 task: classification
-family: dataset compression
+family: dataset distillation
 use when: few images must be stored, and no teacher and no soft labels may be needed in training
 needs: the whole labelled training set, and a short training run on it for the scores
 

@@ -4,7 +4,7 @@ paper: Mirage: Model-Agnostic Graph Distillation for Graph Classification
 venue: ICLR 2024
 arxiv: 2310.09486
 task: graph classification
-family: data-set distillation
+family: dataset distillation
 use when: graph networks of several kinds must be trained often on one set of labelled graphs, and the distillation itself must cost no training
 needs: graphs with discrete node labels (edge labels too, where there are any); no teacher and no network
 
