@@ -19,7 +19,6 @@ from stillhouse.methods.datasets.ast import (
     loss_factor,
     mean_step,
     momentum_path,
-    nearest_in_turn,
     path_distances,
     path_weights,
     perturbed,
@@ -28,6 +27,7 @@ from stillhouse.models.convnet import ConvNet
 from stillhouse.product import load_product
 from stillhouse.recipe import validate
 from stillhouse.run import execute
+from stillhouse.synthetic.initial import nearest_in_turn
 
 DIGITS = {
     "method": "ast",

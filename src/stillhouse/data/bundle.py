@@ -65,6 +65,11 @@ class DataBundle:
         return len(self.classes)
 
     @property
+    def flip(self) -> bool:
+        """Whether a mirrored image keeps its class; not so for digits and text."""
+        return self._source.flip
+
+    @property
     def _size(self) -> tuple[int, int]:
         return self.input_shape[-2], self.input_shape[-1]
 

@@ -44,8 +44,10 @@ def initial(
     return real.images[rows.to(real.images.device)].clone()
 
 
-def representative_rows(real: RealImages, ipc: int, generator: torch.Generator, features: Callable[[Tensor], Tensor] | None = None) -> Tensor:
-    """Rows (classes * ipc,): k-means of each class with min(ipc, 10) centres; the nearest images of the centres in turn, each image once."""
+def representative_rows(
+    real: RealImages, ipc: int, generator: torch.Generator, features: Callable[[Tensor], Tensor] | None = None, clusters: int = 10
+) -> Tensor:
+    """Rows (classes * ipc,), class-major: k-means of each class with min(ipc, clusters) centres, and their nearest images in turn."""
     from sklearn.cluster import KMeans
 
     if ipc > int(real.counts.min()):
@@ -56,11 +58,21 @@ def representative_rows(real: RealImages, ipc: int, generator: torch.Generator, 
     chosen = []
     for rows in real.rows:
         x = embedded(real.images, rows, features)
-        fitted = KMeans(min(ipc, 10), n_init=3, random_state=seed).fit(x)
-        nearest = np.argsort(fitted.transform(x), axis=0, kind="stable")  # (n, centres): images by distance
-        turn = dict.fromkeys(nearest.reshape(-1).tolist())  # first of every centre, then second, …; an image once
-        chosen.append(rows[torch.tensor(list(turn)[:ipc])])
+        centres = KMeans(min(ipc, clusters), n_init=3, random_state=seed).fit(x).cluster_centers_
+        chosen.append(rows[nearest_in_turn(torch.from_numpy(x), torch.from_numpy(centres), ipc)])
     return torch.cat(chosen)
+
+
+def nearest_in_turn(features: Tensor, centres: Tensor, count: int) -> Tensor:
+    """Rows (count,) of features (n, D): the nearest of every centre (k, D), then the second of every centre, …; each row once.
+
+    Raises:
+        UserError: more rows asked for than there are.
+    """
+    if count > len(features):
+        raise UserError(f"{count} images (ipc) of a class are asked for, but it has {len(features)}.")
+    order = torch.cdist(features, centres).argsort(dim=0, stable=True)  # (n, k)
+    return torch.tensor(list(dict.fromkeys(order.flatten().tolist()))[:count])
 
 
 @torch.no_grad()

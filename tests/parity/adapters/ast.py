@@ -13,11 +13,11 @@ from stillhouse.methods.datasets.ast import (
     balance_factor,
     expert_loss,
     momentum_path,
-    nearest_in_turn,
     path_distances,
     path_weights,
     perturbed,
 )
+from stillhouse.synthetic.initial import nearest_in_turn
 
 
 def expert_step(case: Case) -> None:

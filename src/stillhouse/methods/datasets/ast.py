@@ -18,7 +18,7 @@ turn, each image once. Without penalty, factor, momentum, balance, noise and mid
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
@@ -30,8 +30,9 @@ from stillhouse.errors import UserError
 from stillhouse.functional.matching import Batches, Flat, Gradient, trajectory_distance
 from stillhouse.functional.precision import full_precision
 from stillhouse.methods.datasets import mtt
+from stillhouse.randomness import generator
 from stillhouse.run import Method, Run, Stage
-from stillhouse.synthetic.initial import embedded
+from stillhouse.synthetic.initial import representative_rows
 from stillhouse.synthetic.pools import ExpertSpec, experts
 from stillhouse.synthetic.product import SyntheticSet
 from stillhouse.synthetic.real import RealImages
@@ -88,33 +89,6 @@ def expert_loss(
     """factor * CE(augmented) + penalty * `gradient_penalty`(x), a scalar."""
     loss = factor * F.cross_entropy(network(augmented), labels)
     return loss + penalty * gradient_penalty(network, x, norm) if penalty else loss
-
-
-# ---- representative images -----------------------------------------------------------------------------------------------------------------
-
-
-def nearest_in_turn(features: Tensor, centres: Tensor, count: int) -> Tensor:
-    """Rows (count,) of features (n, D): the nearest of every centre (k, D), then the second of every centre, …; each row once.
-
-    Raises:
-        UserError: more rows asked for than there are.
-    """
-    if count > len(features):
-        raise UserError(f"{count} images (ipc) of a class are asked for, but it has {len(features)}.")
-    order = torch.cdist(features, centres).argsort(dim=0, stable=True)  # (n, k)
-    return torch.tensor(list(dict.fromkeys(order.flatten().tolist()))[:count])
-
-
-def representative(real: RealImages, ipc: int, clusters: int, features: Callable[[Tensor], Tensor], seed: int) -> Tensor:
-    """Images (classes * ipc, C, H, W), class-major: of each class those nearest to the centres of k-means on their features, such as logits."""
-    from sklearn.cluster import KMeans
-
-    chosen = []
-    for rows in real.rows:
-        x = embedded(real.images, rows, features)
-        centres = KMeans(min(clusters, ipc, len(rows)), n_init=3, random_state=seed).fit(x).cluster_centers_
-        chosen.append(rows[nearest_in_turn(torch.from_numpy(x), torch.from_numpy(centres), ipc)])
-    return real.images[torch.cat(chosen).to(real.images.device)]
 
 
 # ---- matching ------------------------------------------------------------------------------------------------------------------------------
@@ -194,7 +168,8 @@ class SmoothExpertAlignment(Method[Config]):
         flat, paths = Flat(network), smooth_experts(config, run, made.real)
         if near_centres:
             flat.load(paths[int(torch.randint(len(paths), (1,), generator=made.generator("expert")))][-1].to(device))
-            made.images.data.copy_(representative(made.real, config.ipc, config.clusters, network, run.seed))
+            rows = representative_rows(made.real, config.ipc, generator(run.seed, "initial"), network, config.clusters)
+            made.images.data.copy_(made.real.images[rows.to(device)])
         if not config.iterations:
             return made.product()
         lr = nn.Parameter(torch.tensor(config.inner_lr, device=device))

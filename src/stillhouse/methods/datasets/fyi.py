@@ -81,7 +81,7 @@ def asymmetry(images: Tensor) -> float:
 
 class FlipYourImages(Method[Config]):
     def plan(self, config: Config, run: Run) -> list[Stage]:
-        handed = not getattr(run.data(config.data)._source, "flip", True)
+        handed = not getattr(run.data(config.data), "flip", True)
         if config.mirror and handed and not config.handed:
             raise UserError(
                 f"fyi: images of '{config.data.name}' change their class when mirrored; set handed=true to learn from mirror images all the same."
