@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from stillhouse.errors import UserError
 from stillhouse.functional.recovery import BatchNormStatistics
 from stillhouse.methods.datasets.cv_dd import RecoverSpec, begin
-from stillhouse.methods.datasets.cv_dd.learning import StretchedTraining
+from stillhouse.methods.datasets.cv_dd.learning import StretchedTraining, StudentSpec
 from stillhouse.methods.datasets.cv_dd.voting import batch_labels, chosen, committee_loss, medium_first, running_labels, vote_weights
 from stillhouse.methods.datasets.sre2l import RecoverSpec as Single
 from stillhouse.methods.datasets.sre2l import recover_loss
@@ -20,10 +20,11 @@ from stillhouse.product import load_product
 from stillhouse.randomness import generator
 from stillhouse.recipe import validate
 from stillhouse.run import execute
-from stillhouse.synthetic.config import AugmentSpec
+from stillhouse.synthetic.config import AugmentSpec, EvaluateSpec
 from stillhouse.synthetic.product import SyntheticSet
 from stillhouse.synthetic.real import RealImages
 from stillhouse.synthetic.relabel import ViewLabels, Views
+from stillhouse.synthetic.training import SoftTraining
 
 
 def small(width: int = 4, seed: int = 0) -> nn.Module:
@@ -133,7 +134,8 @@ def test_the_student_accumulates_and_its_rate_ends_where_the_cosine_is_stretched
     images = torch.randn(12, 1, 8, 8).clamp(-1, 1)
     views = ViewLabels(Views(epochs=1, batch_size=4, augment="", mix="none"), torch.randn(1, 12, 3))
     made = SyntheticSet(images, torch.arange(3).repeat_interleave(4), ["a", "b", "c"], (0.5,), (0.5,), views=views)
-    training = StretchedTraining(images, made, 10, 0.1, 0.01, 4.0, AugmentSpec(groups=""), ("t",), stretch=2.0, accumulate=2)
+    plain = SoftTraining.of(made, EvaluateSpec(epochs=10, lr=0.1), AugmentSpec(groups=""), torch.device("cpu"), ("t",))
+    training = StretchedTraining.like(plain, StudentSpec(stretch=2.0, accumulate=2))
     network = small().train().requires_grad_(True)
     optimiser = training.optimiser(network)
     assert training.steps_per_epoch == 2 and [g["weight_decay"] for g in optimiser.param_groups] == [0.01, 0.0]

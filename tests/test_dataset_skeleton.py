@@ -415,12 +415,12 @@ def test_a_judge_that_was_cut_off_keeps_the_networks_it_has_trained(tmp_path: Pa
     trained: list[str] = []
     plain = training.train
 
-    def counted(run: Any, name: str, network: nn.Module, how: Any) -> nn.Module:
+    def counted(run: Any, name: str, *rest: Any) -> float:
         if len(trained) == 2:
             trained.append("cut")
             raise KeyboardInterrupt
         trained.append(name)
-        return plain(run, name, network, how)
+        return plain(run, name, *rest)
 
     monkeypatch.setattr(training, "train", counted)
     config = validate(tree("selection", seed=7, evaluate={"networks": 3, "epochs": 2}))

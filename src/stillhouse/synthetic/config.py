@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from stillhouse.recipe import Data, MethodConfig, Model, Spec
+from stillhouse.recipe import Data, LRSchedule, MethodConfig, Model, Spec
 
 STRATEGY = "color_crop_cutout_flip_scale_rotate"
 
@@ -29,6 +29,25 @@ class AugmentSpec(Spec):
     _known = field_validator("groups", "always")(_check_strategy)
 
 
+class ContinualSpec(Spec):
+    """Continual learning with the set as memory: classes arrive in steps, and after each a network is trained from scratch on their images (GDumb)."""
+
+    steps: int = Field(5, ge=2, description="The classes, in an order drawn by the run's seed, come in so many groups; published: 5 and 10.")
+
+
+class SearchSpec(Spec):
+    """Architecture search with the set: every network of a grid is trained on the set and on all real data, and the two rankings are compared."""
+
+    model: str = Field("stillhouse:convnet", description="Whose options the grid varies.")
+    grid: dict[str, Annotated[list[Any], Field(min_length=1)]] = Field(
+        default_factory=lambda: {"width": [8, 32], "depth": [1, 2], "norm": ["none", "instance"], "act": ["relu", "sigmoid"], "pool": ["avg", "max"]},
+        min_length=1,
+        description="Option -> its values: all combinations are candidates. Published: 720 (width 32 to 256, depth 1 to 4, 5 norms, 3 act, 3 pool).",
+    )
+    networks: int = Field(1, ge=1, description="Of each candidate on the set, from an initialisation each; ranked by their mean.")
+    top: float = Field(1.0, gt=0, le=1, description="Compare the ranks among this share of the candidates, those that are best on all real data.")
+
+
 class EvaluateSpec(Spec):
     """How a synthetic set is judged: networks trained on it from scratch, and tested on real data. Accuracies are those of the last epoch."""
 
@@ -37,17 +56,47 @@ class EvaluateSpec(Spec):
     )
     network: Model | None = Field(None, description="The network to train; default: the one of the recipe.")
     networks: int = Field(3, ge=1, description="How many, each from its own initialisation: mean and spread are over them.")
-    cross: list[Model] = Field(default_factory=list, description="Other architectures, trained the same way, once each.")
+    cross: list[Model] = Field(default_factory=list, description="Other architectures, trained the same way.")
+    cross_networks: int = Field(1, ge=1, description="How many of each of `cross`.")
     epochs: int = Field(300, ge=1, description="Passes over the set; published: 1000 (hard), 300 (soft).")
     batch_size: int = Field(256, ge=1)
+    optimizer: str | None = Field(None, description="Of torch.optim, by name; default: sgd with momentum 0.9 (hard), adamw (soft).")
     lr: float | None = Field(None, gt=0, description="Default: 0.01 (hard; or the set's own learned rate), 0.001 (soft).")
     weight_decay: float | None = Field(None, ge=0, description="Default: 5e-4 (hard), 0.01 (soft).")
+    schedule: LRSchedule | None = Field(
+        None, description="Default: after half the epochs to a tenth, the optimiser's state anew (hard); cosine to 0, by epoch (soft)."
+    )
     augment: AugmentSpec | None = Field(None, description="Of training, an own draw for each image; default: as the recipe's `augment`.")
+    align_corners: bool = Field(True, description="Of the grids that scale and rotate; most published code has true, NCFM's false.")
+    mixup: float = Field(
+        0.0, ge=0, description="hard: Mixup's alpha; 0 is off. With cutmix also on, each mixed batch takes one of the two at random."
+    )
+    cutmix: float = Field(0.0, ge=0, description="hard: CutMix's alpha; 0 is off.")
+    mix_probability: float = Field(1.0, gt=0, le=1, description="hard: share of the batches that are mixed.")
     temperature: float = Field(20.0, gt=0, description="soft: of both sides; no factor T^2.")
+    best_every: int | None = Field(
+        None, ge=1, description="Also tell the best of the accuracies after every so many epochs, as published code does: it chooses by test data."
+    )
     scores: bool = Field(
         False, description="Also DD-Ranking's scores, which train on random real images, on all real data, and without augmentation."
     )
-    full_epochs: int = Field(20, ge=1, description="scores: passes over all real data.")
+    rates: list[Annotated[float, Field(gt=0)]] = Field(
+        default_factory=list,
+        description="scores: each network is trained at each of these rates, and the best test accuracy counts; published: 0.001, 0.005, 0.01, 0.05, 0.1. Default: the one rate.",
+    )
+    full_epochs: int = Field(20, ge=1, description="scores, search: passes over all real data.")
+    continual: ContinualSpec | None = Field(None, description="Also use the set as the memory of continual learning.")
+    search: SearchSpec | None = Field(None, description="Also use the set to choose among architectures.")
+
+    @model_validator(mode="after")
+    def _fits(self) -> EvaluateSpec:
+        if self.protocol == "soft" and (self.mixup or self.cutmix):
+            raise ValueError("mixup and cutmix mix hard labels; views with soft labels are mixed when they are labelled")
+        if self.protocol == "soft" and self.continual is not None:
+            raise ValueError("continual trains on the images of some classes, for which views of all classes have no soft labels; take protocol hard")
+        if self.rates and not self.scores:
+            raise ValueError("rates are tried for scores only; set scores to true, or give the one rate as lr")
+        return self
 
 
 class DatasetConfig(MethodConfig):

@@ -1,22 +1,30 @@
-"""Networks trained from scratch on a few images: with hard labels (SGD, one fall of the rate) or with soft labels of views (AdamW, cosine)."""
+"""Networks trained from scratch on a few images: with hard labels (by default SGD, one fall of the rate), or soft labels of views (AdamW, cosine).
+
+A `Training` says what a network learns from and how; `train` does it. A product that trains in its own way brings a subclass to the judge.
+"""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from stillhouse.data.augment import mix
+from stillhouse.engine import make_optimizer, rate_factor
 from stillhouse.errors import UserError
 from stillhouse.functional.siamese import Draws, all_of, apply, groups_of, one_of
 from stillhouse.randomness import generator, permutation
+from stillhouse.recipe import LRSchedule, OptimizerSpec, TrainSpec
 from stillhouse.run import Run
 from stillhouse.synthetic.config import AugmentSpec, EvaluateSpec
 from stillhouse.synthetic.product import SyntheticSet
 from stillhouse.synthetic.scores import soft_loss
+
+Key = tuple[int | str, ...]
 
 
 def augmentation(spec: AugmentSpec, count: int, size: tuple[int, int], drawn: torch.Generator) -> Draws:
@@ -25,105 +33,202 @@ def augmentation(spec: AugmentSpec, count: int, size: tuple[int, int], drawn: to
 
 
 @dataclass
-class HardTraining:
-    """Training with class ids: SGD with momentum 0.9; after half the epochs the rate falls to a tenth and the momentum starts anew."""
+class Training:
+    """What a network learns from and how. A subclass gives `steps_per_epoch` and `loss`, and may change the parameters' groups and the rate.
+
+    Attributes:
+        images: (N, C, H, W), on the device.
+        schedule: None: after half the epochs the rate falls to a tenth, and the optimiser's state (its momentum) begins anew.
+        key: of all its draws.
+    """
 
     images: Tensor
-    labels: Tensor
-    augment: AugmentSpec
     epochs: int
-    batch_size: int
+    optimizer: str
     lr: float
     weight_decay: float
-    key: tuple[int | str, ...]
+    schedule: LRSchedule | None
+    augment: AugmentSpec
+    align_corners: bool
+    key: Key
+
+    @property
+    def steps_per_epoch(self) -> int:
+        raise NotImplementedError
+
+    def loss(self, network: nn.Module, i: int) -> Tensor:
+        """Of step i, a scalar."""
+        raise NotImplementedError
+
+    def groups(self, network: nn.Module) -> list[dict[str, Any]]:
+        """The parameters, in groups that may have a `weight_decay` of their own."""
+        return [{"params": list(network.parameters())}]
+
+    def rate(self, epoch: float) -> float:
+        """The factor on `lr` in an epoch."""
+        return (0.1 if epoch >= self._turn else 1.0) if self.schedule is None else rate_factor(self._spec, epoch)
+
+    def optimiser(self, network: nn.Module) -> torch.optim.Optimizer:
+        return make_optimizer(self.groups(network), self._spec)
+
+    def step(self, network: nn.Module, optimiser: torch.optim.Optimizer, i: int) -> Tensor:
+        """One step of the optimiser at the rate of its epoch; returns the loss."""
+        epoch, at = divmod(i, self.steps_per_epoch)
+        if self.schedule is None and epoch == self._turn and not at:
+            optimiser.state.clear()
+        rate = self.lr * self.rate(epoch)
+        for group in optimiser.param_groups:
+            group["lr"] = rate
+        loss = self.loss(network, i)
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+        return loss.detach()
+
+    def augmented(self, x: Tensor, i: int) -> Tensor:
+        """Images (B, C, H, W) as step i sees them, each under a draw of its own."""
+        drawn = generator(*self.key, "augment", i)
+        return apply(x, augmentation(self.augment, len(x), (x.shape[-2], x.shape[-1]), drawn), self.align_corners)
+
+    def facts(self) -> dict[str, Any]:
+        """All that the training depends on but its images and labels, as JSON data."""
+        kept = {k: v for k, v in vars(self).items() if not isinstance(v, Tensor | SyntheticSet)}
+        return {"kind": type(self).__name__, **{k: v.model_dump() if hasattr(v, "model_dump") else v for k, v in kept.items()}}
+
+    @property
+    def _turn(self) -> int:
+        return self.epochs // 2 + 2  # published: after epoch E/2 + 1
+
+    @property
+    def _spec(self) -> TrainSpec:
+        optimizer = OptimizerSpec(name=self.optimizer, lr=self.lr, weight_decay=self.weight_decay)
+        return TrainSpec(epochs=self.epochs, optimizer=optimizer, schedule=self.schedule or LRSchedule())
+
+
+@dataclass
+class HardTraining(Training):
+    """Training with class ids; some batches may be mixed within themselves, with the loss to both labels by their shares."""
+
+    labels: Tensor
+    batch_size: int
+    mixup: float
+    cutmix: float
+    mix_probability: float
 
     @classmethod
-    def of(
-        cls, images: Tensor, labels: Tensor, spec: EvaluateSpec, augment: AugmentSpec, lr: float | None, key: tuple[int | str, ...]
-    ) -> HardTraining:
-        decay = 5e-4 if spec.weight_decay is None else spec.weight_decay
-        return cls(images, labels, augment, spec.epochs, min(spec.batch_size, len(images)), spec.lr or lr or 0.01, decay, key)
+    def of(cls, images: Tensor, labels: Tensor, spec: EvaluateSpec, augment: AugmentSpec, lr: float | None, key: Key) -> HardTraining:
+        """As `evaluate` says; `lr` where it names no rate, and else 0.01."""
+        return cls(
+            images=images,
+            epochs=spec.epochs,
+            optimizer=spec.optimizer or "sgd",
+            lr=spec.lr or lr or 0.01,
+            weight_decay=5e-4 if spec.weight_decay is None else spec.weight_decay,
+            schedule=spec.schedule,
+            augment=augment,
+            align_corners=spec.align_corners,
+            key=key,
+            labels=labels,
+            batch_size=min(spec.batch_size, len(images)),
+            mixup=spec.mixup,
+            cutmix=spec.cutmix,
+            mix_probability=spec.mix_probability,
+        )
 
     @property
     def steps_per_epoch(self) -> int:
         return -(-len(self.images) // self.batch_size)
 
-    def optimiser(self, network: nn.Module) -> torch.optim.Optimizer:
-        return torch.optim.SGD(network.parameters(), self.lr, momentum=0.9, weight_decay=self.weight_decay)
-
-    def step(self, network: nn.Module, optimiser: torch.optim.Optimizer, i: int) -> Tensor:
+    def loss(self, network: nn.Module, i: int) -> Tensor:
         epoch, at = divmod(i, self.steps_per_epoch)
-        turn = self.epochs // 2 + 2  # published: after epoch E/2 + 1
-        fallen = epoch >= turn
-        if epoch == turn and not at:
-            optimiser.state.clear()
-        for group in optimiser.param_groups:
-            group["lr"] = self.lr * (0.1 if fallen else 1.0)
         order = permutation(len(self.images), *self.key, "order", epoch)
         rows = torch.tensor(order[at * self.batch_size : (at + 1) * self.batch_size], device=self.images.device)
-        x = self.images[rows]
-        x = apply(x, augmentation(self.augment, len(x), (x.shape[-2], x.shape[-1]), generator(*self.key, "augment", i)))
-        return F.cross_entropy(network(x), self.labels[rows])
+        x, labels = self.augmented(self.images[rows], i), self.labels[rows]
+        drawn = generator(*self.key, "mix", i)
+        if not (self.mixup or self.cutmix) or float(torch.rand((), generator=drawn)) >= self.mix_probability:
+            return F.cross_entropy(network(x), labels)
+        partner = torch.randperm(len(x), generator=drawn).to(x.device)
+        whole = x.new_ones(len(x), 1)  # of each image's own label, of which mixing leaves its share
+        x, share = mix(x, x[partner], whole, 0 * whole, self.mixup, self.cutmix, (*self.key, "mix", i))
+        logits, share = network(x), share[:, 0]
+        own, other = (F.cross_entropy(logits, y, reduction="none") for y in (labels, labels[partner]))
+        return (share * own + (1 - share) * other).mean()
 
 
 @dataclass
-class SoftTraining:
-    """Training with the stored logits of views, KL at a temperature without T^2: AdamW, the rate falling along a cosine by epoch."""
+class SoftTraining(Training):
+    """Training with the stored logits of views, KL at a temperature without T^2."""
 
-    images: Tensor
     synthetic: SyntheticSet
-    epochs: int
-    lr: float
-    weight_decay: float
     temperature: float
-    augment: AugmentSpec
-    key: tuple[int | str, ...]
 
     @classmethod
-    def of(cls, synthetic: SyntheticSet, spec: EvaluateSpec, augment: AugmentSpec, device: torch.device, key: tuple[int | str, ...]) -> SoftTraining:
+    def of(cls, synthetic: SyntheticSet, spec: EvaluateSpec, augment: AugmentSpec, device: torch.device, key: Key) -> SoftTraining:
+        """As `evaluate` says. Raises `UserError` for a set without soft labels."""
         if synthetic.views is None and synthetic.soft is None:
             raise UserError("evaluate.protocol is soft, but the synthetic set holds no soft labels; take evaluate.protocol=hard.")
-        decay = 0.01 if spec.weight_decay is None else spec.weight_decay
-        images = synthetic.training_images()[0].to(device)
-        return cls(images, synthetic, spec.epochs, spec.lr or 1e-3, decay, spec.temperature, augment, key)
+        return cls(
+            images=synthetic.training_images()[0].to(device),
+            epochs=spec.epochs,
+            optimizer=spec.optimizer or "adamw",
+            lr=spec.lr or 1e-3,
+            weight_decay=0.01 if spec.weight_decay is None else spec.weight_decay,
+            schedule=spec.schedule or LRSchedule(name="cosine"),
+            augment=augment,
+            align_corners=spec.align_corners,
+            key=key,
+            synthetic=synthetic,
+            temperature=spec.temperature,
+        )
 
-    def _order(self, epoch: int) -> tuple[Tensor, ...]:
+    def order(self, epoch: int) -> tuple[Tensor, ...]:
+        """The rows of the batches of an epoch."""
         if self.synthetic.views is not None:
             return self.synthetic.views.order(len(self.images), epoch)
         return torch.tensor(permutation(len(self.images), *self.key, "order", epoch)).split(64)
 
     @property
     def steps_per_epoch(self) -> int:
-        return len(self._order(0))
+        return len(self.order(0))
 
-    def optimiser(self, network: nn.Module) -> torch.optim.Optimizer:
-        return torch.optim.AdamW(network.parameters(), self.lr, weight_decay=self.weight_decay)
-
-    def step(self, network: nn.Module, optimiser: torch.optim.Optimizer, i: int) -> Tensor:
+    def loss(self, network: nn.Module, i: int) -> Tensor:
         epoch, at = divmod(i, self.steps_per_epoch)
-        for group in optimiser.param_groups:
-            group["lr"] = self.lr * 0.5 * (1 + math.cos(math.pi * epoch / self.epochs))
-        rows = self._order(epoch)[at]
+        rows = self.order(epoch)[at]
         if self.synthetic.views is not None:
             x, logits = self.synthetic.views.batch(self.images, rows, epoch, at)
         else:
             assert self.synthetic.soft is not None
-            x, logits = self.images[rows.to(self.images.device)], self.synthetic.soft[rows]
-            x = apply(x, augmentation(self.augment, len(x), (x.shape[-2], x.shape[-1]), generator(*self.key, "augment", i)))
+            x, logits = self.augmented(self.images[rows.to(self.images.device)], i), self.synthetic.soft[rows]
         return soft_loss(network(x), logits.to(x.device).float(), "kl", self.temperature)
 
 
-def train(run: Run, name: str, network: nn.Module, training: HardTraining | SoftTraining) -> nn.Module:
-    """The network, trained in place by the run's loop (so that a killed run goes on)."""
+class Best:
+    """The best accuracy after every so many epochs of a training, and after the last. Its state is part of the training's checkpoint."""
+
+    def __init__(self, every: int, accuracy: Callable[[nn.Module], float]) -> None:
+        self.every, self.accuracy, self.value = every, accuracy, 0.0
+
+    def state_dict(self) -> dict[str, float]:
+        return {"value": self.value}
+
+    def load_state_dict(self, state: Mapping[str, float]) -> None:
+        self.value = state["value"]
+
+
+def train(run: Run, name: str, network: nn.Module, training: Training, best: Best | None = None) -> float:
+    """Train the network in place by the run's loop (so that a killed run goes on), and leave it in evaluation mode; returns the seconds spent."""
     optimiser = training.optimiser(network)
     network.train()
+    each = training.steps_per_epoch
+    steps = training.epochs * each
 
     def step(i: int) -> Mapping[str, Tensor]:
         loss = training.step(network, optimiser, i)
-        optimiser.zero_grad()
-        loss.backward()
-        optimiser.step()
+        if best is not None and ((i + 1) % (each * best.every) == 0 or i + 1 == steps):
+            best.value = max(best.value, best.accuracy(network))
         return {"loss": loss}
 
-    run.loop(name, {"network": network, "optimiser": optimiser}, step, training.epochs * training.steps_per_epoch)
-    return network.eval()
+    state: dict[str, Any] = {"network": network, "optimiser": optimiser} | ({} if best is None else {"best": best})
+    seconds = run.loop(name, state, step, steps)
+    network.eval()
+    return seconds

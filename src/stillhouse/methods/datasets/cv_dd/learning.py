@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -11,7 +10,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from stillhouse.evaluation import evaluates
-from stillhouse.evaluation.synthetic_set import Judging
+from stillhouse.evaluation.synthetic_set import judge
 from stillhouse.recipe import Spec
 from stillhouse.run import Run
 from stillhouse.synthetic.product import SyntheticSet
@@ -46,41 +45,29 @@ class StretchedTraining(SoftTraining):
 
     @property
     def steps_per_epoch(self) -> int:
-        return -(-len(self._order(0)) // self.accumulate)
+        return -(-len(self.order(0)) // self.accumulate)
 
-    def optimiser(self, network: nn.Module) -> torch.optim.Optimizer:
-        groups: dict[bool, list[nn.Parameter]] = {True: [], False: []}
-        for p in network.parameters():
-            groups[p.ndim > 1].append(p)
-        decayed = [{"params": groups[many], "weight_decay": self.weight_decay * many} for many in (True, False) if groups[many]]
-        return torch.optim.AdamW(decayed, self.lr)
+    def groups(self, network: nn.Module) -> list[dict[str, Any]]:
+        split = {many: [p for p in network.parameters() if (p.ndim > 1) == many] for many in (True, False)}
+        return [{"params": found, "weight_decay": self.weight_decay * many} for many, found in split.items() if found]
 
-    def step(self, network: nn.Module, optimiser: torch.optim.Optimizer, i: int) -> Tensor:
+    def rate(self, epoch: float) -> float:
+        return super().rate(epoch / self.stretch)
+
+    def loss(self, network: nn.Module, i: int) -> Tensor:
         epoch, at = divmod(i, self.steps_per_epoch)
-        for group in optimiser.param_groups:
-            group["lr"] = self.lr * 0.5 * (1 + math.cos(math.pi * epoch / (self.epochs * self.stretch)))
-        batches = self._order(epoch)[at * self.accumulate : (at + 1) * self.accumulate]
-        losses = [self._loss(network, rows, epoch, at * self.accumulate + n) for n, rows in enumerate(batches)]
+        batches = self.order(epoch)[at * self.accumulate : (at + 1) * self.accumulate]
+        losses = [self._of_batch(network, rows, epoch, at * self.accumulate + n) for n, rows in enumerate(batches)]
         return torch.stack(losses).mean()
 
-    def _loss(self, network: nn.Module, rows: Tensor, epoch: int, number: int) -> Tensor:
+    def _of_batch(self, network: nn.Module, rows: Tensor, epoch: int, number: int) -> Tensor:
         assert self.synthetic.views is not None
         x, logits = self.synthetic.views.batch(self.images, rows, epoch, number)
         return soft_loss(network(x), logits.to(x.device).float(), "kl", self.temperature)
 
 
-class CommitteeJudging(Judging):
-    """Judging whose soft trainings are stretched ones."""
-
-    def _networks(self, name: str, training: Any, *given: Any, **named: Any) -> list[float]:
-        def stretched(seed: int) -> Any:
-            plain = training(seed)
-            return StretchedTraining.like(plain, self.config.student) if isinstance(plain, SoftTraining) else plain
-
-        return super()._networks(name, stretched, *given, **named)
-
-
 @evaluates(CommitteeSet.kind)
-def judge(product: CommitteeSet, run: Run) -> dict[str, float]:
+def judge_committee(product: CommitteeSet, run: Run) -> dict[str, float]:
     """As of any synthetic set (`stillhouse.evaluation.synthetic_set`), with the paper's schedule for soft labels."""
-    return CommitteeJudging(run, product).figures()
+    config: Any = run.config
+    return judge(product, run, lambda plain: StretchedTraining.like(plain, config.student))

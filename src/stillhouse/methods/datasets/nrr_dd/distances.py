@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from stillhouse.errors import UserError
 from stillhouse.evaluation import evaluates
 from stillhouse.evaluation.mode import evaluating
-from stillhouse.evaluation.synthetic_set import Judging
+from stillhouse.evaluation.synthetic_set import judge
 from stillhouse.functional.precision import full_precision
 from stillhouse.functional.siamese import Strength, all_of, apply, groups_of
 from stillhouse.randomness import generator, key
@@ -125,11 +125,9 @@ class DistanceTraining(SoftTraining):
     def like(cls, given: SoftTraining, spec: DistanceSpec) -> DistanceTraining:
         return cls(**vars(given), alpha=spec.alpha, norm=spec.norm, at=spec.temperature)
 
-    def step(self, network: nn.Module, optimiser: torch.optim.Optimizer, i: int) -> Tensor:
+    def loss(self, network: nn.Module, i: int) -> Tensor:
         epoch, number = divmod(i, self.steps_per_epoch)
-        for group in optimiser.param_groups:
-            group["lr"] = self.lr * 0.5 * (1 + np.cos(np.pi * epoch / self.epochs))
-        views, rows = self.synthetic.views, self._order(epoch)[number]
+        views, rows = self.synthetic.views, self.order(epoch)[number]
         assert isinstance(views, DistanceLabels)
         x, partners, share, stored = views.views(self.images, rows, epoch, number)
         own, partner = (self.synthetic.labels[r].to(x.device) for r in (rows, partners))
@@ -139,18 +137,8 @@ class DistanceTraining(SoftTraining):
         return hard + self.alpha * distance_loss(distances(logits, own, partner, self.at), stored.to(x.device), mixed, self.norm)
 
 
-class DistanceJudging(Judging):
-    """Judging whose students learn from distances."""
-
-    def _networks(self, name: str, training: Any, *given: Any, **named: Any) -> list[float]:
-        def by_distance(seed: int) -> Any:
-            plain = training(seed)
-            return DistanceTraining.like(plain, self.config.distances) if isinstance(plain, SoftTraining) else plain
-
-        return super()._networks(name, by_distance, *given, **named)
-
-
 @evaluates(DistanceSet.kind)
-def judge(product: DistanceSet, run: Run) -> dict[str, float]:
+def judge_distances(product: DistanceSet, run: Run) -> dict[str, float]:
     """As of any synthetic set (`stillhouse.evaluation.synthetic_set`); with `evaluate.protocol: soft` students learn from the distances."""
-    return DistanceJudging(run, product).figures()
+    config: Any = run.config
+    return judge(product, run, lambda plain: DistanceTraining.like(plain, config.distances))

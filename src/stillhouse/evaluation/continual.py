@@ -1,0 +1,40 @@
+"""Continual learning with a synthetic set as memory, as DM (arXiv 2110.04181) and DataDAM (arXiv 2310.00093) show it, after GDumb (ECCV 2020).
+
+Classes arrive in steps, in an order that the run's seed draws. After each step the memory holds the stored images of all classes so far; a network with an
+output for each of them is trained on it from scratch and tested on all of them. A method whose loss is a sum over classes (DM, DataDAM) makes the same images
+whether it sees the classes one after another or, as here, at once; for others this is the memory that hindsight would have made.
+"""
+
+from __future__ import annotations
+
+import statistics
+
+from stillhouse.errors import UserError
+from stillhouse.evaluation.judging import Judging, renumbered
+from stillhouse.randomness import permutation
+from stillhouse.synthetic.config import ContinualSpec, EvaluateSpec
+from stillhouse.synthetic.training import HardTraining, Training
+
+
+def continual(judging: Judging, spec: ContinualSpec) -> dict[str, float]:
+    """`continual_step1` …: the accuracy over all classes seen after each step, mean over networks; and their mean, `continual_accuracy`.
+
+    Raises:
+        UserError: more steps than classes.
+    """
+    count = judging.num_classes
+    if spec.steps > count:
+        raise UserError(f"evaluate.continual.steps is {spec.steps}, but there are {count} classes; take at most {count}.")
+    order = permutation(count, judging.run.seed, "class order")
+    found = []
+    for step in range(1, spec.steps + 1):
+        seen = order[: count * step // spec.steps]
+        places = renumbered(judging.labels, seen, count)
+        images, labels = judging.images[places >= 0], places[places >= 0]
+
+        def memory(how: EvaluateSpec, seed: int, images=images, labels=labels) -> Training:  # type: ignore[no-untyped-def]
+            return HardTraining.of(images, labels, how, judging.augment, judging.product.lr, ("judge", seed))
+
+        trained = judging.networks(f"evaluate.continual.{step}", memory, classes=seen)
+        found.append(statistics.fmean(t.accuracy for t in trained))
+    return {"continual_accuracy": statistics.fmean(found), **{f"continual_step{i}": a for i, a in enumerate(found, 1)}}
