@@ -23,7 +23,7 @@ FULL_SEED = 0
 def search(judging: Judging, spec: SearchSpec) -> dict[str, float]:
     """Figures of the search; the table of candidates goes to the run's record.
 
-    `search_spearman`: the rank correlation. `search_accuracy`: test accuracy, trained on all data, of the architecture that the proxies choose;
+    `search_spearman`: the rank correlation of all candidates, `search_spearman_top` of the best. `search_accuracy`: test accuracy, trained on all data, of the architecture that the proxies choose;
     `search_best`: of the best one, which a search on all data would find; `search_mean`: of all, which a choice at random gives. `search_seconds` and
     `search_full_seconds`: of training all proxies, and all candidates on all data. `search_candidates`: how many.
 
@@ -43,7 +43,8 @@ def search(judging: Judging, spec: SearchSpec) -> dict[str, float]:
     judging.run.record["search_choice"] = models[chosen].options
     leading = sorted(range(len(models)), key=lambda i: -true[i])[: max(2, round(spec.top * len(models)))]
     return {
-        "search_spearman": rank_correlation([proxy[i] for i in leading], [true[i] for i in leading]),
+        "search_spearman": rank_correlation(proxy, true),
+        "search_spearman_top": rank_correlation([proxy[i] for i in leading], [true[i] for i in leading]),
         "search_accuracy": true[chosen],
         "search_best": max(true),
         "search_mean": statistics.fmean(true),

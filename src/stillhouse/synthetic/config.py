@@ -45,7 +45,7 @@ class SearchSpec(Spec):
         description="Option -> its values: all combinations are candidates. Published: 720 (width 32 to 256, depth 1 to 4, 5 norms, 3 act, 3 pool).",
     )
     networks: int = Field(1, ge=1, description="Of each candidate on the set, from an initialisation each; ranked by their mean.")
-    top: float = Field(1.0, gt=0, le=1, description="Compare the ranks among this share of the candidates, those that are best on all real data.")
+    top: float = Field(0.5, gt=0, le=1, description="Share of the candidates, the best on all real data, among which ranks are compared once more.")
 
 
 class EvaluateSpec(Spec):
