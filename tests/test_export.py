@@ -1,4 +1,4 @@
-"""Exported students answer as the student does, for any batch size."""
+"""Exported students answer as the student does, for any batch size; synthetic sets leave as pictures, and train other recipes."""
 
 from __future__ import annotations
 
@@ -6,16 +6,23 @@ import importlib.util
 import warnings
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 
 import stillhouse
+from stillhouse.data import BatchKey, DataBundle, Loader, load
 from stillhouse.errors import MissingExtra, UserError
 from stillhouse.export import export
+from stillhouse.functional.whitening import fit_whitening
 from stillhouse.models import build
 from stillhouse.product import Student
-from stillhouse.recipe import ModelSpec
+from stillhouse.recipe import DataSpec, ModelSpec
+from stillhouse.synthetic.exchange import left_out
+from stillhouse.synthetic.product import SyntheticSet
+from stillhouse.synthetic.real import unnormalised
 
 NETS = {
     "stillhouse:mlp": ({"widths": [8]}, (1, 8, 8)),
@@ -106,3 +113,109 @@ def test_a_student_of_several_inputs_exports_its_weights_alone(tmp_path: Path) -
     with pytest.raises(UserError, match="use the format safetensors"):
         export(tmp_path, "torch")
     assert len(load_file(export(tmp_path, "safetensors"))) == len(stillhouse.load(tmp_path).state_dict())
+
+
+# ---- synthetic sets ----------------------------------------------------------------------------------------------------------------------------
+
+
+def digits_set(folder: Path, **given: object) -> SyntheticSet:
+    """A set of two images of each digit, some pixels out of range, saved as a product."""
+    bundle = load(DataSpec(name="digits"))
+    batch = bundle.dataset("train", train=False).batch(BatchKey(0, np.arange(600), 0, 600), 0)
+    rows = torch.cat([(batch["label"] == c).nonzero()[:2, 0] for c in range(10)])
+    made = SyntheticSet(
+        batch["input"][rows] * 1.2, batch["label"][rows], bundle.classes, bundle.mean, bundle.std, made_by={"data": {"name": "digits"}}, **given
+    )
+    made.save(folder)
+    return made
+
+
+def inputs(bundle: DataBundle, split: str, train: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
+    batches = list(Loader(bundle.dataset(split, train=train), 512))
+    return torch.cat([b["input"] for b in batches]), torch.cat([b["label"] for b in batches])
+
+
+@pytest.mark.parametrize("to", ["folder", "parquet"])
+def test_an_exported_set_trains_a_recipe_and_is_judged_by_the_real_test_split(to: str, tmp_path: Path) -> None:
+    made = digits_set(tmp_path / "set")
+    path = export(tmp_path / "set", to)
+    bundle = load(DataSpec(name=f"synthetic:{path}", options={"real": "digits"}))
+    real = load(DataSpec(name="digits"))
+    x, y = inputs(bundle, "train")
+    assert torch.equal(y, made.labels) and bundle.classes == real.classes
+    pixels = made.pixels().clamp(0, 1)
+    assert torch.allclose(x, (pixels - real.mean[0]) / real.std[0], atol=0.51 / 255 / real.std[0])
+    assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(inputs(bundle, "test"), inputs(real, "test")))
+
+
+def test_a_saved_set_trains_with_its_own_pixels_and_the_judges_test_images(tmp_path: Path) -> None:
+    made = digits_set(tmp_path / "set")
+    made.made_by["data"]["test_size"] = 50
+    made.save(tmp_path / "set")
+    bundle = load(DataSpec(name=f"synthetic:{tmp_path / 'set'}"))
+    x, y = inputs(bundle, "train")
+    assert torch.allclose(x, made.images, atol=1e-5) and torch.equal(y, made.labels), "pixels out of [0, 1] are kept"
+    assert len(inputs(bundle, "test")[1]) == 50 and not bundle.flip
+    moved = bundle.dataset("train", train=True).batch(BatchKey(1, np.arange(20), 0, 20), 0)["input"]
+    assert moved.shape == x.shape and not torch.allclose(moved, x), "training augmentation moves them"
+    assert inputs(load(DataSpec(name=f"synthetic:{tmp_path / 'set'}", image_size=16)), "train")[0].shape == (20, 1, 16, 16)
+
+
+def test_real_images_are_whitened_beside_a_set_that_is(tmp_path: Path) -> None:
+    real, _ = inputs(load(DataSpec(name="digits")), "test")
+    mean, std = load(DataSpec(name="digits")).mean, load(DataSpec(name="digits")).std
+    made = digits_set(tmp_path / "set", whitening=fit_whitening(unnormalised(real, mean, std)))
+    bundle = load(DataSpec(name=f"synthetic:{tmp_path / 'set'}"))
+    assert torch.equal(inputs(bundle, "train")[0], made.images)
+    assert torch.allclose(inputs(bundle, "test")[0], made.prepared(real), atol=1e-5)
+
+
+def test_tiles_leave_as_whole_images(tmp_path: Path) -> None:
+    made = digits_set(tmp_path / "set", factor=2)
+    path = export(tmp_path / "set")
+    assert len(list(path.rglob("*.png"))) == 80 == len(made.training_images()[1])
+    with Image.open(path / "train" / "0-0" / "00000.png") as image:
+        assert image.size == (8, 8)
+
+
+def test_soft_labels_go_into_parquet_and_class_names_stay(tmp_path: Path) -> None:
+    datasets = pytest.importorskip("datasets")
+    soft = torch.randn(20, 10)
+    made = digits_set(tmp_path / "set", soft=soft)
+    path = export(tmp_path / "set", "parquet")
+    held = datasets.Dataset.from_parquet(str(path), cache_dir=str(tmp_path / "cache"))
+    assert held.features["label"].names == made.classes
+    assert torch.allclose(torch.tensor(held["logits"][:]), soft) and held[0]["img"].size == (8, 8)
+
+
+def test_what_files_cannot_hold_is_said(tmp_path: Path) -> None:
+    made = digits_set(tmp_path / "set", soft=torch.randn(20, 10), lr=0.02)
+    said = " ".join(left_out(made, "folder"))
+    assert "outside [0, 1]" in said and "soft labels are not written; a Parquet file" in said and "0.02" in said
+    assert "soft" not in " ".join(left_out(made, "parquet"))
+
+
+def test_an_export_does_not_mix_with_an_older_one(tmp_path: Path) -> None:
+    digits_set(tmp_path / "set")
+    export(tmp_path / "set")
+    with pytest.raises(UserError, match="old images would be mixed"):
+        export(tmp_path / "set")
+    with pytest.raises(UserError, match="cannot be written as onnx"):
+        export(tmp_path / "set", "onnx")
+
+
+def test_a_synthetic_set_that_does_not_fit_is_refused_in_a_sentence(tmp_path: Path) -> None:
+    digits_set(tmp_path / "set")
+    path, set_ = export(tmp_path / "set"), f"synthetic:{tmp_path / 'set'}"
+    cases = [
+        (f"synthetic:{path}", {}, "name it: data.options.real"),
+        (set_, {"reel": "digits"}, "did you mean 'real'"),
+        (set_, {"real": {"name": "digits", "siz": 3}}, "unknown key 'siz'"),
+        (set_, {"real": {"name": "digits", "classes": [0, 1]}}, "the set has 10 classes, not 2"),
+        (set_, {"real": {"name": "digits", "image_size": 16}}, r"shape \(1, 8, 8\), but those of 'digits' \(1, 16, 16\)"),
+        (f"synthetic:{tmp_path / 'sett'}", {}, "did you mean"),
+        (f"synthetic:{product(tmp_path / 'student')}", {}, "kind 'student', not a synthetic set"),
+    ]
+    for name, options, words in cases:
+        with pytest.raises(UserError, match=words):
+            load(DataSpec(name=name, options=options))

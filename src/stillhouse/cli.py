@@ -278,17 +278,38 @@ def cache(
         typer.echo(describe(out))
 
 
-@app.command(epilog="Example: stillhouse export runs/nkd_uskd-s0 --to onnx --out student.onnx")
+@app.command(epilog="Examples: stillhouse export runs/nkd_uskd-s0 --to onnx --out student.onnx; stillhouse export runs/dm-s0 --to folder --out small")
 def export(
-    folder: Annotated[Path, typer.Argument(help="A finished run's folder, or a product folder.")],
-    to: Annotated[str, typer.Option(help="onnx, torch (torch.export, .pt2) or safetensors (weights alone).")] = "onnx",
-    out: Annotated[Optional[Path], typer.Option(help="The file to write; default: beside the product.")] = None,  # noqa: UP045
+    folder: Annotated[Path, typer.Argument(help="A finished run's folder, or a product folder.", metavar="RUN")],
+    to: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(
+            help="A student: onnx (default), torch (torch.export, .pt2) or safetensors (weights alone). "
+            "A synthetic set: folder (default; an ImageFolder, OUT/train/CLASS/*.png) or parquet (one file, as Hugging Face reads it).",
+            metavar="FORMAT",
+        ),
+    ] = None,
+    out: Annotated[Optional[Path], typer.Option(help="The file or folder to write; default: beside the product.")] = None,  # noqa: UP045
     trust_code: Annotated[bool, typer.Option("--trust-code", help="Allow a model that your own Python file builds.")] = False,
 ) -> None:
-    """Write a student for other programs to load."""
-    from stillhouse.export import export as write
+    """Write a student or a synthetic set for other programs to load."""
+    from stillhouse.export import check_format, write
+    from stillhouse.product import load_product
+    from stillhouse.synthetic.exchange import left_out
+    from stillhouse.synthetic.product import SyntheticSet
 
-    typer.echo(f"Wrote {write(folder, to, out, trust_code)}")
+    check_format(to)
+    product = load_product(folder, trust_code)
+    path = write(product, folder, to, out)
+    if not isinstance(product, SyntheticSet):
+        typer.echo(f"Wrote {path}")
+        return
+    count = len(product.training_images()[1])
+    typer.echo(f"Wrote {count} images of {len(product.classes)} classes: {path}")
+    for sentence in left_out(product, to or "folder"):
+        typer.echo(sentence)
+    real = (product.made_by.get("data") or {}).get("name", "NAME")
+    typer.echo(f"Train on it: data: {{name: 'synthetic:{path}', options: {{real: '{real}'}}}}")
 
 
 @app.command(epilog="Example: stillhouse report runs/nkd_uskd-s0")

@@ -28,7 +28,7 @@ class DataSpec(Spec):
     """A data set by name, its splits, and its augmentation."""
 
     name: str = Field(
-        description="digits | cifar10 | text:NAME | imagefolder:PATH | torchvision:CLASS | hf:REPO | parquet:PATH | file:PATH.py:FUNCTION"
+        description="digits | cifar10 | text:NAME | imagefolder:PATH | torchvision:CLASS | hf:REPO | parquet:PATH | synthetic:PATH | file:PATH.py:FUNCTION"
     )
     root: str | None = Field(None, description="Folder that holds the data; default: --data-root, then STILLHOUSE_DATA, then the user's cache.")
     size: int | None = Field(None, ge=1, description="Train on a class-balanced, seeded subset of this many samples (taken before the holdout).")
@@ -49,7 +49,7 @@ class DataSpec(Spec):
     seed: int = Field(0, description="Seed of the subset, the splits and the label noise: one split for all seeds of a run.")
     workers: int = Field(0, ge=0, description="Loader processes.")
     options: dict[str, Any] = Field(
-        default_factory=dict, description="Further arguments for torchvision:, hf: and parquet: (such as split and column names)."
+        default_factory=dict, description="Further arguments for torchvision:, hf:, parquet: and synthetic: (such as split and column names)."
     )
 
 
@@ -501,4 +501,5 @@ def objective_from_spec(spec: str | Mapping[str, Any] | ObjectiveSpec) -> Any:
     weight: Any = spec.weight if spec.weight is not None else cls.default_weight
     if isinstance(weight, WeightSpec):
         weight = WeightSchedule(**weight.model_dump())
-    return Weighted(objective, weight, spec.label or getattr(cls, "name", spec.name))
+    name: str = getattr(cls, "name", spec.name)
+    return Weighted(objective, weight, spec.label or name)

@@ -28,17 +28,17 @@ def crop_flip(images: np.ndarray, rows: np.ndarray, draws: np.ndarray, pad: int,
     """Random crops of zero-padded images, mirrored at random; a whole batch at once.
 
     Args:
-        images: (N, C, H, W) uint8.
+        images: (N, C, H, W) uint8, or floats.
         rows: (B,) which of them.
         draws: (B, 3) uniform numbers: down, right, mirror.
         pad: pixels of padding on each side; the crop has the image's own size.
         flip: mirror left-right with probability 1/2.
 
     Returns:
-        (B, C, H, W) uint8.
+        (B, C, H, W) of the same type.
     """
     _, channels, height, width = images.shape
-    padded = np.zeros((len(rows), channels, height + 2 * pad, width + 2 * pad), dtype=np.uint8)
+    padded = np.zeros((len(rows), channels, height + 2 * pad, width + 2 * pad), dtype=images.dtype)
     padded[:, :, pad : pad + height, pad : pad + width] = images[rows]
     windows = np.lib.stride_tricks.sliding_window_view(padded, (height, width), axis=(2, 3))
     offsets = (draws[:, :2] * (2 * pad + 1)).astype(np.int64)
@@ -57,7 +57,9 @@ def normalise(images: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -
 
 
 def resize(images: Tensor, size: tuple[int, int]) -> Tensor:
-    """(B, C, H, W) uint8 as floats in [0, 1] of another size (bilinear, antialiased)."""
+    """(B, C, H, W) uint8 as floats in [0, 1], or floats as they are, of another size (bilinear, antialiased)."""
+    if images.dtype != torch.uint8:
+        return F.interpolate(images.to(torch.float32), size=size, mode="bilinear", antialias=True)
     return F.interpolate(images.to(torch.float32) / 255, size=size, mode="bilinear", antialias=True).clamp_(0, 1)
 
 

@@ -104,7 +104,7 @@ class PixelInputs:
     """Images in memory, a whole batch at once, no loop over samples.
 
     Args:
-        images: (N, C, H, W) uint8.
+        images: (N, C, H, W) uint8, or float pixels.
         rows: (n,) which of them are the split's, in order.
         mean, std: per channel.
         size: (H, W) of the result.

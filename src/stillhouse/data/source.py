@@ -29,7 +29,7 @@ class Samples:
         labels: (N,) int64.
         identity: names the content: equal data has an equal identity on every machine.
         item: the input at a position: a PIL image, a uint8 tensor (C, H, W), or a float tensor of any shape that is used as it is.
-        pixels: for images that fit into memory: the uint8 images (n, C, H, W) at these positions, decoded at once.
+        pixels: for images that fit into memory: the images (n, C, H, W) at these positions, decoded at once; uint8, or float pixels.
     """
 
     labels: np.ndarray
@@ -77,14 +77,21 @@ def source(spec: DataSpec, root: Path) -> Source:
         "hf": libraries.hf,
         "parquet": parquet.parquet,
         "file": libraries.file,
+        "synthetic": _synthetic,
     }
     scheme, _, rest = spec.name.partition(":")
     if scheme in formats and rest:
         return formats[scheme](rest, spec, root)
-    shapes = {"imagefolder": "PATH", "torchvision": "CLASS", "hf": "REPO", "parquet": "PATH", "file": "PATH.py:FUNCTION"}
+    shapes = {"imagefolder": "PATH", "torchvision": "CLASS", "hf": "REPO", "parquet": "PATH", "file": "PATH.py:FUNCTION", "synthetic": "PATH"}
     if scheme in formats:
         raise UserError(f"data.name: '{scheme}' needs to be told which: '{scheme}:{shapes[scheme]}'.")
     raise unknown("data set", spec.name, ["digits", "cifar10", *(f"{k}:{v}" for k, v in shapes.items())])
+
+
+def _synthetic(path: str, spec: DataSpec, root: Path) -> Source:
+    from stillhouse.synthetic.exchange import source as synthetic
+
+    return synthetic(path, spec, root)
 
 
 def find_root(spec: DataSpec, given: str | Path | None = None) -> Path:
@@ -129,7 +136,7 @@ def measured(samples: Samples) -> tuple[tuple[float, ...], tuple[float, ...]]:
 
 @dataclass
 class InMemory:
-    """uint8 images (N, C, H, W) as `Samples` read them."""
+    """Images (N, C, H, W), uint8 or float pixels, as `Samples` read them."""
 
     images: Tensor
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
@@ -132,7 +131,14 @@ class SyntheticSet:
 
     def pixels(self) -> Tensor:
         """(N, C, H, W): pixels, in [0, 1] where the set is bounded; else they may leave it."""
-        return unnormalised(self.images, self.mean, self.std) if self.whitening is None else self.whitening.invert(self.images)
+        return self._pixels_of(self.images)
+
+    def training_pixels(self) -> Tensor:
+        """(N * factor^2, C, H, W): the pixels of `training_images`."""
+        return self._pixels_of(self.training_images()[0])
+
+    def _pixels_of(self, images: Tensor) -> Tensor:
+        return unnormalised(images, self.mean, self.std) if self.whitening is None else self.whitening.invert(images)
 
     def dataset(self) -> Any:
         """As an ordinary data set (`stillhouse.data.IndexedDataset`): items {input, label, index}, for `Loader` or a DataLoader."""
@@ -162,7 +168,7 @@ class SyntheticSet:
             "made_by": self.made_by,
         }
         (folder / "product.json").write_text(json.dumps(meta, indent=1))
-        (folder / "sheet.png").write_bytes(_png(contact_sheet(self.pixels(), self.labels)))
+        (folder / "sheet.png").write_bytes(png(contact_sheet(self.pixels(), self.labels)))
 
     @classmethod
     def load(cls, folder: Path) -> SyntheticSet:
@@ -192,41 +198,16 @@ class SyntheticSet:
         )
 
     def export_folder(self, folder: str | Path) -> int:
-        """Write `folder/train/CLASS/NUMBER.png`, as an ImageFolder (classes keep their order by a number before the name); returns how many images.
+        """Write an ImageFolder (see `stillhouse.synthetic.exchange.to_folder`); returns how many images."""
+        from stillhouse.synthetic.exchange import to_folder
 
-        Pixels are rounded to 8 bits and clipped to [0, 1]; soft labels are not written.
-        """
-        base = Path(folder) / "train"
-        names = _folder_names(self.classes)
-        counts = [0] * len(names)
-        for image, label in zip(self._eight_bits(), self.labels.tolist()):
-            (base / names[label]).mkdir(parents=True, exist_ok=True)
-            (base / names[label] / f"{counts[label]:05d}.png").write_bytes(_png(image))
-            counts[label] += 1
-        return len(self)
+        return to_folder(self, folder)
 
     def export_parquet(self, path: str | Path) -> int:
-        """Write one Parquet file in the Hugging Face image layout (`img` as PNG, `label`, and `logits` where labels are soft); returns how many images."""
-        import pyarrow as pa
-        import pyarrow.parquet as pq
+        """Write one Parquet file (see `stillhouse.synthetic.exchange.to_parquet`); returns how many images."""
+        from stillhouse.synthetic.exchange import to_parquet
 
-        columns: dict[str, Any] = {
-            "img": pa.array([{"bytes": _png(x), "path": None} for x in self._eight_bits()]),
-            "label": pa.array(self.labels.tolist(), pa.int64()),
-        }
-        if self.soft is not None and self.factor == 1:
-            columns["logits"] = pa.array(self.soft.float().tolist(), pa.list_(pa.float32()))
-        path = Path(path)
-        features = {"img": {"_type": "Image"}, "label": {"names": self.classes, "_type": "ClassLabel"}}
-        table = pa.table(columns)
-        if "logits" not in columns:
-            table = table.replace_schema_metadata({"huggingface": json.dumps({"info": {"features": features}})})
-        with written_beside(path) as beside:
-            pq.write_table(table, beside)
-        return len(self)
-
-    def _eight_bits(self) -> Tensor:
-        return (self.pixels().clamp(0, 1) * 255).round().to(torch.uint8)
+        return to_parquet(self, path)
 
     def _tensors(self) -> dict[str, Tensor]:
         out = {"images": self.images, "labels": self.labels}
@@ -251,16 +232,11 @@ def contact_sheet(pixels: Tensor, labels: Tensor, columns: int = 10, rows: int =
     return (make_grid(padded, nrow=wide, padding=1, pad_value=1.0) * 255).round().to(torch.uint8)
 
 
-def _png(image: Tensor) -> bytes:
-    """A uint8 image (C, H, W), grey or RGB, as PNG."""
+def png(image: Tensor) -> bytes:
+    """A uint8 image (C, H, W), grey or RGB, as the bytes of a PNG file."""
     from PIL import Image
 
     array = image.permute(1, 2, 0).numpy()
     out = io.BytesIO()
     Image.fromarray(array[..., 0] if array.shape[-1] == 1 else array).save(out, "png")
     return out.getvalue()
-
-
-def _folder_names(classes: list[str]) -> list[str]:
-    digits = len(str(len(classes) - 1))
-    return [f"{i:0{digits}d}-{re.sub(r'[^A-Za-z0-9_.-]+', '_', name)}" for i, name in enumerate(classes)]
