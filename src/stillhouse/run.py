@@ -9,8 +9,8 @@ import platform
 import shutil
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -55,7 +55,7 @@ class Method(Generic[C]):
         for base in vars(cls).get("__orig_bases__", ()):
             if isinstance(get_origin(base), type) and issubclass(get_origin(base), Method):
                 config = get_args(base)[0]
-                cls.Config = config.__bound__ if isinstance(config, TypeVar) else config
+                cls.Config = getattr(config, "__bound__", config)  # of a type variable, its bound
 
     def plan(self, config: C, run: Run) -> list[Stage]:
         """The stages, in order; `run.stage` refuses a name that is not among them. Trains nothing."""
@@ -117,11 +117,10 @@ class Run:
             from stillhouse.store import StoredDataset
 
             dataset = StoredDataset(dataset, self._stores.setdefault(spec.model_dump_json(), [])) if _reads_store(self.config) else dataset
-        batch_size = batch_size or getattr(bundle, "evaluation_batch", 256)
+        default: int = getattr(bundle, "evaluation_batch", 256)
         rank, world = _rank_world() if train else (0, 1)
-        return Loader(
-            dataset, batch_size, seed=self.seed, shuffle=train, drop_last=train, workers=spec.workers if train else 0, rank=rank, world=world
-        )
+        workers = spec.workers if train else 0
+        return Loader(dataset, batch_size or default, seed=self.seed, shuffle=train, drop_last=train, workers=workers, rank=rank, world=world)
 
     def model(self, spec: ModelSpec, data: DataSpec, role: str = "student", seed: int | None = None) -> nn.Module:
         """The network of a spec, sized for the data, initialised as (seed, role) say."""
@@ -145,6 +144,34 @@ class Run:
             if bundle.has(split):
                 return self.loader(spec, split)
         return None
+
+    def validating(self, spec: DataSpec) -> Callable[[nn.Module, torch.device], dict[str, float]] | None:
+        """What `fit` judges epochs by: accuracy and calibration over the data that may pick a checkpoint (see `validation`); None where there is none."""
+        check = self.validation(spec)
+        return None if check is None else lambda model, device: self.figures(model, spec, check, device, ["accuracy", "calibration"])
+
+    def judging_data(self) -> tuple[DataSpec, str]:
+        """The recipe's data, and the split of it that a product is judged on: test, or val or holdout where there is none.
+
+        Raises:
+            UserError: a recipe without `data`, or data without any of these splits.
+        """
+        spec = getattr(self.config, "data", None)
+        if not isinstance(spec, DataSpec):
+            raise UserError("This recipe names no `data` to judge its product by; give it the data, or judge the product in its method.")
+        split = next((s for s in ("test", "val", "holdout") if self.data(spec).has(s)), None)
+        if split is None:
+            raise UserError("There is no data to judge by: give the data set a test part, or set data.val to a share above 0.")
+        return spec, split
+
+    @contextmanager
+    def seeded(self, seed: int) -> Iterator[None]:
+        """Inside, the run's seed is another: that of a stage which runs with other seeds share."""
+        outer, self.seed = self.seed, seed
+        try:
+            yield
+        finally:
+            self.seed = outer
 
     def student(self, module: nn.Module, spec: ModelSpec, data: DataSpec, figures: Mapping[str, float]) -> Any:
         """A trained network as the product of this run."""
@@ -203,7 +230,7 @@ class Run:
                     shutil.rmtree(working / "checkpoints", ignore_errors=True)
                     os.replace(working, done)
             _wait(world)
-        return _load_value(done)  # type: ignore[return-value]
+        return _load_value(done)
 
     def fit(
         self,
@@ -307,21 +334,15 @@ class Run:
         bundle = self.data(data)
 
         def make() -> dict[str, Any]:
-            outer, self.seed = self.seed, seed
             stores, self._stores = self._stores, {}  # a network trained alone sees its own augmentation, not the views of a store
             try:
-                module = Distillation(model, None, [objective_from_spec("ce")], seed=seed)
-                check = self.validation(data)
-                self.fit(
-                    stage,
-                    module,
-                    self.loader(data, "train", train.batch_size, train=True),
-                    train,
-                    evaluate=None if check is None else lambda m, d: self.figures(m, data, check, d, ["accuracy"]),
-                )
+                with self.seeded(seed):
+                    module = Distillation(model, None, [objective_from_spec("ce")], seed=seed)
+                    loader = self.loader(data, "train", train.batch_size, train=True)
+                    self.fit(stage, module, loader, train, evaluate=self.validating(data))
                 module.close()
             finally:
-                self.seed, self._stores = outer, stores
+                self._stores = stores
             figures = (
                 self.figures(model, data, self.loader(data, "test"), next(model.parameters()).device, ["accuracy", "calibration"])
                 if bundle.has("test")

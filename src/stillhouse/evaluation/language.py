@@ -56,13 +56,9 @@ def evaluate_tokens(
 @evaluates("language")
 def judge(product: Any, run: Run) -> dict[str, float]:
     """Figures of a run's language model or text classifier on its test split, and its parameters and file size."""
-    data = run.config.data
-    bundle = run.data(data)
-    split = next((s for s in ("test", "val", "holdout") if bundle.has(s)), None)
-    if split is None:
-        raise UserError("There is no data to judge by: give the data set a test file, or set data.val to a share above 0.")
+    data, split = run.judging_data()
     device = next(product.module.parameters()).device
-    out = bundle.evaluate(product.module, run.loader(data, split, 64), device, ["accuracy", "calibration"])
+    out = run.data(data).evaluate(product.module, run.loader(data, split, 64), device, ["accuracy", "calibration"])
     out["parameters"] = cost.parameters(product.module)
     out["file_bytes"] = cost.file_size(run.folder / "product" / "model" / "model.safetensors")
     return out

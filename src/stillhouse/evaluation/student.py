@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from stillhouse.errors import UserError, unknown
+from stillhouse.errors import unknown
 from stillhouse.evaluation import classification, cost, evaluates
 from stillhouse.evaluation.mode import move
 from stillhouse.signals import Batch
@@ -25,11 +25,7 @@ IN_TRAINING = ("step",)  # measured by the method, where the training is at hand
 @evaluates("student")
 def judge(product: Student, run: Run) -> dict[str, float]:
     """The figures of a run's student on its test split (on val or holdout where there is none), in the groups that the recipe's `evaluate` names."""
-    data = run.config.data
-    split = next((s for s in ("test", "val", "holdout") if run.data(data).has(s)), None)
-    if split is None:
-        raise UserError("There is no data to judge the student by: give the data set a test folder, or set data.val to a share above 0.")
-    loader = run.loader(data, split)
+    loader = run.loader(*run.judging_data())
     return evaluate_student(
         product.module, loader, next(iter(loader)), getattr(run.config, "evaluate", GROUPS), run.folder / "product" / "model.safetensors"
     )

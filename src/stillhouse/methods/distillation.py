@@ -97,7 +97,7 @@ class GeneralDistillation(Method[D]):
             wanted = [n for o in objectives if o.teacher == name for n in o.needs if n.startswith("teacher.")]
             if spec.model and wanted:
                 networks[name] = (run.model(spec.network, config.data, "teacher", spec.seed or 0), spec.embedding, wanted)
-        out = {}
+        out: dict[str, str] = {}
         for name, (model, embedding, wanted) in networks.items():
             reader = Reader(model.eval(), name, embedding)
             with torch.no_grad():
@@ -127,18 +127,11 @@ class GeneralDistillation(Method[D]):
         teachers = self.teachers(config, run)
         student = run.model(config.student, config.data)
         module = self.module(config, run, student, teachers)
-        check = run.validation(config.data)
-        if config.train.best is not None and check is None:
+        evaluate = run.validating(config.data)
+        if config.train.best is not None and evaluate is None:
             raise UserError("train.best needs data to judge by: set data.val or data.holdout to a share above 0.")
         train, splits = self.loader(config, run), run.splits(config.data)
-        fitted = run.fit(
-            "student",
-            module,
-            train,
-            config.train,
-            evaluate=None if check is None else lambda m, d: run.figures(m, config.data, check, d, ["accuracy", "calibration"]),
-            splits=splits,
-        )
+        fitted = run.fit("student", module, train, config.train, evaluate=evaluate, splits=splits)
         figures = {"train_seconds": fitted.seconds}
         if "step" in config.evaluate:
             figures |= step_cost(module, *run.last_step(module, train, config.train, splits))

@@ -158,6 +158,7 @@ class MCMI(Objective):
         self._rows: list[Tensor] = []
 
     def build(self, student: Signals, teacher: Signals, batch: Batch) -> None:
+        assert student.logits is not None
         classes = student.logits.shape[-1]
         self.register_buffer("centroids", torch.full((classes, classes), 1.0 / classes))
         self.register_buffer("first_accuracy", torch.tensor(float("nan")))
@@ -165,6 +166,7 @@ class MCMI(Objective):
     def begin_epoch(self, ctx: Context) -> None:
         seen = OutputStatistics(len(self.centroids), self.centroids.device)
         for batch, said in ctx.sweep("train", of="student"):
+            assert said.logits is not None
             seen.add(said.logits, batch["label"])
         if ctx.progress.epoch == 0 or self.when == "epoch":
             self.centroids.copy_(seen.centroids())
@@ -186,6 +188,7 @@ class MCMI(Objective):
         at = ctx.progress
         draw = ctx.generator("mcmi", at.epoch, at.batch)
         rows = torch.cat([r[torch.randint(len(r), (self.samples,), generator=draw)] for r in self._rows]).numpy()
+        assert self._images is not None
         images = self._images.batch(BatchKey(0, rows, 0, len(rows)), 0)["input"].to(self.centroids.device)
         with torch.no_grad():
             training, network = ctx.student.training, ctx.student.eval()
@@ -195,6 +198,7 @@ class MCMI(Objective):
 
     def forward(self, student: Signals, teacher: Signals, batch: Batch, progress: Progress) -> dict[str, Tensor]:
         hard_only("mcmi", batch["label"])
+        assert student.logits is not None
         information = conditional_information(student.logits, batch["label"], self.centroids)
         likelihood = F.cross_entropy(student.logits.float(), batch["label"])
         return {"ce": likelihood, "information": -self.lam * information, "log:cmi": information}
@@ -256,15 +260,9 @@ class MaximisedInformation(Method[Config]):
         module = Distillation(
             student, teacher, [objective_from_spec(o) for o in config.objectives], seed=run.seed, embedding=config.student.embedding
         )
-        check = run.validation(config.data)
-        fitted = run.fit(
-            "student",
-            module,
-            self._student_loader(config, run, train=True),
-            config.train,
-            evaluate=None if check is None else lambda m, d: evaluate_classifier(m, check, d, ["accuracy", "calibration"]),
-            splits={**run.splits(config.data), "train": self._student_loader(config, run, train=False)},
-        )
+        loader = self._student_loader(config, run, train=True)
+        splits = {**run.splits(config.data), "train": self._student_loader(config, run, train=False)}
+        fitted = run.fit("student", module, loader, config.train, evaluate=run.validating(config.data), splits=splits)
         module.close()
         figures = {"train_seconds": fitted.seconds, **{f"teacher_{k}": v for k, v in facts.items()}}
         if config.omit:
@@ -279,28 +277,20 @@ class MaximisedInformation(Method[Config]):
         bundle = run.data(data)
 
         def make() -> dict[str, Any]:
-            outer, run.seed = run.seed, spec.seed or 0
-            try:
+            with run.seeded(spec.seed or 0):
                 network = copy.deepcopy(first.model).to(run.device)
                 measured = run.loader(data, "train")
                 before = information_of(network, measured, run.device)
                 objective = MCMI(tune.lam, tune.centroids, tune.decay, tune.samples, tune.guard, images=bundle.dataset("train", train=False))
                 module = Distillation(network, None, [objective], seed=run.seed)
-                check = run.validation(data)
-                judge = (
-                    None
-                    if check is None
-                    else lambda m, d: {**evaluate_classifier(m, check, d, ["accuracy", "calibration"]), "cmi": information_of(m, check, d)}
-                )
-                run.fit(
-                    "mcmi", module, run.loader(data, "train", tune.train.batch_size, train=True), tune.train, evaluate=judge, splits=run.splits(data)
-                )
+                check, figured = run.validation(data), run.validating(data)
+                judge = None if figured is None else lambda m, d: {**figured(m, d), "cmi": information_of(m, check, d)}
+                loader = run.loader(data, "train", tune.train.batch_size, train=True)
+                run.fit("mcmi", module, loader, tune.train, evaluate=judge, splits=run.splits(data))
                 module.close()
                 figures = evaluate_classifier(network, run.loader(data, "test"), run.device, ["accuracy", "calibration"])
                 figures |= {"cmi": information_of(network, measured, run.device), "cmi_before": before}
                 return {"weights": state_on_cpu(network), "figures": figures}
-            finally:
-                run.seed = outer
 
         options = tune.model_dump(mode="json", exclude={"train": {"log_every", "checkpoint_seconds", "trackers", "compile"}})
         return run.stage("mcmi", make, {"tune": options, "from": first.fingerprint(), "data": bundle.fingerprint, "seed": spec.seed or 0})

@@ -28,7 +28,6 @@ from torch.nn import functional as F
 
 from stillhouse.distillation import Distillation, Weighted
 from stillhouse.errors import UserError
-from stillhouse.evaluation.classification import evaluate_classifier
 from stillhouse.functional import checks
 from stillhouse.functional.divergences import soft_cross_entropy
 from stillhouse.functional.labels import check_label, is_soft
@@ -203,15 +202,8 @@ class MealV2Method(Method[Config]):
             figures = {f"initial_{name}": value for name, value in before["figures"].items() if name in ("accuracy", "nll")}
         options = {"discriminator": False} if config.discriminator is None else config.discriminator.model_dump()
         module = Distillation(student, teacher, [Weighted(MealV2(config.hard_labels, **options), 1.0, "meal_v2")], seed=run.seed)
-        check = run.validation(config.data)
-        fitted = run.fit(
-            "student",
-            module,
-            run.loader(config.data, "train", config.train.batch_size, train=True),
-            config.train,
-            evaluate=None if check is None else lambda m, d: evaluate_classifier(m, check, d, ["accuracy", "calibration"]),
-            splits=run.splits(config.data),
-        )
+        loader = run.loader(config.data, "train", config.train.batch_size, train=True)
+        fitted = run.fit("student", module, loader, config.train, evaluate=run.validating(config.data), splits=run.splits(config.data))
         module.close()
         run.record["weights"] = {"teacher": teacher.fingerprint()} if hasattr(teacher, "fingerprint") else {}
         return run.student(student, config.student, config.data, {**figures, "train_seconds": fitted.seconds})

@@ -95,6 +95,7 @@ class Agreement(Objective):
 
     def forward(self, student: Signals, teacher: Signals, batch: Batch, progress: Progress) -> dict[str, Tensor]:
         said = teacher.log_probs()
+        assert student.logits is not None
         if self.loss == "ce":
             checks.same_classes("ssld", student.logits, said)
             return {"loss": soft_cross_entropy(student.logits, said.exp())}
@@ -224,7 +225,8 @@ class SSLD(Method[Config]):
         if config.teacher_bn == "batch" and isinstance(teacher, Ensemble):
             raise UserError("teacher_bn: batch is for one network, not for an ensemble.")
         student = run.model(config.student, config.data)
-        parts, figures = [target_part(target)], {}
+        parts = [target_part(target)]
+        figures: dict[str, float] = {}
         if config.pool is not None:
             chosen, figures = self.select(config, run, teacher)
             parts.append(unlabelled(run.data(config.pool), target, chosen, train=True))
@@ -259,11 +261,9 @@ class SSLD(Method[Config]):
         kind = OnlyClassifier if only_classifier else Distillation
         module = kind(student, None if config.loss == "labels" else teacher, [objective], seed=run.seed, embedding=config.student.embedding)
         loader = Loader(dataset, spec.batch_size, seed=run.seed, shuffle=True, drop_last=True, workers=data.workers, **processes())
-        if only_classifier:
+        if isinstance(module, OnlyClassifier):
             module.choose(to_device(next(iter(loader)), next(student.parameters()).device))
-        check = run.validation(data)
-        evaluate = None if check is None else lambda m, d: evaluate_classifier(m, check, d, ["accuracy", "calibration"])
-        fitted = run.fit(name, module, loader, spec, evaluate=evaluate, splits=run.splits(data))
+        fitted = run.fit(name, module, loader, spec, evaluate=run.validating(data), splits=run.splits(data))
         module.close()
         student.requires_grad_(True)
         return fitted.seconds

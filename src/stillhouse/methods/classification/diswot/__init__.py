@@ -114,7 +114,7 @@ class Config(MethodConfig):
     score: ScoreSpec = Field(default_factory=ScoreSpec)
     search: SearchSpec = Field(default_factory=SearchSpec)
     objectives: Objectives = Field(
-        default_factory=lambda: [ObjectiveSpec(name="ce", weight=0.1), ObjectiveSpec(name="kd", weight=0.9, temperature=4.0)],  # type: ignore[call-arg]
+        default_factory=lambda: [ObjectiveSpec(name="ce", weight=0.1), ObjectiveSpec(name="kd", weight=0.9, temperature=4.0)],
         description="How the chosen student is trained.",
     )
     distil: DistilSpec | None = Field(None, description="Add the metrics as losses.")
@@ -274,10 +274,8 @@ class SearchWithoutTraining(Method[Config]):
             module = Distillation(
                 student, teacher, [*(objective_from_spec(o) for o in config.objectives), *extra], seed=run.seed, embedding=spec.embedding
             )
-            check = run.validation(data)
-            judge_by = None if check is None else lambda m, d: evaluate_classifier(m, check, d, ["accuracy", "calibration"])
             loader = run.loader(data, "train", config.train.batch_size, train=True)
-            fitted = run.fit("student", module, loader, config.train, evaluate=judge_by, splits=run.splits(data))
+            fitted = run.fit("student", module, loader, config.train, evaluate=run.validating(data), splits=run.splits(data))
             module.close()
             accuracy = evaluate_classifier(student, run.loader(data, "test"), run.device, ["accuracy"])["accuracy"]
             return {"weights": state_on_cpu(student), "figures": {"train_seconds": fitted.seconds, "test_accuracy": accuracy}}
@@ -301,7 +299,7 @@ class SearchWithoutTraining(Method[Config]):
         at = [found.encodings.index(e) for e in trained]
         alone: dict[Combine, list[Combine]] = {"parameters": ["parameters"], "relation": ["relation", "parameters"]}
         kinds = alone.get(config.score.combine, ["sum", "semantic", "relation", "rank_sum", "parameters"])
-        out = {f"tau_{c}": kendall_tau(found.scores(c)[at], accuracy) for c in kinds}
+        out = {f"tau_{c}": kendall_tau(found.scores(c)[at].tolist(), accuracy) for c in kinds}
         out = {k: v for k, v in out.items() if math.isfinite(v)}
         chosen = trained[best]["figures"]["test_accuracy"]
         return {**out, "accuracy_over_mean": chosen - float(np.mean(accuracy)), "regret": max(accuracy) - chosen, "trained": float(len(accuracy))}

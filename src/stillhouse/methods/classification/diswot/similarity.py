@@ -125,4 +125,5 @@ def view(build: Callable[[], nn.Module], batch: Batch, seed: int, *key: int | st
         network.train()
         said = reader(batch)
         reader.close()
+    assert said.embedding is not None and said.logits is not None
     return View(as_map(said.taps["stage:-1"]), semantic_gradient(said.embedding, said.logits, batch["label"]))

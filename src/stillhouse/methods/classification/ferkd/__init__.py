@@ -32,7 +32,6 @@ from stillhouse.data import BatchKey, Loader
 from stillhouse.data.joined import processes
 from stillhouse.distillation import Distillation
 from stillhouse.errors import UserError
-from stillhouse.evaluation.classification import evaluate_classifier
 from stillhouse.functional.divergences import soft_cross_entropy
 from stillhouse.methods.classification.ferkd.labels import HARDENED, KEPT, LabelType, adapt, compress
 from stillhouse.methods.classification.ferkd.regions import RegionStore, draw_regions, replay
@@ -128,6 +127,7 @@ class StoredLabels(Objective):
         self.needs = frozenset({"student.logits", "teacher.logits"} if live else {"student.logits"})
 
     def forward(self, student: Signals, teacher: Signals, batch: Batch, progress: Progress) -> dict[str, Tensor]:
+        assert student.logits is not None
         targets = teacher.log_probs(self.teacher_temperature).exp() if self.live else batch["stored"]
         return {"loss": soft_cross_entropy(student.logits / self.temperature, targets)}
 
@@ -168,14 +168,12 @@ class FerKD(Method[Config]):
         at = processes()
         if size % (config.crops * at["world"]):
             raise UserError(f"train.batch_size ({size}) must be a multiple of crops x processes ({config.crops} x {at['world']}).")
-        loader = Loader(dataset, size, seed=run.seed, drop_last=True, workers=config.data.workers, **at)
+        loader = Loader(dataset, size, seed=run.seed, drop_last=True, workers=config.data.workers, rank=at["rank"], world=at["world"])
         student = run.model(config.student, config.data)
         live = config.labels == "live"
         objective = StoredLabels(config.temperature, config.regions.temperature, live)
         module = Distillation(student, teacher if live else None, [objective], seed=run.seed, embedding=config.student.embedding)
-        check = run.validation(config.data)
-        evaluate = None if check is None else lambda m, d: evaluate_classifier(m, check, d, ["accuracy", "calibration"])
-        fitted = run.fit("student", module, loader, config.train, evaluate=evaluate, splits=run.splits(config.data))
+        fitted = run.fit("student", module, loader, config.train, evaluate=run.validating(config.data), splits=run.splits(config.data))
         module.close()
         run.record["store"] = {"folder": str(store.folder), **store.facts}
         figures = {

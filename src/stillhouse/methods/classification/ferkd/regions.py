@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -94,7 +94,7 @@ def _resampling(start: Tensor, length: Tensor, out: int, full: int) -> Tensor:
 class RegionStore:
     """Regions and labels on disk. Make one with `create`, fill rows with `write` (any order; `missing` says which are left), read with the rest."""
 
-    def __init__(self, folder: Path, facts: dict[str, Any], mode: str) -> None:
+    def __init__(self, folder: Path, facts: dict[str, Any], mode: Literal["r", "r+"]) -> None:
         self.folder, self.facts = folder, facts
         self._arrays = {name: np.load(folder / f"{name}.npy", mmap_mode=mode) for name in ("coords", "flips", "values", "classes", "done")}
 

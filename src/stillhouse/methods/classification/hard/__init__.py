@@ -28,7 +28,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from stillhouse.errors import UserError
-from stillhouse.evaluation.classification import evaluate_classifier
 from stillhouse.evaluation.shifted import Shifts, shifted_accuracy
 from stillhouse.methods.classification.hard.augmentors import Augmentor, LearnedAffine, LearnedMix, RandomAffine
 from stillhouse.methods.classification.hard.game import Game
@@ -126,7 +125,7 @@ class HARD(Method[Config]):
         module = Game(
             student,
             teacher,
-            augmentor,  # type: ignore[arg-type]
+            augmentor,
             rate=config.augmentor.rate or RATES.get(config.augmentor.kind, 1e-4),
             form=config.form,
             temperature=config.temperature,
@@ -137,10 +136,8 @@ class HARD(Method[Config]):
             high=config.l_max,
             label_weight=config.label_weight,
         )
-        check = run.validation(config.data)
-        evaluate = None if check is None else lambda m, d: evaluate_classifier(m, check, d, ["accuracy", "calibration"])
         loader = run.loader(config.data, "train", config.train.batch_size, train=True)
-        fitted = run.fit("student", module, loader, config.train, evaluate=evaluate)
+        fitted = run.fit("student", module, loader, config.train, evaluate=run.validating(config.data))
         if augmentor is not None:
             self.show(config, run, [images, start, sample(augmentor, images, run.device)])
         figures = {"train_seconds": fitted.seconds, **shifted_accuracy(student, run, config.data, config.shifts)}
@@ -171,11 +168,8 @@ class HARD(Method[Config]):
             vae = VAE(bundle.input_shape, bundle.mean, bundle.std, spec.width, spec.latent, spec.levels)
 
         def make() -> dict[str, Any]:
-            outer, run.seed = run.seed, 0
-            try:
+            with run.seeded(0):
                 run.fit("vae", VAEFit(vae), run.loader(config.data, "train", spec.train.batch_size, train=True), spec.train)
-            finally:
-                run.seed = outer
             return {"weights": state_on_cpu(vae), "format": 1}
 
         kept = run.stage("vae", make, {"vae": spec.model_dump(mode="json"), "data": bundle.fingerprint})

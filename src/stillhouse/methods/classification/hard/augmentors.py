@@ -43,6 +43,8 @@ class LearnedAffine(nn.Module):
         max_area: bound on |det - 1|.
     """
 
+    background: Tensor | None
+
     def __init__(
         self, background: Sequence[float] | None, sigma: float = 0.1, covariance: Literal["diagonal", "full"] = "diagonal", max_area: float = 0.75
     ) -> None:
@@ -74,6 +76,8 @@ class RandomAffine(nn.Module):
         rotate: largest angle, in radians.
         shift: largest shift, as a share of the image.
     """
+
+    background: Tensor | None
 
     def __init__(self, background: Sequence[float] | None, rotate: float, shift: float) -> None:
         super().__init__()

@@ -67,6 +67,10 @@ class Game(nn.Module):
         label_weight: of the cross-entropy on clean images.
     """
 
+    reference: Tensor
+    mean: Tensor
+    active: Tensor
+
     def __init__(
         self,
         student: nn.Module,

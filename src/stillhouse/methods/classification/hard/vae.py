@@ -77,6 +77,9 @@ class VAE(nn.Module):
         components: of the pixels' mixture.
     """
 
+    mean: Tensor
+    std: Tensor
+
     def __init__(
         self,
         input_shape: Sequence[int],
@@ -97,9 +100,12 @@ class VAE(nn.Module):
         self.stem = nn.Conv2d(channels, width, 3, padding=1)
         self.encoder = nn.ModuleList(nn.Sequential(nn.GELU(), nn.Conv2d(width, width, 3, 1 if i == 0 else 2, 1)) for i in range(levels))
         self.start = nn.Parameter(torch.zeros(width, height >> (levels - 1), breadth >> (levels - 1)))
+        self.latent = latent
         self.blocks = nn.ModuleList(Block(width, latent) for _ in range(levels))
-        self.head = nn.Sequential(nn.GELU(), nn.Conv2d(width, components * (1 + 2 * channels), 3, padding=1))
-        nn.init.uniform_(self.head[1].bias, -1.0, 1.0)
+        last = nn.Conv2d(width, components * (1 + 2 * channels), 3, padding=1)
+        self.head = nn.Sequential(nn.GELU(), last)
+        assert last.bias is not None
+        nn.init.uniform_(last.bias, -1.0, 1.0)
 
     def to_pixels(self, images: Tensor) -> Tensor:
         """Normalised images to [-1, 1]."""
@@ -120,9 +126,10 @@ class VAE(nn.Module):
     def decode(self, features: list[Tensor], edit: _Edit | None = None) -> tuple[tuple[Tensor, Tensor, Tensor], Tensor, Tensor]:
         """The mixture (see `pixel_nll`), the divergence from the prior (B,), and the penalty of the edit."""
         h = self.start.expand(len(features[0]), -1, -1, -1)
-        divergence: Tensor | float = 0.0
+        divergence = features[0].new_zeros(len(features[0]))
         penalty = features[0].new_zeros(())
         for level, block in enumerate(self.blocks):
+            assert isinstance(block, Block)
             if level:
                 h = F.interpolate(h, scale_factor=2.0, mode="nearest")
             m_p, r_p, more = block.prior(h).split([block.latent, block.latent, h.shape[1]], 1)
@@ -175,11 +182,13 @@ class VAEAugmentor(nn.Module, _Edit):
         self.vae, self.edit, self.start, self.end = vae, edit, start, len(vae.blocks) if end is None else end
         self.edited, self.penalty = edited, penalty
         vae.requires_grad_(edit == "finetune")
-        width = {"posterior": 2, "latent": 1, "finetune": 0}[edit] * vae.blocks[0].latent
-        self.maps = nn.ModuleList(nn.Conv2d(width, width, 1) for _ in range(self.start, self.end) if width)
-        for layer in self.maps:
+        width = {"posterior": 2, "latent": 1, "finetune": 0}[edit] * vae.latent
+        maps = [nn.Conv2d(width, width, 1) for _ in range(self.start, self.end) if width]
+        for layer in maps:
+            assert layer.bias is not None
             nn.init.dirac_(layer.weight)
             nn.init.zeros_(layer.bias)
+        self.maps = nn.ModuleList(maps)
 
     def draw(self, level: int, m_q: Tensor, r_q: Tensor, m_p: Tensor, s_p: Tensor) -> tuple[Tensor, Tensor]:
         noise, nothing = torch.randn_like(m_q), m_q.new_zeros(())

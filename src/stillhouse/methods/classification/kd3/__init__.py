@@ -74,6 +74,8 @@ class Sharing(nn.Module):
         say: where warnings go.
     """
 
+    selected: Tensor
+
     def __init__(
         self,
         student: SharedClassifier,
@@ -124,14 +126,15 @@ class Sharing(nn.Module):
         said = self._teacher[0](batch)
         features = self.student.features(x)
         mine, theirs = share_map(features, said.taps[self._tap], self.student.transfer)
+        assert said.logits is not None
         _, weights = disagreement_weights(self.student.classify(mine.detach()), said.logits)
         terms = {"features": aligned(mine, theirs, weights if self._weigh else None)}
         terms["loss"] = terms["features"]
         if self.embed is not None and len(x) > 1:
             share = torch.distributions.Beta(*torch.full((2,), self._mix_alpha, device=x.device)).sample((len(x), 1, 1, 1))
             changed = mix_distribution(x, share, torch.randperm(len(x), device=x.device))
-            views = (gather(F.normalize(self.embed(f.mean((2, 3))), dim=1)) for f in (features, self.student.features(changed)))
-            terms["contrast"] = contrast(*views, self._tau)
+            one, other = (gather(F.normalize(self.embed(f.mean((2, 3))), dim=1)) for f in (features, self.student.features(changed)))
+            terms["contrast"] = contrast(one, other, self._tau)
             terms["loss"] = terms["loss"] + self._contrast_weight * terms["contrast"]
         terms["selected"] = self.selected.float().mean()
         return terms

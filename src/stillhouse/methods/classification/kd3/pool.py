@@ -54,7 +54,7 @@ def _part(part: PoolPart, target: DataSpec, run: Run, *, train: bool, where: str
     mean, std = (torch.tensor(v)[:, None, None] for v in (own.mean, own.std))
     chunks = [styled.batch(BatchKey(0, r, 0, len(r)), part.seed)["input"] for r in np.array_split(rows, max(1, len(rows) // 512))]
     pixels = torch.cat([((c * std + mean) * 255).round().clamp(0, 255).to(torch.uint8) for c in chunks])
-    size = tuple(pixels.shape[-2:])
+    size = (pixels.shape[-2], pixels.shape[-1])
     inputs = PixelInputs(pixels, rows, theirs.mean, theirs.std, size, max(size[0] // 8, 1) if train else 0, train and pixels.shape[1] == 3)
     return Part(IndexedDataset(inputs, np.zeros(len(rows), dtype=np.int64), 1), rows)
 

@@ -54,7 +54,7 @@ class SharedClassifier(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         features = self.features(images)
-        size = tuple(min(a, b) for a, b in zip(features.shape[2:], self.size))
+        size = (min(features.shape[2], self.size[0]), min(features.shape[3], self.size[1]))
         if tuple(features.shape[2:]) != size:
             features = nn.functional.adaptive_avg_pool2d(features, size)
         return self.classify(self.transfer(features))
@@ -63,7 +63,7 @@ class SharedClassifier(nn.Module):
         return {k: v for k, v in self.__dict__.items() if k != "_taps"}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)  # type: ignore[misc]
+        super().__setstate__(state)
         self._taps = Taps(self.backbone, [self.tap], "student")  # a copy's hooks are silent: it needs its own
 
 
@@ -124,7 +124,8 @@ def make_shared(student: nn.Module, teacher: nn.Module, batch: Batch, factor: in
         mine = tap, got[tap]
     if mine[1].ndim != 4:
         raise UserError(f"kd3: the student's last stage '{mine[0]}' must give a map (B, C, H, W), but gives {tuple(mine[1].shape)}.")
-    shared = SharedClassifier(student, mine[0], (mine[1].shape[1], theirs[1].shape[1]), head.out_features, tuple(theirs[1].shape[2:]), factor)
+    _, channels, height, width = theirs[1].shape
+    shared = SharedClassifier(student, mine[0], (mine[1].shape[1], channels), head.out_features, (height, width), factor)
     shared.cls.weight.data.copy_(head.weight)
     shared.cls.bias.data.copy_(torch.zeros_like(shared.cls.bias) if head.bias is None else head.bias)
     return shared, theirs[0]

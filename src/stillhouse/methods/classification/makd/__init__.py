@@ -32,7 +32,6 @@ from torch.nn import functional as F
 from stillhouse.distillation import Distillation, to_device
 from stillhouse.errors import UserError
 from stillhouse.evaluation import evaluates
-from stillhouse.evaluation.classification import evaluate_classifier
 from stillhouse.evaluation.student import judge
 from stillhouse.functional.precision import full_precision
 from stillhouse.methods.classification.makd.aspects import AspectsSpec, aspect_table, question_prompt, selection_prompt
@@ -207,15 +206,8 @@ class MaKD(Method[Config]):
         objectives = [*(objective_from_spec(o) for o in config.objectives), (Aspects(answers), config.alpha)]
         head = config.student.embedding or classifier(network, probe)
         module = Distillation(student, teachers, objectives, seed=run.seed, embedding=f"network.{head}")
-        check = run.validation(config.data)
-        fitted = run.fit(
-            "student",
-            module,
-            run.loader(config.data, "train", config.train.batch_size, train=True),
-            config.train,
-            evaluate=None if check is None else lambda m, d: evaluate_classifier(m, check, d, ["accuracy", "calibration"]),
-            splits=run.splits(config.data),
-        )
+        loader = run.loader(config.data, "train", config.train.batch_size, train=True)
+        fitted = run.fit("student", module, loader, config.train, evaluate=run.validating(config.data), splits=run.splits(config.data))
         module.close()
         figures = {"train_seconds": fitted.seconds}
         if config.keep_aspects:

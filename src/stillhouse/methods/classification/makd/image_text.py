@@ -47,6 +47,8 @@ class ImageText(nn.Module):
 class Answering(nn.Module):
     """Trains an `ImageText` on class answers: cross-entropy over yes and no, mean over images and questions."""
 
+    answers: Tensor
+
     def __init__(self, student: ImageText, questions: list[str], answers: Tensor) -> None:
         super().__init__()
         self.student, self.questions = student, questions
@@ -72,11 +74,8 @@ def trained_annotator(spec: Trained, questions: list[str], run: Run, data: DataS
     answers = class_matrix(read_class_answers(spec.answers), questions, bundle.classes)
 
     def make() -> dict[str, Any]:
-        outer, run.seed = run.seed, spec.seed
-        try:
+        with run.seeded(spec.seed):
             run.fit("annotator", Answering(model, questions, answers), run.loader(source, "train", spec.train.batch_size, train=True), spec.train)
-        finally:
-            run.seed = outer
         return {"weights": state_on_cpu(model), "figures": {"answers_right": _share_right(model, questions, answers, source, run)}}
 
     uses = {

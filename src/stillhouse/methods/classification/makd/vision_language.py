@@ -34,9 +34,10 @@ def ask(spec: VisionLanguage, questions: list[str], data: DataSpec, run: Run) ->
         raise MissingExtra("aspects.vision_language", "text") from None
     try:
         processor = AutoProcessor.from_pretrained(spec.path, local_files_only=True)
-        model = AutoModelForImageTextToText.from_pretrained(spec.path, local_files_only=True).to(run.device).eval()
+        model: Any = AutoModelForImageTextToText.from_pretrained(spec.path, local_files_only=True)
     except (OSError, ValueError) as error:
         raise UserError(f"aspects.vision_language: could not load a model from '{spec.path}': {str(error).splitlines()[0]}") from None
+    model.to(run.device).eval()
     tokenizer = processor.tokenizer
     tokenizer.padding_side = "left"  # so that the last position of every row is where the answer starts
     ids = torch.tensor([token_id(tokenizer, spec.yes_word), token_id(tokenizer, spec.no_word)], device=run.device)

@@ -228,6 +228,7 @@ class RobustActiveDistillation(Method[Config]):
         with evaluating(student):
             for batch in Loader(Subset(images, np.concatenate([pool, known.rows])), 256):
                 said = reader({**batch, "input": batch["input"].to(run.device)})
+                assert said.logits is not None and said.embedding is not None
                 probs.append(torch.softmax(said.logits.double(), -1).cpu())
                 embeddings.append(said.embedding.float().cpu())
         reader.close()
@@ -246,16 +247,13 @@ class RobustActiveDistillation(Method[Config]):
         bundle = run.data(data)
 
         def make() -> dict[str, Any]:
-            outer, run.seed = run.seed, seed
-            try:
+            with run.seeded(seed):
                 known = Subset(bundle.dataset("train", train=True), labelled)
                 module = Distillation(model, None, [objective_from_spec("ce")], seed=seed)
                 run.fit("teacher", module, Loader(known, min(train.batch_size, len(known)), seed=seed, shuffle=True, drop_last=True), train)
                 module.close()
                 figures = evaluate_classifier(model, run.loader(data, "test"), next(model.parameters()).device, ["accuracy"])
                 return {"weights": state_on_cpu(model), "figures": figures}
-            finally:
-                run.seed = outer
 
         training = train.model_dump(mode="json", exclude={"log_every", "checkpoint_seconds", "trackers", "compile"})
         uses = {

@@ -23,7 +23,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from pydantic import Field, model_validator
@@ -94,6 +94,7 @@ class WeightedTargets(Objective):
         self._trained = [p for p in ctx.student.parameters() if p.requires_grad]
 
     def forward(self, student: Signals, teacher: Signals, batch: Batch, progress: Progress) -> dict[str, Tensor]:
+        assert student.logits is not None
         before = None if self.alpha is None else teacher.log_probs().exp()
         terms = {"loss": weighted_targets_loss(student.logits, batch["label"], before, 1.0 if self.alpha is None else self.alpha)}
         return {**terms, "norms": self.reg_coef * sum_of_norms(self._trained)} if self.reg_coef else terms
@@ -250,8 +251,8 @@ class SelfDistillation(Method[Config]):
             figures[f"accuracy_{name}"] = (chain.predict(xt, step).argmax(-1) == yt).double().mean().item()
             b = chain.shrinkage(step)
             figures[f"directions_{name}"] = (b.sum() ** 2 / b.square().sum().clamp_min(1e-300)).item()  # how many eigen-directions are in use
-        kept = {"last": config.steps, "limit": "limit", "best": min(errors, key=errors.__getitem__) if errors else config.steps}[config.keep]
-        coefficients = chain.coefficients(kept)
+        best = min(errors, key=errors.__getitem__) if config.keep == "best" and errors else config.steps
+        coefficients = chain.coefficients("limit" if config.keep == "limit" else best)
         return KernelClassifier(spec.name, spec.gamma, chain.x, coefficients, tuple(bundle.mean), tuple(bundle.std), list(bundle.classes), figures)
 
     # ---- networks --------------------------------------------------------------------------------------------------------------------------
@@ -288,15 +289,14 @@ class SelfDistillation(Method[Config]):
         assert config.student is not None
         network = run.model(config.student, config.data, role=f"step.{step}")
         module = Distillation(network, before, [WeightedTargets(alpha, config.reg_coef)], seed=run.seed)
-        check = run.validation(config.data)
-        judge_by = None if check is None else lambda m, d: evaluate_classifier(m, check, d, ["accuracy", "calibration"])
-        run.fit(name, module, run.loader(config.data, "train", config.train.batch_size, train=True), config.train, evaluate=judge_by)
+        loader = run.loader(config.data, "train", config.train.batch_size, train=True)
+        run.fit(name, module, loader, config.train, evaluate=run.validating(config.data))
         module.close()
         return network
 
     @staticmethod
-    def _outputs(check: object, plain: nn.Module, pure: nn.Module, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    def _outputs(check: Any, plain: nn.Module, pure: nn.Module, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
         """Validation targets and class probabilities of the first model and of the one without labels, each (n, C)."""
-        g1, labels = collect_logits(plain, check, device)  # type: ignore[arg-type]
-        g0, _ = collect_logits(pure, check, device)  # type: ignore[arg-type]
+        g1, labels = collect_logits(plain, check, device)
+        g0, _ = collect_logits(pure, check, device)
         return F.one_hot(labels, g1.shape[1]).double(), g1.double().softmax(-1), g0.double().softmax(-1)

@@ -29,7 +29,7 @@ class NodeTrain(TrainSpec):
     """How a network is fitted to nodes; each step sees the whole graph."""
 
     epochs: int = Field(500, ge=1, description="Steps, at most.")
-    batch_size: Literal[0] = Field(0, description="Not to be set: a step sees the whole graph.")  # type: ignore[assignment]
+    batch_size: Literal[0] = Field(0, description="Not to be set: a step sees the whole graph.")
     optimizer: OptimizerSpec = Field(default_factory=lambda: OptimizerSpec(name="adam", lr=0.01, weight_decay=5e-4), description="Adam, unless told.")
     schedule: LRSchedule = Field(default_factory=lambda: LRSchedule(name="constant"), description="Constant, unless told.")
     best: Literal["accuracy"] | None = Field("accuracy", description="Keep the weights of the best validation accuracy; of equals, the last.")
@@ -155,11 +155,8 @@ def fit_nodes(
         return {"accuracy": val, "score": val + 1e-9 * module.epoch, "test_accuracy": test, **(further(logits) if further else {})}
 
     spec = train.model_copy(update={"best": "score" if train.best else None})
-    outer, run.seed = run.seed, run.seed if seed is None else seed
-    try:
+    with run.seeded(run.seed if seed is None else seed):
         fitted = run.fit(stage, module, loader, spec, evaluate=judged)
-    finally:
-        run.seed = outer
     kept = {k: v for k, v in fitted.figures.items() if k not in ("accuracy", "score", "test_accuracy")}
     figures = {"val_accuracy": fitted.figures["accuracy"], "test_selected": module.top_test.item(), "epochs": float(fitted.epochs)}
     return {**figures, "seconds": fitted.seconds, **kept}
