@@ -187,7 +187,6 @@ def method(name: str) -> Method[Any]:
     return _class_in(_import(names[name]), Method, name, by_name=False)()
 
 
-@cache
 def options(cls: type[Objective]) -> type[BaseModel]:
     """The options of an objective as a pydantic model, from the types and defaults of its `__init__`."""
     import typing

@@ -70,7 +70,8 @@ class TrainingContext(Context):
     def class_mean(self, what: str, of: str = "teacher") -> tuple[Tensor, Tensor]:
         if (what, of) in self._means and of != "student":
             return self._means[what, of]
-        sums = counts = None
+        sums: Tensor | None = None
+        counts: Tensor | None = None
         for batch, said in self.sweep("train", of):
             value = {"probs": lambda s: s.log_probs().exp(), "logits": lambda s: s.log_probs(), "embedding": lambda s: s.embedding}[what](said)
             labels = batch["label"]
@@ -78,7 +79,7 @@ class TrainingContext(Context):
                 raise UserError(
                     "Class means need class ids, but the training labels are soft; switch mixup and cutmix off for the sweep, or label the data hard."
                 )
-            if sums is None:
+            if sums is None or counts is None:
                 classes = said.log_probs().shape[-1]
                 sums = torch.zeros(classes, value.shape[-1], dtype=torch.float64, device=value.device)
                 counts = torch.zeros(classes, dtype=torch.float64, device=value.device)

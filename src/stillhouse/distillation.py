@@ -69,7 +69,7 @@ class Distillation(nn.Module):
         self.student = student
         self.seed = seed
         named = dict(teachers) if isinstance(teachers, Mapping) else ({} if teachers is None else {"teacher": teachers})
-        wrapped = {name: t if isinstance(t, Teacher) else Frozen(t, name=name) for name, t in named.items()}
+        wrapped: dict[str, Teacher] = {name: t if isinstance(t, Teacher) else Frozen(t, name=name) for name, t in named.items()}
         self.learning = nn.ModuleDict({name: t for name, t in wrapped.items() if isinstance(t, nn.Module)})
         self._still = {name: t for name, t in wrapped.items() if not isinstance(t, nn.Module)}
         self._order = list(wrapped)
@@ -86,7 +86,7 @@ class Distillation(nn.Module):
             for name in self._still
             if any(e.objective.teacher == name for e in self.entries) and not getattr(self._still[name], "reads_student", False)
         ]
-        self._observing = [t for t in self.teachers.values() if isinstance(t, nn.Module)]
+        self._observing = [t for t in wrapped.values() if isinstance(t, nn.Module)]
         self._stepping = [e for e in self.entries if type(e.objective).before_step is not Objective.before_step]
 
     @staticmethod

@@ -71,7 +71,7 @@ def optimizer_class(name: str) -> type[torch.optim.Optimizer]:
 def make_optimizer(groups: list[dict[str, Any]], spec: TrainSpec) -> torch.optim.Optimizer:
     """The optimiser that a recipe names, any of torch.optim, over parameter groups that may set their own lr and weight_decay."""
     try:
-        return optimizer_class(spec.optimizer.name)(groups, **spec.optimizer.arguments())  # type: ignore[arg-type]
+        return optimizer_class(spec.optimizer.name)(groups, **spec.optimizer.arguments())
     except TypeError as error:
         raise UserError(f"train.optimizer: {spec.optimizer.name} takes no such option: {str(error).split('.__init__() ')[-1]}.") from None
 

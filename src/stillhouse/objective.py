@@ -38,8 +38,16 @@ class Context(Protocol):
     """What an objective may ask of the training around it."""
 
     progress: Progress
-    student: nn.Module
-    teachers: Mapping[str, Any]
+
+    @property
+    def student(self) -> nn.Module:
+        """The model being trained."""
+        ...
+
+    @property
+    def teachers(self) -> Mapping[str, Any]:
+        """All teachers by name."""
+        ...
 
     def sweep(self, split: str, of: str = "teacher") -> Iterator[tuple[Batch, Signals]]:
         """Batches of a split (`train`, `holdout`, `val`) under evaluation transforms with the signals of a teacher or of `"student"`; no autograd; every process sweeps the whole split."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -135,7 +135,7 @@ class Taps:
             else:
                 self._handles.append(module.register_forward_hook(self._output_hook(name, module)))
 
-    def _output_hook(self, name: str, mine: nn.Module):
+    def _output_hook(self, name: str, mine: nn.Module) -> Callable[..., None]:
         cell = self._cell
 
         def hook(module: nn.Module, args: Any, output: Any) -> None:
@@ -144,7 +144,7 @@ class Taps:
 
         return hook
 
-    def _input_hook(self, name: str, mine: nn.Module):
+    def _input_hook(self, name: str, mine: nn.Module) -> Callable[..., None]:
         cell = self._cell
 
         def hook(module: nn.Module, args: Any, kwargs: Any) -> None:
@@ -156,7 +156,8 @@ class Taps:
     @contextmanager
     def capture(self) -> Iterator[dict[str, Tensor]]:
         """Collect tensors by tap name for the forward passes made inside; nothing is retained afterwards."""
-        outer, got = self._cell[0], {}
+        outer = self._cell[0]
+        got: dict[str, Tensor] = {}
         self._cell[0] = got
         try:
             yield got

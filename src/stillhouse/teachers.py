@@ -7,7 +7,7 @@ from __future__ import annotations
 import copy
 import hashlib
 from collections.abc import Iterable, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
@@ -76,7 +76,8 @@ class Reader:
     def __call__(self, batch: Batch) -> Signals:
         if self._taps is None and not self.headless:
             return Signals(logits=self._logits(call_model(self.model, batch)))
-        with nullcontext({}) if self._taps is None else self._taps.capture() as got:
+        captured: AbstractContextManager[dict[str, Tensor]] = nullcontext({}) if self._taps is None else self._taps.capture()
+        with captured as got:
             signals = self._headless(batch) if self.headless else Signals(logits=self._logits(call_model(self.model, batch)))
         signals.taps |= {name: got[path] for name, path in self._paths.items() if name != "embedding"}
         if "embedding" in self._paths:

@@ -141,7 +141,7 @@ class Graphs:
         """What `make` returns, made once."""
         if f"_{name}" not in self.__dict__:
             object.__setattr__(self, f"_{name}", make())
-        return self.__dict__[f"_{name}"]  # type: ignore[no-any-return]
+        return self.__dict__[f"_{name}"]
 
     def to_pyg(self) -> list[Any]:
         """A list of torch_geometric `Data`: x (n, 1) node labels, edge_index, edge_attr (e, 1), y, and where there are any, `roots` and `weight`."""

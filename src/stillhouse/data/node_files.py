@@ -30,7 +30,8 @@ class _PlainPickle(pickle.Unpickler):
             "list": list,
         }
         if name == "_reconstruct":
-            return np._core.multiarray._reconstruct if hasattr(np, "_core") else np.core.multiarray._reconstruct
+            core: Any = getattr(np, "_core", None) or np.core  # before and from numpy 2
+            return core.multiarray._reconstruct
         if name in allowed and module.split(".")[0] in ("numpy", "scipy", "collections", "__builtin__", "builtins"):
             return allowed[name]
         raise UserError(f"A Planetoid file holds {module}.{name}, which no such file has; it was not loaded.")

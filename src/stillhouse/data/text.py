@@ -243,7 +243,7 @@ def _fitted(rows: list[list[int]], options: TextOptions, where: str, prompts: Se
         return ~long
     for i in np.flatnonzero(long):
         surplus = len(rows[i]) - limit
-        front = min(surplus, prompts[i]) if prompts is not None else 0
+        front = min(surplus, prompts[int(i)]) if prompts is not None else 0
         rows[i] = rows[i][front : front + limit]
     return np.ones(len(rows), bool)
 

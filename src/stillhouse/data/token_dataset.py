@@ -100,7 +100,7 @@ class TokenDataset:
         """`input` (a mapping that transformers models take), `label` (B, L), or (B,) of classes, `index` (B,)."""
         which = key.indices[key.start : key.stop]
         rows, tokens, task = self.rows, self.tokenizer, self.task
-        x = {"input_ids": rows.inputs.padded(which, tokens.pad_token_id)}
+        x: dict[str, Any] = {"input_ids": rows.inputs.padded(which, tokens.pad_token_id)}
         lengths = torch.from_numpy(rows.inputs.lengths[which])
         inside = torch.arange(x["input_ids"].shape[1])[None, :] < lengths[:, None]
         if rows.positions is not None:

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from stillhouse.errors import UserError
 from stillhouse.evaluation.mode import evaluating
 from stillhouse.signals import Batch, call_model, read_logits
+
+if TYPE_CHECKING:
+    from stillhouse.distillation import Distillation
 
 
 def parameters(model: nn.Module) -> int:
@@ -78,7 +81,7 @@ def file_size(path: str | Path) -> int:
     return sum(f.stat().st_size for f in files if f.is_file())
 
 
-def step_cost(module: nn.Module, batch: Batch, ctx: Any, rounds: int = 5) -> dict[str, float]:
+def step_cost(module: Distillation, batch: Batch, ctx: Any, rounds: int = 5) -> dict[str, float]:
     """What a training step of a built and prepared module costs, beside a plain cross-entropy step of its student on the same batch, taken in turns.
 
     Forward passes of all networks, inner steps and the backward pass count; the optimiser does not. The student's weights and statistics are put back.
@@ -96,11 +99,9 @@ def step_cost(module: nn.Module, batch: Batch, ctx: Any, rounds: int = 5) -> dic
     before = {k: v.clone() for k, v in student.state_dict().items()}
 
     def whole() -> None:
-        if hasattr(module, "before_step"):
-            module.before_step(dict(batch), ctx)
+        module.before_step(dict(batch), ctx)
         module(dict(batch), ctx.progress)["loss"].backward()
-        if hasattr(module, "after_step"):
-            module.after_step(dict(batch), ctx.progress, True)
+        module.after_step(dict(batch), ctx.progress, True)
         module.zero_grad()
 
     def plain() -> None:

@@ -21,7 +21,7 @@ def gather(x: Tensor) -> Tensor:
     if x.requires_grad and torch.is_grad_enabled():
         from torch.distributed.nn.functional import all_gather
 
-        return torch.cat(all_gather(x.contiguous()))  # type: ignore[no-untyped-call]
+        return torch.cat(all_gather(x.contiguous()))
     parts = [torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(dist.get_world_size())]
     dist.all_gather(parts, x.detach().contiguous())
     return torch.cat(parts)

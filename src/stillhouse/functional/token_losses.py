@@ -121,7 +121,7 @@ def jsd_rows(student_logits: Tensor, teacher_log_probs: Tensor, beta: float = 0.
         return reverse_kl_rows(student_logits, teacher_log_probs)
     log_q = F.log_softmax(student_logits, dim=-1)
     if not teacher_log_probs.requires_grad:
-        return _Jsd.apply(log_q, teacher_log_probs, beta)  # type: ignore[no-any-return]
+        return _Jsd.apply(log_q, teacher_log_probs, beta)
     log_m = mixture(log_q, teacher_log_probs, beta)
     return beta * _expected(teacher_log_probs, teacher_log_probs - log_m) + (1 - beta) * _expected(log_q, log_q - log_m)
 

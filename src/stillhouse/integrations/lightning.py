@@ -78,7 +78,7 @@ class DistillationModule(_lightning.LightningModule):  # type: ignore[misc, name
         embedding: str | None = None,
     ) -> None:
         super().__init__()
-        self.distillation = Distillation(student, teachers, objectives, seed=seed, embedding=embedding)
+        self.distillation = Distillation(student, teachers, [Distillation.entry(o) for o in objectives], seed=seed, embedding=embedding)
         self._optimizer = optimizer if isinstance(optimizer, OptimizerSpec) or callable(optimizer) else OptimizerSpec.model_validate(dict(optimizer))
         self._seed = seed
         self._ready = False

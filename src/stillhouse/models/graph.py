@@ -49,6 +49,7 @@ class NodeMLP(nn.Module):
         """(B, D) features, dense or CSR, to (B, width): what the classifier sees."""
         x = x if x.ndim == 2 else x.flatten(1)
         for layer in self.hidden:
+            assert isinstance(layer, nn.Linear)
             x = F.dropout(F.relu(linear(layer, x)), self.dropout, self.training)
         return x
 

@@ -76,7 +76,7 @@ def build(spec: ModelSpec, bundle: TextBundle) -> nn.Module:
     return model
 
 
-def _start(model: nn.Module, start: int, name: str) -> None:
+def _start(model: Any, start: int, name: str) -> None:
     """Settle the id that a decoder begins with; a trained decoder has one already."""
     given = getattr(model.config, "decoder_start_token_id", None)
     if given is None:
@@ -122,6 +122,8 @@ class OtherIds(nn.Module):
     only the teacher has are left out, which renormalises its probabilities over the shared ones.
     """
 
+    ids: Tensor
+
     def __init__(self, model: nn.Module, ids: Mapped) -> None:
         super().__init__()
         self.model = model
@@ -144,7 +146,9 @@ def headless(model: nn.Module, inputs: Mapping[str, Any]) -> Head:
     if isinstance(model, OtherIds):
         head = headless(model.model, model.translated(inputs))
         return Head(head.hidden, head.weight[model.ids], None if head.bias is None else head.bias[model.ids])
-    whole = model.get_base_model() if hasattr(model, "get_base_model") else model  # of peft
+    whole: Any = model
+    if hasattr(whole, "get_base_model"):  # of peft
+        whole = whole.get_base_model()
     last = whole.get_output_embeddings() if hasattr(whole, "get_output_embeddings") else None
     body = getattr(whole, "base_model", whole)
     if type(last) is not nn.Linear or body is whole:
@@ -200,7 +204,7 @@ class Language:
     """
 
     kind: ClassVar[str] = "language"
-    module: nn.Module
+    module: Any  # a `PreTrainedModel`
     tokenizer: Any
     task: str
     context: int

@@ -120,6 +120,9 @@ class ShuffleNetV1(nn.Module):
         input_shape: (channels, height, width).
     """
 
+    layer1: nn.Sequential
+    layer2: nn.Sequential
+    layer3: nn.Sequential
     published_names: ClassVar[dict[str, str]] = {r"^linear\.": "fc."}
 
     def __init__(self, num_classes: int = 10, input_shape: tuple[int, ...] = (3, 32, 32)) -> None:
@@ -192,6 +195,9 @@ class ShuffleNetV2(nn.Module):
         input_shape: (channels, height, width).
     """
 
+    layer1: nn.Sequential
+    layer2: nn.Sequential
+    layer3: nn.Sequential
     published_names: ClassVar[dict[str, str]] = {r"^linear\.": "fc."}
 
     def __init__(self, num_classes: int = 10, input_shape: tuple[int, ...] = (3, 32, 32)) -> None:

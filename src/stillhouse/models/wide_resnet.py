@@ -48,6 +48,9 @@ class WideResNet(nn.Module):
         input_shape: (channels, height, width).
     """
 
+    layer1: nn.Sequential
+    layer2: nn.Sequential
+    layer3: nn.Sequential
     published_names: ClassVar[dict[str, str]] = {r"^block(\d)\.layer\.": r"layer\1.", r"\.convShortcut\.": ".shortcut."}
 
     def __init__(self, depth: int, factor: int, num_classes: int = 10, input_shape: tuple[int, ...] = (3, 32, 32)) -> None:

@@ -71,7 +71,7 @@ class Writer:
         return ids.gather(1, source.clamp_min(0)).masked_fill(~inside, self.tokenizer.pad_token_id), inside
 
     @torch.no_grad()
-    def write(self, model: nn.Module, inputs: dict[str, Tensor], room: int) -> Tensor:
+    def write(self, model: Any, inputs: dict[str, Tensor], room: int) -> Tensor:
         """What the model writes after (causal) or for (seq2seq) the inputs, (B, N), drawn from torch's default generator.
 
         Args:

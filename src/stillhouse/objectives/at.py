@@ -41,7 +41,7 @@ def at_loss(student: Tensor, teacher: Tensor, p: int = 2) -> Tensor:
 @full_precision
 def attention(x: Tensor, p: int = 2) -> Tensor:
     """(B, C, H, W) -> (B, H*W): mean over channels of x^p, each row of length 1."""
-    return F.normalize(PowerMean.apply(x, p).flatten(1))  # type: ignore[no-untyped-call]
+    return F.normalize(PowerMean.apply(x, p).flatten(1))
 
 
 class PowerMean(torch.autograd.Function):
@@ -54,7 +54,7 @@ class PowerMean(torch.autograd.Function):
         return x.pow(p).mean(1)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         (x,) = ctx.saved_tensors
         share = (ctx.p / x.shape[1] * grad)[:, None]
         return (x if ctx.p == 2 else x.pow(ctx.p - 1)) * share, None

@@ -76,8 +76,9 @@ class CrossEntropy(Objective):
         label, count = batch["label"], None
         tokens = student.logits is None or student.logits.ndim == 3
         if not is_soft(label):
-            if batch.get("mask") is not None:
-                label = label.masked_fill(~counted(batch, label.shape), self.ignore_index)
+            mask = counted(batch, label.shape) if batch.get("mask") is not None else None
+            if mask is not None:
+                label = label.masked_fill(~mask, self.ignore_index)
             if tokens:  # each weighs the same in a step of several batches
                 count = step_count(batch, label, label != self.ignore_index, share=self.training)
         if student.logits is None:

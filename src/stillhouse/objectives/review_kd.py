@@ -85,6 +85,7 @@ class ABF(nn.Module):
         if self.att_conv is not None:
             assert y is not None
             conv, squash = self.att_conv
+            assert isinstance(conv, nn.Conv2d)
             of_x, of_y = conv.weight.split(x.shape[1], dim=1)  # the convolution of both, joined, without joining them; of y at its own size
             score = F.conv2d(x, of_x, conv.bias) + F.interpolate(F.conv2d(y, of_y), x.shape[2:], mode="nearest")
             attention = squash(score)

@@ -115,7 +115,9 @@ class FusionNetwork(nn.Sequential):
         layers: list[nn.Module] = []
         for a, b in pairwise(widths):
             layers += [nn.Linear(a, b), nn.LeakyReLU(slope)]
-        nn.init.zeros_(layers[-2].bias)
+        last = layers[-2]
+        assert isinstance(last, nn.Linear)
+        nn.init.zeros_(last.bias)
         super().__init__(*layers[:-1])
 
     def forward(self, state: Tensor) -> Tensor:

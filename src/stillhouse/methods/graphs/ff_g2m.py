@@ -118,7 +118,9 @@ def check_edges(edges: Tensor, nodes: int) -> None:
 
 class Config(glnn.Config):
     tau: float = Field(1.5, gt=0, description="HFD's temperature.")
-    terms: list[Term] = Field(default_factory=lambda: ["low", "high"], min_length=1, description="low: LFD; high: HFD; soft: GLNN's soft labels.")
+    terms: list[Term] = Field(
+        default_factory=lambda: list[Term](["low", "high"]), min_length=1, description="low: LFD; high: HFD; soft: GLNN's soft labels."
+    )
     edges_per_step: int | None = Field(None, ge=1, description="Edges drawn anew at each step for HFD; default: all.")
     drowning: bool = Field(False, description="Also train a student of each ablation and plot, by epoch, how much of both frequencies it took over.")
 

@@ -144,7 +144,8 @@ def rewritten_rows(bundle: TextBundle, made: list[tuple[str, bool]], prompt: int
     """
     tokens, context, old = bundle.tokenizer, bundle.context, bundle.splits["train"]
     end = [] if tokens.eos_token_id is None else [tokens.eos_token_id]
-    inputs, labels = [], []
+    inputs: list[list[int]] = []
+    labels: list[list[int]] = []
     for before, ids, (_, ended) in zip(given(bundle, prompt), encode(tokens, [text for text, _ in made]), made):
         answer = ids + (end if ended else [])
         if not answer:
@@ -162,5 +163,5 @@ def rewritten_rows(bundle: TextBundle, made: list[tuple[str, bool]], prompt: int
     if originals:
         assert old.labels is not None
         for ours, theirs in ((inputs, old.inputs), (labels, old.labels)):
-            ours += np.split(theirs.values, theirs.starts[1:-1])
+            ours += [row.tolist() for row in np.split(theirs.values, theirs.starts[1:-1])]
     return Rows(Ragged.of(inputs), Ragged.of(labels))

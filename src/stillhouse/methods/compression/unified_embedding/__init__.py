@@ -49,7 +49,7 @@ SCHEMES: dict[str, tuple[Scheme, bool]] = {
     "unified": ("hash", True),
     "hashing": ("hash", False),
     "collisionless": ("exact", False),
-    **{name + tail: (name, not tail) for name in ("sum", "quotient", "robe") for tail in ("", "_split")},  # type: ignore[dict-item]
+    **{name + tail: (name, not tail) for name in ("sum", "quotient", "robe") for tail in ("", "_split")},
 }
 """Name in a recipe -> how a row is found, and whether features share the memory."""
 

@@ -161,7 +161,8 @@ class UnifiedEmbedding(nn.Module):
         for f in self.features:
             held = codes[f.name]
             if isinstance(held, tuple):
-                out.append(self._ragged(f.name, *held, pool))
+                values, offsets = held
+                out.append(self._ragged(f.name, values, offsets, pool))
             else:
                 found = self.lookup(f.name, held)
                 out.append(found if held.ndim == 1 else found.sum(1) if pool == "sum" else found.mean(1))

@@ -49,7 +49,7 @@ Select = Literal["mirage", "random", "herding", "all"]
 class NetworkSpec(Spec):
     """The networks that are trained on the distilled set."""
 
-    kinds: list[Kind] = Field(default_factory=lambda: ["gin", "gcn", "gat"], min_length=1)
+    kinds: list[Kind] = Field(default_factory=lambda: list[Kind](["gin", "gcn", "gat"]), min_length=1)
     width: int = Field(64, ge=1)
     layers: int | None = Field(None, ge=1, description="Default: hops.")
     dropout: float = Field(0.1, ge=0, lt=1)

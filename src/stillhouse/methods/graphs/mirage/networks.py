@@ -87,7 +87,7 @@ class GAT(nn.Module):
         return (out / total[..., None]).reshape(n, width)
 
 
-LAYERS: dict[str, type[nn.Module]] = {"gin": GIN, "gcn": GCN, "gat": GAT}
+LAYERS: dict[str, type[GIN] | type[GCN] | type[GAT]] = {"gin": GIN, "gcn": GCN, "gat": GAT}
 
 
 class GraphNetwork(nn.Module):
@@ -117,14 +117,15 @@ class GraphNetwork(nn.Module):
     ) -> None:
         super().__init__()
         self.embedding = nn.Embedding(node_kinds + 1, width)
-        self.layers = nn.ModuleList(LAYERS[kind](width, edge_kinds + 1, norm) for _ in range(layers))
+        layered = [LAYERS[kind](width, edge_kinds + 1, norm) for _ in range(layers)]
+        self.layers = nn.ModuleList(layered)
         self.norms = nn.ModuleList(nn.BatchNorm1d(width) if norm else nn.Identity() for _ in range(layers))
         self.head = nn.Linear(width, classes)
         self.dropout, self.pooling = dropout, pooling
         with torch.no_grad():
             self.embedding.weight[-1].zero_()
-            for layer in self.layers:
-                layer.edge.weight[-1].zero_()  # type: ignore[union-attr, operator]
+            for layer in layered:
+                layer.edge.weight[-1].zero_()
 
     def nodes(self, labels: Tensor, edges: Tensor, edge_labels: Tensor) -> Tensor:
         """(N,) labels, (2, E) edges, (E,) edge labels -> (N, width) after the last convolution."""

@@ -45,18 +45,18 @@ def frequent(transactions: Sequence[frozenset[int]], threshold: int, longest: in
         for item in items:
             holders[item] = holders.get(item, 0) | (1 << number)
     singles = sorted((i, bits) for i, bits in holders.items() if bits.bit_count() >= threshold)
-    heap = [(-bits.bit_count(), 1, (item,), at, bits) for at, (item, bits) in enumerate(singles)]
+    heap: list[tuple[int, int, tuple[int, ...], int, int]] = [(-bits.bit_count(), 1, (item,), at, bits) for at, (item, bits) in enumerate(singles)]
     heapq.heapify(heap)
     while heap:
-        negative, length, items, last, bits = heapq.heappop(heap)
-        yield items, -negative
+        negative, length, itemset, last, bits = heapq.heappop(heap)
+        yield itemset, -negative
         if length == longest:
             continue
         for at in range(last + 1, len(singles)):
             both = bits & singles[at][1]
             count = both.bit_count()
             if count >= threshold:
-                heapq.heappush(heap, (-count, length + 1, (*items, singles[at][0]), at, both))
+                heapq.heappush(heap, (-count, length + 1, (*itemset, singles[at][0]), at, both))
 
 
 def mine(transactions: Sequence[frozenset[int]], threshold: int, *, longest: int | None = None, most: int | None = None) -> Patterns:

@@ -158,7 +158,7 @@ class DynamicsStudy:
         from safetensors.numpy import load_file
 
         meta, held = read_meta(folder), load_file(str(Path(folder) / "study.safetensors"))
-        parts = {
+        parts: dict[str, Any] = {
             name: {k: held[f"{name}.{k}"] for k in KINDS if f"{name}.{k}" in held}
             for name in ("times", "ends", "grid", "predicted", "simulated", "encoders")
         }
@@ -196,8 +196,8 @@ def judge(product: DynamicsStudy, run: Run) -> dict[str, float]:
         out[f"{k}_knn"] = knn(x.numpy() @ a.T, labels, x_test.numpy() @ a.T, labels_test, config.neighbours)
         if nuisance.any():
             out[f"{k}_time_ratio"] = float(product.times[k][nuisance][0] / product.times[k][0])
-    for k, curves in product.probes.items():
-        out |= {f"{k}_relu_{name}": values[-1] for name, values in curves.items() if name != "step"}
+    for probed, curves in product.probes.items():
+        out |= {f"{probed}_relu_{name}": values[-1] for name, values in curves.items() if name != "step"}
     return out
 
 

@@ -92,8 +92,8 @@ class Trainer:
 
         found: dict[str, tuple[np.ndarray, np.ndarray, np.ndarray]] = {}
         for split in ("train", "test"):
-            x, _, z = self.pairs.draw(split, torch.arange(len(self.pairs.clean[split])), "probe", split, self.seed)
-            found[split] = self.model.encoder((x @ self.turn).float()).numpy(), z.numpy(), self.pairs.labels[split].numpy()
+            x, _, clean = self.pairs.draw(split, torch.arange(len(self.pairs.clean[split])), "probe", split, self.seed)
+            found[split] = self.model.encoder((x @ self.turn).float()).numpy(), clean.numpy(), self.pairs.labels[split].numpy()
         (f, z, labels), (f_test, z_test, labels_test) = found["train"], found["test"]
         size = float(f.std(0).mean())
         guess = Ridge(1e-3 * max(size**2, 1e-12) * len(f)).fit(f, z).predict(f_test)

@@ -34,7 +34,7 @@ def encoder_gain(rho: Array | float, depth: int, kind: Kind) -> Array:
     return fixed_point(rho, depth, kind) ** depth
 
 
-def learned(lam: Array, rho: Array) -> Array:
+def learned(lam: Array, rho: Array) -> np.ndarray[Any, np.dtype[np.bool_]]:
     """Which features grow from a positive start: those with lam > 0 and rho > 0."""
     return (np.asarray(lam) > 0) & (np.asarray(rho) > 0)
 

@@ -130,7 +130,12 @@ class MultiViewEncoder:
 
         folder.mkdir(parents=True, exist_ok=True)
         save_file(state_on_cpu(nn.ModuleDict({"consistent": self.consistent, "specific": self.specific})), str(folder / "model.safetensors"))
-        meta = {"views": self.views.names, "mean": self.views.mean, "std": self.views.std, "network": self.network.model_dump(mode="json")}
+        meta: dict[str, Any] = {
+            "views": self.views.names,
+            "mean": self.views.mean,
+            "std": self.views.std,
+            "network": self.network.model_dump(mode="json"),
+        }
         meta |= {"shape": self.shape, "dims": self.dims, "best": self.best}
         (folder / "product.json").write_text(json.dumps({"kind": self.kind, "format": 1, **meta}, indent=1))
 

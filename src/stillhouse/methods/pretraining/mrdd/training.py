@@ -138,10 +138,11 @@ class SpecificTraining(nn.Module):
         mean, log_variance = self.student(x)
         s = sample_code(mean, log_variance, torch.randn_like(mean))
         if self.spec.loss == "released":
-            return {"loss": estimator_loss(*self.estimator(s), c)}
+            guess, doubt = self.estimator(s)
+            return {"loss": estimator_loss(guess, doubt, c)}
         terms = variational_loss([x], [self.decoder(torch.cat([s, c], -1))], mean, log_variance, kl_weight=self.spec.kl, reduction=self.reduction)
-        q = functional_call(self.estimator, {k: v.detach() for k, v in self.estimator.named_parameters()}, (s,))
-        bound = sampled_bound(*q, c, torch.randperm(len(c), device=c.device))
+        guess, doubt = functional_call(self.estimator, {k: v.detach() for k, v in self.estimator.named_parameters()}, (s,))
+        bound = sampled_bound(guess, doubt, c, torch.randperm(len(c), device=c.device))
         terms["bound"] = self.spec.lam * (bound.clamp_min(0) if self.spec.clamp else bound)
         self._last = (mean.detach().float(), log_variance.detach().float(), c)
         return {"loss": torch.stack(list(terms.values())).sum(), **terms, "active": (kl_per_dimension(mean, log_variance) > ACTIVE).sum().float()}
@@ -151,7 +152,8 @@ class SpecificTraining(nn.Module):
             return
         mean, log_variance, c = self._last
         for _ in range(self.spec.estimator_steps):
-            loss = estimator_loss(*self.estimator(sample_code(mean, log_variance, torch.randn_like(mean))), c)
+            guess, doubt = self.estimator(sample_code(mean, log_variance, torch.randn_like(mean)))
+            loss = estimator_loss(guess, doubt, c)
             self._optimizer.zero_grad()
             loss.backward()
             self._optimizer.step()
