@@ -59,7 +59,7 @@ class EvaluateSpec(Spec):
     cross: list[Model] = Field(default_factory=list, description="Other architectures, trained the same way.")
     cross_networks: int = Field(1, ge=1, description="How many of each of `cross`.")
     epochs: int = Field(300, ge=1, description="Passes over the set; published: 1000 (hard), 300 (soft).")
-    batch_size: int = Field(256, ge=1)
+    batch_size: int | None = Field(None, ge=1, description="Default: 256 (hard), 64 (soft; of views, that in which they were labelled).")
     optimizer: str | None = Field(None, description="Of torch.optim, by name; default: sgd with momentum 0.9 (hard), adamw (soft).")
     lr: float | None = Field(None, gt=0, description="Default: 0.01 (hard; or the set's own learned rate), 0.001 (soft).")
     weight_decay: float | None = Field(None, ge=0, description="Default: 5e-4 (hard), 0.01 (soft).")
@@ -68,11 +68,9 @@ class EvaluateSpec(Spec):
     )
     augment: AugmentSpec | None = Field(None, description="Of training, an own draw for each image; default: as the recipe's `augment`.")
     align_corners: bool = Field(True, description="Of the grids that scale and rotate; most published code has true, NCFM's false.")
-    mixup: float = Field(
-        0.0, ge=0, description="hard: Mixup's alpha; 0 is off. With cutmix also on, each mixed batch takes one of the two at random."
-    )
-    cutmix: float = Field(0.0, ge=0, description="hard: CutMix's alpha; 0 is off.")
-    mix_probability: float = Field(1.0, gt=0, le=1, description="hard: share of the batches that are mixed.")
+    mixup: float = Field(0.0, ge=0, description="Mixup's alpha; 0 is off. With cutmix also on, each mixed batch takes one of the two at random.")
+    cutmix: float = Field(0.0, ge=0, description="CutMix's alpha; 0 is off. Not of views, which are mixed when they are labelled.")
+    mix_probability: float = Field(1.0, gt=0, le=1, description="Share of the batches that are mixed, where they are.")
     temperature: float = Field(20.0, gt=0, description="soft: of both sides; no factor T^2.")
     best_every: int | None = Field(
         None, ge=1, description="Also tell the best of the accuracies after every so many epochs, as published code does: it chooses by test data."
@@ -90,10 +88,8 @@ class EvaluateSpec(Spec):
 
     @model_validator(mode="after")
     def _fits(self) -> EvaluateSpec:
-        if self.protocol == "soft" and (self.mixup or self.cutmix):
-            raise ValueError("mixup and cutmix mix hard labels; views with soft labels are mixed when they are labelled")
         if self.protocol == "soft" and self.continual is not None:
-            raise ValueError("continual trains on the images of some classes, for which views of all classes have no soft labels; take protocol hard")
+            raise ValueError("continual trains on the images of some classes, and soft labels are of all; take protocol hard")
         if self.rates and not self.scores:
             raise ValueError("rates are tried for scores only; set scores to true, or give the one rate as lr")
         return self

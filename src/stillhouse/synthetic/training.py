@@ -39,6 +39,8 @@ class Training:
     Attributes:
         images: (N, C, H, W), on the device.
         schedule: None: after half the epochs the rate falls to a tenth, and the optimiser's state (its momentum) begins anew.
+        mixup, cutmix: alphas; 0 is off. With both on, each mixed batch takes one of the two at random.
+        mix_probability: share of the batches that are mixed.
         key: of all its draws.
     """
 
@@ -50,6 +52,9 @@ class Training:
     schedule: LRSchedule | None
     augment: AugmentSpec
     align_corners: bool
+    mixup: float
+    cutmix: float
+    mix_probability: float
     key: Key
 
     @property
@@ -90,6 +95,22 @@ class Training:
         drawn = generator(*self.key, "augment", i)
         return apply(x, augmentation(self.augment, len(x), (x.shape[-2], x.shape[-1]), drawn), self.align_corners)
 
+    def mixed_loss(self, network: nn.Module, x: Tensor, loss: Callable[[Tensor, Tensor], Tensor], i: int) -> Tensor:
+        """The loss of a batch (B, C, H, W), in step i mixed within itself or not: to both images' labels, by their shares.
+
+        Args:
+            loss: (logits (B, classes), rows (B,)) -> the mean loss to the labels of these rows of the batch.
+        """
+        drawn = generator(*self.key, "mix", i)
+        own = torch.arange(len(x))
+        if not (self.mixup or self.cutmix) or float(torch.rand((), generator=drawn)) >= self.mix_probability:
+            return loss(network(x), own)
+        partner = torch.randperm(len(x), generator=drawn)
+        whole = x.new_ones(1, 1)  # of the own label, of which mixing leaves its share
+        x, share = mix(x, x[partner.to(x.device)], whole, 0 * whole, self.mixup, self.cutmix, (*self.key, "mix", i))
+        logits, share = network(x), share.squeeze()
+        return share * loss(logits, own) + (1 - share) * loss(logits, partner)
+
     def facts(self) -> dict[str, Any]:
         """All that the training depends on but its images and labels, as JSON data."""
         kept = {k: v for k, v in vars(self).items() if not isinstance(v, Tensor | SyntheticSet)}
@@ -107,13 +128,10 @@ class Training:
 
 @dataclass
 class HardTraining(Training):
-    """Training with class ids; some batches may be mixed within themselves, with the loss to both labels by their shares."""
+    """Training with class ids."""
 
     labels: Tensor
     batch_size: int
-    mixup: float
-    cutmix: float
-    mix_probability: float
 
     @classmethod
     def of(cls, images: Tensor, labels: Tensor, spec: EvaluateSpec, augment: AugmentSpec, lr: float | None, key: Key) -> HardTraining:
@@ -127,12 +145,12 @@ class HardTraining(Training):
             schedule=spec.schedule,
             augment=augment,
             align_corners=spec.align_corners,
-            key=key,
-            labels=labels,
-            batch_size=min(spec.batch_size, len(images)),
             mixup=spec.mixup,
             cutmix=spec.cutmix,
             mix_probability=spec.mix_probability,
+            key=key,
+            labels=labels,
+            batch_size=min(spec.batch_size or 256, len(images)),
         )
 
     @property
@@ -143,30 +161,27 @@ class HardTraining(Training):
         epoch, at = divmod(i, self.steps_per_epoch)
         order = permutation(len(self.images), *self.key, "order", epoch)
         rows = torch.tensor(order[at * self.batch_size : (at + 1) * self.batch_size], device=self.images.device)
-        x, labels = self.augmented(self.images[rows], i), self.labels[rows]
-        drawn = generator(*self.key, "mix", i)
-        if not (self.mixup or self.cutmix) or float(torch.rand((), generator=drawn)) >= self.mix_probability:
-            return F.cross_entropy(network(x), labels)
-        partner = torch.randperm(len(x), generator=drawn).to(x.device)
-        whole = x.new_ones(len(x), 1)  # of each image's own label, of which mixing leaves its share
-        x, share = mix(x, x[partner], whole, 0 * whole, self.mixup, self.cutmix, (*self.key, "mix", i))
-        logits, share = network(x), share[:, 0]
-        own, other = (F.cross_entropy(logits, y, reduction="none") for y in (labels, labels[partner]))
-        return (share * own + (1 - share) * other).mean()
+        labels = self.labels[rows]
+        return self.mixed_loss(network, self.augmented(self.images[rows], i), lambda z, which: F.cross_entropy(z, labels[which.to(z.device)]), i)
 
 
 @dataclass
 class SoftTraining(Training):
-    """Training with the stored logits of views, KL at a temperature without T^2."""
+    """Training with the stored logits of images, or of views, KL at a temperature without T^2."""
 
     synthetic: SyntheticSet
     temperature: float
+    batch_size: int
 
     @classmethod
     def of(cls, synthetic: SyntheticSet, spec: EvaluateSpec, augment: AugmentSpec, device: torch.device, key: Key) -> SoftTraining:
-        """As `evaluate` says. Raises `UserError` for a set without soft labels."""
+        """As `evaluate` says. Raises `UserError` for a set without soft labels, and for views that are to be mixed once more."""
         if synthetic.views is None and synthetic.soft is None:
             raise UserError("evaluate.protocol is soft, but the synthetic set holds no soft labels; take evaluate.protocol=hard.")
+        if synthetic.views is not None and (spec.mixup or spec.cutmix):
+            raise UserError(
+                "evaluate.mixup and evaluate.cutmix cannot mix views, whose soft labels hold as they are; mix them when they are labelled."
+            )
         return cls(
             images=synthetic.training_images()[0].to(device),
             epochs=spec.epochs,
@@ -176,16 +191,20 @@ class SoftTraining(Training):
             schedule=spec.schedule or LRSchedule(name="cosine"),
             augment=augment,
             align_corners=spec.align_corners,
+            mixup=spec.mixup,
+            cutmix=spec.cutmix,
+            mix_probability=spec.mix_probability,
             key=key,
             synthetic=synthetic,
             temperature=spec.temperature,
+            batch_size=spec.batch_size or 64,
         )
 
     def order(self, epoch: int) -> tuple[Tensor, ...]:
         """The rows of the batches of an epoch."""
         if self.synthetic.views is not None:
             return self.synthetic.views.order(len(self.images), epoch)
-        return torch.tensor(permutation(len(self.images), *self.key, "order", epoch)).split(64)
+        return torch.tensor(permutation(len(self.images), *self.key, "order", epoch)).split(self.batch_size)
 
     @property
     def steps_per_epoch(self) -> int:
@@ -196,10 +215,14 @@ class SoftTraining(Training):
         rows = self.order(epoch)[at]
         if self.synthetic.views is not None:
             x, logits = self.synthetic.views.batch(self.images, rows, epoch, at)
-        else:
-            assert self.synthetic.soft is not None
-            x, logits = self.augmented(self.images[rows.to(self.images.device)], i), self.synthetic.soft[rows]
-        return soft_loss(network(x), logits.to(x.device).float(), "kl", self.temperature)
+            return self.soft_loss(network(x), logits)
+        assert self.synthetic.soft is not None
+        x, logits = self.augmented(self.images[rows.to(self.images.device)], i), self.synthetic.soft[rows]
+        return self.mixed_loss(network, x, lambda z, which: self.soft_loss(z, logits[which]), i)
+
+    def soft_loss(self, logits: Tensor, teacher_logits: Tensor) -> Tensor:
+        """KL of a batch, both (B, classes)."""
+        return soft_loss(logits, teacher_logits.to(logits.device).float(), "kl", self.temperature)
 
 
 class Best:

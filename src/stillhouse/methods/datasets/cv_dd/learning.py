@@ -14,7 +14,6 @@ from stillhouse.evaluation.synthetic_set import judge
 from stillhouse.recipe import Spec
 from stillhouse.run import Run
 from stillhouse.synthetic.product import SyntheticSet
-from stillhouse.synthetic.scores import soft_loss
 from stillhouse.synthetic.training import SoftTraining
 
 
@@ -63,7 +62,7 @@ class StretchedTraining(SoftTraining):
     def _of_batch(self, network: nn.Module, rows: Tensor, epoch: int, number: int) -> Tensor:
         assert self.synthetic.views is not None
         x, logits = self.synthetic.views.batch(self.images, rows, epoch, number)
-        return soft_loss(network(x), logits.to(x.device).float(), "kl", self.temperature)
+        return self.soft_loss(network(x), logits)
 
 
 @evaluates(CommitteeSet.kind)
