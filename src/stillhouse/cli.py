@@ -278,7 +278,7 @@ def cache(
         typer.echo(describe(out))
 
 
-@app.command(epilog="Examples: stillhouse export runs/nkd_uskd-s0 --to onnx --out student.onnx; stillhouse export runs/dm-s0 --to folder --out small")
+@app.command(epilog="Example: stillhouse export runs/nkd_uskd-s0 --to onnx --out student.onnx, or runs/dm-s0 --to folder --out small")
 def export(
     folder: Annotated[Path, typer.Argument(help="A finished run's folder, or a product folder.", metavar="RUN")],
     to: Annotated[
