@@ -145,7 +145,7 @@ def test_a_run_that_was_cut_off_within_an_iteration_goes_on_to_the_same_images(t
         ({"alpha": 0, "beta": 0}, "nothing is matched"),
         ({"network": {"model": "stillhouse:convnet2", "options": {"width": 4, "norm": "batch"}}}, "buffers"),
         ({"network": {"model": "stillhouse:mlp"}}, "embed"),
-        ({"factor": 3}, "cut into 3 x 3"),
+        ({"factor": 9}, "cut into 9 x 9"),
     ],
 )
 def test_mistakes_are_answered_in_a_sentence(options: dict, words: str, tmp_path: Path):

@@ -71,8 +71,12 @@ def nearest_in_turn(features: Tensor, centres: Tensor, count: int) -> Tensor:
     """
     if count > len(features):
         raise UserError(f"{count} images (ipc) of a class are asked for, but it has {len(features)}.")
-    order = torch.cdist(features, centres).argsort(dim=0, stable=True)  # (n, k)
-    return torch.tensor(list(dict.fromkeys(order.flatten().tolist()))[:count])
+    return torch.tensor(list(dict.fromkeys(by_distance(features, centres).flatten().tolist()))[:count])
+
+
+def by_distance(features: Tensor, centres: Tensor) -> Tensor:
+    """(n, k): for each centre (k, D) the rows of features (n, D), the nearest first."""
+    return torch.cdist(features, centres, compute_mode="donot_use_mm_for_euclid_dist").argsort(dim=0, stable=True)
 
 
 @torch.no_grad()
@@ -83,14 +87,23 @@ def embedded(images: Tensor, rows: Tensor, features: Callable[[Tensor], Tensor] 
 
 
 def mixed(real: RealImages, ipc: int, factor: int, generator: torch.Generator) -> Tensor:
-    """Images of factor x factor tiles, each a real image of the class made small (nearest pixel); factor^2 * ipc real images a class are used."""
+    """Images of factor x factor tiles, each a real image of the class made small (nearest pixel); factor^2 * ipc real images a class are used.
+
+    Where the sides do not divide, the first tiles are a pixel larger.
+    """
     height, width = real.images.shape[-2:]
-    if factor < 1 or height % factor or width % factor:
-        raise UserError(f"Images of {height} x {width} pixels cannot be cut into {factor} x {factor} equal tiles; take a factor that divides both.")
+    if not 1 <= factor <= min(height, width):
+        raise UserError(
+            f"Images of {height} x {width} pixels cannot be cut into {factor} x {factor} tiles; take a factor from 1 to {min(height, width)}."
+        )
     pool = real.draw(factor**2 * ipc, generator, "images (factor^2 * ipc)")
-    small = F.interpolate(pool, size=(height // factor, width // factor), mode="nearest")
-    tiles = small.view(len(real.classes), factor, factor, ipc, *small.shape[1:])  # class, row, column, image, C, h, w
-    return tiles.permute(0, 3, 4, 1, 5, 2, 6).reshape(len(real.classes) * ipc, -1, height, width).contiguous()
+    parts = pool.view(len(real.classes), factor, factor, ipc, *pool.shape[1:])  # class, row, column, image, C, H, W
+    heights, widths = ([side // factor + (i < side % factor) for i in range(factor)] for side in (height, width))
+    rows = [
+        torch.cat([F.interpolate(parts[:, i, j].flatten(0, 1), size=(h, w), mode="nearest") for j, w in enumerate(widths)], -1)
+        for i, h in enumerate(heights)
+    ]
+    return torch.cat(rows, -2)
 
 
 def decode(images: Tensor, factor: int) -> Tensor:
