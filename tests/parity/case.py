@@ -66,14 +66,24 @@ class Case:
         module.load_state_dict({k.removeprefix(prefix): v for k, v in self.weights.items() if k.startswith(prefix)})
         return module
 
-    def close(self, name: str, value: Any, *, rtol: float = 1e-5, atol: float | None = None) -> None:
-        """Assert that `value` is the array `name`: same shape, each entry within rtol of it (and atol, default 1e-6, of rounding near 0)."""
+    @property
+    def images(self) -> Tensor:
+        """The first array of images; their last three axes are (C, H, W)."""
+        return next(self[name] for name in ("x", "x_syn", "x_syn0", "x0") if name in self)
+
+    def close(self, name: str, value: Any, *, rtol: float = 1e-5, atol: float | None = None, where: Tensor | None = None) -> None:
+        """Assert that `value` is the array `name`: same shape, each entry within rtol of it (and atol, default 1e-6, of rounding near 0).
+
+        `where` (bool, same shape) leaves entries out.
+        """
         expected = torch.from_numpy(np.array(self.arrays[name]))
         given = torch.as_tensor(value).detach().cpu()
         assert given.shape == expected.shape, f"{self!r}: {name}: shape {tuple(given.shape)}, expected {tuple(expected.shape)}"
         if not expected.is_floating_point():
             assert torch.equal(given, expected.to(given.dtype)), f"{self!r}: {name}: {given} is not {expected}"
             return
+        if where is not None:
+            given = torch.where(where, given, expected.to(given.dtype))
         torch.testing.assert_close(
             given.double(), expected.double(), rtol=rtol, atol=1e-6 if atol is None else atol, equal_nan=True, msg=lambda m: f"{self!r}: {name}: {m}"
         )

@@ -17,7 +17,7 @@ from stillhouse.methods.datasets.ast import (
     path_weights,
     perturbed,
 )
-from stillhouse.synthetic.initial import nearest_in_turn
+from stillhouse.synthetic.initial import by_distance, nearest_in_turn
 
 
 def expert_step(case: Case) -> None:
@@ -56,20 +56,23 @@ def factors(case: Case) -> None:
 
 def representative_init(case: Case) -> None:
     p = case.params
-    rows = nearest_in_turn(case["logits"], case["centers"], p["ipc"]).view(-1, p["clusters"]).T
+    rows = by_distance(case["logits"], case["centers"])[: p["ipc"] // p["clusters"]].T  # the published code may take an image for two centres
     expected = case["indices"].view(p["clusters"], -1)
     assert torch.equal(rows.sort(1).values, expected.sort(1).values), f"{case!r}: {rows.tolist()} is not {expected.tolist()}"
+    if len(expected.unique()) == p["ipc"]:
+        assert set(nearest_in_turn(case["logits"], case["centers"], p["ipc"]).tolist()) == set(expected.flatten().tolist())
 
 
 def distill(case: Case) -> None:
     p, trajectory = case.params, case["traj"]
     flat = Flat(convnet_of(case))
-    x, lr = case.leaf("x"), torch.tensor(p["syn_lr"], requires_grad=True)
+    x = case.leaf("x")
+    lr = torch.tensor(p["syn_lr"], dtype=x.dtype, requires_grad=True)
     batches = [(x[rows], case["y"][rows]) for rows in (i[i >= 0] for i in case["idx"])]
     factor = balance_factor(p["start_epoch"], p["max_start_epoch"], p["log_base"], p["offset"]) if p["balance_loss"] else 1.0
     path = momentum_path(flat.gradient, trajectory[0], batches, lr, p["inner_momentum"], factor)
     distances = path_distances(path, trajectory[1:])
-    loss = (torch.tensor(path_weights(len(distances), p["middle"])) * distances).sum()
+    loss = (torch.tensor(path_weights(len(distances), p["middle"]), dtype=x.dtype) * distances).sum()
     loss.backward()
     case.close("theta_end", path[-1], rtol=1e-3)
     case.close("inner_ce", torch.stack([factor * F.cross_entropy(flat(theta, a), b) for theta, (a, b) in zip(path, batches)]), rtol=1e-3)

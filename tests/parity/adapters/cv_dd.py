@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import nn
 
-from parity.adapters.infer import batch_norm_net
+from parity.adapters.dataset_distillation_common import Descent, batch_norm_net
 from parity.case import Case
 from stillhouse.functional.recovery import BatchNormStatistics, clamp_to_pixels
 from stillhouse.methods.datasets.cv_dd.voting import batch_labels, committee_loss, vote_weights
@@ -29,22 +27,19 @@ def voter_weights(case: Case) -> None:
 def committee_recover(case: Case) -> None:
     p, x = case.params, case.leaf("x0")
     networks = members(case, x.shape[1])
-    weights = vote_weights([p["prior"][name] for name in p["names"]], p["weight_temperature"])
-    case.close("weights:f64", weights, rtol=1e-12)
-    statistics = [BatchNormStatistics(network) for network in networks]
-    optimiser = torch.optim.Adam([x], lr=p["lr"], betas=tuple(p["betas"]), eps=p["eps"])
+    weights = case["weights:f64"]
+    if p["voter"] == "prior":
+        case.close("weights:f64", vote_weights([p["prior"][name] for name in p["names"]], p["weight_temperature"]), rtol=1e-12)
+    statistics, descent = [BatchNormStatistics(network) for network in networks], Descent(x, p, p["iteration"])
     for t, shift in enumerate(case["rolls"].tolist()):
-        for group in optimiser.param_groups:
-            group["lr"] = p["lr"] * 0.5 * (1 + math.cos(math.pi * t / p["iteration"]))
-        optimiser.zero_grad()
         rolled = torch.roll(x, shift, (2, 3))
-        committee_loss(networks, statistics, weights.tolist(), rolled, case["y"], p["r_bn"], p["first_bn_multiplier"])["loss"].backward()
+        loss = committee_loss(networks, statistics, weights.tolist(), rolled, case["y"], p["r_bn"], p["first_bn_multiplier"])["loss"]
+        descent.step(loss)
         if t == 0:
-            case.close("grad_step0", x.grad, rtol=1e-4)
-        optimiser.step()
+            case.close_grad("x0", array="grad_step0", rtol=1e-4)
         clamp_to_pixels(x, p["mean"], p["std"])
-    case.close("grad_last", x.grad, rtol=1e-4, atol=1e-5)
-    case.close("x_final_denorm", unnormalised(x.detach(), p["mean"], p["std"]), rtol=1e-4, atol=1e-4)
+    case.close_grad("x0", array="grad_last", rtol=1e-4, atol=1e-5)
+    case.close("x_final_denorm", unnormalised(x.detach(), p["mean"], p["std"]), rtol=1e-4, atol=1e-4, where=descent.clear)
 
 
 def bssl_labels(case: Case) -> None:

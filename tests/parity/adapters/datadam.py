@@ -22,9 +22,7 @@ def attention(case: Case) -> None:
 
 def loss(case: Case) -> None:
     p, x = case.params, case.leaf("x_syn")
-    case.params["im_size"] = x.shape[-1]
-    network = convnet_of(case)
-    found = losses(network, case["x_real"], x, p["num_classes"], p["exp"], p["task_balance"])
+    found = losses(convnet_of(case), case["x_real"], x, p["num_classes"], p["exp"], p["task_balance"])
     case.close("att_terms", found["attention"], rtol=1e-4)
     case.close("out_term", found["features"], rtol=1e-4)
     value = found["attention"].sum() + found["features"]

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import itertools
+import math
 import re
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,29 +17,39 @@ from stillhouse.functional.recovery import BatchNormStatistics, clamp_to_pixels,
 from stillhouse.functional.siamese import GROUPS, apply, one_of, parameters
 from stillhouse.functional.whitening import fit_whitening
 from stillhouse.models.convnet import ConvNet
+from stillhouse.synthetic.real import unnormalised
 from stillhouse.synthetic.scores import augmentation_robust_score, hard_label_recovery, improvement_over_random, label_robust_score, soft_loss
 
 NORMS = {"instancenorm": "instance", "batchnorm": "batch", "layernorm": "layer", "groupnorm": "group", "none": "none"}
+PIXELS = {
+    "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+    "cifar10": ((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)),
+    "cifar100": ((0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761)),
+    "tinyIN": ((0.4802, 0.4481, 0.3975), (0.2302, 0.2265, 0.2262)),
+}
+"""Mean and standard deviation of pixels by the name of the data, as the published code has them."""
+
 PARTS = ("conv", "norm", "act", "pool")
 
 
-def convnet_of(case: Case, classes: int | None = None) -> ConvNet:
-    """The case's ConvNet, with its weights where it holds them."""
-    p = case.params
+def convnet_of(case: Case) -> ConvNet:
+    """The case's ConvNet for its images, with its weights where it holds them."""
+    p, images = case.params, case.images
+    channels, height, width = images.shape[-3:]
     network = ConvNet(
         p["width"],
         p["depth"],
         NORMS[p["norm"]],
         p.get("act", "relu").replace("leakyrelu", "leaky_relu"),
         p.get("pool", "avgpooling").removesuffix("pooling"),
-        classes or p["num_classes"],
-        (p.get("channel", 3), p["im_size"], p["im_size"]),
+        p.get("num_classes") or len(case["w:classifier.bias"]),
+        (channels, height, width),
     )
     if case.weights:
         step = 4 if p.get("pool", "avgpooling") != "none" else 3
         step -= p["norm"] == "none"
         network.load_state_dict({_renamed(k, step): v for k, v in case.weights.items()})
-    return network
+    return network.to(images.dtype)
 
 
 def _renamed(name: str, step: int) -> str:
@@ -74,9 +86,9 @@ def dsa(case: Case) -> None:
     for name in case.arrays:
         if name.startswith("full_a:"):
             seed = int(name.partition(":")[2])
-            draws = one_of(tuple(case.params["ops"]), 1, tuple(case["x"].shape[-2:]), seeded(seed))
-            case.close(name, apply(case["x"], draws))
-            case.close(f"full_b:{seed}", apply(case["x2"], draws))
+            for array, images in ((name, case["x"]), (f"full_b:{seed}", case["x2"])):
+                draws = one_of(tuple(case.params["ops"]), 1 if siamese else len(images), tuple(images.shape[-2:]), seeded(seed))
+                case.close(array, apply(images, draws))
 
 
 def seeded(seed: int):
@@ -93,7 +105,8 @@ def zca(case: Case) -> None:
 
 def mtt_unroll(case: Case) -> None:
     flat = Flat(convnet_of(case))
-    x, lr = case.leaf("x"), torch.tensor(case.params["syn_lr"], requires_grad=True)
+    x = case.leaf("x")
+    lr = torch.tensor(case.params["syn_lr"], dtype=x.dtype, requires_grad=True)
     batches = [(x[rows], case["y"][rows]) for rows in (i[i >= 0] for i in case["idx"])]
     end = unroll(flat.gradient, case["start"], batches, lr)
     loss = trajectory_distance(end, case["start"], case["target"])
@@ -104,57 +117,80 @@ def mtt_unroll(case: Case) -> None:
     case.close_grad("syn_lr", lr, rtol=1e-4)
 
 
-def sre2l_recover(case: Case) -> None:
-    p = case.params
-    channels, layers = case["x0"].shape[1], []
-    for width in p["widths"]:
+def batch_norm_net(weights: dict[str, Tensor], channels: int) -> nn.Sequential:
+    """[3x3 convolution, batch norm, ReLU, pool by 2] blocks, global pooling and a linear layer, of the sizes of its weights; frozen, in evaluation mode."""
+    by_place = sorted(weights.items(), key=lambda item: int(item[0].partition(".")[0]))
+    widths = [len(w) for _, w in by_place if w.ndim == 4]
+    layers: list[nn.Module] = []
+    for width in widths:
         layers += [nn.Conv2d(channels, width, 3, padding=1), nn.BatchNorm2d(width), nn.ReLU(), nn.AvgPool2d(2)]
         channels = width
-    network = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, _classes(case)))
-    case.load(network).eval().requires_grad_(False)
-    mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-    statistics = BatchNormStatistics(network)
-    x = case["x0"].clone().requires_grad_()
-    optimiser = torch.optim.Adam([x], lr=p["lr"], betas=tuple(p["betas"]), eps=p["eps"])
+    linear = by_place[-1][1]
+    network = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, len(linear))).to(linear.dtype)
+    network.load_state_dict(weights)
+    return network.eval().requires_grad_(False)
+
+
+class Descent:
+    """Adam on pixels as recovery uses it, with a cosine that ends at 0; `clear` says which pixels' steps are not a matter of rounding.
+
+    Adam divides a gradient by its own size, so that a pixel whose gradient is mostly rounding takes a step of any size.
+    """
+
+    def __init__(self, pixels: Tensor, params: dict[str, Any], steps: int) -> None:
+        self.pixels, self.lr, self.steps, self.taken = pixels, params["lr"], steps, 0
+        self.adam = torch.optim.Adam([pixels], params["lr"], tuple(params["betas"]), params["eps"])
+        self.clear = torch.ones_like(pixels, dtype=torch.bool)
+
+    def step(self, loss: Tensor) -> Tensor:
+        """One step; returns the gradient."""
+        for group in self.adam.param_groups:
+            group["lr"] = self.lr * 0.5 * (1 + math.cos(math.pi * self.taken / self.steps))
+        self.adam.zero_grad()
+        loss.backward()
+        gradient = self.pixels.grad.clone()
+        self.clear &= gradient.abs() > 1e-3 * gradient.square().mean().sqrt()
+        self.adam.step()
+        self.taken += 1
+        return gradient
+
+
+def sre2l_recover(case: Case) -> None:
+    p, x = case.params, case.leaf("x0")
+    network = batch_norm_net(case.weights, x.shape[1])
+    mean, std = PIXELS[p.get("clip", "imagenet").split()[0]]
+    statistics, descent = BatchNormStatistics(network), Descent(x, p, p["steps"])
     found: dict[str, list[Tensor]] = {"loss": [], "ce": [], "bn": []}
     for step, shift in enumerate(case["rolls"].tolist()):
-        for group in optimiser.param_groups:
-            group["lr"] = p["lr"] * 0.5 * (1 + torch.cos(torch.tensor(torch.pi * step / p["steps"])).item())
         rolled = torch.roll(x, shift, (2, 3))
         ce = F.cross_entropy(network(rolled), case["y"])
         distances = statistics.distances()
-        bn = statistics_loss(distances, p["first_bn_multiplier"])
+        bn, smooth, size = statistics_loss(distances, p["first_bn_multiplier"]), total_variation(rolled), rolled.flatten(1).norm(dim=1).mean()
         if step == 0:
             case.close("r_feature", distances, rtol=1e-4)
-            case.close("tv_l2", total_variation(rolled), rtol=1e-4)
-        loss = ce + p["r_bn"] * bn
-        optimiser.zero_grad()
-        loss.backward()
+            case.close("tv_l2", smooth, rtol=1e-4)
+            case.close("l2", size, rtol=1e-4)
+        loss = ce + p["r_bn"] * bn + p.get("tv_l2", 0.0) * smooth + p.get("l2_scale", 0.0) * size
+        descent.step(loss)
         if step == 0:
             case.close_grad("x", x, rtol=1e-4)
-        optimiser.step()
         clamp_to_pixels(x, mean, std)
         if step == 0:
-            case.close("x_step1", x, rtol=1e-4, atol=1e-5)
+            case.close("x_step1", x, rtol=1e-4, atol=1e-5, where=descent.clear)
         for name, value in (("loss", loss), ("ce", ce), ("bn", bn)):
             found[name].append(value.detach())
     for name, values in found.items():
         case.close(name, torch.stack(values), rtol=1e-4)
-    case.close("x_final", x, rtol=1e-4, atol=1e-4)
-    pixels = x.detach() * torch.tensor(std).view(1, 3, 1, 1) + torch.tensor(mean).view(1, 3, 1, 1)
-    case.close("denorm", pixels.clamp(0, 1), rtol=1e-4, atol=1e-4)
-
-
-def _classes(case: Case) -> int:
-    """Outputs of the last layer."""
-    return len(list(case.weights.values())[-1])
+    case.close("x_final", x, rtol=1e-4, atol=1e-4, where=descent.clear)
+    case.close("denorm", unnormalised(x.detach(), mean, std), rtol=1e-4, atol=1e-4, where=descent.clear)
 
 
 def ddranking_losses(case: Case) -> None:
     p = case.params
     for name, kind in (("kl", "kl"), ("sce", "sce"), ("mse_gt", "mse")):
         student = case["student"].clone().requires_grad_()
-        value = soft_loss(student, case["teacher"], kind, p["temperature"], case["y"], p["mse_weight"], p["ce_weight"])
+        factor = p["temperature"] ** 2 if p["scale_loss"] and kind != "mse" else 1.0
+        value = factor * soft_loss(student, case["teacher"], kind, p["temperature"], case["y"], p["mse_weight"], p["ce_weight"])
         value.backward()
         case.close(name, value)
         case.close_grad("student", student, array=f"grad:student:{name}")

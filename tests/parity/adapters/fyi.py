@@ -10,7 +10,6 @@ from parity.case import Case
 from stillhouse.functional.matching import Flat, feature_mean_distance, gradient_distance, gradients, trajectory_distance_by_steps
 from stillhouse.functional.siamese import all_of, apply, one_of
 from stillhouse.methods.datasets.fyi import flip_first
-from stillhouse.models.convnet import ConvNet
 from stillhouse.synthetic.config import AugmentSpec
 from stillhouse.synthetic.synthesis import with_mirrors
 
@@ -24,21 +23,18 @@ def draws(seed: int, size: tuple[int, int]):
     return all_of(("flip",), 1, size, stream) + one_of(OTHERS, 1, size, stream)
 
 
-def _network(case: Case) -> ConvNet:
-    return convnet_of(case, case.params.get("num_classes") or len(case["w:classifier.bias"]))
-
-
 def diffaug_always_flip(case: Case) -> None:
     for name in case.arrays:
         if name.startswith("y_seed"):
             seed = int(name.removeprefix("y_seed"))
             case.close(name, apply(case["x"], draws(seed, tuple(case["x"].shape[-2:]))))
     case.close("batch_aug", with_mirrors(case["x"], 1))
-    assert len(case["batch_aug_labels"]) == 2 * len(case["x"])
+    labels = case["batch_aug_labels"]
+    assert torch.equal(labels, labels[: len(case["x"])].repeat(2))
 
 
 def dsa_match(case: Case) -> None:
-    p, network, size = case.params, _network(case), tuple(case["x_real"].shape[-2:])
+    p, network, size = case.params, convnet_of(case), tuple(case["x_real"].shape[-2:])
 
     def loss(mirror: bool) -> tuple[Tensor, Tensor]:
         x = case["x_syn"].clone().requires_grad_()
@@ -59,7 +55,7 @@ def dsa_match(case: Case) -> None:
 
 
 def dm_match(case: Case) -> None:
-    network = _network(case)
+    network = convnet_of(case)
 
     def loss(mirror: bool) -> tuple[Tensor, Tensor]:
         x = case["x_syn"].clone().requires_grad_()
@@ -79,7 +75,7 @@ def _both(case: Case, loss) -> None:
 
 def mtt_fyi(case: Case) -> None:
     flat, x = Flat(convnet_of(case)), case.leaf("x")
-    lr = torch.tensor(case.params["syn_lr"], requires_grad=True)
+    lr = torch.tensor(case.params["syn_lr"], dtype=x.dtype, requires_grad=True)
     batches = [(with_mirrors(x[rows], 1), case["y"][rows].repeat(2)) for rows in (i[i >= 0] for i in case["idx"])]
     value = trajectory_distance_by_steps(flat.gradient, case["start"], case["target"], batches, lr)
     case.close("loss", value, rtol=1e-4)

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import math
-
 import pytest
 import torch
-from torch import nn
 
+from parity.adapters.dataset_distillation_common import PIXELS, Descent, batch_norm_net
 from parity.case import Case
 from stillhouse.errors import UserError
 from stillhouse.functional.recovery import BatchNormStatistics, clamp_to_pixels
@@ -15,44 +13,26 @@ from stillhouse.methods.datasets.infer import budget, compensation_loss, mixed
 from stillhouse.synthetic.real import unnormalised
 from stillhouse.synthetic.scores import soft_loss
 
-PIXELS = {
-    "cifar10": ((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)),
-    "cifar100": ((0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761)),
-}
-
-
-def batch_norm_net(weights: dict[str, torch.Tensor], channels: int) -> nn.Module:
-    """[convolution, batch norm, ReLU, pool by 2] blocks, global pooling and a linear layer, of the sizes of its weights; frozen, in evaluation mode."""
-    widths = [len(w) for name, w in weights.items() if name.endswith("weight") and w.ndim == 4]
-    layers: list[nn.Module] = []
-    for width in widths:
-        layers += [nn.Conv2d(channels, width, 3, padding=1), nn.BatchNorm2d(width), nn.ReLU(), nn.AvgPool2d(2)]
-        channels = width
-    classes = len(list(weights.values())[-1])
-    network = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, classes))
-    network.load_state_dict(weights)
-    return network.eval().requires_grad_(False)
-
 
 def ufc(case: Case) -> None:
     p, x = case.params, case["x"]
     network = batch_norm_net(case.weights, x.shape[1])
     statistics = BatchNormStatistics(network)
-    u = torch.zeros(1, *x.shape[1:], requires_grad=True)
-    optimiser = torch.optim.Adam([u], lr=p["lr"], betas=tuple(p["betas"]), eps=p["eps"])
-    steps = []
+    if p["model_index"] == 2:
+        del statistics.layers[1:2]  # the released code leaves out the second layer of the third network
+    u = torch.zeros(1, *x.shape[1:], dtype=x.dtype, requires_grad=True)
+    descent, before, found, clear = Descent(u, p, p["iteration"]), x, [], []
     for t, shift in enumerate(case["rolls"].tolist()):
-        for group in optimiser.param_groups:
-            group["lr"] = p["lr"] * 0.5 * (1 + math.cos(math.pi * t / p["iteration"]))
         before = x + u.detach()
-        optimiser.zero_grad()
-        compensation_loss(network, statistics, x, u, case["y"], shift, p["r_bn"], p["first_bn_multiplier"])["loss"].backward()
-        if t == 0:
-            case.close("grad_u_step0", u.grad[0], rtol=1e-4, atol=1e-5)
-        optimiser.step()
-        steps.append(u.detach()[0].clone())
-    case.close("grad_u_last", u.grad[0], rtol=1e-4, atol=1e-4)
-    case.close("u_steps", torch.stack(steps), rtol=1e-4, atol=1e-4)
+        descent.step(compensation_loss(network, statistics, x, u, case["y"], shift, p["r_bn"], p["first_bn_multiplier"])["loss"])
+        for name, at in (("grad_u_step0", 0), ("grad_u_last", len(case["rolls"]) - 1)):
+            if t == at:
+                case.close(name, u.grad[0], rtol=1e-4, atol=1e-5 * float(u.grad.abs().max()))
+        found.append(u.detach()[0].clone())
+        clear.append(descent.clear[0].clone())
+        u.data[0] = case["u_steps"][t]  # the next step from where the file's is, so that roundings do not add up
+    if found:
+        case.close("u_steps", torch.stack(found), rtol=1e-4, atol=1e-4, where=torch.stack(clear))
     case.close("inputs_last_before_clip", before, rtol=1e-4, atol=1e-4)
     mean, std = PIXELS[p["dataset_stats"]]
     clamp_to_pixels(before, mean, std)
@@ -67,7 +47,7 @@ def label_loss(case: Case) -> None:
     case.close("static_label", static)
     for name, label in (("static", static), ("dynamic", case["dynamic_label"])):
         student = case["student_logits"].clone().requires_grad_()
-        loss = soft_loss(student, label, "kl", p["temperature"])
+        loss = soft_loss(student, label, "kl", p["temperature"]) * (p["temperature"] ** 2 if p["T2_scaling"] else 1.0)
         loss.backward()
         case.close(f"loss_{name}", loss)
         case.close_grad(f"student_{name}", student)

@@ -32,10 +32,23 @@ def labels_loss(case: Case) -> None:
 
 
 def schedule(case: Case) -> None:
-    epochs = case.params["epochs"]
-    case.close("lr_factor:f64", torch.tensor([protocol.cosine(e, epochs) for e in range(epochs)], dtype=torch.float64), rtol=1e-9, atol=1e-12)
-    network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(4, 2))
-    assert tuple(map(sorted, protocol.decay_groups(network))) == (sorted(case.params["decay_group"]), sorted(case.params["no_decay_group"]))
+    p = case.params
+    found = [protocol.cosine(e, p["epochs"]) for e in range(len(case["lr_factor:f64"]))]
+    case.close("lr_factor:f64", torch.tensor(found, dtype=torch.float64), rtol=1e-9, atol=1e-12)
+    network = _layers(p["decay_group"], p["no_decay_group"])
+    assert tuple(map(sorted, protocol.decay_groups(network))) == (sorted(p["decay_group"]), sorted(p["no_decay_group"]))
+
+
+def _layers(decayed: list[str], others: list[str]) -> nn.Sequential:
+    """A network with these parameters: convolutions where a weight decays, batch norms where it does not."""
+    names = [*decayed, *others]
+    layers: list[nn.Module] = []
+    for i in range(1 + max(int(name.partition(".")[0]) for name in names)):
+        if f"{i}.weight" in others:
+            layers.append(nn.BatchNorm2d(4))
+        else:
+            layers.append(nn.Conv2d(4, 4, 3, bias=f"{i}.bias" in names) if f"{i}.weight" in names else nn.Flatten())
+    return nn.Sequential(*layers)
 
 
 ADAPTERS = {"cutmix": cutmix, "mixup": mixup, "labels_loss": labels_loss, "schedule": schedule}
