@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
+from stillhouse import recipe
 from stillhouse.errors import UserError
 from stillhouse.functional.matching import feature_mean_distance
 from stillhouse.loop import Loop
@@ -14,6 +16,7 @@ from stillhouse.methods.datasets.ncfm import SamplingNetwork, between, character
 from stillhouse.product import load_product
 from stillhouse.recipe import validate
 from stillhouse.run import execute
+from stillhouse.synthetic.training import HardTraining
 
 DIGITS = {
     "method": "ncfm",
@@ -121,9 +124,20 @@ def test_every_option_moves_the_images(options: dict, tmp_path: Path):
     assert made[1].isfinite().all() and (made[0] - made[1]).flatten(1).abs().amax(1).min() > 0  # every image
 
 
+def test_the_paper_variant_judges_by_the_published_protocol():
+    config: Any = recipe.load(Path(__file__).parents[1] / "recipes/datasets/ncfm.yaml", "paper")
+    spec, images = config.evaluate, normal(256, 3, 8, 8)
+    training = HardTraining.of(images, torch.arange(256) % 10, spec, spec.augment, None, ("test",))
+    network = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(192, 10))
+    assert isinstance(training.optimiser(network), torch.optim.AdamW) and training.steps_per_epoch == 2
+    assert [training.lr * training.rate(e) for e in (0, 399, 400, 1600, 1999)] == pytest.approx([1e-3, 1e-3, 5e-4, 6.25e-5, 6.25e-5])
+    assert (training.epochs, training.cutmix, training.mix_probability, training.align_corners, spec.best_every) == (2000, 1, 0.5, False, 100)
+    assert training.step(network, training.optimiser(network), 0).isfinite()
+
+
 def test_a_run_that_was_cut_off_within_an_iteration_goes_on_to_the_same_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    recipe = {**DIGITS, "sampler": "learned", "iterations": 2}
-    execute(validate(recipe), tmp_path / "whole", cpu=True)
+    given = {**DIGITS, "sampler": "learned", "iterations": 2}
+    execute(validate(given), tmp_path / "whole", cpu=True)
     collect = Loop._collect
 
     def cut(self: Loop, i: int, terms: dict) -> None:
@@ -134,8 +148,8 @@ def test_a_run_that_was_cut_off_within_an_iteration_goes_on_to_the_same_images(t
     with monkeypatch.context() as patched:
         patched.setattr(Loop, "_collect", cut)
         with pytest.raises(KeyboardInterrupt):
-            execute(validate(recipe), tmp_path / "cut", cpu=True)
-    execute(validate(recipe), tmp_path / "cut", cpu=True)
+            execute(validate(given), tmp_path / "cut", cpu=True)
+    execute(validate(given), tmp_path / "cut", cpu=True)
     assert torch.equal(load_product(tmp_path / "whole").images, load_product(tmp_path / "cut").images)
 
 
