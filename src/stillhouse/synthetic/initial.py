@@ -92,10 +92,8 @@ def mixed(real: RealImages, ipc: int, factor: int, generator: torch.Generator) -
     Where the sides do not divide, the first tiles are a pixel larger.
     """
     height, width = real.images.shape[-2:]
-    if not 1 <= factor <= min(height, width):
-        raise UserError(
-            f"Images of {height} x {width} pixels cannot be cut into {factor} x {factor} tiles; take a factor from 1 to {min(height, width)}."
-        )
+    if factor < 1 or any(-(-side // factor) * (factor - 1) >= side for side in (height, width)):  # `decode` would give a tile of padding
+        raise UserError(f"Images of {height} x {width} pixels cannot be cut into {factor} x {factor} tiles; take a smaller factor, 1 or more.")
     pool = real.draw(factor**2 * ipc, generator, "images (factor^2 * ipc)")
     parts = pool.view(len(real.classes), factor, factor, ipc, *pool.shape[1:])  # class, row, column, image, C, H, W
     heights, widths = ([side // factor + (i < side % factor) for i in range(factor)] for side in (height, width))
