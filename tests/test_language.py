@@ -264,6 +264,19 @@ def test_lmbda_is_the_share_of_steps_on_the_students_own_writing(file: Any, lmbd
     assert torch.equal(batch["label"], first_batch(bundle)["label"]), "a warm epoch reads the data"
 
 
+def test_what_the_student_wrote_is_not_weighed_by_how_many_tokens_the_data_had(file: Any) -> None:
+    bundle = bundle_of(file(questions()))
+    module, progress = on_policy(bundle, 1.0), Progress()
+    context = type("Context", (), {"progress": progress})()
+    losses = []
+    for counts in ({}, {"token_count": torch.tensor(1000.0)}):
+        torch.manual_seed(0)
+        batch = {**first_batch(bundle), **counts}
+        module.before_step(batch, context)
+        losses.append(module(batch, progress)["loss"])
+    assert torch.equal(*losses)
+
+
 def test_a_student_is_never_taught_its_own_writing_as_the_truth(file: Any) -> None:
     bundle = bundle_of(file(questions()))
     with pytest.raises(UserError, match="'ce' would teach the student its own writing"):

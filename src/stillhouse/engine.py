@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import importlib.util
 import math
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ from stillhouse.context import TrainingContext
 from stillhouse.distillation import to_device
 from stillhouse.errors import MissingExtra, UserError, unknown
 from stillhouse.files import written_beside
+from stillhouse.functional.token_losses import has_tokens, weigh_tokens_alike
 from stillhouse.live import Live
 from stillhouse.loop import Loop, Stateful
 from stillhouse.objective import Progress
@@ -135,7 +138,8 @@ def fit(
     """
     accelerator = accelerator or make_accelerator(spec, folder, cpu)
     device = accelerator.device
-    per_epoch = len(train)
+    batches = _Batches(train, spec)
+    per_epoch = batches.per_epoch
     if per_epoch == 0:
         raise UserError("The training data holds no samples.")
     module.to(device)
@@ -161,7 +165,7 @@ def fit(
         optimizer = accelerator.prepare(optimizer)  # elsewhere the wrapper does nothing, and costs 0.2 ms a step
     if spec.trackers and accelerator.is_main_process:
         accelerator.init_trackers(folder.name)
-    total = spec.epochs * per_epoch
+    total = batches.total
     state: dict[str, Stateful] = {"module": module, "optimizer": optimizer}
     if ema is not None:
         state["ema"] = ema
@@ -185,20 +189,16 @@ def fit(
     loop.restore()
     keeper = _Best(spec, folder, stage, loop)
     module.train()
-    stream: Iterator[Batch] | None = None
     nothing = nullcontext()
     before_step = getattr(module, "before_step", None)
 
     def step(i: int) -> Mapping[str, Tensor]:
-        nonlocal stream
         epoch, batch_number = divmod(i, per_epoch)
         progress.epoch, progress.batch, progress.step = epoch, batch_number, i // spec.accumulate
-        if stream is None:
-            stream = train.batches(epoch, batch_number, spec.epochs)
         if batch_number == 0 and hasattr(module, "begin_epoch"):
             module.begin_epoch(ctx)
             module.train()
-        batch = to_device(next(stream), device)
+        batch = to_device(batches.fetch(i), device)
         steps_now = (i + 1) % spec.accumulate == 0 or i + 1 == total
         factor = rate_factor(spec, i / per_epoch)
         for group, rate in zip(optimizer.param_groups, base_rates):
@@ -211,8 +211,8 @@ def fit(
                 terms = wrapped(batch, progress)
             except ValueError as error:
                 raise _batch_of_one(error, batch) from error
-            loss = terms["loss"]
-            loss = loss if spec.accumulate == 1 else loss / spec.accumulate
+            loss, averaged = terms["loss"], batches.of_step(i)
+            loss = loss if averaged == 1 else loss / averaged
             accelerator.backward(loss) if accelerator.scaler is not None else loss.backward()
         if steps_now:
             if spec.clip is not None:
@@ -237,8 +237,7 @@ def fit(
         return keeper.consider(figures, model, epoch)
 
     loop.run(step, boundary)
-    if stream is not None and hasattr(stream, "close"):
-        stream.close()
+    batches.close()
     if not loop.extra.get("closed"):
         if ema is not None:
             module.student.load_state_dict(ema.module.state_dict())
@@ -248,6 +247,36 @@ def fit(
     if spec.trackers:
         accelerator.end_training()
     return Fitted(dict(loop.extra.get("figures", {})), loop.seconds, math.ceil(loop.done / per_epoch))
+
+
+class _Batches:
+    """A fit's batches, in one stream over its epochs; those of an optimiser step are weighed token by token, where they hold tokens."""
+
+    def __init__(self, train: Any, spec: TrainSpec) -> None:
+        self.train, self.accumulate, self.epochs, self.per_epoch = train, spec.accumulate, spec.epochs, len(train)
+        self.total = spec.epochs * self.per_epoch
+        self._stream: Iterator[Batch] | None = None
+        self._ready: deque[Batch] = deque()
+
+    def of_step(self, i: int) -> int:
+        """How many batches make the optimiser step that batch i is a part of: the last step may have fewer."""
+        return min(self.accumulate, self.total - (i - i % self.accumulate))
+
+    def fetch(self, i: int) -> Batch:
+        """Batch i: the first that is asked for begins the stream, then one after the other."""
+        if self._stream is None:
+            self._stream = iter(self.train.batches(*divmod(i, self.per_epoch), self.epochs))
+        if not self._ready:
+            self._ready.append(next(self._stream))
+            if self.of_step(i) > 1 and has_tokens(self._ready[0]):
+                self._ready.extend(islice(self._stream, self.of_step(i) - 1))
+                weigh_tokens_alike(self._ready)
+        return self._ready.popleft()
+
+    def close(self) -> None:
+        """End the loader's workers."""
+        if self._stream is not None and hasattr(self._stream, "close"):
+            self._stream.close()
 
 
 class _Best:

@@ -8,6 +8,7 @@ the teacher or the student masks out with a logit of minus infinity costs nothin
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
@@ -67,7 +68,7 @@ def token_mean(rows: Tensor, mask: Tensor | None = None, count: Tensor | float |
 def step_count(batch: Batch, rows: Tensor, mask: Tensor | None = None, share: bool = True) -> Tensor:
     """What the sum over a batch is divided by so that the mean is over all tokens of the optimiser step.
 
-    `batch["token_count"]`, where a loop that accumulates gives it; else the tokens that count here.
+    `batch["token_count"]`, where a loop that accumulates gives it (see `weigh_tokens_alike`); else the tokens that count here.
 
     Args:
         rows: (...,) one value a token.
@@ -81,6 +82,20 @@ def step_count(batch: Batch, rows: Tensor, mask: Tensor | None = None, share: bo
         dist.all_reduce(count)
         count = count / dist.get_world_size()
     return count[0].clamp_min(1)
+
+
+def has_tokens(batch: Batch) -> bool:
+    """Whether the batch's labels are of tokens, (B, L) ids."""
+    label = batch.get("label")
+    return isinstance(label, Tensor) and label.ndim == 2 and not label.is_floating_point()
+
+
+def weigh_tokens_alike(batches: Sequence[Batch]) -> None:
+    """Give the batches of tokens of one optimiser step, whose losses are averaged, the `token_count` with which every token weighs the same; in place."""
+    masks = [counted(batch, batch["label"].shape) for batch in batches]
+    mean = torch.stack([mask.sum() for mask in masks if mask is not None]).sum() / len(batches)
+    for batch in batches:
+        batch["token_count"] = mean
 
 
 # ---- divergences ---------------------------------------------------------------------------------------------------------------------------

@@ -67,9 +67,10 @@ class OnPolicyDistillation(Distillation):
                 )
 
     def before_step(self, batch: Batch, ctx: Context) -> None:
-        """Rewrites the batch in place, or leaves it."""
+        """Rewrites the batch in place, or leaves it. Among accumulated batches, a rewritten one weighs by itself: the others' tokens are not written yet."""
         if ctx.progress.epoch >= self.warm_epochs and torch.rand(()).item() < self.lmbda:
             batch.update(self.writer.rewritten(self.student, batch))
+            batch.pop("token_count", None)
         super().before_step(batch, ctx)
 
 
