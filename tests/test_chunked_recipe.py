@@ -17,6 +17,7 @@ from torch.utils._pytree import tree_leaves
 
 from stillhouse import Progress, catalog, recipe
 from stillhouse.errors import UserError
+from stillhouse.evaluation.language import evaluate_tokens
 from stillhouse.objectives.ce import CrossEntropy
 from stillhouse.objectives.gkd import GKD
 from stillhouse.run import Run, execute
@@ -102,9 +103,37 @@ def test_a_step_in_chunks_makes_no_tensor_of_all_tokens_and_the_vocabulary(spec,
 
 def test_a_vocabulary_is_chunked_by_itself_only_where_it_is_big_and_everything_can(spec, monkeypatch: pytest.MonkeyPatch):
     assert not built(spec)[0]._reader.headless
-    monkeypatch.setattr("stillhouse.distillation.BIG_VOCABULARY", 200)
+    monkeypatch.setattr("stillhouse.functional.heads.BIG_VOCABULARY", 200)
     for objectives, expected in ((ALL, True), ([{"name": "kd"}], False), ([{"name": "ce", "label_smoothing": 0.1}], False)):
         assert built(spec, objectives=objectives)[0]._reader.headless is expected, objectives
+
+
+def test_a_student_is_judged_in_chunks_as_on_all_logits(spec, monkeypatch: pytest.MonkeyPatch):
+    module, batch = built(spec)
+    judged, rows = [], []
+    for big in (10**9, 200):
+        monkeypatch.setattr("stillhouse.functional.heads.BIG_VOCABULARY", big)
+        monkeypatch.setattr("stillhouse.functional.heads.CHUNK", 1)
+        with Largest(320, module._vocabulary) as largest:
+            judged.append(evaluate_tokens(module.student, [batch, batch], vocabulary=module._vocabulary))
+        rows.append(largest.rows)
+    assert judged[1] == pytest.approx(judged[0], rel=1e-6)
+    assert rows[0] >= batch["label"].numel() > 16 >= rows[1]
+
+
+def test_a_compiled_step_in_chunks_runs_the_compiled_bodies_of_both_networks(spec):
+    torch._dynamo.reset()
+    (eager, batch), (compiled, _) = built(spec, chunked=True), built(spec, chunked=True)
+    ran: list[str] = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Any:
+        ran.append("graph")
+        return graph.forward
+
+    compiled.compile(backend=backend)
+    expected, given = eager(batch, STEPS), compiled(batch, STEPS)
+    assert len(ran) >= 2
+    torch.testing.assert_close(given["loss"], expected["loss"])
 
 
 @pytest.mark.parametrize(

@@ -10,14 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from stillhouse.errors import UserError, nearest
+from stillhouse.functional import heads
 from stillhouse.objective import Context, Objective, Progress, WeightSchedule
 from stillhouse.randomness import keyed
 from stillhouse.signals import Batch, Signals
 from stillhouse.teachers import Frozen, Reader, Stored, Teacher
 
 NOTHING = Signals()
-BIG_VOCABULARY = 32_000
-"""Tokens from which on `chunked: null` means yes where it can."""
 
 
 @dataclass(frozen=True)
@@ -169,7 +168,7 @@ class Distillation(nn.Module):
 
     def _why_not_chunked(self, readers: Sequence[Reader], probe: Batch) -> str | None:
         """What keeps the losses from being computed in chunks: a clause for the message; None where nothing does."""
-        if self._chunked is False or (self._chunked is None and (self._vocabulary or 0) < BIG_VOCABULARY):
+        if self._chunked is False or (self._chunked is None and (self._vocabulary or 0) < heads.BIG_VOCABULARY):
             return "it is not asked for"
         for entry in self.entries:
             if not entry.objective.reads_hidden:
@@ -241,11 +240,11 @@ class Distillation(nn.Module):
         """torch.compile the student and the live teachers in place (after `build`, whose hooks must come first)."""
         if not self._built:
             raise UserError("Call build(batch) before compile(): hooks that are made after compilation never fire.")
-        self.student.compile(*args, **kwargs)
+        self._reader.compile(*args, **kwargs)
         for teacher in self._still.values():
             for member in getattr(teacher, "members", [teacher]):
-                if hasattr(member, "model"):
-                    member.model.compile(*args, **kwargs)
+                if hasattr(member, "_reader"):
+                    member._reader.compile(*args, **kwargs)
 
     def param_groups(self) -> list[dict[str, Any]]:
         """Optimiser groups: the student, co-trained peers, and what objectives own."""

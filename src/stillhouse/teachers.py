@@ -97,6 +97,15 @@ class Reader:
         weight, bias = head.weight[: self.width], None if head.bias is None else head.bias[: self.width]
         return Signals(taps={"hidden": head.hidden, "output_weight": weight} | ({} if bias is None else {"output_bias": bias}))
 
+    def compile(self, *args: Any, **kwargs: Any) -> None:
+        """torch.compile in place what a call runs: the model, or of a headless one its body."""
+        called = self.model
+        if self.headless:
+            from stillhouse.models.language import body_and_output
+
+            called, _ = body_and_output(self.model)
+        called.compile(*args, **kwargs)
+
     def close(self) -> None:
         """Leave no hook on the model."""
         if self._taps is not None:

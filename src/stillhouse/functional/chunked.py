@@ -166,6 +166,29 @@ def linear_taid(
     return in_chunks(student, score, 3, 1.0, mask, count, reduction, rows)
 
 
+@torch.no_grad()
+def linear_scores(student: Head, labels: Tensor, *, rows: int | None = None) -> tuple[Tensor, Tensor]:
+    """The cross-entropy of each token, (N,) float32, and whether the most probable token is the label, (N,) bool; to judge by, without gradient.
+
+    Args:
+        student: hidden (N, D), weight (V, D).
+        labels: (N,) ids.
+        rows: as for `linear_cross_entropy`.
+    """
+    check_head("linear_scores", student)
+    losses = torch.empty(len(labels), device=labels.device)
+    right = torch.empty(len(labels), dtype=torch.bool, device=labels.device)
+
+    def score(space: list[Tensor], part: slice) -> Tensor:
+        z, target = space[0], labels[part]
+        right[part] = z.argmax(1) == target
+        losses[part] = torch.logsumexp(z, 1) - z.gather(1, target[:, None])[:, 0]
+        return losses[part]
+
+    in_chunks(student, score, 2, 1.0, None, None, "sum", rows)
+    return losses, right
+
+
 def _by_part(teacher: Head | Tensor) -> Callable[[slice, Tensor], Tensor]:
     """What writes the teacher's logits of some rows into a space."""
     if isinstance(teacher, Tensor):

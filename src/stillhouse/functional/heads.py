@@ -16,6 +16,8 @@ from stillhouse.errors import UserError
 from stillhouse.functional.token_losses import Reduction
 from stillhouse.signals import Signals
 
+BIG_VOCABULARY = 32_000
+"""Tokens from which on logits are not computed all at once, where that is left open."""
 CHUNK = 2**25
 """Numbers that the working memory of a chunk holds: 128 MiB in float32."""
 

@@ -146,15 +146,21 @@ def headless(model: nn.Module, inputs: Mapping[str, Any]) -> Head:
     if isinstance(model, OtherIds):
         head = headless(model.model, model.translated(inputs))
         return Head(head.hidden, head.weight[model.ids], None if head.bias is None else head.bias[model.ids])
-    whole: Any = model
+    body, last = body_and_output(model)
+    output = body(**{"use_cache": False, **inputs})
+    return Head(output.last_hidden_state, last.weight, last.bias)
+
+
+def body_and_output(model: nn.Module) -> tuple[nn.Module, nn.Linear]:
+    """What gives a language model's last hidden states, and its output layer. Raises as `headless`."""
+    whole: Any = model.model if isinstance(model, OtherIds) else model
     if hasattr(whole, "get_base_model"):  # of peft
         whole = whole.get_base_model()
     last = whole.get_output_embeddings() if hasattr(whole, "get_output_embeddings") else None
     body = getattr(whole, "base_model", whole)
     if type(last) is not nn.Linear or body is whole:
         raise UserError(f"a {type(whole).__name__} has no linear output layer apart from its body")
-    output = body(**{"use_cache": False, **inputs})
-    return Head(output.last_hidden_state, last.weight, last.bias)
+    return body, last
 
 
 @torch.no_grad()
@@ -167,6 +173,15 @@ def check_headless(model: nn.Module, inputs: Mapping[str, Any], tokens: int = 8)
         made, logits = headless(model, few).logits(), read_logits(model(**few))
     if capped or made.shape != logits.shape or not torch.allclose(made.float(), logits.float(), rtol=1e-2, atol=1e-2 * float(logits.abs().max())):
         raise UserError(f"a {type(model).__name__} changes its logits after the output layer (it scales or caps them)")
+
+
+def can_be_headless(model: nn.Module, inputs: Mapping[str, Any]) -> bool:
+    """Whether `headless` gives what the model's logits are made of."""
+    try:
+        check_headless(model, inputs)
+    except UserError:
+        return False
+    return True
 
 
 def as_teacher(model: nn.Module, theirs: Any, ours: Any, task: str) -> nn.Module:
