@@ -15,15 +15,21 @@ _FACE = {
     "load": "stillhouse.product",
     "list_methods": "stillhouse.catalog",
     "Signals": "stillhouse.signals",
+    "TopK": "stillhouse.signals",
     "Taps": "stillhouse.signals",
     "Objective": "stillhouse.objective",
     "Progress": "stillhouse.objective",
+    "WeightSchedule": "stillhouse.objective",
     "Distillation": "stillhouse.distillation",
     "Frozen": "stillhouse.teachers",
     "Ensemble": "stillhouse.teachers",
     "Momentum": "stillhouse.teachers",
     "PastSelf": "stillhouse.teachers",
     "CoTrained": "stillhouse.teachers",
+    "Stored": "stillhouse.teachers",
+    "Store": "stillhouse.store",
+    "StoredDataset": "stillhouse.store",
+    "Loader": "stillhouse.data",
     "UserError": "stillhouse.errors",
 }
 __all__ = ["__version__", *_FACE]
@@ -31,18 +37,24 @@ __all__ = ["__version__", *_FACE]
 if TYPE_CHECKING:
     from stillhouse.api import distill as distill
     from stillhouse.catalog import list_methods as list_methods
+    from stillhouse.data import Loader as Loader
     from stillhouse.distillation import Distillation as Distillation
     from stillhouse.errors import UserError as UserError
     from stillhouse.objective import Objective as Objective
     from stillhouse.objective import Progress as Progress
+    from stillhouse.objective import WeightSchedule as WeightSchedule
     from stillhouse.product import load as load
     from stillhouse.signals import Signals as Signals
     from stillhouse.signals import Taps as Taps
+    from stillhouse.signals import TopK as TopK
+    from stillhouse.store import Store as Store
+    from stillhouse.store import StoredDataset as StoredDataset
     from stillhouse.teachers import CoTrained as CoTrained
     from stillhouse.teachers import Ensemble as Ensemble
     from stillhouse.teachers import Frozen as Frozen
     from stillhouse.teachers import Momentum as Momentum
     from stillhouse.teachers import PastSelf as PastSelf
+    from stillhouse.teachers import Stored as Stored
 
 
 def __getattr__(name: str) -> Any:
