@@ -149,7 +149,7 @@ def test_teachers_are_kept_and_shared_by_their_setting(tmp_path: Path) -> None:
         ({"train": {"batch_size": 32}}, "train.batch_size"),
         ({"terms": ["lo"]}, "'low', 'high' or 'soft'"),
         ({"terms": []}, "at least 1"),
-        ({"tau": 0}, "greater than 0"),
+        ({"tau": 0}, "above 0"),
         ({"teacher": {"conv": "gin"}}, "'gcn', 'sage' or 'gat'"),
     ],
 )

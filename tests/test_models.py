@@ -229,7 +229,7 @@ def test_a_plain_sequential_has_stages_where_its_resolution_falls() -> None:
         ("stillhouse:wrn_17_2", {}, "depth D = 6n\\+4"),
         ("timm:resnet19", {}, "did you mean 'timm:resnet1"),
         ("torchvision:resnet19", {}, "did you mean 'torchvision:resnet18'"),
-        ("stillhouse:convnet3", {"wdth": 4}, "'options.wdth'; did you mean 'options.width'"),
+        ("stillhouse:convnet3", {"wdth": 4}, "'options.wdth' of 'stillhouse:convnet3'; did you mean 'options.width'"),
         ("stillhouse:convnet3", {"depth": 4}, "options.depth: 'stillhouse:convnet3' fixes depth to 3"),
         ("stillhouse:convnet3", {"norm": "instnce"}, "did you mean 'instance'"),
         ("stillhouse:convnet3", {"width": "wide"}, "Could not build 'stillhouse:convnet3' with options"),

@@ -7,15 +7,15 @@ Importing this module loads neither torch nor any method.
 from __future__ import annotations
 
 import copy
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from stillhouse.errors import UserError, nearest
+from stillhouse.sentences import spell
 
 
 class Spec(BaseModel):
@@ -241,51 +241,6 @@ class MethodConfig(Spec):
     )
 
 
-def spell(error: ValidationError, model: type[BaseModel], where: str) -> UserError:
-    """A pydantic error as sentences: the key's path, what was expected and given, the nearest valid key."""
-    lines = []
-    for item in error.errors():
-        path = [p for p in item["loc"] if not (isinstance(p, str) and p.startswith(("function-", "str", "list[", "dict[", "union")))]
-        dotted = ".".join(map(str, path))
-        given = item.get("input")
-        shown = json.dumps(given, default=str) if not isinstance(given, str) else repr(given)
-        shown = shown if len(shown) < 60 else shown[:57] + "…"
-        if item["type"] == "extra_forbidden":
-            valid = _fields_at(model, path[:-1])
-            close = nearest(str(path[-1]), valid)
-            hint = f"did you mean '{'.'.join(map(str, [*path[:-1], close[0]]))}'?" if close else f"valid keys there: {', '.join(valid) or 'none'}."
-            lines.append(f"{where}: unknown key '{dotted}'; {hint}")
-        elif item["type"] == "missing":
-            lines.append(f"{where}: '{dotted}' is missing.")
-        elif item["type"] == "value_error":
-            lines.append(f"{where}: {dotted + ': ' if dotted else ''}{str(item['ctx']['error']).rstrip('.')}.")
-        else:
-            message = item["msg"][0].lower() + item["msg"][1:]
-            lines.append(f"{where}: '{dotted}': {message}; given: {shown} ({type(given).__name__}).")
-    return UserError("\n".join(dict.fromkeys(lines)))
-
-
-def _fields_at(model: Any, path: Sequence[Any]) -> list[str]:
-    """Valid keys of the nested model at a path."""
-    for part in path:
-        if isinstance(part, int):
-            continue
-        if not (isinstance(model, type) and issubclass(model, BaseModel)) or part not in model.model_fields:
-            return []
-        model = _model_in(model.model_fields[part].annotation)
-    return list(model.model_fields) if isinstance(model, type) and issubclass(model, BaseModel) else []
-
-
-def _model_in(annotation: Any) -> Any:
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return annotation
-    for inner in get_args(annotation):
-        found = _model_in(inner)
-        if found is not None:
-            return found
-    return None
-
-
 def read_yaml(path: str | Path) -> dict[str, Any]:
     """A recipe file as a mapping. Raises `UserError` for a file that is missing, is not YAML, or is not a mapping."""
     path = Path(path)
@@ -374,6 +329,7 @@ def resolve(tree: Mapping[str, Any], variant: str | None = None, sets: Mapping[s
 def validate(tree: Mapping[str, Any], where: str = "recipe") -> MethodConfig:
     """A resolved recipe as its method's `Config`; only the files of the method and the objectives it names are imported."""
     from stillhouse import catalog
+    from stillhouse.checks import check
 
     method = tree.get("method", "distillation")
     if not isinstance(method, str):
@@ -383,7 +339,7 @@ def validate(tree: Mapping[str, Any], where: str = "recipe") -> MethodConfig:
         valid = config.model_validate(dict(tree))
     except ValidationError as error:
         raise spell(error, config, where) from None
-    check_plugins(valid, where)
+    check(valid, where)
     return valid
 
 
@@ -415,77 +371,10 @@ def dump(config: BaseModel) -> str:
     )
 
 
-def check_plugins(config: BaseModel, where: str = "recipe", path: tuple[Any, ...] = ()) -> None:
-    """Validate the parts of a config that a class elsewhere defines, in place: objectives by the options of their own file, optimisers by torch.optim."""
-    for name in type(config).model_fields:
-        value = getattr(config, name)
-        for at, item in enumerate(value) if isinstance(value, list) else [(None, value)]:
-            here = (*path, name) if at is None else (*path, name, at)
-            if isinstance(item, ObjectiveSpec):
-                _check_options(item, where, here)
-            elif isinstance(item, OptimizerSpec):
-                _check_optimizer(item, where, here)
-            elif isinstance(item, BaseModel):
-                check_plugins(item, where, here)
-        if isinstance(value, dict):
-            for key, item in value.items():
-                if isinstance(item, BaseModel):
-                    check_plugins(item, where, (*path, name, key))
-
-
-def _check_optimizer(spec: OptimizerSpec, where: str, path: tuple[Any, ...]) -> None:
-    import inspect
-
-    from stillhouse.engine import optimizer_class
-
-    dotted = ".".join(map(str, path))
-    try:
-        valid = [p for p in inspect.signature(optimizer_class(spec.name)).parameters if p != "params"]
-    except UserError as error:
-        raise UserError(f"{where}: {dotted}.name: {error}") from None
-    for key in spec.arguments():
-        if key not in valid:
-            close = nearest(key, ["name", *valid])
-            hint = f"did you mean '{dotted}.{close[0]}'?" if close else f"valid keys there: name, {', '.join(valid)}."
-            raise UserError(f"{where}: unknown key '{dotted}.{key}' for {spec.name}; {hint}")
-
-
-def _check_options(spec: ObjectiveSpec, where: str, path: tuple[Any, ...]) -> None:
-    from stillhouse import catalog
-
-    dotted = ".".join(map(str, path))
-    try:
-        model = catalog.options(catalog.objective(spec.name))
-    except UserError as error:
-        raise UserError(f"{where}: {dotted}: {error}") from None
-    try:
-        checked = model.model_validate(spec.arguments)
-    except ValidationError as error:
-        moved = []
-        for item in error.errors():
-            loc = (*path, *item["loc"])
-            if item["type"] == "extra_forbidden":
-                valid = [*model.model_fields, *ObjectiveSpec.model_fields]
-                close = nearest(str(item["loc"][-1]), valid)
-                hint = f"did you mean '{dotted}.{close[0]}'?" if close else f"valid keys there: {', '.join(valid)}."
-                moved.append(f"{where}: unknown key '{'.'.join(map(str, loc))}'; {hint}")
-            elif item["type"] == "missing":
-                moved.append(f"{where}: '{'.'.join(map(str, loc))}' is missing.")
-            else:
-                given = item.get("input")
-                moved.append(
-                    f"{where}: '{'.'.join(map(str, loc))}': {item['msg'][0].lower() + item['msg'][1:]}; given: {given!r} ({type(given).__name__})."
-                )
-        raise UserError("\n".join(dict.fromkeys(moved))) from None
-    if spec.model_extra is not None:
-        spec.model_extra.update({k: v for k in type(checked).model_fields if (v := getattr(checked, k)) is not None})
-    if spec.weight is None:
-        spec.weight = catalog.objective(spec.name).default_weight
-
-
 def objective_from_spec(spec: str | Mapping[str, Any] | ObjectiveSpec) -> Any:
     """A recipe entry as a `stillhouse.distillation.Weighted` objective."""
     from stillhouse import catalog
+    from stillhouse.checks import check_objective
     from stillhouse.distillation import Weighted
     from stillhouse.objective import WeightSchedule
 
@@ -494,7 +383,7 @@ def objective_from_spec(spec: str | Mapping[str, Any] | ObjectiveSpec) -> Any:
             spec = ObjectiveSpec.model_validate(spec)
         except ValidationError as error:
             raise spell(error, ObjectiveSpec, "objective") from None
-    _check_options(spec, "objective", (spec.name,))
+    check_objective(spec, "objective", (spec.name,))
     cls = catalog.objective(spec.name)
     objective = cls(**spec.arguments)
     objective.teacher = spec.teacher

@@ -1,19 +1,23 @@
 """Models by name: `timm:NAME`, `torchvision:NAME`, `hf:FOLDER`, `hf:config:TYPE`, `file:path.py:Class` and our own small nets, `stillhouse:NAME`.
 
-`build` makes one from a recipe's `ModelSpec`; `names` lists our own; `load_weights` reads a checkpoint; `anatomy` finds stages and the classifier.
+`build` makes one from a recipe's `ModelSpec`, `check` looks for its name beforehand; `names` lists our own; `load_weights` reads a checkpoint; `anatomy`
+finds stages and the classifier.
 """
 
 from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
 
 from torch import nn
 
 from stillhouse.errors import UserError, nearest
 from stillhouse.models import convnet, mobile, resnet, sources, transformer, vgg, wide_resnet  # noqa: F401 (the nets register themselves)
-from stillhouse.models.registry import build_own, names, register
+from stillhouse.models.registry import build_own, check_own, names, register
 from stillhouse.models.weights import load_weights
 from stillhouse.recipe import ModelSpec
 
-__all__ = ["build", "load_weights", "names", "register"]
+__all__ = ["build", "check", "load_weights", "names", "register"]
 
 KINDS = ("stillhouse", "timm", "torchvision", "hf", "file")
 
@@ -55,6 +59,19 @@ def build(spec: ModelSpec, num_classes: int | None = None, input_shape: tuple[in
     if spec.checkpoint is not None:
         load_weights(model, spec.checkpoint, owner=f"model '{spec.model}'")
     return model
+
+
+def check(model: str, options: Mapping[str, Any]) -> None:
+    """Raises `UserError` for a name that its library does not know, or an option that one of our nets does not have. Builds and loads nothing."""
+    kind, _, name = model.partition(":")
+    if kind not in KINDS or not name:
+        raise _unknown_kind(model)
+    if kind == "stillhouse":
+        check_own(name, options)
+    elif kind == "timm":
+        sources.check_timm(name)
+    elif kind == "torchvision":
+        sources.check_torchvision(name)
 
 
 def _unknown_kind(model: str) -> UserError:

@@ -46,21 +46,26 @@ def build_own(name: str, num_classes: int | None, input_shape: tuple[int, ...] |
     Raises:
         UserError: an unknown name or option, or an option that the name fixes.
     """
-    cls, fixed = _find(name)
     arguments = dict(options)
     if num_classes is not None:
         arguments.setdefault("num_classes", num_classes)
     if input_shape is not None:
         arguments.setdefault("input_shape", tuple(input_shape))
+    cls, fixed = check_own(name, arguments)
+    return cls(**fixed, **arguments)
+
+
+def check_own(name: str, options: Mapping[str, Any]) -> tuple[type[nn.Module], Fixed]:
+    """The class of one of our nets and what its name fixes. Raises as `build_own`; builds nothing."""
+    cls, fixed = _find(name)
     valid = list(inspect.signature(cls).parameters)
-    for key in arguments:
+    for key in options:
         if key in fixed:
             raise UserError(f"options.{key}: 'stillhouse:{name}' fixes {key} to {fixed[key]} by its name; choose another name.")
         if key not in valid:
-            raise unknown(
-                f"option of 'stillhouse:{name}'", f"options.{key}", [f"options.{v}" for v in valid if v not in fixed and v != "input_shape"]
-            )
-    return cls(**fixed, **arguments)
+            known = [f"options.{v}" for v in valid if v not in fixed and v != "input_shape"]
+            raise unknown("option", f"options.{key}", known, f" of 'stillhouse:{name}'")
+    return cls, fixed
 
 
 def _find(name: str) -> tuple[type[nn.Module], Fixed]:

@@ -30,12 +30,27 @@ TASKS = {  # options.task: the Auto class, and its mapping from config classes t
 }
 
 
-def from_timm(name: str, num_classes: int | None, input_shape: Shape | None, options: Options, pretrained: bool) -> nn.Module:
-    """A timm model; channels, and image size where the model has one, from `input_shape`."""
+def check_timm(name: str) -> None:
+    """Raises `UserError` for a name that timm does not know."""
     import timm
 
     if not timm.is_model(name):
         raise unknown("timm model", f"timm:{name}", [f"timm:{n}" for n in timm.list_models()])
+
+
+def check_torchvision(name: str) -> None:
+    """Raises `UserError` for a name that torchvision does not know."""
+    from torchvision import models
+
+    if name not in models.list_models():
+        raise unknown("torchvision model", f"torchvision:{name}", [f"torchvision:{n}" for n in models.list_models()])
+
+
+def from_timm(name: str, num_classes: int | None, input_shape: Shape | None, options: Options, pretrained: bool) -> nn.Module:
+    """A timm model; channels, and image size where the model has one, from `input_shape`."""
+    import timm
+
+    check_timm(name)
     arguments = dict(options)
     if num_classes is not None:
         arguments.setdefault("num_classes", num_classes)
@@ -60,8 +75,7 @@ def from_torchvision(name: str, num_classes: int | None, input_shape: Shape | No
     """A torchvision model. With published weights and another number of classes, all but the classifier is loaded."""
     from torchvision import models
 
-    if name not in models.list_models():
-        raise unknown("torchvision model", f"torchvision:{name}", [f"torchvision:{n}" for n in models.list_models()])
+    check_torchvision(name)
     if input_shape is not None and input_shape[0] != 3:
         raise UserError(f"torchvision models take 3 channels, but the data has {input_shape[0]}; use a timm: or stillhouse: model, which adapt.")
     arguments = dict(options)
