@@ -12,7 +12,7 @@ from stillhouse.errors import UserError
 from stillhouse.functional.recovery import BatchNormStatistics
 from stillhouse.methods.datasets.cv_dd import RecoverSpec, begin
 from stillhouse.methods.datasets.cv_dd.learning import StretchedTraining, StudentSpec
-from stillhouse.methods.datasets.cv_dd.voting import batch_labels, chosen, committee_loss, medium_first, running_labels, vote_weights
+from stillhouse.methods.datasets.cv_dd.voting import batch_labels, chosen, committee_loss, compared, medium_first, statistics_distance, vote_weights
 from stillhouse.methods.datasets.sre2l import RecoverSpec as Single
 from stillhouse.methods.datasets.sre2l import recover_loss
 from stillhouse.models.convnet import ConvNet
@@ -23,7 +23,7 @@ from stillhouse.run import execute
 from stillhouse.synthetic.config import AugmentSpec, EvaluateSpec
 from stillhouse.synthetic.product import SyntheticSet
 from stillhouse.synthetic.real import RealImages
-from stillhouse.synthetic.relabel import ViewLabels, Views
+from stillhouse.synthetic.relabel import ViewLabels, Views, running_logits
 from stillhouse.synthetic.training import SoftTraining
 
 
@@ -87,7 +87,7 @@ def test_labels_see_the_statistics_of_their_half_and_leave_the_network_as_it_was
     network, x = small(), torch.randn(6, 1, 8, 8) * 3 + 1
     before = {k: v.clone() for k, v in network.state_dict().items()}
     said = batch_labels([network], [1.0], torch.cat([x, x]))
-    assert torch.allclose(said[:6], said[6:], atol=1e-6) and not torch.allclose(said[:6], running_labels(network, x), atol=1e-2)
+    assert torch.allclose(said[:6], said[6:], atol=1e-6) and not torch.allclose(said[:6], running_logits(network, x), atol=1e-2)
     after = network.state_dict()
     assert not network.training and list(after) == list(before) and all(torch.equal(after[k], before[k]) for k in before)
     reference = small().train()
@@ -144,14 +144,60 @@ def test_the_student_accumulates_and_its_rate_ends_where_the_cosine_is_stretched
     assert optimiser.param_groups[0]["lr"] == pytest.approx(0.05)
 
 
+def test_a_step_has_the_mean_gradient_of_its_batches():
+    images = torch.randn(12, 1, 8, 8).clamp(-1, 1)
+    views = ViewLabels(Views(epochs=1, batch_size=5, augment="", mix="none"), torch.randn(1, 12, 3))
+    made = SyntheticSet(images, torch.arange(3).repeat_interleave(4), ["a", "b", "c"], (0.5,), (0.5,), views=views)
+    plain = SoftTraining.of(made, EvaluateSpec(epochs=10, lr=0.1), AugmentSpec(groups=""), torch.device("cpu"), ("t",))
+    for accumulate, batches in ((3, 3), (4, 3), (1, 1)):
+        network = small().requires_grad_(True)
+        training = StretchedTraining.like(plain, StudentSpec(accumulate=accumulate))
+        wanted = torch.stack([plain.loss(network, i) for i in range(batches)]).mean()
+        gradients = torch.autograd.grad(wanted, list(network.parameters()))
+        loss = training.step(network, training.optimiser(network), 0)
+        assert torch.allclose(loss, wanted) and not loss.requires_grad
+        assert all(torch.allclose(p.grad, g, atol=1e-6) for p, g in zip(network.parameters(), gradients))
+
+
+def test_labels_by_the_batch_and_by_the_running_statistics_are_compared_over_views():
+    network, images = small(), torch.randn(40, 1, 8, 8)
+    told = compared([network], [1.0], images, Views(epochs=1, batch_size=40, augment="", mix="none"))
+    halves = images[torch.cat(ViewLabels(Views(epochs=1, batch_size=40), torch.zeros(0)).order(40, 0))].split(20)
+    batch = torch.cat([small().train()(half) for half in halves])
+    running = torch.cat([running_logits(network, half) for half in halves])
+    assert told["views_agreement"] == pytest.approx(float((batch.argmax(1) == running.argmax(1)).double().mean())) and told["views_agreement"] > 0.3
+    assert told["confidence_batch"] == pytest.approx(float(batch.softmax(1).amax(1).mean()), abs=1e-5)
+
+
+def test_distances_to_a_network_fall_for_images_like_those_that_it_knows():
+    network = small().train()
+    known, other = torch.randn(200, 1, 8, 8), torch.randn(200, 1, 8, 8) * 2 + 1
+    for _ in range(50):
+        network(known)
+    network.eval()
+    assert statistics_distance(network, known) < statistics_distance(network, other) / 2
+
+
 def test_a_run_measures_priors_and_keeps_images_with_labels_of_their_views(tmp_path: Path):
     found = execute(validate(tree()), tmp_path / "run", cpu=True)
     made = load_product(tmp_path / "run")
     assert made.views.logits.shape == (2, 20, 10) and made.labels.tolist() == [c for c in range(10) for _ in range(2)]
     assert all(0 <= found[f"prior_{m}"] <= 100 for m in range(3)) and found["out_of_range_pixels"] == 0
+    assert found["distil_iterations"] == 6 and found["distil_peak_mb"] > 0 and found["distil_seconds_per_iteration"] > 0
+    assert 0 <= found["views_agreement"] <= 1 and found["bn_outside_1"] > 0 and "bn_outside_0" not in found  # pairs (0, 1) and (0, 2)
     execute(validate(tree(priors=[60, 62, 64], recover={"iterations": 0, "init": "noise"}, statistics="running")), tmp_path / "given", cpu=True)
     other = load_product(tmp_path / "given")
     assert not torch.equal(other.images, made.images) and not torch.equal(other.views.logits, made.views.logits)
+
+
+def test_priors_are_measured_anew_where_their_training_changes(tmp_path: Path):
+    small_tree = tree(recover={"iterations": 0, "area": 0.5, "crops": 1}, measure={"epochs": 8, "ipc": 2})
+    evaluate = small_tree["evaluate"]
+    found = [
+        execute(validate({**small_tree, "evaluate": {**evaluate, "lr": 0.05, **change}}), tmp_path / str(i), cpu=True)
+        for i, change in enumerate(({}, {"optimizer": "sgd"}, {"schedule": {"name": "constant"}}))
+    ]
+    assert len({tuple(f[f"prior_{m}"] for m in range(3)) for f in found}) == 3
 
 
 def test_wrong_committees_are_refused_with_a_sentence():

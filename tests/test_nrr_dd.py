@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from stillhouse.errors import UserError
 from stillhouse.functional.recovery import BatchNormStatistics
 from stillhouse.methods.datasets.nrr_dd import RefineSpec, refine_loss
-from stillhouse.methods.datasets.nrr_dd.distances import DistanceLabels, DistanceSet, distance_loss, distances, mixed_view
+from stillhouse.methods.datasets.nrr_dd.distances import DistanceLabels, DistanceSet, distance_loss, distances
 from stillhouse.methods.datasets.nrr_dd.refining import activation_map, critical, discover, mask, masked_step, mosaic, share_inside
 from stillhouse.methods.datasets.sre2l import RecoverSpec, recover_loss
 from stillhouse.models.convnet import ConvNet
@@ -56,6 +56,14 @@ def test_the_mean_of_a_map_and_the_bias_are_the_logit(pooled: bool):
 def test_a_map_runs_from_0_to_1_and_a_flat_one_is_nowhere_critical():
     c = critical(torch.stack([torch.arange(16.0).view(4, 4) - 3, torch.full((4, 4), 2.0), torch.full((4, 4), -1.0)]), (8, 8))
     assert c.shape == (3, 1, 8, 8) and float(c[0].min()) == 0 and float(c[0].max()) == 1 and not c[1:].any()
+
+
+def test_each_patch_may_have_critical_pixels_of_its_own():
+    activation = torch.arange(16.0).view(1, 4, 4)
+    whole, tiles = critical(activation, (8, 8)), critical(activation, (8, 8), tiles=2)
+    assert not (whole[..., :4, :4] >= 0.5).any()
+    for quarter in (tiles[..., :4, :4], tiles[..., :4, 4:], tiles[..., 4:, :4], tiles[..., 4:, 4:]):
+        assert float(quarter.min()) == 0 and float(quarter.max()) == 1
 
 
 def test_the_mask_is_eps_where_nothing_is_active_and_0_in_critical_regions():
@@ -162,7 +170,7 @@ def test_the_share_of_own_pixels_is_what_is_in_the_picture(mix: str):
     images = torch.arange(6.0).view(6, 1, 1, 1).expand(6, 1, 8, 8)
     rows = torch.tensor([4, 1, 0, 3])
     for number in range(8):
-        x, partners, share = mixed_view(Views(augment="", mix=mix), images, rows, 0, number)
+        x, partners, share = Views(augment="", mix=mix).mixed(images, rows, 0, number)
         assert sorted(partners.tolist()) == sorted(rows.tolist())
         assert torch.allclose(x.mean((1, 2, 3)), share * rows + (1 - share) * partners, atol=1e-5)
     assert mix != "none" or (share == 1 and torch.equal(partners, rows))

@@ -14,6 +14,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
+from stillhouse.evaluation.mode import evaluating
 from stillhouse.functional.siamese import Strength, all_of, apply, groups_of
 from stillhouse.randomness import generator, key, permutation
 from stillhouse.recipe import Spec
@@ -38,22 +39,31 @@ class Views(Spec):
 
     def batch(self, images: Tensor, rows: Tensor, epoch: int, number: int) -> Tensor:
         """The views of these rows as batch `number` of an epoch."""
+        return self.mixed(images, rows, epoch, number)[0]
+
+    def mixed(self, images: Tensor, rows: Tensor, epoch: int, number: int) -> tuple[Tensor, Tensor, float]:
+        """Views (b, C, H, W) of these rows as batch `number` of an epoch, the rows (b,) of their partners, and the share of the image's own pixels.
+
+        Without mixing, and for a single image, the partner is the image itself and the share is 1.
+        """
         drawn = generator(self.seed, "view", epoch, number)
         x = images[rows.to(images.device)]
-        groups = groups_of(self.augment)
-        x = apply(x, all_of(groups, len(x), (x.shape[-2], x.shape[-1]), drawn, Strength(area=self.area)))
+        x = apply(x, all_of(groups_of(self.augment), len(x), (x.shape[-2], x.shape[-1]), drawn, Strength(area=self.area)))
         if self.mix == "none" or len(x) < 2:
-            return x
-        partner = x[torch.randperm(len(x), generator=drawn).to(x.device)]
+            return x, rows, 1.0
+        order = torch.randperm(len(x), generator=drawn)
         rng = np.random.default_rng(key(self.seed, "mix", epoch, number))
-        return _cut(x, partner, rng, self.alpha or 1.0) if self.mix == "cutmix" else _blend(x, partner, rng, self.alpha or 0.8)
+        mixes = _cut if self.mix == "cutmix" else _blend
+        x, share = mixes(x, x[order.to(x.device)], rng, self.alpha or (1.0 if self.mix == "cutmix" else 0.8))
+        return x, rows[order], share
 
 
-def _blend(x: Tensor, partner: Tensor, rng: np.random.Generator, alpha: float) -> Tensor:
-    return torch.lerp(partner, x, float(rng.beta(alpha, alpha)))
+def _blend(x: Tensor, partner: Tensor, rng: np.random.Generator, alpha: float) -> tuple[Tensor, float]:
+    share = float(rng.beta(alpha, alpha))
+    return torch.lerp(partner, x, share), share
 
 
-def _cut(x: Tensor, partner: Tensor, rng: np.random.Generator, alpha: float) -> Tensor:
+def _cut(x: Tensor, partner: Tensor, rng: np.random.Generator, alpha: float) -> tuple[Tensor, float]:
     """A box of the partner; its sides are sqrt(1 - lam) of the image's, its centre anywhere."""
     height, width = x.shape[-2:]
     side = (1 - rng.beta(alpha, alpha)) ** 0.5
@@ -62,7 +72,7 @@ def _cut(x: Tensor, partner: Tensor, rng: np.random.Generator, alpha: float) -> 
     out = x.clone()
     box = (slice(None), slice(None), slice(max(y - half_h, 0), y + half_h), slice(max(z - half_w, 0), z + half_w))
     out[box] = partner[box]
-    return out
+    return out, 1 - out[box][0, 0].numel() / (height * width)
 
 
 @dataclass
@@ -80,6 +90,12 @@ class ViewLabels:
     def order(self, count: int, epoch: int) -> tuple[Tensor, ...]:
         """The rows of the batches of an epoch."""
         return torch.tensor(permutation(count, self.made.seed, "views", epoch % self.made.epochs)).split(self.made.batch_size)
+
+
+def running_logits(network: nn.Module, images: Tensor, batch: int = 256) -> Tensor:
+    """Logits (N, classes) of images (N, C, H, W) in evaluation mode, without gradients, a batch at a time."""
+    with evaluating(network):
+        return torch.cat([network(x).float() for x in images.split(batch)])
 
 
 @torch.no_grad()

@@ -19,13 +19,11 @@ files; no batch-norm layer is left out (the release skips one of EfficientNet); 
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal, TypeVar
 
-import numpy as np
 import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
@@ -33,20 +31,20 @@ from torch.nn import functional as F
 
 from stillhouse.errors import UserError
 from stillhouse.evaluation import evaluates
-from stillhouse.evaluation.mode import evaluating
 from stillhouse.evaluation.synthetic_set import judge
 from stillhouse.files import written_beside
 from stillhouse.functional.recovery import BatchNormStatistics, clamp_to_pixels, statistics_loss
 from stillhouse.functional.siamese import Strength, all_of, apply, groups_of
 from stillhouse.product import read_meta
-from stillhouse.randomness import generator, key, permutation
+from stillhouse.randomness import generator, permutation
 from stillhouse.recipe import Spec, Teacher
 from stillhouse.run import Method, Run, Stage
 from stillhouse.synthetic.config import DatasetConfig
+from stillhouse.synthetic.descent import Cost, descend
 from stillhouse.synthetic.product import SyntheticSet
-from stillhouse.synthetic.real import RealImages
-from stillhouse.synthetic.relabel import ViewLabels, Views, relabel
-from stillhouse.synthetic.synthesis import Held, made_by, plan
+from stillhouse.synthetic.real import RealRows
+from stillhouse.synthetic.relabel import ViewLabels, Views, relabel, running_logits
+from stillhouse.synthetic.synthesis import made_by, plan
 from stillhouse.teachers import Frozen
 
 Amount = TypeVar("Amount", Tensor, float)
@@ -153,14 +151,9 @@ class StaticLabels(ViewLabels):
 
     def batch(self, images: Tensor, rows: Tensor, epoch: int, number: int) -> tuple[Tensor, Tensor]:
         """Views and logits (b, classes) of these rows in batch `number` of an epoch."""
-        made, x, said = self.made, images[rows.to(images.device)], self.logits[0, rows].float()
-        drawn = generator(made.seed, "view", epoch, number)
-        x = apply(x, all_of(groups_of(made.augment), len(x), (x.shape[-2], x.shape[-1]), drawn, Strength(area=made.area)))
-        if made.mix == "none" or len(x) < 2:
-            return x, said
-        alpha, partner = made.alpha or 0.8, torch.randperm(len(x), generator=drawn)
-        share = float(np.random.default_rng(key(made.seed, "mix", epoch, number)).beta(alpha, alpha))
-        return mixed(x, x[partner.to(x.device)], share), mixed(said, said[partner], share)
+        x, partners, share = self.made.mixed(images, rows, epoch, number)
+        said = self.logits[0].float()
+        return x, mixed(said[rows], said[partners], share)
 
     def order(self, count: int, epoch: int) -> tuple[Tensor, ...]:
         """The rows of the batches of an epoch."""
@@ -235,58 +228,50 @@ class InterClassFeatureCompensator(Method[Config]):
 
     def run(self, config: Config, run: Run) -> CompensatedSet:
         networks = [run.network(f"teacher.{i}", t, config.data).to(run.device).eval().requires_grad_(False) for i, t in enumerate(config.teachers)]
-        real = RealImages.load(run, config.data)
+        real = RealRows.of(run, config.data)
         spec = config.compensate
         if spec is None:
             return self._labelled(config, run, networks, self._natural(config, run, real, config.ipc), None)
         natural = self._natural(config, run, real, budget(config.ipc, len(networks), len(real.classes)))
-        found, figures = [], {"distil_seconds": 0.0, "bn_natural": 0.0, "bn_compensated": 0.0}
+        found, cost, ends = [], Cost(), torch.zeros(2)
         for k, network in enumerate(networks):
             statistics = BatchNormStatistics(network)
             for j, images in enumerate(natural):
-                u, seen = self._learned(spec, run, network, statistics, images, (k, j))
+                u, spent, distances = self._learned(spec, run, network, statistics, images, (k, j))
                 found.append(u)
-                figures = {name: value + seen[name] for name, value in figures.items()}
+                cost, ends = cost + spent, ends + distances
             statistics.close()
         compensators = torch.stack(found).view(len(networks), len(natural), *natural.shape[2:])
         made = self._labelled(config, run, networks, natural, compensators)
         if config.evaluate.scores and config.evaluate.protocol == "soft":
             made.random = self._labelled(config, run, networks, self._natural(config, run, real, config.ipc), None)
-        made.figures |= {"distil_seconds": figures["distil_seconds"]}
-        made.figures |= {name: figures[name] / len(found) for name in ("bn_natural", "bn_compensated")}
+        made.figures |= cost.figures()
+        made.figures |= {name: float(end) / len(found) for name, end in zip(("bn_natural", "bn_compensated"), ends)}
         return made
 
-    def _natural(self, config: Config, run: Run, real: RealImages, count: int) -> Tensor:
+    def _natural(self, config: Config, run: Run, real: RealRows, count: int) -> Tensor:
         """(count, classes, C, H, W): random real images, one of every class in each row."""
         drawn = real.draw(count, generator(run.seed, "initial"), "natural images")
         return drawn.view(len(real.classes), count, *drawn.shape[1:]).transpose(0, 1).contiguous()
 
     def _learned(
         self, spec: CompensateSpec, run: Run, network: nn.Module, statistics: BatchNormStatistics, natural: Tensor, which: tuple[int, int]
-    ) -> tuple[Tensor, dict[str, float]]:
-        """The compensator (C, H, W) of one network and one set of natural images, with what it cost and did."""
+    ) -> tuple[Tensor, Cost, Tensor]:
+        """The compensator (C, H, W) of one network and one set of natural images, its cost, and the distances (2,) to the batch norms without and with it."""
         u = nn.Parameter(torch.zeros(1, *natural.shape[1:], device=natural.device))
         labels = torch.arange(len(natural), device=natural.device)
-        optimiser = torch.optim.Adam([u], spec.lr, betas=(0.5, 0.9))
         groups, size = groups_of(spec.augment), (natural.shape[-2], natural.shape[-1])
 
-        def step(i: int) -> dict[str, Tensor]:
-            for group in optimiser.param_groups:
-                group["lr"] = spec.lr * 0.5 * (1 + math.cos(math.pi * i / spec.iterations))
+        def loss(i: int) -> dict[str, Tensor]:
             drawn = generator(run.seed, "compensate", *which, i)
             x = apply(natural + u, all_of(groups, 1, size, drawn, Strength()))
             shift = torch.randint(0, spec.jitter + 1, (2,), generator=drawn).tolist()
-            found = _loss(network, statistics, torch.roll(x, shift, (2, 3)), labels, spec.r_bn, spec.first)
-            optimiser.zero_grad()
-            found["loss"].backward()
-            optimiser.step()
-            return {k: v.detach() for k, v in found.items()}
+            return _loss(network, statistics, torch.roll(x, shift, (2, 3)), labels, spec.r_bn, spec.first)
 
-        name = f"compensate.{which[0]}.{which[1]}"
-        seconds = run.loop(name, {"compensator": Held(u), "optimiser": optimiser}, step, spec.iterations) if spec.iterations else 0.0
+        cost = descend(run, f"compensate.{which[0]}.{which[1]}", u, spec.lr, spec.iterations, loss)
         with torch.no_grad():
             ends = [compensation_loss(network, statistics, natural, v, labels, (0, 0), spec.r_bn, spec.first)["bn"] for v in (0 * u, u)]
-        return u.detach()[0], {"distil_seconds": seconds, "bn_natural": float(ends[0]), "bn_compensated": float(ends[1])}
+        return u.detach()[0], cost, torch.stack(ends).cpu()
 
     def _labelled(self, config: Config, run: Run, networks: list[nn.Module], natural: Tensor, compensators: Tensor | None) -> CompensatedSet:
         """The set with its labels, and how often the networks' mean logits agree with the class."""
@@ -296,8 +281,7 @@ class InterClassFeatureCompensator(Method[Config]):
             natural, none if compensators is None else compensators, list(bundle.classes), tuple(bundle.mean), tuple(bundle.std), made_by(config)
         )
         images = made.images.to(run.device)
-        with torch.no_grad():
-            said = torch.stack([_logits(network, images) for network in networks]).mean(0)
+        said = torch.stack([running_logits(network, images).cpu() for network in networks]).mean(0)
         if config.labels == "static":
             made.views = StaticLabels(config.views, said.half()[None])
         else:
@@ -309,8 +293,3 @@ class InterClassFeatureCompensator(Method[Config]):
         made.figures = {"label_agreement": float((said.argmax(1) == made.labels).double().mean())}
         made.figures["label_mb"] = made.views.logits.numel() * made.views.logits.element_size() / 1e6
         return made
-
-
-def _logits(network: nn.Module, images: Tensor, batch: int = 256) -> Tensor:
-    with evaluating(network):
-        return torch.cat([network(x).float().cpu() for x in images.split(batch)])

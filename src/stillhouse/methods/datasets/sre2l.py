@@ -9,33 +9,30 @@ use when: images are large or classes many, and soft labels may be stored
 needs: a network with BatchNorm2d, trained on the real data; no real images after that
 
 Recover: one image of each class at a time is learned from noise, so that the network classifies it and its features have the running statistics of every
-batch norm (`r_bn`, the first layer ten times); each step sees a random shift (`jitter`), before it a resized crop and a flip where `views` has them, with a
-cosine rate, and pixels are clamped to their range. Relabel: the network's logits of every epoch's crops, flips and mixes are stored in half precision,
+batch norm (`r_bn`, the first layer ten times); each step sees one draw for the whole batch, a random shift (`jitter`) and before it what `augment` names, with
+a cosine rate, and pixels are clamped to their range. Relabel: the network's logits of every epoch's crops, flips and mixes are stored in half precision,
 or (`relabel: null`) one vector an image. Total variation and the pixels' norm, 0 in the published runs, are `tv` and `l2`. Crops are drawn from area and
 aspect as torchvision does, without its retries, and stay differentiable.
 """
 
 from __future__ import annotations
 
-import math
-
 import torch
 from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from stillhouse.evaluation.cost import peak_of_tensors
-from stillhouse.evaluation.mode import evaluating
 from stillhouse.functional.recovery import BatchNormStatistics, clamp_to_pixels, statistics_loss, total_variation
 from stillhouse.functional.siamese import Strength, all_of, apply, groups_of
 from stillhouse.randomness import generator
 from stillhouse.recipe import Spec, Teacher
 from stillhouse.run import Method, Run, Stage
 from stillhouse.synthetic.config import DatasetConfig
+from stillhouse.synthetic.descent import Cost, descend
 from stillhouse.synthetic.product import SyntheticSet
-from stillhouse.synthetic.real import RealImages
-from stillhouse.synthetic.relabel import ViewLabels, Views, relabel
-from stillhouse.synthetic.synthesis import Held, made_by, plan
+from stillhouse.synthetic.real import RealRows
+from stillhouse.synthetic.relabel import ViewLabels, Views, relabel, running_logits
+from stillhouse.synthetic.synthesis import made_by, plan
 from stillhouse.teachers import Frozen
 
 
@@ -47,7 +44,7 @@ class RecoverSpec(Spec):
     r_bn: float = Field(0.01, ge=0, description="Weight of the statistics; published: 0.01 (ImageNet) to 1 (CIFAR).")
     first: float = Field(10.0, ge=0, description="Factor of the first layer's statistics.")
     jitter: int = Field(4, ge=0, description="Pixels of the random shift; published: 32 at 224, 4 at 32.")
-    augment: str = Field("", description="Before the shift, an own draw an image: resized_crop_flip for large images.")
+    augment: str = Field("", description="Before the shift, one draw a step for the whole batch: resized_crop_flip for large images.")
     tv: float = Field(0.0, ge=0, description="Weight of the total variation.")
     l2: float = Field(0.0, ge=0, description="Weight of the images' mean norm.")
 
@@ -77,7 +74,7 @@ def recover_loss(network: nn.Module, statistics: BatchNormStatistics, x: Tensor,
 
 def real_images(config: Config, run: Run) -> Tensor:
     """Random real images, class-major, as many as are recovered."""
-    return RealImages.load(run, config.data).draw(config.ipc, generator(run.seed, "initial"), "images (ipc)")
+    return RealRows.of(run, config.data).draw(config.ipc, generator(run.seed, "initial"), "images (ipc)")
 
 
 class SqueezeRecoverRelabel(Method[Config]):
@@ -93,18 +90,16 @@ class SqueezeRecoverRelabel(Method[Config]):
         if config.recover is None:
             return self._labelled(config, run, network, real_images(config, run))
         statistics = BatchNormStatistics(network)
-        parts, seconds, peak = [], 0.0, 0
+        parts, cost = [], Cost()
         for number in range(config.ipc):
-            x, spent, held = self._recovered(config, config.recover, run, network, statistics, number)
+            x, spent = self._recovered(config, config.recover, run, network, statistics, number)
             parts.append(x)
-            seconds, peak = seconds + spent, max(peak, held)
+            cost += spent
         statistics.close()
         made = self._labelled(config, run, network, torch.stack(parts, 1).flatten(0, 1))  # class-major
         if config.evaluate.scores and config.evaluate.protocol == "soft":
             made.random = self._labelled(config, run, network, real_images(config, run))
-        steps = config.recover.iterations * config.ipc
-        made.figures = {"distil_seconds": seconds, "distil_seconds_per_iteration": seconds / steps, "distil_iterations": float(steps)}
-        made.figures["distil_peak_mb"] = peak / 1e6
+        made.figures = cost.figures()
         return made
 
     def _labelled(self, config: Config, run: Run, network: nn.Module, images: Tensor) -> SyntheticSet:
@@ -113,49 +108,33 @@ class SqueezeRecoverRelabel(Method[Config]):
         labels = torch.arange(bundle.num_classes).repeat_interleave(config.ipc)
         classes, mean, std = list(bundle.classes), tuple(bundle.mean), tuple(bundle.std)
         made = SyntheticSet(images, labels, classes, mean, std, bounded=True, made_by=made_by(config))
-        with evaluating(network):
-            if config.relabel is None:
-                made.soft = network(images).float().cpu()
-            else:
-                uses = {"images": made.fingerprint, "teacher": Frozen(network).fingerprint(), "views": config.relabel.model_dump(mode="json")}
-                kept = run.stage("relabel", lambda: {"logits": relabel([network], images, config.relabel).logits}, uses)
-                made.views = ViewLabels(config.relabel, kept["logits"])
+        if config.relabel is None:
+            made.soft = running_logits(network, images).cpu()
+        else:
+            views = config.relabel
+            uses = {"images": made.fingerprint, "teacher": Frozen(network).fingerprint(), "views": views.model_dump(mode="json")}
+            made.views = ViewLabels(views, run.stage("relabel", lambda: {"logits": relabel([network], images, views).logits}, uses)["logits"])
         made.check()
         return made
 
     def _recovered(
         self, config: Config, spec: RecoverSpec, run: Run, network: nn.Module, statistics: BatchNormStatistics, number: int
-    ) -> tuple[Tensor, float, int]:
-        """The `number`-th image of each class, the seconds it took, and the bytes that a step held."""
+    ) -> tuple[Tensor, Cost]:
+        """The `number`-th image of each class, and what it cost."""
         bundle = run.data(config.data)
         labels = torch.arange(bundle.num_classes, device=run.device)
         shape = (len(labels), *bundle.input_shape)
         x = nn.Parameter(torch.randn(shape, generator=generator(run.seed, "recover", number)).to(run.device))
-        optimiser = torch.optim.Adam([x], spec.lr, betas=(0.5, 0.9))
         groups, size = groups_of(spec.augment), (x.shape[-2], x.shape[-1])
 
-        def terms(i: int) -> dict[str, Tensor]:
+        def loss(i: int) -> dict[str, Tensor]:
             drawn = generator(run.seed, "recover", number, i)
-            seen = apply(x, all_of(groups, len(x), size, drawn, Strength()))
+            seen = apply(x, all_of(groups, 1, size, drawn, Strength()))
             shift = torch.randint(0, spec.jitter + 1, (2,), generator=drawn).tolist()
-            found = recover_loss(network, statistics, torch.roll(seen, shift, (2, 3)), labels, spec)
-            optimiser.zero_grad()
-            found["loss"].backward()
-            return {k: v.detach() for k, v in found.items()}
+            return recover_loss(network, statistics, torch.roll(seen, shift, (2, 3)), labels, spec)
 
-        held = torch.zeros((), dtype=torch.int64)
-
-        def step(i: int) -> dict[str, Tensor]:
-            for group in optimiser.param_groups:
-                group["lr"] = spec.lr * 0.5 * (1 + math.cos(math.pi * i / spec.iterations))
-            found: dict[str, Tensor] = {}
-            if i == 0:
-                held.fill_(peak_of_tensors(lambda: found.update(terms(0)), x.device))
-            else:
-                found = terms(i)
-            optimiser.step()
+        def clamp() -> None:
             clamp_to_pixels(x, bundle.mean, bundle.std)
-            return found
 
-        seconds = run.loop(f"recover.{number}", {"images": Held(x), "optimiser": optimiser, "held": Held(held)}, step, spec.iterations)
-        return x.detach(), seconds, int(held)
+        cost = descend(run, f"recover.{number}", x, spec.lr, spec.iterations, loss, after=clamp)
+        return x.detach(), cost

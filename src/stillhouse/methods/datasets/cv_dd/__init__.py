@@ -12,15 +12,17 @@ Recover: image s of each class is learned under the s-th pair of networks (`pair
 weighted by softmax(prior / 5), priors in percent; it begins as a real crop of medium difficulty (`init: medium`), and each step sees one crop, flip and shift
 of the batch. Relabel: batch norms use the statistics of each half batch of views (`statistics: batch`), and logits are weighted by softmax(prior / 10).
 Student: AdamW without decay of one-dimensional parameters, gradients of `accumulate` batches, the rate along a stretched cosine (`stretch`: the paper's eta).
-`priors: null` measures them, as the authors do: each network alone makes images, the first labels them, a network learns from them and is tested, here on the
-real training images, which it has not seen. `voters: 1` is SRe2L++, the baseline. `factor: 2` begins with mosaics of four crops. Departs: mixup labels are of mixed images, where
-the release labels the unmixed; running statistics stay as they were; accuracy is the last epoch's.
+`priors: null` measures them, as the authors do: each network alone makes images, the first labels them, a network learns from them and is tested, here on
+all real training images (its own began as crops of a few). `voters: 1` is SRe2L++, the baseline. `factor: 2` begins with mosaics of four crops. Figures:
+`bn_outside_m`, the batch-norm distances under network m of images on which it did not vote; `views_agreement`, how often labels by the batch and by the
+running statistics name the same class. Departs: mixup labels are of mixed images, where the release labels the unmixed; running statistics stay as they were;
+accuracy is the last epoch's.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
+from statistics import fmean
 from typing import Annotated, Literal
 
 import torch
@@ -32,14 +34,15 @@ from stillhouse.errors import UserError
 from stillhouse.functional.recovery import BatchNormStatistics, clamp_to_pixels
 from stillhouse.functional.siamese import Strength, all_of, apply, groups_of
 from stillhouse.methods.datasets.cv_dd.learning import CommitteeSet, StretchedTraining, StudentSpec
-from stillhouse.methods.datasets.cv_dd.voting import chosen, committee_loss, medium_first, relabelled, running_labels, vote_weights
+from stillhouse.methods.datasets.cv_dd.voting import chosen, committee_loss, compared, medium_first, relabelled, statistics_distance, vote_weights
 from stillhouse.randomness import generator
 from stillhouse.recipe import Spec, Teacher
 from stillhouse.run import Method, Run, Stage
 from stillhouse.synthetic.config import DatasetConfig
-from stillhouse.synthetic.real import RealImages
-from stillhouse.synthetic.relabel import ViewLabels, Views
-from stillhouse.synthetic.synthesis import Held, made_by, plan
+from stillhouse.synthetic.descent import Cost, descend
+from stillhouse.synthetic.real import RealRows
+from stillhouse.synthetic.relabel import ViewLabels, Views, running_logits
+from stillhouse.synthetic.synthesis import made_by, plan
 from stillhouse.synthetic.training import SoftTraining, train
 from stillhouse.teachers import Frozen
 
@@ -110,67 +113,74 @@ class CommitteeVoting(Method[Config]):
 
     def run(self, config: Config, run: Run) -> CommitteeSet:
         members = [run.network(f"teacher.{i}", t, config.data).to(run.device).eval().requires_grad_(False) for i, t in enumerate(config.committee)]
-        real = RealImages.load(run, config.data)
+        real = RealRows.of(run, config.data)
         priors = config.priors or [50.0] * len(members)
         if self._measures(config):
             priors = [self._prior(config, run, real, members, m) for m in range(len(members))]
-        parts, seconds = [], 0.0
-        starts = begin(real, members[0], config.recover, config.ipc, generator(run.seed, "begin"))
+        parts, cost = [], Cost()
+        outside: dict[int, list[float]] = {}
+        starts = begin(real, members[0], config.recover, config.ipc, generator(run.seed, "begin")).to(run.device)
         for slot, start in enumerate(starts):
             voters = chosen(slot, len(members), config.voters, config.pairs, priors, run.seed)
             weights = vote(config, [priors[m] for m in voters], generator(run.seed, "vote", slot))
-            x, spent = recover(
-                config.recover, run, f"recover.{slot}", [members[m] for m in voters], weights, start, real, ("recover", run.seed, slot)
-            )
+            networks = [members[m] for m in voters]
+            x, spent = recover(config.recover, run, f"recover.{slot}", networks, weights, start, real, ("recover", run.seed, slot))
             parts.append(x)
-            seconds += spent
+            cost += spent
+            for m in set(range(len(members))) - set(voters):
+                outside.setdefault(m, []).append(statistics_distance(members[m], x, config.recover.first))
         images = torch.stack(parts, 1).flatten(0, 1)  # class-major
         shares = vote_weights(priors, config.label_temperature).tolist() if config.vote == "prior" else [1 / len(members)] * len(members)
         made = self._labelled(config, run, real, members, shares, images)
         if config.evaluate.scores and config.evaluate.protocol == "soft":
             made.random = self._labelled(config, run, real, members, shares, real.draw(config.ipc, generator(run.seed, "random"), "images (ipc)"))
         run.record["priors"] = priors
-        made.figures = {"distil_seconds": seconds, "distil_iterations": float(config.recover.iterations * config.ipc)}
+        made.figures = cost.figures() | {f"bn_outside_{m}": fmean(found) for m, found in sorted(outside.items())}
+        if config.statistics == "batch":
+            made.figures |= compared(members, shares, images, config.relabel)
         made.figures |= {f"prior_{m}": value for m, value in enumerate(priors)} if self._measures(config) else {}
-        with torch.no_grad():
-            said = torch.stack([w * running_labels(n, images) for w, n in zip(shares, members)]).sum(0)
-        made.figures["label_agreement"] = float((said.argmax(1).cpu() == made.labels).double().mean())
         return made
 
-    def _prior(self, config: Config, run: Run, real: RealImages, members: list[nn.Module], m: int) -> float:
+    def _prior(self, config: Config, run: Run, real: RealRows, members: list[nn.Module], m: int) -> float:
         """Accuracy in percent, on the real training images, of a network trained on images of member m alone, labelled by the first member."""
         spec, views = config.measure, config.relabel.model_copy(update={"epochs": config.measure.epochs})
 
-        def make() -> dict[str, float]:
-            starts = begin(real, members[0], config.recover, spec.ipc, generator("begin", m))
+        def alone() -> dict[str, Tensor]:
+            starts = begin(real, members[0], config.recover, spec.ipc, generator("begin", m)).to(run.device)
             each = [recover(config.recover, run, f"alone.{i}", [members[m]], [1.0], x, real, ("alone", m, i))[0] for i, x in enumerate(starts)]
             images = torch.stack(each, 1).flatten(0, 1)
-            made = self._set(config, real, images)
-            made.views = ViewLabels(views, relabelled(members[:1], [1.0], images, views, config.statistics))
-            evaluate = config.evaluate.model_copy(update={"epochs": spec.epochs})
-            training = SoftTraining.of(made, evaluate, config.augment, run.device, ("prior", m))
-            network = run.model(config.network, config.data, role="prior", seed=0).to(run.device)
-            train(run, "student", network, StretchedTraining.like(training, config.student))
-            right = running_labels(network, real.images).argmax(1) == real.labels
-            return {"prior": 100 * float(right.double().mean())}
+            return {"images": images, "logits": relabelled(members[:1], [1.0], images, views, config.statistics)}
 
+        data = run.data(config.data).fingerprint
         uses = {
             "members": [Frozen(members[0]).fingerprint(), Frozen(members[m]).fingerprint()],
             "recover": config.recover.model_dump(mode="json"),
-            "views": views.model_dump(mode="json"),
-            "student": [config.student.model_dump(mode="json"), config.network.model_dump(mode="json"), config.statistics],
-            "evaluate": config.evaluate.model_dump(mode="json", include={"lr", "weight_decay", "temperature"}),
-            "measure": spec.model_dump(mode="json"),
-            "data": run.data(config.data).fingerprint,
-            "member": m,
+            "labels": [views.model_dump(mode="json"), config.statistics],
+            "data": data,
+            "member": [m, spec.ipc],
         }
-        return float(run.stage(f"priors.{m}", make, uses)["prior"])
+        kept = run.stage(f"priors.{m}", alone, uses)
+        made = self._set(config, real, kept["images"])
+        made.views = ViewLabels(views, kept["logits"])
+        evaluate = config.evaluate.model_copy(update={"epochs": spec.epochs})
+        training = StretchedTraining.like(SoftTraining.of(made, evaluate, config.augment, run.device, ("prior", m)), config.student)
 
-    def _set(self, config: Config, real: RealImages, images: Tensor) -> CommitteeSet:
+        def learned() -> dict[str, float]:
+            network = run.model(config.network, config.data, role="prior", seed=0).to(run.device)
+            train(run, "student", network, training)
+            right = [
+                running_logits(network, real.read(rows)).argmax(1).cpu() == real.labels[rows] for rows in torch.arange(len(real.labels)).split(512)
+            ]
+            return {"prior": 100 * float(torch.cat(right).double().mean())}
+
+        uses = {"set": made.fingerprint, "training": training.facts(), "network": config.network.model_dump(mode="json"), "data": data}
+        return float(run.stage(f"priors.{m}.student", learned, uses)["prior"])
+
+    def _set(self, config: Config, real: RealRows, images: Tensor) -> CommitteeSet:
         labels = torch.arange(len(real.classes)).repeat_interleave(len(images) // len(real.classes))
         return CommitteeSet(images, labels, real.classes, real.mean, real.std, bounded=True, made_by=made_by(config))
 
-    def _labelled(self, config: Config, run: Run, real: RealImages, members: list[nn.Module], shares: list[float], images: Tensor) -> CommitteeSet:
+    def _labelled(self, config: Config, run: Run, real: RealRows, members: list[nn.Module], shares: list[float], images: Tensor) -> CommitteeSet:
         made = self._set(config, real, images)
         uses = {
             "images": made.fingerprint,
@@ -200,38 +210,31 @@ def recover(
     networks: Sequence[nn.Module],
     weights: Sequence[float],
     start: Tensor,
-    real: RealImages,
+    real: RealRows,
     keys: tuple[int | str, ...],
-) -> tuple[Tensor, float]:
-    """Images (classes, C, H, W) learned from `start`, one of every class, under the weighted losses of the networks, and the seconds that took."""
+) -> tuple[Tensor, Cost]:
+    """Images (classes, C, H, W) learned from `start`, one of every class, under the weighted losses of the networks, and what that cost."""
     x, labels = nn.Parameter(start.clone()), torch.arange(len(start), device=start.device)
-    if not spec.iterations:
-        return x.detach(), 0.0
     statistics = [BatchNormStatistics(network) for network in networks]
-    optimiser = torch.optim.Adam([x], spec.lr, betas=(0.5, 0.9))
     groups, size, strength = groups_of(spec.augment), (x.shape[-2], x.shape[-1]), Strength(area=spec.area)
 
-    def step(i: int) -> dict[str, Tensor]:
-        for group in optimiser.param_groups:
-            group["lr"] = spec.lr * 0.5 * (1 + math.cos(math.pi * i / spec.iterations))
+    def loss(i: int) -> dict[str, Tensor]:
         drawn = generator(*keys, i)
         seen = apply(x, all_of(groups, 1, size, drawn, strength))
         shift = torch.randint(0, spec.jitter + 1, (2,), generator=drawn).tolist()
-        found = committee_loss(networks, statistics, weights, torch.roll(seen, shift, (2, 3)), labels, spec.r_bn, spec.first)
-        optimiser.zero_grad()
-        found["loss"].backward()
-        optimiser.step()
-        clamp_to_pixels(x, real.mean, real.std)
-        return {k: v.detach() for k, v in found.items()}
+        return committee_loss(networks, statistics, weights, torch.roll(seen, shift, (2, 3)), labels, spec.r_bn, spec.first)
 
-    seconds = run.loop(name, {"images": Held(x), "optimiser": optimiser}, step, spec.iterations)
+    def clamp() -> None:
+        clamp_to_pixels(x, real.mean, real.std)
+
+    cost = descend(run, name, x, spec.lr, spec.iterations, loss, after=clamp)
     for each in statistics:
         each.close()
-    return x.detach(), seconds
+    return x.detach(), cost
 
 
 @torch.no_grad()
-def begin(real: RealImages, judge: nn.Module, spec: RecoverSpec, ipc: int, drawn: torch.Generator) -> Tensor:
+def begin(real: RealRows, judge: nn.Module, spec: RecoverSpec, ipc: int, drawn: torch.Generator) -> Tensor:
     """How images begin: (ipc, classes, C, H, W), noise clamped to pixels, or mosaics of factor x factor real crops of the wanted difficulty.
 
     Of each of `pool` images a class the crop that `judge` is surest of is kept; images are ordered by that probability of their class.
@@ -239,28 +242,34 @@ def begin(real: RealImages, judge: nn.Module, spec: RecoverSpec, ipc: int, drawn
     Raises:
         UserError: fewer real images of a class than ipc * factor^2, or sides that `factor` does not divide.
     """
-    shape, classes = real.images.shape[1:], len(real.classes)
+    (channels, height, width), classes = real.shape, len(real.classes)
     if spec.init == "noise":
-        x = torch.randn(ipc, classes, *shape, generator=drawn).to(real.images)
-        clamp_to_pixels(x.view(-1, *shape), real.mean, real.std)
+        x = torch.randn(ipc, classes, *real.shape, generator=drawn)
+        clamp_to_pixels(x.view(-1, *real.shape), real.mean, real.std)
         return x
-    if shape[-2] % spec.factor or shape[-1] % spec.factor:
-        raise UserError(f"recover.factor {spec.factor} does not divide images of {shape[-2]} x {shape[-1]} pixels.")
-    count, wanted = min(spec.pool, int(real.counts.min())), ipc * spec.factor**2
-    if wanted > count:
+    if height % spec.factor or width % spec.factor:
+        raise UserError(f"recover.factor {spec.factor} does not divide images of {height} x {width} pixels.")
+    least, wanted = min(spec.pool, int(real.counts.min())), ipc * spec.factor**2
+    if wanted > least:
         raise UserError(
-            f"{wanted} real images of each class are needed (ipc * factor^2), but {count} are looked at; raise recover.pool or lower ipc."
+            f"{wanted} real images of each class are needed (ipc * factor^2), but {least} are looked at; raise recover.pool or lower ipc."
         )
-    pool = real.draw(count, drawn, "real images (recover.pool)")
-    labels = torch.arange(classes, device=pool.device).repeat_interleave(count)
-    size = (shape[-2], shape[-1])
-    crops = [apply(pool, all_of(("resized_crop",), len(pool), size, drawn, Strength(area=spec.area))) for _ in range(spec.crops)]
-    sure = torch.stack([F.softmax(running_labels(judge, c), 1).gather(1, labels[:, None])[:, 0] for c in crops])  # crops, images
-    best = torch.stack(crops)[sure.argmax(0), torch.arange(len(pool), device=pool.device)].view(classes, count, *shape)
-    ranks = {"easy": list(range(count - 1, -1, -1)), "hard": list(range(count)), "medium": medium_first(count)}[spec.init][:wanted]
-    order = sure.amax(0).view(classes, count).argsort(dim=1, stable=True)[:, torch.tensor(ranks)]
-    taken = best[torch.arange(classes, device=best.device)[:, None], order]  # classes, wanted, …
-    f, small = spec.factor, (size[0] // spec.factor, size[1] // spec.factor)
-    tiles = taken.flatten(0, 1) if f == 1 else F.interpolate(taken.flatten(0, 1), size=small, mode="bilinear", antialias=True)
-    grid = tiles.view(classes, ipc, f, f, shape[0], *small).permute(1, 0, 4, 2, 5, 3, 6)
-    return grid.reshape(ipc, classes, *shape).contiguous()
+    taken = []
+    for label, rows in enumerate(real.rows):
+        pool = real.read(rows[torch.randperm(len(rows), generator=drawn)[: spec.pool]])
+        taken.append(_surest_crops(pool, label, judge, spec, drawn)[:wanted])
+    tiles, f, small = torch.cat(taken), spec.factor, (height // spec.factor, width // spec.factor)
+    if f > 1:
+        tiles = F.interpolate(tiles, size=small, mode="bilinear", antialias=True)
+    grid = tiles.view(classes, ipc, f, f, channels, *small).permute(1, 0, 4, 2, 5, 3, 6)
+    return grid.reshape(ipc, classes, *real.shape).contiguous()
+
+
+def _surest_crops(pool: Tensor, label: int, judge: nn.Module, spec: RecoverSpec, drawn: torch.Generator) -> Tensor:
+    """Of each image (n, C, H, W) of a class the crop that `judge` is surest of, those of the wanted difficulty first."""
+    count, size = len(pool), (pool.shape[-2], pool.shape[-1])
+    crops = [apply(pool, all_of(("resized_crop",), count, size, drawn, Strength(area=spec.area))) for _ in range(spec.crops)]
+    sure = torch.stack([running_logits(judge, crop).softmax(1)[:, label] for crop in crops])  # crops, images
+    best = torch.stack(crops)[sure.argmax(0), torch.arange(count, device=pool.device)]
+    ranks = {"easy": list(range(count - 1, -1, -1)), "hard": list(range(count)), "medium": medium_first(count)}[spec.init]
+    return best[sure.amax(0).argsort(stable=True)[torch.tensor(ranks, device=pool.device)]]

@@ -15,7 +15,7 @@ from stillhouse.errors import UserError
 from stillhouse.evaluation.mode import evaluating
 from stillhouse.functional.recovery import BatchNormStatistics, statistics_loss
 from stillhouse.randomness import generator
-from stillhouse.synthetic.relabel import Views
+from stillhouse.synthetic.relabel import Views, running_logits
 
 
 def vote_weights(priors: Sequence[float], temperature: float = 5.0) -> Tensor:
@@ -103,10 +103,7 @@ def relabelled(networks: Sequence[nn.Module], weights: Sequence[float], images: 
     out: Tensor | None = None
     for epoch in range(made.epochs):
         for x, rows in made.batches(images, epoch):
-            if statistics == "batch":
-                said = batch_labels(networks, weights, x)
-            else:
-                said = torch.stack([w * running_labels(network, x) for w, network in zip(weights, networks)]).sum(0)
+            said = batch_labels(networks, weights, x) if statistics == "batch" else weighted_running_logits(networks, weights, x)
             if out is None:
                 out = torch.zeros(made.epochs, len(images), said.shape[1], dtype=torch.float16)
             out[epoch, rows] = said.half().cpu()
@@ -114,6 +111,31 @@ def relabelled(networks: Sequence[nn.Module], weights: Sequence[float], images: 
     return out
 
 
-def running_labels(network: nn.Module, x: Tensor) -> Tensor:
-    with evaluating(network):
-        return torch.cat([network(part).float() for part in x.split(256)])
+def weighted_running_logits(networks: Sequence[nn.Module], weights: Sequence[float], x: Tensor) -> Tensor:
+    """Logits (B, classes) by the networks' own statistics, weighted."""
+    return torch.stack([w * running_logits(network, x) for w, network in zip(weights, networks)]).sum(0)
+
+
+def compared(networks: Sequence[nn.Module], weights: Sequence[float], images: Tensor, made: Views) -> dict[str, float]:
+    """Batch-specific labels beside those of the running statistics, over the first epoch of views.
+
+    `views_agreement`: the share of views whose largest logit is the same; `confidence_batch`, `confidence_running`: the mean largest probability.
+    """
+    views = [x for x, _ in made.batches(images, 0)]
+    batch = torch.cat([batch_labels(networks, weights, x) for x in views])
+    running = torch.cat([weighted_running_logits(networks, weights, x) for x in views])
+    return {
+        "views_agreement": float((batch.argmax(1) == running.argmax(1)).double().mean()),
+        "confidence_batch": float(batch.softmax(1).amax(1).mean()),
+        "confidence_running": float(running.softmax(1).amax(1).mean()),
+    }
+
+
+@torch.no_grad()
+def statistics_distance(network: nn.Module, x: Tensor, first: float = 10.0) -> float:
+    """first r_1 + the other r_l of images (B, C, H, W) under a network in evaluation mode."""
+    statistics = BatchNormStatistics(network)
+    network(x)
+    found = float(statistics_loss(statistics.distances(), first))
+    statistics.close()
+    return found

@@ -18,7 +18,6 @@ start, the filter to patches classified rightly, and L1 of distances. Maps are g
 
 from __future__ import annotations
 
-import math
 import warnings
 from typing import Literal
 
@@ -38,10 +37,11 @@ from stillhouse.recipe import Spec, Teacher
 from stillhouse.run import Method, Run, Stage
 from stillhouse.signals import Taps
 from stillhouse.synthetic.config import DatasetConfig
+from stillhouse.synthetic.descent import Cost, descend
 from stillhouse.synthetic.product import SyntheticSet
-from stillhouse.synthetic.real import RealImages
+from stillhouse.synthetic.real import RealRows
 from stillhouse.synthetic.relabel import ViewLabels, Views, relabel
-from stillhouse.synthetic.synthesis import Held, made_by, plan
+from stillhouse.synthetic.synthesis import made_by, plan
 from stillhouse.teachers import Frozen
 
 
@@ -67,6 +67,7 @@ class RefineSpec(Spec):
     first: float = Field(10.0, ge=0, description="Factor of the first layer's statistics.")
     jitter: int = Field(4, ge=0, description="Pixels of the random shift.")
     augment: str = Field("", description="Before the shift, one draw a step: resized_crop_flip for large images.")
+    per_patch: bool = Field(False, description="Each patch of a mosaic has critical pixels of its own: its part of the map runs from 0 to 1.")
 
 
 class Config(DatasetConfig):
@@ -95,19 +96,19 @@ class NonCriticalRegionRefinement(Method[Config]):
 
     def run(self, config: Config, run: Run) -> SyntheticSet:
         network = run.network("teacher", config.teacher, config.data).to(run.device).eval().requires_grad_(False)
-        real = RealImages.load(run, config.data)
+        real = RealRows.of(run, config.data)
         taps = Taps(network, [config.cam or stages(network)[-1]], "teacher")
         starts = self._mosaics(config, run, network, taps, real)
-        parts, figures = list(starts), {}
+        parts, figures, cost = list(starts), {}, Cost()
         if config.refine is not None:
             statistics = BatchNormStatistics(network)
             seen: list[dict[str, float]] = []
             for slot, start in enumerate(starts):
-                parts[slot], found = refined(config.refine, run, network, statistics, taps, start, real, slot)
+                parts[slot], found, spent = refined(config.refine, run, network, statistics, taps, start, real, slot, config.discover.factor)
                 seen.append(found)
+                cost += spent
             statistics.close()
-            figures = {name: sum(s[name] for s in seen) / len(seen) for name in seen[0]}
-            figures["distil_seconds"] *= len(seen)
+            figures = cost.figures() | {name: sum(s[name] for s in seen) / len(seen) for name in seen[0]}
         taps.remove()
         made = self._labelled(config, run, network, real, torch.stack(list(parts), 1).flatten(0, 1))  # class-major
         if config.evaluate.scores and config.evaluate.protocol == "soft":
@@ -116,28 +117,36 @@ class NonCriticalRegionRefinement(Method[Config]):
         made.figures = {**figures, "label_mb": made.views.logits.numel() * made.views.logits.element_size() / 1e6}
         return made
 
-    def _mosaics(self, config: Config, run: Run, network: nn.Module, taps: Taps, real: RealImages) -> Tensor:
+    def _mosaics(self, config: Config, run: Run, network: nn.Module, taps: Taps, real: RealRows) -> Tensor:
         """(ipc, classes, C, H, W). Raises `UserError` for sides that `factor` does not divide."""
-        spec, (height, width) = config.discover, real.images.shape[-2:]
+        spec, (_, height, width) = config.discover, real.shape
         if height % spec.factor or width % spec.factor:
             raise UserError(f"discover.factor {spec.factor} does not divide images of {height} x {width} pixels.")
         found = []
         for label, rows in enumerate(real.rows):
             drawn = generator(run.seed, "discover", label)
-            some = rows[torch.randperm(len(rows), generator=drawn)[: spec.pool]].to(real.images.device)
-            how = {"factor": spec.factor, "crops": spec.crops, "keep": spec.keep, "area": spec.area, "choose": spec.choose, "drawn": drawn}
-            found.append(mosaic(discover(network, taps, real.images[some], label, config.ipc * spec.factor**2, **how), spec.factor))
+            pool = real.read(rows[torch.randperm(len(rows), generator=drawn)[: spec.pool]])
+            patches = discover(
+                network, taps, pool, label, config.ipc * spec.factor**2,
+                factor=spec.factor, crops=spec.crops, keep=spec.keep, area=spec.area, choose=spec.choose, drawn=drawn,
+            )  # fmt: skip
+            found.append(mosaic(patches, spec.factor))
         images = torch.stack(found, 1)
         clamp_to_pixels(images.view(-1, *images.shape[2:]), real.mean, real.std)  # so that rounding does not move critical pixels later
         return images
 
-    def _labelled(self, config: Config, run: Run, network: nn.Module, real: RealImages, images: Tensor) -> SyntheticSet:
+    def _labelled(self, config: Config, run: Run, network: nn.Module, real: RealRows, images: Tensor) -> SyntheticSet:
         """Class-major images with their labels."""
         kind = DistanceSet if config.labels == "distances" else SyntheticSet
         labels = torch.arange(len(real.classes)).repeat_interleave(config.ipc)
         made = kind(images, labels, real.classes, real.mean, real.std, bounded=True, made_by=made_by(config))
-        uses = {"images": made.fingerprint, "teacher": Frozen(network).fingerprint(), "views": config.relabel.model_dump(mode="json")}
-        uses |= {"labels": config.labels, "temperature": config.distances.temperature}
+        uses = {
+            "images": made.fingerprint,
+            "teacher": Frozen(network).fingerprint(),
+            "views": config.relabel.model_dump(mode="json"),
+            "labels": config.labels,
+            "temperature": config.distances.temperature,
+        }
 
         def make() -> dict[str, Tensor]:
             if config.labels == "soft":
@@ -164,39 +173,33 @@ def refined(
     statistics: BatchNormStatistics,
     taps: Taps,
     start: Tensor,
-    real: RealImages,
+    real: RealRows,
     slot: int,
-) -> tuple[Tensor, dict[str, float]]:
-    """Mosaics (classes, C, H, W), one of every class, refined outside their critical regions, and what that cost and did."""
+    factor: int,
+) -> tuple[Tensor, dict[str, float], Cost]:
+    """Mosaics (classes, C, H, W) of factor x factor patches, one of every class, refined outside their critical regions, with what that did and cost."""
     x, labels = nn.Parameter(start.clone()), torch.arange(len(start), device=start.device)
     size = (x.shape[-2], x.shape[-1])
-    regions = critical(activation_map(network, taps, start, labels), size)
+    regions = critical(activation_map(network, taps, start, labels), size, factor if spec.per_patch else 1)
     blank = int((regions.amax((1, 2, 3)) == 0).sum())
     if blank:
         warnings.warn(f"{blank} of {len(start)} mosaics have no active region; they are refined everywhere.", stacklevel=2)
     step_mask = mask(regions, spec.eps)
-    optimiser = torch.optim.Adam([x], spec.lr, betas=(0.5, 0.9)) if spec.optimizer == "adam" else torch.optim.SGD([x], spec.lr)
-    groups = groups_of(spec.augment)
+    groups, before = groups_of(spec.augment), torch.empty_like(start)
 
-    def step(i: int) -> dict[str, Tensor]:
-        for group in optimiser.param_groups:
-            group["lr"] = spec.lr * 0.5 * (1 + math.cos(math.pi * i / spec.iterations))
+    def loss(i: int) -> dict[str, Tensor]:
+        before.copy_(x.detach())
         drawn = generator(run.seed, "refine", slot, i)
         seen = apply(x, all_of(groups, 1, size, drawn, Strength()))
         shift = torch.randint(0, spec.jitter + 1, (2,), generator=drawn).tolist()
-        found = refine_loss(network, statistics, torch.roll(seen, shift, (2, 3)), labels, spec)
-        optimiser.zero_grad()
-        found["loss"].backward()
-        before = x.detach().clone()
-        optimiser.step()
+        return refine_loss(network, statistics, torch.roll(seen, shift, (2, 3)), labels, spec)
+
+    def masked() -> None:
         masked_step(x, before, step_mask)
         clamp_to_pixels(x, real.mean, real.std)
-        return {k: v.detach() for k, v in found.items()}
 
-    seconds = run.loop(f"refine.{slot}", {"images": Held(x), "optimiser": optimiser}, step, spec.iterations)
+    cost = descend(run, f"refine.{slot}", x, spec.lr, spec.iterations, loss, plain=spec.optimizer == "gradient", after=masked)
     with torch.no_grad():
         ends = [refine_loss(network, statistics, v, labels, spec) for v in (start, x)]
     figures = {f"{name}_{when}": float(end[name]) for when, end in zip(("initial", "refined"), ends) for name in ("ce", "bn")}
-    held = (step_mask == 0).expand_as(x)
-    figures |= {"distil_seconds": seconds, "critical_pixels": float(held.double().mean())}
-    return x.detach(), figures
+    return x.detach(), figures | {"critical_pixels": float((step_mask == 0).double().mean())}, cost

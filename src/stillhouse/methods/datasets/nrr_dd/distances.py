@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
-import numpy as np
 import torch
 from pydantic import Field
 from torch import Tensor, nn
@@ -17,8 +16,6 @@ from stillhouse.evaluation import evaluates
 from stillhouse.evaluation.mode import evaluating
 from stillhouse.evaluation.synthetic_set import judge
 from stillhouse.functional.precision import full_precision
-from stillhouse.functional.siamese import Strength, all_of, apply, groups_of
-from stillhouse.randomness import generator, key
 from stillhouse.recipe import Spec
 from stillhouse.run import Run
 from stillhouse.synthetic.product import SyntheticSet
@@ -50,35 +47,13 @@ def distance_loss(student: Tensor, teacher: Tensor, mixed: Tensor, norm: str = "
     return (gap[:, 0] + gap[:, 1] * mixed).mean()
 
 
-def mixed_view(made: Views, images: Tensor, rows: Tensor, epoch: int, number: int) -> tuple[Tensor, Tensor, float]:
-    """Views (b, C, H, W) of these rows as batch `number` of an epoch, the rows (b,) of their partners, and the share of the image's own pixels."""
-    drawn = generator(made.seed, "view", epoch, number)
-    x = images[rows.to(images.device)]
-    x = apply(x, all_of(groups_of(made.augment), len(x), (x.shape[-2], x.shape[-1]), drawn, Strength(area=made.area)))
-    if made.mix == "none" or len(x) < 2:
-        return x, rows, 1.0
-    order = torch.randperm(len(x), generator=drawn)
-    other, rng = x[order.to(x.device)], np.random.default_rng(key(made.seed, "mix", epoch, number))
-    if made.mix == "mixup":
-        share = float(rng.beta(made.alpha or 0.8, made.alpha or 0.8))
-        return share * x + (1 - share) * other, rows[order], share
-    height, width = x.shape[-2:]
-    side = (1 - rng.beta(made.alpha or 1.0, made.alpha or 1.0)) ** 0.5
-    down, across = int(height * side) // 2, int(width * side) // 2
-    y, z = int(rng.integers(height)), int(rng.integers(width))
-    box = (slice(None), slice(None), slice(max(y - down, 0), min(y + down, height)), slice(max(z - across, 0), min(z + across, width)))
-    out = x.clone()
-    out[box] = other[box]
-    return out, rows[order], 1 - out[box][0, 0].numel() / (height * width)
-
-
 class DistanceLabels(ViewLabels):
     """Two distances (epochs, N, 2) of each view, in half precision, in `logits`."""
 
     def views(self, images: Tensor, rows: Tensor, epoch: int, number: int) -> tuple[Tensor, Tensor, float, Tensor]:
         """Views, the partners' rows, the share of own pixels, and stored distances (b, 2)."""
         at = epoch % self.made.epochs
-        return *mixed_view(self.made, images, rows, at, number), self.logits[at, rows].float()
+        return *self.made.mixed(images, rows, at, number), self.logits[at, rows].float()
 
 
 @torch.no_grad()
@@ -87,7 +62,7 @@ def labelled(teacher: nn.Module, images: Tensor, labels: Tensor, made: Views, te
     found = DistanceLabels(made, torch.zeros(made.epochs, len(images), 2, dtype=torch.float16))
     with evaluating(teacher):
         for epoch, number, rows in _batches(found, len(images)):
-            x, partners, _ = mixed_view(made, images, rows, epoch, number)
+            x, partners, _ = made.mixed(images, rows, epoch, number)
             said = distances(teacher(x), labels[rows].to(x.device), labels[partners].to(x.device), temperature)
             found.logits[epoch, rows] = said.half().cpu()
     return found

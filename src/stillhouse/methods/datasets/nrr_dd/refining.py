@@ -35,11 +35,17 @@ def activation_map(network: nn.Module, taps: Taps, x: Tensor, labels: Tensor) ->
     return found * found.shape[-2] * found.shape[-1]
 
 
-def critical(activation: Tensor, size: tuple[int, int]) -> Tensor:
-    """Maps (B, h, w) as (B, 1, H, W) in [0, 1]: negative parts cut off, enlarged (bilinear), from least to most of each image; a constant map is 0."""
+def critical(activation: Tensor, size: tuple[int, int], tiles: int = 1) -> Tensor:
+    """Maps (B, h, w) as (B, 1, H, W) in [0, 1]: negative parts cut off, enlarged (bilinear), from least to most of each image; a constant map is 0.
+
+    Args:
+        tiles: a side; above 1 each tile runs from least to most of its own.
+    """
     grown = F.interpolate(activation.clamp_min(0)[:, None], size=size, mode="bilinear", align_corners=False)
-    low, high = grown.amin((2, 3), keepdim=True), grown.amax((2, 3), keepdim=True)
-    return torch.where(high - low > 1e-8, (grown - low) / (high - low).clamp_min(1e-8), torch.zeros_like(grown))
+    grown = grown.view(len(grown), tiles, size[0] // tiles, tiles, size[1] // tiles)
+    low, high = grown.amin((2, 4), keepdim=True), grown.amax((2, 4), keepdim=True)
+    found = torch.where(high - low > 1e-8, (grown - low) / (high - low).clamp_min(1e-8), torch.zeros_like(grown))
+    return found.view(-1, 1, *size)
 
 
 def mask(criticality: Tensor, eps: float) -> Tensor:

@@ -1,0 +1,84 @@
+"""Pixels under an optimiser whose rate falls along a cosine, as images are recovered from networks (SRe2L and its kin), and what that costs."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from stillhouse.evaluation.cost import peak_of_tensors
+from stillhouse.run import Run
+from stillhouse.synthetic.synthesis import Held
+
+
+@dataclass
+class Cost:
+    """What descents cost: seconds and iterations add up, of the bytes that an iteration holds the most counts."""
+
+    seconds: float = 0.0
+    iterations: int = 0
+    peak: int = 0
+
+    def __add__(self, other: Cost) -> Cost:
+        return Cost(self.seconds + other.seconds, self.iterations + other.iterations, max(self.peak, other.peak))
+
+    def figures(self) -> dict[str, float]:
+        """As figures of a product."""
+        found = {"distil_seconds": self.seconds, "distil_iterations": float(self.iterations), "distil_peak_mb": self.peak / 1e6}
+        return found | ({"distil_seconds_per_iteration": self.seconds / self.iterations} if self.iterations else {})
+
+
+def descend(
+    run: Run,
+    name: str,
+    pixels: nn.Parameter,
+    lr: float,
+    iterations: int,
+    loss: Callable[[int], Mapping[str, Tensor]],
+    *,
+    plain: bool = False,
+    after: Callable[[], None] | None = None,
+) -> Cost:
+    """Minimise over the pixels, in place, by the run's loop (so that a killed run goes on).
+
+    The rate of step t is lr (1 + cos(pi t / iterations)) / 2.
+
+    Args:
+        name: of the loop.
+        loss: iteration -> named terms, of which `loss` is minimised.
+        plain: the plain gradient, not Adam with betas 0.5, 0.9.
+        after: called after each step.
+
+    Returns:
+        Its cost; the memory is that of the first iteration's forward and backward.
+    """
+    if not iterations:
+        return Cost()
+    optimiser: torch.optim.Optimizer = torch.optim.SGD([pixels], lr) if plain else torch.optim.Adam([pixels], lr, betas=(0.5, 0.9))
+    peak = torch.zeros((), dtype=torch.int64)
+
+    def one(i: int) -> dict[str, Tensor]:
+        found = loss(i)
+        optimiser.zero_grad()
+        found["loss"].backward()
+        return {k: v.detach() for k, v in found.items()}
+
+    def step(i: int) -> Mapping[str, Tensor]:
+        for group in optimiser.param_groups:
+            group["lr"] = lr * 0.5 * (1 + math.cos(math.pi * i / iterations))
+        found: dict[str, Tensor] = {}
+        if i == 0:
+            peak.fill_(peak_of_tensors(lambda: found.update(one(0)), pixels.device))
+        else:
+            found = one(i)
+        optimiser.step()
+        if after is not None:
+            after()
+        return found
+
+    peak_of_tensors(lambda: None, pixels.device)  # the profiler's own start, a second, is no cost of the first iteration
+    seconds = run.loop(name, {"pixels": Held(pixels), "optimiser": optimiser, "peak": Held(peak)}, step, iterations)
+    return Cost(seconds, iterations, int(peak))
