@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import copy
 import io
 import json
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from plotly.offline import get_plotlyjs
 from rich.console import Console
 
@@ -19,6 +21,7 @@ from stillhouse.reporting.comparison import comparison_markdown, comparison_tabl
 from stillhouse.reporting.quantities import quantity
 from stillhouse.reporting.rows import compare
 from stillhouse.reporting.run_report import read_curves, write_run_report
+from stillhouse.synthetic.product import SyntheticSet, contact_sheet
 
 RESULTS = {
     "slug": "kd",
@@ -235,3 +238,28 @@ def test_a_folder_without_a_run_or_with_a_broken_file_gets_a_sentence(tmp_path: 
 )
 def test_figures_are_shown_in_the_unit_a_reader_expects(name: str, value: float, text: str):
     assert quantity(name, value).text(value) == text
+
+
+def test_the_report_of_a_synthetic_set_shows_its_images_what_they_teach_and_what_they_cost(tmp_path: Path):
+    folder = write_run(tmp_path / "run")
+    classes = [f"kind{i}" for i in range(3)]
+    made = SyntheticSet(torch.randn(6, 3, 8, 8), torch.arange(3).repeat_interleave(2), classes, (0.5,) * 3, (0.2,) * 3, made_by={"method": "dm"})
+    made.save(folder / "product")
+    figures = {"accuracy": 0.4, "accuracy_std": 0.02, "accuracy_ResNet18": 0.25, "distil_seconds": 7.0, "distil_peak_mb": 24.0, "stored_images": 6.0}
+    (folder / "evaluation.json").write_text(json.dumps({**figures, "stored_mb": made.bytes / 1e6, "label_agreement": 0.9}))
+    html = html_of(write_run_report(folder))
+    sheet = re.search(r'<img src="data:image/png;base64,([^"]+)"', html)
+    assert base64.b64decode(sheet[1]) == (folder / "product" / "sheet.png").read_bytes()
+    assert "kind0, kind1, kind2. Pixels out of range are shown clipped" in html and "made_by" not in html
+    results, cost = html.index("<h2>Results"), html.index("<h2>Cost")
+    assert results < html.index("2.00 points") < html.index("Accuracy, ResNet18") < html.index("25.00 %") < cost
+    assert cost < html.index("7 s") and "24 MB" in html and "4.66 kB" in html and "Label agreement" in html
+
+
+def test_a_contact_sheet_has_a_row_a_class_and_stays_small():
+    def sheet(count: int, each: int, side: int) -> torch.Size:
+        return contact_sheet(torch.rand(count * each, 3, side, side), torch.arange(count).repeat_interleave(each)).shape
+
+    assert sheet(3, 2, 32) == (3, 3 * 66 + 2, 2 * 66 + 2)
+    assert sheet(20, 1, 8) == (3, 2 * 66 + 2, 10 * 66 + 2), "one image a class: ten classes a row"
+    assert sheet(200, 2, 64) == (3, 100 * 50 + 2, 2 * 50 + 2), "the first hundred classes, made small"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
@@ -67,6 +68,11 @@ def figure(fig: go.Figure, name: str, description: str) -> str:
         fig, config=config, include_plotlyjs=False, full_html=False, div_id=name, default_height=f"{fig.layout.height or 340}px"
     )
     return f'<figure class="plot" role="img" aria-label="{escape(description)}">{inner}<figcaption>{escape(description)}</figcaption></figure>'
+
+
+def picture(png: bytes, description: str) -> str:
+    """A picture inside the page; `description` says in words what it shows, to who cannot see it."""
+    return f'<figure><img src="data:image/png;base64,{base64.b64encode(png).decode()}" alt="{escape(description)}"></figure>'
 
 
 def legend(items: Iterable[tuple[str, str, str]]) -> str:
@@ -137,6 +143,7 @@ th button:focus-visible{outline:2px solid var(--accent);outline-offset:2px}
 th[aria-sort] button{color:var(--ink)}
 th[aria-sort=ascending] button:after{content:" \\25B2"}th[aria-sort=descending] button:after{content:" \\25BC"}
 figure{margin:12px 0 0;min-width:0}figcaption{font-size:.85rem;max-width:75ch}
+img{max-width:100%;border-radius:4px;display:block}
 .grid{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,400px),1fr));gap:8px 20px}
 .plot text:not(.hoverlayer text){fill:var(--ink)!important}
 .plot .gridlayer path,.plot .zerolinelayer path{stroke:var(--line)!important}

@@ -20,9 +20,10 @@ class Quantity:
 
     def suited_to(self, largest: float) -> Quantity:
         """The same figure in the unit that suits values up to `largest`: k, M or G before the unit, where it takes prefixes."""
-        if not self.prefixes or not abs(largest) >= 1000:
+        measure = abs(largest * self.scale)
+        if not self.prefixes or not measure >= 1000:
             return self
-        power = min(3, int(math.log10(abs(largest))) // 3)
+        power = min(3, int(math.log10(measure)) // 3)
         return replace(self, unit=" kMG"[power] + self.unit, scale=self.scale / 1000**power)
 
     @property
@@ -61,6 +62,18 @@ class Quantity:
 _KNOWN = {
     "accuracy": Quantity("Accuracy", "%", 100, 2, 1, "Share of test samples whose most probable class is the right one."),
     "accuracy_top5": Quantity("Top-5 accuracy", "%", 100, 2, 1, "Share of test samples whose right class is among the five most probable."),
+    "accuracy_std": Quantity("Accuracy, spread", "points", 100, 2, -1, "Standard deviation of the accuracy over the networks that were trained."),
+    "accuracy_random": Quantity("Accuracy, random", "%", 100, 2, 0, "The same of networks trained on as many random real images."),
+    "accuracy_full": Quantity("Accuracy, all data", "%", 100, 2, 0, "The same of a network trained on all real data."),
+    "accuracy_scratch": Quantity("Accuracy, untrained", "%", 100, 2, 0, "The same of backbones that were not pre-trained."),
+    "accuracy_unaugmented": Quantity("Accuracy, plain", "%", 100, 2, 1, "The same of networks trained without augmentation."),
+    "accuracy_random_unaugmented": Quantity("Accuracy, random, plain", "%", 100, 2, 0, "Of random real images, without augmentation."),
+    "lrs": Quantity("LRS", "", 1, 3, 1, "Label-robust score of DD-Ranking, 0 to 1: hard labels against all data, and the gain over random images."),
+    "ars": Quantity(
+        "ARS", "", 1, 3, 1, "Augmentation-robust score of DD-Ranking, 0 to 1: the gain over random images, with augmentation and without."
+    ),
+    "hlr": Quantity("HLR", "points", 100, 2, -1, "Accuracy of all real data above that of the set, both with hard labels."),
+    "ior": Quantity("IOR", "points", 100, 2, 1, "Accuracy of the set above that of as many random real images."),
     "nll": Quantity("NLL", "nats", 1, 3, -1, "Negative log-likelihood: how surprised the model is by the right class, on average; lower is better."),
     "accuracy_omitted": Quantity("Accuracy, omitted", "%", 100, 2, 1, "Share right among test samples of the classes that the student never saw."),
     "accuracy_seen": Quantity("Accuracy, seen", "%", 100, 2, 1, "Share right among test samples of the classes that the student was taught."),
@@ -102,6 +115,14 @@ _KNOWN = {
         "Step memory", "B", 1, None, -1, "The most that torch holds at a time in a training step, beyond what it held before.", True
     ),
     "train_seconds": Quantity("Training time", "s", 1, None, -1, "Wall-clock time of the training."),
+    "distil_seconds": Quantity("Making", "s", 1, None, -1, "Wall-clock time of making the images."),
+    "distil_seconds_per_iteration": Quantity("Making, an iteration", "s", 1, None, -1, "Wall-clock time of one iteration."),
+    "distil_iterations": Quantity("Iterations", "", 1, None, 0, "Steps in which the images were learned."),
+    "distil_peak_mb": Quantity("Peak memory", "B", 1e6, None, -1, "The most that an iteration held.", prefixes=True),
+    "stored_images": Quantity("Images", "", 1, None, -1, "Images that the set stores."),
+    "stored_mb": Quantity("Size", "B", 1e6, None, -1, "Images and labels of every kind, as they are stored.", prefixes=True),
+    "label_mb": Quantity("Labels", "B", 1e6, None, -1, "The soft labels' part of the size.", prefixes=True),
+    "out_of_range_pixels": Quantity("Pixels out of range", "%", 100, 1, 0, "Share of the pixels below 0 or above 1."),
     "run_seconds": Quantity(
         "Whole run", "s", 1, None, -1, "Wall-clock time of the whole run, with its teacher's training where that was not already there."
     ),
@@ -109,12 +130,29 @@ _KNOWN = {
 
 
 def quantity(name: str, largest: float = 0.0) -> Quantity:
-    """How the figure of this name is shown, in a unit for values up to `largest`; `val/accuracy` as `accuracy`; an unknown name as itself, to three digits."""
+    """How the figure of this name is shown, in a unit for values up to `largest`; `val/accuracy` as `accuracy`; an unknown name as its kind, or as itself to three digits."""
     base = name.rsplit("/", 1)[-1]
-    return _KNOWN.get(base, Quantity(base.replace("_", " ").capitalize())).suited_to(largest)
+    return _KNOWN.get(base, _alike(base)).suited_to(largest)
+
+
+def _alike(name: str) -> Quantity:
+    """A figure that is known by its kind alone: `accuracy_NAME` is a share, `…_seconds` and `…_mb` have their units."""
+    kind, _, what = name.partition("_")
+    if kind == "accuracy" and what.endswith("_std"):
+        return replace(_KNOWN["accuracy_std"], title=f"Accuracy, {what.removesuffix('_std').replace('_', ' ')}, spread")
+    if kind == "accuracy" and what:
+        return Quantity(f"Accuracy, {what.replace('_', ' ')}", "%", 100, 2, 1)
+    for end, unit in (("_seconds", "s"), ("_mb", "MB")):
+        if name.endswith(end):
+            return Quantity(name.removesuffix(end).replace("_", " ").capitalize(), unit, 1, None, -1)
+    return Quantity(name.replace("_", " ").capitalize())
 
 
 def in_reading_order(names: set[str]) -> list[str]:
-    """Known figures in their usual order (quality, calibration, cost), then the others by name."""
+    """Known figures in their usual order (quality, calibration, cost), other accuracies after theirs, then the rest by name."""
     known = list(_KNOWN)
-    return sorted(names, key=lambda n: (known.index(n) if n in _KNOWN else len(known), n))
+
+    def place(name: str) -> float:
+        return known.index(name) if name in _KNOWN else known.index("accuracy_std") + 0.5 if name.startswith("accuracy_") else len(known)
+
+    return sorted(names, key=lambda n: (place(n), n))

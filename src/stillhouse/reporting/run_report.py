@@ -13,12 +13,14 @@ from typing import Any
 import yaml
 
 from stillhouse.errors import UserError
-from stillhouse.reporting.page import cards, code, figure, grid, page, pairs, section, write
+from stillhouse.reporting.page import cards, code, figure, grid, page, pairs, picture, section, write
 from stillhouse.reporting.quantities import in_reading_order, quantity
 
 Curve = tuple[list[float], list[float]]
 _POSITION = ("stage", "epoch", "step")
 _MOST_POINTS = 2000
+_COST = ("stored_images", "distil_iterations", "distil_seconds_per_iteration")
+_QUALITY = ("lrs", "ars", "hlr", "ior", "improvement_over_random", "gain_over_scratch")
 
 
 def write_run_report(folder: str | Path) -> Path:
@@ -43,20 +45,57 @@ def write_run_report(folder: str | Path) -> Path:
         raise UserError(f"There is no run in '{folder}' to report: no recipe.yaml, environment.json, metrics.csv, evaluation.json or product.")
 
     body = []
-    if evaluation:
+    if evaluation and "stored_images" in evaluation:
+        body += _of_a_set(evaluation, product or {}, folder / "product" / "sheet.png")
+    elif evaluation:
         body.append(section("Results", "What the finished product does on test data, and what it costs.", cards(_shown(evaluation))))
     for name, figures in ((environment or {}).pop("teachers", None) or {}).items():
         facts = {title: value for title, value, _ in _shown(figures)}
         body.append(section(f"Teacher: {name}", "The network that the student learned from, judged on test data.", pairs(facts)))
     body += _training(curves)
     if product:
-        body.append(section("Product", "What the run left to keep, in the folder product/.", pairs(_flat(product))))
+        body.append(
+            section(
+                "Product", "What the run left to keep, in the folder product/.", pairs(_flat({k: v for k, v in product.items() if k != "made_by"}))
+            )
+        )
     if recipe:
         body.append(section("Recipe", "Every option of this run, defaults included; a run of this recipe repeats it.", code(recipe)))
     if environment:
         body.append(_environment(environment))
     title, subtitle = _names(recipe, folder)
     return write(folder / "report.html", page(title, subtitle, body))
+
+
+def _of_a_set(evaluation: Mapping[str, Any], product: Mapping[str, Any], sheet: Path) -> list[str]:
+    """The sections of a synthetic set: what networks learn from it, the images themselves, what it cost."""
+    cost = {k: v for k, v in evaluation.items() if k in _COST or k.endswith(("_seconds", "_mb"))}
+    rest = {k: v for k, v in evaluation.items() if k not in cost}
+    quality = {k: v for k, v in rest.items() if k in _QUALITY or k.startswith(("accuracy", "continual", "search"))}
+    out = [section("Results", "Networks that were trained on the set alone, from scratch, judged on real test data.", cards(_shown(quality)))]
+    if sheet.is_file():
+        out.append(section("The images", _sheet_text(product), picture(sheet.read_bytes(), "The contact sheet of the set")))
+    out.append(section("Cost", "What it took to make the set, and what it takes to keep.", cards(_shown(cost))))
+    if other := {k: v for k, v in rest.items() if k not in quality}:
+        out.append(section("More about the set", "Figures that this method gives of its own work.", cards(_shown(other))))
+    return out
+
+
+def _sheet_text(product: Mapping[str, Any]) -> str:
+    if not product.get("classes"):
+        return "The first images of the set."
+    clipped = "" if product.get("bounded", True) else " Pixels out of range are shown clipped."
+    return f"The first images of each class, in the order of the classes: {_listed(product['classes'])}.{clipped}"
+
+
+def _brief(product: Mapping[str, Any]) -> dict[str, Any]:
+    """What product.json says, without what is empty and without the recipe, which has a section of its own."""
+    flat = _flat({k: v for k, v in product.items() if k != "made_by" and v is not None})
+    return {k: _listed(v) if isinstance(v, list) else v for k, v in flat.items()}
+
+
+def _listed(items: list[Any]) -> str:
+    return ", ".join(map(str, items[:20])) + (f" … ({len(items)} in all)" if len(items) > 20 else "")
 
 
 def read_curves(path: Path) -> dict[str, dict[str, Curve]]:
@@ -135,11 +174,18 @@ def _names(recipe: str | None, folder: Path) -> tuple[str, str]:
     except yaml.YAMLError:
         tree = None
     tree = tree if isinstance(tree, dict) else {}
-    data, student = tree.get("data"), tree.get("student")
+
+    def named(key: str, inner: str) -> str | None:
+        value = tree.get(key)
+        value = value.get(inner) if isinstance(value, dict) else value
+        return f"{key} {value}" if value else None
+
     parts = [
         f"method {tree['method']}" if tree.get("method") else None,
-        f"student {student.get('model') if isinstance(student, dict) else student}" if student else None,
-        f"data {data.get('name') if isinstance(data, dict) else data}" if data else None,
+        named("student", "model"),
+        named("network", "model"),
+        f"ipc {tree['ipc']}" if tree.get("ipc") else None,
+        named("data", "name"),
         f"seed {tree['seed']}" if tree.get("seed") is not None else None,
     ]
     return str(tree.get("name") or folder.resolve().name), " · ".join(p for p in parts if p)

@@ -14,6 +14,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from stillhouse.errors import UserError
 from stillhouse.files import written_beside
@@ -222,14 +223,22 @@ class SyntheticSet:
 
 
 def contact_sheet(pixels: Tensor, labels: Tensor, columns: int = 10, rows: int = 100) -> Tensor:
-    """Images (N, C, H, W) with pixels in [0, 1] as one uint8 image (C, h, w): a row a class, its first `columns` images; small images enlarged."""
+    """Images (N, C, H, W) with pixels in [0, 1] as one uint8 image (C, h, w): a row a class, its first `columns` images; where classes have one image
+    each, ten classes a row. Small images are enlarged, large ones made small."""
     from torchvision.utils import make_grid
 
     shown = [pixels[labels == c][:columns] for c in labels.unique().tolist()[:rows]]
     wide = max(len(s) for s in shown)
-    padded = torch.cat([torch.cat([s, s.new_ones(wide - len(s), *s.shape[1:])]) for s in shown]).clamp(0, 1)
-    padded = padded.repeat_interleave(max(1, 32 // padded.shape[-1]), 2).repeat_interleave(max(1, 32 // padded.shape[-1]), 3)
-    return (make_grid(padded, nrow=wide, padding=1, pad_value=1.0) * 255).round().to(torch.uint8)
+    grey = 0.5
+    padded = torch.cat([torch.cat([s, s.new_full((wide - len(s), *s.shape[1:]), grey)]) for s in shown]).clamp(0, 1)
+    side, few = padded.shape[-1], len(padded) <= 100
+    least, most = (64, 96) if few else (32, 48)
+    if side > most:
+        padded = F.interpolate(padded, scale_factor=most / side, mode="area")
+    else:
+        times = max(1, least // side)
+        padded = padded.repeat_interleave(times, 2).repeat_interleave(times, 3)
+    return (make_grid(padded, nrow=wide if wide > 1 else 10, padding=2, pad_value=grey) * 255).round().to(torch.uint8)
 
 
 def png(image: Tensor) -> bytes:

@@ -14,6 +14,8 @@ from torch import Tensor
 from stillhouse.errors import UserError
 from stillhouse.files import written_beside
 from stillhouse.product import read_meta
+from stillhouse.synthetic.product import contact_sheet, png
+from stillhouse.synthetic.real import unnormalised
 
 
 @dataclass
@@ -75,6 +77,8 @@ class RepresentationSet:
             save_file({"images": self.images, "targets": self.targets}, str(beside))
         meta = {"kind": self.kind, "format": 1, "mean": list(self.mean), "std": list(self.std), "made_by": self.made_by}
         (folder / "product.json").write_text(json.dumps(meta, indent=1))
+        pixels = unnormalised(self.images, self.mean, self.std) if self.made_by.get("start") != "raw" else self.images
+        (folder / "sheet.png").write_bytes(png(contact_sheet(pixels, torch.arange(len(pixels)))))
 
     @classmethod
     def load(cls, folder: Path) -> RepresentationSet:

@@ -89,8 +89,9 @@ class _Judging:
 
     def __init__(self, run: Run, product: RepresentationSet, spec: TransferSpec) -> None:
         self.run, self.product, self.spec = run, product, spec
-        self.config: Any = run.config
-        self.targets: list[DataSpec] = list(spec.targets) or [self.config.data]
+        config: Any = run.config
+        self.config = config
+        self.targets: list[DataSpec] = list(spec.targets) or [config.data]
         self.shape = tuple(product.images.shape[1:])
         self.images, self.labels = product.images.to(run.device), product.targets.to(run.device)
 
