@@ -54,7 +54,7 @@ def _check_network(model: str, options: dict[str, Any], where: str, path: Path) 
 def _check_optimizer(spec: OptimizerSpec, where: str, path: Path) -> None:
     import inspect
 
-    from stillhouse.engine import optimizer_class
+    from stillhouse.optimizers import optimizer_class
 
     try:
         valid = [p for p in inspect.signature(optimizer_class(spec.name)).parameters if p != "params"]

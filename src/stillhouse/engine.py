@@ -23,6 +23,7 @@ from stillhouse.functional.token_losses import has_tokens, weigh_tokens_alike
 from stillhouse.live import Live
 from stillhouse.loop import Loop, Stateful
 from stillhouse.objective import Progress
+from stillhouse.optimizers import make_optimizer, rate_factor
 from stillhouse.recipe import TrainSpec
 from stillhouse.signals import Batch
 
@@ -61,54 +62,6 @@ def make_accelerator(spec: TrainSpec, folder: Path | None = None, cpu: bool = Fa
     return accelerator
 
 
-def optimizer_class(name: str) -> type[torch.optim.Optimizer]:
-    """A class of torch.optim by its name in any case. Raises `UserError` with the nearest names."""
-    classes = {
-        n.lower(): c for n, c in vars(torch.optim).items() if isinstance(c, type) and issubclass(c, torch.optim.Optimizer) and n != "Optimizer"
-    }
-    if name.lower() not in classes:
-        raise unknown("optimizer", name, classes)
-    return classes[name.lower()]
-
-
-def make_optimizer(groups: list[dict[str, Any]], spec: TrainSpec) -> torch.optim.Optimizer:
-    """The optimiser that a recipe names, any of torch.optim, over parameter groups that may set their own lr and weight_decay."""
-    try:
-        return optimizer_class(spec.optimizer.name)(groups, **spec.optimizer.arguments())
-    except TypeError as error:
-        raise UserError(f"train.optimizer: {spec.optimizer.name} takes no such option: {str(error).split('.__init__() ')[-1]}.") from None
-
-
-def rate_factor(spec: TrainSpec, progress_epochs: float) -> float:
-    """The factor on the learning rate after so many (fractional) epochs."""
-    s = spec.schedule
-    if progress_epochs < s.warmup_epochs:
-        return progress_epochs / s.warmup_epochs
-    if s.name == "step":
-        return s.gamma ** sum(progress_epochs >= m for m in s.milestones)
-    if s.name == "constant":
-        return 1.0
-    share = min((progress_epochs - s.warmup_epochs) / max(spec.epochs - s.warmup_epochs, 1e-9), 1.0)
-    floor = s.min_lr / spec.optimizer.lr
-    falling = 0.5 * (1 + math.cos(math.pi * share)) if s.name == "cosine" else 1 - share
-    return floor + (1 - floor) * falling
-
-
-class _FitLoop(Loop):
-    steps_per_epoch = 1
-    optimizer: Any = None
-    accumulate = 1
-
-    def ends_epoch(self, done: int) -> bool:
-        return done % self.steps_per_epoch == 0
-
-    def whole(self, done: int) -> bool:
-        return done % self.accumulate == 0  # between them, gradients are being accumulated
-
-    def row_extras(self) -> dict[str, float]:
-        return {"lr": self.optimizer.param_groups[0]["lr"]}
-
-
 def fit(
     module: Any,
     train: Any,
@@ -137,116 +90,153 @@ def fit(
     On return `module.student` holds the weights to keep: the average where `ema` is set, the best where `best` is.
     """
     accelerator = accelerator or make_accelerator(spec, folder, cpu)
-    device = accelerator.device
-    batches = _Batches(train, spec)
-    per_epoch = batches.per_epoch
-    if per_epoch == 0:
-        raise UserError("The training data holds no samples.")
-    module.to(device)
-    if hasattr(module, "build"):
-        module.build(next(iter(train.batches(0, 0, 1))))
-        module.to(device)
-    _refuse_lonely_batch_norm(module, train)
-    optimizer = make_optimizer(module.param_groups(), spec)
-    base_rates = [g["lr"] for g in optimizer.param_groups]
-    ema = None
-    if spec.ema is not None:
-        from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+    return _Fit(module, train, spec, accelerator, folder, stage, seed, evaluate, splits or {}, live).run()
 
-        ema = AveragedModel(module.student, multi_avg_fn=get_ema_multi_avg_fn(spec.ema), use_buffers=True)
-    if spec.compile:
-        module.compile()
-    progress = Progress(steps_per_epoch=per_epoch, epochs=spec.epochs)
-    ctx = TrainingContext(module, progress, splits or {}, seed, device, folder, train)
-    if hasattr(module, "prepare"):
-        module.prepare(ctx)
-    wrapped = accelerator.prepare(module)
-    if accelerator.scaler is not None or accelerator.distributed_type.value in ("DEEPSPEED", "FSDP", "MEGATRON_LM"):
-        optimizer = accelerator.prepare(optimizer)  # elsewhere the wrapper does nothing, and costs 0.2 ms a step
-    if spec.trackers and accelerator.is_main_process:
-        accelerator.init_trackers(folder.name)
-    total = batches.total
-    state: dict[str, Stateful] = {"module": module, "optimizer": optimizer}
-    if ema is not None:
-        state["ema"] = ema
-    if accelerator.scaler is not None:
-        state["scaler"] = accelerator.scaler
-    loop = _FitLoop(
-        folder,
-        stage,
-        total,
-        state,
-        seed=seed,
-        log_every=spec.log_every,
-        checkpoint_seconds=spec.checkpoint_seconds,
-        accelerator=accelerator,
-        keys=lambda i: divmod(i, per_epoch),
-        where=lambda i: (i // per_epoch, i + 1),
-        live=live,
-        trackers=bool(spec.trackers),
-    )
-    loop.steps_per_epoch, loop.optimizer, loop.accumulate = per_epoch, optimizer, spec.accumulate
-    loop.restore()
-    keeper = _Best(spec, folder, stage, loop)
-    module.train()
-    nothing = nullcontext()
-    before_step = getattr(module, "before_step", None)
 
-    def step(i: int) -> Mapping[str, Tensor]:
-        epoch, batch_number = divmod(i, per_epoch)
-        progress.epoch, progress.batch, progress.step = epoch, batch_number, i // spec.accumulate
-        if batch_number == 0 and hasattr(module, "begin_epoch"):
-            module.begin_epoch(ctx)
+class _Fit:
+    """One training made ready, its step, and what follows an epoch."""
+
+    def __init__(
+        self,
+        module: Any,
+        train: Any,
+        spec: TrainSpec,
+        accelerator: Any,
+        folder: Path,
+        stage: str,
+        seed: int,
+        evaluate: Callable[[nn.Module, torch.device], dict[str, float]] | None,
+        splits: Mapping[str, Any],
+        live: Live | None,
+    ) -> None:
+        self.module, self.spec, self.accelerator, self.evaluate = module, spec, accelerator, evaluate
+        self.device = accelerator.device
+        self.batches = _Batches(train, spec)
+        if self.batches.per_epoch == 0:
+            raise UserError("The training data holds no samples.")
+        module.to(self.device)
+        if hasattr(module, "build"):
+            module.build(next(iter(train.batches(0, 0, 1))))
+            module.to(self.device)
+        _refuse_lonely_batch_norm(module, train)
+        self.optimizer: Any = make_optimizer(module.param_groups(), spec)
+        self.rates = [g["lr"] for g in self.optimizer.param_groups]
+        self.ema = _average(module.student, spec)
+        if spec.compile:
+            module.compile()
+        self.progress = Progress(steps_per_epoch=self.batches.per_epoch, epochs=spec.epochs)
+        self.ctx = TrainingContext(module, self.progress, splits, seed, self.device, folder, train)
+        if hasattr(module, "prepare"):
+            module.prepare(self.ctx)
+        self.wrapped = accelerator.prepare(module)
+        if accelerator.scaler is not None or accelerator.distributed_type.value in ("DEEPSPEED", "FSDP", "MEGATRON_LM"):
+            self.optimizer = accelerator.prepare(self.optimizer)  # elsewhere the wrapper does nothing, and costs 0.2 ms a step
+        if spec.trackers and accelerator.is_main_process:
+            accelerator.init_trackers(folder.name)
+        self.loop = _FitLoop(self, folder, stage, seed, live)
+        self.loop.restore()
+        self.keeper = _Best(spec, folder, stage, self.loop)
+
+    def run(self) -> Fitted:
+        """Go on to the end, and leave in the student the weights to keep."""
+        self.module.train()
+        self.loop.run(self.step, self.boundary)
+        self.batches.close()
+        extra = self.loop.extra
+        if not extra.get("closed"):
+            if self.ema is not None:
+                self.module.student.load_state_dict(self.ema.module.state_dict())
+            self.keeper.load_into(self.module.student)
+            extra["closed"] = True
+            self.loop.save()
+        if self.spec.trackers:
+            self.accelerator.end_training()
+        return Fitted(dict(extra.get("figures", {})), self.loop.seconds, math.ceil(self.loop.done / self.batches.per_epoch))
+
+    def step(self, i: int) -> Mapping[str, Tensor]:
+        """Forward and backward of batch i, and, with the last of the batches that are accumulated, a step of the optimiser."""
+        module, progress, accumulate = self.module, self.progress, self.spec.accumulate
+        progress.epoch, progress.batch = divmod(i, self.batches.per_epoch)
+        progress.step = i // accumulate
+        if progress.batch == 0 and hasattr(module, "begin_epoch"):
+            module.begin_epoch(self.ctx)
             module.train()
-        batch = to_device(batches.fetch(i), device)
-        steps_now = (i + 1) % spec.accumulate == 0 or i + 1 == total
-        factor = rate_factor(spec, i / per_epoch)
-        for group, rate in zip(optimizer.param_groups, base_rates):
+        batch = to_device(self.batches.fetch(i), self.device)
+        steps_now = (i + 1) % accumulate == 0 or i + 1 == self.batches.total
+        factor = rate_factor(self.spec, i / self.batches.per_epoch)
+        for group, rate in zip(self.optimizer.param_groups, self.rates):
             group["lr"] = rate * factor
-        if before_step is not None:
-            with accelerator.autocast():
-                before_step(batch, ctx)
-        with nothing if steps_now else accelerator.no_sync(wrapped):
-            try:
-                terms = wrapped(batch, progress)
-            except ValueError as error:
-                raise _batch_of_one(error, batch) from error
-            loss, averaged = terms["loss"], batches.of_step(i)
-            loss = loss if averaged == 1 else loss / averaged
-            accelerator.backward(loss) if accelerator.scaler is not None else loss.backward()
+        if hasattr(module, "before_step"):
+            with self.accelerator.autocast():
+                module.before_step(batch, self.ctx)
+        with nullcontext() if steps_now else self.accelerator.no_sync(self.wrapped):
+            terms = self._backward(batch, self.batches.of_step(i))
         if steps_now:
-            if spec.clip is not None:
-                accelerator.clip_grad_norm_(wrapped.parameters(), spec.clip)
-            optimizer.step()
-            optimizer.zero_grad()
-            if ema is not None:
-                ema.update_parameters(module.student)
+            if self.spec.clip is not None:
+                self.accelerator.clip_grad_norm_(self.wrapped.parameters(), self.spec.clip)
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+            if self.ema is not None:
+                self.ema.update_parameters(module.student)
         if hasattr(module, "after_step"):
             module.after_step(batch, progress, steps_now)
         return terms
 
-    def boundary(done: int) -> bool:
-        epoch = done // per_epoch
-        last = done == total
-        if evaluate is None or not (last or (spec.eval_every and epoch % spec.eval_every == 0)):
-            return False
-        model = ema.module if ema is not None else module.student
-        figures = evaluate(model, device)
-        module.train()
-        loop.log({f"val/{k}": v for k, v in figures.items()})
-        return keeper.consider(figures, model, epoch)
+    def _backward(self, batch: Batch, averaged: int) -> Mapping[str, Tensor]:
+        try:
+            terms: Mapping[str, Tensor] = self.wrapped(batch, self.progress)
+        except ValueError as error:
+            raise _batch_of_one(error, batch) from error
+        loss = terms["loss"] if averaged == 1 else terms["loss"] / averaged
+        self.accelerator.backward(loss) if self.accelerator.scaler is not None else loss.backward()
+        return terms
 
-    loop.run(step, boundary)
-    batches.close()
-    if not loop.extra.get("closed"):
-        if ema is not None:
-            module.student.load_state_dict(ema.module.state_dict())
-        keeper.load_into(module.student)
-        loop.extra["closed"] = True
-        loop.save()
-    if spec.trackers:
-        accelerator.end_training()
-    return Fitted(dict(loop.extra.get("figures", {})), loop.seconds, math.ceil(loop.done / per_epoch))
+    def boundary(self, done: int) -> bool:
+        """Evaluate after an epoch, where it is time; True: training has waited long enough for a better one."""
+        epoch, every = done // self.batches.per_epoch, self.spec.eval_every
+        if self.evaluate is None or not (done == self.batches.total or (every and epoch % every == 0)):
+            return False
+        model = self.ema.module if self.ema is not None else self.module.student
+        figures = self.evaluate(model, self.device)
+        self.module.train()
+        self.loop.log({f"val/{k}": v for k, v in figures.items()})
+        return self.keeper.consider(figures, model, epoch)
+
+
+class _FitLoop(Loop):
+    """The loop of a fit: whole between optimiser steps, with an end to each epoch, and keys by epoch and batch."""
+
+    def __init__(self, fit: _Fit, folder: Path, stage: str, seed: int, live: Live | None) -> None:
+        spec, per_epoch = fit.spec, fit.batches.per_epoch
+        state: dict[str, Stateful] = {"module": fit.module, "optimizer": fit.optimizer}
+        if fit.ema is not None:
+            state["ema"] = fit.ema
+        if fit.accelerator.scaler is not None:
+            state["scaler"] = fit.accelerator.scaler
+        super().__init__(
+            folder,
+            stage,
+            fit.batches.total,
+            state,
+            seed=seed,
+            log_every=spec.log_every,
+            checkpoint_seconds=spec.checkpoint_seconds,
+            accelerator=fit.accelerator,
+            keys=lambda i: divmod(i, per_epoch),
+            where=lambda i: (i // per_epoch, i + 1),
+            live=live,
+            trackers=bool(spec.trackers),
+        )
+        self._per_epoch, self._accumulate, self._optimizer = per_epoch, spec.accumulate, fit.optimizer
+
+    def ends_epoch(self, done: int) -> bool:
+        return done % self._per_epoch == 0
+
+    def whole(self, done: int) -> bool:
+        return done % self._accumulate == 0  # between them, gradients are being accumulated
+
+    def row_extras(self) -> dict[str, float]:
+        return {"lr": self._optimizer.param_groups[0]["lr"]}
 
 
 class _Batches:
@@ -308,6 +298,15 @@ class _Best:
             if self.loop.world > 1:
                 self.loop.accelerator.wait_for_everyone()
             student.load_state_dict(torch.load(self.path, map_location="cpu", weights_only=True)["model"])
+
+
+def _average(student: nn.Module, spec: TrainSpec) -> Any:
+    """The exponential moving average of the student's weights and buffers, where it is asked for."""
+    if spec.ema is None:
+        return None
+    from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+    return AveragedModel(student, multi_avg_fn=get_ema_multi_avg_fn(spec.ema), use_buffers=True)
 
 
 def _refuse_lonely_batch_norm(module: nn.Module, train: Any) -> None:

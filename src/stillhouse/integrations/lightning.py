@@ -19,10 +19,10 @@ from torch.nn import functional as F
 from stillhouse.data import AdaptedLoader
 from stillhouse.data.loader import as_batch
 from stillhouse.distillation import Distillation
-from stillhouse.engine import make_optimizer
 from stillhouse.errors import MissingExtra, UserError
 from stillhouse.integrations.context import LoaderContext, Objectives
 from stillhouse.objective import Progress
+from stillhouse.optimizers import make_optimizer
 from stillhouse.randomness import keyed
 from stillhouse.recipe import OptimizerSpec, TrainSpec
 from stillhouse.signals import Batch, call_model, read_logits

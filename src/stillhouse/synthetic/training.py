@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from stillhouse.data.augment import mix
-from stillhouse.engine import make_optimizer, rate_factor
 from stillhouse.errors import UserError
 from stillhouse.functional.siamese import Draws, all_of, apply, groups_of, one_of
+from stillhouse.optimizers import make_optimizer, rate_factor
 from stillhouse.randomness import generator, permutation
 from stillhouse.recipe import LRSchedule, OptimizerSpec, TrainSpec
 from stillhouse.run import Run
