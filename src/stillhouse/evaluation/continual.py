@@ -10,10 +10,9 @@ from __future__ import annotations
 import statistics
 
 from stillhouse.errors import UserError
-from stillhouse.evaluation.judging import Judging, renumbered
+from stillhouse.evaluation.judging import Judging
 from stillhouse.randomness import permutation
-from stillhouse.synthetic.config import ContinualSpec, EvaluateSpec
-from stillhouse.synthetic.training import HardTraining, Training
+from stillhouse.synthetic.config import ContinualSpec
 
 
 def continual(judging: Judging, spec: ContinualSpec) -> dict[str, float]:
@@ -29,12 +28,6 @@ def continual(judging: Judging, spec: ContinualSpec) -> dict[str, float]:
     found = []
     for step in range(1, spec.steps + 1):
         seen = order[: count * step // spec.steps]
-        places = renumbered(judging.labels, seen, count)
-        images, labels = judging.images[places >= 0], places[places >= 0]
-
-        def memory(how: EvaluateSpec, seed: int, images=images, labels=labels) -> Training:  # type: ignore[no-untyped-def]
-            return HardTraining.of(images, labels, how, judging.augment, judging.product.lr, ("judge", seed))
-
-        trained = judging.networks(f"evaluate.continual.{step}", memory, classes=seen)
+        trained = judging.networks(f"evaluate.continual.{step}", judging.hard_labels(judging.augment, seen), classes=seen)
         found.append(statistics.fmean(t.accuracy for t in trained))
     return {"continual_accuracy": statistics.fmean(found), **{f"continual_step{i}": a for i, a in enumerate(found, 1)}}

@@ -93,9 +93,13 @@ class Judging:
         """The set under its protocol."""
         return self.soft_labels(self.product, augment) if self.spec.protocol == "soft" else self.hard_labels(augment)
 
-    def hard_labels(self, augment: AugmentSpec) -> Recipe:
-        """The set with class ids."""
-        return lambda spec, seed: HardTraining.of(self.images, self.labels, spec, augment, self.product.lr, ("judge", seed))
+    def hard_labels(self, augment: AugmentSpec, classes: Sequence[int] | None = None) -> Recipe:
+        """The set with class ids, or the images of some classes, numbered in this order."""
+        images, labels = self.images, self.labels
+        if classes is not None:
+            places = renumbered(labels, classes, self.num_classes)
+            images, labels = images[places >= 0], places[places >= 0]
+        return lambda spec, seed: HardTraining.of(images, labels, spec, augment, self.product.lr, ("judge", seed))
 
     def soft_labels(self, product: SyntheticSet, augment: AugmentSpec) -> Recipe:
         """A set with its soft labels."""
