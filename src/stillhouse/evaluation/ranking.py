@@ -8,7 +8,7 @@ network is trained at one rate and its last epoch counts.
 from __future__ import annotations
 
 import statistics
-from typing import Any
+from collections.abc import Callable
 
 import torch
 
@@ -56,7 +56,7 @@ def _tried(judging: Judging, name: str, learns: Recipe, trained_on: str | None =
     return statistics.fmean(max(same) for same in zip(*found, strict=True))
 
 
-def _random_images(judging: Judging) -> tuple[Any, str]:
+def _random_images(judging: Judging) -> tuple[Callable[[AugmentSpec], Recipe], str]:
     """As many random real images, by the augmentation, and their identity; labelled like the set: by its teacher where labels are soft, so that a soft
     protocol has them only if the method gave `random` (another set made with the same teacher)."""
     product, other = judging.product, judging.product.random
