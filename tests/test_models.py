@@ -39,6 +39,8 @@ PUBLISHED = {
     "mobilenet_v2": 0.81,
     "shufflenet_v1": 0.95,
     "shufflenet_v2": 1.36,
+    "efficientnet_b0": 4.14,  # as torchvision's
+    "densenet121": 7.05,
 }
 SMALL = {"vit": {"dim": 24, "depth": 4}, "mixer": {"dim": 24, "depth": 4}, "resnet_stages": {"stem": 8, "widths": [8, 16, 16], "depths": [1, 2, 1]}}
 VISION = {"hidden_size": 16, "num_hidden_layers": 4, "num_attention_heads": 2, "intermediate_size": 16}
@@ -71,6 +73,34 @@ def test_parameter_counts_are_the_published_ones(name: str) -> None:
     with torch.device("meta"):
         model = make(f"stillhouse:{name}", classes=100)
     assert round(sum(p.numel() for p in model.parameters()) / 1e6, 2) == PUBLISHED[name]
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "millions"),
+    [
+        ("shufflenet_v1", {"groups": 2}, 0.89),
+        ("shufflenet_v2", {"size": 0.5}, 0.35),
+        ("mobilenet_v2", {"width": 1.0, "stem_stride": 1}, 2.24),
+        ("efficientnet_b0", {}, 4.02),
+        ("densenet121", {}, 6.96),
+    ],
+)
+def test_nets_of_small_images_have_statistics_to_the_last_norm(name: str, options: dict[str, object], millions: float) -> None:
+    model = make(f"stillhouse:{name}", 10, **options).eval()
+    maps: list[int] = []
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.register_forward_pre_hook(lambda _, given: maps.append(given[0].shape[-1]))
+    with torch.no_grad():
+        model(torch.randn(1, 3, 32, 32))
+    assert min(maps) >= 2 and round(sum(p.numel() for p in model.parameters()) / 1e6, 2) == millions
+
+
+def test_sizes_that_a_shufflenet_does_not_have_are_refused() -> None:
+    with pytest.raises(UserError, match="groups of shufflenet_v1 must be 1, 2 or 3; given: 4"):
+        make("stillhouse:shufflenet_v1", groups=4)
+    with pytest.raises(UserError, match="size of shufflenet_v2 must be 0.5, 1 or 1.5; given: 3"):
+        make("stillhouse:shufflenet_v2", size=3)
 
 
 def test_the_digits_fit_every_kind_of_own_net() -> None:

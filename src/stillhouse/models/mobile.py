@@ -1,4 +1,4 @@
-"""Mobile nets for 32 px images, as in CRD's CIFAR experiments (arXiv 1910.10699): MobileNetV2 at half width, ShuffleNet V1 (3 groups) and V2 (1x).
+"""Mobile nets for 32 px images, by default as in CRD's CIFAR experiments (arXiv 1910.10699): MobileNetV2 at half width, ShuffleNet V1 (3 groups), V2 (1x).
 
 MobileNetV2: arXiv 1801.04381; ShuffleNet: arXiv 1707.01083 and 1807.11164. All start at full or half resolution with a small stem, `conv1`;
 stages are `blocks.i` or `layer1` … `layer3`; the classifier is `fc`.
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from stillhouse.errors import UserError
 from stillhouse.models.initialisation import he_fan_out
 from stillhouse.models.registry import register
 
@@ -40,12 +41,13 @@ class InvertedResidual(nn.Module):
 
 @register({"mobilenet_v2": {}})
 class MobileNetV2(nn.Module):
-    """Stem of stride 2, seven groups of inverted residuals (`blocks.0` … `blocks.6`), `conv2` to 1280 channels, mean over space, `fc`.
+    """Stem, seven groups of inverted residuals (`blocks.0` … `blocks.6`), `conv2` to 1280 channels, mean over space, `fc`.
 
     Args:
         width: factor on the channels of stem and blocks; the papers' 0.5.
         num_classes: C.
         input_shape: (channels, height, width).
+        stem_stride: CRD's 2; 1 keeps 4 x 4 pixels to the end at 32 px.
     """
 
     published_names: ClassVar[dict[str, str]] = {r"^classifier\.0\.": "fc."}
@@ -60,10 +62,10 @@ class MobileNetV2(nn.Module):
         (6, 320, 1, 1),
     ]
 
-    def __init__(self, width: float = 0.5, num_classes: int = 10, input_shape: tuple[int, ...] = (3, 32, 32)) -> None:
+    def __init__(self, width: float = 0.5, num_classes: int = 10, input_shape: tuple[int, ...] = (3, 32, 32), stem_stride: int = 2) -> None:
         super().__init__()
         inputs, last = int(32 * width), int(1280 * max(width, 1.0))
-        self.conv1 = nn.Sequential(nn.Conv2d(input_shape[0], inputs, 3, 2, 1, bias=False), nn.BatchNorm2d(inputs), nn.ReLU())
+        self.conv1 = nn.Sequential(nn.Conv2d(input_shape[0], inputs, 3, stem_stride, 1, bias=False), nn.BatchNorm2d(inputs), nn.ReLU())
         self.blocks = nn.Sequential()
         for expansion, channels, repeats, stride in self.groups:
             outputs = int(channels * width)
@@ -113,26 +115,34 @@ class ShuffleUnitV1(nn.Module):
 
 @register({"shufflenet_v1": {}})
 class ShuffleNetV1(nn.Module):
-    """1x1 stem, three stages of 4, 8 and 4 units with 240, 480 and 960 channels, mean over space, `fc`.
+    """1x1 stem, three stages of 4, 8 and 4 units with 240, 480 and 960 channels (of 3 groups), mean over space, `fc`.
 
     Args:
         num_classes: C.
         input_shape: (channels, height, width).
+        groups: of the 1x1 convolutions, 1, 2 or 3; each has channels of its own, so that nets of all are about as costly.
+
+    Raises:
+        UserError: another number of groups.
     """
 
     layer1: nn.Sequential
     layer2: nn.Sequential
     layer3: nn.Sequential
     published_names: ClassVar[dict[str, str]] = {r"^linear\.": "fc."}
+    channels: ClassVar[dict[int, int]] = {1: 144, 2: 200, 3: 240}  # of the first stage, by groups
 
-    def __init__(self, num_classes: int = 10, input_shape: tuple[int, ...] = (3, 32, 32)) -> None:
+    def __init__(self, num_classes: int = 10, input_shape: tuple[int, ...] = (3, 32, 32), groups: int = 3) -> None:
         super().__init__()
+        if groups not in self.channels:
+            raise UserError(f"options.groups of shufflenet_v1 must be 1, 2 or 3; given: {groups}.")
         self.conv1 = nn.Conv2d(input_shape[0], 24, 1, bias=False)
         self.bn1 = nn.BatchNorm2d(24)
         self.stage_names = ["layer1", "layer2", "layer3"]
         inputs = 24
-        for name, width, depth in zip(self.stage_names, (240, 480, 960), (4, 8, 4)):
-            units = [ShuffleUnitV1(inputs if i == 0 else width, width, 2 if i == 0 else 1) for i in range(depth)]
+        for name, factor, depth in zip(self.stage_names, (1, 2, 4), (4, 8, 4)):
+            width = factor * self.channels[groups]
+            units = [ShuffleUnitV1(inputs if i == 0 else width, width, 2 if i == 0 else 1, groups) for i in range(depth)]
             setattr(self, name, nn.Sequential(*units))
             inputs = width
         self.avgpool = nn.AdaptiveAvgPool2d(1)
@@ -193,6 +203,10 @@ class ShuffleNetV2(nn.Module):
     Args:
         num_classes: C.
         input_shape: (channels, height, width).
+        size: the published 0.5 (48, 96 and 192 channels), 1 or 1.5 (176, 352 and 704).
+
+    Raises:
+        UserError: another size.
     """
 
     layer1: nn.Sequential
@@ -200,13 +214,18 @@ class ShuffleNetV2(nn.Module):
     layer3: nn.Sequential
     published_names: ClassVar[dict[str, str]] = {r"^linear\.": "fc."}
 
-    def __init__(self, num_classes: int = 10, input_shape: tuple[int, ...] = (3, 32, 32)) -> None:
+    channels: ClassVar[dict[float, int]] = {0.5: 48, 1.0: 116, 1.5: 176}  # of the first stage, by size
+
+    def __init__(self, num_classes: int = 10, input_shape: tuple[int, ...] = (3, 32, 32), size: float = 1.0) -> None:
         super().__init__()
+        if size not in self.channels:
+            raise UserError(f"options.size of shufflenet_v2 must be 0.5, 1 or 1.5; given: {size}.")
         self.conv1 = nn.Conv2d(input_shape[0], 24, 1, bias=False)
         self.bn1 = nn.BatchNorm2d(24)
         self.stage_names = ["layer1", "layer2", "layer3"]
         inputs = 24
-        for name, width, depth in zip(self.stage_names, (116, 232, 464), (3, 7, 3)):
+        for name, factor, depth in zip(self.stage_names, (1, 2, 4), (3, 7, 3)):
+            width = factor * self.channels[size]
             setattr(self, name, nn.Sequential(ShuffleDownV2(inputs, width), *(ShuffleUnitV2(width) for _ in range(depth))))
             inputs = width
         self.conv2 = nn.Conv2d(inputs, 1024, 1, bias=False)
