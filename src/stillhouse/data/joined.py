@@ -53,14 +53,6 @@ def unlabelled(
     return Part(dataset, rows, own_std / std, (own_mean - mean) / std)
 
 
-def processes() -> dict[str, int]:
-    """`rank` and `world` of this process, as a `Loader` takes them."""
-    from accelerate import PartialState
-
-    state = PartialState()
-    return {"rank": state.process_index, "world": state.num_processes}
-
-
 class Joined:
     """Several parts one after the other; what `stillhouse.data.Loader` asks of a data set. `index` counts through all parts."""
 

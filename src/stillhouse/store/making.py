@@ -15,6 +15,7 @@ from pydantic import ValidationError
 from stillhouse.errors import MissingExtra, UserError, unknown
 from stillhouse.files import cache_folder
 from stillhouse.live import Live
+from stillhouse.processes import rank_world, wait
 from stillhouse.recipe import DataSpec, MethodConfig, StoreSpec, TeacherSpec, spell
 from stillhouse.store.reading import Store
 from stillhouse.store.server import Server
@@ -61,8 +62,6 @@ def make(run: Any, name: str, spec: TeacherSpec, data: DataSpec, folder: Path | 
     """
     from filelock import FileLock
 
-    from stillhouse.run import _rank_world, _wait
-
     assert isinstance(spec.store, StoreSpec)
     if data.mixup or data.cutmix:
         raise UserError("Signals are kept sample by sample, but data.mixup and data.cutmix mix a batch; set both to 0.")
@@ -77,7 +76,7 @@ def make(run: Any, name: str, spec: TeacherSpec, data: DataSpec, folder: Path | 
         folder = cache_folder() / "stores" / f"{name}-{digest}"
     folder = Path(folder).expanduser()
     folder.parent.mkdir(parents=True, exist_ok=True)
-    rank, world = _rank_world()
+    rank, world = rank_world()
     options = {
         "rank": rank,
         "world": world,
@@ -89,7 +88,7 @@ def make(run: Any, name: str, spec: TeacherSpec, data: DataSpec, folder: Path | 
     alone = options["world"] == 1
     with FileLock(str(folder) + ".lock") if alone else nullcontext():
         cache(teacher, bundle.dataset("train", train=True), folder, spec.store, **facts, **options)
-    _wait(world)
+    wait()
     return folder
 
 
@@ -179,7 +178,7 @@ def make_from_server(
     """
     from accelerate import PartialState
 
-    from stillhouse.run import Run, _rank_world, _wait
+    from stillhouse.run import Run
     from stillhouse.store.asking import score
     from stillhouse.store.server import Vocabulary
 
@@ -188,7 +187,7 @@ def make_from_server(
     bundle: Any = Run(None, config, data_root=data_root, cpu=True).data(data) if isinstance(data, DataSpec) else None
     if not isinstance(data, DataSpec) or getattr(bundle, "task", None) != "causal":
         raise UserError("A server's log-probabilities are of text: the recipe's data must be text: with data.options.task causal.")
-    rank, world = _rank_world()
+    rank, world = rank_world()
     score(
         server,
         bundle.dataset("train", train=True),
@@ -203,7 +202,7 @@ def make_from_server(
         world=world,
         live=live,
     )
-    _wait(world)
+    wait()
 
 
 def describe(folder: Path) -> str:

@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from stillhouse.data import DataBundle, Loader
-from stillhouse.data.joined import Joined, Part, processes, unlabelled
+from stillhouse.data.joined import Joined, Part, unlabelled
 from stillhouse.distillation import Distillation, to_device
 from stillhouse.errors import UserError
 from stillhouse.evaluation.classification import evaluate_classifier
@@ -40,6 +40,7 @@ from stillhouse.functional.precision import full_precision
 from stillhouse.models.anatomy import classifier
 from stillhouse.objective import Objective, Progress
 from stillhouse.objectives.ce import CrossEntropy
+from stillhouse.processes import share
 from stillhouse.product import Student
 from stillhouse.recipe import Data, DataSpec, MethodConfig, Model, Spec, Teacher, TrainSpec
 from stillhouse.run import Method, Run, Stage
@@ -260,7 +261,7 @@ class SSLD(Method[Config]):
         objective = CrossEntropy() if config.loss == "labels" else Agreement(config.loss, config.eps)
         kind = OnlyClassifier if only_classifier else Distillation
         module = kind(student, None if config.loss == "labels" else teacher, [objective], seed=run.seed, embedding=config.student.embedding)
-        loader = Loader(dataset, spec.batch_size, seed=run.seed, shuffle=True, drop_last=True, workers=data.workers, **processes())
+        loader = Loader(dataset, spec.batch_size, seed=run.seed, shuffle=True, drop_last=True, workers=data.workers, **share())
         if isinstance(module, OnlyClassifier):
             module.choose(to_device(next(iter(loader)), next(student.parameters()).device))
         fitted = run.fit(name, module, loader, spec, evaluate=run.validating(data), splits=run.splits(data))

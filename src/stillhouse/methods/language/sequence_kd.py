@@ -26,7 +26,6 @@ from pydantic import Field
 from torch import nn
 
 from stillhouse.data import Loader
-from stillhouse.data.joined import processes
 from stillhouse.data.text import TextBundle
 from stillhouse.data.token_dataset import IGNORE, Ragged, Rows, TokenDataset
 from stillhouse.data.tokenizer import encode, size
@@ -35,6 +34,7 @@ from stillhouse.methods.distillation import Config as GeneralConfig
 from stillhouse.methods.distillation import GeneralDistillation, describe
 from stillhouse.models.language import left_padded, own_tokenizer
 from stillhouse.models.writing import Generation, Writer
+from stillhouse.processes import share
 from stillhouse.randomness import keyed
 from stillhouse.recipe import TeacherSpec, objective_from_spec
 from stillhouse.run import Run, Stage
@@ -93,7 +93,7 @@ class SequenceKD(GeneralDistillation[Config]):
         run.record["written"] = {"samples": len(made), "ended": sum(ended for _, ended in made), "example": made[0][0]}
         rows = rewritten_rows(bundle, made, config.generation.prompt, originals=config.learn == "both")
         data = TokenDataset(rows, bundle.task, bundle.tokenizer, bundle.decoder_start)
-        return Loader(data, config.train.batch_size, seed=run.seed, shuffle=True, drop_last=True, **processes())
+        return Loader(data, config.train.batch_size, seed=run.seed, shuffle=True, drop_last=True, **share())
 
 
 def written(model: nn.Module, tokens: Any, bundle: TextBundle, how: Generation, batch_size: int, device: torch.device) -> list[tuple[str, bool]]:

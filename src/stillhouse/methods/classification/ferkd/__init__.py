@@ -29,7 +29,6 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from stillhouse.data import BatchKey, Loader
-from stillhouse.data.joined import processes
 from stillhouse.distillation import Distillation
 from stillhouse.errors import UserError
 from stillhouse.functional.divergences import soft_cross_entropy
@@ -37,6 +36,7 @@ from stillhouse.methods.classification.ferkd.labels import HARDENED, KEPT, Label
 from stillhouse.methods.classification.ferkd.regions import RegionStore, draw_regions, replay
 from stillhouse.methods.classification.ferkd.replayed import Mixing, MixSpec, Replayed, Thresholds
 from stillhouse.objective import Objective, Progress
+from stillhouse.processes import rank_world
 from stillhouse.product import Student
 from stillhouse.recipe import Data, MethodConfig, Model, Spec, Teacher, TrainSpec
 from stillhouse.run import Method, Run, Stage, cache_folder
@@ -165,10 +165,10 @@ class FerKD(Method[Config]):
         dataset = Replayed(
             bundle.dataset("train", train=False), store, size, config.train.epochs, config.crops, thresholds, MixSpec(**config.mix.model_dump())
         )
-        at = processes()
-        if size % (config.crops * at["world"]):
-            raise UserError(f"train.batch_size ({size}) must be a multiple of crops x processes ({config.crops} x {at['world']}).")
-        loader = Loader(dataset, size, seed=run.seed, drop_last=True, workers=config.data.workers, rank=at["rank"], world=at["world"])
+        rank, world = rank_world()
+        if size % (config.crops * world):
+            raise UserError(f"train.batch_size ({size}) must be a multiple of crops x processes ({config.crops} x {world}).")
+        loader = Loader(dataset, size, seed=run.seed, drop_last=True, workers=config.data.workers, rank=rank, world=world)
         student = run.model(config.student, config.data)
         live = config.labels == "live"
         objective = StoredLabels(config.temperature, config.regions.temperature, live)

@@ -12,8 +12,9 @@ from torch import Tensor
 
 from stillhouse.data import BatchKey, Loader
 from stillhouse.data.dataset import IndexedDataset, PixelInputs
-from stillhouse.data.joined import Joined, Part, processes, unlabelled
+from stillhouse.data.joined import Joined, Part, unlabelled
 from stillhouse.errors import UserError
+from stillhouse.processes import share
 from stillhouse.randomness import permutation
 from stillhouse.recipe import DataSpec
 from stillhouse.run import Run
@@ -90,7 +91,7 @@ class SelectedBatches:
             rows = self.selected().nonzero()[:, 0].cpu().numpy()
             rows = rows[permutation(len(rows), self.seed, "selected", epoch)]
             dataset = _Cycled(self.images, np.resize(rows, len(self) * self.batch_size))
-            loader = Loader(dataset, self.batch_size, seed=self.seed, shuffle=True, drop_last=True, workers=self.workers, **processes())
+            loader = Loader(dataset, self.batch_size, seed=self.seed, shuffle=True, drop_last=True, workers=self.workers, **share())
             yield from loader.batches(epoch, batch, epoch + 1)
             epoch, batch = epoch + 1, 0
 

@@ -48,6 +48,7 @@ from stillhouse.methods.pretraining.mrdd.losses import (
 from stillhouse.methods.pretraining.mrdd.networks import ConsistencyEncoder, NetworkSpec, SpecificEncoder
 from stillhouse.methods.pretraining.mrdd.training import ConsistencySpec, ConsistencyTraining, SpecificSpec, SpecificTraining
 from stillhouse.methods.pretraining.mrdd.views import ViewMaker, edges
+from stillhouse.processes import rank_world
 from stillhouse.product import read_meta, state_on_cpu
 from stillhouse.randomness import keyed
 from stillhouse.recipe import Data, MethodConfig, Spec
@@ -198,9 +199,7 @@ class DistilledDisentangling(Method[Config]):
         ]
 
     def run(self, config: Config, run: Run) -> MultiViewEncoder:
-        from accelerate import PartialState
-
-        if PartialState().num_processes > 1:
+        if rank_world()[1] > 1:
             raise UserError("mrdd: the estimator of the information is trained in one process; run it without accelerate's launcher.")
         views, count, shape = self._parts(config, run)
         consistent, figures = self._consistency(config, run)
