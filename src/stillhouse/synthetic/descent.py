@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from stillhouse.evaluation.cost import peak_of_tensors
+from stillhouse.functional.siamese import Strength, all_of, apply, groups_of
 from stillhouse.run import Run
 from stillhouse.synthetic.synthesis import Held
 
@@ -82,3 +83,12 @@ def descend(
     peak_of_tensors(lambda: None, pixels.device)  # the profiler's own start, a second, is no cost of the first iteration
     seconds = run.loop(name, {"pixels": Held(pixels), "optimiser": optimiser, "peak": Held(peak)}, step, iterations)
     return Cost(seconds, iterations, int(peak))
+
+
+def batch_view(x: Tensor, augment: str, jitter: int, drawn: torch.Generator, area: float = 0.08) -> Tensor:
+    """Images (B, C, H, W) as a step sees them: one draw of all of `augment` for the whole batch, then one shift of 0 to `jitter` pixels down and right.
+
+    What leaves the picture comes in on the other side. `area` is the smallest share of the image that a resized crop keeps.
+    """
+    x = apply(x, all_of(groups_of(augment), 1, (x.shape[-2], x.shape[-1]), drawn, Strength(area=area)))
+    return torch.roll(x, torch.randint(0, jitter + 1, (2,), generator=drawn).tolist(), (2, 3))

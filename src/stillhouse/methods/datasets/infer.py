@@ -13,7 +13,8 @@ image of every class, so that P (M + 1) images train. A compensator lowers cross
 times) over a batch of one image of each class. Labels are static (mean logits, mixed as images are mixed, `labels: static`) or the networks' logits of the
 mixed views (`dynamic`, stored; train for epochs / (M + 1)). `compensate: null` spends the budget on natural images; `iterations: 0` repeats the P images.
 Departs: sums use the compensator after the last step (the release, before it), compensators are kept in half precision and images as tensors, not 8-bit
-files; no batch-norm layer is left out (the release skips one of EfficientNet); accuracy is the last epoch's, not the best.
+files; no batch-norm layer is left out (the release skips one of EfficientNet); crops are filled with the mean colour, the release's with black; accuracy is
+the last epoch's, not the best.
 """
 
 from __future__ import annotations
@@ -34,13 +35,12 @@ from stillhouse.evaluation import evaluates
 from stillhouse.evaluation.synthetic_set import judge
 from stillhouse.files import written_beside
 from stillhouse.functional.recovery import BatchNormStatistics, clamp_to_pixels, statistics_loss
-from stillhouse.functional.siamese import Strength, all_of, apply, groups_of
 from stillhouse.product import read_meta
 from stillhouse.randomness import generator, permutation
 from stillhouse.recipe import Spec, Teacher
 from stillhouse.run import Method, Run, Stage
 from stillhouse.synthetic.config import DatasetConfig
-from stillhouse.synthetic.descent import Cost, descend
+from stillhouse.synthetic.descent import Cost, batch_view, descend
 from stillhouse.synthetic.product import SyntheticSet
 from stillhouse.synthetic.real import RealRows
 from stillhouse.synthetic.relabel import ViewLabels, Views, relabel, running_logits
@@ -260,13 +260,10 @@ class InterClassFeatureCompensator(Method[Config]):
         """The compensator (C, H, W) of one network and one set of natural images, its cost, and the distances (2,) to the batch norms without and with it."""
         u = nn.Parameter(torch.zeros(1, *natural.shape[1:], device=natural.device))
         labels = torch.arange(len(natural), device=natural.device)
-        groups, size = groups_of(spec.augment), (natural.shape[-2], natural.shape[-1])
 
         def loss(i: int) -> dict[str, Tensor]:
-            drawn = generator(run.seed, "compensate", *which, i)
-            x = apply(natural + u, all_of(groups, 1, size, drawn, Strength()))
-            shift = torch.randint(0, spec.jitter + 1, (2,), generator=drawn).tolist()
-            return _loss(network, statistics, torch.roll(x, shift, (2, 3)), labels, spec.r_bn, spec.first)
+            x = batch_view(natural + u, spec.augment, spec.jitter, generator(run.seed, "compensate", *which, i))
+            return _loss(network, statistics, x, labels, spec.r_bn, spec.first)
 
         cost = descend(run, f"compensate.{which[0]}.{which[1]}", u, spec.lr, spec.iterations, loss)
         with torch.no_grad():

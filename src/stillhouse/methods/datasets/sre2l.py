@@ -23,12 +23,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from stillhouse.functional.recovery import BatchNormStatistics, clamp_to_pixels, statistics_loss, total_variation
-from stillhouse.functional.siamese import Strength, all_of, apply, groups_of
 from stillhouse.randomness import generator
 from stillhouse.recipe import Spec, Teacher
 from stillhouse.run import Method, Run, Stage
 from stillhouse.synthetic.config import DatasetConfig
-from stillhouse.synthetic.descent import Cost, descend
+from stillhouse.synthetic.descent import Cost, batch_view, descend
 from stillhouse.synthetic.product import SyntheticSet
 from stillhouse.synthetic.real import RealRows
 from stillhouse.synthetic.relabel import ViewLabels, Views, relabel, running_logits
@@ -125,13 +124,10 @@ class SqueezeRecoverRelabel(Method[Config]):
         labels = torch.arange(bundle.num_classes, device=run.device)
         shape = (len(labels), *bundle.input_shape)
         x = nn.Parameter(torch.randn(shape, generator=generator(run.seed, "recover", number)).to(run.device))
-        groups, size = groups_of(spec.augment), (x.shape[-2], x.shape[-1])
 
         def loss(i: int) -> dict[str, Tensor]:
-            drawn = generator(run.seed, "recover", number, i)
-            seen = apply(x, all_of(groups, 1, size, drawn, Strength()))
-            shift = torch.randint(0, spec.jitter + 1, (2,), generator=drawn).tolist()
-            return recover_loss(network, statistics, torch.roll(seen, shift, (2, 3)), labels, spec)
+            seen = batch_view(x, spec.augment, spec.jitter, generator(run.seed, "recover", number, i))
+            return recover_loss(network, statistics, seen, labels, spec)
 
         def clamp() -> None:
             clamp_to_pixels(x, bundle.mean, bundle.std)

@@ -12,11 +12,11 @@ Recover: image s of each class is learned under the s-th pair of networks (`pair
 weighted by softmax(prior / 5), priors in percent; it begins as a real crop of medium difficulty (`init: medium`), and each step sees one crop, flip and shift
 of the batch. Relabel: batch norms use the statistics of each half batch of views (`statistics: batch`), and logits are weighted by softmax(prior / 10).
 Student: AdamW without decay of one-dimensional parameters, gradients of `accumulate` batches, the rate along a stretched cosine (`stretch`: the paper's eta).
-`priors: null` measures them, as the authors do: each network alone makes images, the first labels them, a network learns from them and is tested, here on
-all real training images (its own began as crops of a few). `voters: 1` is SRe2L++, the baseline. `factor: 2` begins with mosaics of four crops. Figures:
-`bn_outside_m`, the batch-norm distances under network m of images on which it did not vote; `views_agreement`, how often labels by the batch and by the
-running statistics name the same class. Departs: mixup labels are of mixed images, where the release labels the unmixed; running statistics stay as they were;
-accuracy is the last epoch's.
+`priors: null` measures them, as the authors do: each network alone makes images, the first labels them, a network learns from them and is tested,
+here on all real training images (its own began as crops of a few). `voters: 1` is SRe2L++, the baseline. `factor: 2` begins with mosaics of four
+crops. Figures: `bn_outside_m`, the batch-norm distances under network m of images on which it did not vote; `views_agreement`, how often labels by
+the batch and by the running statistics name the same class. Departs: mixup labels are of mixed images, where the release labels the unmixed; running
+statistics stay as they were; accuracy is the last epoch's. The networks of `paper` are this package's forms for 32 pixels.
 """
 
 from __future__ import annotations
@@ -32,14 +32,14 @@ from torch.nn import functional as F
 
 from stillhouse.errors import UserError
 from stillhouse.functional.recovery import BatchNormStatistics, clamp_to_pixels
-from stillhouse.functional.siamese import Strength, all_of, apply, groups_of
+from stillhouse.functional.siamese import Strength, all_of, apply
 from stillhouse.methods.datasets.cv_dd.learning import CommitteeSet, StretchedTraining, StudentSpec
 from stillhouse.methods.datasets.cv_dd.voting import chosen, committee_loss, compared, medium_first, relabelled, statistics_distance, vote_weights
 from stillhouse.randomness import generator
 from stillhouse.recipe import Spec, Teacher
 from stillhouse.run import Method, Run, Stage
 from stillhouse.synthetic.config import DatasetConfig
-from stillhouse.synthetic.descent import Cost, descend
+from stillhouse.synthetic.descent import Cost, batch_view, descend
 from stillhouse.synthetic.real import RealRows
 from stillhouse.synthetic.relabel import ViewLabels, Views, running_logits
 from stillhouse.synthetic.synthesis import made_by, plan
@@ -216,13 +216,10 @@ def recover(
     """Images (classes, C, H, W) learned from `start`, one of every class, under the weighted losses of the networks, and what that cost."""
     x, labels = nn.Parameter(start.clone()), torch.arange(len(start), device=start.device)
     statistics = [BatchNormStatistics(network) for network in networks]
-    groups, size, strength = groups_of(spec.augment), (x.shape[-2], x.shape[-1]), Strength(area=spec.area)
 
     def loss(i: int) -> dict[str, Tensor]:
-        drawn = generator(*keys, i)
-        seen = apply(x, all_of(groups, 1, size, drawn, strength))
-        shift = torch.randint(0, spec.jitter + 1, (2,), generator=drawn).tolist()
-        return committee_loss(networks, statistics, weights, torch.roll(seen, shift, (2, 3)), labels, spec.r_bn, spec.first)
+        seen = batch_view(x, spec.augment, spec.jitter, generator(*keys, i), spec.area)
+        return committee_loss(networks, statistics, weights, seen, labels, spec.r_bn, spec.first)
 
     def clamp() -> None:
         clamp_to_pixels(x, real.mean, real.std)

@@ -8,12 +8,13 @@ family: dataset distillation
 use when: soft labels of every epoch cost too much, and real patches may be shown
 needs: a network with BatchNorm2d and one linear layer on its last features, trained on the real data; real images
 
-Discover: of square crops of real images those with the largest share of the class activation map are kept, and of them the ones the network is least sure
-of (`choose: high` is RDED's rule) make mosaics. Refine: x <- clamp(x - M step) on cross-entropy plus batch-norm distances, M = max(0, eps - C) of the mosaic's
-own map C: critical pixels stay exactly. Relabel: DBR keeps d_org and d_aug, the cross-entropies of the network's prediction of a mixed view to both one-hot
-labels; students match them beside the mixed hard labels (`labels: soft` stores logits). No code was released, and eps, weights, iterations and crops are not
-confirmed by any text we found: they are our choice, as are Adam (`optimizer: gradient` is the paper's form), ReLU and min-max of the map, one map at the
-start, the filter to patches classified rightly, and L1 of distances. Maps are gradient times features, which equals CAM where one linear layer follows.
+Discover: of square crops of real images those with the largest share of the class activation map are kept, and of them the ones the network is least
+sure of (`choose: high` is RDED's rule) make mosaics. Refine: x <- clamp(x - M step) on cross-entropy plus batch-norm distances, M = max(0, eps - C)
+of the mosaic's own map C (`per_patch`: of each patch's own part of it): critical pixels stay exactly. Relabel: DBR keeps d_org and d_aug, the
+cross-entropies of the network's prediction of a mixed view to both one-hot labels; students match them beside the mixed hard labels (`labels: soft`
+stores logits). No code was released, and eps, weights, iterations and crops are not confirmed by any text we found: they are our choice, as are Adam
+(`optimizer: gradient` is the paper's form), ReLU and min-max of the map, one map at the start, the filter to patches classified rightly, and L1 of
+distances. Maps are gradient times features, which equals CAM where one linear layer follows.
 """
 
 from __future__ import annotations
@@ -28,7 +29,6 @@ from torch.nn import functional as F
 
 from stillhouse.errors import UserError
 from stillhouse.functional.recovery import BatchNormStatistics, clamp_to_pixels, statistics_loss
-from stillhouse.functional.siamese import Strength, all_of, apply, groups_of
 from stillhouse.methods.datasets.nrr_dd.distances import DistanceLabels, DistanceSet, DistanceSpec, labelled
 from stillhouse.methods.datasets.nrr_dd.refining import activation_map, critical, discover, mask, masked_step, mosaic
 from stillhouse.models.anatomy import stages
@@ -37,7 +37,7 @@ from stillhouse.recipe import Spec, Teacher
 from stillhouse.run import Method, Run, Stage
 from stillhouse.signals import Taps
 from stillhouse.synthetic.config import DatasetConfig
-from stillhouse.synthetic.descent import Cost, descend
+from stillhouse.synthetic.descent import Cost, batch_view, descend
 from stillhouse.synthetic.product import SyntheticSet
 from stillhouse.synthetic.real import RealRows
 from stillhouse.synthetic.relabel import ViewLabels, Views, relabel
@@ -185,14 +185,12 @@ def refined(
     if blank:
         warnings.warn(f"{blank} of {len(start)} mosaics have no active region; they are refined everywhere.", stacklevel=2)
     step_mask = mask(regions, spec.eps)
-    groups, before = groups_of(spec.augment), torch.empty_like(start)
+    before = torch.empty_like(start)
 
     def loss(i: int) -> dict[str, Tensor]:
         before.copy_(x.detach())
-        drawn = generator(run.seed, "refine", slot, i)
-        seen = apply(x, all_of(groups, 1, size, drawn, Strength()))
-        shift = torch.randint(0, spec.jitter + 1, (2,), generator=drawn).tolist()
-        return refine_loss(network, statistics, torch.roll(seen, shift, (2, 3)), labels, spec)
+        seen = batch_view(x, spec.augment, spec.jitter, generator(run.seed, "refine", slot, i))
+        return refine_loss(network, statistics, seen, labels, spec)
 
     def masked() -> None:
         masked_step(x, before, step_mask)
