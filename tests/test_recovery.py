@@ -27,7 +27,14 @@ CONFIG = validate({**DIGITS, "method": "sre2l"})
 def test_the_rate_falls_along_a_cosine_and_what_follows_a_step_is_done(tmp_path: Path):
     x, seen = nn.Parameter(torch.zeros(1, 1, 2, 2)), []
     cost = descend(
-        Run(tmp_path, CONFIG, cpu=True), "plain", x, 0.5, 4, lambda i: {"loss": x.sum()}, plain=True, after=lambda: seen.append(float(x[0, 0, 0, 0]))
+        Run(tmp_path, CONFIG, cpu=True),
+        "plain",
+        x,
+        0.5,
+        4,
+        lambda i: {"loss": x.sum()},
+        plain=True,
+        after=lambda: seen.append(float(x.detach()[0, 0, 0, 0])),
     )
     assert seen == pytest.approx([-0.5, -0.9268, -1.1768, -1.25], abs=1e-4)
     assert cost.iterations == 4 and cost.seconds > 0 and cost.peak >= 0
