@@ -62,8 +62,9 @@ class Case:
         return self[name].requires_grad_()
 
     def load(self, module: nn.Module, prefix: str = "") -> nn.Module:
-        """The module with the weights of the file whose names start with `prefix`; every weight must fit."""
-        module.load_state_dict({k.removeprefix(prefix): v for k, v in self.weights.items() if k.startswith(prefix)})
+        """The module with the weights of the file whose names start with `prefix`, in their precision; every weight must fit."""
+        weights = {k.removeprefix(prefix): v for k, v in self.weights.items() if k.startswith(prefix)}
+        module.to(next((v.dtype for v in weights.values() if v.is_floating_point()), None)).load_state_dict(weights)
         return module
 
     @property

@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+import re
+
 from parity.case import Case
 from stillhouse.functional.divergences import kl_divergence, soft_cross_entropy
 from stillhouse.objectives.proc_kd import Prototypes
 
 NAMES = {
-    "centroids3": "prototypes",
-    "netvlad3.0": "assign",
-    "cat_transform3.0": "fuse",
-    "transform3.0": "transform.0",
-    "transform3.2": "transform.2",
-    "vladfc3": "describe",
-    "encode3": "encode",
-    "aug_transform3.0": "mix.0",
-    "aug_transform3.2": "mix.2",
+    "centroids": "prototypes",
+    "netvlad.0": "assign",
+    "cat_transform.0": "fuse",
+    "transform.0": "transform.0",
+    "transform.2": "transform.2",
+    "vladfc": "describe",
+    "encode": "encode",
+    "aug_transform.0": "mix.0",
+    "aug_transform.2": "mix.2",
 }
+"""Names in the released code, where the number of the stage follows the first word."""
 
 
 def prototype_modules(case: Case) -> None:
@@ -24,6 +27,7 @@ def prototype_modules(case: Case) -> None:
     parts = Prototypes([x.shape[-1] for x in layers], case.params["dim"], case.params["num_prototypes"])
     state = {}
     for name, value in case.weights.items():
+        name = re.sub(r"^([a-z_]+)\d+", r"\1", name)
         module, _, kind = name.rpartition(".") if name.endswith((".weight", ".bias")) else (name, "", "")
         key = f"{NAMES[module]}.{kind}" if kind else NAMES[module]
         state[key] = value.flatten(1) if kind == "weight" else value  # 1x1 convolutions are linear layers here
