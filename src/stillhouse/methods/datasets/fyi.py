@@ -42,9 +42,11 @@ class Config(MethodConfig):
     def _settle_host(self) -> Config:
         if "method" not in self.host:
             raise ValueError("host.method is missing: name the method that learns the images, such as dm")
+        method = str(self.host["method"])
+        if not issubclass(catalog.method(method).Config, PixelConfig):
+            raise ValueError(f"host.method: '{method}' does not learn pixels from real images; take dm, datadam, mtt or dsa")
         given = validate({**self.host, "data": self.data.model_dump(), "seed": self.seed}, "host")
-        if not isinstance(given, PixelConfig):
-            raise ValueError(f"host.method: '{given.method}' does not learn pixels from real images; take dm, datadam, mtt or dsa")
+        assert isinstance(given, PixelConfig)
         flips = flip_first(given.augment)
         judged = given.evaluate.model_copy(update={"augment": given.evaluate.augment or flips})
         learns = {"mirror": True, "augment": flips} if self.mirror else {"mirror": False}
