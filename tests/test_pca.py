@@ -10,8 +10,9 @@ import torch
 
 from stillhouse.errors import UserError
 from stillhouse.methods.datasets.pca import PackedSet
-from stillhouse.methods.datasets.pca.packing import combine, crop_boxes, cut, el2n, resized, select, views
+from stillhouse.methods.datasets.pca.packing import combine, covering, crop_boxes, cut, resized, select, views
 from stillhouse.methods.datasets.pca.protocol import cutmix, label_loss, mixed, top_k_labels
+from stillhouse.methods.datasets.pca.scoring import aum, el2n, forgetting, margins
 from stillhouse.product import load_product
 from stillhouse.recipe import validate
 from stillhouse.run import execute
@@ -43,6 +44,29 @@ def test_el2n_is_zero_where_right_root_two_where_wrong_and_between_at_chance():
     assert torch.allclose(el2n(torch.stack([a, b]), labels), (el2n(a, labels) + el2n(b, labels)) / 2)
     with pytest.raises(UserError, match="el2n"):
         el2n(a, labels[:3])
+
+
+def test_margins_are_against_the_best_other_class_and_aum_is_easiest_where_they_are_largest():
+    z = torch.tensor([[3.0, 1, 0], [3.0, 1, 0], [2.0, 2, -9]])
+    assert margins(z, torch.tensor([0, 1, 0])).tolist() == [2, -2, 0]
+    history = torch.stack([margins(z, torch.tensor([0, 1, 0])), margins(2 * z, torch.tensor([0, 1, 0]))])
+    assert aum(history).tolist() == [-3, 3, 0]
+
+
+def test_forgetting_counts_falls_from_right_to_wrong_and_never_right_is_hardest():
+    right = torch.tensor([[1, 1, 1, 1], [1, 0, 1, 0], [0, 0, 0, 1], [0, 1, 1, 1], [0, 0, 0, 0]])  # samples by epochs
+    history = torch.where(right.bool(), 1.0, -1.0).T
+    assert forgetting(history).tolist() == [0, 2, 0, 0, 4]
+
+
+def test_coverage_leaves_the_hardest_out_and_spreads_over_the_range_of_scores():
+    ranked = torch.cat([torch.linspace(0, 1, 80), torch.linspace(1.01, 9, 15), torch.linspace(50, 60, 5)])
+    at = covering(ranked, 20, 0.05, 10, seeded())
+    got = ranked[at]
+    assert len(at.unique()) == 20 and got.max() <= 9 and (at.diff() > 0).all()
+    assert (got > 1).sum() >= 8, "of 20 at random from these scores, about 3 would lie above 1"
+    assert len(covering(ranked, 98, 0.5, 10, seeded()).unique()) == 98, "the budget is met even where the cutoff leaves less"
+    assert len(covering(torch.zeros(9), 4, 0.0, 5, seeded()).unique()) == 4
 
 
 @pytest.mark.parametrize(("hardness", "sign"), [("easy", 1), ("hard", -1)])
@@ -145,6 +169,40 @@ def test_a_run_stores_equal_classes_and_reports_the_random_subset(tmp_path: Path
     assert images.shape == (80, 1, 8, 8) and torch.equal(labels[:4], made.labels[:1].expand(4))
     assert {"accuracy_random", "improvement_over_random", "class_count_spread"} <= set(figures) and figures["class_count_spread"] == 0
     assert made.made_by["hardness"] == "easy"
+
+
+@pytest.mark.filterwarnings("ignore:pca")
+@pytest.mark.parametrize("score", ["aum", "forgetting"])
+def test_scores_over_epochs_choose_easier_images_than_average(score: str, tmp_path: Path):
+    scorer = {"score": score, "train": {"epochs": 4, "batch_size": 50}}
+    figures = execute(validate(tree(scorer=scorer, grid=1, hardness="easy")), tmp_path / "easy", cpu=True)
+    assert figures["score_chosen"] < figures["score_all"]
+    spread = execute(validate(tree(scorer=scorer, grid=1, hardness="coverage")), tmp_path / "coverage", cpu=True)
+    assert spread["score_chosen"] > figures["score_chosen"] and spread["class_count_spread"] == 0
+
+
+@pytest.mark.filterwarnings("ignore:pca")
+def test_a_scoring_that_was_cut_off_ends_with_the_same_margins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    from stillhouse.methods.datasets.pca import scoring
+
+    config = validate(tree(scorer={"score": "aum", "train": {"epochs": 4, "batch_size": 50, "checkpoint_seconds": 0, "log_every": 1}}))
+    monkeypatch.setenv("STILLHOUSE_CACHE", str(tmp_path / "one"))
+    execute(config, tmp_path / "whole", cpu=True)
+
+    monkeypatch.setenv("STILLHOUSE_CACHE", str(tmp_path / "other"))
+    plain = scoring.Watched.begin_epoch
+
+    def failing(self, ctx):
+        plain(self, ctx)
+        if ctx.progress.epoch == 3:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(scoring.Watched, "begin_epoch", failing)
+    with pytest.raises(KeyboardInterrupt):
+        execute(config, tmp_path / "cut", cpu=True)
+    monkeypatch.setattr(scoring.Watched, "begin_epoch", plain)
+    execute(config, tmp_path / "cut", cpu=True)
+    assert torch.equal(load_product(tmp_path / "whole").images, load_product(tmp_path / "cut").images)
 
 
 @pytest.mark.filterwarnings("ignore:pca")

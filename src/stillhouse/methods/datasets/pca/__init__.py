@@ -8,19 +8,19 @@ family: dataset distillation
 use when: few images must be stored, and no teacher and no soft labels may be needed in training
 needs: the whole labelled training set, and a short training run on it for the scores
 
-Prune: EL2N of a briefly trained network (mean over `scorer.networks`), the smallest of each class (`hardness`). Combine: `grid` x `grid` whole images,
-made small, in each stored image. Augment: one crop inside one tile, a view of each stored image and epoch (`confined`). The authors released the
-benchmark (`protocol.py`: hard labels, or soft ones of a teacher at T = 20 with CutMix), not PCA: the grid's side, the order of images, the scoring epoch
-and the number of networks are choices. `hardness: random, grid: 1` is the benchmark's random subset, which every evaluation also reports. Departs: of
-the scores only EL2N; accuracy of the last epoch; images at the size of the data, tested whole, without the resize to 256 and centre crop; stored as
-tensors, and the training split is held in memory (the `paper` recipe needs a machine for that). On tiny images (32 px) a grid costs much detail: compare
-`grid: 1`.
+Prune: EL2N of a briefly trained network (mean over `scorer.networks`), the smallest of each class (`hardness`); the benchmark's other rules are
+`scorer.score: aum` or `forgetting`, and `hardness: coverage`, which is CCS. Combine: `grid` x `grid` whole images, made small, in each stored image.
+Augment: one crop inside one tile, a view of each stored image and epoch (`confined`). The authors released the benchmark (`protocol.py`: hard labels,
+or soft ones of a teacher at T = 20 with CutMix), not PCA: the grid's side, the order of images, the scoring epoch and the number of networks are
+choices. `hardness: random, grid: 1` is the benchmark's random subset, which every evaluation also reports. Departs: AUM and forgetting look at samples
+at the ends of epochs, without augmentation; accuracy of the last epoch; images at the size of the data, tested whole, without the resize to 256 and
+centre crop; stored as tensors, and the training split is held in memory (the `paper` recipe needs a machine for that). On tiny images (32 px) a grid
+costs much detail: compare `grid: 1`.
 """
 
 from __future__ import annotations
 
 import json
-import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -33,33 +33,27 @@ from stillhouse.errors import UserError
 from stillhouse.evaluation import evaluates
 from stillhouse.evaluation.classification import collect_logits
 from stillhouse.files import written_beside
-from stillhouse.methods.datasets.pca.packing import Hardness, combine, el2n, select
+from stillhouse.methods.datasets.pca.packing import Hardness, combine, select
 from stillhouse.methods.datasets.pca.protocol import ProtocolSpec, judge
+from stillhouse.methods.datasets.pca.scoring import ScorerSpec, scores
 from stillhouse.product import read_meta
 from stillhouse.randomness import generator
-from stillhouse.recipe import Data, MethodConfig, Model, Spec, Teacher, TrainSpec
+from stillhouse.recipe import Data, MethodConfig, Model, Teacher
 from stillhouse.run import Method, Run, Stage
 from stillhouse.synthetic.product import SyntheticSet
 from stillhouse.synthetic.real import RealImages
-
-SETTLED = 1e-3
-
-
-class ScorerSpec(Spec):
-    """The networks whose early errors score the training samples."""
-
-    network: Model | None = Field(None, description="Default: the one of the recipe.")
-    networks: int = Field(1, ge=1, description="Scores are averaged over them; 1 to 10.")
-    train: TrainSpec = Field(
-        default_factory=TrainSpec, description="Short, on the whole training split; published networks are scored at 10 to 20 epochs."
-    )
 
 
 class Config(MethodConfig):
     data: Data
     network: Model = Field(description="The network that is trained on the set.")
     ipc: int = Field(10, ge=1, description="Stored images per class.")
-    hardness: Hardness = Field("easy", description="Which images of a class: easy, hard, balanced (evenly spaced scores), random.")
+    hardness: Hardness = Field(
+        "easy",
+        description="Which images of a class: easy, hard, balanced (evenly spaced ranks), coverage (CCS: evenly over the range of scores), random.",
+    )
+    cutoff: float = Field(0.3, ge=0, lt=1, description="coverage: share of the hardest images of a class that are left out first.")
+    strata: int = Field(50, ge=1, description="coverage: parts of the range of scores.")
     grid: int = Field(2, ge=1, description="Tiles a side of a stored image; 1: one image.")
     confined: bool = Field(True, description="Crops stay inside one tile; false: anywhere on the stored image.")
     scorer: ScorerSpec = Field(default_factory=ScorerSpec)
@@ -136,14 +130,12 @@ class PruneCombineAugment(Method[Config]):
     def run(self, config: Config, run: Run) -> PackedSet:
         real = RealImages.load(run, config.data)
         figures: dict[str, float] = {}
-        scores = real.images.new_zeros(len(real.images))
+        scored = real.images.new_zeros(len(real.images)) if config.hardness == "random" else scores(run, config)
+        drawn, count = generator(run.seed, "select"), config.ipc * config.grid**2
+        rows = select(scored, real.rows, count, config.hardness, drawn, config.cutoff, config.strata)
+        plain = select(scored, real.rows, config.ipc, "random", generator(run.seed, "random images"))
         if config.hardness != "random":
-            scores = self._scores(config, run, real)
-            figures["el2n_all"] = float(scores.mean())
-        rows = select(scores, real.rows, config.ipc * config.grid**2, config.hardness, generator(run.seed, "select"))
-        plain = select(scores, real.rows, config.ipc, "random", generator(run.seed, "random images"))
-        if config.hardness != "random":
-            figures["el2n_chosen"] = float(scores[rows].mean())
+            figures |= {"score_all": float(scored.mean()), "score_chosen": float(scored[rows].mean())}
         if config.check is not None:
             figures |= self._entropies(config.check, config, run, real, {"entropy": rows, "entropy_random": plain})
         made = self._packed(config, real, rows, config.grid)
@@ -157,21 +149,6 @@ class PruneCombineAugment(Method[Config]):
         made_by = config.model_dump(mode="json", exclude_none=True, exclude={"variants", "groups", "evaluate"})
         size = (real.images.shape[-2], real.images.shape[-1])
         return PackedSet(images, labels, real.classes, real.mean, real.std, True, made_by=made_by, grid=grid, size=size)
-
-    def _scores(self, config: Config, run: Run, real: RealImages) -> Tensor:
-        """(N,) EL2N on the host, of networks whose seeds are 0, 1, …: runs of all seeds share them."""
-        scorer = config.scorer
-        spec, found = scorer.network or config.network, []
-        for number in range(scorer.networks):
-            model = run.model(spec, config.data, role="scorer", seed=number)
-            trained = run.trained(f"scorer.{number}", model, spec, scorer.train, config.data, number)
-            model.load_state_dict(trained["weights"])
-            logits, labels = collect_logits(model.to(run.device), run.loader(config.data, "train"), run.device)
-            found.append(el2n(logits, labels))
-        scores = torch.stack(found).mean(0)
-        if float((scores < SETTLED).double().mean()) > 0.5:
-            warnings.warn("pca: most scores are 0, so that they tell little; score the samples earlier (fewer scorer.train.epochs).", stacklevel=2)
-        return scores
 
     def _entropies(self, check: Any, config: Config, run: Run, real: RealImages, rows: dict[str, Tensor]) -> dict[str, float]:
         """Mean predictive entropy, in nats, of whole images by an independent network."""

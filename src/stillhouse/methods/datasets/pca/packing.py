@@ -15,35 +15,28 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from stillhouse.errors import UserError
-from stillhouse.functional.precision import full_precision
 
-Hardness = Literal["easy", "hard", "balanced", "random"]
+Hardness = Literal["easy", "hard", "balanced", "coverage", "random"]
 MANY = 0.15
 """Share of a class beyond which keeping only its easy images is known to hurt."""
 
 
-@full_precision
-def el2n(logits: Tensor, labels: Tensor) -> Tensor:
-    """(N,) |softmax(z_i) - onehot(y_i)|_2 of logits (N, C) or of several networks (R, N, C), whose scores are averaged: 0 where a network is sure and
-    right, sqrt(2) where it is sure and wrong.
-
-    Raises:
-        UserError: labels of another shape than (N,).
-    """
-    z = logits if logits.ndim == 3 else logits[None]
-    if z.ndim != 3 or labels.shape != z.shape[1:2]:
-        raise UserError(f"el2n compares logits (N, C) or (R, N, C) with labels (N,); given: {tuple(logits.shape)} and {tuple(labels.shape)}.")
-    target = F.one_hot(labels.long(), z.shape[-1]).to(z)
-    return (z.softmax(-1) - target).square().sum(-1).sqrt().mean(0)
-
-
-def select(scores: Tensor, rows: Sequence[Tensor], count: int, hardness: Hardness = "easy", generator: torch.Generator | None = None) -> Tensor:
+def select(
+    scores: Tensor,
+    rows: Sequence[Tensor],
+    count: int,
+    hardness: Hardness = "easy",
+    generator: torch.Generator | None = None,
+    cutoff: float = 0.0,
+    strata: int = 50,
+) -> Tensor:
     """(classes * count,) rows, class-major, those of each class in rank order; equal scores in the order of their rows.
 
     Args:
         scores: (N,), small is easy; not read by `random`.
         rows: of each class.
-        hardness: `easy`: the smallest scores, `hard`: the largest, `balanced`: evenly spaced ranks, `random`: by the generator.
+        hardness: `easy`: the smallest scores, `hard`: the largest, `balanced`: evenly spaced ranks, `coverage`: see `covering`, `random`: by the generator.
+        cutoff, strata: coverage.
 
     Raises:
         UserError: scores that are not finite.
@@ -58,18 +51,40 @@ def select(scores: Tensor, rows: Sequence[Tensor], count: int, hardness: Hardnes
             f"pca: {count} of {least} images of a class are kept; where that many are, easy images alone hurt: compare hardness balanced.",
             stacklevel=2,
         )
-    return torch.cat([_ranked(scores, r, count, hardness, generator) for r in rows])
+    return torch.cat([_ranked(scores, r, count, hardness, generator, cutoff, strata) for r in rows])
 
 
-def _ranked(scores: Tensor, rows: Tensor, count: int, hardness: Hardness, generator: torch.Generator | None) -> Tensor:
+def _ranked(scores: Tensor, rows: Tensor, count: int, hardness: Hardness, generator: torch.Generator | None, cutoff: float, strata: int) -> Tensor:
     if hardness == "random":
         order = torch.randperm(len(rows), generator=generator)
     else:
         own = scores[rows.to(scores.device)].cpu()
         order = torch.argsort(-own if hardness == "hard" else own, stable=True)
+        if hardness == "coverage" and count < len(rows):
+            order = order[covering(own[order], count, cutoff, strata, generator)]
     if hardness == "balanced" and count <= len(rows):
         order = order[((torch.arange(count) + 0.5) * len(rows) / count).long()]
     return rows[order.repeat(-(-count // len(rows)))[:count]]
+
+
+def covering(ranked: Tensor, count: int, cutoff: float = 0.0, strata: int = 50, generator: torch.Generator | None = None) -> Tensor:
+    """(count,) positions in scores (n,) that ascend: coverage-centric selection (CCS, Zheng et al., arXiv 2210.15809).
+
+    Without the share `cutoff` of the largest scores, the range of scores is cut into `strata` equal parts; the budget is spread evenly over them, the
+    smallest part first, so that what a part lacks goes to the others; inside a part the choice is random.
+    """
+    kept = max(round(len(ranked) * (1 - cutoff)), count)
+    own = ranked[:kept].double()
+    width = (own[-1] - own[0]).clamp_min(1e-300) / strata
+    part = ((own - own[0]) / width).long().clamp(max=strata - 1)
+    sizes = torch.bincount(part, minlength=strata)
+    filled = [int(s) for s in torch.argsort(sizes, stable=True) if sizes[s]]
+    shuffled, chosen, left = torch.randperm(kept, generator=generator), [], count
+    for done, stratum in enumerate(filled):
+        take = min(int(sizes[stratum]), left // (len(filled) - done))
+        chosen.append(shuffled[part[shuffled] == stratum][:take])
+        left -= take
+    return torch.cat(chosen).sort().values
 
 
 def combine(images: Tensor, ipc: int, grid: int) -> Tensor:
