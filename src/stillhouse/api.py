@@ -15,7 +15,8 @@ from stillhouse.engine import fit
 from stillhouse.errors import UserError
 from stillhouse.live import Bars, Live
 from stillhouse.objective import Objective, WeightSchedule
-from stillhouse.recipe import TrainSpec, spell
+from stillhouse.recipe import TrainSpec
+from stillhouse.sentences import spell
 
 
 def distill(

@@ -23,7 +23,8 @@ from stillhouse.data.split import balanced
 from stillhouse.data.token_dataset import IGNORE, Ragged, Rows, TokenDataset, packed, taken
 from stillhouse.data.tokenizer import decoder_start, encode, identity, size, tokenizer
 from stillhouse.errors import UserError, unknown
-from stillhouse.recipe import DataSpec, ModelSpec, TeacherSpec, spell
+from stillhouse.recipe import DataSpec, ModelSpec, TeacherSpec
+from stillhouse.sentences import spell
 
 SPLITS = ("train", "holdout", "val", "test")
 

@@ -16,7 +16,8 @@ from stillhouse.errors import MissingExtra, UserError, unknown
 from stillhouse.files import cache_folder
 from stillhouse.live import Live
 from stillhouse.processes import rank_world, wait
-from stillhouse.recipe import DataSpec, MethodConfig, StoreSpec, TeacherSpec, spell
+from stillhouse.recipe import DataSpec, MethodConfig, StoreSpec, TeacherSpec
+from stillhouse.sentences import spell
 from stillhouse.store.reading import Store
 from stillhouse.store.server import Server
 from stillhouse.store.writing import cache

@@ -26,7 +26,8 @@ from stillhouse.data.source import SMALL, InMemory, Samples, Source, digest, exi
 from stillhouse.errors import UserError, unknown
 from stillhouse.files import written_beside
 from stillhouse.product import load_product
-from stillhouse.recipe import DataSpec, spell
+from stillhouse.recipe import DataSpec
+from stillhouse.sentences import spell
 from stillhouse.synthetic.product import SyntheticSet, png
 from stillhouse.synthetic.real import unnormalised
 
