@@ -17,8 +17,7 @@ bench: $(STAMP)-bench     ## ratios against a hand-written loop and the peers
 docs: $(STAMP)            ## write the generated pages anew
 	$(BIN)/python docs/build.py
 
-lint: $(STAMP)-test
-	$(BIN)/pip install -q -c constraints.txt ruff mypy
+lint: $(STAMP)-test $(STAMP)-dev  ## style and types
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
 
 $(VENV)/bin/python:
