@@ -16,11 +16,12 @@ from pathlib import Path
 from typing import Any, get_args
 
 import yaml
-from keys import SHARED, argument_words, default, key_table, kind, prose, recipe_reference, table
+from keys import SHARED, default, key_table, kind, prose, recipe_reference, table
 from pydantic import BaseModel
 
 from stillhouse import catalog, recipe
 from stillhouse.catalog import Card
+from stillhouse.listing import argument_words
 from stillhouse.reporting.comparison import comparison_markdown
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -103,23 +103,6 @@ def plain(value: Any) -> Any:
     return [plain(v) for v in value] if isinstance(value, list | tuple) else value
 
 
-def argument_words(docstring: str) -> dict[str, str]:
-    """Name -> words, from the `Args:` of a docstring; `a, b: …` describes both."""
-    block = re.search(r"Args:\n((?:[ \t]+.*\n?|\n)+)", docstring)
-    out: dict[str, str] = {}
-    names: list[str] = []
-    for line in block.group(1).splitlines() if block else []:
-        start = re.match(r" {8}(\w+(?:, \w+)*): (.*)", line)
-        if start:
-            names = start.group(1).split(", ")
-            out.update(dict.fromkeys(names, start.group(2)))
-        elif line.startswith(" " * 9) and names:
-            out.update({n: f"{out[n]} {line.strip()}" for n in names})
-        elif line.strip():
-            break
-    return out
-
-
 def table(headers: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> str:
     lines = [headers, ("---",) * len(headers), *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"

@@ -7,15 +7,17 @@ import os
 import statistics
 import subprocess
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from stillhouse.errors import MissingExtra, UserError, nearest
-from stillhouse.recipe import beside_recipe, parse_sets, read_yaml, resolve, validate
+from stillhouse.recipe import MethodConfig, beside_recipe, dump, parse_sets, read_yaml, resolve, validate
 
 
 @dataclass(frozen=True)
@@ -56,10 +58,26 @@ class Job:
         """In this process."""
         from stillhouse.run import execute
 
+        execute(self.config(), self.folder, data_root=self.data_root, live=live, cpu=self.cpu)
+
+    def tree(self) -> dict[str, Any]:
+        """Its recipe as it was written, with the variant and all that is set."""
         sets = {**parse_sets([*self.sets, *self.entry.sets]), "seed": self.seed}
         tree = beside_recipe(resolve(read_yaml(self.entry.recipe), self.entry.variant, sets, where=str(self.entry.recipe)), self.entry.recipe.parent)
-        tree["name"] = self.folder.name
-        execute(validate(tree, str(self.entry.recipe)), self.folder, data_root=self.data_root, live=live, cpu=self.cpu)
+        return {**tree, "name": self.folder.name}
+
+    def config(self) -> MethodConfig:
+        """Its recipe, valid. Raises `UserError` as `validate`."""
+        return validate(self.tree(), str(self.entry.recipe))
+
+    def check(self) -> None:
+        """Raises `UserError` for a recipe that is not valid, or a finished run of another recipe in its folder."""
+        config, held = self.config(), self.folder / "recipe.yaml"
+        changed = _changed(read_yaml(held), yaml.safe_load(dump(config)), self.tree()) if self.done and held.is_file() else None
+        if changed:
+            raise UserError(
+                f"{self.folder} holds a finished run of another recipe ({changed}); choose another folder with --out, or remove that one."
+            )
 
     def command(self) -> list[str]:
         """The same as a command for a process of its own."""
@@ -137,7 +155,7 @@ def bench(
     live: Any = None,
     after: Callable[[Job, int, int], None] | None = None,
 ) -> dict[str, Any]:
-    """Run every row for every seed (skipping what is done) and return the results (see `collect`).
+    """Run every row for every seed (skipping what is done) and return the results (see `collect`). All recipes are checked before the first is run.
 
     Args:
         out: one folder a run below it.
@@ -155,12 +173,36 @@ def bench(
     if reference not in labels:
         raise UserError(f"The reference '{reference}' is no row of this comparison; rows: {', '.join(labels)}.")
     every = [Job(e, s, out / f"{e.folder}-s{s}", tuple(sets), data_root, cpu) for s in seeds for e in rows]
+    for job in every:
+        job.check()
     todo = [j for j in every if not j.done]
     for number, job in enumerate(_finished(todo, engine, jobs, live), 1):
         if after is not None:
             after(job, number, len(todo))
     results = collect(every, baseline, slug or rows[0].recipe.stem, reference)
     return results if primary is None else {**results, "primary": primary}
+
+
+def _changed(then: Mapping[str, Any], now: Mapping[str, Any], given: Mapping[str, Any]) -> str | None:
+    """The first key in which two recipes with all their defaults differ, in words; None where they agree. A key that only one of them knows does not
+    count, unless `given`, the later one as it was written, has it as null: so a run from before an option came is still the same run."""
+    old, new = _leaves(then), _leaves(now)
+    for key, value in old.items():
+        if value != new.get(key, value):
+            return f"'{key}: {value}' there, '{key}: {new[key]}' now"
+    for key, value in _leaves(given).items():
+        if value is None and any(k == key or k.startswith(f"{key}.") for k in old):
+            return f"'{key}' there, '{key}: null' now"
+    return None
+
+
+def _leaves(value: Any, path: str = "") -> dict[str, Any]:
+    """Nested mappings and lists as {dotted key: value}; of a list also its length."""
+    if isinstance(value, Mapping) and value:
+        return {k: v for name, part in value.items() for k, v in _leaves(part, f"{path}.{name}".lstrip(".")).items()}
+    if isinstance(value, list):
+        return {f"{path} (how many)": len(value), **{k: v for i, part in enumerate(value) for k, v in _leaves(part, f"{path}.{i}").items()}}
+    return {path: value}
 
 
 def _finished(todo: Sequence[Job], engine: str, jobs: int, live: Any) -> Iterator[Job]:

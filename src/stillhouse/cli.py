@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
+import errno
 import os
-import shutil
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Optional
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 if TYPE_CHECKING:
-    from stillhouse.catalog import Card
     from stillhouse.run import Stage
 
 app = typer.Typer(
@@ -24,8 +23,8 @@ app = typer.Typer(
 )
 
 Recipe = Annotated[Path, typer.Argument(help="A recipe file (YAML).", metavar="RECIPE")]
-Sets = Annotated[Optional[list[str]], typer.Option("--set", help="Override a key: train.epochs=3. May be given several times.", metavar="KEY=VALUE")]  # noqa: UP045
-DataRoot = Annotated[Optional[str], typer.Option(help="Folder that holds the data sets; default: STILLHOUSE_DATA.", metavar="FOLDER")]  # noqa: UP045
+Sets = Annotated[list[str] | None, typer.Option("--set", help="Override a key: train.epochs=3. May be given several times.", metavar="KEY=VALUE")]
+DataRoot = Annotated[str | None, typer.Option(help="Folder that holds the data sets; default: STILLHOUSE_DATA.", metavar="FOLDER")]
 Cpu = Annotated[bool, typer.Option("--cpu", help="Use no GPU.")]
 
 
@@ -42,12 +41,12 @@ def _root(version: Annotated[bool, typer.Option("--version", callback=_version, 
     pass
 
 
-@app.command(epilog="Example: stillhouse run recipes/classification/nkd_uskd.yaml --set train.epochs=5 --data-root ~/data")
+@app.command(epilog="Example: stillhouse run recipes/classification/digits.yaml --variant kd --set train.epochs=50")
 def run(
     recipe: Recipe,
     set_: Sets = None,
-    variant: Annotated[Optional[str], typer.Option(help="One of the recipe's variants, such as paper.", metavar="NAME")] = None,  # noqa: UP045
-    out: Annotated[Optional[Path], typer.Option(help="The run's folder; default: runs/NAME-sSEED.")] = None,  # noqa: UP045
+    variant: Annotated[str | None, typer.Option(help="One of the recipe's variants, such as paper.", metavar="NAME")] = None,
+    out: Annotated[Path | None, typer.Option(help="The run's folder; default: runs/NAME-sSEED.", metavar="FOLDER")] = None,
     data_root: DataRoot = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the resolved recipe and the plan; train nothing.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Start over in a folder that holds a run.")] = False,
@@ -58,6 +57,7 @@ def run(
 
     config = recipes.load(recipe, variant, set_ or [])
     if dry_run:
+        _check_data_root(data_root)
         from stillhouse.run import plan
 
         typer.echo(recipes.dump(config))
@@ -68,10 +68,12 @@ def run(
     from stillhouse.run import execute
 
     folder = out or Path("runs") / f"{config.name}-s{config.seed}"
+    _ready(folder, data_root)
     figures = execute(config, folder, data_root=data_root, live=Bars(), overwrite=overwrite, cpu=cpu)
     if os.environ.get("RANK", "0") == "0":
+        width = max(map(len, figures), default=0)
         for name, value in figures.items():
-            typer.echo(f"{name:<16} {quantity(name, value).text(value)}")
+            typer.echo(f"{name:<{width}}  {quantity(name, value).text(value)}")
         typer.echo(f"\nReport: {folder / 'report.html'}\nUse it: stillhouse.load({str(folder)!r})")
 
 
@@ -87,93 +89,52 @@ def _print_plan(stages: list[Stage]) -> None:
 
 @app.command(epilog="Example: stillhouse methods nkd_uskd")
 def methods(
-    name: Annotated[Optional[str], typer.Argument(help="A method or an objective; without it, all are listed.", metavar="NAME")] = None,  # noqa: UP045
+    name: Annotated[str | None, typer.Argument(help="A method or an objective; without it, all are listed.", metavar="NAME")] = None,
 ) -> None:
     """List methods and objectives, or show one."""
-    from stillhouse import catalog
+    from stillhouse import catalog, listing
 
-    if name is not None:
-        _print_card(catalog.card(name))
-        return
-    width = max(shutil.get_terminal_size((150, 24)).columns, 80)
-    by_kind = {"method": "Methods (method: NAME)", "objective": "Objectives (listed under objectives:)"}
-    for kind, heading in by_kind.items():
-        typer.echo(heading)
-        for card in catalog.list_methods():
-            if card.kind == kind:
-                shown = ", ".join(card.provides)
-                summary = card.title.partition(": ")[2] or card.title
-                summary = summary[0].upper() + summary[1:]
-                room = width - 27
-                typer.echo(f"  {shown:<24} {summary if len(summary) <= room else summary[: room - 1] + '…'}")
+    card = None if name is None else catalog.card(name)
+    for line in listing.all_methods() if card is None else listing.one_method(card):
+        typer.echo(line)
+    measured = None if card is None else listing.evidence(card)
+    if measured is not None:
+        from rich.console import Console
+
+        from stillhouse.reporting.comparison import comparison_table
+
+        typer.echo("\nMeasured:")
+        Console().print(comparison_table(measured))
 
 
-def _print_card(card: Card) -> None:
-    typer.echo(card.title)
-    for key, value in card.fields.items():
-        typer.echo(f"  {key:<9} {value}")
-    if card.text:
-        typer.echo("\n" + card.text)
-    import importlib.util
-
-    from stillhouse import catalog
-
-    if card.kind == "objective" and importlib.util.find_spec("torch"):
-        for name in card.provides:
-            typer.echo(f"\nOptions of {name}:")
-            for key, field in catalog.options(catalog.objective(name)).model_fields.items():
-                typer.echo(f"  {key}: {_type_name(field.annotation)}" + ("" if field.is_required() else f" = {field.default!r}"))
-    if card.kind == "method" and importlib.util.find_spec("torch"):
-        typer.echo(f"\nKeys of a recipe with method: {card.slug} (beside name, seed and variants; stillhouse schema {card.slug} has all):")
-        from stillhouse.recipe import MethodConfig
-
-        for key, field in catalog.method(card.slug).Config.model_fields.items():
-            if key in MethodConfig.model_fields:
-                continue
-            typer.echo(f"  {key}: {_type_name(field.annotation)}" + (f"  {field.description}" if field.description else ""))
-    evidence = Path("evidence") / f"{card.slug}.json"
-    recipe = next(Path("recipes").rglob(f"{card.slug}.yaml"), None) if Path("recipes").is_dir() else None
-    if recipe is not None:
-        typer.echo(f"\nTry it: stillhouse run {recipe}")
-    if evidence.is_file():
-        import json
-
-        from stillhouse.reporting.comparison import comparison_markdown
-
-        typer.echo("\nEvidence (" + str(evidence) + "):\n" + comparison_markdown(json.loads(evidence.read_text())))
-
-
-def _type_name(annotation: Any) -> str:
-    import re
-
-    text = annotation.__name__ if isinstance(annotation, type) and not hasattr(annotation, "__args__") else str(annotation)
-    return re.sub(r"\b(?:\w+\.)+(\w+)", r"\1", text)
-
-
-@app.command(epilog="Example: stillhouse bench recipes/classification/pld.yaml --seeds 0,1,2 --evidence evidence/pld.json")
+@app.command(epilog="Example: stillhouse bench recipes/classification/digits.yaml --variants alone,kd --seeds 0,1,2")
 def bench(
-    recipe: Annotated[list[Path], typer.Argument(help="Recipes; each of them and each of its variants is a row.", metavar="RECIPE")],
+    recipe: Annotated[list[Path], typer.Argument(help="Recipes (YAML); each of them and each of its variants is a row.", metavar="RECIPE")],
     variants: Annotated[
-        str | None, typer.Option(help="Variants, comma separated; base is the recipe itself. Default: base and all but paper… and smoke.")
+        str | None,
+        typer.Option(help="Variants, comma separated; base is the recipe itself. Default: base and all but paper… and smoke.", metavar="NAMES"),
     ] = None,
-    seeds: Annotated[str, typer.Option(help="Seeds, comma separated.")] = "0,1,2",
-    baseline: Annotated[Optional[str], typer.Option(help="The row that the others are compared with; default: alone, ce, or the first.")] = None,  # noqa: UP045
+    seeds: Annotated[str, typer.Option(help="Seeds, comma separated.", metavar="NUMBERS")] = "0,1,2",
+    baseline: Annotated[
+        str | None, typer.Option(help="The row that the others are compared with; default: alone, ce, or the first.", metavar="ROW")
+    ] = None,
     reference: Annotated[
-        Optional[str],  # noqa: UP045
+        str | None,
         typer.Option(
-            help="The row whose training step is the unit of cost, where recipes measure it (evaluate: [step]); default: kd, or the baseline."
+            help="The row whose training step is the unit of cost, where recipes measure it (evaluate: [step]); default: kd, or the baseline.",
+            metavar="ROW",
         ),
     ] = None,
     primary: Annotated[
-        Optional[str],  # noqa: UP045
-        typer.Option(help="The figure that rows are compared by, such as nll; default: accuracy, or the first that there is."),
+        str | None,
+        typer.Option(help="The figure that rows are compared by, such as nll; default: accuracy, or the first that there is.", metavar="FIGURE"),
     ] = None,
-    out: Annotated[Optional[Path], typer.Option(help="Folder of the runs; default: runs/bench-NAME.")] = None,  # noqa: UP045
-    evidence: Annotated[Optional[Path], typer.Option(help="Also write the results as JSON here.")] = None,  # noqa: UP045
+    out: Annotated[Path | None, typer.Option(help="Folder of the runs; default: runs/bench-NAME.", metavar="FOLDER")] = None,
+    evidence: Annotated[Path | None, typer.Option(help="Also write the results as JSON here.", metavar="FILE")] = None,
     set_: Sets = None,
     data_root: DataRoot = None,
-    engine: Annotated[str, typer.Option(help="local, or ray.")] = "local",
-    jobs: Annotated[int, typer.Option("--jobs", "-j", min=1, help="Runs at the same time.")] = 1,
+    engine: Annotated[str, typer.Option(help="local, or ray.", metavar="NAME")] = "local",
+    jobs: Annotated[int, typer.Option("--jobs", "-j", min=1, help="Runs at the same time.", metavar="N")] = 1,
     cpu: Cpu = False,
 ) -> None:
     """Compare recipes and variants over seeds. Runs that are done are kept; a second start goes on."""
@@ -183,14 +144,17 @@ def bench(
 
     from stillhouse.bench import bench as run_bench
     from stillhouse.bench import entries
+    from stillhouse.files import written_beside
     from stillhouse.live import Bars
     from stillhouse.reporting.comparison import comparison_table, write_comparison_report
 
+    numbers = _seeds(seeds)
     rows = entries(recipe, None if variants is None else [v.strip() for v in variants.split(",")])
     folder = out or Path("runs") / f"bench-{recipe[0].stem}"
+    _ready(folder, data_root, *([evidence.parent] if evidence else []))
     results = run_bench(
         rows,
-        _seeds(seeds),
+        numbers,
         folder,
         baseline=baseline,
         reference=reference,
@@ -205,11 +169,12 @@ def bench(
         after=lambda job, n, total: typer.echo(f"[{n}/{total}] {job.folder.name} done", err=True),
     )
     results["command"] = " ".join(["stillhouse", *_without_places(sys.argv[1:])])
+    table = comparison_table(results)  # a wrong figure is told before anything is written
     for path in filter(None, (folder / "results.json", evidence)):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(results, indent=1) + "\n")
+        with written_beside(path) as beside:
+            beside.write_text(json.dumps(results, indent=1) + "\n")
     write_comparison_report(results, folder / "report.html")
-    Console().print(comparison_table(results))
+    Console().print(table)
     typer.echo(f"Report: {folder / 'report.html'}")
 
 
@@ -228,32 +193,60 @@ def _seeds(text: str) -> list[int]:
     from stillhouse.errors import UserError
 
     try:
-        return [int(s) for s in text.split(",")]
+        seeds = [int(s) for s in text.split(",")]
     except ValueError:
         raise UserError(f"--seeds takes whole numbers separated by commas, such as 0,1,2; given: '{text}'.") from None
+    if len(set(seeds)) < len(seeds):
+        raise UserError(f"--seeds names a seed twice, which would count one run as two; given: '{text}'.")
+    return seeds
 
 
-@app.command(epilog="Example: stillhouse cache recipes/classification/kd.yaml --out stores/kd --top 5 --precision fp16 --views 15")
+def _ready(folder: Path, data_root: str | None = None, *others: Path) -> None:
+    """Raises `UserError`, before anything long begins, where the folder of a run, or the cache, cannot be written, or the data root is not there."""
+    from stillhouse.errors import UserError
+    from stillhouse.files import cache_folder
+
+    _check_data_root(data_root)
+    for what, path in (*(("", p) for p in (folder, *others)), ("the cache folder (STILLHOUSE_CACHE), ", cache_folder())):
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+            problem = "" if os.access(path, os.W_OK | os.X_OK) else "permission denied"
+        except OSError as error:
+            problem = "it is a file" if path.is_file() else str(error.strerror or error).lower()
+        if problem:
+            raise UserError(f"Cannot write in {what}'{path}': {problem}; choose another folder.")
+
+
+def _check_data_root(data_root: str | None) -> None:
+    from stillhouse.errors import UserError
+
+    if data_root is not None and not Path(data_root).expanduser().is_dir():
+        raise UserError(f"--data-root: there is no folder '{data_root}'.")
+
+
+@app.command(epilog="Example: stillhouse cache recipes/classification/store_digits.yaml --out stores/digits --top 5 --precision fp16 --views 5")
 def cache(
     recipe: Recipe,
     out: Annotated[Path, typer.Option(help="The store's folder; one that was cut off goes on.", metavar="FOLDER")],
-    top: Annotated[Optional[int], typer.Option(help="Keep the k most probable classes and the mass of the others; default: all.")] = None,  # noqa: UP045
-    precision: Annotated[Optional[str], typer.Option(help="fp32, fp16, bf16 or int8; default: fp32.")] = None,  # noqa: UP045
-    views: Annotated[Optional[int], typer.Option(help="Augmented views of each sample; default: 1.")] = None,  # noqa: UP045
+    top: Annotated[int | None, typer.Option(help="Keep the K most probable classes and the mass of the others; default: all.", metavar="K")] = None,
+    precision: Annotated[str | None, typer.Option(help="fp32, fp16, bf16 or int8; default: fp32.", metavar="TYPE")] = None,
+    views: Annotated[int | None, typer.Option(help="Augmented views of each sample; default: 1.", metavar="N")] = None,
     embedding: Annotated[bool, typer.Option("--embedding", help="Keep the embedding too.")] = False,
-    tap: Annotated[Optional[list[str]], typer.Option(help="Keep this tap too. May be given several times.")] = None,  # noqa: UP045
-    teacher: Annotated[str, typer.Option(help="Which of the recipe's teachers.")] = "teacher",
+    tap: Annotated[list[str] | None, typer.Option(help="Keep this tap too. May be given several times.", metavar="LAYER")] = None,
+    teacher: Annotated[str, typer.Option(help="Which of the recipe's teachers.", metavar="NAME")] = "teacher",
     set_: Sets = None,
-    variant: Annotated[Optional[str], typer.Option(help="One of the recipe's variants.", metavar="NAME")] = None,  # noqa: UP045
+    variant: Annotated[str | None, typer.Option(help="One of the recipe's variants.", metavar="NAME")] = None,
     data_root: DataRoot = None,
-    engine: Annotated[str, typer.Option(help="local (under torchrun: every process takes its share), or ray.")] = "local",
-    jobs: Annotated[int, typer.Option("--jobs", "-j", min=1, help="Workers, with --engine ray; requests at the same time, with --server.")] = 2,
+    engine: Annotated[str, typer.Option(help="local (under torchrun: every process takes its share), or ray.", metavar="NAME")] = "local",
+    jobs: Annotated[
+        int, typer.Option("--jobs", "-j", min=1, help="Workers, with --engine ray; requests at the same time, with --server.", metavar="N")
+    ] = 2,
     server: Annotated[
-        Optional[str],  # noqa: UP045
+        str | None,
         typer.Option(help="Ask an OpenAI-compatible server instead, such as http://localhost:8000/v1 (key: STILLHOUSE_SERVER_KEY).", metavar="URL"),
     ] = None,
     server_model: Annotated[str, typer.Option(help="The model's name there.", metavar="NAME")] = "default",
-    rate: Annotated[Optional[float], typer.Option(help="Requests a second, at most.")] = None,  # noqa: UP045
+    rate: Annotated[float | None, typer.Option(help="Requests a second, at most.", metavar="N")] = None,
     skip_long: Annotated[bool, typer.Option("--skip-long", help="Pass over samples that the server's context does not hold.")] = False,
     cpu: Cpu = False,
 ) -> None:
@@ -263,13 +256,14 @@ def cache(
     from stillhouse.store.making import asked, describe, make_for, make_from_server, store_spec
 
     config = recipes.load(recipe, variant, set_ or [])
+    _ready(out.parent, data_root)
     given = {"top": top, "precision": precision, "views": views, "embedding": embedding or None, "taps": tap}
     if server is not None:
         from stillhouse.store.server import Server
 
-        spec = store_spec({k: v for k, v in given.items() if v is not None})
+        kept = store_spec({k: v for k, v in given.items() if v is not None})
         asked_of = Server(server, server_model, top=top or 20, rate=rate)
-        make_from_server(config, asked_of, spec, out, workers=jobs, too_long="skip" if skip_long else "refuse", data_root=data_root, live=Bars())
+        make_from_server(config, asked_of, kept, out, workers=jobs, too_long="skip" if skip_long else "refuse", data_root=data_root, live=Bars())
         typer.echo(describe(out))
         return
     spec = asked(config, teacher, {k: v for k, v in given.items() if v is not None})
@@ -278,18 +272,18 @@ def cache(
         typer.echo(describe(out))
 
 
-@app.command(epilog="Example: stillhouse export runs/nkd_uskd-s0 --to onnx --out student.onnx, or runs/dm-s0 --to folder --out small")
+@app.command(epilog="Example: stillhouse export runs/digits-s0 --to safetensors --out student.safetensors")
 def export(
     folder: Annotated[Path, typer.Argument(help="A finished run's folder, or a product folder.", metavar="RUN")],
     to: Annotated[
-        Optional[str],  # noqa: UP045
+        str | None,
         typer.Option(
             help="A student: onnx (default), torch (torch.export, .pt2) or safetensors (weights alone). "
             "A synthetic set: folder (default; an ImageFolder, OUT/train/CLASS/*.png) or parquet (one file, as Hugging Face reads it).",
             metavar="FORMAT",
         ),
     ] = None,
-    out: Annotated[Optional[Path], typer.Option(help="The file or folder to write; default: beside the product.")] = None,  # noqa: UP045
+    out: Annotated[Path | None, typer.Option(help="The file or folder to write; default: beside the product.", metavar="PATH")] = None,
     trust_code: Annotated[bool, typer.Option("--trust-code", help="Allow a model that your own Python file builds.")] = False,
 ) -> None:
     """Write a student or a synthetic set for other programs to load."""
@@ -312,10 +306,11 @@ def export(
     typer.echo(f"Train on it: data: {{name: 'synthetic:{path}', options: {{real: '{real}'}}}}")
 
 
-@app.command(epilog="Example: stillhouse report runs/nkd_uskd-s0")
+@app.command(epilog="Example: stillhouse report runs/digits-s0")
 def report(
     folder: Annotated[
-        Path, typer.Argument(help="A run's folder, finished or not, a comparison's, or a comparison's JSON, such as those in evidence/.")
+        Path,
+        typer.Argument(help="A run's folder, finished or not, a comparison's, or a comparison's JSON, such as those in evidence/.", metavar="RUN"),
     ],
 ) -> None:
     """Write a run's or comparison's report anew."""
@@ -340,8 +335,8 @@ def report(
     typer.echo(f"Report: {path}")
 
 
-@app.command(epilog="Example: stillhouse schema > stillhouse.schema.json")
-def schema(method: Annotated[str, typer.Argument(help="A method's slug.")] = "distillation") -> None:
+@app.command(epilog="Example: stillhouse schema dm > dm.schema.json")
+def schema(method: Annotated[str, typer.Argument(help="A method of the catalogue.", metavar="METHOD")] = "distillation") -> None:
     """Print the JSON schema of recipes, for editors."""
     import json
 
@@ -352,28 +347,50 @@ def schema(method: Annotated[str, typer.Argument(help="A method's slug.")] = "di
 
 @app.command(epilog="Example: stillhouse demo")
 def demo(
-    out: Annotated[Path, typer.Option(help="Folder of the runs.")] = Path("runs/demo"),
-    seeds: Annotated[str, typer.Option(help="Seeds, comma separated.")] = "0,1,2",
+    out: Annotated[Path, typer.Option(help="Folder of the runs.", metavar="FOLDER")] = Path("runs/demo"),
+    seeds: Annotated[str, typer.Option(help="Seeds, comma separated.", metavar="NUMBERS")] = "0,1,2",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Start over.")] = False,
 ) -> None:
     """See distillation work on handwritten digits. A teacher and four students (alone, KD, NKD, PLD) in minutes, with no data to fetch."""
     from stillhouse.demo import demo as show
 
-    show(out, _seeds(seeds), overwrite)
+    numbers = _seeds(seeds)
+    _ready(out.parent)
+    show(out, numbers, overwrite)
 
 
 def main() -> None:
-    """The entry point: turns a user's mistake into one sentence and exit code 2."""
+    """The entry point: turns a user's mistake, or a place that cannot be written, into one sentence and exit code 2."""
+    import warnings
+
     from stillhouse.errors import UserError
 
-    try:
-        app()
-    except UserError as error:
-        typer.echo(f"stillhouse: {error}", err=True)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        typer.echo("stillhouse: stopped; start the same command again to go on.", err=True)
-        sys.exit(130)
+    with warnings.catch_warnings():
+        warnings.showwarning = _show_warning
+        try:
+            app()
+        except UserError as error:
+            typer.echo(f"stillhouse: {error}", err=True)
+            sys.exit(2)
+        except OSError as error:
+            if error.errno not in _OF_PLACES or error.filename is None:
+                raise
+            typer.echo(f"stillhouse: Cannot read or write '{error.filename}': {str(error.strerror).lower()}. What was done before is kept.", err=True)
+            sys.exit(2)
+        except KeyboardInterrupt:
+            typer.echo("stillhouse: stopped; start the same command again to go on.", err=True)
+            sys.exit(130)
+
+
+_OF_PLACES = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENOSPC, errno.EDQUOT, errno.ENAMETOOLONG)
+
+
+def _show_warning(message: Warning | str, category: type[Warning], filename: str, lineno: int, file: Any = None, line: str | None = None) -> None:
+    """Our own warnings as one sentence, without the line of code that gave them."""
+    import warnings
+
+    own = Path(filename).is_relative_to(Path(__file__).parent) and issubclass(category, UserWarning)
+    typer.echo(f"stillhouse: {message}" if own else warnings.formatwarning(message, category, filename, lineno, line).rstrip(), err=True)
 
 
 if __name__ == "__main__":

@@ -36,7 +36,12 @@ def _short(values: Mapping[str, float]) -> str:
 
 
 class Bars(Live):
-    """Rich progress bars, one line a stage; outside a terminal, one line a stage and one every ten seconds."""
+    """Rich progress bars, one line a stage; outside a terminal, one line a stage and one every ten seconds.
+
+    Of many stages (experts, the networks that judge a set) the last `SHOWN` stay, so that the one at work is always on the screen.
+    """
+
+    SHOWN = 8
 
     def __init__(self, prefix: str = "") -> None:
         from rich.console import Console
@@ -67,6 +72,8 @@ class Bars(Live):
                     console=self.console,
                 )
                 self._bar.start()
+            for old in self._bar.task_ids[: -self.SHOWN + 1]:
+                self._bar.remove_task(old)
             self._task = self._bar.add_task(label, total=total, completed=done, text="")
         else:
             self.console.print(f"{label}: {total} steps" + (f", going on from {done}" if done else ""), highlight=False)

@@ -241,15 +241,26 @@ class MethodConfig(Spec):
     )
 
 
+class _Once(yaml.SafeLoader):
+    """YAML in which no mapping gives a key twice (plain YAML takes the last one silently)."""
+
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        node = super().compose_mapping_node(anchor)
+        seen: set[str] = set()
+        for key in (k for k, _ in node.value if isinstance(k, yaml.ScalarNode)):
+            if key.value in seen:
+                raise yaml.composer.ComposerError(None, None, f"the key '{key.value}' is given twice", key.start_mark)
+            seen.add(key.value)
+        return node
+
+
 def read_yaml(path: str | Path) -> dict[str, Any]:
-    """A recipe file as a mapping. Raises `UserError` for a file that is missing, is not YAML, or is not a mapping."""
+    """A recipe file as a mapping. Raises `UserError` for a file that is missing, is not YAML, gives a key twice, or is not a mapping."""
     path = Path(path)
     if not path.is_file():
-        beside = [p.name for p in path.parent.glob("*.y*ml")] if path.parent.is_dir() else []
-        close = nearest(path.name, beside)
-        raise UserError(f"There is no recipe '{path}'" + (f"; did you mean '{path.parent / close[0]}'?" if close else "."))
+        raise _no_recipe(path)
     try:
-        value = yaml.safe_load(path.read_text(encoding="utf-8"))
+        value = yaml.load(path.read_text(encoding="utf-8"), _Once)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         mark = getattr(error, "problem_mark", None)
         at = f" at line {mark.line + 1}, column {mark.column + 1}" if mark else ""
@@ -257,6 +268,24 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise UserError(f"{path} must hold a mapping of keys to values, but holds {'nothing' if value is None else type(value).__name__}.")
     return value
+
+
+def _no_recipe(path: Path) -> UserError:
+    """What to do about a recipe that is not there: name one of the folder, one nearby, or that of the method."""
+    from stillhouse import catalog
+
+    if path.is_dir():
+        inside = sorted(path.glob("*.y*ml"))
+        return UserError(f"'{path}' is a folder; name a recipe in it" + (f", such as '{inside[0]}'." if inside else ", but it holds none."))
+    close = nearest(path.name, [p.name for p in path.parent.glob("*.y*ml")] if path.parent.is_dir() else [], 1)
+    if close:
+        return UserError(f"There is no recipe '{path}'; did you mean '{path.parent / close[0]}'?")
+    ours = next(Path("recipes").rglob(f"{path.stem}.yaml"), None)
+    if ours is not None:
+        return UserError(f"There is no recipe '{path}'; did you mean '{ours}'?")
+    if path.stem in catalog.cards():
+        return UserError(f"There is no recipe '{path}': a recipe is a YAML file, and `stillhouse methods {path.stem}` shows the keys of one.")
+    return UserError(f"There is no recipe '{path}'; `stillhouse methods` lists what recipes are made of.")
 
 
 def set_key(tree: dict[str, Any], dotted: str, value: Any) -> None:
@@ -334,7 +363,10 @@ def validate(tree: Mapping[str, Any], where: str = "recipe") -> MethodConfig:
     method = tree.get("method", "distillation")
     if not isinstance(method, str):
         raise UserError(f"{where}: 'method' must be a method's name; given: {method!r}.")
-    config = catalog.method(method).Config
+    try:
+        config = catalog.method(method).Config
+    except UserError as error:
+        raise UserError(f"{where}: method: {error}") from None
     try:
         valid = config.model_validate(dict(tree))
     except ValidationError as error:

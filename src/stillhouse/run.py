@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import platform
@@ -10,7 +9,7 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -26,8 +25,10 @@ from stillhouse.errors import UserError
 from stillhouse.files import cache_folder, written_beside
 from stillhouse.live import Live
 from stillhouse.loop import loop
+from stillhouse.processes import rank_world, wait
 from stillhouse.randomness import key, keyed
 from stillhouse.recipe import DataSpec, MethodConfig, ModelSpec, TeacherSpec, TrainSpec, dump
+from stillhouse.stages import kept
 
 C = TypeVar("C", bound=MethodConfig)
 T = TypeVar("T")
@@ -118,7 +119,7 @@ class Run:
 
             dataset = StoredDataset(dataset, self._stores.setdefault(spec.model_dump_json(), [])) if _reads_store(self.config) else dataset
         default: int = getattr(bundle, "evaluation_batch", 256)
-        rank, world = _rank_world() if train else (0, 1)
+        rank, world = rank_world() if train else (0, 1)
         workers = spec.workers if train else 0
         return Loader(dataset, batch_size or default, seed=self.seed, shuffle=train, drop_last=train, workers=workers, rank=rank, world=world)
 
@@ -207,30 +208,17 @@ class Run:
             uses: everything that the result depends on, as JSON data.
             shared: keep it in the cache for other runs; False: in the run's folder.
         """
-        from filelock import FileLock
-
         if self.planned is not None and name.split(".")[0] not in self.planned:
             raise UserError(f"The stage '{name}' is not in the method's plan ({', '.join(sorted(self.planned))}).")
-        digest = hashlib.blake2b(json.dumps({"name": name, "format": 1, **uses}, sort_keys=True, default=str).encode(), digest_size=10).hexdigest()
-        root = cache_folder() / "stages" if shared else self.folder / "stages"
-        done, working = root / f"{name}-{digest}", root / f"{name}-{digest}.partial"
-        root.mkdir(parents=True, exist_ok=True)
-        rank, world = _rank_world()
-        with FileLock(str(done) + ".lock") if rank == 0 else nullcontext():
-            if not _agree((done / "result.json").exists(), world):
-                working.mkdir(exist_ok=True)
-                outer, self._folder = self._folder, working
-                try:
-                    result = make()
-                finally:
-                    self._folder = outer
-                if rank == 0:
-                    (working / "uses.json").write_text(json.dumps(uses, indent=1, sort_keys=True, default=str))
-                    _save_value(working, result)
-                    shutil.rmtree(working / "checkpoints", ignore_errors=True)
-                    os.replace(working, done)
-            _wait(world)
-        return _load_value(done)
+
+        def inside(folder: Path) -> T:
+            outer, self._folder = self._folder, folder
+            try:
+                return make()
+            finally:
+                self._folder = outer
+
+        return kept((cache_folder() if shared else self.folder) / "stages", name, inside, uses)
 
     def fit(
         self,
@@ -381,57 +369,6 @@ def _reads_store(config: Any) -> bool:
     return isinstance(config, list | tuple) and any(map(_reads_store, config))
 
 
-def _rank_world() -> tuple[int, int]:
-    from accelerate import PartialState
-
-    state = PartialState()
-    return state.process_index, state.num_processes
-
-
-def _agree(value: bool, world: int) -> bool:
-    """The main process's answer, in every process."""
-    if world == 1:
-        return value
-    from accelerate.utils import broadcast_object_list
-
-    return bool(broadcast_object_list([value])[0])
-
-
-def _wait(world: int) -> None:
-    if world > 1:
-        from accelerate import PartialState
-
-        PartialState().wait_for_everyone()
-
-
-def _save_value(folder: Path, value: Any) -> None:
-    """A mapping of tensors, JSON data, or a mapping of those."""
-    from safetensors.torch import save_file
-
-    def is_tensors(v: Any) -> bool:
-        return isinstance(v, Mapping) and bool(v) and all(isinstance(x, Tensor) for x in v.values())
-
-    parts = dict(value) if isinstance(value, Mapping) and any(is_tensors(v) for v in value.values()) else {"": value}
-    index: dict[str, Any] = {}
-    for name, part in parts.items():
-        if is_tensors(part):
-            with written_beside(folder / f"{name or 'result'}.safetensors") as beside:
-                save_file({k: v.detach().cpu().contiguous().clone() for k, v in part.items()}, str(beside))
-            index[name] = {"tensors": f"{name or 'result'}.safetensors"}
-        else:
-            index[name] = {"value": part}
-    with written_beside(folder / "result.json") as beside:
-        beside.write_text(json.dumps(index))
-
-
-def _load_value(folder: Path) -> Any:
-    from safetensors.torch import load_file
-
-    index = json.loads((folder / "result.json").read_text())
-    parts = {name: load_file(str(folder / part["tensors"])) if "tensors" in part else part["value"] for name, part in index.items()}
-    return parts[""] if set(parts) == {""} else parts
-
-
 # ---- a run from a recipe -------------------------------------------------------------------------------------------------------------------
 
 
@@ -472,10 +409,10 @@ def execute(
     folder = Path(folder).expanduser()
     PartialState(cpu=cpu)
     text = dump(config)
-    main = _rank_world()[0] == 0
+    main = rank_world()[0] == 0
     if main:
         _claim(folder, text, overwrite)
-    _wait(_rank_world()[1])
+    wait()
     method = catalog.method(config.method)
     run = Run(folder, config, data_root=data_root, live=live, cpu=cpu)
     run.planned = {s.name for s in method.plan(config, run)}
@@ -488,7 +425,7 @@ def execute(
                     "versions": versions(),
                     "seed": config.seed,
                     "device": _device_name(run.device),
-                    "processes": _rank_world()[1],
+                    "processes": rank_world()[1],
                     "command": " ".join(["stillhouse", *sys.argv[1:]]),
                 },
             )
@@ -502,7 +439,7 @@ def execute(
             _write_json(folder / "environment.json", {**environment, **run.record})
             _write_json(folder / "evaluation.json", figures)
             write_run_report(folder)
-        _wait(_rank_world()[1])
+        wait()
     finally:
         if live is not None:
             live.close()
@@ -510,23 +447,26 @@ def execute(
 
 
 def _claim(folder: Path, text: str, overwrite: bool) -> None:
+    """Make the folder this run's, or refuse it: nothing that is not a run's is ever removed or written over."""
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"{folder} is a file; give a folder with --out.")
     held = folder / "recipe.yaml"
-    if overwrite and folder.exists():
-        if not held.exists() and any(folder.iterdir()):
-            raise UserError(f"{folder} is not a run's folder (it has no recipe.yaml), so --overwrite leaves it alone; give another folder.")
+    there = {p.name for p in folder.iterdir()} if folder.exists() else set()
+    before = held.read_text() if "recipe.yaml" in there else None
+    ours = before is not None and ("environment.json" in there or len(there) == 1)  # not so where a user keeps a recipe.yaml among other files
+    if there and not ours and (overwrite or before != text):
+        left = "so --overwrite leaves it alone" if overwrite else "so it is left alone"
+        raise UserError(f"{folder} is not a run's folder (no recipe.yaml with an environment.json), {left}; choose another folder with --out.")
+    if overwrite and there:
         shutil.rmtree(folder)
-    if (folder / "evaluation.json").exists():
+    elif "evaluation.json" in there:
         raise UserError(f"{folder} holds a finished run; choose another folder with --out, or start over with --overwrite.")
-    if held.exists() and held.read_text() != text:
-        line = next(
-            (f"'{a.strip()}' there, '{b.strip()}' now" for a, b in zip(held.read_text().splitlines(), text.splitlines()) if a != b),
-            "their lengths differ",
-        )
+    elif before is not None and before != text:
+        pairs = zip(before.splitlines(), text.splitlines())
+        line = next((f"'{a.strip()}' there, '{b.strip()}' now" for a, b in pairs if a != b), "their lengths differ")
         raise UserError(
             f"{folder} holds an unfinished run of another recipe ({line}); choose another folder with --out, or start over with --overwrite."
         )
-    if not held.exists() and folder.exists() and any(folder.iterdir()):
-        raise UserError(f"{folder} is not empty and not a run's folder; choose another folder with --out.")
     with written_beside(held) as beside:
         beside.write_text(text)
 

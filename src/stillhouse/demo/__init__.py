@@ -21,8 +21,8 @@ def demo(out: Path, seeds: Sequence[int], overwrite: bool = False) -> None:
     from stillhouse.reporting.comparison import comparison_table, write_comparison_report
 
     if overwrite and out.exists():
-        if not (out / "results.json").exists() and any(p.is_dir() and not (p / "recipe.yaml").exists() for p in out.iterdir()):
-            raise UserError(f"{out} does not look like a demo's folder, so --overwrite leaves it alone; give another with --out.")
+        if not out.is_dir() or any(not (p / "recipe.yaml").exists() and p.name not in ("results.json", "report.html") for p in out.iterdir()):
+            raise UserError(f"{out} is not a demo's folder, so --overwrite leaves it alone; give another with --out.")
         shutil.rmtree(out)
     console = Console(stderr=True)
     console.print(
