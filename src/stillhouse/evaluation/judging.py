@@ -17,7 +17,7 @@ from stillhouse.errors import UserError
 from stillhouse.evaluation.classification import evaluate_classifier
 from stillhouse.models import build
 from stillhouse.randomness import keyed
-from stillhouse.recipe import ModelSpec
+from stillhouse.recipe import DataSpec, ModelSpec
 from stillhouse.run import Run
 from stillhouse.signals import Batch
 from stillhouse.synthetic import training
@@ -63,14 +63,7 @@ class Judging:
         self.stage = f"evaluate.{self.spec.protocol}"
         self._batches: dict[str, list[Batch]] = {}
         self._real: tuple[Tensor, Tensor] | None = None
-        self.test = self.first_split("test", "val", "holdout")
-
-    def first_split(self, *splits: str) -> str:
-        """The first of these splits that the data has. Raises `UserError` where there is none."""
-        found = next((s for s in splits if self.run.data(self.config.data).has(s)), None)
-        if found is None:
-            raise UserError("There is no data to judge the synthetic set by: give the data set a test folder, or set data.val to a share above 0.")
-        return found
+        self.test = first_split(run, config.data, "test", "val", "holdout")
 
     def batches(self, split: str) -> list[Batch]:
         """Real data as networks trained on this set see it."""
@@ -182,6 +175,14 @@ class Judging:
             "seed": seed,
         }
         return Trained(**self.run.stage(name, make, uses))
+
+
+def first_split(run: Run, data: DataSpec, *splits: str) -> str:
+    """The first of these splits that the data has. Raises `UserError` where there is none."""
+    found = next((s for s in splits if run.data(data).has(s)), None)
+    if found is None:
+        raise UserError("There is no data to judge the synthetic set by: give the data set a test folder, or set data.val to a share above 0.")
+    return found
 
 
 def renumbered(labels: Tensor, classes: Sequence[int], num_classes: int) -> Tensor:

@@ -12,7 +12,7 @@ import statistics
 from collections.abc import Sequence
 from typing import Any
 
-from stillhouse.evaluation.judging import Judging
+from stillhouse.evaluation.judging import Judging, first_split
 from stillhouse.recipe import ModelSpec
 from stillhouse.synthetic.config import SearchSpec
 
@@ -26,14 +26,9 @@ def search(judging: Judging, spec: SearchSpec) -> dict[str, float]:
     `search_spearman`: the rank correlation of all candidates, `search_spearman_top` of the best. `search_accuracy`: test accuracy, trained on all data, of the architecture that the proxies choose;
     `search_best`: of the best one, which a search on all data would find; `search_mean`: of all, which a choice at random gives. `search_seconds` and
     `search_full_seconds`: of training all proxies, and all candidates on all data. `search_candidates`: how many.
-
-    Raises:
-        UserError: an option that the model does not have, or a network too deep for the images, before anything is trained.
     """
     models = candidates(spec)
-    for model in models:
-        judging.run.model(model, judging.config.data, role="candidate")
-    split = judging.first_split("val", "holdout", "test")
+    split = first_split(judging.run, judging.config.data, "val", "holdout", "test")
     own, whole = judging.own(judging.augment), judging.all_real()
     proxies = [judging.networks("evaluate.proxy", own, model=m, count=spec.networks, split=split) for m in models]
     full = [judging.networks("evaluate.full", whole, judging.data, model=m, seeds=[FULL_SEED])[0] for m in models]

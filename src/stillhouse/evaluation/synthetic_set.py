@@ -10,14 +10,16 @@ from __future__ import annotations
 import statistics
 from collections import Counter
 from collections.abc import Sequence
+from typing import Any
 
 from stillhouse.evaluation import evaluates
-from stillhouse.evaluation.continual import continual
-from stillhouse.evaluation.judging import Brought, Judging, Trained
+from stillhouse.evaluation.continual import classes_seen, continual
+from stillhouse.evaluation.judging import Brought, Judging, Trained, first_split
 from stillhouse.evaluation.ranking import ranking
-from stillhouse.evaluation.search import search
+from stillhouse.evaluation.search import candidates, search
 from stillhouse.recipe import ModelSpec
 from stillhouse.run import Run
+from stillhouse.synthetic.config import EvaluateSpec
 from stillhouse.synthetic.product import SyntheticSet
 
 
@@ -52,6 +54,30 @@ def judge(product: SyntheticSet, run: Run, soft: Brought | None = None) -> dict[
         "stored_mb": product.bytes / 1e6,
         "out_of_range_pixels": float(((pixels < -1e-3) | (pixels > 1 + 1e-3)).double().mean()),
     }
+
+
+def planned(run: Run, config: Any) -> str:
+    """What judging a set of this recipe will do, in words. Trains nothing.
+
+    Raises:
+        UserError: what would be found amiss only when the set is made: data without a test split, a network that cannot be built, more steps than classes.
+    """
+    spec: EvaluateSpec = config.evaluate
+    does = [f"train {spec.networks} networks on the set and test them ({spec.protocol} labels)"]
+    models = [spec.network or config.network, *spec.cross]
+    first_split(run, config.data, "test", "val", "holdout")
+    if spec.cross:
+        does.append(f"and {spec.cross_networks} of each of {len(spec.cross)} other architectures")
+    if spec.scores:
+        does.append("and others on real images, for its scores")
+    if spec.continual is not None:
+        does.append(f"continual learning in {len(classes_seen(spec.continual, run.data(config.data).num_classes, run.seed))} steps")
+    if spec.search is not None:
+        models += candidates(spec.search)
+        does.append(f"search among {len(candidates(spec.search))} architectures")
+    for model in models:
+        run.model(model, config.data, role="judge")
+    return "; ".join(does)
 
 
 def _told(name: str, found: Sequence[Trained], best: bool) -> dict[str, float]:

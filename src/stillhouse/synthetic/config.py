@@ -60,7 +60,7 @@ class EvaluateSpec(Spec):
     cross_networks: int = Field(1, ge=1, description="How many of each of `cross`.")
     epochs: int = Field(300, ge=1, description="Passes over the set; published: 1000 (hard), 300 (soft).")
     batch_size: int | None = Field(None, ge=1, description="Default: 256 (hard), 64 (soft; of views, that in which they were labelled).")
-    optimizer: str | None = Field(None, description="Of torch.optim, by name; default: sgd with momentum 0.9 (hard), adamw (soft).")
+    optimizer: Literal["sgd", "adam", "adamw"] | None = Field(None, description="Default: sgd, with momentum 0.9 (hard), adamw (soft).")
     lr: float | None = Field(None, gt=0, description="Default: 0.01 (hard; or the set's own learned rate), 0.001 (soft).")
     weight_decay: float | None = Field(None, ge=0, description="Default: 5e-4 (hard), 0.01 (soft).")
     schedule: LRSchedule | None = Field(

@@ -155,9 +155,9 @@ def made_by(config: DatasetConfig) -> dict[str, Any]:
 
 def plan(run: Run, config: DatasetConfig, stage: str, does: str, steps: int) -> list[Stage]:
     """The lines of a plan that every method here has: learning the set, and judging it."""
-    spec = config.evaluate
-    networks = f"train {spec.networks} networks on the set and test them ({spec.protocol} labels)"
-    return [Stage(stage, does, {"network": config.network.model}, steps=steps), Stage("evaluate", networks)]
+    from stillhouse.evaluation.synthetic_set import planned
+
+    return [Stage(stage, does, {"network": config.network.model}, steps=steps), Stage("evaluate", planned(run, config))]
 
 
 class Held:
