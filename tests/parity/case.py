@@ -73,9 +73,9 @@ class Case:
         return next(self[name] for name in ("x", "x_syn", "x_syn0", "x0") if name in self)
 
     def close(self, name: str, value: Any, *, rtol: float = 1e-5, atol: float | None = None, where: Tensor | None = None) -> None:
-        """Assert that `value` is the array `name`: same shape, each entry within rtol of it (and atol, default 1e-6, of rounding near 0).
+        """Assert that `value` is the array `name`: same shape, each entry within rtol of it, or within atol.
 
-        `where` (bool, same shape) leaves entries out.
+        atol is for rounding near 0, by default 1e-6 of the largest entry where that is above 1. `where` (bool, same shape) leaves entries out.
         """
         expected = torch.from_numpy(np.array(self.arrays[name]))
         given = torch.as_tensor(value).detach().cpu()
@@ -85,9 +85,9 @@ class Case:
             return
         if where is not None:
             given = torch.where(where, given, expected.to(given.dtype))
-        torch.testing.assert_close(
-            given.double(), expected.double(), rtol=rtol, atol=1e-6 if atol is None else atol, equal_nan=True, msg=lambda m: f"{self!r}: {name}: {m}"
-        )
+        if atol is None:
+            atol = 1e-6 * max(1.0, float(expected.abs().nan_to_num(0, 0).max())) if expected.numel() else 0.0
+        torch.testing.assert_close(given.double(), expected.double(), rtol=rtol, atol=atol, equal_nan=True, msg=lambda m: f"{self!r}: {name}: {m}")
 
     def close_grad(self, name: str, tensor: Tensor | None = None, *, array: str | None = None, rtol: float = 1e-5, atol: float | None = None) -> None:
         """Assert that the gradient collected by a tensor (default: the leaf `name`) is `grad:name` (or `array`).

@@ -26,7 +26,7 @@ def mixed(case: Case) -> None:
 def feature_align(case: Case) -> None:
     p = case.params
     channels = case["feat_t"].shape[1]
-    transfer = transfer_block(case["feat_s"].shape[1], channels, p["factor"])
+    transfer = transfer_block(case["feat_s"].shape[1], channels, p["factor"]).to(case["feat_s"].dtype)
     given = {k.removeprefix("transfer."): v for k, v in case.weights.items() if k.startswith("transfer.")}
     missing = transfer.load_state_dict(given, strict=False)
     assert not missing.unexpected_keys and all("num_batches" in k or not p["train"] or "running" in k for k in missing.missing_keys)

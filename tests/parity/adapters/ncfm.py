@@ -21,8 +21,8 @@ def cf_loss(case: Case) -> None:
     value.backward()
     case.close("loss", value)
     case.close("loss300", SCALE * value)
-    # the phase is a difference of numbers near 1 and of the size of the loss squared
-    rounding = max(1e-5, torch.finfo(torch.float32).eps / float(value.detach()) ** 2)
+    # the phase is a difference of numbers near 1, and of the size of the distance squared
+    rounding = max(1e-5, 4 * torch.finfo(torch.float32).eps / float(value.detach()) ** 2)
     for name in ("feat_syn", "t"):
         case.close_grad(name, atol=max(rounding * float(case[name].grad.abs().max()), 1e-9))
 
@@ -42,13 +42,17 @@ def convnet_of(case: Case) -> nn.Module:
     return network.to(case["x_real"].dtype)
 
 
+THROUGH_NETWORK = 1e-3
+"""Of the largest entry of a gradient: in float32 the published arrays themselves are off by half of it, where a frequency's phase is nearly 0."""
+
+
 def match_and_calib(case: Case) -> None:
     p, network = case.params, convnet_of(case)
     x = case["x_syn"].clone().requires_grad_()
     loss = match_loss(network, case["x_real"], x, case["t"], p["alpha"], p["beta"])
     loss.backward()
     case.close("match_loss", loss, rtol=1e-4)
-    case.close_grad("x_syn", x, array="grad:x_syn_match", rtol=1e-4)
+    case.close_grad("x_syn", x, array="grad:x_syn_match", rtol=1e-4, atol=THROUGH_NETWORK * float(x.grad.abs().max()))
     y = case["x_syn"].clone().requires_grad_()
     calibration = F.cross_entropy(network(y), case["y_syn"])
     calibration.backward()
@@ -77,7 +81,7 @@ def steps(case: Case) -> None:
         sampler = sampler_of(case.under("s"))
     images = nn.Parameter(case["x_syn0"].clone())
     optimiser = torch.optim.AdamW([images], p["lr_img"], weight_decay=5e-4)
-    total = 0.0
+    total, clear = 0.0, torch.ones_like(images, dtype=torch.bool)
     for c in range(p["classes"]):
         t = case[f"t{c}"] if sampler is None else sampler(case[f"noise{c}"])
         loss = match_loss(network, case["x_real"][c], images[c * count : (c + 1) * count], t, p.get("alpha", 0.5), p.get("beta", 0.5))
@@ -85,15 +89,17 @@ def steps(case: Case) -> None:
         loss.backward()
         if sampler is not None and c == 0:
             case.close("loss_class0", loss, rtol=1e-4)
-            # the phase is a small difference of large numbers, and a bias before batch norm has no gradient but rounding
+            # a bias before batch norm has no gradient but rounding
             top = max(float(weight.grad.abs().max()) for weight in sampler.parameters())
             for name, weight in sampler.named_parameters():
                 array = f"grad_neg_loss:t_layers_list.{name}"
-                case.close(array, -weight.grad, rtol=1e-4, atol=1e-3 * float(weight.grad.abs().max()) + 1e-6 * top)
+                case.close(array, -weight.grad, rtol=1e-4, atol=THROUGH_NETWORK * float(weight.grad.abs().max()) + 1e-6 * top)
+        own = images.grad[c * count : (c + 1) * count].abs()
+        clear[c * count : (c + 1) * count] = own > THROUGH_NETWORK * own.max()  # AdamW divides a gradient by its size, also one of rounding alone
         optimiser.step()
         total += loss.item()
     case.close("loss_total", torch.tensor(total), rtol=1e-4)
-    case.close("x_syn1", images, rtol=1e-4, atol=1e-5)
+    case.close("x_syn1", images, rtol=1e-4, atol=1e-5, where=clear)
     if sampler is not None:
         for name, value in sampler.state_dict().items():
             case.close(f"s_after:t_layers_list.{name}", value, rtol=1e-4)

@@ -43,8 +43,9 @@ def total(case: Case) -> None:
     ce = cross_entropy(student, case["labels"])
     terms = objective(Signals(logits=student), Signals(logits=case["teacher_logits"]), {"label": case["labels"]}, progress)
     case.close("ce", ce, **CLOSE)
-    case.close("kd", terms["kd"] / p["alpha"], **CLOSE)
-    case.close("sinkhorn", terms["sinkhorn"] / p["beta"], **CLOSE)
+    for name, weight in (("kd", p["alpha"]), ("sinkhorn", p["beta"])):
+        if weight:
+            case.close(name, terms[name] / weight, **CLOSE)
     value = (1 - p["alpha"]) * ce + terms["kd"] + terms["sinkhorn"]
     case.close("total", value, **CLOSE)
     value.backward()
