@@ -120,7 +120,7 @@ def test_a_key_given_twice_is_refused_and_a_merged_one_is_not(command):
         (["run", "student.yaml", "--out", "afile/below"], "Cannot write in 'afile/below': not a directory"),
         (["bench", "student.yaml", "--out", "b", "--evidence", "afile/x.json"], "Cannot write in 'afile'"),
         (["cache", "student.yaml", "--out", "afile/store"], "Cannot write in 'afile'"),
-        (["demo", "--out", "afile/demo"], "Cannot write in 'afile'"),
+        (["demo", "--out", "afile"], "Cannot write in 'afile': it is a file"),
         (["run", "student.yaml", "--data-root", "nowhere"], "--data-root: there is no folder 'nowhere'."),
         (["run", "student.yaml", "--data-root", "nowhere", "--dry-run"], "--data-root: there is no folder 'nowhere'."),
     ],
@@ -183,3 +183,9 @@ def test_a_warning_of_ours_is_a_sentence(command, recwarn: pytest.WarningsRecord
     )
     code, _, err = command("run", "packed.yaml", "--cpu")
     assert code == 0 and "stillhouse: pca: 12 images of each class are asked for" in err and "UserWarning" not in err and ".py" not in err
+
+
+def test_rows_of_different_kinds_are_compared_with_a_word_of_caution(command):
+    arguments = ["bench", "student.yaml", "set.yaml", "--variants", "base", "--seeds", "0", "--cpu", "--out", "b"]
+    code, _, err = command(*arguments)
+    assert code == 0 and "products of different kinds (student: student; synthetic_set: set), so that figures" in err

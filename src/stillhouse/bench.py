@@ -7,6 +7,7 @@ import os
 import statistics
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -122,7 +123,9 @@ def entries(recipes: Sequence[str | Path], variants: Sequence[str] | None = None
     labels = [r.folder for r in rows]
     twice = sorted({label for label in labels if labels.count(label) > 1})
     if twice:
-        raise UserError(f"Two rows of the comparison are called '{twice[0]}'; rename the recipe's file or the variant.")
+        raise UserError(
+            f"Two rows of the comparison are called '{twice[0]}'; choose variants with --variants, or rename the recipe's file or the variant."
+        )
     return rows
 
 
@@ -180,7 +183,22 @@ def bench(
         if after is not None:
             after(job, number, len(todo))
     results = collect(every, baseline, slug or rows[0].recipe.stem, reference)
+    kinds = _kinds(every)
+    if len(kinds) > 1:
+        listed = "; ".join(f"{kind}: {', '.join(labels)}" for kind, labels in kinds.items())
+        warnings.warn(f"The rows leave products of different kinds ({listed}), so that figures of one name may mean different things.", stacklevel=1)
     return results if primary is None else {**results, "primary": primary}
+
+
+def _kinds(jobs: Sequence[Job]) -> dict[str, list[str]]:
+    """The rows by the kind of product that they leave."""
+    out: dict[str, list[str]] = {}
+    for job in jobs:
+        held = job.folder / "product" / "product.json"
+        kind = json.loads(held.read_text()).get("kind", "product") if held.is_file() else "product"
+        out.setdefault(kind, [])
+        out[kind] += [job.entry.folder] * (job.entry.folder not in out[kind])
+    return out
 
 
 def _changed(then: Mapping[str, Any], now: Mapping[str, Any], given: Mapping[str, Any]) -> str | None:

@@ -355,7 +355,7 @@ def demo(
     from stillhouse.demo import demo as show
 
     numbers = _seeds(seeds)
-    _ready(out.parent)
+    _ready(out)
     show(out, numbers, overwrite)
 
 
