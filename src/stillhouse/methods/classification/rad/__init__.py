@@ -38,7 +38,7 @@ from stillhouse.evaluation import evaluates, evaluator
 from stillhouse.evaluation.classification import collect_logits, evaluate_classifier
 from stillhouse.evaluation.mode import evaluating
 from stillhouse.methods.classification.rad.game import gains, guaranteed, solve
-from stillhouse.methods.classification.rad.queries import RULES, Chosen, Pool
+from stillhouse.methods.classification.rad.queries import RULES, Pool
 from stillhouse.product import Student, state_on_cpu
 from stillhouse.randomness import key
 from stillhouse.recipe import Data, MethodConfig, Model, Teacher, TrainSpec, objective_from_spec
@@ -153,6 +153,45 @@ class Known:
         return {"input": x, "label": self.targets[index], "index": index}
 
 
+class Questions:
+    """The rounds of questions, and what became of them.
+
+    Args:
+        config: the rule, and how many questions a round.
+        answering: the teacher.
+        known: what the student trains on; answers are added to it.
+        pool: (n,) samples that were not asked about yet.
+        labels: (N,) of all samples, read for figures alone.
+        generator: of the rules that draw.
+    """
+
+    def __init__(self, config: Config, answering: Answering, known: Known, pool: np.ndarray, labels: Tensor, generator: np.random.Generator) -> None:
+        self.config, self.answering, self.known, self.pool, self.labels, self.generator = config, answering, known, pool, labels, generator
+        self.queried: list[list[int]] = []
+        self._right, self._gain = 0.0, 0.0
+        self._bounds: list[float] = []
+
+    def ask(self, view: Pool) -> None:
+        """One round, by the student's view of the pool."""
+        config = self.config
+        chosen = RULES[config.query](view, config.queries, self.generator, config.gain, config.marginals == "exact")
+        points, partners = self.pool[chosen.points], self.pool[chosen.partners]
+        answers = self.answering.ask(points, partners, chosen.share)
+        gain = gains(view.probs, config.gain)
+        self._bounds.append(solve(gain, view.correct).value / max(guaranteed(np.full(len(gain), 1 / len(gain)), gain, view.correct), 1e-12))
+        self._right += float((answers.argmax(-1) == self.labels[torch.from_numpy(points)]).sum())
+        self._gain += float(gain[chosen.points].sum())
+        self.known.add(points, partners, chosen.share, answers)
+        self.pool = np.setdiff1d(self.pool, points)
+        self.queried.append(points.tolist())
+
+    def figures(self) -> dict[str, float]:
+        """Questions, how many were answered rightly, their mean gain, and the guarantee over that of asking evenly."""
+        total = self.answering.asked
+        told = {"queries": float(total), "answer_accuracy": self._right / total, "mean_gain": self._gain / total}
+        return {**told, "guarantee_over_uniform": float(np.mean(self._bounds))}
+
+
 class RobustActiveDistillation(Method[Config]):
     def plan(self, config: Config, run: Run) -> list[Stage]:
         bundle = run.data(config.data)
@@ -184,41 +223,24 @@ class RobustActiveDistillation(Method[Config]):
         donors = shuffled(teacher, images, config.corrupt, config.data.seed, pool) if config.corrupt else None
         answering = Answering(teacher, images, config.rounds * config.queries, donors)
         known = Known(augmented, labelled, torch.nn.functional.one_hot(labels[torch.from_numpy(labelled)], bundle.num_classes).float())
-        check = run.validation(config.data)
-        generator = np.random.default_rng(key(run.seed, "rad"))
-
+        questions = Questions(config, answering, known, pool, labels, np.random.default_rng(key(run.seed, "rad")))
         student = run.model(config.student, config.data)
-        queried: list[list[int]] = []
-        hits, told, bounds, seconds = 0.0, 0.0, [], 0.0
+        seconds = 0.0
         curve: dict[str, float] = {}
         for number in range(config.rounds + 1):
             if number:
-                view = self._view(config, run, student, images, pool, known, right)
-                chosen = RULES[config.query](view, config.queries, generator, config.gain, config.marginals == "exact")
-                asked = Chosen(pool[chosen.points], pool[chosen.partners], chosen.share)
-                answers = answering.ask(asked.points, asked.partners, asked.share)
-                gain = gains(view.probs, config.gain)
-                solution = solve(gain, view.correct)
-                bounds.append(solution.value / max(guaranteed(np.full(len(gain), 1 / len(gain)), gain, view.correct), 1e-12))
-                hits += float((answers.argmax(-1) == labels[torch.from_numpy(asked.points)]).sum())
-                told += float(gain[chosen.points].sum())
-                known.add(asked.points, asked.partners, asked.share, answers)
-                pool = np.setdiff1d(pool, asked.points)
-                queried.append(asked.points.tolist())
+                questions.ask(self._view(config, run, student, images, questions.pool, known, right))
                 if not config.warm_start:
                     student = run.model(config.student, config.data)
             loader = Loader(known, min(config.train.batch_size, len(known)), seed=run.seed, shuffle=True, drop_last=True)
             module = Distillation(student, None, [objective_from_spec("ce")], seed=run.seed)
-            judge_by = None if check is None else lambda m, d: evaluate_classifier(m, check, d, ["accuracy"])
-            fitted = run.fit(f"round.{number}", module, loader, config.train, evaluate=judge_by)
+            fitted = run.fit(f"round.{number}", module, loader, config.train, evaluate=run.validating(config.data))
             module.close()
             seconds += fitted.seconds
             curve |= {f"val_accuracy_round{number}": v for k, v in fitted.figures.items() if k == "accuracy"}
-        total = answering.asked
-        figures = {"train_seconds": seconds, "queries": float(total), "answer_accuracy": hits / total, "mean_gain": told / total}
-        figures |= {"expected_accuracy": right, "guarantee_over_uniform": float(np.mean(bounds)), **curve}
+        figures = {"train_seconds": seconds, **questions.figures(), "expected_accuracy": right, **curve}
         base = run.student(student, config.student, config.data, figures)
-        return QueriedStudent(**{**vars(base), "queried": queried})
+        return QueriedStudent(**{**vars(base), "queried": questions.queried})
 
     def _view(self, config: Config, run: Run, student: nn.Module, images: IndexedDataset, pool: np.ndarray, known: Known, right: float) -> Pool:
         """The student's view of the pool: probabilities and embeddings."""
