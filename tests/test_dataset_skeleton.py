@@ -341,8 +341,10 @@ def test_an_interrupted_distillation_goes_on_to_the_same_images(method: str, opt
 
 
 def test_soft_and_hard_labels_are_protocols_of_their_own(tmp_path: Path):
+    with pytest.raises(UserError, match="dm gives its images hard labels"):
+        validate(tree("dm", evaluate={"protocol": "soft"}))
     with pytest.raises(UserError, match="holds no soft labels"):
-        execute(validate(tree("dm", iterations=0, evaluate={"protocol": "soft", "networks": 1, "epochs": 1})), tmp_path / "soft", cpu=True)
+        execute(validate(tree("selection", evaluate={"protocol": "soft", "networks": 1, "epochs": 1})), tmp_path / "soft", cpu=True)
 
 
 def test_scores_come_with_the_accuracies_they_are_made_of(tmp_path: Path):
@@ -398,6 +400,7 @@ def test_recovered_images_are_pictures_with_labels_of_their_views_and_random_one
     made = load_product(tmp_path / "run")
     assert made.labels.tolist() == [c for c in range(10) for _ in range(2)] and made.views.logits.shape == (2, 20, 10)
     assert found["out_of_range_pixels"] == 0 and 0 <= found["lrs"] <= 1
+    assert "ars" not in found and "accuracy_unaugmented" not in found, "views are augmented once and for all"
     execute(validate(tree("sre2l", **{**SRE2L, "recover": None, "relabel": None})), tmp_path / "random", cpu=True)
     real = load_product(tmp_path / "random")
     assert real.soft.shape == (20, 10) and not torch.equal(real.images, made.images)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from stillhouse.errors import UserError
-from stillhouse.evaluation.judging import renumbered
+from stillhouse.evaluation.judging import Judging, renumbered
 from stillhouse.evaluation.search import rank_correlation
 from stillhouse.evaluation.synthetic_set import judge
 from stillhouse.product import load_product
@@ -149,6 +149,18 @@ def test_soft_labels_of_images_may_be_mixed_and_those_of_views_not(tmp_path: Pat
 
 
 # ---- continual learning ----------------------------------------------------------------------------------------------------------------------
+
+
+def test_beside_soft_labels_the_hard_protocol_keeps_its_own_optimiser(tmp_path: Path):
+    soft = {"protocol": "soft", "optimizer": "adam", "lr": 1e-4, "weight_decay": 0.3, "schedule": {"name": "cosine"}, "batch_size": 7}
+    relabel = {"teacher": {"model": "stillhouse:convnet2", "options": {"width": 4, "norm": "batch"}, "train": {"epochs": 1}}, "recover": None}
+    config = validate(tree(soft, method="sre2l", **relabel))
+    run = Run(tmp_path / "run", config, cpu=True)
+    execute(config, tmp_path / "run", cpu=True)
+    judging = Judging(load_product(tmp_path / "run"), run)
+    for learns in (judging.hard_labels(PLAIN), judging.all_real()):
+        made = learns(config.evaluate, 0)
+        assert (made.optimizer, made.lr, made.weight_decay, made.schedule, made.batch_size > 7) == ("sgd", 0.01, 5e-4, None, True)
 
 
 def test_classes_are_renumbered_in_the_order_they_came():

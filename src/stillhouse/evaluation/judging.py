@@ -92,7 +92,7 @@ class Judging:
         if classes is not None:
             places = renumbered(labels, classes, self.num_classes)
             images, labels = images[places >= 0], places[places >= 0]
-        return lambda spec, seed: HardTraining.of(images, labels, spec, augment, self.product.lr, ("judge", seed))
+        return lambda spec, seed: HardTraining.of(images, labels, _with_hard_labels(spec), augment, self.product.lr, ("judge", seed))
 
     def soft_labels(self, product: SyntheticSet, augment: AugmentSpec) -> Recipe:
         """A set with its soft labels."""
@@ -104,7 +104,7 @@ class Judging:
 
         def made(spec: EvaluateSpec, seed: int) -> Training:
             rate = spec.lr if spec.rates else None
-            how = spec.model_copy(update={"epochs": spec.full_epochs, "lr": rate})
+            how = _with_hard_labels(spec).model_copy(update={"epochs": spec.full_epochs, "lr": rate})
             return HardTraining.of(images, labels, how, self.augment, None, ("full", seed))
 
         return made
@@ -183,6 +183,14 @@ def first_split(run: Run, data: DataSpec, *splits: str) -> str:
     if found is None:
         raise UserError("There is no data to judge the synthetic set by: give the data set a test folder, or set data.val to a share above 0.")
     return found
+
+
+def _with_hard_labels(spec: EvaluateSpec) -> EvaluateSpec:
+    """The hard protocol's own defaults, where a recipe's optimiser is meant for soft labels; a rate that is tried counts under both."""
+    if spec.protocol == "hard":
+        return spec
+    own = dict.fromkeys(("optimizer", "schedule", "weight_decay", "batch_size"))
+    return spec.model_copy(update=own | {"lr": spec.lr if spec.rates else None})
 
 
 def renumbered(labels: Tensor, classes: Sequence[int], num_classes: int) -> Tensor:

@@ -2,7 +2,8 @@
 
 Beside the set, networks are trained on as many random real images under the same protocol, on all real data, and without augmentation. With
 `evaluate.rates` each network is trained at every rate and the best test accuracy counts, and with `best_every` the best epoch's: so the paper. Else every
-network is trained at one rate and its last epoch counts.
+network is trained at one rate and its last epoch counts. Views with stored labels are augmented once and for all, so that a set of such labels has no
+accuracy without augmentation, and no `ars`.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from stillhouse.synthetic.training import HardTraining, Training
 
 
 def ranking(judging: Judging) -> dict[str, float]:
-    """`lrs`, `ars`, `hlr`, `ior` and the accuracies that they are made of; with rates to try, also `accuracy_tried`, of the set at its best rate.
+    """`lrs`, `ars` (not of views), `hlr`, `ior` and the accuracies that they are made of; with rates to try, also `accuracy_tried`, at the best rate.
 
     Raises:
         UserError: soft labels, and a method that keeps no random images under the same teacher.
@@ -32,18 +33,22 @@ def ranking(judging: Judging) -> dict[str, float]:
     hard = own if spec.protocol == "hard" else _tried(judging, "evaluate.hard", judging.hard_labels(judging.augment))
     whole = _tried(judging, "evaluate.full", judging.all_real(), judging.data, count=1)
     drawn = _tried(judging, "evaluate.random", random(judging.augment), whose)
-    drawn_plain = _tried(judging, "evaluate.random_plain", random(plain), whose)
-    own_plain = _tried(judging, "evaluate.plain", judging.own(plain), product.fingerprint)
     hlr, ior = scores.hard_label_recovery(whole, hard), scores.improvement_over_random(own, drawn)
-    return {
+    out = {
         **({"accuracy_tried": own} if spec.rates else {}),
         "accuracy_full": whole,
         "accuracy_random": drawn,
-        "accuracy_unaugmented": own_plain,
-        "accuracy_random_unaugmented": drawn_plain,
         "hlr": hlr,
         "ior": ior,
         "lrs": scores.label_robust_score(hlr, ior),
+    }
+    if spec.protocol == "soft" and product.views is not None:
+        return out
+    drawn_plain = _tried(judging, "evaluate.random_plain", random(plain), whose)
+    own_plain = _tried(judging, "evaluate.plain", judging.own(plain), product.fingerprint)
+    return out | {
+        "accuracy_unaugmented": own_plain,
+        "accuracy_random_unaugmented": drawn_plain,
         "ars": scores.augmentation_robust_score(own, drawn, own_plain, drawn_plain),
     }
 
