@@ -51,7 +51,7 @@ def consistency(case: Case) -> None:
     terms = variational_loss(views, rebuilt, mean, log_variance, p["alpha"], p["kld_weight"])
     loss = terms["reconstruction"] + terms["kl"]
     loss.backward()
-    case.close("recon_loss", terms["reconstruction"], **CLOSE)
+    case.close("recon_loss", terms["reconstruction"] / p["alpha"], **CLOSE)
     case.close("kld_loss", terms["kl"], **CLOSE)
     case.close("loss", loss, **CLOSE)
     case.close_grad("stat", rtol=1e-4)

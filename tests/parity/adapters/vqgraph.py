@@ -15,7 +15,7 @@ VALUES, GRADIENTS = {"rtol": 1e-4, "atol": 1e-5}, {"rtol": 1e-3}
 def vq_step(case: Case) -> None:
     p = case.params
     steps = case.leaf("x")
-    book = Codebook(len(case["embed0"]), steps.shape[-1], p["decay"], p["commitment_weight"]).train(p["train"])
+    book = Codebook(len(case["embed0"]), steps.shape[-1], p["decay"], p["commitment_weight"]).to(steps.dtype).train(p["train"])
     book.codes = case["embed0"].clone()
     for x in steps:
         scores = book.scores(x)
