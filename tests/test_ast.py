@@ -145,7 +145,7 @@ def test_centres_give_their_nearest_rows_in_turn_and_a_row_once():
         nearest_in_turn(features, torch.zeros(1, 1), 6)
 
 
-@pytest.mark.parametrize("options", [{"middle": "adaptive", "unroll": "last", "inner_steps": 10}, {"ipc": 2, "batch_syn": 7}, {"mirror": True}])
+@pytest.mark.parametrize("options", [{"middle": "adaptive", "unroll": "last", "inner_steps": 10}, {"ipc": 2, "batch_syn": 7}])
 def test_options_run_and_the_set_brings_a_rate_to_train_with(options: dict, tmp_path: Path):
     execute(validate({**DIGITS, **options}), tmp_path / "run", cpu=True)
     made = load_product(tmp_path / "run")

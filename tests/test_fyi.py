@@ -70,6 +70,8 @@ def recipe(host: str, **given: Any) -> dict[str, Any]:
     options: dict[str, Any] = {
         "dsa": {"outer": 2},
         "mtt": {"experts": {"count": 1, "epochs": 2}, "max_start": 0, "inner_steps": 2, "unroll": "steps"},
+        "ast": {"experts": {"count": 1, "epochs": 2, "batch_size": 100}, "expert_epochs": 2, "max_start": 0, "inner_steps": 2},
+        "ncfm": {"pool": {"count": 1, "epochs": 1, "batch_size": 100}, "frequencies": 8},
     }.get(host, {})
     shape = {"network": {"model": "stillhouse:convnet2", "options": {"width": 4}}, "evaluate": {"networks": 1, "epochs": 2}}
     sizes = {"batch_real": 5, "iterations": 2}
@@ -77,7 +79,7 @@ def recipe(host: str, **given: Any) -> dict[str, Any]:
     return {"method": "fyi", "data": data, "handed": True, "host": {"method": host, **shape, **sizes, **options}, **given}
 
 
-@pytest.mark.parametrize("host", ["dm", "datadam", "mtt", "dsa"])
+@pytest.mark.parametrize("host", ["dm", "datadam", "mtt", "dsa", "ast", "ncfm"])
 def test_every_host_learns_from_mirrors_and_stores_none(host: str, tmp_path: Path):
     made = []
     for mirror in (True, False):

@@ -77,12 +77,28 @@ def refused(command, *arguments: str) -> str:
         ("evaluate.network=timm:resnt18", "evaluate.network: There is no timm model 'timm:resnt18'; did you mean 'timm:resnet18'"),
         ("network.model=convnet3", "network: There is no model 'convnet3'"),
         ("network.options.widht=8", "network: There is no option 'options.widht' of 'stillhouse:convnet2'; did you mean 'options.width'"),
+        ("evaluate.protocol=soft", "evaluate.protocol is soft, but dm gives its images hard labels; take hard."),
         ("method=dmm", "set.yaml: method: There is no method 'dmm'; did you mean 'dm'"),
     ],
 )
 def test_a_wrong_key_or_value_is_told_before_a_folder_is_made(command, key: str, says: str):
     assert says in refused(command, "run", "set.yaml", "--out", "x", "--set", key)
     assert not Path("x").exists()
+
+
+@pytest.mark.parametrize(
+    ("key", "says"),
+    [
+        ("augment.groups=crop_flip", "Images of 'digits' change their class when mirrored; set augment.groups=crop.\n"),
+        ("augment={}", "set augment.groups=color_crop_cutout_scale_rotate.\n"),
+        ("evaluate.augment={always: flip, groups: ''}", "set evaluate.augment.always=''.\n"),
+        ("mirror=true", "set mirror=false.\n"),
+        ("evaluate.cross=[stillhouse:convnet4]", "depth 4 is too deep for images of 8 x 8"),
+        ("ipc=500", "500 images (ipc) of each class are asked for, but '0' has 30"),
+    ],
+)
+def test_what_does_not_suit_the_images_is_told_before_any_is_learned(command, key: str, says: str):
+    assert says in refused(command, "run", "set.yaml", "--cpu", "--set", key)
 
 
 def test_options_whose_names_begin_like_a_type_keep_their_path(command):

@@ -115,7 +115,7 @@ def test_a_stored_image_is_four_training_images_and_stays_a_picture(tmp_path: Pa
     assert made.soft.shape == (40, 10)
 
 
-@pytest.mark.parametrize("options", [{"sampler": "learned"}, {"optimiser": "sgd", "lr": 0.1}, {"calibration": 0, "mirror": True, "fixed_real": True}])
+@pytest.mark.parametrize("options", [{"sampler": "learned"}, {"optimiser": "sgd", "lr": 0.1}, {"calibration": 0, "fixed_real": True}])
 def test_every_option_moves_the_images(options: dict, tmp_path: Path):
     made = []
     for name, iterations in (("begun", 0), ("learned", 1)):

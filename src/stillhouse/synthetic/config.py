@@ -4,29 +4,31 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
 from stillhouse.recipe import Data, LRSchedule, MethodConfig, Model, Spec
 
 STRATEGY = "color_crop_cutout_flip_scale_rotate"
 
 
-def _check_strategy(value: str) -> str:
+def _known(value: str) -> str:
     from stillhouse.functional.siamese import groups_of
 
     groups_of(value)
     return value
 
 
+Groups = Annotated[str, AfterValidator(_known)]
+"""Groups of differentiable augmentation, joined by _; '' for none."""
+
+
 class AugmentSpec(Spec):
     """Differentiable augmentation: `always` is applied first, whole, then one of `groups`."""
 
-    groups: str = Field(
+    groups: Groups = Field(
         STRATEGY, description="One of these a batch: color, crop, cutout, flip, scale, rotate, joined by _; '' for none. Leave flip out for digits."
     )
-    always: str = Field("", description="All of these first, such as flip.")
-
-    _known = field_validator("groups", "always")(_check_strategy)
+    always: Groups = Field("", description="All of these first, such as flip.")
 
 
 class ContinualSpec(Spec):
@@ -118,7 +120,9 @@ class PixelConfig(DatasetConfig):
     mirror: bool = Field(False, description="Learn from every image and its mirror image at once (FYI); not for digits or text.")
 
     @model_validator(mode="after")
-    def _clamps_pixels(self) -> PixelConfig:
+    def _fits_pixels(self) -> PixelConfig:
         if self.clamp and self.zca:
             raise ValueError("clamp keeps normalised pixels in range, and cannot go with zca")
+        if self.evaluate.protocol == "soft":
+            raise ValueError(f"evaluate.protocol is soft, but {self.method} gives its images hard labels; take hard")
         return self

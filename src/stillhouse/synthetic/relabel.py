@@ -18,6 +18,7 @@ from stillhouse.evaluation.mode import evaluating
 from stillhouse.functional.siamese import Strength, all_of, apply, groups_of
 from stillhouse.randomness import generator, key, permutation
 from stillhouse.recipe import Spec
+from stillhouse.synthetic.config import Groups
 
 
 class Views(Spec):
@@ -25,7 +26,7 @@ class Views(Spec):
 
     epochs: int = Field(100, ge=1, description="Different views of every image; a longer training goes round.")
     batch_size: int = Field(64, ge=1)
-    augment: str = Field("resized_crop_flip", description="All of these, an own draw for each image.")
+    augment: Groups = Field("resized_crop_flip", description="All of these, an own draw for each image.")
     area: float = Field(0.08, gt=0, le=1, description="resized_crop: the smallest share of the image.")
     mix: Literal["none", "cutmix", "mixup"] = Field("cutmix", description="With other images of the batch, one draw a batch.")
     alpha: float | None = Field(None, gt=0, description="Of the Beta; default: 1 (cutmix), 0.8 (mixup).")

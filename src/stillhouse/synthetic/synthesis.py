@@ -11,9 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from stillhouse.errors import UserError
 from stillhouse.evaluation.cost import peak_of_tensors
 from stillhouse.functional.recovery import clamp_to_pixels
-from stillhouse.functional.siamese import apply
+from stillhouse.functional.siamese import apply, groups_of
 from stillhouse.randomness import generator
 from stillhouse.recipe import ModelSpec
 from stillhouse.run import Run, Stage
@@ -154,10 +155,27 @@ def made_by(config: DatasetConfig) -> dict[str, Any]:
 
 
 def plan(run: Run, config: DatasetConfig, stage: str, does: str, steps: int) -> list[Stage]:
-    """The lines of a plan that every method here has: learning the set, and judging it."""
+    """The lines of a plan that every method here has: learning the set, and judging it. Raises `UserError` where digits, say, would be mirrored."""
     from stillhouse.evaluation.synthetic_set import planned
 
+    _check_mirroring(run, config)
     return [Stage(stage, does, {"network": config.network.model}, steps=steps), Stage("evaluate", planned(run, config))]
+
+
+def _check_mirroring(run: Run, config: DatasetConfig) -> None:
+    if run.data(config.data).flip or run.config is not config:  # of a host's recipe, the method that it is in has asked
+        return
+    learns, hard = isinstance(config, PixelConfig), config.evaluate.protocol == "hard"
+    used = {"augment": config.augment if learns or (hard and config.evaluate.augment is None) else None}
+    used["evaluate.augment"] = config.evaluate.augment if hard else None
+    mended = ["mirror=false"] if isinstance(config, PixelConfig) and config.mirror else []
+    for key, spec in used.items():
+        for field in ("always", "groups"):
+            groups = groups_of(getattr(spec, field)) if spec is not None else ()
+            kept = "_".join(g for g in groups if g != "flip")
+            mended += [f"{key}.{field}={kept or repr(kept)}"] if "flip" in groups else []
+    if mended:
+        raise UserError(f"Images of '{config.data.name}' change their class when mirrored; set {' and '.join(mended)}.")
 
 
 class Held:

@@ -39,7 +39,7 @@ from stillhouse.product import read_meta
 from stillhouse.randomness import generator, permutation
 from stillhouse.recipe import Spec, Teacher
 from stillhouse.run import Method, Run, Stage
-from stillhouse.synthetic.config import DatasetConfig
+from stillhouse.synthetic.config import DatasetConfig, Groups
 from stillhouse.synthetic.descent import Cost, batch_view, descend
 from stillhouse.synthetic.product import SyntheticSet
 from stillhouse.synthetic.real import RealRows
@@ -58,7 +58,7 @@ class CompensateSpec(Spec):
     r_bn: float = Field(1.0, ge=0, description="Weight of the statistics; published: 1 (CIFAR), 0.01 (ImageNet).")
     first: float = Field(10.0, ge=0, description="Factor of the first layer's statistics.")
     jitter: int = Field(4, ge=0, description="Pixels of the random shift; published: 4 at 32, 32 at 224.")
-    augment: str = Field("", description="Before the shift, one draw a step: resized_crop_flip for ImageNet.")
+    augment: Groups = Field("", description="Before the shift, one draw a step: resized_crop_flip for ImageNet.")
 
 
 class Config(DatasetConfig):

@@ -26,7 +26,7 @@ from stillhouse.functional.recovery import BatchNormStatistics, clamp_to_pixels,
 from stillhouse.randomness import generator
 from stillhouse.recipe import Spec, Teacher
 from stillhouse.run import Method, Run, Stage
-from stillhouse.synthetic.config import DatasetConfig
+from stillhouse.synthetic.config import DatasetConfig, Groups
 from stillhouse.synthetic.descent import Cost, batch_view, descend
 from stillhouse.synthetic.product import SyntheticSet
 from stillhouse.synthetic.real import RealRows
@@ -43,7 +43,7 @@ class RecoverSpec(Spec):
     r_bn: float = Field(0.01, ge=0, description="Weight of the statistics; published: 0.01 (ImageNet) to 1 (CIFAR).")
     first: float = Field(10.0, ge=0, description="Factor of the first layer's statistics.")
     jitter: int = Field(4, ge=0, description="Pixels of the random shift; published: 32 at 224, 4 at 32.")
-    augment: str = Field("", description="Before the shift, one draw a step for the whole batch: resized_crop_flip for large images.")
+    augment: Groups = Field("", description="Before the shift, one draw a step for the whole batch: resized_crop_flip for large images.")
     tv: float = Field(0.0, ge=0, description="Weight of the total variation.")
     l2: float = Field(0.0, ge=0, description="Weight of the images' mean norm.")
 

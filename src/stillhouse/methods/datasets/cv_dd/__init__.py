@@ -38,7 +38,7 @@ from stillhouse.methods.datasets.cv_dd.voting import chosen, committee_loss, com
 from stillhouse.randomness import generator
 from stillhouse.recipe import Spec, Teacher
 from stillhouse.run import Method, Run, Stage
-from stillhouse.synthetic.config import DatasetConfig
+from stillhouse.synthetic.config import DatasetConfig, Groups
 from stillhouse.synthetic.descent import Cost, batch_view, descend
 from stillhouse.synthetic.real import RealRows
 from stillhouse.synthetic.relabel import ViewLabels, Views, running_logits
@@ -55,7 +55,7 @@ class RecoverSpec(Spec):
     r_bn: float = Field(0.01, ge=0, description="Weight of the statistics.")
     first: float = Field(10.0, ge=0, description="Factor of the first layer's statistics.")
     jitter: int = Field(4, ge=0, description="Pixels of the random shift; published: 4, and 32 at 224.")
-    augment: str = Field("resized_crop_flip", description="Before the shift, one draw a step for the whole batch.")
+    augment: Groups = Field("resized_crop_flip", description="Before the shift, one draw a step for the whole batch.")
     area: float = Field(0.08, gt=0, le=1, description="The smallest share of the image that a crop keeps, here and where images begin.")
     init: Literal["easy", "medium", "hard", "noise"] = Field(
         "medium", description="Real crops by how sure the first network is of their class, or noise."

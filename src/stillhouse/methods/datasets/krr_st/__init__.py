@@ -31,7 +31,7 @@ from stillhouse.functional.siamese import apply
 from stillhouse.methods.datasets.krr_st.product import RepresentationSet
 from stillhouse.methods.datasets.krr_st.ridge import Pool, Regressor, outer_loss, outer_optimiser
 from stillhouse.methods.datasets.krr_st.target import TargetSpec, represented, target_network
-from stillhouse.methods.datasets.krr_st.transfer import TransferSpec, judge
+from stillhouse.methods.datasets.krr_st.transfer import TransferSpec, check_target, judge
 from stillhouse.models import build
 from stillhouse.randomness import generator, keyed
 from stillhouse.recipe import Data, MethodConfig, Model, Spec
@@ -78,6 +78,8 @@ evaluates(RepresentationSet.kind)(judge)
 class SelfSupervisedDistillation(Method[Config]):
     def plan(self, config: Config, run: Run) -> list[Stage]:
         spec, target = config.evaluate, config.target
+        for taught in spec.targets:
+            check_target(taught, run.data(taught), tuple(run.data(config.data).input_shape))
         stages = []
         if target.trained:
             stages.append(Stage("target", "train the target network by Barlow Twins (kept, shared)", {"target": target.network.model}))

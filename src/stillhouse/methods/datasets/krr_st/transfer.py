@@ -58,6 +58,18 @@ class TransferSpec(Spec):
     augment: AugmentSpec | None = Field(None, description="finetune: default as the recipe's `augment`.")
 
 
+def check_target(target: DataSpec, bundle: Any, shape: tuple[int, ...]) -> None:
+    """Raises `UserError` for a data set that a backbone of images of this (C, H, W) cannot be taught, or that has no test split."""
+    if not bundle.has("test"):
+        raise UserError(f"The data set '{target.name}' has no test split, so that what a network learns of it cannot be judged.")
+    found = tuple(bundle.input_shape)
+    if len(found) != 3 or found[1:] != tuple(shape[1:]) or found[0] not in (1, shape[0]):
+        raise UserError(
+            f"The images of '{target.name}' have shape {found}, but the backbone sees {tuple(shape)}; "
+            f"set image_size: {shape[1]} for that data set, or take one with as many channels."
+        )
+
+
 def judge(product: RepresentationSet, run: Run) -> dict[str, float]:
     """`accuracy` (mean over targets and networks; `accuracy_std` over networks), `accuracy_<data>`, the same of backbones that were not pre-trained
     (`accuracy_scratch`), `test_loss` (the outer loss on unseen images of the source, in the pre-trained networks), and the size.
@@ -189,17 +201,10 @@ class _Judging:
     def _split(self, target: DataSpec, split: str) -> tuple[Tensor, Tensor]:
         """Images (N, C, H, W) and labels (N,) on the host, grey ones repeated to the backbone's channels."""
         bundle = self.run.data(target)
-        if not bundle.has(split):
-            raise UserError(f"The data set '{target.name}' has no {split} split, so that what a network learns of it cannot be judged.")
+        check_target(target, bundle, self.shape)
         dataset = bundle.dataset(split, train=False)
         images = torch.cat([batch["input"] for batch in Loader(dataset, 512)])
-        channels, height, width = self.shape
-        if images.ndim != 4 or tuple(images.shape[-2:]) != (height, width) or images.shape[1] not in (1, channels):
-            raise UserError(
-                f"The images of '{target.name}' have shape {tuple(images.shape[1:])}, but the backbone sees {self.shape}; "
-                f"set image_size: {height} for that data set, or take one with as many channels."
-            )
-        return images.expand(-1, channels, -1, -1), dataset.labels()
+        return images.expand(-1, self.shape[0], -1, -1), dataset.labels()
 
     def test_loss(self) -> float:
         """Mean outer loss on unseen images of the source."""

@@ -36,7 +36,7 @@ from stillhouse.randomness import generator
 from stillhouse.recipe import Spec, Teacher
 from stillhouse.run import Method, Run, Stage
 from stillhouse.signals import Taps
-from stillhouse.synthetic.config import DatasetConfig
+from stillhouse.synthetic.config import DatasetConfig, Groups
 from stillhouse.synthetic.descent import Cost, batch_view, descend
 from stillhouse.synthetic.product import SyntheticSet
 from stillhouse.synthetic.real import RealRows
@@ -66,7 +66,7 @@ class RefineSpec(Spec):
     alpha_bn: float = Field(0.1, ge=0, description="Weight of the statistics: 0.01 (ImageNet) to 1 (CIFAR).")
     first: float = Field(10.0, ge=0, description="Factor of the first layer's statistics.")
     jitter: int = Field(4, ge=0, description="Pixels of the random shift.")
-    augment: str = Field("", description="Before the shift, one draw a step: resized_crop_flip for large images.")
+    augment: Groups = Field("", description="Before the shift, one draw a step: resized_crop_flip for large images.")
     per_patch: bool = Field(False, description="Each patch of a mosaic has critical pixels of its own: its part of the map runs from 0 to 1.")
 
 
