@@ -121,6 +121,10 @@ class TrainSpec(Spec):
             raise ValueError("patience needs `best`, the figure to watch")
         return self
 
+    def identity(self) -> dict[str, Any]:
+        """What trained weights depend on, as JSON data: all but how often is logged and saved, where figures go, and compilation."""
+        return self.model_dump(mode="json", exclude={"log_every", "checkpoint_seconds", "trackers", "compile"})
+
 
 def _shorthand(key: str) -> BeforeValidator:
     return BeforeValidator(lambda v: {key: v} if isinstance(v, str) else v)
@@ -241,7 +245,7 @@ class MethodConfig(Spec):
     )
 
 
-class _Once(yaml.SafeLoader):
+class _Once(yaml.SafeLoader):  # type: ignore[misc]
     """YAML in which no mapping gives a key twice (plain YAML takes the last one silently)."""
 
     def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:

@@ -338,7 +338,6 @@ class Run:
             )
             return {"weights": state_on_cpu(model), "figures": figures}
 
-        training = train.model_dump(mode="json", exclude={"log_every", "checkpoint_seconds", "trackers", "compile"})
         start = {"start": Frozen(model).fingerprint()} if spec.pretrained else {}
         return self.stage(
             stage,
@@ -346,7 +345,7 @@ class Run:
             {
                 **start,
                 "model": spec.model_dump(mode="json"),
-                "train": training,
+                "train": train.identity(),
                 "data": bundle.fingerprint,
                 "augment": _augmentation(data),
                 "seed": seed,

@@ -292,7 +292,7 @@ class MaximisedInformation(Method[Config]):
                 figures |= {"cmi": information_of(network, measured, run.device), "cmi_before": before}
                 return {"weights": state_on_cpu(network), "figures": figures}
 
-        options = tune.model_dump(mode="json", exclude={"train": {"log_every", "checkpoint_seconds", "trackers", "compile"}})
+        options = {**tune.model_dump(mode="json"), "train": tune.train.identity()}
         return run.stage("mcmi", make, {"tune": options, "from": first.fingerprint(), "data": bundle.fingerprint, "seed": spec.seed or 0})
 
     def _student_loader(self, config: Config, run: Run, train: bool) -> Loader:

@@ -280,10 +280,9 @@ class SearchWithoutTraining(Method[Config]):
             accuracy = evaluate_classifier(student, run.loader(data, "test"), run.device, ["accuracy"])["accuracy"]
             return {"weights": state_on_cpu(student), "figures": {"train_seconds": fitted.seconds, "test_accuracy": accuracy}}
 
-        training = config.train.model_dump(mode="json", exclude={"log_every", "checkpoint_seconds", "trackers", "compile"})
         uses = {
             "model": spec.model_dump(mode="json"),
-            "train": training,
+            "train": config.train.identity(),
             "objectives": [o.model_dump(mode="json") for o in config.objectives],
             "distil": None if config.distil is None else config.distil.model_dump(mode="json"),
             "teacher": teacher.fingerprint(),

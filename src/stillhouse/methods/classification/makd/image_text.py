@@ -79,7 +79,8 @@ def trained_annotator(spec: Trained, questions: list[str], run: Run, data: DataS
         return {"weights": state_on_cpu(model), "figures": {"answers_right": _share_right(model, questions, answers, source, run)}}
 
     uses = {
-        **spec.model_dump(mode="json", exclude={"train": {"log_every", "checkpoint_seconds", "trackers"}}),
+        **spec.model_dump(mode="json"),
+        "train": spec.train.identity(),
         "questions": questions,
         "answers": answers.tolist(),
     }

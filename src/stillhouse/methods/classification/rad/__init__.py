@@ -277,10 +277,9 @@ class RobustActiveDistillation(Method[Config]):
                 figures = evaluate_classifier(model, run.loader(data, "test"), next(model.parameters()).device, ["accuracy"])
                 return {"weights": state_on_cpu(model), "figures": figures}
 
-        training = train.model_dump(mode="json", exclude={"log_every", "checkpoint_seconds", "trackers", "compile"})
         uses = {
             "model": spec.network.model_dump(mode="json"),
-            "train": training,
+            "train": train.identity(),
             "data": bundle.fingerprint,
             "labelled": labelled.tolist(),
             "seed": seed,

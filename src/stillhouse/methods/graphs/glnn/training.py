@@ -192,7 +192,7 @@ def taught(run: Run, spec: TeacherGNN, graph: NodeGraph) -> Taught:
         figures = fit_nodes(run, "teacher", network, loss, lambda m: m(seen.x, along), seen, spec.train, seed=seed)
         return {"weights": state_on_cpu(network), "figures": figures}
 
-    uses = {"teacher": described(spec), "graph": seen.fingerprint, "seed": seed}
+    uses = {"teacher": described(spec, spec.train), "graph": seen.fingerprint, "seed": seed}
     kept = run.stage("teacher", make, uses)
     network.load_state_dict(kept["weights"])
     with evaluating(network):
@@ -202,10 +202,10 @@ def taught(run: Run, spec: TeacherGNN, graph: NodeGraph) -> Taught:
     return Taught(network, logits, {**figures, "teacher_seconds": kept["figures"]["seconds"]})
 
 
-def described(spec: Spec) -> dict[str, Any]:
+def described(spec: Spec, train: TrainSpec) -> dict[str, Any]:
     """What a trained network depends on, of its spec."""
     out = spec.model_dump(mode="json", exclude={"seed", "train"})
-    return {**out, "train": spec.train.model_dump(mode="json", exclude={"log_every", "checkpoint_seconds", "trackers", "compile"})}  # type: ignore[attr-defined]
+    return {**out, "train": train.identity()}
 
 
 def new_student(spec: StudentMLP, graph: NodeGraph, run: Run) -> NodeMLP:

@@ -236,7 +236,7 @@ class VQGraph(Method[Config]):
             figures = fit_nodes(run, "tokenizer", network, loss, lambda m: m(seen.x, along)["logits"], seen, spec.train, seed=seed)
             return {"weights": state_on_cpu(network), "figures": figures}
 
-        kept = run.stage("tokenizer", make, {"tokenizer": described(spec), "graph": seen.fingerprint, "seed": seed})
+        kept = run.stage("tokenizer", make, {"tokenizer": described(spec, spec.train), "graph": seen.fingerprint, "seed": seed})
         network.load_state_dict(kept["weights"])
         with evaluating(network):
             logits = network(graph.x, network.propagation(graph.edges, graph.num_nodes))["logits"]

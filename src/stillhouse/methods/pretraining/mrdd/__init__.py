@@ -241,9 +241,8 @@ class DistilledDisentangling(Method[Config]):
             facts = {"seconds": fitted.seconds, "kl_per_dimension": (divergence / seen).tolist()}
             return {"weights": state_on_cpu(module.student), "figures": facts}
 
-        training = spec.train.model_dump(mode="json", exclude={"log_every", "checkpoint_seconds", "trackers", "compile"})
         uses = {
-            "consistency": {**spec.model_dump(mode="json"), "train": training},
+            "consistency": {**spec.model_dump(mode="json"), "train": spec.train.identity()},
             **config.model_dump(mode="json", include={"views", "network", "reduction"}),
             "data": run.data(config.data).fingerprint,
             "augment": config.data.model_dump(mode="json", include={"augment"}),
