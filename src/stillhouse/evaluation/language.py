@@ -60,6 +60,17 @@ def evaluate_tokens(
     return {"perplexity": math.exp(min(nll, 700.0)), "nll": nll, "accuracy": accuracy}
 
 
+@evaluates("language")
+def judge(product: Any, run: Run) -> dict[str, float]:
+    """Figures of a run's language model or text classifier on its test split, and its parameters and file size."""
+    data, split = run.judging_data()
+    device = next(product.module.parameters()).device
+    out = run.data(data).evaluate(product.module, run.loader(data, split), device, ["accuracy", "calibration"])
+    out["parameters"] = cost.parameters(product.module)
+    out["file_bytes"] = cost.file_size(run.folder / "product" / "model" / "model.safetensors")
+    return out
+
+
 def _scores(model: nn.Module, inputs: Any, label: Tensor, counted: Tensor, vocabulary: int | None) -> tuple[Tensor, Tensor]:
     """The loss of each counted token, and whether it is the most probable."""
     logits = read_logits(call_model(model, {"input": inputs}))
@@ -74,14 +85,3 @@ def _scores_in_chunks(model: nn.Module, inputs: Any, label: Tensor, counted: Ten
     head = headless(model, inputs)
     bias = None if head.bias is None else head.bias[:vocabulary]
     return linear_scores(Head(head.hidden[counted], head.weight[:vocabulary], bias), label[counted])
-
-
-@evaluates("language")
-def judge(product: Any, run: Run) -> dict[str, float]:
-    """Figures of a run's language model or text classifier on its test split, and its parameters and file size."""
-    data, split = run.judging_data()
-    device = next(product.module.parameters()).device
-    out = run.data(data).evaluate(product.module, run.loader(data, split), device, ["accuracy", "calibration"])
-    out["parameters"] = cost.parameters(product.module)
-    out["file_bytes"] = cost.file_size(run.folder / "product" / "model" / "model.safetensors")
-    return out
