@@ -99,7 +99,7 @@ def test_nets_of_small_images_have_statistics_to_the_last_norm(name: str, option
 def test_sizes_that_a_shufflenet_does_not_have_are_refused() -> None:
     with pytest.raises(UserError, match="groups of shufflenet_v1 must be 1, 2 or 3; given: 4"):
         make("stillhouse:shufflenet_v1", groups=4)
-    with pytest.raises(UserError, match="size of shufflenet_v2 must be 0.5, 1 or 1.5; given: 3"):
+    with pytest.raises(UserError, match=r"size of shufflenet_v2 must be 0\.5, 1 or 1\.5; given: 3"):
         make("stillhouse:shufflenet_v2", size=3)
 
 

@@ -44,6 +44,7 @@ class BatchNormStatistics:
             if layer not in self._found:
                 raise UserError("A BatchNorm2d layer was not reached by the network's forward, so there is nothing to compare its statistics with.")
             mean, var = self._found[layer]
+            assert layer.running_mean is not None and layer.running_var is not None
             out.append(safe_norm(layer.running_var - var) + safe_norm(layer.running_mean - mean))
         self._found = {}
         return torch.stack(out)

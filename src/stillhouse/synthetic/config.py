@@ -42,7 +42,9 @@ class SearchSpec(Spec):
 
     model: str = Field("stillhouse:convnet", description="Whose options the grid varies.")
     grid: dict[str, Annotated[list[Any], Field(min_length=1)]] = Field(
-        default_factory=lambda: {"width": [8, 32], "depth": [1, 2], "norm": ["none", "instance"], "act": ["relu", "sigmoid"], "pool": ["avg", "max"]},
+        default_factory=lambda: dict[str, list[Any]](
+            width=[8, 32], depth=[1, 2], norm=["none", "instance"], act=["relu", "sigmoid"], pool=["avg", "max"]
+        ),
         min_length=1,
         description="Option -> its values: all combinations are candidates. Published: 720 (width 32 to 256, depth 1 to 4, 5 norms, 3 act, 3 pool).",
     )

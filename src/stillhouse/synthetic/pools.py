@@ -74,7 +74,11 @@ def experts(
             "seed": seed,
             **(uses or {}),
         }
-        made = run.stage(f"expert.{number}", lambda s=seed: {"trajectory": _train(run, network, data, real, spec, augment, loss, s)}, kept)
+
+        def make(seed: int = seed) -> dict[str, Tensor]:
+            return {"trajectory": _train(run, network, data, real, spec, augment, loss, seed)}
+
+        made = run.stage(f"expert.{number}", make, kept)
         found.append(made["trajectory"])
     return found
 
