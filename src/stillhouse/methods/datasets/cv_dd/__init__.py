@@ -16,7 +16,10 @@ Student: AdamW without decay of one-dimensional parameters, gradients of `accumu
 here on all real training images (its own began as crops of a few). `voters: 1` is SRe2L++, the baseline. `factor: 2` begins with mosaics of four
 crops. Figures: `bn_outside_m`, the batch-norm distances under network m of images on which it did not vote; `views_agreement`, how often labels by
 the batch and by the running statistics name the same class. Departs: mixup labels are of mixed images, where the release labels the unmixed; running
-statistics stay as they were; accuracy is the last epoch's. The networks of `paper` are this package's forms for 32 pixels.
+statistics stay as they were; accuracy is the last epoch's. The networks of `paper` are this package's forms for 32 pixels. On digits (see Evidence)
+labels by the batch are worth two points and name the class of the running statistics on 94 % of views. The vote itself shows no gain: pairs are
+neither better nor closer to a third network than the images of one (`one_voter`), and a ResNet learns more from real digits under the same labels
+(`random`).
 """
 
 from __future__ import annotations
