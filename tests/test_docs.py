@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import json
 import os
 import re
 import subprocess
@@ -77,11 +78,18 @@ def follow(page: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> dict[st
     return names
 
 
+def accuracy(run: Path) -> float:
+    """Of a finished run, on test data."""
+    return float(json.loads((run / "evaluation.json").read_text())["accuracy"])
+
+
 def test_the_readme_can_be_followed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
     names = follow(ROOT / "README.md", tmp_path, monkeypatch)
     right = (names["student"].cpu()(names["x"]).argmax(1) == names["y"]).float().mean()
     assert right > 0.8, "the student of the README learned little"
     assert (tmp_path / "runs" / "digits-s0" / "report.html").is_file() and (tmp_path / "runs" / "digits-alone-s0" / "product").is_dir()
+    learned, random = (accuracy(tmp_path / "runs" / name) for name in ("small-s0", "small-random-s0"))
+    assert learned > random + 0.1 and (tmp_path / "runs" / "small-s0" / "product" / "sheet.png").is_file()
 
 
 def test_the_quick_start_can_be_followed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
@@ -119,6 +127,15 @@ def test_the_page_on_your_own_model_and_data_can_be_followed(tmp_path: Path, mon
     assert not names["student"].training
 
 
+def test_the_page_on_synthetic_sets_can_be_followed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    names = follow(ROOT / "docs" / "synthetic-sets.md", tmp_path, monkeypatch)
+    shown = capsys.readouterr().out
+    assert names["made"].images.shape == (20, 1, 8, 8)
+    assert "lrs" in shown and "accuracy_mlp" in shown and "Gain over random" in re.sub(r"\s+", " ", shown)
+    assert "Wrote 20 images of 10 classes: small\n" in shown and (tmp_path / "small.parquet").is_file()
+    assert (tmp_path / "runs" / "student-s0" / "product").is_dir() and (tmp_path / "runs" / "from-files-s0" / "product").is_dir()
+
+
 @pytest.fixture
 def added(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder with the files of the page on adding a method, nothing run."""
@@ -133,6 +150,10 @@ def test_the_page_on_adding_a_method_can_be_followed(tmp_path: Path, monkeypatch
     shown = capsys.readouterr().out
     assert "sure_kd.sureness" in (tmp_path / "runs" / "sure-s0" / "metrics.csv").read_text().splitlines()[0]
     assert "Gain over alone" in re.sub(r"\s+", " ", shown) and "2. assistant: distil the teacher" in shown
+    results = json.loads((tmp_path / "runs" / "bench-mean_image" / "results.json").read_text())
+    assert results["baseline"] == "random", "ten random images are what learned ones are compared with"
+    learned, random = (row["metrics"]["accuracy"][0] for row in results["rows"])
+    assert learned > random + 0.05 and "Gain over random" in re.sub(r"\s+", " ", shown)
     assert stillhouse.load(tmp_path / "runs" / "assistant-s0")(torch.zeros(2, 1, 8, 8)).shape == (2, 10)
     assert not (tmp_path / "runs" / "assistant-s0" / "stages").exists(), "the assistant's stage is shared, and so in the cache"
 
@@ -175,6 +196,13 @@ def test_the_page_on_integrations_can_be_followed(tmp_path: Path, monkeypatch: p
     names = follow(ROOT / "docs" / "integrations.md", tmp_path, monkeypatch)
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in names["teacher"].modules())
     assert "trainer" not in names or (tmp_path / "student" / "model.safetensors").is_file()
+
+
+def test_the_page_on_the_store_can_be_followed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    follow(ROOT / "docs" / "store.md", tmp_path, monkeypatch)
+    shown = capsys.readouterr().out
+    assert "300 samples, 6 views: logits; fp16" in shown and "torch.Size([3, 10])" in shown
+    assert all(accuracy(tmp_path / "runs" / name) > 0.7 for name in ("stored-s0", "both")), "the page's students learned little"
 
 
 def test_the_page_on_recipes_can_be_followed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):

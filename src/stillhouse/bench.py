@@ -162,14 +162,14 @@ def bench(
 
     Args:
         out: one folder a run below it.
-        baseline: the row that others are compared with; default: `alone`, `ce`, or the first row.
+        baseline: the row that others are compared with; default: `alone`, `ce`, `random`, or the first row.
         reference: the row whose training step is the unit of the others' cost, where recipes measure it (`evaluate: [step]`); default: `kd`, or
             the baseline.
         primary: the figure that rows are compared by; default: `accuracy`, or the first that there is.
         engine: `local` (this process; with `jobs` > 1, so many processes) or `ray`.
     """
     labels = [r.label for r in rows]
-    baseline = baseline or next((b for b in ("alone", "ce") if b in labels), labels[0])
+    baseline = baseline or next((b for b in ("alone", "ce", "random") if b in labels), labels[0])
     if baseline not in labels:
         raise UserError(f"The baseline '{baseline}' is no row of this comparison; rows: {', '.join(labels)}.")
     reference = reference or ("kd" if "kd" in labels else baseline)

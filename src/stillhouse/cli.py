@@ -116,7 +116,7 @@ def bench(
     ] = None,
     seeds: Annotated[str, typer.Option(help="Seeds, comma separated.", metavar="NUMBERS")] = "0,1,2",
     baseline: Annotated[
-        str | None, typer.Option(help="The row that the others are compared with; default: alone, ce, or the first.", metavar="ROW")
+        str | None, typer.Option(help="The row that the others are compared with; default: alone, ce, random, or the first.", metavar="ROW")
     ] = None,
     reference: Annotated[
         str | None,
@@ -323,6 +323,8 @@ def report(
     results = folder if folder.suffix == ".json" and folder.is_file() else folder / "results.json"
     if (folder / "recipe.yaml").is_file():
         path = write_run_report(folder)
+        if not (folder / "evaluation.json").is_file():
+            typer.echo("The run has not finished (the command that started it goes on with it); this is what there is so far.")
     elif results.is_file():
         path = results.with_name("report.html") if results.name == "results.json" else Path(f"{results.stem}.html")
         try:
