@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from stillhouse.errors import UserError, unknown
+from stillhouse.models.conv_block import Block, Convolution, InstanceNorm, channels_last
 from stillhouse.models.registry import register
 
 Norm = Literal["instance", "batch", "layer", "group", "none"]
@@ -29,7 +30,7 @@ class ConvNet(nn.Module):
     An image with one channel is padded by 3, not 1, in the first convolution (28 px become 32), as in the published code.
 
     Args:
-        width: channels of each block.
+        width: channels of each block: one number for all, or a list of as many as there are blocks.
         depth: blocks; 3 for 32 px, 4 for 64 px, 5 for 128 px.
         norm: `instance` (one group a channel, with weight and bias), `batch`, `layer`, `group` (4 groups) or `none`.
         act: `relu`, `sigmoid` or `leaky_relu`.
@@ -43,7 +44,7 @@ class ConvNet(nn.Module):
 
     def __init__(
         self,
-        width: int = 128,
+        width: int | Sequence[int] = 128,
         depth: int = 3,
         norm: Norm = "instance",
         act: str = "relu",
@@ -56,8 +57,11 @@ class ConvNet(nn.Module):
         for option, value, valid in (("norm", norm, get_args(Norm)), ("act", act, ACTIVATIONS), ("pool", pool, POOLS)):
             if value not in valid:
                 raise unknown(f"ConvNet options.{option}", str(value), valid)
-        if width < 1 or depth < 1:
+        widths = [width] * depth if isinstance(width, int) else list(width)
+        if depth < 1 or min(widths, default=1) < 1:
             raise UserError(f"A ConvNet needs options.width and options.depth of 1 or more; given: width {width}, depth {depth}.")
+        if len(widths) != depth:
+            raise UserError(f"A ConvNet of depth {depth} needs one options.width, or {depth} of them; given: {widths}.")
         self.stage_names = [f"layer{i + 1}" for i in range(depth)]
         for i, name in enumerate(self.stage_names):
             padding = 3 if i == 0 and channels == 1 else 1
@@ -67,19 +71,20 @@ class ConvNet(nn.Module):
                 raise UserError(
                     f"A ConvNet of depth {depth} is too deep for images of {input_shape[1]} x {input_shape[2]}: block {i + 1} would see a single pixel."
                 )
-            parts = [
-                ("conv", nn.Conv2d(channels if i == 0 else width, width, 3, padding=padding)),
-                ("norm", _norm(norm, width, height, breadth)),
+            parts: list[tuple[str, nn.Module]] = [
+                ("conv", (Convolution if i else nn.Conv2d)(widths[i - 1] if i else channels, widths[i], 3, padding=padding)),
+                ("norm", _norm(norm, widths[i], height, breadth)),
                 ("act", ACTIVATIONS[act]()),
                 ("pool", POOLS[pool]()),
             ]
-            setattr(self, name, nn.Sequential(OrderedDict(parts)))
+            setattr(self, name, Block(OrderedDict(parts)))
             if pool != "none":
                 height, breadth = height // 2, breadth // 2
-        self.fc = nn.Linear(width * height * breadth, num_classes)
+        self.fc = nn.Linear(widths[-1] * height * breadth, num_classes)
 
     def embed(self, x: Tensor) -> Tensor:
-        """(B, C, H, W) images to the (B, width * h * w) input of the classifier."""
+        """(B, C, H, W) images to the (B, last width * h * w) input of the classifier."""
+        x = channels_last(x)
         for name in self.stage_names:
             x = getattr(self, name)(x)
         return x.flatten(1)
@@ -91,7 +96,7 @@ class ConvNet(nn.Module):
 
 def _norm(name: Norm, width: int, height: int, breadth: int) -> nn.Module:
     if name == "instance":
-        return nn.GroupNorm(width, width)
+        return InstanceNorm(width)
     if name == "batch":
         return nn.BatchNorm2d(width)
     if name == "layer":

@@ -24,7 +24,7 @@ from torch.nn import functional as F
 from stillhouse.errors import UserError
 from stillhouse.functional.matching import class_means, feature_mean_distance
 from stillhouse.functional.precision import full_precision
-from stillhouse.methods.datasets.dm import embedding
+from stillhouse.methods.datasets.dm import embedding, few
 from stillhouse.run import Method, Run, Stage
 from stillhouse.signals import Taps
 from stillhouse.synthetic.config import PixelConfig
@@ -45,7 +45,8 @@ class Config(PixelConfig):
 @full_precision
 def attention_map(features: Tensor, power: float = 1.0, norm: int | None = 2) -> Tensor:
     """sum_c |F_c|^power of (N, C, H, W), as (N, H * W) of unit `norm` (eps 1e-12: an empty map stays 0); None: as it is."""
-    maps = features.abs().pow(power).sum(1).flatten(1)
+    sizes = features.abs()
+    maps = (sizes if power == 1 else sizes.pow(power)).sum(1).flatten(1)
     return maps if norm is None else F.normalize(maps, p=float(norm), dim=1)
 
 
@@ -59,8 +60,13 @@ def attention_terms(real: list[Tensor], synthetic: list[Tensor], classes: int, p
     Raises:
         UserError: batches that do not divide into classes.
     """
-    pairs = zip(real, synthetic, strict=True)
-    means = ((class_means(attention_map(r.detach(), power), classes), class_means(attention_map(s, power), classes)) for r, s in pairs)
+    told = [attention_map(r.detach(), power) for r in real]
+    return map_terms(told, [attention_map(s, power) for s in synthetic], classes)
+
+
+def map_terms(real: list[Tensor], synthetic: list[Tensor], classes: int) -> Tensor:
+    """`attention_terms` of attention maps (classes * n, H * W) and (classes * m, H * W), layer by layer."""
+    means = [(class_means(r, classes), class_means(s, classes)) for r, s in zip(real, synthetic, strict=True)]
     return torch.stack([SCALE * (r - s).square().sum() for r, s in means])
 
 
@@ -81,17 +87,23 @@ def activations(network: nn.Module) -> list[str]:
 def losses(network: nn.Module, real: Tensor, synthetic: Tensor, classes: int, power: float, task_balance: float) -> dict[str, Tensor]:
     """`attention` (layers,) and `features`, a scalar with its weight, of class-major augmented batches; `embeddings` of both."""
     taps = Taps(network, activations(network))
-    try:
-        with torch.no_grad(), taps.capture() as found:
-            real_embedding = embedding(network, real)
-            real_maps = [found[n] for n in taps.names]
+
+    def seen(x: Tensor) -> list[Tensor]:
+        """The embedding, and the attention maps layer by layer."""
         with taps.capture() as found:
-            synthetic_embedding = embedding(network, synthetic)
-            synthetic_maps = [found[n] for n in taps.names]
+            return [embedding(network, x), *(attention_map(found[n], power) for n in taps.names)]
+
+    def all_of(x: Tensor) -> list[Tensor]:
+        return [torch.cat(parts) for parts in zip(*(seen(part) for part in few(x)))]
+
+    try:
+        with torch.no_grad():
+            real_embedding, *real_maps = all_of(real)
+        synthetic_embedding, *synthetic_maps = all_of(synthetic)
     finally:
         taps.remove()
     features = SCALE * task_balance * feature_mean_distance(real_embedding, synthetic_embedding, classes)
-    terms = attention_terms(real_maps, synthetic_maps, classes, power)
+    terms = map_terms(real_maps, synthetic_maps, classes)
     return {"attention": terms, "features": features, "real": real_embedding, "synthetic": synthetic_embedding}
 
 

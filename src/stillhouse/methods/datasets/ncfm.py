@@ -29,7 +29,7 @@ from stillhouse.errors import UserError
 from stillhouse.functional.matching import Flat
 from stillhouse.functional.precision import full_precision
 from stillhouse.functional.siamese import Draws, apply
-from stillhouse.methods.datasets.dm import embedding
+from stillhouse.methods.datasets.dm import embedding, real_embedding
 from stillhouse.randomness import generator, keyed
 from stillhouse.run import Method, Run, Stage
 from stillhouse.synthetic.config import AugmentSpec, PixelConfig
@@ -119,9 +119,7 @@ def characteristic_distance(real: Tensor, synthetic: Tensor, t: Tensor, alpha: f
 
 def match_loss(network: nn.Module, real: Tensor, synthetic: Tensor, t: Tensor, alpha: float = 0.5, beta: float = 0.5) -> Tensor:
     """300 times the distance of one class: images (N, C, H, W) and (M, C, H, W), frequencies (K, D) of the network's embedding."""
-    with torch.no_grad():
-        wanted = embedding(network, real)
-    return SCALE * characteristic_distance(wanted, embedding(network, synthetic), t, alpha, beta)
+    return SCALE * characteristic_distance(real_embedding(network, real), embedding(network, synthetic), t, alpha, beta)
 
 
 def between(start: Tensor, end: Tensor, share: Tensor | float) -> Tensor:
