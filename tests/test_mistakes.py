@@ -205,3 +205,11 @@ def test_rows_of_different_kinds_are_compared_with_a_word_of_caution(command):
     arguments = ["bench", "student.yaml", "set.yaml", "--variants", "base", "--seeds", "0", "--cpu", "--out", "b"]
     code, _, err = command(*arguments)
     assert code == 0 and "products of different kinds (student: student; synthetic_set: set), so that figures" in err
+
+
+def test_the_report_of_a_run_that_has_not_finished_says_so(command):
+    assert command("run", "student.yaml", "--cpu", "--out", "x")[0] == 0
+    assert "has not finished" not in command("report", "x")[1]
+    Path("x/evaluation.json").unlink()
+    code, out, _ = command("report", "x")
+    assert code == 0 and "has not finished" in out and Path("x/report.html").is_file()

@@ -88,7 +88,8 @@ class SyntheticSet:
             )
         if float(x.abs().max()) > FAR:
             raise UserError(
-                f"The synthetic images reach {float(x.abs().max()):.3g} after normalisation; were pixels of 0 to 255 taken for normalised ones?"
+                f"The synthetic images reach {float(x.abs().max()):.3g} after normalisation; is their learning rate too high, or were pixels of 0 to 255 taken "
+                "for normalised ones?"
             )
         if y.shape != (len(x),) or y.is_floating_point() or y.dtype == torch.bool:
             raise UserError(f"{len(x)} synthetic images need labels of shape ({len(x)},) that are class ids; given: {tuple(y.shape)}, {y.dtype}.")
