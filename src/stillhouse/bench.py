@@ -177,7 +177,8 @@ def bench(
         raise UserError(f"The reference '{reference}' is no row of this comparison; rows: {', '.join(labels)}.")
     every = [Job(e, s, out / f"{e.folder}-s{s}", tuple(sets), data_root, cpu) for s in seeds for e in rows]
     for job in every:
-        job.check()
+        if job.done or job.seed == seeds[0]:  # other seeds are the same recipe
+            job.check()
     todo = [j for j in every if not j.done]
     for number, job in enumerate(_finished(todo, engine, jobs, live), 1):
         if after is not None:
