@@ -150,12 +150,13 @@ def test_classes_in_one_forward_match_as_one_by_one():
     assert torch.allclose(together, alone, rtol=1e-4)
 
 
-def test_equal_gradients_are_at_distance_zero_and_empty_rows_give_no_nan():
+@pytest.mark.parametrize("metric", ["units", "mse", "cos"])
+def test_equal_gradients_are_at_distance_zero_and_empty_rows_give_no_nan(metric: str):
     network, x, y = ConvNet(4, 2, input_shape=(3, 8, 8)), images(), torch.arange(6)
     g = gradients(network, x, y)
-    assert float(gradient_distance(g, g)) == pytest.approx(0, abs=1e-3)
+    assert float(gradient_distance(g, g, metric)) == pytest.approx(0, abs=1e-3)
     none = [torch.zeros_like(t, requires_grad=True) for t in g]
-    gradient_distance(g, none).backward()
+    gradient_distance(g, none, metric).backward()
     assert all(t.grad is None or t.grad.isfinite().all() for t in none)
 
 

@@ -7,6 +7,7 @@ several classes are class-major with equally many images a class, so that all cl
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -34,21 +35,27 @@ def feature_mean_distance(real: Tensor, synthetic: Tensor, classes: int) -> Tens
     return (class_means(real.detach(), classes) - class_means(synthetic, classes)).square().sum()
 
 
+Metric = Literal["units", "mse", "cos"]
+
+
 @full_precision
-def gradient_distance(real: Sequence[Tensor], synthetic: Sequence[Tensor], eps: float = 1e-6) -> Tensor:
-    """DC/DSA: over weight tensors and their output units, the sum of 1 - <g_r, g_s> / (|g_r| |g_s| + eps); biases and norms (1-D) do not count.
+def gradient_distance(real: Sequence[Tensor], synthetic: Sequence[Tensor], metric: Metric = "units", eps: float = 1e-6) -> Tensor:
+    """DC/DSA: the distance of two gradients, a scalar.
+
+    `units`: over weight tensors and their output units, the sum of 1 - <g_r, g_s> / (|g_r| |g_s| + eps); biases and norms (1-D) do not count. Of all
+    parameters as one vector, `mse`: |g_r - g_s|^2, and `cos`: 1 - <g_r, g_s> / (|g_r| |g_s| + eps).
 
     Args:
         real, synthetic: gradients of the same parameters, in order; the real ones have no gradient.
     """
-    total = []
-    for r, s in zip(real, synthetic, strict=True):
-        if r.ndim > 1:
-            r, s = r.detach().flatten(1), s.flatten(1)
-            total.append((1 - (r * s).sum(-1) / (r.norm(dim=-1) * safe_norm(s) + eps)).sum())
-    if not total:
+    pairs = [(r.detach().flatten(1), s.flatten(1)) for r, s in zip(real, synthetic, strict=True) if r.ndim > 1]
+    if metric != "units":
+        pairs = [(torch.cat([r.detach().flatten() for r in real])[None], torch.cat([s.flatten() for s in synthetic])[None])]
+    if not pairs:
         raise UserError("Gradient matching found no weight of two or more dimensions to match.")
-    return torch.stack(total).sum()
+    if metric == "mse":
+        return (pairs[0][0] - pairs[0][1]).square().sum()
+    return torch.stack([(1 - (r * s).sum(-1) / (r.norm(dim=-1) * safe_norm(s) + eps)).sum() for r, s in pairs]).sum()
 
 
 def safe_norm(x: Tensor, dim: int = -1) -> Tensor:

@@ -47,7 +47,8 @@ def dsa_match(case: Case) -> None:
             case.close("real_batch_into_net", real, rtol=1e-4)
         label = torch.tensor(p["cls"])
         real_gradients = gradients(network, real, label.expand(len(real)))
-        value = gradient_distance(real_gradients, gradients(network, shown, label.expand(len(shown)), True), p["eps"])
+        metric = p.get("dis_metric", "ours").replace("ours", "units")
+        value = gradient_distance(real_gradients, gradients(network, shown, label.expand(len(shown)), True), metric, p["eps"])
         value.backward()
         return value, x
 

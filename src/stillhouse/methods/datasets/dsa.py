@@ -11,7 +11,7 @@ needs: real images with labels; a network without batch statistics, such as a Co
 Each iteration starts a fresh random network and goes round `outer` times: match, class by class, the gradients of the cross-entropy (per output unit, cosine;
 biases and norms do not count), take a step in the pixels, then train the network on the synthetic images for `inner` epochs (SGD without momentum, not after
 the last round). `augment.groups: ''` is DC. Published rounds: 1 and 1 (ipc 1), 10 and 50 (ipc 10), 50 and 10 (ipc 50). The real side of the distance has
-no gradient. The `mse` and `cos` distances of the released code are left out. Evaluation reports the last epoch.
+no gradient. Evaluation reports the last epoch.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from pydantic import Field
 from torch import Tensor
 from torch.nn import functional as F
 
-from stillhouse.functional.matching import gradient_distance, gradients
+from stillhouse.functional.matching import Metric, gradient_distance, gradients
 from stillhouse.functional.siamese import apply
 from stillhouse.randomness import permutation
 from stillhouse.run import Method, Run, Stage
@@ -36,6 +36,7 @@ class Config(PixelConfig):
     outer: int = Field(1, ge=1, description="Rounds with one network.")
     inner: int = Field(1, ge=0, description="Epochs of the network on the synthetic images between rounds.")
     network_lr: float = Field(0.01, gt=0, description="Of the network: SGD.")
+    metric: Metric = Field("units", description="Of gradients: cosine by output unit of each weight (published), or mse or cos of all as one vector.")
     batch_train: int = Field(256, ge=1, description="Synthetic images of a step of the network.")
 
 
@@ -56,7 +57,8 @@ class GradientMatching(Method[Config]):
             total = []
             for c, (r, s) in enumerate(zip(real.chunk(made.classes), synthetic.chunk(made.classes))):
                 wanted = gradients(network, r, torch.full((len(r),), c, device=r.device))
-                total.append(gradient_distance(wanted, gradients(network, s, torch.full((len(s),), c, device=s.device), create_graph=True)))
+                found = gradients(network, s, torch.full((len(s),), c, device=s.device), create_graph=True)
+                total.append(gradient_distance(wanted, found, config.metric))
             return torch.stack(total).sum()
 
         def train(i: int) -> None:
