@@ -113,6 +113,10 @@ def test_a_stored_image_is_four_training_images_and_stays_a_picture(tmp_path: Pa
     assert made.images.shape == (10, 1, 8, 8) and made.training_images()[0].shape == (40, 1, 8, 8)
     assert made.bounded and made.pixels().min() >= -1e-3 and made.pixels().max() <= 1 + 1e-3
     assert made.soft.shape == (40, 10)
+    soft = {**DIGITS, "evaluate": {"protocol": "soft", "networks": 1, "epochs": 2}}
+    assert 0 <= execute(validate({**soft, "soft_labels": True}), tmp_path / "soft", cpu=True)["accuracy"] <= 1
+    with pytest.raises(UserError, match="hard labels"):
+        validate(soft)
 
 
 @pytest.mark.parametrize("options", [{"sampler": "learned"}, {"optimiser": "sgd", "lr": 0.1}, {"calibration": 0, "fixed_real": True}])

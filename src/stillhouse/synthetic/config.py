@@ -125,6 +125,11 @@ class PixelConfig(DatasetConfig):
     def _fits_pixels(self) -> PixelConfig:
         if self.clamp and self.zca:
             raise ValueError("clamp keeps normalised pixels in range, and cannot go with zca")
-        if self.evaluate.protocol == "soft":
+        if self.evaluate.protocol == "soft" and not self.labels_softly:
             raise ValueError(f"evaluate.protocol is soft, but {self.method} gives its images hard labels; take hard")
         return self
+
+    @property
+    def labels_softly(self) -> bool:
+        """Whether the set will hold soft labels."""
+        return False

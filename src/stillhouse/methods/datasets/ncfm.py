@@ -73,6 +73,10 @@ class Config(PixelConfig):
     )
     soft_labels: bool = Field(False, description="Store logits of a network of the pool, for evaluate.protocol: soft.")
 
+    @property
+    def labels_softly(self) -> bool:
+        return self.soft_labels
+
 
 @full_precision
 def characteristic_terms(real: Tensor, synthetic: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
