@@ -8,8 +8,10 @@ import pytest
 import torch
 
 from stillhouse.errors import UserError
-from stillhouse.functional.matching import feature_mean_distance
+from stillhouse.functional import matching
+from stillhouse.functional.matching import feature_mean_distance, gradients
 from stillhouse.methods.datasets.datadam import attention_map, attention_terms, losses
+from stillhouse.methods.datasets.dm import embedding
 from stillhouse.models.convnet import ConvNet
 from stillhouse.product import load_product
 from stillhouse.recipe import validate
@@ -75,6 +77,24 @@ def test_the_feature_term_is_dm_and_without_attention_the_images_are_dms(tmp_pat
         execute(validate({**DIGITS, **recipe, "iterations": 3}), tmp_path / name, cpu=True)
         made.append(load_product(tmp_path / name).images)
     assert torch.allclose(*made, atol=1e-5)
+
+
+def test_how_many_images_go_through_a_network_at_a_time_changes_nothing(monkeypatch: pytest.MonkeyPatch):
+    net, real, labels = network(), images(6), torch.arange(6) % 3
+
+    def found() -> list[torch.Tensor]:
+        x = images(3, 1).requires_grad_()
+        terms = losses(net, real, x, 3, 1, 0.01)
+        slopes = torch.autograd.grad(terms["attention"].sum() + terms["features"], x)
+        net.requires_grad_(True)
+        of_weights = gradients(net, real, labels)
+        net.requires_grad_(False)
+        return [terms["attention"], terms["features"], embedding(net, real), *slopes, *of_weights]
+
+    together = found()
+    monkeypatch.setattr(matching, "AT_ONCE", {"cpu": 4 * 16 * 16})  # four images, and a remainder
+    for a, b in zip(together, found(), strict=True):
+        assert torch.allclose(a, b, rtol=1e-4, atol=1e-5)
 
 
 def test_hooks_do_not_pile_up():

@@ -22,9 +22,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from stillhouse.errors import UserError
-from stillhouse.functional.matching import class_means, feature_mean_distance
+from stillhouse.functional.matching import class_means, feature_mean_distance, few
 from stillhouse.functional.precision import full_precision
-from stillhouse.methods.datasets.dm import embedding, few
+from stillhouse.methods.datasets.dm import embedding
 from stillhouse.run import Method, Run, Stage
 from stillhouse.signals import Taps
 from stillhouse.synthetic.config import PixelConfig

@@ -21,14 +21,11 @@ import torch
 from torch import Tensor, nn
 
 from stillhouse.errors import UserError
-from stillhouse.functional.matching import feature_mean_distance
+from stillhouse.functional.matching import feature_mean_distance, few
 from stillhouse.run import Method, Run, Stage
 from stillhouse.synthetic.config import PixelConfig
 from stillhouse.synthetic.product import SyntheticSet
 from stillhouse.synthetic.synthesis import Synthesis, plan
-
-AT_ONCE = {"cpu": 2**13, "cuda": 2**22}
-"""Pixels of the images that go through a network at a time: on a CPU, eight images of 32 x 32, whose maps stay in its cache and are given back to be reused."""
 
 
 class Config(PixelConfig):
@@ -49,11 +46,6 @@ def embedding(network: nn.Module, x: Tensor) -> Tensor:
 def real_embedding(network: nn.Module, real: Tensor) -> Tensor:
     """(B, D) as `embedding`, without graph."""
     return embedding(network, real)
-
-
-def few(x: Tensor) -> tuple[Tensor, ...]:
-    """Images (B, C, H, W) in the parts in which they go through a network that sees each image alone."""
-    return x.split(max(1, AT_ONCE.get(x.device.type, 2**22) // (x.shape[2] * x.shape[3])))
 
 
 class DistributionMatching(Method[Config]):
