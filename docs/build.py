@@ -237,7 +237,8 @@ def comparison(path: Path, heading: bool, of: Card) -> str:
     if path.stem != of.slug and len(found["rows"]) > 20:
         named = {found.get("baseline"), found.get("reference")}
         found["rows"] = [row for row in found["rows"] if row["label"] in named or names_of(row) & set(of.provides)]
-        found["note"] = "Of [the comparison of all objectives](../comparison.md), the rows of this one and of the baselines."
+        whole = "data-set distillation](../synthetic-tables.md)" if path.stem.startswith("cifar10") else "all objectives](../comparison.md)"
+        found["note"] = f"Of [the comparison of {whole}, the rows of this one and of the baselines."
     made = [
         f"`{re.sub(r' --(out|data-root)[= ][^ ]+', '', found['command'])}`" if found.get("command") else "",
         str(found.get("created") or "")[:10],

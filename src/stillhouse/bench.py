@@ -138,7 +138,7 @@ def _groups(given: Any, path: Path) -> list[dict[str, Any]]:
             f"{path}: groups takes one dotted key with named values, such as student: {{small: stillhouse:resnet8, other: stillhouse:vgg8}}."
         )
     ((dotted, values),) = given.items()
-    return [{"group": name, "sets": (f"{dotted}={json.dumps(value)}",)} for name, value in values.items()]
+    return [{"group": str(name), "sets": (f"{dotted}={json.dumps(value)}",)} for name, value in values.items()]
 
 
 def bench(
