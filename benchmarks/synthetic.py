@@ -160,7 +160,6 @@ def turns(config: Any, folder: Path, scratch: Path, rounds: int) -> list[tuple[f
 
 def peaks(loop: Callable[[Begins], None]) -> dict[str, float]:
     """MiB of the third iteration: `tensors`, the most that torch holds beyond what it held before, and `resident`, the peak of the whole process."""
-    os.environ.setdefault("KINETO_LOG_LEVEL", "99")
     profile = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True)
     begun, found = [0], {}
 
@@ -178,7 +177,8 @@ def peaks(loop: Callable[[Begins], None]) -> dict[str, float]:
     with contextlib.suppress(Done):
         loop(begins)
     held = most = 0
-    for event in sorted((e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"), key=lambda e: e.start_ns()):
+    results: Any = profile.profiler
+    for event in sorted((e for e in results.kineto_results.events() if e.name() == "[memory]"), key=lambda e: e.start_ns()):
         held += event.nbytes()
         most = max(most, held)
     return {"tensors": most / 2**20, **found}
@@ -254,6 +254,13 @@ def slope(sizes: tuple[int, ...], seconds: list[float]) -> float:
     return sum((a - mean_x) * (b - mean_y) for a, b in zip(x, y)) / sum((a - mean_x) ** 2 for a in x)
 
 
+def kept(name: str) -> dict[tuple[str, Any], dict[str, Any]]:
+    """The rows of an earlier run, by method and by images per class or by axis; a run of some of them leaves the others as they were."""
+    path = RESULTS / f"{name}.json"
+    rows = json.loads(path.read_text())["figures"]["rows"] if path.exists() else []
+    return {(row["name"], row.get("axis", row.get("ipc"))): row for row in rows}
+
+
 def main() -> None:
     """Compare with every peer that is there, keep results/synthetic.json (and, with --growth, results/synthetic_growth.json) and write the page."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -262,36 +269,39 @@ def main() -> None:
             f"--{method}", type=Path, metavar="FOLDER", help=f"a checkout of {repository}; default: $STILLHOUSE_PEER_{method.upper()}"
         )
     parser.add_argument("--only", nargs="+", choices=list(CASES), default=list(CASES), metavar="CASE", help="cases, such as 'mtt, ipc 1'")
-    parser.add_argument("--growth", action="store_true", help="how our cost grows, in the place of the comparison")
+    parser.add_argument(
+        "--growth", nargs="*", choices=list(PEERS), metavar="METHOD", help="how our cost grows, in the place of the comparison; default: all"
+    )
     parser.add_argument("--rounds", type=int, default=7, help="iterations of each side")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--part", nargs=4, help=argparse.SUPPRESS)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     warnings.simplefilter("ignore")
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler is chatty
     if options.part:
         what, method, folder, sets = options.part
         print(json.dumps(part(what, method, tuple(json.loads(sets)), Path(folder), options.rounds)))
         return
-    if options.growth:
-        keep("synthetic_growth", {"rows": [row for method in PEERS for row in growth(method, options)]}, "cpu", options.threads)
+    if options.growth is not None:
+        found = kept("synthetic_growth") | {(method, row["axis"]): row for method in options.growth or PEERS for row in growth(method, options)}
+        keep("synthetic_growth", {"rows": [found[key] for key in sorted(found)]}, "cpu", options.threads)
         write_page(RESULTS)
         return
-    path = RESULTS / "synthetic.json"
-    rows = {tuple(row["case"]): row for row in (json.loads(path.read_text())["figures"]["rows"] if path.exists() else ())}
+    rows = kept("synthetic")
     for name in options.only:
         method = name.partition(",")[0]
         given = getattr(options, method) or os.environ.get(f"STILLHOUSE_PEER_{method.upper()}")
         if not given:
             print(f"{name}: left out, as the folder of {PEERS[method][1]} is not given (--{method}, or STILLHOUSE_PEER_{method.upper()}).")
             continue
-        rows[(name,)] = row = {"case": [name], **compare(name, Path(given).resolve(), options)}
+        rows[method, CASES[name]["ipc"]] = row = compare(name, Path(given).resolve(), options)
         print(
             f"{name:<16} {row['seconds']:8.3f} s {row['peer_seconds']:8.3f} s  x{row['ratio']:.3f} ({row['least']:.2f} to {row['most']:.2f})"
             f"  {row['mebibytes']['tensors']:.0f} MiB {row['peer_mebibytes']['tensors']:.0f} MiB",
             flush=True,
         )
-    keep("synthetic", {"rows": [rows[(name,)] for name in CASES if (name,) in rows]}, "cpu", options.threads)
+    keep("synthetic", {"rows": [rows[key] for key in sorted(rows)]}, "cpu", options.threads)
     write_page(RESULTS)
 
 
