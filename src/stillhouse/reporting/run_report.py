@@ -70,9 +70,9 @@ def write_run_report(folder: str | Path) -> Path:
 def _of_a_set(evaluation: Mapping[str, Any], product: Mapping[str, Any], sheet: Path) -> list[str]:
     """The sections of a synthetic set: what networks learn from it, the images themselves, what it cost."""
     cost = {k: v for k, v in evaluation.items() if k in _COST or k.endswith(("_seconds", "_mb"))}
-    rest = {k: v for k, v in evaluation.items() if k not in cost}
+    rest = {k: v for k, v in evaluation.items() if k not in cost and not (k.endswith("_std") and not v)}
     quality = {k: v for k, v in rest.items() if k in _QUALITY or k.startswith(("accuracy", "continual", "search"))}
-    out = [section("Results", "Networks that were trained on the set alone, from scratch, judged on real test data.", cards(_shown(quality)))]
+    out = [section("Results", "What networks learn from the set alone, judged on real test data.", cards(_shown(quality)))]
     if sheet.is_file():
         out.append(section("The images", _sheet_text(product), picture(sheet.read_bytes(), "The contact sheet of the set")))
     out.append(section("Cost", "What it took to make the set, and what it takes to keep.", cards(_shown(cost))))
