@@ -122,6 +122,14 @@ def test_the_classifier_of_any_network_is_cut_off():
     assert deep.embed(torch.zeros(2, 3, 32, 32)).shape == (2, deep.features) and deep(torch.zeros(2, 3, 32, 32)).shape == (2, 5)
 
 
+def test_the_published_backbone_widens_by_stage():
+    widens = ConvNet([4, 6, 8], 3, "batch", num_classes=5, input_shape=(3, 32, 32))
+    assert [getattr(widens, name).conv.out_channels for name in widens.stage_names] == [4, 6, 8]
+    assert Regressor(widens, (3, 32, 32), 7)(torch.zeros(2, 3, 32, 32)).shape == (2, 7)
+    with pytest.raises(UserError, match=r"needs one options.width, or 3 of them; given: \[4, 6\]"):
+        ConvNet([4, 6], 3)
+
+
 def test_barlow_twins_asks_for_equal_views_and_unequal_features():
     z = torch.linalg.qr(draw(64, 9))[0]
     z = torch.linalg.qr(z - z.mean(0))[0]  # centred and decorrelated

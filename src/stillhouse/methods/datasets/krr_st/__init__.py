@@ -12,9 +12,8 @@ Images X_s and representations Y_s are learned so that ridge regression of Y_s o
 target's representations of real images. Features come from a pool of networks, each trained a step on (X_s, Y_s) when it is visited. Departs: the
 kernel system is solved in float64; X_s begins as normalised pixels, like the real images beside it (`start: raw` is the release's raw pixels); a
 network at its limit restarts with its count at 0 (`literal_restart` is the release, which keeps such a slot untrained for good); crops are padded
-after the normalisation. The release's ConvNet widens by stage (128, 256, 512); ours keeps one width. Judged by a linear layer on frozen features
-(`evaluate.probe: finetune` is the paper's), beside backbones that were not pre-trained. `iterations: 0` is the honest baseline: random real images with
-the target's representations.
+after the normalisation. Judged by a linear layer on frozen features (`evaluate.probe: finetune` is the paper's), beside backbones that were not
+pre-trained. `iterations: 0` is the honest baseline: random real images with the target's representations.
 """
 
 from __future__ import annotations
@@ -48,7 +47,11 @@ class PoolSpec(Spec):
     """The networks whose features the outer problem sees."""
 
     networks: int = Field(10, ge=1)
-    limit: int = Field(1000, ge=1, description="Steps until a network begins anew; at the start each has had a random number of them.")
+    limit: int = Field(
+        1000,
+        ge=1,
+        description="Steps until a network begins anew; at the start each has had a random number of them. Where it is far below the steps of pre-training, the set suits only young networks.",
+    )
     lr: float = Field(0.1, gt=0, description="SGD with momentum 0.9 on all synthetic images.")
     weight_decay: float = Field(1e-3, ge=0)
     literal_restart: bool = Field(False, description="As released: a slot at its limit holds a fresh, untrained network at every later visit.")
