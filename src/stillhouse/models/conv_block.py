@@ -26,19 +26,23 @@ def channels_last(x: Tensor) -> Tensor:
 
 
 class Block(nn.Sequential):
-    """`conv`, `norm`, `act` and `pool`, in that order; the last three run as one where they are what is written out here and nothing listens to them."""
+    """`conv`, `norm`, `act` and `pool`, in that order; they run as one where they are what is written out here and nothing listens to one of them.
 
-    conv: nn.Module
+    The norm takes out what the convolution's bias adds: then it is not added, and has a gradient of 0.
+    """
+
+    conv: nn.Conv2d
     norm: nn.Module
     act: nn.Module
     pool: nn.Module
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, C', h, w)."""
-        norm, act, pool = self.norm, self.act, self.pool
+        conv, norm, act, pool = self.conv, self.norm, self.act, self.pool
         known = type(act) is nn.ReLU and type(pool) is nn.AvgPool2d and pool.kernel_size == pool.stride == 2
-        if known and isinstance(norm, InstanceNorm) and _written_out(x, norm.weight) and not any(map(_listened_to, (norm, act, pool))):
-            pooled: Tensor = _Norm.apply(self.conv(x), norm.weight, norm.bias, norm.eps, True)[0]
+        if known and isinstance(norm, InstanceNorm) and _written_out(x, norm.weight) and not any(map(_listened_to, self)):
+            maps = conv._conv_forward(x, conv.weight, None)
+            pooled: Tensor = _Norm.apply(maps, norm.weight, norm.bias, norm.eps, True, conv.bias)[0]
             return pooled
         out: Tensor = super().forward(x)
         return out
@@ -58,18 +62,17 @@ class InstanceNorm(nn.GroupNorm):
         """(B, C, H, W) -> (B, C, H, W)."""
         if not _written_out(x, self.weight):
             return super().forward(x)
-        out: Tensor = _Norm.apply(x, self.weight, self.bias, self.eps, False)[0]
+        out: Tensor = _Norm.apply(x, self.weight, self.bias, self.eps, False, None)[0]
         return out
 
 
 class Convolution(nn.Conv2d):
     """`nn.Conv2d` of stride 1 whose second derivative is made of ordinary convolutions."""
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, C, H, W) -> (B, C', h, w)."""
-        if not _written_out(x, self.weight):
-            return super().forward(x)
-        out: Tensor = _Convolution.apply(x, self.weight, self.bias, self.padding)
+    def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        if not _written_out(input, weight):
+            return super()._conv_forward(input, weight, bias)
+        out: Tensor = _Convolution.apply(input, weight.contiguous(memory_format=torch.channels_last), bias, self.padding)
         return out
 
 
@@ -85,15 +88,18 @@ def _listened_to(module: nn.Module) -> bool:
 
 
 class _Norm(torch.autograd.Function):
-    """x, weight (C,), bias (C,), eps, pooled -> n weight + bias (with `pooled`: rectified and pooled); then mean and 1 / deviation, without gradient."""
+    """x, weight (C,), bias (C,), eps, pooled, before -> n weight + bias (with `pooled`: rectified and pooled); then mean and 1 / deviation, without gradient.
+
+    `before` (C,) or None is what could be added to x without changing a thing; its gradient is 0.
+    """
 
     @staticmethod
-    def forward(x: Tensor, weight: Tensor, bias: Tensor, eps: float, pooled: bool) -> tuple[Tensor, ...]:
+    def forward(x: Tensor, weight: Tensor, bias: Tensor, eps: float, pooled: bool, before: Tensor | None) -> tuple[Tensor, ...]:
         return _joined([_norm(pooled, weight, bias, eps, part) for (part,) in _few(x)])
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        x, weight, bias, _, ctx.pooled = inputs
+        x, weight, bias, _, ctx.pooled, _ = inputs
         ctx.mark_non_differentiable(*output[1:])
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(x, weight, bias, *output[1:])
@@ -101,10 +107,10 @@ class _Norm(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
         if grad is None:
-            return None, None, None, None, None
+            return None, None, None, None, None, None
         x, *rest = ctx.saved_tensors
         found = _NormBackward.apply(grad, x, *rest, ctx.pooled)
-        return *found[:3], None, None
+        return *found[:3], None, None, torch.zeros_like(rest[0]) if ctx.needs_input_grad[5] else None
 
 
 class _NormBackward(torch.autograd.Function):

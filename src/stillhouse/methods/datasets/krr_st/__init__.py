@@ -14,6 +14,8 @@ kernel system is solved in float64; X_s begins as normalised pixels, like the re
 network at its limit restarts with its count at 0 (`literal_restart` is the release, which keeps such a slot untrained for good); crops are padded
 after the normalisation. Judged by a linear layer on frozen features (`evaluate.probe: finetune` is the paper's), beside backbones that were not
 pre-trained. `iterations: 0` is the honest baseline: random real images with the target's representations.
+On digits (see Evidence) learning lowers the regression's error on unseen images by a fifth, but probes are not above those of the baseline, which goes
+three quarters of the way from an untrained backbone to the target itself; fifty random images in place of twenty lower the error by more, for one point.
 """
 
 from __future__ import annotations
@@ -26,6 +28,7 @@ from torch import Tensor, nn
 
 from stillhouse.errors import UserError
 from stillhouse.evaluation import evaluates
+from stillhouse.evaluation.cost import peak_of_tensors
 from stillhouse.functional.siamese import apply
 from stillhouse.methods.datasets.krr_st.product import RepresentationSet
 from stillhouse.methods.datasets.krr_st.ridge import Pool, Regressor, outer_loss, outer_optimiser
@@ -36,6 +39,7 @@ from stillhouse.randomness import generator, keyed
 from stillhouse.recipe import Data, MethodConfig, Model, Spec
 from stillhouse.run import Method, Run, Stage
 from stillhouse.synthetic.config import AugmentSpec
+from stillhouse.synthetic.descent import Cost
 from stillhouse.synthetic.real import RealImages, unnormalised
 from stillhouse.synthetic.synthesis import Held
 from stillhouse.synthetic.training import augmentation
@@ -124,7 +128,7 @@ class SelfSupervisedDistillation(Method[Config]):
         optimiser = outer_optimiser(images, targets, config.lr)
         batch = min(config.batch_real, len(real.images))
 
-        def step(i: int) -> dict[str, Tensor]:
+        def one(i: int) -> dict[str, Tensor]:
             for group in optimiser.param_groups:
                 group["lr"] = config.lr * (1 - (1 - LAST_RATE) * i / config.iterations)
             drawn = generator(run.seed, "krr_st", i)
@@ -141,9 +145,18 @@ class SelfSupervisedDistillation(Method[Config]):
             inner = pool.learn(slot, images.detach(), targets.detach())
             return {"loss": loss, "inner_loss": inner}
 
-        state: dict[str, Any] = {"images": Held(images), "targets": Held(targets), "optimiser": optimiser, "pool": pool}
+        peak = torch.zeros((), dtype=torch.int64)
+
+        def step(i: int) -> dict[str, Tensor]:
+            if i:
+                return one(i)
+            terms: dict[str, Tensor] = {}
+            peak.fill_(peak_of_tensors(lambda: terms.update(one(0)), images.device))
+            return terms
+
+        state: dict[str, Any] = {"images": Held(images), "targets": Held(targets), "optimiser": optimiser, "pool": pool, "peak": Held(peak)}
         seconds = run.loop("krr_st", state, step, config.iterations, log_every=10)
-        return {"distil_seconds": seconds, "distil_seconds_per_iteration": seconds / config.iterations}
+        return Cost(seconds, config.iterations, int(peak)).figures()
 
     def _warm(self, run: Run, pool: Pool, images: Tensor, targets: Tensor) -> None:
         """Train each network of the pool on the set as it begins, for 1 to `limit` steps."""
