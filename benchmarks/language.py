@@ -133,9 +133,9 @@ def plain(world: World) -> Any:
 def ours(world: World) -> Any:
     import torch
 
-    from stillhouse.distillation import Distillation
-    from stillhouse.engine import fit
-    from stillhouse.recipe import TrainSpec
+    from stillhouse.config.specs import TrainSpec
+    from stillhouse.distillation.distillation import Distillation
+    from stillhouse.training.engine import fit
 
     class Rows:
         batch_size = world.options.batch_size
@@ -207,7 +207,7 @@ def trl(world: World) -> Any:
     from datasets import Dataset
     from trl.experimental.gkd import GKDConfig, GKDTrainer
 
-    from stillhouse.data.tokenizer import tokenizer
+    from stillhouse.models.tokenizer import tokenizer
 
     options = {"beta": BETA, "lmbda": 0.0, "temperature": 1.0, "dataset_kwargs": {"skip_prepare_dataset": True}, "gradient_checkpointing": False}
     trainer = GKDTrainer(

@@ -23,9 +23,9 @@ from run import RESULTS, keep
 from torch import Tensor
 
 from stillhouse import catalog
+from stillhouse.distillation.objective import Objective, Progress
 from stillhouse.evaluation.cost import peak_of_tensors
 from stillhouse.functional.feature_maps import LAST_STAGES
-from stillhouse.objective import Objective, Progress
 from stillhouse.signals import Signals
 
 LATE = Progress(epoch=100, epochs=240, steps_per_epoch=100)  # after every warm-up

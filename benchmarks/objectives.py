@@ -21,16 +21,16 @@ from run import RESULTS, keep
 from torch import Tensor, nn
 
 from stillhouse import catalog, models
-from stillhouse.context import TrainingContext
+from stillhouse.config.specs import ModelSpec
 from stillhouse.data import Loader
 from stillhouse.data.dataset import BatchKey
-from stillhouse.distillation import Distillation, to_device
+from stillhouse.distillation.distillation import Distillation
+from stillhouse.distillation.objective import Objective, Progress
+from stillhouse.distillation.teachers import CoTrained, Ensemble, Frozen, PastSelf
 from stillhouse.errors import UserError
 from stillhouse.evaluation.cost import peak_of_tensors
-from stillhouse.objective import Objective, Progress
-from stillhouse.recipe import ModelSpec
-from stillhouse.signals import Batch, Signals
-from stillhouse.teachers import CoTrained, Ensemble, Frozen, PastSelf
+from stillhouse.signals import Batch, Signals, to_device
+from stillhouse.training.context import TrainingContext
 
 PAIR = ("stillhouse:resnet32x4", "stillhouse:resnet8x4")
 VITS = (

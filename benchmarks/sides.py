@@ -22,7 +22,7 @@ from torch.nn import functional as F
 from turns import Step
 
 from stillhouse import models
-from stillhouse.recipe import ModelSpec, TrainSpec
+from stillhouse.config.specs import ModelSpec, TrainSpec
 from stillhouse.signals import Batch
 
 TEMPERATURE, CE_WEIGHT, KD_WEIGHT = 4.0, 0.1, 0.9
@@ -143,10 +143,10 @@ def model_optimizer(teacher: nn.Module, student: nn.Module) -> Step:
 
 def stillhouse(teacher: nn.Module, student: nn.Module, loader: Any) -> None:
     """Stillhouse: a `Distillation` with `ce` and `kd` through its own loop, over the loader's one epoch."""
-    from stillhouse.distillation import Distillation
-    from stillhouse.engine import fit
+    from stillhouse.distillation.distillation import Distillation
     from stillhouse.objectives.ce import CrossEntropy
     from stillhouse.objectives.kd import KD
+    from stillhouse.training.engine import fit
 
     module = Distillation(student, teacher, [(CrossEntropy(), CE_WEIGHT), (KD(TEMPERATURE), KD_WEIGHT)])
     with tempfile.TemporaryDirectory() as folder:

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor, nn
 from turns import OURS, Step, Turns, compare
 
-from stillhouse.distillation import Distillation
-from stillhouse.engine import fit
-from stillhouse.objective import Objective, Progress
+from stillhouse.distillation.distillation import Distillation
+from stillhouse.distillation.objective import Objective, Progress
 from stillhouse.signals import Batch, Signals
+from stillhouse.training.engine import fit
 
 HAND = "hand_written"
 

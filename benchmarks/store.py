@@ -23,17 +23,20 @@ import numpy as np
 import torch
 
 from stillhouse import Distillation, Frozen, Progress
+from stillhouse.config.specs import DataSpec, ModelSpec, StoreSpec
 from stillhouse.data import BatchKey, Loader, load
+from stillhouse.distillation.teachers import Stored
 from stillhouse.models import build
 from stillhouse.objectives.kd import kd_loss, kd_top_loss
-from stillhouse.recipe import DataSpec, ModelSpec, StoreSpec, validate
-from stillhouse.recipe import load as load_recipe
-from stillhouse.run import Run, execute
+from stillhouse.runs.execution import execute
+from stillhouse.runs.recipe import load as load_recipe
+from stillhouse.runs.recipe import validate
+from stillhouse.runs.run import Run
+from stillhouse.runs.stores import data_facts
 from stillhouse.signals import TopK
-from stillhouse.store import Store, StoredDataset, cache, data_facts
+from stillhouse.store import Store, StoredDataset, cache
 from stillhouse.store.format import decode, encode
 from stillhouse.store.writing import top_k
-from stillhouse.teachers import Stored
 
 RESULTS = Path(__file__).parent / "results" / "store.json"
 PARTS = ("step", "bytes", "gradient", "tokens")

@@ -30,8 +30,8 @@ from run import RESULTS, keep
 from synthetic_peers import ENDLESS, PEERS, Begins, Real
 
 from stillhouse import catalog
-from stillhouse.recipe import load
-from stillhouse.run import Run
+from stillhouse.runs.recipe import load
+from stillhouse.runs.run import Run
 from stillhouse.synthetic.pools import experts
 from stillhouse.synthetic.real import RealImages, unnormalised
 

@@ -300,7 +300,7 @@ def picture(runs: Path, columns: Sequence[tuple[str, str, str]] = COLUMNS, seed:
         columns: slug, label, title.
         scale: screen pixels a stored pixel.
     """
-    from stillhouse.product import load_product
+    from stillhouse.runs.products import load_product
 
     shown = []
     for slug, label, title in columns:

@@ -21,7 +21,7 @@ Step = Callable[[Batch], None]
 
 
 class Turns:
-    """A loader of one epoch for `stillhouse.engine.fit`; the first block of each side warms up and is not kept.
+    """A loader of one epoch for `stillhouse.training.engine.fit`; the first block of each side warms up and is not kept.
 
     Args:
         batches: what every side trains on, over and over, in this order.

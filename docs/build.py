@@ -19,10 +19,12 @@ import yaml
 from keys import SHARED, default, key_table, kind, prose, recipe_reference, table
 from pydantic import BaseModel
 
-from stillhouse import catalog, recipe
+from stillhouse import catalog
 from stillhouse.catalog import Card
-from stillhouse.listing import argument_words
+from stillhouse.config.specs import MethodConfig
 from stillhouse.reporting.comparison import comparison_markdown
+from stillhouse.runs import recipe
+from stillhouse.runs.listing import argument_words
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"
@@ -177,7 +179,7 @@ def options(card: Card) -> Iterator[str]:
             yield table(("key", "type", "default", "what it is"), rows) if rows else "It has no options.\n"
         return
     config = catalog.method(card.slug).Config
-    general = set(recipe.MethodConfig.model_fields)
+    general = set(MethodConfig.model_fields)
     links = table_links(key_table(config, without=general))
     yield f"Keys of a recipe with `method: {card.slug}`, beside `name`, `seed` and `variants`; the types that methods share are on [the recipe page](../recipes.md).\n"
     yield links

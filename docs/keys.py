@@ -11,19 +11,19 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from stillhouse import recipe
+from stillhouse.config import specs
 from stillhouse.methods.distillation import Config
 
 SHARED = (
-    recipe.DataSpec,
-    recipe.ModelSpec,
-    recipe.TeacherSpec,
-    recipe.StoreSpec,
-    recipe.TrainSpec,
-    recipe.OptimizerSpec,
-    recipe.LRSchedule,
-    recipe.ObjectiveSpec,
-    recipe.WeightSpec,
+    specs.DataSpec,
+    specs.ModelSpec,
+    specs.TeacherSpec,
+    specs.StoreSpec,
+    specs.TrainSpec,
+    specs.OptimizerSpec,
+    specs.LRSchedule,
+    specs.ObjectiveSpec,
+    specs.WeightSpec,
 )
 
 

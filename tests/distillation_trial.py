@@ -17,11 +17,9 @@ import plotly.graph_objects  # noqa: F401
 import sklearn.datasets  # noqa: F401
 import torch
 
-import stillhouse.evaluation.synthetic_set
-import stillhouse.methods.datasets.datadam  # noqa: F401
-from stillhouse import loop
-from stillhouse.recipe import validate
-from stillhouse.run import execute
+from stillhouse.runs.execution import execute
+from stillhouse.runs.recipe import validate
+from stillhouse.training import loop
 
 RECIPE = {
     "method": "datadam",

@@ -19,8 +19,9 @@ import torch
 import stillhouse.data
 import stillhouse.models.anatomy
 import stillhouse.reporting.run_report  # noqa: F401
-from stillhouse import engine, recipe
-from stillhouse.run import execute
+from stillhouse.runs import recipe
+from stillhouse.runs.execution import execute
+from stillhouse.training import engine
 
 RECIPE = """
 data: {{name: digits, size: 200, val: 0.2, workers: {workers}, mixup: 0.2}}
@@ -42,7 +43,7 @@ INNER = '''
 """An objective with layers and an optimiser of its own, stepped before each training step, and with draws of its own."""
 import torch
 from torch.nn import functional as F
-from stillhouse.objective import Objective
+from stillhouse.distillation.objective import Objective
 
 
 class Inner(Objective):

@@ -8,14 +8,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from stillhouse.context import TrainingContext
-from stillhouse.distillation import Distillation
+from stillhouse.config.specs import ModelSpec
+from stillhouse.distillation.distillation import Distillation
+from stillhouse.distillation.objective import Progress
 from stillhouse.errors import UserError
 from stillhouse.models import build
-from stillhouse.objective import Progress
 from stillhouse.objectives.acam_kd import ACAMKD, Level, cross_attention, mask_overlap, masked_losses
-from stillhouse.recipe import ModelSpec
 from stillhouse.signals import Signals
+from stillhouse.training.context import TrainingContext
 
 SHAPE = (3, 16, 16)
 

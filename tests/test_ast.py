@@ -11,7 +11,6 @@ from torch import nn
 
 from stillhouse.errors import UserError
 from stillhouse.functional.matching import Flat, trajectory_distance, unroll
-from stillhouse.loop import Loop
 from stillhouse.methods.datasets.ast import (
     balance_factor,
     expert_loss,
@@ -24,10 +23,11 @@ from stillhouse.methods.datasets.ast import (
     perturbed,
 )
 from stillhouse.models.convnet import ConvNet
-from stillhouse.product import load_product
-from stillhouse.recipe import validate
-from stillhouse.run import execute
+from stillhouse.runs.execution import execute
+from stillhouse.runs.products import load_product
+from stillhouse.runs.recipe import validate
 from stillhouse.synthetic.initial import nearest_in_turn
+from stillhouse.training.loop import Loop
 
 DIGITS = {
     "method": "ast",

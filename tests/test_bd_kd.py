@@ -11,13 +11,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
-from stillhouse.context import TrainingContext
-from stillhouse.distillation import Distillation
+from stillhouse.distillation.distillation import Distillation
+from stillhouse.distillation.objective import Progress
+from stillhouse.distillation.teachers import CoTrained
 from stillhouse.errors import UserError
-from stillhouse.objective import Progress
 from stillhouse.objectives.bd_kd import BDKD, balanced_divergence, divergences, peer_divergence, surer
 from stillhouse.signals import Batch
-from stillhouse.teachers import CoTrained
+from stillhouse.training.context import TrainingContext
 
 
 def logits(seed: int, n: int = 16, classes: int = 5) -> Tensor:

@@ -15,12 +15,14 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from stillhouse import Progress, catalog, recipe
+from stillhouse import Progress, catalog
 from stillhouse.errors import UserError
 from stillhouse.evaluation.language import evaluate_tokens
 from stillhouse.objectives.ce import CrossEntropy
 from stillhouse.objectives.gkd import GKD
-from stillhouse.run import Run, execute
+from stillhouse.runs import recipe
+from stillhouse.runs.execution import execute
+from stillhouse.runs.run import Run
 from stillhouse.signals import Signals, TopK
 
 pytest.importorskip("transformers", reason="transformers is not installed")
@@ -167,7 +169,7 @@ def test_what_cannot_be_chunked_says_why(spec, changes: dict[str, Any], sentence
 def test_a_teacher_that_numbers_its_tokens_otherwise_teaches_in_chunks_as_it_does_at_once():
     import transformers
 
-    from stillhouse.distillation import Distillation
+    from stillhouse.distillation.distillation import Distillation
     from stillhouse.functional.vocabularies import Mapped
     from stillhouse.models.language import OtherIds
 

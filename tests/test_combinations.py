@@ -10,11 +10,12 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import stillhouse
 from stillhouse import catalog, models
-from stillhouse.distillation import Distillation, Weighted
+from stillhouse.config.specs import ModelSpec
+from stillhouse.distillation.distillation import Distillation
+from stillhouse.distillation.objective import Progress
+from stillhouse.distillation.teachers import CoTrained, Frozen, PastSelf
+from stillhouse.distillation.weighted import Weighted
 from stillhouse.errors import UserError
-from stillhouse.objective import Progress
-from stillhouse.recipe import ModelSpec
-from stillhouse.teachers import CoTrained, Frozen, PastSelf
 
 FROZEN = [
     "ce",

@@ -16,10 +16,10 @@ from stillhouse.methods.datasets.cv_dd.voting import batch_labels, chosen, commi
 from stillhouse.methods.datasets.sre2l import RecoverSpec as Single
 from stillhouse.methods.datasets.sre2l import recover_loss
 from stillhouse.models.convnet import ConvNet
-from stillhouse.product import load_product
 from stillhouse.randomness import generator
-from stillhouse.recipe import validate
-from stillhouse.run import execute
+from stillhouse.runs.execution import execute
+from stillhouse.runs.products import load_product
+from stillhouse.runs.recipe import validate
 from stillhouse.synthetic.config import AugmentSpec, EvaluateSpec
 from stillhouse.synthetic.product import SyntheticSet
 from stillhouse.synthetic.real import RealImages

@@ -12,10 +12,10 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader, TensorDataset
 
+from stillhouse.config.specs import DataSpec
 from stillhouse.data import DataBundle, IndexedDataset, Loader, adapt, load
 from stillhouse.data.augment import crop_flip, partners
 from stillhouse.errors import UserError
-from stillhouse.recipe import DataSpec
 
 
 @pytest.fixture(autouse=True)

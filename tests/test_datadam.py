@@ -13,9 +13,9 @@ from stillhouse.functional.matching import feature_mean_distance, gradients
 from stillhouse.methods.datasets.datadam import attention_map, attention_terms, losses
 from stillhouse.methods.datasets.dm import embedding
 from stillhouse.models.convnet import ConvNet
-from stillhouse.product import load_product
-from stillhouse.recipe import validate
-from stillhouse.run import execute
+from stillhouse.runs.execution import execute
+from stillhouse.runs.products import load_product
+from stillhouse.runs.recipe import validate
 
 DIGITS = {
     "data": {"name": "digits", "augment": "plain", "size": 200, "test_size": 100},

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from stillhouse.errors import UserError
+from stillhouse.functional.augmentation import GROUPS, Strength, all_of, apply, groups_of, one_of
 from stillhouse.functional.matching import (
     Flat,
     feature_mean_distance,
@@ -23,13 +24,12 @@ from stillhouse.functional.matching import (
     unroll,
 )
 from stillhouse.functional.recovery import BatchNormStatistics, clamp_to_pixels, statistics_loss, total_variation
-from stillhouse.functional.siamese import GROUPS, Strength, all_of, apply, groups_of, one_of
 from stillhouse.functional.whitening import fit_whitening
 from stillhouse.methods.datasets.selection import herding, k_center
 from stillhouse.models.convnet import ConvNet
-from stillhouse.product import load_product
-from stillhouse.recipe import validate
-from stillhouse.run import execute
+from stillhouse.runs.execution import execute
+from stillhouse.runs.products import load_product
+from stillhouse.runs.recipe import validate
 from stillhouse.synthetic import scores
 from stillhouse.synthetic.initial import decode, initial, mixed
 from stillhouse.synthetic.real import RealImages

@@ -32,7 +32,7 @@ train: {epochs: 4, batch_size: 40, optimizer: {lr: 0.02}, log_every: 2, checkpoi
 # Dies by SIGKILL at the given step of the student, in every process.
 DYING = """
 import os, signal, sys
-from stillhouse import engine
+from stillhouse.training import engine
 collect = engine.Loop._collect
 def die(self, i, terms):
     collect(self, i, terms)

@@ -11,8 +11,10 @@ from parity.case import oracle_folder
 from torch import nn
 from torch.nn import functional as F
 
+from stillhouse.config.specs import DataSpec, ModelSpec
 from stillhouse.data import Loader, load
-from stillhouse.distillation import Distillation
+from stillhouse.distillation.distillation import Distillation
+from stillhouse.distillation.objective import Progress
 from stillhouse.errors import UserError
 from stillhouse.methods.classification.diswot import SimilarityDistillation
 from stillhouse.methods.classification.diswot.search import Encoding, Scored, Space, SpaceSpec, kendall_tau, search
@@ -26,10 +28,9 @@ from stillhouse.methods.classification.diswot.similarity import (
     view,
 )
 from stillhouse.models import build
-from stillhouse.objective import Progress
-from stillhouse.product import load_product
-from stillhouse.recipe import DataSpec, ModelSpec, validate
-from stillhouse.run import execute
+from stillhouse.runs.execution import execute
+from stillhouse.runs.products import load_product
+from stillhouse.runs.recipe import validate
 
 BATCH = {"input": torch.randn(8, 1, 8, 8, generator=torch.Generator().manual_seed(0)), "label": torch.arange(8) % 10}
 

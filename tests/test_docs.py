@@ -23,7 +23,7 @@ import torch
 
 import stillhouse
 from stillhouse import catalog, cli
-from stillhouse.recipe import MethodConfig
+from stillhouse.config.specs import MethodConfig
 
 ROOT = Path(__file__).resolve().parents[1]
 WRITTEN = [ROOT / "README.md", *sorted(p for p in (ROOT / "docs").glob("*.md"))]

@@ -9,12 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from stillhouse import Distillation
+from stillhouse.config.specs import TrainSpec
 from stillhouse.data import adapt
-from stillhouse.engine import fit
 from stillhouse.objectives.ce import CrossEntropy
 from stillhouse.objectives.gkd import GKD
-from stillhouse.recipe import TrainSpec
 from stillhouse.signals import Batch
+from stillhouse.training.engine import fit
 
 TOKENS = 13
 

@@ -13,9 +13,10 @@ from torch import nn
 
 from stillhouse.errors import UserError
 from stillhouse.evaluation import classification as C
-from stillhouse.evaluation import cost, evaluator
+from stillhouse.evaluation import cost
 from stillhouse.evaluation.statistics import mean_interval, paired_difference, standard_deviation
-from stillhouse.evaluation.student import evaluate_student, judge
+from stillhouse.runs.evaluators import evaluator
+from stillhouse.runs.evaluators.student import evaluate_student, judge
 
 ORACLES = Path(os.environ.get("STILLHOUSE_ORACLES", Path(__file__).parents[2] / "shared" / "oracles"))
 

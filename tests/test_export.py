@@ -13,13 +13,13 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import stillhouse
+from stillhouse.config.specs import DataSpec, ModelSpec
 from stillhouse.data import BatchKey, DataBundle, Loader, load
 from stillhouse.errors import MissingExtra, UserError
-from stillhouse.export import export
 from stillhouse.functional.whitening import fit_whitening
 from stillhouse.models import build
-from stillhouse.product import Student
-from stillhouse.recipe import DataSpec, ModelSpec
+from stillhouse.runs.export import export
+from stillhouse.runs.products import Student
 from stillhouse.synthetic.exchange import left_out
 from stillhouse.synthetic.product import SyntheticSet
 from stillhouse.synthetic.real import unnormalised
@@ -46,7 +46,7 @@ def answers(folder: Path, batch: int) -> tuple[torch.Tensor, torch.Tensor]:
     from stillhouse.signals import read_logits
 
     student = stillhouse.load(folder)
-    x = torch.randn(batch, *stillhouse.product.load_product(folder).input_shape)
+    x = torch.randn(batch, *stillhouse.runs.products.load_product(folder).input_shape)
     with torch.no_grad():
         return x, read_logits(student(x))
 

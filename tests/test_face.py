@@ -12,9 +12,9 @@ import torch
 from torch import nn
 
 import stillhouse
+from stillhouse.config.specs import StoreSpec
 from stillhouse.data import IndexedDataset
 from stillhouse.data.dataset import PixelInputs
-from stillhouse.recipe import StoreSpec
 from stillhouse.store import cache
 
 

@@ -15,13 +15,13 @@ import pytest
 import torch
 from torch import nn
 
-from stillhouse import recipe
-from stillhouse.distillation import Distillation
+from stillhouse.distillation.distillation import Distillation
+from stillhouse.distillation.objective import Objective
 from stillhouse.errors import TrainingDiverged, UserError
-from stillhouse.objective import Objective
 from stillhouse.objectives.ce import CrossEntropy as CE
 from stillhouse.objectives.kd import KD
-from stillhouse.run import execute
+from stillhouse.runs import recipe
+from stillhouse.runs.execution import execute
 
 ALONE = """
 data: {name: digits, size: 100, test_size: 50}
@@ -40,7 +40,7 @@ def test_a_loss_that_is_not_finite_stops_with_the_step_and_the_terms_and_keeps_t
         '''
 """Becomes NaN at the ninth step."""
 import torch
-from stillhouse.objective import Objective
+from stillhouse.distillation.objective import Objective
 
 
 class Late(Objective):
@@ -155,7 +155,7 @@ def test_a_tap_that_no_forward_pass_reached_is_an_error():
 
 
 def test_a_tap_without_gradient_is_an_error():
-    from stillhouse.objective import Progress
+    from stillhouse.distillation.objective import Progress
 
     module = Distillation(Net(), None, [CE(), Tapped("stem")]).build(BATCH)
     with pytest.raises(UserError, match="'stem' carries no gradient"):

@@ -15,8 +15,8 @@ from stillhouse.data.node_graphs import simple_graph
 from stillhouse.errors import UserError
 from stillhouse.methods.graphs.ff_g2m import LowFrequency, high_frequency_loss, low_frequency_loss
 from stillhouse.methods.graphs.glnn import soft_label_loss
-from stillhouse.recipe import validate
-from stillhouse.run import execute
+from stillhouse.runs.execution import execute
+from stillhouse.runs.recipe import validate
 
 
 @pytest.fixture

@@ -12,9 +12,9 @@ from stillhouse.errors import UserError
 from stillhouse.functional.matching import feature_mean_distance
 from stillhouse.methods.datasets.fyi import asymmetry, flip_first
 from stillhouse.models.convnet import ConvNet
-from stillhouse.product import load_product
-from stillhouse.recipe import validate
-from stillhouse.run import execute
+from stillhouse.runs.execution import execute
+from stillhouse.runs.products import load_product
+from stillhouse.runs.recipe import validate
 from stillhouse.synthetic.config import AugmentSpec
 from stillhouse.synthetic.synthesis import with_mirrors
 

@@ -8,12 +8,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from stillhouse.distillation.objective import Progress
+from stillhouse.distillation.teachers import Frozen
 from stillhouse.errors import UserError
 from stillhouse.methods.classification.hard.augmentors import LearnedAffine, LearnedMix, RandomAffine
 from stillhouse.methods.classification.hard.game import Game, augmentor_loss, balanced, disagreement
 from stillhouse.methods.classification.hard.vae import VAE, VAEAugmentor, VAEFit, draw_pixels, gaussian_kl, pixel_nll, spread
-from stillhouse.objective import Progress
-from stillhouse.teachers import Frozen
 
 SHAPE = (1, 8, 8)
 

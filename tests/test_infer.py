@@ -12,9 +12,9 @@ from stillhouse.errors import UserError
 from stillhouse.functional.recovery import BatchNormStatistics
 from stillhouse.methods.datasets.infer import CompensatedSet, StaticLabels, budget, compensated, compensation_loss
 from stillhouse.models.convnet import ConvNet
-from stillhouse.product import load_product
-from stillhouse.recipe import validate
-from stillhouse.run import execute
+from stillhouse.runs.execution import execute
+from stillhouse.runs.products import load_product
+from stillhouse.runs.recipe import validate
 from stillhouse.synthetic.relabel import Views
 
 MEAN, STD = (0.5,), (0.25,)

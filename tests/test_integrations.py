@@ -18,12 +18,12 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from stillhouse import Distillation, Ensemble, Frozen, Momentum, PastSelf, Progress
+from stillhouse.config.specs import ModelSpec
 from stillhouse.errors import MissingExtra, UserError
 from stillhouse.models import build
 from stillhouse.objectives.ce import CrossEntropy
 from stillhouse.objectives.kd import KD, kd_loss
 from stillhouse.objectives.nkd_uskd import USKD
-from stillhouse.recipe import ModelSpec
 
 CLASSES = 4
 

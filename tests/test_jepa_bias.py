@@ -10,6 +10,7 @@ import pytest
 import torch
 from scipy.integrate import quad
 
+from stillhouse.config.specs import DataSpec
 from stillhouse.errors import UserError
 from stillhouse.methods.pretraining.jepa_bias import Moments, Simulation, critical_time, encoder_gain, sample_static, sample_temporal, trajectory
 from stillhouse.methods.pretraining.jepa_bias.linear import (
@@ -28,9 +29,10 @@ from stillhouse.methods.pretraining.jepa_bias.linear import (
 from stillhouse.methods.pretraining.jepa_bias.nonlinear import Learner, NonlinearSpec, knn
 from stillhouse.methods.pretraining.jepa_bias.sources import ContentSpec, pairs_of
 from stillhouse.methods.pretraining.jepa_bias.theory import KINDS, fixed_point, reaching_time, velocity
-from stillhouse.product import load
-from stillhouse.recipe import DataSpec, validate
-from stillhouse.run import Run, execute
+from stillhouse.runs.execution import execute
+from stillhouse.runs.products import load
+from stillhouse.runs.recipe import validate
+from stillhouse.runs.run import Run
 
 LAM = torch.tensor([1.0, 1.0, 0.5, 0.25], dtype=torch.float64)
 RHO = torch.tensor([0.9, 0.4, 0.9, 0.5], dtype=torch.float64)

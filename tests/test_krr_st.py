@@ -14,9 +14,9 @@ from stillhouse.methods.datasets.krr_st.ridge import Pool, Regressor, outer_loss
 from stillhouse.methods.datasets.krr_st.target import barlow_twins_loss
 from stillhouse.models.convnet import ConvNet
 from stillhouse.models.resnet import ResNet
-from stillhouse.product import load_product
-from stillhouse.recipe import validate
-from stillhouse.run import execute
+from stillhouse.runs.execution import execute
+from stillhouse.runs.products import load_product
+from stillhouse.runs.recipe import validate
 
 
 def tree(**given) -> dict:

@@ -15,21 +15,22 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import stillhouse
-from stillhouse import Progress, recipe
+from stillhouse import Progress
+from stillhouse.config.specs import DataSpec, ModelSpec
 from stillhouse.data import BatchKey, load
 from stillhouse.data.text import TextBundle
-from stillhouse.data.token_dataset import IGNORE
-from stillhouse.data.tokenizer import size
-from stillhouse.distillation import Distillation
+from stillhouse.distillation.distillation import Distillation
+from stillhouse.distillation.teachers import Stored
 from stillhouse.errors import UserError
 from stillhouse.evaluation.language import evaluate_tokens
+from stillhouse.functional.ragged import IGNORE
 from stillhouse.methods.language.on_policy import OnPolicyDistillation
 from stillhouse.methods.language.sequence_kd import given, rewritten_rows, written
+from stillhouse.models.tokenizer import size
 from stillhouse.models.writing import Generation, Writer
-from stillhouse.recipe import DataSpec, ModelSpec
-from stillhouse.run import execute
+from stillhouse.runs import recipe
+from stillhouse.runs.execution import execute
 from stillhouse.signals import call_model, read_logits
-from stillhouse.teachers import Stored
 
 pytest.importorskip("transformers", reason="transformers is not installed")
 VERSES = [

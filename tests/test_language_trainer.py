@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from stillhouse.data.tokenizer import tokenizer
 from stillhouse.errors import UserError
+from stillhouse.models.tokenizer import tokenizer
 
 PAD, IGNORE, WORDS = 0, -100, 40
 

@@ -9,18 +9,20 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from stillhouse import catalog, recipe
-from stillhouse.distillation import Distillation
+from stillhouse import catalog
+from stillhouse.config.specs import ModelSpec
+from stillhouse.distillation.distillation import Distillation
+from stillhouse.distillation.objective import Progress
 from stillhouse.errors import UserError
 from stillhouse.methods.classification.makd import AspectClassifier, Aspects, Widened, aspect_loss, strip_aspects
 from stillhouse.methods.classification.makd.aspects import AspectsSpec, aspect_probs, read_answers
 from stillhouse.methods.classification.makd.image_text import ImageText
 from stillhouse.models import build
-from stillhouse.objective import Progress
 from stillhouse.objectives.ce import CrossEntropy, cross_entropy
-from stillhouse.product import load_product
-from stillhouse.recipe import ModelSpec
-from stillhouse.run import Run, execute
+from stillhouse.runs import recipe
+from stillhouse.runs.execution import execute
+from stillhouse.runs.products import load_product
+from stillhouse.runs.run import Run
 
 ANSWERS = {"Does it hold a loop?": [0, 6, 8, 9], "Is it open to the left?": [2, 3, 5, 7], "Is it a number?": list(range(10))}
 SHAPE = (1, 8, 8)

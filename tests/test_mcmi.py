@@ -8,15 +8,16 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from stillhouse.config.specs import DataSpec, ModelSpec, TrainSpec
 from stillhouse.data import DataBundle, Loader, load
 from stillhouse.data.subset import Subset
-from stillhouse.distillation import Distillation
-from stillhouse.engine import fit
+from stillhouse.distillation.distillation import Distillation
 from stillhouse.errors import UserError
 from stillhouse.methods.classification.mcmi import MCMI, OutputStatistics, conditional_information, mcmi_loss, updated_centroids
 from stillhouse.models import build
-from stillhouse.recipe import DataSpec, ModelSpec, TrainSpec, validate
-from stillhouse.run import execute
+from stillhouse.runs.execution import execute
+from stillhouse.runs.recipe import validate
+from stillhouse.training.engine import fit
 
 LOGITS = 2 * torch.randn(60, 5, generator=torch.Generator().manual_seed(0))
 LABELS = torch.arange(60) % 5

@@ -9,13 +9,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from stillhouse.distillation import Distillation
+from stillhouse.distillation.distillation import Distillation
+from stillhouse.distillation.objective import Progress
+from stillhouse.distillation.teachers import Ensemble, Frozen
 from stillhouse.errors import UserError
 from stillhouse.methods.classification.meal_v2 import Config, Discriminator, MealV2, averaged
-from stillhouse.objective import Progress
-from stillhouse.recipe import validate
+from stillhouse.runs.recipe import validate
 from stillhouse.signals import Batch, Signals
-from stillhouse.teachers import Ensemble, Frozen
 
 
 def logits(seed: int, n: int = 6, classes: int = 16) -> Tensor:

@@ -17,9 +17,9 @@ from stillhouse.methods.graphs.mirage.patterns import frequent, mine, without_sh
 from stillhouse.methods.graphs.mirage.selecting import herded_graphs, random_graphs
 from stillhouse.methods.graphs.mirage.training import Drawn
 from stillhouse.methods.graphs.mirage.trees import TreeClasses, skew, union
-from stillhouse.product import load_product
-from stillhouse.recipe import validate
-from stillhouse.run import execute
+from stillhouse.runs.execution import execute
+from stillhouse.runs.products import load_product
+from stillhouse.runs.recipe import validate
 
 
 def graphs(count: int = 12, seed: int = 0, directed: bool = False) -> Graphs:

@@ -15,9 +15,9 @@ from safetensors.torch import save_file
 from torch import nn
 from torch.nn import functional as F
 
+from stillhouse.config.specs import ModelSpec
 from stillhouse.errors import UserError
 from stillhouse.models import anatomy, build, load_weights, names
-from stillhouse.recipe import ModelSpec
 from stillhouse.signals import Taps, call_model
 
 ORACLES = Path(os.environ.get("STILLHOUSE_ORACLES", Path(__file__).parents[2] / "shared" / "oracles"))
@@ -408,5 +408,5 @@ def test_a_transformers_folder_loads_with_its_weights(tmp_path: Path) -> None:
 
 
 def test_building_an_own_net_loads_no_other_library() -> None:
-    code = "import sys; from stillhouse.models import build; from stillhouse.recipe import ModelSpec; build(ModelSpec(model='stillhouse:resnet8')); print([m for m in ('timm', 'torchvision', 'transformers') if m in sys.modules])"
+    code = "import sys; from stillhouse.models import build; from stillhouse.runs.recipe import ModelSpec; build(ModelSpec(model='stillhouse:resnet8')); print([m for m in ('timm', 'torchvision', 'transformers') if m in sys.modules])"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"

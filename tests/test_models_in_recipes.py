@@ -11,10 +11,10 @@ import torch
 from PIL import Image
 
 import stillhouse
-from stillhouse import recipe
 from stillhouse.errors import UserError
-from stillhouse.product import load_product
-from stillhouse.run import execute, plan
+from stillhouse.runs import recipe
+from stillhouse.runs.execution import execute, plan
+from stillhouse.runs.products import load_product
 from stillhouse.signals import read_logits
 
 VIT = {"hidden_size": 8, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 16, "patch_size": 8}

@@ -24,9 +24,10 @@ from stillhouse.methods.pretraining.mrdd.losses import (
 from stillhouse.methods.pretraining.mrdd.networks import NetworkSpec, decoder, encoder
 from stillhouse.methods.pretraining.mrdd.training import SpecificSpec, SpecificTraining
 from stillhouse.methods.pretraining.mrdd.views import ViewMaker, edges
-from stillhouse.product import load
-from stillhouse.recipe import validate
-from stillhouse.run import Run, execute
+from stillhouse.runs.execution import execute
+from stillhouse.runs.products import load
+from stillhouse.runs.recipe import validate
+from stillhouse.runs.run import Run
 
 
 def drawn(*shape: int, seed: int = 0) -> torch.Tensor:

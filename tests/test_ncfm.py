@@ -8,15 +8,15 @@ from typing import Any
 import pytest
 import torch
 
-from stillhouse import recipe
 from stillhouse.errors import UserError
 from stillhouse.functional.matching import feature_mean_distance
-from stillhouse.loop import Loop
 from stillhouse.methods.datasets.ncfm import SamplingNetwork, between, characteristic_distance, characteristic_terms, corrected_logits
-from stillhouse.product import load_product
-from stillhouse.recipe import validate
-from stillhouse.run import execute
+from stillhouse.runs import recipe
+from stillhouse.runs.execution import execute
+from stillhouse.runs.products import load_product
+from stillhouse.runs.recipe import validate
 from stillhouse.synthetic.training import HardTraining
+from stillhouse.training.loop import Loop
 
 DIGITS = {
     "method": "ncfm",

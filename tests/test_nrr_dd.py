@@ -17,9 +17,9 @@ from stillhouse.methods.datasets.nrr_dd.distances import DistanceLabels, Distanc
 from stillhouse.methods.datasets.nrr_dd.refining import activation_map, critical, discover, mask, masked_step, mosaic, share_inside
 from stillhouse.methods.datasets.sre2l import RecoverSpec, recover_loss
 from stillhouse.models.convnet import ConvNet
-from stillhouse.product import load_product
-from stillhouse.recipe import validate
-from stillhouse.run import execute
+from stillhouse.runs.execution import execute
+from stillhouse.runs.products import load_product
+from stillhouse.runs.recipe import validate
 from stillhouse.signals import Taps
 from stillhouse.synthetic.relabel import Views
 

@@ -12,11 +12,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from stillhouse import catalog
+from stillhouse.distillation.objective import Objective, Progress
 from stillhouse.errors import UserError
 from stillhouse.functional.divergences import standardise
 from stillhouse.functional.feature_maps import as_map, pooled, same_size
 from stillhouse.functional.labels import without_classes
-from stillhouse.objective import Objective, Progress
 from stillhouse.objectives.ce import CrossEntropy, cross_entropy
 from stillhouse.objectives.crd import CRD, Negatives
 from stillhouse.objectives.dist import dist_loss

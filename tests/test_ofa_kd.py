@@ -7,12 +7,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from stillhouse.distillation import Distillation
+from stillhouse.config.specs import ModelSpec
+from stillhouse.distillation.distillation import Distillation
+from stillhouse.distillation.objective import Progress
 from stillhouse.errors import UserError
 from stillhouse.models import build
-from stillhouse.objective import Progress
 from stillhouse.objectives.ofa_kd import OFAKD, ofa_loss, token_branch
-from stillhouse.recipe import ModelSpec
 
 SHAPE = (3, 16, 16)
 

@@ -13,9 +13,9 @@ from stillhouse.methods.datasets.pca import PackedSet
 from stillhouse.methods.datasets.pca.packing import combine, covering, crop_boxes, cut, resized, select, views
 from stillhouse.methods.datasets.pca.protocol import cutmix, label_loss, mixed, top_k_labels
 from stillhouse.methods.datasets.pca.scoring import aum, el2n, forgetting, margins
-from stillhouse.product import load_product
-from stillhouse.recipe import validate
-from stillhouse.run import execute
+from stillhouse.runs.execution import execute
+from stillhouse.runs.products import load_product
+from stillhouse.runs.recipe import validate
 
 SCORER = {"train": {"epochs": 1, "batch_size": 50}}
 

@@ -6,13 +6,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from stillhouse.context import TrainingContext
-from stillhouse.distillation import Distillation
+from stillhouse.config.specs import ModelSpec
+from stillhouse.distillation.distillation import Distillation
+from stillhouse.distillation.objective import Progress
 from stillhouse.errors import UserError
 from stillhouse.models import build
-from stillhouse.objective import Progress
 from stillhouse.objectives.proc_kd import ProCKD, Prototypes, vlad
-from stillhouse.recipe import ModelSpec
+from stillhouse.training.context import TrainingContext
 
 SHAPE = (3, 16, 16)
 

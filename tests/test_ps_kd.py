@@ -9,12 +9,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from stillhouse.distillation import Distillation
+from stillhouse.distillation.distillation import Distillation
+from stillhouse.distillation.objective import Progress
+from stillhouse.distillation.teachers import PastSelf
 from stillhouse.errors import UserError
-from stillhouse.objective import Progress
 from stillhouse.objectives.ps_kd import PSKD, calibration, ps_kd_loss, refined_targets, share
 from stillhouse.signals import Batch
-from stillhouse.teachers import PastSelf
 
 
 class Here:

@@ -9,15 +9,16 @@ import pytest
 import torch
 from scipy.optimize import linprog
 
+from stillhouse.config.specs import DataSpec, ModelSpec
 from stillhouse.data import load
 from stillhouse.errors import UserError
 from stillhouse.methods.classification.rad import Answering, least_sure_shuffled
 from stillhouse.methods.classification.rad.game import draw, exact_marginals, gains, guaranteed, marginals, solve, solve_relative
 from stillhouse.methods.classification.rad.queries import RULES, Pool
 from stillhouse.models import build
-from stillhouse.product import load_product
-from stillhouse.recipe import DataSpec, ModelSpec, validate
-from stillhouse.run import execute
+from stillhouse.runs.execution import execute
+from stillhouse.runs.products import load_product
+from stillhouse.runs.recipe import validate
 
 G = np.array([0.9, 0.8, 0.5, 0.4, 0.1])
 

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from stillhouse import recipe
 from stillhouse.errors import UserError
-from stillhouse.schema import recipe_schema
+from stillhouse.runs import recipe
+from stillhouse.runs.schema import recipe_schema
 
 GOOD = """
 data: digits

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from stillhouse import recipe
-from stillhouse.product import load_product
-from stillhouse.run import execute
+from stillhouse.runs import recipe
+from stillhouse.runs.execution import execute
+from stillhouse.runs.products import load_product
 
 ROOT = Path(__file__).parents[1]
 RECIPES = sorted(ROOT.glob("recipes/**/*.yaml"))

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from stillhouse.randomness import generator
-from stillhouse.recipe import validate
-from stillhouse.run import Run, execute
+from stillhouse.runs.execution import execute
+from stillhouse.runs.recipe import validate
+from stillhouse.runs.run import Run
 from stillhouse.synthetic.descent import Cost, batch_view, descend
 from stillhouse.synthetic.real import RealImages, RealRows
 

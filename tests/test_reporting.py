@@ -16,9 +16,9 @@ from plotly.offline import get_plotlyjs
 from rich.console import Console
 
 from stillhouse.errors import UserError
+from stillhouse.evaluation.quantities import quantity
 from stillhouse.evaluation.statistics import paired_difference
 from stillhouse.reporting.comparison import comparison_markdown, comparison_table, write_comparison_report
-from stillhouse.reporting.quantities import quantity
 from stillhouse.reporting.rows import compare
 from stillhouse.reporting.run_report import read_curves, write_run_report
 from stillhouse.synthetic.product import SyntheticSet, contact_sheet

@@ -11,13 +11,14 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from stillhouse.config.specs import DataSpec
 from stillhouse.data import Loader, load
 from stillhouse.errors import UserError
 from stillhouse.methods.classification.self_distill_kernel import WeightedTargets, pixels, weighted_targets_loss
 from stillhouse.methods.classification.self_distill_kernel.chain import KernelSelfDistillation, optimal_weight
-from stillhouse.product import load_product
-from stillhouse.recipe import DataSpec, validate
-from stillhouse.run import execute
+from stillhouse.runs.execution import execute
+from stillhouse.runs.products import load_product
+from stillhouse.runs.recipe import validate
 
 X = torch.linspace(0, 1, 11, dtype=torch.float64)[:, None]
 Y = torch.tensor(

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from stillhouse.distillation.objective import Progress
 from stillhouse.errors import UserError
-from stillhouse.objective import Progress
 from stillhouse.objectives.sinkd import SinKD, annealed, sinkhorn_cost, sinkhorn_distance, sinkhorn_plan
 from stillhouse.signals import Signals
 

@@ -9,9 +9,11 @@ import pytest
 import torch
 from torch import nn
 
+from stillhouse.config.specs import DataSpec, ModelSpec, TrainSpec
 from stillhouse.data import Loader, load
 from stillhouse.data.joined import Joined, Part, unlabelled
-from stillhouse.distillation import Distillation
+from stillhouse.distillation.distillation import Distillation
+from stillhouse.distillation.objective import Progress
 from stillhouse.errors import UserError
 from stillhouse.functional.divergences import soft_cross_entropy
 from stillhouse.methods.classification.ssld import (
@@ -27,8 +29,6 @@ from stillhouse.methods.classification.ssld import (
     top_of_each_class,
 )
 from stillhouse.models import build
-from stillhouse.objective import Progress
-from stillhouse.recipe import DataSpec, ModelSpec, TrainSpec
 from stillhouse.signals import Signals
 
 

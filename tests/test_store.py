@@ -20,14 +20,14 @@ import torch
 from torch import Tensor, nn
 
 from stillhouse import Frozen
-from stillhouse import recipe as recipes
+from stillhouse.config.specs import StoreSpec
 from stillhouse.data import BatchKey, IndexedDataset, Loader
 from stillhouse.data.dataset import ItemInputs, PixelInputs
 from stillhouse.errors import UserError
 from stillhouse.objectives.kd import kd_loss, kd_top_loss
-from stillhouse.product import load_product
-from stillhouse.recipe import StoreSpec
-from stillhouse.run import execute
+from stillhouse.runs import recipe as recipes
+from stillhouse.runs.execution import execute
+from stillhouse.runs.products import load_product
 from stillhouse.signals import TopK
 from stillhouse.store import Store, StoredDataset, cache
 from stillhouse.store.format import decode, encode, rounding
@@ -335,7 +335,7 @@ def test_the_command_writes_a_store_that_recipes_name(recipe_file, tmp_path: Pat
 @pytest.fixture(scope="module")
 def held(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """A recipe, and a store of its teacher's top 3."""
-    from stillhouse.store.making import asked, make_for
+    from stillhouse.runs.caching import asked, make_for
 
     folder = tmp_path_factory.mktemp("held")
     (folder / "recipe.yaml").write_text(RECIPE)

@@ -18,16 +18,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from stillhouse import recipe as recipes
+from stillhouse.config.specs import StoreSpec
 from stillhouse.data import BatchKey
 from stillhouse.errors import UserError
 from stillhouse.objectives.kd import kd_top_loss
-from stillhouse.recipe import StoreSpec
-from stillhouse.run import execute
+from stillhouse.runs import recipe as recipes
+from stillhouse.runs.caching import make_from_server
+from stillhouse.runs.execution import execute
 from stillhouse.signals import TopK
 from stillhouse.store import Store
-from stillhouse.store.asking import Written, score, write
-from stillhouse.store.making import make_from_server
+from stillhouse.store.remote import Written, score, write
 from stillhouse.store.server import Server, Vocabulary
 
 VOCABULARY, CONTEXT = 30, 12

@@ -12,10 +12,10 @@ import torch
 from PIL import Image
 
 import stillhouse
+from stillhouse.config.specs import DataSpec
 from stillhouse.data import Loader, load
 from stillhouse.errors import UserError
 from stillhouse.functional.whitening import fit_whitening
-from stillhouse.recipe import DataSpec
 from stillhouse.synthetic.initial import decode
 from stillhouse.synthetic.product import SyntheticSet
 from stillhouse.synthetic.relabel import ViewLabels, Views, relabel

@@ -10,7 +10,7 @@ from types import ModuleType
 import pytest
 import torch
 
-from stillhouse import recipe
+from stillhouse.runs import recipe
 from stillhouse.synthetic.product import SyntheticSet
 
 ROOT = Path(__file__).parents[1]

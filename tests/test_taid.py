@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from stillhouse.distillation.objective import Progress
 from stillhouse.errors import UserError
 from stillhouse.functional.token_losses import cross_entropy_rows, reverse_kl_rows, total_variation_rows
-from stillhouse.objective import Progress
 from stillhouse.objectives.taid import TAID, taid_rows, taid_target
 from stillhouse.objectives.token_divergence import TokenDivergence, divergence_rows
 from stillhouse.signals import Signals

@@ -13,12 +13,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from stillhouse.config.specs import DataSpec, ModelSpec
 from stillhouse.data import BatchKey, load
 from stillhouse.data.text import TextBundle
-from stillhouse.data.token_dataset import IGNORE
-from stillhouse.data.tokenizer import encode, size, tokenizer
 from stillhouse.errors import UserError
-from stillhouse.recipe import DataSpec, ModelSpec
+from stillhouse.functional.ragged import IGNORE
+from stillhouse.models.tokenizer import encode, size, tokenizer
 from stillhouse.signals import call_model, read_logits
 
 pytest.importorskip("transformers", reason="transformers is not installed")

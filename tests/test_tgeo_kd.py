@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from stillhouse.distillation import Distillation
+from stillhouse.distillation.distillation import Distillation
+from stillhouse.distillation.objective import Objective, Progress
 from stillhouse.errors import UserError
-from stillhouse.objective import Objective, Progress
 from stillhouse.objectives.tgeo_kd import FusionNetwork, TGeoKD, class_means, fused_loss, geometry_state, sample_losses
 from stillhouse.signals import Batch, Signals
 

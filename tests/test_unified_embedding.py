@@ -18,9 +18,9 @@ from stillhouse.methods.compression.unified_embedding.columns import TableSpec, 
 from stillhouse.methods.compression.unified_embedding.hashing import MISSING, bucket, salt
 from stillhouse.methods.compression.unified_embedding.network import mean_angle
 from stillhouse.methods.compression.unified_embedding.table import Feature, UnifiedEmbedding
-from stillhouse.product import load_product
-from stillhouse.recipe import validate
-from stillhouse.run import execute
+from stillhouse.runs.execution import execute
+from stillhouse.runs.products import load_product
+from stillhouse.runs.recipe import validate
 
 ROOT = Path(__file__).parents[1]
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from stillhouse.data.tokenizer import tokenizer
 from stillhouse.errors import UserError
 from stillhouse.functional.vocabularies import mapped, trimmed
+from stillhouse.models.tokenizer import tokenizer
 
 
 def test_padded_columns_are_cut_from_both_sides() -> None:

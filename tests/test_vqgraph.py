@@ -14,8 +14,8 @@ from stillhouse.errors import UserError
 from stillhouse.methods.graphs import vqgraph
 from stillhouse.methods.graphs.vqgraph import Tokens, token_loss
 from stillhouse.methods.graphs.vqgraph.tokenizer import Codebook, Tokenizer, edge_loss
-from stillhouse.recipe import validate
-from stillhouse.run import execute
+from stillhouse.runs.execution import execute
+from stillhouse.runs.recipe import validate
 
 
 def test_codes_are_read_before_they_move_and_pass_the_gradient_unchanged() -> None:

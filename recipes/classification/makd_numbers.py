@@ -8,9 +8,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from stillhouse.config.specs import DataSpec
 from stillhouse.data import load
 from stillhouse.randomness import generator
-from stillhouse.recipe import DataSpec
 
 CLASSES = [f"{number:02d}" for number in range(100)]
 SHAPES = {

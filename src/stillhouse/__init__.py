@@ -12,21 +12,21 @@ __version__ = "0.1.0"
 
 _FACE = {
     "distill": "stillhouse.api",
-    "load": "stillhouse.product",
+    "load": "stillhouse.runs.products",
     "list_methods": "stillhouse.catalog",
     "Signals": "stillhouse.signals",
     "TopK": "stillhouse.signals",
     "Taps": "stillhouse.signals",
-    "Objective": "stillhouse.objective",
-    "Progress": "stillhouse.objective",
-    "WeightSchedule": "stillhouse.objective",
-    "Distillation": "stillhouse.distillation",
-    "Frozen": "stillhouse.teachers",
-    "Ensemble": "stillhouse.teachers",
-    "Momentum": "stillhouse.teachers",
-    "PastSelf": "stillhouse.teachers",
-    "CoTrained": "stillhouse.teachers",
-    "Stored": "stillhouse.teachers",
+    "Objective": "stillhouse.distillation.objective",
+    "Progress": "stillhouse.distillation.objective",
+    "WeightSchedule": "stillhouse.distillation.objective",
+    "Distillation": "stillhouse.distillation.distillation",
+    "Frozen": "stillhouse.distillation.teachers",
+    "Ensemble": "stillhouse.distillation.teachers",
+    "Momentum": "stillhouse.distillation.teachers",
+    "PastSelf": "stillhouse.distillation.teachers",
+    "CoTrained": "stillhouse.distillation.teachers",
+    "Stored": "stillhouse.distillation.teachers",
     "Store": "stillhouse.store",
     "StoredDataset": "stillhouse.store",
     "Loader": "stillhouse.data",
@@ -38,23 +38,23 @@ if TYPE_CHECKING:
     from stillhouse.api import distill as distill
     from stillhouse.catalog import list_methods as list_methods
     from stillhouse.data import Loader as Loader
-    from stillhouse.distillation import Distillation as Distillation
+    from stillhouse.distillation.distillation import Distillation as Distillation
+    from stillhouse.distillation.objective import Objective as Objective
+    from stillhouse.distillation.objective import Progress as Progress
+    from stillhouse.distillation.objective import WeightSchedule as WeightSchedule
+    from stillhouse.distillation.teachers import CoTrained as CoTrained
+    from stillhouse.distillation.teachers import Ensemble as Ensemble
+    from stillhouse.distillation.teachers import Frozen as Frozen
+    from stillhouse.distillation.teachers import Momentum as Momentum
+    from stillhouse.distillation.teachers import PastSelf as PastSelf
+    from stillhouse.distillation.teachers import Stored as Stored
     from stillhouse.errors import UserError as UserError
-    from stillhouse.objective import Objective as Objective
-    from stillhouse.objective import Progress as Progress
-    from stillhouse.objective import WeightSchedule as WeightSchedule
-    from stillhouse.product import load as load
+    from stillhouse.runs.products import load as load
     from stillhouse.signals import Signals as Signals
     from stillhouse.signals import Taps as Taps
     from stillhouse.signals import TopK as TopK
     from stillhouse.store import Store as Store
     from stillhouse.store import StoredDataset as StoredDataset
-    from stillhouse.teachers import CoTrained as CoTrained
-    from stillhouse.teachers import Ensemble as Ensemble
-    from stillhouse.teachers import Frozen as Frozen
-    from stillhouse.teachers import Momentum as Momentum
-    from stillhouse.teachers import PastSelf as PastSelf
-    from stillhouse.teachers import Stored as Stored
 
 
 def __getattr__(name: str) -> Any:

@@ -10,13 +10,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from stillhouse.distillation import Distillation
-from stillhouse.engine import fit
+from stillhouse.config.messages import spell
+from stillhouse.config.specs import TrainSpec
+from stillhouse.distillation.distillation import Distillation
+from stillhouse.distillation.objective import Objective, WeightSchedule
 from stillhouse.errors import UserError
-from stillhouse.live import Bars, Live
-from stillhouse.objective import Objective, WeightSchedule
-from stillhouse.recipe import TrainSpec
-from stillhouse.sentences import spell
+from stillhouse.training.display import Bars, Live
+from stillhouse.training.engine import fit
 
 
 def distill(
@@ -35,7 +35,7 @@ def distill(
     """Train `student` to carry what `teacher` knows, and return it (in evaluation mode, the same object).
 
     Args:
-        teacher: any `nn.Module` that returns logits, a teacher of `stillhouse.teachers`, several by name, or None.
+        teacher: any `nn.Module` that returns logits, a teacher of `stillhouse.distillation.teachers`, several by name, or None.
         student: any `nn.Module` that returns logits (B, C).
         train_loader: batches of (input, label), or mappings with `input`, `label` and, for objectives that need it, `index`; your `DataLoader`, or
             a `stillhouse.data.Loader`.

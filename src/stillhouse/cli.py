@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 if TYPE_CHECKING:
-    from stillhouse.run import Stage
+    from stillhouse.runs.method import Stage
 
 app = typer.Typer(
     name="stillhouse",
@@ -53,19 +53,19 @@ def run(
     cpu: Cpu = False,
 ) -> None:
     """Run a recipe. Trains what it names, keeps the product, writes the report; a run that was cut off goes on."""
-    from stillhouse import recipe as recipes
+    from stillhouse.runs import recipe as recipes
 
     config = recipes.load(recipe, variant, set_ or [])
     if dry_run:
         _check_data_root(data_root)
-        from stillhouse.run import plan
+        from stillhouse.runs.execution import plan
 
         typer.echo(recipes.dump(config))
         _print_plan(plan(config, data_root=data_root))
         return
-    from stillhouse.live import Bars
-    from stillhouse.reporting.quantities import quantity
-    from stillhouse.run import execute
+    from stillhouse.evaluation.quantities import quantity
+    from stillhouse.runs.execution import execute
+    from stillhouse.training.display import Bars
 
     folder = out or Path("runs") / f"{config.name}-s{config.seed}"
     _ready(folder, data_root)
@@ -92,7 +92,8 @@ def methods(
     name: Annotated[str | None, typer.Argument(help="A method or an objective; without it, all are listed.", metavar="NAME")] = None,
 ) -> None:
     """List methods and objectives, or show one."""
-    from stillhouse import catalog, listing
+    from stillhouse import catalog
+    from stillhouse.runs import listing
 
     card = None if name is None else catalog.card(name)
     for line in listing.all_methods() if card is None else listing.one_method(card):
@@ -142,11 +143,11 @@ def bench(
 
     from rich.console import Console
 
-    from stillhouse.bench import bench as run_bench
-    from stillhouse.bench import entries
     from stillhouse.files import written_beside
-    from stillhouse.live import Bars
     from stillhouse.reporting.comparison import comparison_table, write_comparison_report
+    from stillhouse.runs.bench import bench as run_bench
+    from stillhouse.runs.bench import entries
+    from stillhouse.training.display import Bars
 
     numbers = _seeds(seeds)
     rows = entries(recipe, None if variants is None else [v.strip() for v in variants.split(",")])
@@ -251,9 +252,9 @@ def cache(
     cpu: Cpu = False,
 ) -> None:
     """Keep what a recipe's teacher says of its data. Students then train from the store: teacher: {store: FOLDER}."""
-    from stillhouse import recipe as recipes
-    from stillhouse.live import Bars
-    from stillhouse.store.making import asked, describe, make_for, make_from_server, store_spec
+    from stillhouse.runs import recipe as recipes
+    from stillhouse.runs.caching import asked, describe, make_for, make_from_server, store_spec
+    from stillhouse.training.display import Bars
 
     config = recipes.load(recipe, variant, set_ or [])
     _ready(out.parent, data_root)
@@ -287,23 +288,10 @@ def export(
     trust_code: Annotated[bool, typer.Option("--trust-code", help="Allow a model that your own Python file builds.")] = False,
 ) -> None:
     """Write a student or a synthetic set for other programs to load."""
-    from stillhouse.export import check_format, write
-    from stillhouse.product import load_product
-    from stillhouse.synthetic.exchange import left_out
-    from stillhouse.synthetic.product import SyntheticSet
+    from stillhouse.runs.export import export as write
 
-    check_format(to)
-    product = load_product(folder, trust_code)
-    path = write(product, folder, to, out)
-    if not isinstance(product, SyntheticSet):
-        typer.echo(f"Wrote {path}")
-        return
-    count = len(product.training_images()[1])
-    typer.echo(f"Wrote {count} images of {len(product.classes)} classes: {path}")
-    for sentence in left_out(product, to or "folder"):
+    for sentence in write(folder, to, out, trust_code):
         typer.echo(sentence)
-    real = (product.made_by.get("data") or {}).get("name", "NAME")
-    typer.echo(f"Train on it: data: {{name: 'synthetic:{path}', options: {{real: '{real}'}}}}")
 
 
 @app.command(epilog="Example: stillhouse report runs/digits-s0")
@@ -342,7 +330,7 @@ def schema(method: Annotated[str, typer.Argument(help="A method of the catalogue
     """Print the JSON schema of recipes, for editors."""
     import json
 
-    from stillhouse.schema import recipe_schema
+    from stillhouse.runs.schema import recipe_schema
 
     typer.echo(json.dumps(recipe_schema(method), indent=1))
 

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
+
+import numpy as np
 
 from stillhouse.errors import UserError
 
@@ -47,3 +51,12 @@ def cache_folder() -> Path:
     if given:
         return Path(given).expanduser()
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "stillhouse"
+
+
+def digest(*parts: Any) -> str:
+    """A short hash of arrays and of anything that prints stably."""
+    h = hashlib.blake2b(digest_size=16)
+    for part in parts:
+        h.update(np.ascontiguousarray(part).tobytes() if isinstance(part, np.ndarray) else repr(part).encode())
+        h.update(b"\x1f")
+    return h.hexdigest()

@@ -191,3 +191,41 @@ def first_tensor(value: Any) -> Tensor:
             except UserError:
                 continue
     raise UserError(f"A tap captured a value of type {type(value).__name__} that holds no tensor; tap another module.")
+
+
+def first_samples(batch: Batch, n: int) -> Batch:
+    """The first n samples of a batch."""
+
+    def cut(value: Any) -> Any:
+        if isinstance(value, Mapping):
+            return {k: cut(v) for k, v in value.items()}
+        return value[:n] if isinstance(value, Tensor) and value.ndim else value
+
+    return {key: cut(value) for key, value in batch.items()}
+
+
+def to_device(value: Any, device: torch.device | str) -> Any:
+    """Tensors in nested mappings and lists moved to a device, without waiting."""
+    if isinstance(value, Tensor):
+        return value if value.device == torch.device(device) else value.to(device, non_blocking=True)
+    if isinstance(value, Mapping):
+        return {k: to_device(v, device) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(to_device(v, device) for v in value)
+    return value
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Inside, the model is in evaluation mode and nothing is recorded for gradients; afterwards each submodule has its own mode back.
+
+    `no_grad`, not inference mode: tensors made inside may be used in training later.
+    """
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module, training in modes:
+            module.training = training

@@ -10,12 +10,13 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
+from stillhouse.config.specs import DataSpec
 from stillhouse.data.augment import transforms
 from stillhouse.data.dataset import IndexedDataset, ItemInputs, PixelInputs
-from stillhouse.data.source import SMALL, Samples, Source, digest, find_root, measured, source
+from stillhouse.data.source import SMALL, Samples, Source, find_root, measured, source
 from stillhouse.data.split import balanced, keep_classes, noisy, stratified
 from stillhouse.errors import UserError, unknown
-from stillhouse.recipe import DataSpec
+from stillhouse.files import digest
 
 SPLITS = ("train", "holdout", "val", "test")
 

@@ -13,9 +13,9 @@ from typing import Any, Literal
 
 from pydantic import Field
 
+from stillhouse.config.specs import Spec
 from stillhouse.data.source import existing
 from stillhouse.errors import MissingExtra, UserError, nearest, unknown
-from stillhouse.recipe import Spec
 
 Records = list[dict[str, Any]]
 SUFFIXES = (".txt", ".jsonl", ".json", ".csv", ".tsv", ".parquet")

@@ -9,9 +9,10 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from stillhouse.data.source import IMAGENET_MEAN, IMAGENET_STD, Samples, Source, digest, evenly, existing
+from stillhouse.config.specs import DataSpec
+from stillhouse.data.source import IMAGENET_MEAN, IMAGENET_STD, Samples, Source, evenly, existing
 from stillhouse.errors import UserError, nearest
-from stillhouse.recipe import DataSpec
+from stillhouse.files import digest
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp", ".gif")
 

@@ -17,11 +17,10 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from stillhouse.data.source import digest
+from stillhouse.config.specs import Spec
 from stillhouse.errors import MissingExtra, UserError, unknown
-from stillhouse.files import cache_folder
+from stillhouse.files import cache_folder, digest
 from stillhouse.randomness import permutation
-from stillhouse.recipe import Spec
 
 MOST_LABELS = 4096
 """Distinct feature rows that are still read as labels."""

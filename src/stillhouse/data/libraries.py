@@ -14,12 +14,12 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from stillhouse.config.specs import DataSpec
 from stillhouse.data.dataset import as_tensor
 from stillhouse.data.parquet import DecodedImages
-from stillhouse.data.source import IMAGENET_MEAN, IMAGENET_STD, SMALL, Samples, Source, digest, evenly, existing, in_memory
+from stillhouse.data.source import IMAGENET_MEAN, IMAGENET_STD, SMALL, Samples, Source, evenly, existing, in_memory
 from stillhouse.errors import MissingExtra, UserError, nearest, unknown
-from stillhouse.files import cache_folder
-from stillhouse.recipe import DataSpec
+from stillhouse.files import cache_folder, digest
 
 # Sets whose classes a mirror image changes.
 WRITTEN = {"MNIST", "EMNIST", "KMNIST", "QMNIST", "USPS", "SVHN", "Omniglot", "RenderedSST2", "GTSRB"}

@@ -13,7 +13,7 @@ from stillhouse.data.split import stratified
 from stillhouse.errors import UserError
 
 
-def digits() -> Source:
+def digits(root: Path) -> Source:
     """1,797 handwritten digits, 8x8 pixels; a fixed, stratified 80/20 split into training and test, whatever the seed."""
     from sklearn.datasets import load_digits
 

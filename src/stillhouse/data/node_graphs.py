@@ -15,11 +15,12 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
+from stillhouse.config.specs import DataSpec, Spec
 from stillhouse.data.node_files import read_npz, read_planetoid, read_pyg
-from stillhouse.data.source import digest, existing, find_root
+from stillhouse.data.source import existing, find_root
 from stillhouse.errors import UserError, unknown
+from stillhouse.files import digest
 from stillhouse.randomness import key
-from stillhouse.recipe import DataSpec, Spec
 
 
 class SyntheticSpec(Spec):

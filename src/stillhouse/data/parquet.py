@@ -19,10 +19,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from stillhouse.data.source import IMAGENET_MEAN, IMAGENET_STD, SMALL, Samples, Source, digest, existing
+from stillhouse.config.specs import DataSpec
+from stillhouse.data.source import IMAGENET_MEAN, IMAGENET_STD, SMALL, Samples, Source, existing
 from stillhouse.errors import UserError, unknown
-from stillhouse.files import cache_folder
-from stillhouse.recipe import DataSpec
+from stillhouse.files import cache_folder, digest
 
 SPLIT_NAMES = {"train": "train", "test": "test", "val": "val", "valid": "val", "validation": "val"}
 

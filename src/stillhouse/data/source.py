@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
+import importlib
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,12 +13,25 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from stillhouse.config.specs import DataSpec
 from stillhouse.errors import UserError, nearest, unknown
-from stillhouse.files import cache_folder
-from stillhouse.recipe import DataSpec
+from stillhouse.files import cache_folder, digest
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 SMALL = 96  # images up to this many pixels a side are kept decoded in memory
+
+
+NAMED = {"digits": "stillhouse.data.named:digits", "cifar10": "stillhouse.data.named:cifar10"}
+"""Data sets by name alone."""
+FORMATS = {
+    "imagefolder": ("stillhouse.data.folder:imagefolder", "PATH"),
+    "torchvision": ("stillhouse.data.libraries:torchvision", "CLASS"),
+    "hf": ("stillhouse.data.libraries:hf", "REPO"),
+    "parquet": ("stillhouse.data.parquet:parquet", "PATH"),
+    "file": ("stillhouse.data.libraries:file", "PATH.py:FUNCTION"),
+    "synthetic": ("stillhouse.synthetic.exchange:source", "PATH"),
+}
+"""Scheme -> the function that reads it, and what follows the colon."""
 
 
 @dataclass
@@ -65,33 +78,23 @@ class Source:
 
 def source(spec: DataSpec, root: Path) -> Source:
     """Find the data set that `spec.name` names. Raises `UserError` in a sentence where it is unknown, missing or empty."""
-    from stillhouse.data import folder, libraries, named, parquet
-
-    if spec.name in ("digits", "cifar10"):
+    scheme, _, rest = spec.name.partition(":")
+    if scheme in NAMED and not rest:
         if spec.options:
             raise UserError(f"data.options: '{spec.name}' takes no options; given: {', '.join(spec.options)}.")
-        return named.digits() if spec.name == "digits" else named.cifar10(root)
-    formats = {
-        "imagefolder": folder.imagefolder,
-        "torchvision": libraries.torchvision,
-        "hf": libraries.hf,
-        "parquet": parquet.parquet,
-        "file": libraries.file,
-        "synthetic": _synthetic,
-    }
-    scheme, _, rest = spec.name.partition(":")
-    if scheme in formats and rest:
-        return formats[scheme](rest, spec, root)
-    shapes = {"imagefolder": "PATH", "torchvision": "CLASS", "hf": "REPO", "parquet": "PATH", "file": "PATH.py:FUNCTION", "synthetic": "PATH"}
-    if scheme in formats:
-        raise UserError(f"data.name: '{scheme}' needs to be told which: '{scheme}:{shapes[scheme]}'.")
-    raise unknown("data set", spec.name, ["digits", "cifar10", *(f"{k}:{v}" for k, v in shapes.items())])
+        return _format(NAMED[scheme])(root)
+    if scheme in FORMATS and rest:
+        return _format(FORMATS[scheme][0])(rest, spec, root)
+    if scheme in FORMATS:
+        raise UserError(f"data.name: '{scheme}' needs to be told which: '{scheme}:{FORMATS[scheme][1]}'.")
+    raise unknown("data set", spec.name, [*NAMED, *(f"{k}:{v}" for k, (_, v) in FORMATS.items())])
 
 
-def _synthetic(path: str, spec: DataSpec, root: Path) -> Source:
-    from stillhouse.synthetic.exchange import source as synthetic
-
-    return synthetic(path, spec, root)
+def _format(where: str) -> Callable[..., Source]:
+    """The function that reads a format, from the module that is imported when it is used."""
+    module, _, name = where.partition(":")
+    function: Callable[..., Source] = getattr(importlib.import_module(module), name)
+    return function
 
 
 def find_root(spec: DataSpec, given: str | Path | None = None) -> Path:
@@ -110,15 +113,6 @@ def existing(path: str, root: Path) -> Path:
     close = nearest(tried.name, siblings, 1)
     hint = f"; did you mean '{siblings[close[0]]}'?" if close else f", nor under the data root '{root}'."
     raise UserError(f"There is no file or folder '{path}'{hint}")
-
-
-def digest(*parts: Any) -> str:
-    """A short hash of arrays and of anything that prints stably."""
-    h = hashlib.blake2b(digest_size=16)
-    for part in parts:
-        h.update(np.ascontiguousarray(part).tobytes() if isinstance(part, np.ndarray) else repr(part).encode())
-        h.update(b"\x1f")
-    return h.hexdigest()
 
 
 def evenly(n: int, count: int) -> np.ndarray:

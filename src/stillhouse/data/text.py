@@ -17,14 +17,16 @@ import torch
 from pydantic import ValidationError
 from torch import nn
 
+from stillhouse.config.messages import spell
+from stillhouse.config.specs import DataSpec, ModelSpec, TeacherSpec
 from stillhouse.data.corpus import Records, TextOptions, read
-from stillhouse.data.source import digest, find_root
+from stillhouse.data.source import find_root
 from stillhouse.data.split import balanced
-from stillhouse.data.token_dataset import IGNORE, Ragged, Rows, TokenDataset, packed, taken
-from stillhouse.data.tokenizer import decoder_start, encode, identity, size, tokenizer
+from stillhouse.data.token_dataset import Rows, TokenDataset, packed, taken
 from stillhouse.errors import UserError, unknown
-from stillhouse.recipe import DataSpec, ModelSpec, TeacherSpec
-from stillhouse.sentences import spell
+from stillhouse.files import digest
+from stillhouse.functional.ragged import IGNORE, Ragged
+from stillhouse.models.tokenizer import decoder_start, encode, identity, marks, size, tokenizer
 
 SPLITS = ("train", "holdout", "val", "test")
 
@@ -115,8 +117,9 @@ class TextBundle:
 
     def product(self, module: nn.Module, spec: ModelSpec, figures: dict[str, float]) -> Any:
         """What a run leaves: the network with its tokenizer."""
-        from stillhouse.models.language import Language
+        import importlib
 
+        Language = importlib.import_module("stillhouse.runs.language").Language
         return Language(module, self.tokenizer, self.task, self.context, list(self.classes), dict(figures))
 
 
@@ -205,13 +208,6 @@ def _rows(records: Records, task: str, tokens: Any, options: TextOptions, classe
     if strange:
         raise UserError(f"{where}: the class '{strange[0]}' is not among the training samples' ({', '.join(classes)}).")
     return Rows(inputs, classes=np.array([ids[str(records[i]["label"])] for i in keep], np.int64))
-
-
-def marks(tokens: Any) -> tuple[list[int], list[int]]:
-    """What an encoder's text begins and ends with: [CLS] and [SEP] where the tokenizer has them."""
-    begin = tokens.cls_token_id if tokens.cls_token_id is not None else tokens.bos_token_id
-    close = tokens.sep_token_id if tokens.sep_token_id is not None else tokens.eos_token_id
-    return ([] if begin is None else [begin]), ([] if close is None else [close])
 
 
 def _blocks(text: str, task: str, tokens: Any, options: TextOptions, where: str) -> Rows:

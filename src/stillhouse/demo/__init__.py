@@ -15,10 +15,10 @@ def demo(out: Path, seeds: Sequence[int], overwrite: bool = False) -> None:
     import torch
     from rich.console import Console
 
-    from stillhouse.bench import bench, entries
     from stillhouse.errors import UserError
-    from stillhouse.live import Bars
     from stillhouse.reporting.comparison import comparison_table, write_comparison_report
+    from stillhouse.runs.bench import bench, entries
+    from stillhouse.training.display import Bars
 
     if overwrite and out.exists():
         if not out.is_dir() or any(not (p / "recipe.yaml").exists() and p.name not in ("results.json", "report.html") for p in out.iterdir()):

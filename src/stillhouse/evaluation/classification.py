@@ -14,8 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from stillhouse.errors import UserError, unknown
-from stillhouse.evaluation.mode import evaluating, move
-from stillhouse.signals import Batch, call_model, read_logits
+from stillhouse.signals import Batch, call_model, evaluating, read_logits, to_device
 
 GROUPS = ("accuracy", "calibration")
 
@@ -60,7 +59,7 @@ def collect_logits(model: nn.Module, loader: Iterable[Batch], device: torch.devi
     targets: list[Tensor] = []
     with evaluating(model):
         for batch in loader:
-            given = {"input": move(batch["input"], device)}
+            given = {"input": to_device(batch["input"], device)}
             logits, label = read_logits(call_model(model, given)), batch["label"]
             if logits.ndim != 2 or label.shape != logits.shape[:1]:
                 raise UserError(

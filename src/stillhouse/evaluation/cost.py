@@ -8,18 +8,14 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from stillhouse.errors import UserError
-from stillhouse.evaluation.mode import evaluating
-from stillhouse.signals import Batch, call_model, read_logits
-
-if TYPE_CHECKING:
-    from stillhouse.distillation import Distillation
+from stillhouse.signals import Batch, call_model, evaluating, read_logits
 
 
 def parameters(model: nn.Module) -> int:
@@ -81,7 +77,7 @@ def file_size(path: str | Path) -> int:
     return sum(f.stat().st_size for f in files if f.is_file())
 
 
-def step_cost(module: Distillation, batch: Batch, ctx: Any, rounds: int = 5) -> dict[str, float]:
+def step_cost(module: Any, batch: Batch, ctx: Any, rounds: int = 5) -> dict[str, float]:
     """What a training step of a built and prepared module costs, beside a plain cross-entropy step of its student on the same batch, taken in turns.
 
     Forward passes of all networks, inner steps and the backward pass count; the optimiser does not. The student's weights and statistics are put back.

@@ -1,26 +1,21 @@
-"""How language models are judged: perplexity and accuracy over counted tokens, and the evaluator of products of kind `language`."""
+"""How language models are judged: perplexity and accuracy over counted tokens."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from stillhouse.errors import UserError
-from stillhouse.evaluation import cost, evaluates
-from stillhouse.evaluation.mode import evaluating, move
 from stillhouse.functional import heads
 from stillhouse.functional.chunked import linear_scores
 from stillhouse.functional.heads import Head
 from stillhouse.models.language import can_be_headless, headless
-from stillhouse.signals import Batch, call_model, read_logits
-
-if TYPE_CHECKING:
-    from stillhouse.run import Run
+from stillhouse.signals import Batch, call_model, evaluating, read_logits, to_device
 
 
 def evaluate_tokens(
@@ -44,7 +39,7 @@ def evaluate_tokens(
     chunked: bool | None = None
     with evaluating(model):
         for batch in loader:
-            inputs, label = move(batch["input"], device), move(batch["label"], device)
+            inputs, label = to_device(batch["input"], device), to_device(batch["label"], device)
             counted = label != ignore_index
             if chunked is None:
                 chunked = (vocabulary or 0) >= heads.BIG_VOCABULARY and isinstance(inputs, Mapping) and can_be_headless(model, inputs)
@@ -58,17 +53,6 @@ def evaluate_tokens(
     if math.isnan(nll):
         raise UserError("The model's outputs are NaN, so it cannot be judged; train with a lower learning rate.")
     return {"perplexity": math.exp(min(nll, 700.0)), "nll": nll, "accuracy": accuracy}
-
-
-@evaluates("language")
-def judge(product: Any, run: Run) -> dict[str, float]:
-    """Figures of a run's language model or text classifier on its test split, and its parameters and file size."""
-    data, split = run.judging_data()
-    device = next(product.module.parameters()).device
-    out = run.data(data).evaluate(product.module, run.loader(data, split), device, ["accuracy", "calibration"])
-    out["parameters"] = cost.parameters(product.module)
-    out["file_bytes"] = cost.file_size(run.folder / "product" / "model" / "model.safetensors")
-    return out
 
 
 def _scores(model: nn.Module, inputs: Any, label: Tensor, counted: Tensor, vocabulary: int | None) -> tuple[Tensor, Tensor]:

@@ -10,11 +10,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from stillhouse.context import TrainingContext
+from stillhouse.config.specs import ObjectiveSpec
 from stillhouse.data import AdaptedLoader
-from stillhouse.distillation import Distillation, Weighted
-from stillhouse.objective import Objective, Progress, WeightSchedule
-from stillhouse.recipe import ObjectiveSpec
+from stillhouse.distillation.distillation import Distillation
+from stillhouse.distillation.objective import Objective, Progress, WeightSchedule
+from stillhouse.distillation.weighted import Weighted
+from stillhouse.training.context import TrainingContext
 
 Objectives = Sequence[str | Mapping[str, Any] | ObjectiveSpec | Objective | tuple[Objective, float | WeightSchedule] | Weighted]
 

@@ -16,17 +16,17 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from stillhouse.config.specs import OptimizerSpec, TrainSpec
 from stillhouse.data import AdaptedLoader
 from stillhouse.data.loader import as_batch
-from stillhouse.distillation import Distillation
+from stillhouse.distillation.distillation import Distillation
+from stillhouse.distillation.objective import Progress
+from stillhouse.distillation.teachers import Teacher
 from stillhouse.errors import MissingExtra, UserError
 from stillhouse.integrations.context import LoaderContext, Objectives
-from stillhouse.objective import Progress
-from stillhouse.optimizers import make_optimizer
 from stillhouse.randomness import keyed
-from stillhouse.recipe import OptimizerSpec, TrainSpec
 from stillhouse.signals import Batch, call_model, read_logits
-from stillhouse.teachers import Teacher
+from stillhouse.training.optimizers import make_optimizer
 
 
 def _pytorch_lightning() -> Any:
@@ -52,7 +52,7 @@ class DistillationModule(_lightning.LightningModule):  # type: ignore[misc, name
 
     Args:
         student: the model being trained; the same object holds the weights afterwards.
-        teachers: one teacher (any module that gives logits, or a teacher of `stillhouse.teachers`), several by name, or None.
+        teachers: one teacher (any module that gives logits, or a teacher of `stillhouse.distillation.teachers`), several by name, or None.
         objectives: names, mappings, `Objective`s or (Objective, weight) pairs, as in `stillhouse.distill`.
         optimizer: a function of the parameter groups that returns an optimiser (or whatever `configure_optimizers` may return), or options such as
             {"name": "adamw", "lr": 1e-3}.

@@ -18,14 +18,14 @@ from torch import Tensor, nn
 
 from stillhouse.data import AdaptedLoader
 from stillhouse.data.loader import as_batch
-from stillhouse.distillation import Distillation
+from stillhouse.distillation.distillation import Distillation
+from stillhouse.distillation.objective import Progress
+from stillhouse.distillation.teachers import Teacher
 from stillhouse.errors import MissingExtra, UserError
 from stillhouse.files import written_beside
 from stillhouse.integrations.context import LoaderContext, Objectives
-from stillhouse.objective import Progress
 from stillhouse.randomness import keyed
 from stillhouse.signals import Batch
-from stillhouse.teachers import Teacher
 
 try:
     _transformers: Any = importlib.import_module("transformers")
@@ -48,7 +48,7 @@ class DistillationTrainer(_transformers.Trainer):  # type: ignore[misc]
     resumes. One process or DDP.
 
     Args:
-        teachers: one teacher (any module that gives logits or an output with `.logits`, or a teacher of `stillhouse.teachers`), several by name, or None.
+        teachers: one teacher (any module that gives logits or an output with `.logits`, or a teacher of `stillhouse.distillation.teachers`), several by name, or None.
         objectives: names, mappings, `Objective`s or (Objective, weight) pairs, as in `stillhouse.distill`.
         embedding: the student's classifier submodule, where it is not found by itself.
         shift_labels: whether labels (B, L) name the input tokens, so that those of the next position are learned; default: for causal language models.

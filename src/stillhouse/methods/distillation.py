@@ -15,12 +15,14 @@ from typing import Any, TypeVar
 import torch
 from pydantic import Field, model_validator
 
-from stillhouse.distillation import Distillation
+from stillhouse.config.specs import Data, MethodConfig, Model, Objectives, Teacher, TrainSpec
+from stillhouse.distillation.distillation import Distillation
+from stillhouse.distillation.weighted import objective_from_spec
 from stillhouse.errors import UserError
 from stillhouse.evaluation.cost import step_cost
-from stillhouse.product import Student
-from stillhouse.recipe import Data, MethodConfig, Model, Objectives, Teacher, TrainSpec, objective_from_spec
-from stillhouse.run import Method, Run, Stage
+from stillhouse.runs.method import Method, Stage
+from stillhouse.runs.products import Student
+from stillhouse.runs.run import Run
 
 
 class Config(MethodConfig):
@@ -88,7 +90,7 @@ class GeneralDistillation(Method[D]):
 
     def _taps(self, config: D, run: Run, student: Any) -> dict[str, str]:
         """Where the objectives will tap the student and the live teachers; a wrong name is found here, before anything is trained."""
-        from stillhouse.teachers import Reader
+        from stillhouse.distillation.teachers import Reader
 
         probe = next(iter(run.loader(config.data, "train", 2)))
         objectives = [objective_from_spec(o).objective for o in config.objectives]

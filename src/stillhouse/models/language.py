@@ -6,26 +6,20 @@ vocabulary come from the data.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from stillhouse.data.tokenizer import encode, size, tokenizer
-from stillhouse.errors import UserError, unknown
-from stillhouse.evaluation.mode import evaluating
+from stillhouse.config.specs import ModelSpec
+from stillhouse.errors import UserError
 from stillhouse.functional.heads import Head
 from stillhouse.functional.vocabularies import Mapped, mapped
-from stillhouse.recipe import ModelSpec
-from stillhouse.signals import read_logits
-
-if TYPE_CHECKING:
-    from stillhouse.data.text import TextBundle
+from stillhouse.models.tokenizer import size, tokenizer
+from stillhouse.signals import evaluating, read_logits
 
 TASKS = {"causal": "causal", "masked": "masked", "classify": "text", "seq2seq": "seq2seq"}
 AUTO = {
@@ -38,7 +32,7 @@ CAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
 SPECIAL = ("pad_token_id", "bos_token_id", "eos_token_id")
 
 
-def build(spec: ModelSpec, bundle: TextBundle) -> nn.Module:
+def build(spec: ModelSpec, bundle: Any) -> nn.Module:
     """A network for the task and vocabulary of text data.
 
     Raises:
@@ -205,100 +199,8 @@ def as_teacher(model: nn.Module, theirs: Any, ours: Any, task: str) -> nn.Module
     return OtherIds(model, ids)
 
 
-@dataclass
-class Language:
-    """A language model or text classifier with its tokenizer; a folder that transformers loads as well (`model/`).
-
-    Attributes:
-        module: the network.
-        tokenizer: a transformers tokenizer.
-        task: causal, masked, classify or seq2seq.
-        context: tokens read at most.
-        classes: class names, of a classifier.
-        figures: of its training; kept with the run, not with the product.
-    """
-
-    kind: ClassVar[str] = "language"
-    module: Any  # a `PreTrainedModel`
-    tokenizer: Any
-    task: str
-    context: int
-    classes: list[str] = field(default_factory=list)
-    figures: dict[str, float] = field(default_factory=dict)
-
-    def save(self, folder: Path) -> None:
-        """`product.json`, and `model/` with the config, `model.safetensors` and the tokenizer."""
-        if not hasattr(self.module, "save_pretrained"):
-            raise UserError(f"A language product is a transformers model (hf:…), which saves itself; this student is a {type(self.module).__name__}.")
-        folder.mkdir(parents=True, exist_ok=True)
-        with _quietly():
-            self.module.save_pretrained(folder / "model")
-        self.tokenizer.save_pretrained(folder / "model")
-        meta = {"kind": self.kind, "format": 1, "task": self.task, "context": self.context, "classes": self.classes}
-        (folder / "product.json").write_text(json.dumps(meta, indent=1))
-
-    @classmethod
-    def load(cls, folder: Path) -> Language:
-        """From a product's folder. Raises `UserError` where the files are not there or are of an unknown task."""
-        import transformers
-
-        meta = json.loads((folder / "product.json").read_text())
-        if meta["task"] not in AUTO:
-            raise unknown("task of a language product", str(meta["task"]), AUTO)
-        if not (folder / "model" / "config.json").is_file():
-            raise UserError(f"The product in {folder} is incomplete: it has no model/config.json.")
-        with _quietly():
-            model = getattr(transformers, AUTO[meta["task"]]).from_pretrained(folder / "model", use_safetensors=True)
-        tokens = transformers.AutoTokenizer.from_pretrained(folder / "model")
-        return cls(model.eval(), tokens, meta["task"], meta["context"], meta["classes"])
-
-    @torch.no_grad()
-    def generate(self, prompts: Sequence[str], max_new_tokens: int = 64, **options: Any) -> list[str]:
-        """What the model writes after (causal) or for (seq2seq) each prompt, without the prompt.
-
-        Args:
-            prompts: texts; a prompt longer than the context loses its beginning.
-            max_new_tokens: at most.
-            options: of transformers' `generate`, such as do_sample, temperature, top_k; drawn from torch's default generator.
-
-        Raises:
-            UserError: a model that does not write.
-        """
-        if self.task not in ("causal", "seq2seq"):
-            raise UserError(f"This product is a {self.task} model, which does not write; use predict.")
-        begin = self.tokenizer.bos_token_id if self.tokenizer.bos_token_id is not None else self.tokenizer.eos_token_id
-        room = max(self.context - max_new_tokens, 1) if self.task == "causal" else self.context
-        rows = [ids[-room:] or [begin] for ids in encode(self.tokenizer, prompts)]
-        x = left_padded(rows, self.tokenizer.pad_token_id, next(self.module.parameters()).device)
-        written = self.module.generate(**x, max_new_tokens=max_new_tokens, pad_token_id=self.tokenizer.pad_token_id, **options)
-        written = written[:, x["input_ids"].shape[1] :] if self.task == "causal" else written[:, 1:]
-        return self.tokenizer.batch_decode(written, skip_special_tokens=True)
-
-    @torch.no_grad()
-    def predict(self, texts: Sequence[str]) -> list[dict[str, Any]]:
-        """`label` and `probs` (by class name) of each text. Raises `UserError` for a model that is no classifier, or a text beyond the context."""
-        from stillhouse.data.text import marks
-        from stillhouse.data.token_dataset import Ragged
-
-        if self.task != "classify":
-            raise UserError(f"This product is a {self.task} model, which does not classify; use generate.")
-        begin, close = marks(self.tokenizer)
-        rows = Ragged.of([begin + ids + close for ids in encode(self.tokenizer, texts)])
-        if len(rows) and int(rows.lengths.max()) > self.context:
-            raise UserError(
-                f"Text {int(rows.lengths.argmax())} has {int(rows.lengths.max())} tokens, but the model reads {self.context}; shorten it."
-            )
-        import numpy as np
-
-        ids = rows.padded(np.arange(len(rows)), self.tokenizer.pad_token_id)
-        inside = torch.arange(ids.shape[1])[None, :] < torch.from_numpy(rows.lengths)[:, None]
-        device = next(self.module.parameters()).device
-        probs = self.module(input_ids=ids.to(device), attention_mask=inside.long().to(device)).logits.float().softmax(-1).cpu().tolist()
-        return [{"label": self.classes[p.index(max(p))], "probs": dict(zip(self.classes, p))} for p in probs]
-
-
 @contextmanager
-def _quietly() -> Iterator[None]:
+def quietly() -> Iterator[None]:
     """Without transformers' progress bars, which files of a second do not need."""
     from transformers.utils import logging
 

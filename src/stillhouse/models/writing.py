@@ -8,11 +8,10 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from stillhouse.data.token_dataset import IGNORE
+from stillhouse.config.specs import Spec
 from stillhouse.errors import UserError
-from stillhouse.evaluation.mode import evaluating
-from stillhouse.recipe import Spec
-from stillhouse.signals import Batch
+from stillhouse.functional.ragged import IGNORE
+from stillhouse.signals import Batch, evaluating
 
 
 class Generation(Spec):

@@ -28,11 +28,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from stillhouse.distillation.objective import Context, Objective, Progress
 from stillhouse.errors import UserError, unknown
 from stillhouse.functional import checks
 from stillhouse.functional.feature_maps import as_map
 from stillhouse.functional.precision import full_precision
-from stillhouse.objective import Context, Objective, Progress
 from stillhouse.signals import Batch, Signals
 
 Source = Literal["cooperative", "teacher", "student", "none"]

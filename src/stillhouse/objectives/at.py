@@ -19,10 +19,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from stillhouse.distillation.objective import Objective, Progress
 from stillhouse.functional import checks
 from stillhouse.functional.feature_maps import LAST_STAGES, same_size
 from stillhouse.functional.precision import full_precision
-from stillhouse.objective import Objective, Progress
 from stillhouse.signals import Batch, Signals
 
 

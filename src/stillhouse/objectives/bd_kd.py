@@ -25,10 +25,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from stillhouse.distillation.objective import Context, Objective, Progress
 from stillhouse.errors import UserError
 from stillhouse.functional import checks
 from stillhouse.functional.precision import full_precision
-from stillhouse.objective import Context, Objective, Progress
 from stillhouse.objectives.ce import cross_entropy
 from stillhouse.signals import Batch, Signals
 

@@ -15,6 +15,7 @@ from __future__ import annotations
 from torch import Tensor
 from torch.nn import functional as F
 
+from stillhouse.distillation.objective import Objective, Progress
 from stillhouse.errors import UserError
 from stillhouse.functional import checks
 from stillhouse.functional.chunked import linear_cross_entropy
@@ -22,7 +23,6 @@ from stillhouse.functional.heads import head_of
 from stillhouse.functional.labels import check_range, is_soft
 from stillhouse.functional.precision import full_precision
 from stillhouse.functional.token_losses import counted, step_count
-from stillhouse.objective import Objective, Progress
 from stillhouse.signals import Batch, Signals
 
 

@@ -22,11 +22,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from stillhouse.distillation.objective import Context, Objective, Progress
 from stillhouse.errors import UserError
 from stillhouse.functional import checks
 from stillhouse.functional.gather import gather
 from stillhouse.functional.precision import full_precision
-from stillhouse.objective import Context, Objective, Progress
 from stillhouse.signals import Batch, Signals
 
 

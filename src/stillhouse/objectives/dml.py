@@ -19,11 +19,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from stillhouse.distillation.objective import Objective, Progress
 from stillhouse.errors import UserError
 from stillhouse.functional import checks
 from stillhouse.functional.divergences import kl_divergence
 from stillhouse.functional.precision import full_precision
-from stillhouse.objective import Objective, Progress
 from stillhouse.objectives.ce import cross_entropy
 from stillhouse.signals import Batch, Signals
 

@@ -22,6 +22,7 @@ import math
 from torch import Tensor
 from torch.nn import functional as F
 
+from stillhouse.distillation.objective import Objective, Progress
 from stillhouse.functional import checks
 from stillhouse.functional.chunked import linear_divergence
 from stillhouse.functional.heads import head_of
@@ -38,7 +39,6 @@ from stillhouse.functional.token_losses import (
     step_count,
     token_mean,
 )
-from stillhouse.objective import Objective, Progress
 from stillhouse.signals import Batch, Signals, TopK
 
 

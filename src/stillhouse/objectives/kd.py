@@ -20,12 +20,12 @@ import math
 from torch import Tensor
 from torch.nn import functional as F
 
+from stillhouse.distillation.objective import Objective, Progress
 from stillhouse.errors import UserError
 from stillhouse.functional import checks
 from stillhouse.functional.divergences import kl_divergence, standardise
 from stillhouse.functional.precision import full_precision
 from stillhouse.functional.token_losses import coarse_log_probs, coarse_logits, forward_kl_rows, step_count, token_mean
-from stillhouse.objective import Objective, Progress
 from stillhouse.signals import Batch, Signals, TopK
 
 

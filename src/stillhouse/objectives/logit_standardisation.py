@@ -16,10 +16,10 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from stillhouse.distillation.objective import Objective, Progress
 from stillhouse.functional import checks
 from stillhouse.functional.divergences import kl_divergence, standardise
 from stillhouse.functional.precision import full_precision
-from stillhouse.objective import Objective, Progress
 from stillhouse.signals import Batch, Signals
 
 

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from stillhouse.distillation.objective import Objective, Progress
 from stillhouse.errors import UserError
 from stillhouse.functional import checks
 from stillhouse.functional.divergences import soft_cross_entropy, standardise
@@ -30,7 +31,6 @@ from stillhouse.functional.feature_maps import pooled
 from stillhouse.functional.gather import gather
 from stillhouse.functional.labels import check_label, class_ids, is_soft, without_classes
 from stillhouse.functional.precision import full_precision
-from stillhouse.objective import Objective, Progress
 from stillhouse.signals import Batch, Signals
 
 

@@ -24,13 +24,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from stillhouse.distillation.objective import Context, Objective, Progress
 from stillhouse.errors import UserError, unknown
 from stillhouse.functional import checks
 from stillhouse.functional.divergences import kl_divergence
 from stillhouse.functional.feature_maps import LAST_STAGES
 from stillhouse.functional.labels import check_label
 from stillhouse.functional.precision import full_precision
-from stillhouse.objective import Context, Objective, Progress
 from stillhouse.signals import Batch, Signals
 
 

@@ -25,13 +25,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from stillhouse.distillation.objective import Context, Objective, Progress
 from stillhouse.errors import UserError
 from stillhouse.evaluation.classification import aurc, excess_aurc, expected_calibration_error
 from stillhouse.functional import checks
 from stillhouse.functional.divergences import soft_cross_entropy
 from stillhouse.functional.labels import check_label, is_soft
 from stillhouse.functional.precision import full_precision
-from stillhouse.objective import Context, Objective, Progress
 from stillhouse.signals import Batch, Signals, call_model, read_logits
 
 

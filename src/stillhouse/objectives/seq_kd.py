@@ -20,13 +20,13 @@ from typing import Literal
 from torch import Tensor
 from torch.nn import functional as F
 
+from stillhouse.distillation.objective import Objective, Progress
 from stillhouse.errors import UserError
 from stillhouse.functional.chunked import linear_cross_entropy
 from stillhouse.functional.heads import head_of
 from stillhouse.functional.labels import check_range
 from stillhouse.functional.precision import full_precision
 from stillhouse.functional.token_losses import Reduction, step_count, token_mean
-from stillhouse.objective import Objective, Progress
 from stillhouse.signals import Batch, Signals
 
 IGNORED = -100

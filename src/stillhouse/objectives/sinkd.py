@@ -25,12 +25,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from stillhouse.distillation.objective import Objective, Progress
 from stillhouse.errors import UserError
 from stillhouse.functional import checks
 from stillhouse.functional.gather import gather
 from stillhouse.functional.precision import full_precision
 from stillhouse.functional.token_losses import check_vocabulary, counted, cross_entropy_rows, step_count, token_mean
-from stillhouse.objective import Objective, Progress
 from stillhouse.signals import Batch, Signals
 
 LOG_DOMAIN = 0.03  # below this epsilon exp(-2 / epsilon) is no number in float32

@@ -17,10 +17,10 @@ from __future__ import annotations
 from torch import Tensor
 from torch.nn import functional as F
 
+from stillhouse.distillation.objective import Objective, Progress
 from stillhouse.functional import checks
 from stillhouse.functional.gather import gather
 from stillhouse.functional.precision import full_precision
-from stillhouse.objective import Objective, Progress
 from stillhouse.signals import Batch, Signals
 
 

@@ -25,13 +25,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from stillhouse.distillation.objective import Objective, Progress
 from stillhouse.errors import UserError
 from stillhouse.functional import checks
 from stillhouse.functional.chunked import linear_taid
 from stillhouse.functional.heads import head_of
 from stillhouse.functional.precision import full_precision
 from stillhouse.functional.token_losses import check_vocabulary, counted, cross_entropy_rows, forward_kl_rows, step_count, token_mean
-from stillhouse.objective import Objective, Progress
 from stillhouse.signals import Batch, Signals
 
 TINY = 1e-15  # of the relative change, as published

@@ -32,11 +32,11 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional as F
 
+from stillhouse.distillation.objective import Context, Objective, Progress
 from stillhouse.errors import UserError
 from stillhouse.functional import checks
 from stillhouse.functional.labels import check_label, hard_only
 from stillhouse.functional.precision import full_precision
-from stillhouse.objective import Context, Objective, Progress
 from stillhouse.signals import Batch, Signals, read_logits
 
 Edges = Literal["signed", "squared", "products"]

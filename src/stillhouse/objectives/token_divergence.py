@@ -17,10 +17,10 @@ from typing import Literal, get_args
 
 from torch import Tensor
 
+from stillhouse.distillation.objective import Objective, Progress
 from stillhouse.errors import UserError, unknown
 from stillhouse.functional import checks, token_losses
 from stillhouse.functional.token_losses import check_vocabulary, counted, step_count, token_mean
-from stillhouse.objective import Objective, Progress
 from stillhouse.signals import Batch, Signals
 
 Divergence = Literal["forward", "reverse", "js", "total_variation", "skew_forward", "skew_reverse", "adaptive"]

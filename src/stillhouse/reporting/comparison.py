@@ -10,9 +10,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from stillhouse.evaluation.quantities import Quantity
 from stillhouse.evaluation.statistics import mean, mean_interval
 from stillhouse.reporting.page import cards, code, figure, folded, grid, legend, page, pairs, section, table, write
-from stillhouse.reporting.quantities import Quantity
 from stillhouse.reporting.rows import Comparison, compare
 
 if TYPE_CHECKING:

@@ -12,7 +12,7 @@ from html import escape
 
 import plotly.graph_objects as go
 
-from stillhouse.reporting.quantities import Quantity
+from stillhouse.evaluation.quantities import Quantity
 
 PALETTE = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#8C6BB1", "#A6761D")
 SYMBOLS = {

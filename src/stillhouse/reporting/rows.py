@@ -8,9 +8,9 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from stillhouse.errors import UserError, unknown
+from stillhouse.evaluation.quantities import Quantity, in_reading_order, quantity
 from stillhouse.evaluation.statistics import Difference, mean, paired_difference, standard_deviation
 from stillhouse.reporting.page import Cell
-from stillhouse.reporting.quantities import Quantity, in_reading_order, quantity
 
 MORE_TELLING = {"step_relative": ("step_ms", "step_ratio"), "step_memory_relative": ("step_bytes",)}
 """Figures that are not shown where a more telling one is there."""

@@ -13,8 +13,8 @@ from typing import Any
 import yaml
 
 from stillhouse.errors import UserError
+from stillhouse.evaluation.quantities import in_reading_order, quantity
 from stillhouse.reporting.page import cards, code, figure, grid, page, pairs, picture, section, write
-from stillhouse.reporting.quantities import in_reading_order, quantity
 
 Curve = tuple[list[float], list[float]]
 _POSITION = ("stage", "epoch", "step")

@@ -4,8 +4,7 @@
 disk, `making` writes the store that a recipe names, `server` asks a teacher behind an OpenAI-compatible HTTP server.
 """
 
-from stillhouse.store.making import data_facts
 from stillhouse.store.reading import Store, StoredDataset
 from stillhouse.store.writing import Writer, cache
 
-__all__ = ["Store", "StoredDataset", "Writer", "cache", "data_facts"]
+__all__ = ["Store", "StoredDataset", "Writer", "cache"]

@@ -13,12 +13,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from stillhouse.config.specs import StoreSpec
 from stillhouse.data.dataset import BatchKey
 from stillhouse.errors import UserError
-from stillhouse.live import Live
-from stillhouse.recipe import StoreSpec
 from stillhouse.signals import Batch, Signals
 from stillhouse.store import format as F
+from stillhouse.training.display import Live
 
 SHARD_BYTES = 64 << 20
 
@@ -278,7 +278,7 @@ def _scores(signals: Signals) -> Tensor:
 
 
 def _on(batch: Batch, device: torch.device) -> Batch:
-    from stillhouse.distillation import to_device
+    from stillhouse.signals import to_device
 
     moved: Batch = to_device(batch, device)
     return moved

@@ -6,13 +6,13 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field, model_validator
 
-from stillhouse.recipe import Data, LRSchedule, MethodConfig, Model, Spec
+from stillhouse.config.specs import Data, LRSchedule, MethodConfig, Model, Spec
 
 STRATEGY = "color_crop_cutout_flip_scale_rotate"
 
 
 def _known(value: str) -> str:
-    from stillhouse.functional.siamese import groups_of
+    from stillhouse.functional.augmentation import groups_of
 
     groups_of(value)
     return value

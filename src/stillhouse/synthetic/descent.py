@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from stillhouse.evaluation.cost import peak_of_tensors
-from stillhouse.functional.siamese import Strength, all_of, apply, groups_of
-from stillhouse.run import Run
+from stillhouse.functional.augmentation import Strength, all_of, apply, groups_of
+from stillhouse.runs.run import Run
 from stillhouse.synthetic.synthesis import Held
 
 

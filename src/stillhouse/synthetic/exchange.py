@@ -1,15 +1,7 @@
-"""Synthetic sets outside the run that made them: as files that other programs read, and as training data of any other recipe (`synthetic:PATH`).
-
-Files hold what networks are trained on, tiles as whole images, with pixels of 8 bits: `to_folder` and `to_parquet`. `source` keeps the set's own pixels, and
-takes the real test split of the data that the set was made from.
-"""
+"""Synthetic sets as training data of any other recipe (`synthetic:PATH`), judged on the real test split of the data that the set was made from."""
 
 from __future__ import annotations
 
-import json
-import os
-import re
-import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -21,95 +13,16 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor
 
+from stillhouse.config.messages import spell
+from stillhouse.config.specs import DataSpec
 from stillhouse.data import BatchKey, DataBundle, IndexedDataset, load
-from stillhouse.data.source import SMALL, InMemory, Samples, Source, digest, existing
+from stillhouse.data.source import SMALL, InMemory, Samples, Source, existing
 from stillhouse.errors import UserError, unknown
-from stillhouse.files import written_beside
-from stillhouse.product import load_product
-from stillhouse.recipe import DataSpec
-from stillhouse.sentences import spell
-from stillhouse.synthetic.product import SyntheticSet, png
+from stillhouse.files import digest
+from stillhouse.runs.products import load_product
+from stillhouse.synthetic.files import folder_names
+from stillhouse.synthetic.product import SyntheticSet
 from stillhouse.synthetic.real import unnormalised
-
-# ---- as files ------------------------------------------------------------------------------------------------------------------------------------
-
-
-def to_folder(product: SyntheticSet, folder: str | Path) -> int:
-    """Write `folder/train/CLASS/NUMBER.png`, as an ImageFolder (classes keep their order by a number before the name); returns how many images.
-
-    Pixels are rounded to 8 bits and clipped to [0, 1]; soft labels are not written.
-
-    Raises:
-        UserError: a folder `train` that is there already.
-    """
-    base = Path(folder) / "train"
-    if base.exists():
-        raise UserError(f"There is a folder '{base}' already, and old images would be mixed with new ones; take another folder, or remove that one.")
-    beside = base.with_name("train.partial")
-    shutil.rmtree(beside, ignore_errors=True)
-    names = folder_names(product.classes)
-    counts = [0] * len(names)
-    images, labels = _eight_bits(product)
-    for image, label in zip(images, labels):
-        (beside / names[label]).mkdir(parents=True, exist_ok=True)
-        (beside / names[label] / f"{counts[label]:05d}.png").write_bytes(png(image))
-        counts[label] += 1
-    os.replace(beside, base)
-    return len(images)
-
-
-def to_parquet(product: SyntheticSet, path: str | Path) -> int:
-    """Write one Parquet file in the Hugging Face image layout (`img` as PNG, `label`, and `logits` where images have soft labels); returns how many images.
-
-    Pixels are rounded to 8 bits and clipped to [0, 1]; soft labels of augmented views are not written.
-    """
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    images, labels = _eight_bits(product)
-    encoded = pa.array([{"bytes": png(x), "path": None} for x in images], pa.struct({"bytes": pa.binary(), "path": pa.string()}))
-    columns: dict[str, Any] = {"img": encoded, "label": pa.array(labels, pa.int64())}
-    features: dict[str, Any] = {"img": {"_type": "Image"}, "label": {"names": product.classes, "_type": "ClassLabel"}}
-    if product.soft is not None:
-        columns["logits"] = pa.array(product.soft.float().tolist(), pa.list_(pa.float32()))
-        features["logits"] = {"feature": {"dtype": "float32", "_type": "Value"}, "_type": "List"}
-    table = pa.table(columns).replace_schema_metadata({"huggingface": json.dumps({"info": {"features": features}})})
-    with written_beside(Path(path)) as beside:
-        pq.write_table(table, beside)
-    return len(images)
-
-
-def left_out(product: SyntheticSet, to: str) -> list[str]:
-    """What files of a format (`folder` or `parquet`) cannot hold of a set, a sentence each."""
-    pixels = product.training_pixels()
-    clipped = (pixels - pixels.clamp(0, 1)).abs()
-    outside = clipped > 1e-3
-    out = []
-    if bool(outside.any()):
-        how = f"{float(outside.double().mean()):.1%} of the pixels lay outside [0, 1], by {float(clipped[outside].mean()):.2g} on average"
-        out.append(f"{how}, and were clipped; the set itself, synthetic:RUN, keeps them.")
-    if product.whitening is not None:
-        out.append("The images were learned whitened (zca), and are written as pictures; networks that are trained on them see them normalised.")
-    if product.views is not None or (product.soft is not None and to == "folder"):
-        held = "; a Parquet file holds those of whole images" if product.soft is not None and product.views is None else ""
-        out.append(f"The soft labels are not written{held}.")
-    if product.lr is not None:
-        out.append(f"The set was learned together with a learning rate to train with: {product.lr:.4g} (SGD).")
-    return out
-
-
-def folder_names(classes: list[str]) -> list[str]:
-    """Names of class folders that sort in the order of the classes."""
-    digits = len(str(len(classes) - 1))
-    return [f"{i:0{digits}d}-{re.sub(r'[^A-Za-z0-9_.-]+', '_', name)}" for i, name in enumerate(classes)]
-
-
-def _eight_bits(product: SyntheticSet) -> tuple[Tensor, list[int]]:
-    """uint8 images (N * factor^2, C, H, W) and their class ids."""
-    return (product.training_pixels().clamp(0, 1) * 255).round().to(torch.uint8), product.training_images()[1].tolist()
-
-
-# ---- as data of another recipe -------------------------------------------------------------------------------------------------------------------
 
 
 def source(path: str, spec: DataSpec, root: Path) -> Source:

@@ -13,11 +13,11 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from stillhouse.config.specs import DataSpec, ModelSpec, Spec
+from stillhouse.functional.augmentation import apply
 from stillhouse.functional.matching import Flat
-from stillhouse.functional.siamese import apply
 from stillhouse.randomness import generator, key, permutation
-from stillhouse.recipe import DataSpec, ModelSpec, Spec
-from stillhouse.run import Run
+from stillhouse.runs.run import Run
 from stillhouse.synthetic.config import AugmentSpec
 from stillhouse.synthetic.real import RealImages
 from stillhouse.synthetic.synthesis import Held

@@ -6,20 +6,20 @@ Its folder holds `images.safetensors` (images, labels, soft labels, whitening), 
 from __future__ import annotations
 
 import hashlib
-import io
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from stillhouse.errors import UserError
 from stillhouse.files import written_beside
 from stillhouse.functional.whitening import Whitening
-from stillhouse.product import read_meta
+from stillhouse.runs.products import Product, read_meta
+from stillhouse.synthetic.files import contact_sheet, png, to_folder, to_parquet
 from stillhouse.synthetic.initial import decode
 from stillhouse.synthetic.real import unnormalised
 from stillhouse.synthetic.relabel import ViewLabels, Views
@@ -28,7 +28,7 @@ FAR = 100.0  # of a normalised image: pixels that were learned without bounds st
 
 
 @dataclass
-class SyntheticSet:
+class SyntheticSet(Product):
     """A few images that stand for a data set.
 
     Attributes:
@@ -48,6 +48,7 @@ class SyntheticSet:
     """
 
     kind: ClassVar[str] = "synthetic_set"
+    formats: ClassVar[Mapping[str, str]] = {"folder": "imagefolder", "parquet": "train.parquet"}
     images: Tensor
     labels: Tensor
     classes: list[str]
@@ -173,7 +174,7 @@ class SyntheticSet:
         (folder / "sheet.png").write_bytes(png(contact_sheet(self.pixels(), self.labels)))
 
     @classmethod
-    def load(cls, folder: Path) -> SyntheticSet:
+    def load(cls, folder: Path, trust_code: bool = False) -> SyntheticSet:
         from safetensors import SafetensorError
         from safetensors.torch import load_file
 
@@ -199,17 +200,39 @@ class SyntheticSet:
             made_by=meta["made_by"],
         )
 
-    def export_folder(self, folder: str | Path) -> int:
-        """Write an ImageFolder (see `stillhouse.synthetic.exchange.to_folder`); returns how many images."""
-        from stillhouse.synthetic.exchange import to_folder
+    def export(self, to: str, path: Path) -> list[str]:
+        """Write an ImageFolder or one Parquet file (see `stillhouse.synthetic.files`): what networks are trained on, tiles as whole images, with
+        pixels rounded to 8 bits and clipped to [0, 1]."""
+        images = (self.training_pixels().clamp(0, 1) * 255).round().to(torch.uint8)
+        labels = self.training_images()[1].tolist()
+        if to == "folder":
+            to_folder(images, labels, self.classes, path)
+        else:
+            to_parquet(images, labels, self.classes, self.soft, path)
+        real = (self.made_by.get("data") or {}).get("name", "NAME")
+        return [
+            f"Wrote {len(images)} images of {len(self.classes)} classes: {path}",
+            *self.left_out(to),
+            f"Train on it: data: {{name: 'synthetic:{path}', options: {{real: '{real}'}}}}",
+        ]
 
-        return to_folder(self, folder)
-
-    def export_parquet(self, path: str | Path) -> int:
-        """Write one Parquet file (see `stillhouse.synthetic.exchange.to_parquet`); returns how many images."""
-        from stillhouse.synthetic.exchange import to_parquet
-
-        return to_parquet(self, path)
+    def left_out(self, to: str) -> list[str]:
+        """What files of a format (`folder` or `parquet`) cannot hold of a set, a sentence each."""
+        pixels = self.training_pixels()
+        clipped = (pixels - pixels.clamp(0, 1)).abs()
+        outside = clipped > 1e-3
+        out = []
+        if bool(outside.any()):
+            how = f"{float(outside.double().mean()):.1%} of the pixels lay outside [0, 1], by {float(clipped[outside].mean()):.2g} on average"
+            out.append(f"{how}, and were clipped; the set itself, synthetic:RUN, keeps them.")
+        if self.whitening is not None:
+            out.append("The images were learned whitened (zca), and are written as pictures; networks that are trained on them see them normalised.")
+        if self.views is not None or (self.soft is not None and to == "folder"):
+            held = "; a Parquet file holds those of whole images" if self.soft is not None and self.views is None else ""
+            out.append(f"The soft labels are not written{held}.")
+        if self.lr is not None:
+            out.append(f"The set was learned together with a learning rate to train with: {self.lr:.4g} (SGD).")
+        return out
 
     def _tensors(self) -> dict[str, Tensor]:
         out = {"images": self.images, "labels": self.labels}
@@ -221,32 +244,3 @@ class SyntheticSet:
         if self.views is not None:
             out["views"] = self.views.logits.cpu()
         return out
-
-
-def contact_sheet(pixels: Tensor, labels: Tensor, columns: int = 10, rows: int = 100) -> Tensor:
-    """Images (N, C, H, W) with pixels in [0, 1] as one uint8 image (C, h, w): a row a class, its first `columns` images; where classes have one image
-    each, ten classes a row. Small images are enlarged, large ones made small."""
-    from torchvision.utils import make_grid
-
-    shown = [pixels[labels == c][:columns] for c in labels.unique().tolist()[:rows]]
-    wide = max(len(s) for s in shown)
-    grey = 0.5
-    padded = torch.cat([torch.cat([s, s.new_full((wide - len(s), *s.shape[1:]), grey)]) for s in shown]).clamp(0, 1)
-    side, few = padded.shape[-1], len(padded) <= 100
-    least, most = (64, 96) if few else (32, 48)
-    if side > most:
-        padded = F.interpolate(padded, scale_factor=most / side, mode="area")
-    else:
-        times = max(1, least // side)
-        padded = padded.repeat_interleave(times, 2).repeat_interleave(times, 3)
-    return (make_grid(padded, nrow=wide if wide > 1 else 10, padding=2, pad_value=grey) * 255).round().to(torch.uint8)
-
-
-def png(image: Tensor) -> bytes:
-    """A uint8 image (C, H, W), grey or RGB, as the bytes of a PNG file."""
-    from PIL import Image
-
-    array = image.permute(1, 2, 0).numpy()
-    out = io.BytesIO()
-    Image.fromarray(array[..., 0] if array.shape[-1] == 1 else array).save(out, "png")
-    return out.getvalue()

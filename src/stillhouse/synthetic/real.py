@@ -10,7 +10,7 @@ from torch import Tensor
 
 from stillhouse.errors import UserError
 from stillhouse.functional.whitening import Whitening, fit_whitening
-from stillhouse.run import Run
+from stillhouse.runs.run import Run
 
 
 class RealRows:

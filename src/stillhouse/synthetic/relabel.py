@@ -14,10 +14,10 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from stillhouse.evaluation.mode import evaluating
-from stillhouse.functional.siamese import Strength, all_of, apply, groups_of
+from stillhouse.config.specs import Spec
+from stillhouse.functional.augmentation import Strength, all_of, apply, groups_of
 from stillhouse.randomness import generator, key, permutation
-from stillhouse.recipe import Spec
+from stillhouse.signals import evaluating
 from stillhouse.synthetic.config import Groups
 
 

@@ -11,13 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from stillhouse.config.specs import ModelSpec
 from stillhouse.errors import UserError
 from stillhouse.evaluation.cost import peak_of_tensors
+from stillhouse.functional.augmentation import apply, groups_of
 from stillhouse.functional.recovery import clamp_to_pixels
-from stillhouse.functional.siamese import apply, groups_of
 from stillhouse.randomness import generator
-from stillhouse.recipe import ModelSpec
-from stillhouse.run import Run, Stage
+from stillhouse.runs.method import Stage
+from stillhouse.runs.run import Run
 from stillhouse.synthetic.config import DatasetConfig, PixelConfig
 from stillhouse.synthetic.initial import initial
 from stillhouse.synthetic.product import SyntheticSet
@@ -156,7 +157,7 @@ def made_by(config: DatasetConfig) -> dict[str, Any]:
 
 def plan(run: Run, config: DatasetConfig, stage: str, does: str, steps: int) -> list[Stage]:
     """The lines of a plan that every method here has: learning the set, and judging it. Raises `UserError` where digits, say, would be mirrored."""
-    from stillhouse.evaluation.synthetic_set import planned
+    from stillhouse.synthetic.judging.evaluator import planned
 
     _check_mirroring(run, config)
     return [Stage(stage, does, {"network": config.network.model}, steps=steps), Stage("evaluate", planned(run, config))]

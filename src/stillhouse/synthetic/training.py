@@ -13,16 +13,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from stillhouse.config.specs import LRSchedule, OptimizerSpec, TrainSpec
 from stillhouse.data.augment import mix
 from stillhouse.errors import UserError
-from stillhouse.functional.siamese import Draws, all_of, apply, groups_of, one_of
-from stillhouse.optimizers import make_optimizer, rate_factor
+from stillhouse.functional.augmentation import Draws, all_of, apply, groups_of, one_of
 from stillhouse.randomness import generator, permutation
-from stillhouse.recipe import LRSchedule, OptimizerSpec, TrainSpec
-from stillhouse.run import Run
+from stillhouse.runs.run import Run
 from stillhouse.synthetic.config import AugmentSpec, EvaluateSpec
 from stillhouse.synthetic.product import SyntheticSet
 from stillhouse.synthetic.scores import soft_loss
+from stillhouse.training.optimizers import make_optimizer, rate_factor
 
 Key = tuple[int | str, ...]
 

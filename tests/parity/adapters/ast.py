@@ -9,14 +9,7 @@ from torch.nn import functional as F
 from parity.adapters.dataset_distillation_common import convnet_of
 from parity.case import Case
 from stillhouse.functional.matching import Flat
-from stillhouse.methods.datasets.ast import (
-    balance_factor,
-    expert_loss,
-    momentum_path,
-    path_distances,
-    path_weights,
-    perturbed,
-)
+from stillhouse.methods.datasets.ast import balance_factor, expert_loss, momentum_path, path_distances, path_weights, perturbed
 from stillhouse.synthetic.initial import by_distance, nearest_in_turn
 
 

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from parity.case import Case
+from stillhouse.functional.augmentation import GROUPS, apply, one_of, parameters
 from stillhouse.functional.matching import Flat, trajectory_distance, unroll
 from stillhouse.functional.recovery import BatchNormStatistics, clamp_to_pixels, statistics_loss, total_variation
-from stillhouse.functional.siamese import GROUPS, apply, one_of, parameters
 from stillhouse.functional.whitening import fit_whitening
 from stillhouse.models.convnet import ConvNet
 from stillhouse.synthetic.real import unnormalised

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from parity.case import Case
-from stillhouse.objective import Progress
+from stillhouse.distillation.objective import Progress
 from stillhouse.objectives.dist import DIST
 from stillhouse.signals import Signals
 

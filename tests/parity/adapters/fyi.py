@@ -7,8 +7,8 @@ from torch import Tensor
 
 from parity.adapters.dataset_distillation_common import convnet_of, seeded
 from parity.case import Case
+from stillhouse.functional.augmentation import all_of, apply, one_of
 from stillhouse.functional.matching import Flat, feature_mean_distance, gradient_distance, gradients, trajectory_distance_by_steps
-from stillhouse.functional.siamese import all_of, apply, one_of
 from stillhouse.methods.datasets.fyi import flip_first
 from stillhouse.synthetic.config import AugmentSpec
 from stillhouse.synthetic.synthesis import with_mirrors

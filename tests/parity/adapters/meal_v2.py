@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 
 from parity.case import Case
+from stillhouse.distillation.objective import Progress
 from stillhouse.methods.classification.meal_v2 import Discriminator, MealV2, averaged
-from stillhouse.objective import Progress
 from stillhouse.signals import Signals
 
 

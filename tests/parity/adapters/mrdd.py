@@ -5,15 +5,7 @@ from __future__ import annotations
 import torch
 
 from parity.case import Case
-from stillhouse.methods.pretraining.mrdd.losses import (
-    Estimator,
-    estimator_loss,
-    full_bound,
-    mask_image,
-    sample_code,
-    sampled_bound,
-    variational_loss,
-)
+from stillhouse.methods.pretraining.mrdd.losses import Estimator, estimator_loss, full_bound, mask_image, sample_code, sampled_bound, variational_loss
 
 CLOSE = {"rtol": 1e-4, "atol": 1e-4}
 

@@ -6,10 +6,10 @@ import torch
 from torch import nn
 
 from parity.case import Case
-from stillhouse.distillation import Distillation
-from stillhouse.objective import Progress
+from stillhouse.distillation.distillation import Distillation
+from stillhouse.distillation.objective import Progress
+from stillhouse.distillation.teachers import PastSelf
 from stillhouse.objectives.ps_kd import PSKD, calibration, ps_kd_loss, refined_targets, share
-from stillhouse.teachers import PastSelf
 
 
 def loss(case: Case) -> None:

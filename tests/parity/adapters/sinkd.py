@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from parity.case import Case
-from stillhouse.objective import Progress
+from stillhouse.distillation.objective import Progress
 from stillhouse.objectives.ce import cross_entropy
 from stillhouse.objectives.sinkd import SinKD, sinkhorn_cost, sinkhorn_distance, sinkhorn_plan
 from stillhouse.signals import Signals

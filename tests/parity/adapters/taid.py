@@ -7,8 +7,8 @@ from typing import get_args
 import torch
 
 from parity.case import Case
+from stillhouse.distillation.objective import Progress
 from stillhouse.functional.token_losses import cross_entropy_rows, token_mean
-from stillhouse.objective import Progress
 from stillhouse.objectives.taid import TAID, taid_rows, taid_target
 from stillhouse.objectives.token_divergence import Divergence, TokenDivergence
 from stillhouse.signals import Signals

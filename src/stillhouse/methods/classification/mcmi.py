@@ -29,21 +29,22 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from stillhouse.config.specs import Data, MethodConfig, Model, Objectives, Spec, Teacher, TrainSpec
 from stillhouse.data import BatchKey, IndexedDataset, Loader
 from stillhouse.data.subset import Subset
-from stillhouse.distillation import Distillation
+from stillhouse.distillation.distillation import Distillation
+from stillhouse.distillation.objective import Context, Objective, Progress
+from stillhouse.distillation.teachers import Frozen
+from stillhouse.distillation.weighted import objective_from_spec
 from stillhouse.errors import UserError
 from stillhouse.evaluation.classification import collect_logits, evaluate_classifier
-from stillhouse.evaluation.mode import evaluating, move
 from stillhouse.functional import checks
 from stillhouse.functional.labels import check_label, hard_only
 from stillhouse.functional.precision import full_precision
-from stillhouse.objective import Context, Objective, Progress
-from stillhouse.product import Student, state_on_cpu
-from stillhouse.recipe import Data, MethodConfig, Model, Objectives, Spec, Teacher, TrainSpec, objective_from_spec
-from stillhouse.run import Method, Run, Stage
-from stillhouse.signals import Batch, Signals, call_model, read_logits
-from stillhouse.teachers import Frozen
+from stillhouse.runs.method import Method, Stage
+from stillhouse.runs.products import Student, state_on_cpu
+from stillhouse.runs.run import Run
+from stillhouse.signals import Batch, Signals, call_model, evaluating, read_logits, to_device
 
 Centroids = Literal["epoch", "once", "ema"]
 SMALLEST = 1e-12
@@ -319,7 +320,7 @@ def information_of(network: nn.Module, loader: Iterable[Batch], device: torch.de
     seen: OutputStatistics | None = None
     with evaluating(network):
         for batch in loader:
-            logits = read_logits(call_model(network, {"input": move(batch["input"], device)}))
+            logits = read_logits(call_model(network, {"input": to_device(batch["input"], device)}))
             seen = seen or OutputStatistics(logits.shape[1], device)
             seen.add(logits, batch["label"].to(device))
     assert seen is not None

@@ -26,17 +26,19 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from stillhouse.distillation import Distillation, Weighted
+from stillhouse.config.specs import Data, MethodConfig, Model, Spec, Teacher, TrainSpec
+from stillhouse.distillation.distillation import Distillation
+from stillhouse.distillation.objective import Objective, Progress
+from stillhouse.distillation.weighted import Weighted
 from stillhouse.errors import UserError
 from stillhouse.functional import checks
 from stillhouse.functional.divergences import soft_cross_entropy
 from stillhouse.functional.labels import check_label, is_soft
 from stillhouse.functional.precision import full_precision
 from stillhouse.methods.distillation import describe
-from stillhouse.objective import Objective, Progress
-from stillhouse.product import Student
-from stillhouse.recipe import Data, MethodConfig, Model, Spec, Teacher, TrainSpec
-from stillhouse.run import Method, Run, Stage
+from stillhouse.runs.method import Method, Stage
+from stillhouse.runs.products import Student
+from stillhouse.runs.run import Run
 from stillhouse.signals import Batch, Signals
 
 

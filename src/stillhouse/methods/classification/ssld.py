@@ -29,23 +29,24 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from stillhouse.config.specs import Data, DataSpec, MethodConfig, Model, Spec, Teacher, TrainSpec
 from stillhouse.data import DataBundle, Loader
 from stillhouse.data.joined import Joined, Part, unlabelled
-from stillhouse.distillation import Distillation, to_device
+from stillhouse.distillation.distillation import Distillation
+from stillhouse.distillation.objective import Objective, Progress
+from stillhouse.distillation.teachers import Ensemble, Frozen
 from stillhouse.errors import UserError
 from stillhouse.evaluation.classification import evaluate_classifier
 from stillhouse.functional import checks
 from stillhouse.functional.divergences import kl_divergence, soft_cross_entropy
 from stillhouse.functional.precision import full_precision
 from stillhouse.models.anatomy import classifier
-from stillhouse.objective import Objective, Progress
 from stillhouse.objectives.ce import CrossEntropy
 from stillhouse.processes import share
-from stillhouse.product import Student
-from stillhouse.recipe import Data, DataSpec, MethodConfig, Model, Spec, Teacher, TrainSpec
-from stillhouse.run import Method, Run, Stage
-from stillhouse.signals import Batch, Signals
-from stillhouse.teachers import Ensemble, Frozen
+from stillhouse.runs.method import Method, Stage
+from stillhouse.runs.products import Student
+from stillhouse.runs.run import Run
+from stillhouse.signals import Batch, Signals, to_device
 
 THUMBNAIL = 16
 

@@ -31,7 +31,8 @@ from stillhouse.functional.matching import Batches, Flat, Gradient, trajectory_d
 from stillhouse.functional.precision import full_precision
 from stillhouse.methods.datasets import mtt
 from stillhouse.randomness import generator
-from stillhouse.run import Method, Run, Stage
+from stillhouse.runs.method import Method, Stage
+from stillhouse.runs.run import Run
 from stillhouse.synthetic.initial import representative_rows
 from stillhouse.synthetic.pools import ExpertSpec, experts
 from stillhouse.synthetic.product import SyntheticSet

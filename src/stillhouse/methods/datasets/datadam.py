@@ -25,7 +25,8 @@ from stillhouse.errors import UserError
 from stillhouse.functional.matching import class_means, feature_mean_distance, few
 from stillhouse.functional.precision import full_precision
 from stillhouse.methods.datasets.dm import embedding
-from stillhouse.run import Method, Run, Stage
+from stillhouse.runs.method import Method, Stage
+from stillhouse.runs.run import Run
 from stillhouse.signals import Taps
 from stillhouse.synthetic.config import PixelConfig
 from stillhouse.synthetic.product import SyntheticSet

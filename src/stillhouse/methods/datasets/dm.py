@@ -22,7 +22,8 @@ from torch import Tensor, nn
 
 from stillhouse.errors import UserError
 from stillhouse.functional.matching import feature_mean_distance, few
-from stillhouse.run import Method, Run, Stage
+from stillhouse.runs.method import Method, Stage
+from stillhouse.runs.run import Run
 from stillhouse.synthetic.config import PixelConfig
 from stillhouse.synthetic.product import SyntheticSet
 from stillhouse.synthetic.synthesis import Synthesis, plan

@@ -21,10 +21,11 @@ from pydantic import Field
 from torch import Tensor
 from torch.nn import functional as F
 
+from stillhouse.functional.augmentation import apply
 from stillhouse.functional.matching import Metric, gradient_distance, gradients
-from stillhouse.functional.siamese import apply
 from stillhouse.randomness import permutation
-from stillhouse.run import Method, Run, Stage
+from stillhouse.runs.method import Method, Stage
+from stillhouse.runs.run import Run
 from stillhouse.synthetic.config import PixelConfig
 from stillhouse.synthetic.product import SyntheticSet
 from stillhouse.synthetic.synthesis import Synthesis, plan

@@ -23,10 +23,12 @@ from pydantic import Field, PrivateAttr, model_validator
 from torch import Tensor
 
 from stillhouse import catalog
+from stillhouse.config.specs import Data, MethodConfig, ModelSpec
 from stillhouse.errors import UserError
-from stillhouse.functional.siamese import groups_of
-from stillhouse.recipe import Data, MethodConfig, ModelSpec, validate
-from stillhouse.run import Method, Run, Stage
+from stillhouse.functional.augmentation import groups_of
+from stillhouse.runs.method import Method, Stage
+from stillhouse.runs.recipe import validate
+from stillhouse.runs.run import Run
 from stillhouse.synthetic.config import AugmentSpec, EvaluateSpec, PixelConfig
 from stillhouse.synthetic.product import SyntheticSet
 

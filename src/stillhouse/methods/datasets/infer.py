@@ -31,22 +31,23 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from stillhouse.config.specs import Spec, Teacher
+from stillhouse.distillation.teachers import Frozen
 from stillhouse.errors import UserError
-from stillhouse.evaluation import evaluates
-from stillhouse.evaluation.synthetic_set import judge
 from stillhouse.files import written_beside
 from stillhouse.functional.recovery import BatchNormStatistics, clamp_to_pixels, statistics_loss
-from stillhouse.product import read_meta
 from stillhouse.randomness import generator, permutation
-from stillhouse.recipe import Spec, Teacher
-from stillhouse.run import Method, Run, Stage
+from stillhouse.runs.evaluators import evaluates
+from stillhouse.runs.method import Method, Stage
+from stillhouse.runs.products import read_meta
+from stillhouse.runs.run import Run
 from stillhouse.synthetic.config import DatasetConfig, Groups
 from stillhouse.synthetic.descent import Cost, batch_view, descend
+from stillhouse.synthetic.judging.evaluator import judge
 from stillhouse.synthetic.product import SyntheticSet
 from stillhouse.synthetic.real import RealRows
 from stillhouse.synthetic.relabel import ViewLabels, Views, relabel, running_logits
 from stillhouse.synthetic.synthesis import made_by, plan
-from stillhouse.teachers import Frozen
 
 Amount = TypeVar("Amount", Tensor, float)
 
@@ -194,7 +195,7 @@ class CompensatedSet(SyntheticSet):
             beside.write_text(json.dumps({**meta, "static": isinstance(self.views, StaticLabels)}, indent=1))
 
     @classmethod
-    def load(cls, folder: Path) -> CompensatedSet:
+    def load(cls, folder: Path, trust_code: bool = False) -> CompensatedSet:
         from safetensors import SafetensorError
         from safetensors.torch import load_file
 

@@ -24,10 +24,11 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from stillhouse.errors import UserError
+from stillhouse.functional.augmentation import apply
 from stillhouse.functional.matching import Flat, trajectory_distance, trajectory_distance_by_steps, unroll
-from stillhouse.functional.siamese import apply
 from stillhouse.randomness import permutation
-from stillhouse.run import Method, Run, Stage
+from stillhouse.runs.method import Method, Stage
+from stillhouse.runs.run import Run
 from stillhouse.synthetic.config import PixelConfig
 from stillhouse.synthetic.pools import ExpertSpec, experts
 from stillhouse.synthetic.product import SyntheticSet

@@ -26,12 +26,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from stillhouse.errors import UserError
+from stillhouse.functional.augmentation import Draws, apply
 from stillhouse.functional.matching import Flat
 from stillhouse.functional.precision import full_precision
-from stillhouse.functional.siamese import Draws, apply
 from stillhouse.methods.datasets.dm import embedding, real_embedding
 from stillhouse.randomness import generator, keyed
-from stillhouse.run import Method, Run, Stage
+from stillhouse.runs.method import Method, Stage
+from stillhouse.runs.run import Run
 from stillhouse.synthetic.config import AugmentSpec, PixelConfig
 from stillhouse.synthetic.initial import decode
 from stillhouse.synthetic.pools import ExpertSpec, experts

@@ -22,12 +22,12 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from stillhouse.config.specs import Teacher
 from stillhouse.errors import UserError
-from stillhouse.evaluation.mode import evaluating
 from stillhouse.randomness import generator
-from stillhouse.recipe import Teacher
-from stillhouse.run import Method, Run, Stage
-from stillhouse.signals import read_logits
+from stillhouse.runs.method import Method, Stage
+from stillhouse.runs.run import Run
+from stillhouse.signals import evaluating, read_logits
 from stillhouse.synthetic.config import DatasetConfig
 from stillhouse.synthetic.initial import embedded
 from stillhouse.synthetic.product import SyntheticSet

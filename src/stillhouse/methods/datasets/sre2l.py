@@ -22,17 +22,18 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from stillhouse.config.specs import Spec, Teacher
+from stillhouse.distillation.teachers import Frozen
 from stillhouse.functional.recovery import BatchNormStatistics, clamp_to_pixels, statistics_loss, total_variation
 from stillhouse.randomness import generator
-from stillhouse.recipe import Spec, Teacher
-from stillhouse.run import Method, Run, Stage
+from stillhouse.runs.method import Method, Stage
+from stillhouse.runs.run import Run
 from stillhouse.synthetic.config import DatasetConfig, Groups
 from stillhouse.synthetic.descent import Cost, batch_view, descend
 from stillhouse.synthetic.product import SyntheticSet
 from stillhouse.synthetic.real import RealRows
 from stillhouse.synthetic.relabel import ViewLabels, Views, relabel, running_logits
 from stillhouse.synthetic.synthesis import made_by, plan
-from stillhouse.teachers import Frozen
 
 
 class RecoverSpec(Spec):

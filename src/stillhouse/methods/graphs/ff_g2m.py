@@ -37,7 +37,8 @@ from stillhouse.functional.precision import full_precision
 from stillhouse.methods.graphs import glnn
 from stillhouse.methods.graphs.glnn.training import Taught, fit_nodes, graph_of, new_student, taught, test_figures
 from stillhouse.models.graph import NodeMLP
-from stillhouse.run import Method, Run, Stage
+from stillhouse.runs.method import Method, Stage
+from stillhouse.runs.run import Run
 
 Term = Literal["low", "high", "soft"]
 ABLATIONS: dict[str, list[Term]] = {"GLNN": ["soft"], "LFD": ["low"], "HFD": ["high"], "FF-G2M": ["low", "high"]}

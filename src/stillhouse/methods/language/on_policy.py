@@ -21,16 +21,16 @@ from typing import Any
 import torch
 from pydantic import Field
 
-from stillhouse.distillation import Distillation
+from stillhouse.distillation.distillation import Distillation
+from stillhouse.distillation.objective import Context
+from stillhouse.distillation.teachers import Stored
+from stillhouse.distillation.weighted import objective_from_spec
 from stillhouse.errors import UserError
 from stillhouse.methods.distillation import Config as GeneralConfig
 from stillhouse.methods.distillation import GeneralDistillation
 from stillhouse.models.writing import Generation, Writer
-from stillhouse.objective import Context
-from stillhouse.recipe import objective_from_spec
-from stillhouse.run import Run
+from stillhouse.runs.run import Run
 from stillhouse.signals import Batch
-from stillhouse.teachers import Stored
 
 
 class Config(GeneralConfig):

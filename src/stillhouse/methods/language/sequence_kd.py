@@ -25,20 +25,23 @@ import torch
 from pydantic import Field
 from torch import nn
 
+from stillhouse.config.specs import TeacherSpec
 from stillhouse.data import Loader
 from stillhouse.data.text import TextBundle
-from stillhouse.data.token_dataset import IGNORE, Ragged, Rows, TokenDataset
-from stillhouse.data.tokenizer import encode, size
+from stillhouse.data.token_dataset import Rows, TokenDataset
+from stillhouse.distillation.teachers import Frozen
+from stillhouse.distillation.weighted import objective_from_spec
 from stillhouse.errors import UserError
+from stillhouse.functional.ragged import IGNORE, Ragged
 from stillhouse.methods.distillation import Config as GeneralConfig
 from stillhouse.methods.distillation import GeneralDistillation, describe
 from stillhouse.models.language import left_padded, own_tokenizer
+from stillhouse.models.tokenizer import encode, size
 from stillhouse.models.writing import Generation, Writer
 from stillhouse.processes import share
 from stillhouse.randomness import keyed
-from stillhouse.recipe import TeacherSpec, objective_from_spec
-from stillhouse.run import Run, Stage
-from stillhouse.teachers import Frozen
+from stillhouse.runs.method import Stage
+from stillhouse.runs.run import Run
 
 
 class Config(GeneralConfig):

@@ -32,10 +32,13 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
+from stillhouse.config.specs import Data, MethodConfig, ModelSpec, Objectives, ObjectiveSpec, Spec, Teacher, TrainSpec
 from stillhouse.data import Loader
-from stillhouse.distillation import Distillation
+from stillhouse.distillation.distillation import Distillation
+from stillhouse.distillation.objective import Objective, Progress
+from stillhouse.distillation.weighted import objective_from_spec
 from stillhouse.errors import UserError
-from stillhouse.evaluation import cost, evaluates, evaluator
+from stillhouse.evaluation import cost
 from stillhouse.evaluation.classification import evaluate_classifier
 from stillhouse.functional import checks
 from stillhouse.functional.feature_maps import as_map
@@ -43,11 +46,11 @@ from stillhouse.functional.labels import hard_only
 from stillhouse.methods.classification.diswot.search import Combine, Encoding, Scored, Space, SpaceSpec, kendall_tau, search
 from stillhouse.methods.classification.diswot.similarity import View, channel_distance, relation_distance, semantic_distance, view
 from stillhouse.models import build
-from stillhouse.objective import Objective, Progress
-from stillhouse.product import Student, state_on_cpu
 from stillhouse.randomness import key
-from stillhouse.recipe import Data, MethodConfig, ModelSpec, Objectives, ObjectiveSpec, Spec, Teacher, TrainSpec, objective_from_spec
-from stillhouse.run import Method, Run, Stage
+from stillhouse.runs.evaluators import evaluates, evaluator
+from stillhouse.runs.method import Method, Stage
+from stillhouse.runs.products import Student, state_on_cpu
+from stillhouse.runs.run import Run
 from stillhouse.signals import Batch, Signals
 
 

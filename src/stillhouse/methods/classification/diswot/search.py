@@ -12,8 +12,9 @@ from typing import Any, Literal
 import numpy as np
 from pydantic import Field
 
+from stillhouse.config.reading import set_key
+from stillhouse.config.specs import ModelSpec, Spec
 from stillhouse.errors import UserError
-from stillhouse.recipe import ModelSpec, Spec, set_key
 
 Combine = Literal["sum", "semantic", "relation", "rank_sum", "parameters"]
 Encoding = tuple[int, ...]

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from stillhouse.distillation.teachers import Reader
 from stillhouse.errors import UserError
 from stillhouse.functional import checks
 from stillhouse.functional.feature_maps import as_map
@@ -16,7 +17,6 @@ from stillhouse.functional.precision import full_precision
 from stillhouse.objectives.sp import sp_loss
 from stillhouse.randomness import keyed
 from stillhouse.signals import Batch
-from stillhouse.teachers import Reader
 
 SMALLEST = 1e-12
 

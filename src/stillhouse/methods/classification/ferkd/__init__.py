@@ -28,18 +28,20 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
+from stillhouse.config.specs import Data, MethodConfig, Model, Spec, Teacher, TrainSpec
 from stillhouse.data import BatchKey, Loader
-from stillhouse.distillation import Distillation
+from stillhouse.distillation.distillation import Distillation
+from stillhouse.distillation.objective import Objective, Progress
 from stillhouse.errors import UserError
+from stillhouse.files import cache_folder
 from stillhouse.functional.divergences import soft_cross_entropy
 from stillhouse.methods.classification.ferkd.labels import HARDENED, KEPT, LabelType, adapt, compress
 from stillhouse.methods.classification.ferkd.regions import RegionStore, draw_regions, replay
 from stillhouse.methods.classification.ferkd.replayed import Mixing, MixSpec, Replayed, Thresholds
-from stillhouse.objective import Objective, Progress
 from stillhouse.processes import rank_world
-from stillhouse.product import Student
-from stillhouse.recipe import Data, MethodConfig, Model, Spec, Teacher, TrainSpec
-from stillhouse.run import Method, Run, Stage, cache_folder
+from stillhouse.runs.method import Method, Stage
+from stillhouse.runs.products import Student
+from stillhouse.runs.run import Run
 from stillhouse.signals import Batch, Signals
 
 

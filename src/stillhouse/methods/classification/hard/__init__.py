@@ -27,16 +27,17 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from stillhouse.config.specs import Data, MethodConfig, Model, OptimizerSpec, Spec, Teacher, TrainSpec
+from stillhouse.distillation.teachers import Frozen
 from stillhouse.errors import UserError
-from stillhouse.evaluation.shifted import Shifts, shifted_accuracy
 from stillhouse.methods.classification.hard.augmentors import Augmentor, LearnedAffine, LearnedMix, RandomAffine
 from stillhouse.methods.classification.hard.game import Game
 from stillhouse.methods.classification.hard.vae import VAE, Edit, VAEAugmentor, VAEFit
-from stillhouse.product import Student, state_on_cpu
 from stillhouse.randomness import keyed
-from stillhouse.recipe import Data, MethodConfig, Model, OptimizerSpec, Spec, Teacher, TrainSpec
-from stillhouse.run import Method, Run, Stage
-from stillhouse.teachers import Frozen
+from stillhouse.runs.evaluators.shifted import Shifts, shifted_accuracy
+from stillhouse.runs.method import Method, Stage
+from stillhouse.runs.products import Student, state_on_cpu
+from stillhouse.runs.run import Run
 
 RATES = {"affine": 2e-2, "mix": 1e-4, "vae": 1e-4}
 

@@ -8,14 +8,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from stillhouse.distillation.objective import Progress
+from stillhouse.distillation.teachers import Frozen
 from stillhouse.functional import checks
 from stillhouse.functional.divergences import kl_divergence
 from stillhouse.functional.gather import gather
 from stillhouse.functional.precision import full_precision
-from stillhouse.objective import Progress
 from stillhouse.objectives.ce import cross_entropy
 from stillhouse.signals import Batch, call_model, read_logits
-from stillhouse.teachers import Frozen
 
 MOMENTUM = 0.9  # of the running mean that the balance watches
 

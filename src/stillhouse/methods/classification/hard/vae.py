@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from stillhouse.distillation.objective import Progress
 from stillhouse.errors import UserError
-from stillhouse.objective import Progress
 from stillhouse.signals import Batch
 
 FLOOR = 1e-3

@@ -29,11 +29,13 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from stillhouse.config.specs import Data, MethodConfig, Model, Teacher, TrainSpec
 from stillhouse.data import Loader
 from stillhouse.data.joined import Joined
-from stillhouse.distillation import Distillation, to_device
+from stillhouse.distillation.distillation import Distillation
+from stillhouse.distillation.objective import Progress
+from stillhouse.distillation.teachers import Frozen
 from stillhouse.errors import UserError
-from stillhouse.evaluation.shifted import Shifts, shifted_accuracy
 from stillhouse.functional.gather import gather
 from stillhouse.methods.classification.kd3.alignment import (
     aligned,
@@ -46,14 +48,13 @@ from stillhouse.methods.classification.kd3.alignment import (
 )
 from stillhouse.methods.classification.kd3.pool import PoolPart, SelectedBatches, pool_images
 from stillhouse.methods.classification.kd3.shared import SharedClassifier, SharedStudent, make_shared
-from stillhouse.objective import Progress
 from stillhouse.objectives.kd import KD
-from stillhouse.product import Student
 from stillhouse.randomness import keyed
-from stillhouse.recipe import Data, MethodConfig, Model, Teacher, TrainSpec
-from stillhouse.run import Method, Run, Stage
-from stillhouse.signals import Batch
-from stillhouse.teachers import Frozen
+from stillhouse.runs.evaluators.shifted import Shifts, shifted_accuracy
+from stillhouse.runs.method import Method, Stage
+from stillhouse.runs.products import Student
+from stillhouse.runs.run import Run
+from stillhouse.signals import Batch, to_device
 
 EPOCHS = 240  # of the published schedule
 __all__ = ["KD3", "Config", "SharedStudent", "Sharing"]

@@ -10,14 +10,14 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from stillhouse.config.specs import DataSpec
 from stillhouse.data import BatchKey, Loader
 from stillhouse.data.dataset import IndexedDataset, PixelInputs
 from stillhouse.data.joined import Joined, Part, unlabelled
 from stillhouse.errors import UserError
 from stillhouse.processes import share
 from stillhouse.randomness import permutation
-from stillhouse.recipe import DataSpec
-from stillhouse.run import Run
+from stillhouse.runs.run import Run
 from stillhouse.signals import Batch
 
 

@@ -11,14 +11,14 @@ import torch
 from torch import Tensor, nn
 
 from stillhouse.errors import UserError
-from stillhouse.evaluation import evaluates
 from stillhouse.methods.classification.kd3.alignment import transfer_block
 from stillhouse.models.anatomy import classifier, embedding_from, stages
-from stillhouse.product import Student, read_meta
+from stillhouse.runs.evaluators import evaluates
+from stillhouse.runs.products import Student, read_meta
 from stillhouse.signals import Batch, Taps, call_model, first_tensor
 
 if TYPE_CHECKING:
-    from stillhouse.run import Run
+    from stillhouse.runs.run import Run
 
 KIND = "stillhouse.methods.classification.kd3:SharedStudent"
 
@@ -149,8 +149,8 @@ class SharedStudent(Student):
     def load(cls, folder: Path, trust_code: bool = False) -> SharedStudent:
         from safetensors.torch import load_model
 
+        from stillhouse.config.specs import ModelSpec
         from stillhouse.models import build
-        from stillhouse.recipe import ModelSpec
 
         meta = read_meta(folder)
         spec, shared = ModelSpec.model_validate(meta["model"]), meta["shared"]
@@ -168,6 +168,6 @@ class SharedStudent(Student):
 @evaluates(KIND)
 def judge(product: SharedStudent, run: Run) -> dict[str, float]:
     """The figures of any student."""
-    from stillhouse.evaluation import student
+    from stillhouse.runs.evaluators import student
 
     return student.judge(product, run)

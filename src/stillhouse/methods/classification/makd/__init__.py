@@ -29,22 +29,24 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from stillhouse.distillation import Distillation, to_device
+from stillhouse.config.specs import ModelSpec, Objectives, ObjectiveSpec
+from stillhouse.distillation.distillation import Distillation
+from stillhouse.distillation.objective import Objective, Progress
+from stillhouse.distillation.weighted import objective_from_spec
 from stillhouse.errors import UserError
-from stillhouse.evaluation import evaluates
-from stillhouse.evaluation.student import judge
 from stillhouse.functional.precision import full_precision
 from stillhouse.methods.classification.makd.aspects import AspectsSpec, aspect_table, question_prompt, selection_prompt
 from stillhouse.methods.distillation import Config as General
 from stillhouse.methods.distillation import describe
 from stillhouse.models import build
 from stillhouse.models.anatomy import classifier, stages
-from stillhouse.objective import Objective, Progress
-from stillhouse.product import Student, read_meta
 from stillhouse.randomness import keyed
-from stillhouse.recipe import ModelSpec, Objectives, ObjectiveSpec, objective_from_spec
-from stillhouse.run import Method, Run, Stage
-from stillhouse.signals import Batch, Signals, read_logits
+from stillhouse.runs.evaluators import evaluates
+from stillhouse.runs.evaluators.student import judge
+from stillhouse.runs.method import Method, Stage
+from stillhouse.runs.products import Student, read_meta
+from stillhouse.runs.run import Run
+from stillhouse.signals import Batch, Signals, read_logits, to_device
 
 __all__ = ["AspectClassifier", "Aspects", "MaKD", "Widened", "aspect_loss", "question_prompt", "selection_prompt", "strip_aspects"]
 

@@ -15,11 +15,11 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from stillhouse.catalog import load_file
+from stillhouse.config.specs import Data, DataSpec, Model, Spec, TrainSpec
 from stillhouse.errors import UserError, unknown
 from stillhouse.functional.precision import full_precision
 from stillhouse.randomness import generator
-from stillhouse.recipe import Data, DataSpec, Model, Spec, TrainSpec
-from stillhouse.run import Run
+from stillhouse.runs.run import Run
 
 ClassAnswers = dict[str, list[str | int]]
 """Question -> names of the classes for which the answer is yes."""

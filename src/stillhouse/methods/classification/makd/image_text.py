@@ -10,12 +10,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from stillhouse.config.specs import DataSpec
+from stillhouse.distillation.objective import Progress
 from stillhouse.methods.classification.makd.aspects import Trained, class_matrix, read_class_answers
 from stillhouse.models import build
-from stillhouse.objective import Progress
 from stillhouse.randomness import key, keyed
-from stillhouse.recipe import DataSpec
-from stillhouse.run import Run
+from stillhouse.runs.run import Run
 from stillhouse.signals import Batch
 
 
@@ -65,7 +65,7 @@ class Answering(nn.Module):
 
 def trained_annotator(spec: Trained, questions: list[str], run: Run, data: DataSpec) -> ImageText:
     """The small image-and-text model, trained once and kept; its share of right answers on test images is recorded with the run."""
-    from stillhouse.product import state_on_cpu
+    from stillhouse.runs.products import state_on_cpu
 
     source = spec.data or data
     bundle = run.data(source)

@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from stillhouse.config.specs import DataSpec
 from stillhouse.errors import MissingExtra, UserError
 from stillhouse.methods.classification.makd.aspects import VisionLanguage
-from stillhouse.recipe import DataSpec
-from stillhouse.run import Run
+from stillhouse.runs.run import Run
 
 
 def token_id(tokenizer: Any, word: str) -> int:

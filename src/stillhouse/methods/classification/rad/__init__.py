@@ -29,22 +29,23 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
+from stillhouse.config.specs import Data, MethodConfig, Model, Teacher, TrainSpec
 from stillhouse.data import BatchKey, IndexedDataset, Loader
 from stillhouse.data.split import balanced
 from stillhouse.data.subset import Subset
-from stillhouse.distillation import Distillation
+from stillhouse.distillation.distillation import Distillation
+from stillhouse.distillation.teachers import Reader
+from stillhouse.distillation.weighted import objective_from_spec
 from stillhouse.errors import UserError
-from stillhouse.evaluation import evaluates, evaluator
 from stillhouse.evaluation.classification import collect_logits, evaluate_classifier
-from stillhouse.evaluation.mode import evaluating
 from stillhouse.methods.classification.rad.game import gains, guaranteed, solve
 from stillhouse.methods.classification.rad.queries import RULES, Pool
-from stillhouse.product import Student, state_on_cpu
 from stillhouse.randomness import key
-from stillhouse.recipe import Data, MethodConfig, Model, Teacher, TrainSpec, objective_from_spec
-from stillhouse.run import Method, Run, Stage
-from stillhouse.signals import Batch
-from stillhouse.teachers import Reader
+from stillhouse.runs.evaluators import evaluates, evaluator
+from stillhouse.runs.method import Method, Stage
+from stillhouse.runs.products import Student, state_on_cpu
+from stillhouse.runs.run import Run
+from stillhouse.signals import Batch, evaluating
 
 
 class Config(MethodConfig):

@@ -30,18 +30,19 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from stillhouse.distillation import Distillation
+from stillhouse.config.specs import Data, DataSpec, MethodConfig, Model, Spec, TrainSpec
+from stillhouse.distillation.distillation import Distillation
+from stillhouse.distillation.objective import Context, Objective, Progress
 from stillhouse.errors import UserError
-from stillhouse.evaluation import evaluates
 from stillhouse.evaluation.classification import collect_logits, evaluate_classifier
 from stillhouse.functional import checks
 from stillhouse.functional.labels import check_label, hard_only
 from stillhouse.functional.precision import full_precision
 from stillhouse.methods.classification.self_distill_kernel.chain import KERNELS, KernelSelfDistillation, optimal_weight
-from stillhouse.objective import Context, Objective, Progress
-from stillhouse.product import Student, read_meta
-from stillhouse.recipe import Data, DataSpec, MethodConfig, Model, Spec, TrainSpec
-from stillhouse.run import Method, Run, Stage
+from stillhouse.runs.evaluators import evaluates
+from stillhouse.runs.method import Method, Stage
+from stillhouse.runs.products import Product, Student, read_meta
+from stillhouse.runs.run import Run
 from stillhouse.signals import Batch, Signals
 
 
@@ -142,7 +143,7 @@ class Config(MethodConfig):
 
 
 @dataclass
-class KernelClassifier:
+class KernelClassifier(Product):
     """A kernel machine of one step (or the limit): classes are told by the largest of k(x, X) coefficients + 1/C.
 
     Attributes:
@@ -174,7 +175,7 @@ class KernelClassifier:
         (folder / "product.json").write_text(json.dumps({"kind": self.kind, "format": 1, **meta}, indent=1))
 
     @classmethod
-    def load(cls, folder: Path) -> KernelClassifier:
+    def load(cls, folder: Path, trust_code: bool = False) -> KernelClassifier:
         from safetensors.torch import load_file
 
         meta, held = read_meta(folder), load_file(str(Path(folder) / "model.safetensors"))

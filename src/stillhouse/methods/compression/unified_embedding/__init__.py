@@ -29,18 +29,19 @@ import torch
 from pydantic import BeforeValidator, Field, model_validator
 from torch import Tensor
 
+from stillhouse.config.specs import MethodConfig, OptimizerSpec, Spec, TrainSpec
 from stillhouse.data import Loader
 from stillhouse.errors import UserError, unknown
-from stillhouse.evaluation import evaluates
-from stillhouse.evaluation.mode import evaluating
 from stillhouse.methods.compression.unified_embedding.columns import Columns, TableSpec, load_columns
 from stillhouse.methods.compression.unified_embedding.hashing import encode
 from stillhouse.methods.compression.unified_embedding.network import Ranking, TableNetwork, class_probs
 from stillhouse.methods.compression.unified_embedding.table import Feature, Scheme, UnifiedEmbedding, collisions, expected_collisions
-from stillhouse.product import read_meta, state_on_cpu
 from stillhouse.randomness import keyed
-from stillhouse.recipe import MethodConfig, OptimizerSpec, Spec, TrainSpec
-from stillhouse.run import Method, Run, Stage
+from stillhouse.runs.evaluators import evaluates
+from stillhouse.runs.method import Method, Stage
+from stillhouse.runs.products import Product, read_meta, state_on_cpu
+from stillhouse.runs.run import Run
+from stillhouse.signals import evaluating
 
 __all__ = ["EmbeddingModel", "Feature", "UnifiedEmbedding", "collisions", "encode", "expected_collisions"]
 
@@ -98,7 +99,7 @@ class Config(MethodConfig):
 
 
 @dataclass
-class EmbeddingModel:
+class EmbeddingModel(Product):
     """A network over categorical columns.
 
     Attributes:
@@ -160,7 +161,7 @@ class EmbeddingModel:
         (folder / "product.json").write_text(json.dumps(meta, indent=1))
 
     @classmethod
-    def load(cls, folder: Path) -> EmbeddingModel:
+    def load(cls, folder: Path, trust_code: bool = False) -> EmbeddingModel:
         from safetensors.torch import load_file
 
         meta, held = read_meta(folder), load_file(str(Path(folder) / "model.safetensors"))

@@ -15,15 +15,14 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from stillhouse import catalog
+from stillhouse.config.specs import Spec
 from stillhouse.data import BatchKey
-from stillhouse.data.source import digest
 from stillhouse.errors import UserError, unknown
-from stillhouse.evaluation.mode import evaluating
+from stillhouse.files import digest
 from stillhouse.methods.compression.unified_embedding.hashing import encode
 from stillhouse.methods.compression.unified_embedding.network import class_probs
 from stillhouse.randomness import permutation
-from stillhouse.recipe import Spec
-from stillhouse.signals import Batch
+from stillhouse.signals import Batch, evaluating
 
 AT_ONCE = 4096  # rows of one forward pass when a model is tested
 

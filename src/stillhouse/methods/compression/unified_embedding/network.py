@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from stillhouse.distillation.objective import Progress
 from stillhouse.methods.compression.unified_embedding.table import UnifiedEmbedding
-from stillhouse.objective import Progress
 from stillhouse.signals import Batch
 
 

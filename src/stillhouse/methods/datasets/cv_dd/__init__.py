@@ -33,21 +33,22 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from stillhouse.config.specs import Spec, Teacher
+from stillhouse.distillation.teachers import Frozen
 from stillhouse.errors import UserError
+from stillhouse.functional.augmentation import Strength, all_of, apply
 from stillhouse.functional.recovery import BatchNormStatistics, clamp_to_pixels
-from stillhouse.functional.siamese import Strength, all_of, apply
 from stillhouse.methods.datasets.cv_dd.learning import CommitteeSet, StretchedTraining, StudentSpec
 from stillhouse.methods.datasets.cv_dd.voting import chosen, committee_loss, compared, medium_first, relabelled, statistics_distance, vote_weights
 from stillhouse.randomness import generator
-from stillhouse.recipe import Spec, Teacher
-from stillhouse.run import Method, Run, Stage
+from stillhouse.runs.method import Method, Stage
+from stillhouse.runs.run import Run
 from stillhouse.synthetic.config import DatasetConfig, Groups
 from stillhouse.synthetic.descent import Cost, batch_view, descend
 from stillhouse.synthetic.real import RealRows
 from stillhouse.synthetic.relabel import ViewLabels, Views, running_logits
 from stillhouse.synthetic.synthesis import made_by, plan
 from stillhouse.synthetic.training import SoftTraining, train
-from stillhouse.teachers import Frozen
 
 
 class RecoverSpec(Spec):

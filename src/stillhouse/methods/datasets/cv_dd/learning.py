@@ -9,10 +9,10 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from stillhouse.evaluation import evaluates
-from stillhouse.evaluation.synthetic_set import judge
-from stillhouse.recipe import Spec
-from stillhouse.run import Run
+from stillhouse.config.specs import Spec
+from stillhouse.runs.evaluators import evaluates
+from stillhouse.runs.run import Run
+from stillhouse.synthetic.judging.evaluator import judge
 from stillhouse.synthetic.product import SyntheticSet
 from stillhouse.synthetic.training import SoftTraining
 
@@ -76,6 +76,6 @@ class StretchedTraining(SoftTraining):
 
 @evaluates(CommitteeSet.kind)
 def judge_committee(product: CommitteeSet, run: Run) -> dict[str, float]:
-    """As of any synthetic set (`stillhouse.evaluation.synthetic_set`), with the paper's schedule for soft labels."""
+    """As of any synthetic set (`stillhouse.synthetic.judging.evaluator`), with the paper's schedule for soft labels."""
     config: Any = run.config
     return judge(product, run, lambda plain: StretchedTraining.like(plain, config.student))

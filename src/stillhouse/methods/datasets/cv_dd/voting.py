@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from stillhouse.errors import UserError
-from stillhouse.evaluation.mode import evaluating
 from stillhouse.functional.recovery import BatchNormStatistics, statistics_loss
 from stillhouse.randomness import generator
+from stillhouse.signals import evaluating
 from stillhouse.synthetic.relabel import Views, running_logits
 
 

@@ -26,18 +26,19 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
+from stillhouse.config.specs import Data, MethodConfig, Model, Spec
 from stillhouse.errors import UserError
-from stillhouse.evaluation import evaluates
 from stillhouse.evaluation.cost import peak_of_tensors
-from stillhouse.functional.siamese import apply
+from stillhouse.functional.augmentation import apply
 from stillhouse.methods.datasets.krr_st.product import RepresentationSet
 from stillhouse.methods.datasets.krr_st.ridge import Pool, Regressor, outer_loss, outer_optimiser
 from stillhouse.methods.datasets.krr_st.target import TargetSpec, represented, target_network
 from stillhouse.methods.datasets.krr_st.transfer import TransferSpec, check_target, judge
 from stillhouse.models import build
 from stillhouse.randomness import generator, keyed
-from stillhouse.recipe import Data, MethodConfig, Model, Spec
-from stillhouse.run import Method, Run, Stage
+from stillhouse.runs.evaluators import evaluates
+from stillhouse.runs.method import Method, Stage
+from stillhouse.runs.run import Run
 from stillhouse.synthetic.config import AugmentSpec
 from stillhouse.synthetic.descent import Cost
 from stillhouse.synthetic.real import RealImages, unnormalised

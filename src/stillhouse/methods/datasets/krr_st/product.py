@@ -13,13 +13,13 @@ from torch import Tensor
 
 from stillhouse.errors import UserError
 from stillhouse.files import written_beside
-from stillhouse.product import read_meta
-from stillhouse.synthetic.product import contact_sheet, png
+from stillhouse.runs.products import Product, read_meta
+from stillhouse.synthetic.files import contact_sheet, png
 from stillhouse.synthetic.real import unnormalised
 
 
 @dataclass
-class RepresentationSet:
+class RepresentationSet(Product):
     """The product of KRR-ST.
 
     Attributes:
@@ -81,7 +81,7 @@ class RepresentationSet:
         (folder / "sheet.png").write_bytes(png(contact_sheet(pixels, torch.arange(len(pixels)))))
 
     @classmethod
-    def load(cls, folder: Path) -> RepresentationSet:
+    def load(cls, folder: Path, trust_code: bool = False) -> RepresentationSet:
         from safetensors import SafetensorError
         from safetensors.torch import load_file
 

@@ -6,14 +6,14 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
+from stillhouse.config.specs import DataSpec, Model, Spec
+from stillhouse.functional.augmentation import apply
 from stillhouse.functional.precision import full_precision
-from stillhouse.functional.siamese import apply
 from stillhouse.methods.datasets.krr_st.ridge import Regressor
 from stillhouse.models import build
-from stillhouse.product import state_on_cpu
 from stillhouse.randomness import generator, keyed
-from stillhouse.recipe import DataSpec, Model, Spec
-from stillhouse.run import Run
+from stillhouse.runs.products import state_on_cpu
+from stillhouse.runs.run import Run
 from stillhouse.synthetic.config import AugmentSpec
 from stillhouse.synthetic.training import augmentation
 

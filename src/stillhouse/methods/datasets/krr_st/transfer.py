@@ -15,18 +15,18 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from stillhouse.config.specs import Data, DataSpec, Model, ModelSpec, Spec
 from stillhouse.data import Loader
 from stillhouse.errors import UserError
-from stillhouse.evaluation.mode import evaluating
-from stillhouse.functional.siamese import apply
+from stillhouse.functional.augmentation import apply
 from stillhouse.methods.datasets.krr_st.product import RepresentationSet
 from stillhouse.methods.datasets.krr_st.ridge import Regressor, inner_optimiser, inner_step, outer_loss
 from stillhouse.methods.datasets.krr_st.target import represented, target_network
 from stillhouse.models import build
-from stillhouse.product import state_on_cpu
 from stillhouse.randomness import generator, keyed, permutation
-from stillhouse.recipe import Data, DataSpec, Model, ModelSpec, Spec
-from stillhouse.run import Run
+from stillhouse.runs.products import state_on_cpu
+from stillhouse.runs.run import Run
+from stillhouse.signals import evaluating
 from stillhouse.synthetic.config import AugmentSpec
 from stillhouse.synthetic.real import RealImages
 from stillhouse.synthetic.training import augmentation

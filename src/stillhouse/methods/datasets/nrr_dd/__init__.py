@@ -27,14 +27,16 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from stillhouse.config.specs import Spec, Teacher
+from stillhouse.distillation.teachers import Frozen
 from stillhouse.errors import UserError
 from stillhouse.functional.recovery import BatchNormStatistics, clamp_to_pixels, statistics_loss
 from stillhouse.methods.datasets.nrr_dd.distances import DistanceLabels, DistanceSet, DistanceSpec, labelled
 from stillhouse.methods.datasets.nrr_dd.refining import activation_map, critical, discover, mask, masked_step, mosaic
 from stillhouse.models.anatomy import stages
 from stillhouse.randomness import generator
-from stillhouse.recipe import Spec, Teacher
-from stillhouse.run import Method, Run, Stage
+from stillhouse.runs.method import Method, Stage
+from stillhouse.runs.run import Run
 from stillhouse.signals import Taps
 from stillhouse.synthetic.config import DatasetConfig, Groups
 from stillhouse.synthetic.descent import Cost, batch_view, descend
@@ -42,7 +44,6 @@ from stillhouse.synthetic.product import SyntheticSet
 from stillhouse.synthetic.real import RealRows
 from stillhouse.synthetic.relabel import ViewLabels, Views, relabel
 from stillhouse.synthetic.synthesis import made_by, plan
-from stillhouse.teachers import Frozen
 
 
 class DiscoverSpec(Spec):

@@ -11,13 +11,13 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from stillhouse.config.specs import Spec
 from stillhouse.errors import UserError
-from stillhouse.evaluation import evaluates
-from stillhouse.evaluation.mode import evaluating
-from stillhouse.evaluation.synthetic_set import judge
 from stillhouse.functional.precision import full_precision
-from stillhouse.recipe import Spec
-from stillhouse.run import Run
+from stillhouse.runs.evaluators import evaluates
+from stillhouse.runs.run import Run
+from stillhouse.signals import evaluating
+from stillhouse.synthetic.judging.evaluator import judge
 from stillhouse.synthetic.product import SyntheticSet
 from stillhouse.synthetic.relabel import ViewLabels, Views
 from stillhouse.synthetic.training import SoftTraining
@@ -114,6 +114,6 @@ class DistanceTraining(SoftTraining):
 
 @evaluates(DistanceSet.kind)
 def judge_distances(product: DistanceSet, run: Run) -> dict[str, float]:
-    """As of any synthetic set (`stillhouse.evaluation.synthetic_set`); with `evaluate.protocol: soft` students learn from the distances."""
+    """As of any synthetic set (`stillhouse.synthetic.judging.evaluator`); with `evaluate.protocol: soft` students learn from the distances."""
     config: Any = run.config
     return judge(product, run, lambda plain: DistanceTraining.like(plain, config.distances))

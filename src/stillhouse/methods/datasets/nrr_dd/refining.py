@@ -10,9 +10,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from stillhouse.errors import UserError
-from stillhouse.evaluation.mode import evaluating
-from stillhouse.functional.siamese import apply
-from stillhouse.signals import Taps
+from stillhouse.functional.augmentation import apply
+from stillhouse.signals import Taps, evaluating
 
 
 def activation_map(network: nn.Module, taps: Taps, x: Tensor, labels: Tensor) -> Tensor:

@@ -29,17 +29,18 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from stillhouse.config.specs import Data, MethodConfig, Model, Teacher
 from stillhouse.errors import UserError
-from stillhouse.evaluation import evaluates
 from stillhouse.evaluation.classification import collect_logits
 from stillhouse.files import written_beside
 from stillhouse.methods.datasets.pca.packing import Hardness, combine, select
 from stillhouse.methods.datasets.pca.protocol import ProtocolSpec, judge
 from stillhouse.methods.datasets.pca.scoring import ScorerSpec, scores
-from stillhouse.product import read_meta
 from stillhouse.randomness import generator
-from stillhouse.recipe import Data, MethodConfig, Model, Teacher
-from stillhouse.run import Method, Run, Stage
+from stillhouse.runs.evaluators import evaluates
+from stillhouse.runs.method import Method, Stage
+from stillhouse.runs.products import read_meta
+from stillhouse.runs.run import Run
 from stillhouse.synthetic.product import SyntheticSet
 from stillhouse.synthetic.real import RealImages
 
@@ -100,7 +101,7 @@ class PackedSet(SyntheticSet):
             beside.write_text(json.dumps({**meta, "geometry": self.geometry}, indent=1))
 
     @classmethod
-    def load(cls, folder: Path) -> PackedSet:
+    def load(cls, folder: Path, trust_code: bool = False) -> PackedSet:
         base, geometry = super().load(folder), read_meta(folder)["geometry"]
         assert isinstance(base, cls)
         base.grid, base.size, base.confined = geometry["grid"], tuple(geometry["size"]), geometry["confined"]

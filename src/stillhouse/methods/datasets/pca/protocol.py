@@ -16,13 +16,13 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from stillhouse.config.specs import Model, ModelSpec, Spec
 from stillhouse.errors import UserError
 from stillhouse.evaluation.classification import evaluate_classifier
 from stillhouse.functional.precision import full_precision
 from stillhouse.methods.datasets.pca.packing import views
 from stillhouse.randomness import generator, key, permutation
-from stillhouse.recipe import Model, ModelSpec, Spec
-from stillhouse.run import Run
+from stillhouse.runs.run import Run
 from stillhouse.signals import read_logits
 from stillhouse.synthetic.scores import improvement_over_random, soft_loss
 

@@ -14,14 +14,14 @@ from pydantic import Field
 from torch import Tensor
 from torch.nn import functional as F
 
-from stillhouse.distillation import Distillation
+from stillhouse.config.specs import DataSpec, Model, ModelSpec, Spec, TrainSpec
+from stillhouse.distillation.distillation import Distillation
+from stillhouse.distillation.objective import Context
 from stillhouse.errors import UserError
 from stillhouse.evaluation.classification import collect_logits
 from stillhouse.functional.precision import full_precision
-from stillhouse.objective import Context
 from stillhouse.objectives.ce import CrossEntropy
-from stillhouse.recipe import DataSpec, Model, ModelSpec, Spec, TrainSpec
-from stillhouse.run import Run
+from stillhouse.runs.run import Run
 
 if TYPE_CHECKING:
     from stillhouse.methods.datasets.pca import Config

@@ -23,25 +23,16 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from stillhouse.data.node_graphs import NodeGraph
-from stillhouse.evaluation import cost, evaluates
-from stillhouse.evaluation.mode import evaluating
+from stillhouse.evaluation import cost
 from stillhouse.functional import checks
 from stillhouse.functional.precision import full_precision
-from stillhouse.methods.graphs.glnn.training import (
-    Loss,
-    NodeConfig,
-    NodeTrain,
-    TeacherGNN,
-    fit_nodes,
-    graph_of,
-    new_student,
-    taught,
-    test_figures,
-)
+from stillhouse.methods.graphs.glnn.training import Loss, NodeConfig, NodeTrain, TeacherGNN, fit_nodes, graph_of, new_student, taught, test_figures
 from stillhouse.models.graph import NodeMLP
-from stillhouse.product import Student
-from stillhouse.run import Method, Run, Stage
-from stillhouse.signals import Batch
+from stillhouse.runs.evaluators import evaluates
+from stillhouse.runs.method import Method, Stage
+from stillhouse.runs.products import Student
+from stillhouse.runs.run import Run
+from stillhouse.signals import Batch, evaluating
 
 
 @full_precision

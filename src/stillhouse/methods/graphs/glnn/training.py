@@ -11,16 +11,15 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from stillhouse.config.specs import LRSchedule, MethodConfig, ModelSpec, OptimizerSpec, Spec, TrainSpec
 from stillhouse.data import BatchKey, Loader
 from stillhouse.data.node_graphs import GraphSpec, NodeGraph, load_graph
-from stillhouse.evaluation.mode import evaluating
+from stillhouse.distillation.objective import Progress
 from stillhouse.models.graph import GNN, Conv, NodeMLP
-from stillhouse.objective import Progress
-from stillhouse.product import state_on_cpu
 from stillhouse.randomness import keyed
-from stillhouse.recipe import LRSchedule, MethodConfig, ModelSpec, OptimizerSpec, Spec, TrainSpec
-from stillhouse.run import Run
-from stillhouse.signals import Batch
+from stillhouse.runs.products import state_on_cpu
+from stillhouse.runs.run import Run
+from stillhouse.signals import Batch, evaluating
 
 Loss = Callable[[Any, Batch], dict[str, Tensor]]
 

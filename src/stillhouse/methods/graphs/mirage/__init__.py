@@ -29,17 +29,18 @@ import torch
 from pydantic import BeforeValidator, Field, model_validator
 from torch import Tensor
 
+from stillhouse.config.specs import MethodConfig, OptimizerSpec, Spec, TrainSpec
 from stillhouse.data.graph_sets import Graphs, GraphSetSpec, load_graphs, mapped
 from stillhouse.errors import UserError
-from stillhouse.evaluation import evaluates
 from stillhouse.methods.graphs.mirage.networks import GraphNetwork, Kind, Pooling
 from stillhouse.methods.graphs.mirage.selecting import Distilled, Options, distil, herded_graphs, random_graphs
 from stillhouse.methods.graphs.mirage.training import trained
 from stillhouse.methods.graphs.mirage.trees import skew
-from stillhouse.product import read_meta
 from stillhouse.randomness import keyed
-from stillhouse.recipe import MethodConfig, OptimizerSpec, Spec, TrainSpec
-from stillhouse.run import Method, Run, Stage
+from stillhouse.runs.evaluators import evaluates
+from stillhouse.runs.method import Method, Stage
+from stillhouse.runs.products import Product, read_meta
+from stillhouse.runs.run import Run
 
 __all__ = ["Distilled", "GraphSet", "Graphs", "Options", "distil"]
 
@@ -93,7 +94,7 @@ class Config(MethodConfig):
 
 
 @dataclass
-class GraphSet:
+class GraphSet(Product):
     """A small set of graphs to train on, with the labels it is written in.
 
     Attributes:
@@ -138,7 +139,7 @@ class GraphSet:
         (folder / "product.json").write_text(json.dumps({"kind": self.kind, "format": 1, **meta}, indent=1))
 
     @classmethod
-    def load(cls, folder: Path) -> GraphSet:
+    def load(cls, folder: Path, trust_code: bool = False) -> GraphSet:
         from safetensors.torch import load_file
 
         meta, held = read_meta(folder), load_file(str(Path(folder) / "graphs.safetensors"))

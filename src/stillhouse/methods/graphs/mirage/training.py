@@ -10,16 +10,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from stillhouse.config.specs import TrainSpec
 from stillhouse.data import BatchKey, Loader
 from stillhouse.data.graph_sets import Graphs
-from stillhouse.distillation import to_device
-from stillhouse.evaluation.mode import evaluating
+from stillhouse.distillation.objective import Progress
 from stillhouse.methods.graphs.mirage.networks import GraphNetwork, as_batch
-from stillhouse.objective import Progress
 from stillhouse.randomness import key, uniforms
-from stillhouse.recipe import TrainSpec
-from stillhouse.run import Run
-from stillhouse.signals import Batch
+from stillhouse.runs.run import Run
+from stillhouse.signals import Batch, evaluating, to_device
 
 Sampling = Literal["uniform", "frequency"]
 AT_ONCE = 512  # graphs of one forward pass when a network is tested

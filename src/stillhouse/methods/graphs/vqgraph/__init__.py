@@ -28,28 +28,20 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from stillhouse.config.specs import LRSchedule, OptimizerSpec, Spec, TrainSpec
 from stillhouse.data.node_graphs import NodeGraph
 from stillhouse.errors import UserError
-from stillhouse.evaluation.mode import evaluating
 from stillhouse.functional import checks
 from stillhouse.functional.precision import full_precision
 from stillhouse.methods.graphs.glnn import NodeStudent, node_student, soft_label_loss
-from stillhouse.methods.graphs.glnn.training import (
-    NodeConfig,
-    NodeTrain,
-    described,
-    fit_nodes,
-    graph_of,
-    new_student,
-    test_figures,
-)
+from stillhouse.methods.graphs.glnn.training import NodeConfig, NodeTrain, described, fit_nodes, graph_of, new_student, test_figures
 from stillhouse.methods.graphs.vqgraph.tokenizer import Tokenizer
 from stillhouse.models.graph import NeighbourSampler, NodeMLP, linear
-from stillhouse.product import state_on_cpu
 from stillhouse.randomness import keyed
-from stillhouse.recipe import LRSchedule, OptimizerSpec, Spec, TrainSpec
-from stillhouse.run import Method, Run, Stage
-from stillhouse.signals import Batch
+from stillhouse.runs.method import Method, Stage
+from stillhouse.runs.products import state_on_cpu
+from stillhouse.runs.run import Run
+from stillhouse.signals import Batch, evaluating
 
 SCORES_IN_MEMORY = 1 << 28  # entries of S that are kept; beyond, a batch's rows are computed when they are asked for
 

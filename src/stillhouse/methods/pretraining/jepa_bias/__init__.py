@@ -33,8 +33,8 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
+from stillhouse.config.specs import Data, MethodConfig, Spec
 from stillhouse.errors import UserError
-from stillhouse.evaluation import evaluates
 from stillhouse.methods.pretraining.jepa_bias import theory
 from stillhouse.methods.pretraining.jepa_bias.linear import (
     Moments,
@@ -54,9 +54,10 @@ from stillhouse.methods.pretraining.jepa_bias.nonlinear import NonlinearSpec, Tr
 from stillhouse.methods.pretraining.jepa_bias.plots import write_dynamics
 from stillhouse.methods.pretraining.jepa_bias.sources import ContentSpec, FeatureSpec, Pairs, pairs_of
 from stillhouse.methods.pretraining.jepa_bias.theory import KINDS, Kind, critical_time, encoder_gain, fixed_point, trajectory
-from stillhouse.product import read_meta
-from stillhouse.recipe import Data, MethodConfig, Spec
-from stillhouse.run import Method, Run, Stage
+from stillhouse.runs.evaluators import evaluates
+from stillhouse.runs.method import Method, Stage
+from stillhouse.runs.products import Product, read_meta
+from stillhouse.runs.run import Run
 
 __all__ = ["DynamicsStudy", "Moments", "critical_time", "encoder_gain", "fixed_point", "sample_static", "sample_temporal", "trajectory"]
 
@@ -96,7 +97,7 @@ class Config(MethodConfig):
 
 
 @dataclass
-class DynamicsStudy:
+class DynamicsStudy(Product):
     """What was predicted and what was simulated, by kind of learner (`jepa`, `mae`).
 
     Attributes:
@@ -154,7 +155,7 @@ class DynamicsStudy:
         (folder / "product.json").write_text(json.dumps({"kind": self.kind, "format": 1, **meta}, indent=1))
 
     @classmethod
-    def load(cls, folder: Path) -> DynamicsStudy:
+    def load(cls, folder: Path, trust_code: bool = False) -> DynamicsStudy:
         from safetensors.numpy import load_file
 
         meta, held = read_meta(folder), load_file(str(Path(folder) / "study.safetensors"))

@@ -9,11 +9,11 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
+from stillhouse.config.specs import Spec
 from stillhouse.methods.pretraining.jepa_bias.linear import orthogonal
 from stillhouse.methods.pretraining.jepa_bias.sources import Pairs
 from stillhouse.methods.pretraining.jepa_bias.theory import Kind
 from stillhouse.randomness import generator, keyed
-from stillhouse.recipe import Spec
 
 
 class NonlinearSpec(Spec):

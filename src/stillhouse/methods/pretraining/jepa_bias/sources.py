@@ -9,13 +9,13 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
+from stillhouse.config.specs import DataSpec, Spec
 from stillhouse.errors import UserError
 from stillhouse.methods.pretraining.jepa_bias.linear import static_features, temporal_features
 from stillhouse.randomness import generator
-from stillhouse.recipe import DataSpec, Spec
 
 if TYPE_CHECKING:
-    from stillhouse.run import Run
+    from stillhouse.runs.run import Run
 
 _NEEDS = {"covariance": ("lam", "rho"), "static": ("variance", "noise"), "temporal": ("variance", "gamma")}
 

@@ -30,9 +30,8 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
+from stillhouse.config.specs import Data, MethodConfig, Spec
 from stillhouse.errors import UserError
-from stillhouse.evaluation import evaluates
-from stillhouse.evaluation.mode import evaluating, move
 from stillhouse.methods.pretraining.mrdd import judging
 from stillhouse.methods.pretraining.mrdd.losses import (
     Estimator,
@@ -49,10 +48,12 @@ from stillhouse.methods.pretraining.mrdd.networks import ConsistencyEncoder, Net
 from stillhouse.methods.pretraining.mrdd.training import ConsistencySpec, ConsistencyTraining, SpecificSpec, SpecificTraining
 from stillhouse.methods.pretraining.mrdd.views import ViewMaker, edges
 from stillhouse.processes import rank_world
-from stillhouse.product import read_meta, state_on_cpu
 from stillhouse.randomness import keyed
-from stillhouse.recipe import Data, MethodConfig, Spec
-from stillhouse.run import Method, Run, Stage
+from stillhouse.runs.evaluators import evaluates
+from stillhouse.runs.method import Method, Stage
+from stillhouse.runs.products import Product, read_meta, state_on_cpu
+from stillhouse.runs.run import Run
+from stillhouse.signals import evaluating, to_device
 
 __all__ = [
     "Estimator",
@@ -95,7 +96,7 @@ class Config(MethodConfig):
 
 
 @dataclass
-class MultiViewEncoder:
+class MultiViewEncoder(Product):
     """The consistency encoder and one encoder a view; called with a loader's input, it gives [c, s_best], (B, c + s).
 
     Attributes:
@@ -141,7 +142,7 @@ class MultiViewEncoder:
         (folder / "product.json").write_text(json.dumps({"kind": self.kind, "format": 1, **meta}, indent=1))
 
     @classmethod
-    def load(cls, folder: Path) -> MultiViewEncoder:
+    def load(cls, folder: Path, trust_code: bool = False) -> MultiViewEncoder:
         from safetensors.torch import load_file
 
         meta, network = read_meta(folder), NetworkSpec.model_validate(read_meta(folder)["network"])
@@ -167,7 +168,7 @@ def judge(product: MultiViewEncoder, run: Run) -> dict[str, float]:
     for split in ("train", "test"):
         batches = []
         for batch in run.loader(config.data, split):
-            inputs = move(batch["input"], device)
+            inputs = to_device(batch["input"], device)
             c, s = product.codes(inputs)
             pixels = torch.cat([v.flatten(1) for v in product.views(inputs)], -1)
             batches.append({"c": c, "s": s[product.best], "": torch.cat([c, s[product.best]], -1), "pixels": pixels, "label": batch["label"]})
@@ -234,7 +235,7 @@ class DistilledDisentangling(Method[Config]):
             codes, divergence, seen = [], torch.zeros(spec.dim), 0
             with evaluating(module):
                 for batch in run.loader(config.data, "train"):
-                    mean, log_variance = module.student(parts[0](move(batch["input"], run.device)))
+                    mean, log_variance = module.student(parts[0](to_device(batch["input"], run.device)))
                     codes.append(mean.cpu())
                     divergence, seen = divergence + kl_per_dimension(mean, log_variance).cpu() * len(mean), seen + len(mean)
             module.standardise(torch.cat(codes).to(run.device))

@@ -12,8 +12,8 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from stillhouse.config.specs import Spec
 from stillhouse.errors import UserError
-from stillhouse.recipe import Spec
 
 
 class NetworkSpec(Spec):

@@ -10,7 +10,8 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from stillhouse.evaluation.mode import evaluating
+from stillhouse.config.specs import Spec, TrainSpec
+from stillhouse.distillation.objective import Progress
 from stillhouse.methods.pretraining.mrdd.losses import (
     Estimator,
     Reduction,
@@ -23,9 +24,7 @@ from stillhouse.methods.pretraining.mrdd.losses import (
     variational_loss,
 )
 from stillhouse.methods.pretraining.mrdd.networks import ConsistencyEncoder, NetworkSpec, SpecificEncoder, decoder
-from stillhouse.objective import Progress
-from stillhouse.recipe import Spec, TrainSpec
-from stillhouse.signals import Batch
+from stillhouse.signals import Batch, evaluating
 
 ACTIVE = 0.01
 """A dimension of a code is in use where its KL is above so many nats."""

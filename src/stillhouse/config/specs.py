@@ -1,0 +1,238 @@
+"""The typed options that recipes share (`DataSpec`, `ModelSpec`, `TrainSpec`, …), and the base of every method's config.
+
+A recipe file IS the config of its method: `method:` names the class (default `distillation`), every other key is a field of its `Config`.
+Importing this module loads neither torch nor any method.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+
+
+class Spec(BaseModel):
+    """Base of all options: unknown keys are errors, values are coerced only where nothing is lost."""
+
+    model_config = ConfigDict(extra="forbid", validate_default=False, protected_namespaces=())
+
+
+class DataSpec(Spec):
+    """A data set by name, its splits, and its augmentation."""
+
+    name: str = Field(
+        description="digits | cifar10 | text:NAME | imagefolder:PATH | torchvision:CLASS | hf:REPO | parquet:PATH | synthetic:PATH | file:PATH.py:FUNCTION"
+    )
+    root: str | None = Field(None, description="Folder that holds the data; default: --data-root, then STILLHOUSE_DATA, then the user's cache.")
+    size: int | None = Field(None, ge=1, description="Train on a class-balanced, seeded subset of this many samples (taken before the holdout).")
+    test_size: int | None = Field(None, ge=1, description="Evaluate on a class-balanced, seeded subset of this many test samples.")
+    holdout: float = Field(0.0, ge=0.0, lt=1.0, description="Share of the training samples kept out of training: steers what must not see test data.")
+    val: float = Field(
+        0.0, ge=0.0, lt=1.0, description="Share of the training samples used for validation, where the data set has no validation split."
+    )
+    classes: list[int] | None = Field(None, description="Keep only these class ids, renumbered in this order.")
+    image_size: int | None = Field(None, ge=4, description="Resize images to this many pixels a side; default: the data set's own size.")
+    augment: Literal["standard", "plain"] | list[str | dict[str, Any]] = Field(
+        "standard",
+        description="`standard`: the data set's usual training augmentation; `plain`: none; or a list of torchvision.transforms.v2 classes by name with their arguments, such as [{RandomCrop: {size: 32, padding: 4}}, RandomHorizontalFlip].",
+    )
+    mixup: float = Field(0.0, ge=0.0, description="Mixup's alpha; 0 is off.")
+    cutmix: float = Field(0.0, ge=0.0, description="CutMix's alpha; 0 is off. With mixup also on, each batch takes one of the two at random.")
+    label_noise: float = Field(0.0, ge=0.0, le=1.0, description="Share of training labels replaced by another class, seeded.")
+    seed: int = Field(0, description="Seed of the subset, the splits and the label noise: one split for all seeds of a run.")
+    workers: int = Field(0, ge=0, description="Loader processes.")
+    options: dict[str, Any] = Field(
+        default_factory=dict, description="Further arguments for torchvision:, hf:, parquet: and synthetic: (such as split and column names)."
+    )
+
+
+class ModelSpec(Spec):
+    """A network by name."""
+
+    model: str = Field(description="timm:NAME | torchvision:NAME | hf:PATH-OR-CONFIG | file:PATH.py:CLASS | stillhouse:NAME")
+    checkpoint: str | None = Field(None, description="Weights to load: .safetensors, or a .pt/.pth state dict (read with weights_only).")
+    pretrained: bool = Field(False, description="Take the published weights of the library that the model comes from (needs the network).")
+    options: dict[str, Any] = Field(default_factory=dict, description="Further arguments of the model's constructor.")
+    embedding: str | None = Field(None, description="The classifier submodule whose input is the embedding; found by itself for most models.")
+
+
+class OptimizerSpec(Spec):
+    """An optimiser of torch.optim by name; further keys are its arguments."""
+
+    model_config = ConfigDict(extra="allow")
+    name: str = Field("sgd", description="Any class of torch.optim, in lower case: sgd, adamw, adam, rmsprop, …")
+    lr: float = Field(0.05, gt=0, description="Learning rate; the schedule moves it.")
+    weight_decay: float = Field(5e-4, ge=0, description="Of all parameters, normalisation and biases too.")
+
+    def arguments(self) -> dict[str, Any]:
+        """Keyword arguments for the optimiser's class; sgd has momentum 0.9 unless told."""
+        extra = dict(self.model_extra or {})
+        if self.name == "sgd":
+            extra.setdefault("momentum", 0.9)
+        return {"lr": self.lr, "weight_decay": self.weight_decay, **extra}
+
+
+class LRSchedule(Spec):
+    """Learning rate over training."""
+
+    name: Literal["cosine", "step", "linear", "constant"] = Field(
+        "cosine", description="cosine, linear: falling to min_lr at the end; step: by gamma at each milestone."
+    )
+    warmup_epochs: float = Field(0.0, ge=0, description="Linear from 0 over this many epochs, before the schedule.")
+    milestones: list[float] = Field(default_factory=list, description="step: epochs at which the rate is multiplied by gamma.")
+    gamma: float = Field(0.1, gt=0, description="step: the factor.")
+    min_lr: float = Field(0.0, ge=0, description="cosine, linear: where the rate ends.")
+
+
+class TrainSpec(Spec):
+    """How one network (with its objectives) is fitted."""
+
+    epochs: int = Field(10, ge=1, description="Passes over the training split.")
+    batch_size: int = Field(128, ge=1, description="Samples of one optimiser step over all processes, before accumulation.")
+    optimizer: OptimizerSpec = Field(default_factory=OptimizerSpec, description="SGD with momentum 0.9, unless told.")
+    schedule: LRSchedule = Field(default_factory=LRSchedule, description="The learning rate over training.")
+    clip: float | None = Field(None, gt=0, description="Clip the gradient's norm.")
+    accumulate: int = Field(1, ge=1, description="Batches whose gradients are averaged for one optimiser step.")
+    precision: Literal["full", "bf16", "fp16"] = Field("full", description="bf16, fp16: mixed precision; losses stay in float32.")
+    compile: bool = Field(False, description="torch.compile the student and the live teachers.")
+    ema: float | None = Field(None, gt=0, lt=1, description="Keep an exponential moving average of the student; it is what is evaluated and kept.")
+    eval_every: int = Field(1, ge=0, description="Epochs between evaluations; 0: only at the end.")
+    best: str | None = Field(
+        None, description="Keep the weights of the best evaluation by this figure (needs a val or holdout split), such as accuracy."
+    )
+    patience: int | None = Field(None, ge=1, description="Stop after this many evaluations without a better `best` figure.")
+    log_every: int = Field(50, ge=1, description="Steps between rows of metrics.csv.")
+    checkpoint_seconds: float = Field(20.0, ge=0, description="Seconds between checkpoints, at log points and epoch ends; 0: at every one.")
+    deterministic: bool = Field(False, description="Deterministic kernels on a GPU (slower); the CPU is deterministic as it is.")
+    trackers: list[Literal["tensorboard", "wandb", "mlflow"]] = Field(
+        default_factory=list, description="Where figures go beside metrics.csv; each is an extra to install."
+    )
+
+    @model_validator(mode="after")
+    def _best_needs_patience(self) -> TrainSpec:
+        if self.patience is not None and self.best is None:
+            raise ValueError("patience needs `best`, the figure to watch")
+        return self
+
+    def identity(self) -> dict[str, Any]:
+        """What trained weights depend on, as JSON data: all but how often is logged and saved, where figures go, and compilation."""
+        return self.model_dump(mode="json", exclude={"log_every", "checkpoint_seconds", "trackers", "compile"})
+
+
+def _shorthand(key: str) -> BeforeValidator:
+    return BeforeValidator(lambda v: {key: v} if isinstance(v, str) else v)
+
+
+class StoreSpec(Spec):
+    """What is kept of a teacher's signals, and how (see docs/store.md)."""
+
+    top: int | None = Field(None, ge=1, description="Keep the k most probable classes and the mass of all others; default: full logits.")
+    logits: bool = Field(True, description="Keep class scores; false: only embedding and taps.")
+    embedding: bool = Field(False, description="Keep the embedding.")
+    taps: list[str] = Field(default_factory=list, description="Keep these taps: submodules, or stage:N.")
+    precision: Literal["fp32", "fp16", "bf16", "int8"] = Field("fp32", description="Of what is kept; what rounding costs is recorded.")
+    views: int = Field(1, ge=1, description="Augmented views of each sample; epoch e of a training replays view e mod views.")
+    seed: int = Field(0, description="Of the views: view v of sample i is drawn by the key (seed, v, i).")
+    shard_rows: int | None = Field(None, ge=1, description="Samples of a shard; default: about 64 MB, and at least 16 shards for many samples.")
+
+    @model_validator(mode="after")
+    def _keeps_something(self) -> StoreSpec:
+        if not (self.logits or self.embedding or self.taps):
+            raise ValueError("it keeps nothing: set logits, embedding or taps")
+        if self.top is not None and not self.logits:
+            raise ValueError("top keeps class scores, but logits is false")
+        return self
+
+
+class TeacherSpec(Spec):
+    """A source of knowledge. Exactly one of `model`, `ensemble`, `momentum`, `past_self`, `peer`, `store: PATH`."""
+
+    model: str | None = Field(None, description="A live, frozen network by name.")
+    checkpoint: str | None = Field(None, description="As of a student's model.")
+    pretrained: bool = Field(False, description="As of a student's model.")
+    options: dict[str, Any] = Field(default_factory=dict, description="As of a student's model.")
+    embedding: str | None = Field(None, description="As of a student's model.")
+    data: DataSpec | None = Field(None, description="What the teacher is trained on; default: the recipe's data. The classes must be the same.")
+    train: TrainSpec | None = Field(
+        None, description="Without a checkpoint: how the teacher is trained first (with pretrained: fine-tuned), once, kept by content."
+    )
+    seed: int | None = Field(None, description="Seed of the teacher's own training; default 0, so that all seeds of a bench share one teacher.")
+    ensemble: list[TeacherSpec] | None = Field(None, description="Several live teachers as one.")
+    mean: Literal["probs", "logits"] = Field("probs", description="ensemble: what is averaged.")
+    momentum: float | None = Field(None, gt=0, lt=1, description="The student's own exponential moving average, with this momentum.")
+    past_self: bool = Field(False, description="The student's predictions of its last epoch, by sample index.")
+    peer: ModelSpec | None = Field(None, description="A second network trained together with the student.")
+    store: str | StoreSpec | None = Field(
+        None,
+        description="A folder that `stillhouse cache` wrote: its signals are the teacher. Or, beside model or ensemble, what to store: written once, kept by content, and read in place of the live teacher.",
+    )
+
+    @model_validator(mode="after")
+    def _one_kind(self) -> TeacherSpec:
+        given = [k for k in ("model", "ensemble", "momentum", "past_self", "peer") if getattr(self, k)]
+        given += ["store"] if isinstance(self.store, str) else []
+        if len(given) != 1:
+            raise ValueError(f"give exactly one of model, ensemble, momentum, past_self, peer, store: PATH (given: {', '.join(given) or 'none'})")
+        if self.store is not None and given[0] not in ("model", "ensemble", "store"):
+            raise ValueError(f"{given[0]} changes as the student learns, so it cannot be stored")
+        return self
+
+    @property
+    def network(self) -> ModelSpec:
+        """The model part, for a live teacher."""
+        assert self.model is not None
+        return ModelSpec(model=self.model, checkpoint=self.checkpoint, pretrained=self.pretrained, options=self.options, embedding=self.embedding)
+
+
+class WeightSpec(Spec):
+    """An objective's weight over training."""
+
+    kind: Literal["constant", "linear", "cosine", "warmup"] = Field(
+        "constant", description="constant: end; linear, cosine: from start to end over the span, then end; warmup: linear from 0 to end."
+    )
+    start: float = Field(0.0, description="linear, cosine: the weight at the start.")
+    end: float = Field(1.0, description="The weight at the end of the span.")
+    epochs: float | None = Field(None, gt=0, description="The span in epochs, constant inside each; neither this nor steps: the whole training.")
+    steps: int | None = Field(None, gt=0, description="The span in optimiser steps.")
+
+
+class ObjectiveSpec(Spec):
+    """One objective; the keys beside these are the options of the objective that `name` names."""
+
+    model_config = ConfigDict(extra="allow")
+    name: str = Field(description="An objective of the catalogue, or file:PATH.py:CLASS.")
+    weight: float | WeightSpec | None = Field(None, description="A number, or a schedule; default: the published weight.")
+    teacher: str = Field("teacher", description="Which named teacher it reads.")
+    label: str | None = Field(None, description="Its name in logs, where one objective is used twice; default: its name.")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _options_of_its_class(cls, value: Any) -> Any:
+        if isinstance(value, str):
+            value = {"name": value}
+        return value
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        return dict(self.model_extra or {})
+
+
+Objectives = Annotated[list[ObjectiveSpec], Field(min_length=1)]
+Model = Annotated[ModelSpec, _shorthand("model")]
+Teacher = Annotated[TeacherSpec, _shorthand("model")]
+Data = Annotated[DataSpec, _shorthand("name")]
+
+
+class MethodConfig(Spec):
+    """What every recipe has. A method's `Config` adds its own keys."""
+
+    method: str = Field("distillation", description="The method's slug.")
+    name: str | None = Field(None, description="The run's name; default: the recipe's file name.")
+    seed: int = Field(0, description="Of the student's weights, the order of samples and augmentation.")
+    variants: dict[str, dict[str, Any]] = Field(
+        default_factory=dict, description="Named overrides (dotted keys), chosen by --variant: the paper's setting, the baselines."
+    )
+    groups: dict[str, dict[str, Any]] = Field(
+        default_factory=dict,
+        description="For `stillhouse bench`: one dotted key and its named values, such as two students; every variant is run with each.",
+    )

@@ -1,0 +1,363 @@
+"""`Distillation`: the general training module. A student, named teachers and weighted objectives; one forward of each network a batch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from stillhouse.distillation.objective import Context, Objective, Progress, WeightSchedule
+from stillhouse.distillation.teachers import Frozen, Reader, Stored, Teacher
+from stillhouse.distillation.weighted import Weighted, objective_from_spec
+from stillhouse.errors import UserError, nearest
+from stillhouse.functional import heads
+from stillhouse.randomness import keyed
+from stillhouse.signals import Batch, Signals, first_samples, to_device
+
+NOTHING = Signals()
+
+
+class Distillation(nn.Module):
+    """Trains a student (and what learns with it) on the weighted sum of its objectives' terms.
+
+    Frozen teachers stay outside the module tree: not in `state_dict()`, not flipped by `.train()`, not in DDP's broadcast. The parameters that an
+    objective owns, and teachers that learn (momentum, past self, co-trained), are inside.
+
+    Args:
+        student: the model being trained.
+        teachers: one teacher, several by name, or none. A plain `nn.Module` becomes a `Frozen` teacher named "teacher".
+        objectives: names ("kd"), mappings ({"name": "kd", "temperature": 2}), objectives, or (objective, weight) pairs; a weight is a number or a
+            `WeightSchedule`. Without a weight: its published one.
+        seed: seeds the layers that objectives make.
+        embedding: the student's classifier submodule, where it is not found by itself.
+        vocabulary: of language models, how many tokens their tokenizer has: logits beyond them, of rows that only pad an embedding, are cut off.
+        chunked: of language models: compute the losses from hidden states and the output matrix, some tokens at a time, so that no tensor of all logits is
+            made in a training step; None: where the vocabulary is big and all objectives, teachers and networks can. (See `functional/chunked.py`.)
+
+    Call `build(batch)` once before training: it makes the hooks and the objectives' own layers.
+    """
+
+    def __init__(
+        self,
+        student: nn.Module,
+        teachers: nn.Module | Teacher | Mapping[str, nn.Module | Teacher] | None,
+        objectives: Sequence[str | Mapping[str, Any] | Objective | tuple[Objective, float | WeightSchedule] | Weighted],
+        *,
+        seed: int = 0,
+        embedding: str | None = None,
+        vocabulary: int | None = None,
+        chunked: bool | None = False,
+    ) -> None:
+        super().__init__()
+        if not objectives:
+            raise UserError("A distillation needs at least one objective.")
+        self.student = student
+        self.seed = seed
+        named = dict(teachers) if isinstance(teachers, Mapping) else ({} if teachers is None else {"teacher": teachers})
+        wrapped: dict[str, Teacher] = {name: t if isinstance(t, Teacher) else Frozen(t, name=name) for name, t in named.items()}
+        self.learning = nn.ModuleDict({name: t for name, t in wrapped.items() if isinstance(t, nn.Module)})
+        self._still = {name: t for name, t in wrapped.items() if not isinstance(t, nn.Module)}
+        self._order = list(wrapped)
+        self.entries = [self.entry(o) for o in objectives]
+        self._distinct_labels()
+        self.objectives = nn.ModuleList(e.objective for e in self.entries)
+        self._reader = Reader(student, "student", embedding)
+        self._vocabulary, self._chunked = vocabulary, chunked
+        self._built = False
+        self._checked_taps = False
+        self._said: Signals | None = None
+        self._first = [
+            name
+            for name in self._still
+            if any(e.objective.teacher == name for e in self.entries) and not getattr(self._still[name], "reads_student", False)
+        ]
+        self._observing = [t for t in wrapped.values() if isinstance(t, nn.Module)]
+        self._stepping = [e for e in self.entries if type(e.objective).before_step is not Objective.before_step]
+
+    @staticmethod
+    def entry(item: Any) -> Weighted:
+        """An objective in any of the forms that `objectives` takes, with its weight and its name in logs."""
+        if isinstance(item, Weighted):
+            return item
+        if not isinstance(item, Objective | tuple):
+            return objective_from_spec(item)
+        objective, weight = item if isinstance(item, tuple) else (item, item.default_weight)
+        return Weighted(objective, weight, getattr(objective, "name", type(objective).__name__.lower()))
+
+    def _distinct_labels(self) -> None:
+        labels = [e.label for e in self.entries]
+        for label in labels:
+            if labels.count(label) > 1:
+                raise UserError(f"Two objectives are logged as '{label}': give one of them a `label`.")
+
+    @property
+    def teachers(self) -> dict[str, Any]:
+        """All teachers by name, in the order given."""
+        return {name: self.learning[name] if name in self.learning else self._still[name] for name in self._order}
+
+    # ---- before training -------------------------------------------------------------------------------------------------------------------
+
+    def build(self, batch: Batch) -> Distillation:
+        """Check needs, make hooks, and size the objectives' layers from the first two samples of `batch` (evaluation mode, no autograd).
+
+        Raises:
+            UserError: an objective that needs what its teacher or the batch does not give; a tap that does not exist or is not reached; teacher and
+                student with different class counts.
+        """
+        if self._built:
+            return self
+        probe = first_samples(batch, 2)
+        device = next(self.student.parameters()).device
+        probe = to_device(probe, device)
+        teachers = self.teachers
+        for entry in self.entries:
+            self._check_needs(entry, teachers, batch)
+        for teacher in self._still.values():
+            if hasattr(teacher, "to"):
+                teacher.to(device)
+        mode = self.training
+        try:
+            self._probe(probe, teachers, device)
+        except BaseException:
+            self.close()
+            raise
+        finally:
+            self.train(mode)
+        self._built = True
+        return self
+
+    def _probe(self, probe: Batch, teachers: Mapping[str, Any], device: torch.device) -> None:
+        with torch.no_grad(), keyed("build", self.seed):
+            self.student.eval()
+            self._reader.attach(self._wanted("student."), probe)
+            for name, teacher in teachers.items():
+                teacher.attach(self._wanted("teacher.", name), probe, self.student)
+                if isinstance(teacher, nn.Module):
+                    teacher.to(device).eval()
+            readers = [self._reader, *(r for t in teachers.values() for m in getattr(t, "members", [t]) if (r := getattr(m, "_reader", None)))]
+            for reader in readers:
+                reader.width = self._vocabulary
+            why_not = self._why_not_chunked(readers, probe)
+            if self._chunked and why_not:
+                raise UserError(f"chunked: true cannot be: {why_not}; leave it out.")
+            for reader in readers:
+                reader.headless = why_not is None
+            student = self._reader(probe)
+            said = {name: teacher(probe, student) for name, teacher in teachers.items()}
+            for entry in self.entries:
+                teacher_said = said.get(entry.objective.teacher, NOTHING)
+                self._check_classes(entry, student, teacher_said)
+                entry.objective.build(student, teacher_said, probe)
+            self.objectives.to(device)
+
+    def _why_not_chunked(self, readers: Sequence[Reader], probe: Batch) -> str | None:
+        """What keeps the losses from being computed in chunks: a clause for the message; None where nothing does."""
+        if self._chunked is False or (self._chunked is None and (self._vocabulary or 0) < heads.BIG_VOCABULARY):
+            return "it is not asked for"
+        for entry in self.entries:
+            if not entry.objective.reads_hidden:
+                return f"the objective '{entry.label}' reads logits, not hidden states as gkd, taid, seq_kd, and ce without label smoothing can"
+        for name, teacher in self.teachers.items():
+            if not isinstance(teacher, Stored) and not hasattr(teacher, "_reader"):
+                return f"the teacher '{name}' is no single network and no store"
+        if not isinstance(probe["input"], Mapping):
+            return "the student is no language model of transformers"
+        from stillhouse.models.language import check_headless
+
+        for reader in readers:
+            try:
+                check_headless(reader.model, probe["input"])
+            except UserError as reason:
+                return f"of the {reader.owner}, {reason}"
+        return None
+
+    def _wanted(self, side: str, teacher: str | None = None) -> set[str]:
+        return {
+            need.removeprefix(side)
+            for e in self.entries
+            for need in e.objective.needs
+            if need.startswith(side) and (teacher is None or e.objective.teacher == teacher)
+        }
+
+    def _check_needs(self, entry: Weighted, teachers: Mapping[str, Teacher], batch: Batch) -> None:
+        objective = entry.objective
+        wanted = {n.removeprefix("teacher.").partition(":")[0] for n in objective.needs if n.startswith("teacher.")}
+        if wanted:
+            if objective.teacher not in teachers:
+                close = nearest(objective.teacher, teachers)
+                there = (
+                    f"did you mean '{close[0]}'?" if close else (f"there are: {', '.join(teachers)}." if teachers else "there is no teacher at all.")
+                )
+                raise UserError(f"The objective '{entry.label}' reads the teacher '{objective.teacher}'; {there}")
+            gives = {g.removesuffix("s") for g in teachers[objective.teacher].gives}
+            for want in sorted(wanted):
+                if want.removesuffix("s") not in gives and not (want == "logits" and "top" in gives and objective.reads_top):
+                    raise UserError(
+                        f"The objective '{entry.label}' needs the teacher's {want}, but the teacher '{objective.teacher}' gives only {', '.join(sorted(teachers[objective.teacher].gives))}{getattr(teachers[objective.teacher], 'remedy', '')}."
+                    )
+        for key in ("label", "index"):
+            if key in objective.needs and key not in batch:
+                raise UserError(f"The objective '{entry.label}' needs `{key}` in every batch, but the data gives only: {', '.join(batch)}.")
+
+    @staticmethod
+    def _check_classes(entry: Weighted, student: Signals, teacher: Signals) -> None:
+        if "teacher.logits" not in entry.objective.needs or not getattr(entry.objective, "same_classes", True):
+            return
+        classes = student.taps["output_weight"].shape[0] if student.logits is None and "output_weight" in student.taps else None
+        classes = classes if student.logits is None else student.logits.shape[-1]
+        source = (
+            teacher.logits
+            if teacher.logits is not None
+            else teacher.probs
+            if teacher.probs is not None
+            else teacher.members[0].logits
+            if teacher.members
+            else None
+        )
+        theirs = source.shape[-1] if source is not None else len(teacher.taps["output_weight"]) if "output_weight" in teacher.taps else None
+        if classes is not None and theirs is not None and theirs != classes:
+            raise UserError(
+                f"The objective '{entry.label}' compares class probabilities, but the teacher has {theirs} classes and the student {classes}."
+            )
+
+    def compile(self, *args: Any, **kwargs: Any) -> None:
+        """torch.compile the student and the live teachers in place (after `build`, whose hooks must come first)."""
+        if not self._built:
+            raise UserError("Call build(batch) before compile(): hooks that are made after compilation never fire.")
+        self._reader.compile(*args, **kwargs)
+        for teacher in self._still.values():
+            for member in getattr(teacher, "members", [teacher]):
+                if hasattr(member, "_reader"):
+                    member._reader.compile(*args, **kwargs)
+
+    def param_groups(self) -> list[dict[str, Any]]:
+        """Optimiser groups: the student, co-trained peers, and what objectives own."""
+        groups: list[dict[str, Any]] = [{"params": [p for p in self.student.parameters() if p.requires_grad]}]
+        for teacher in self.learning.values():
+            params = [p for p in teacher.parameters() if p.requires_grad]
+            if params:
+                groups.append({"params": params})
+        for entry in self.entries:
+            groups += entry.objective.param_groups()
+        return groups
+
+    # ---- hooks of the engine ---------------------------------------------------------------------------------------------------------------
+
+    def prepare(self, ctx: Context) -> None:
+        """Once before training.
+
+        Raises:
+            UserError: an objective that needs labels over data of which some have none (class id -1), or what an objective raises.
+        """
+        readers = [e.label for e in self.entries if "label" in e.objective.needs]
+        missing = _unlabelled(ctx) if readers else 0
+        if missing:
+            raise UserError(
+                f"The objective '{readers[0]}' needs labels, but {missing:,} training samples have none (label -1); leave them out, or use only objectives without labels, such as kd."
+            )
+        for entry in self.entries:
+            entry.objective.prepare(ctx)
+
+    def begin_epoch(self, ctx: Context) -> None:
+        """At the start of each epoch."""
+        for entry in self.entries:
+            entry.objective.begin_epoch(ctx)
+
+    def before_step(self, batch: Batch, ctx: Context) -> None:
+        """Inner steps of objectives that have one; teachers that do not read the student answer here, once, for the step that follows too."""
+        if not self._stepping:
+            return
+        said = batch.setdefault("_teachers", {})
+        for entry in self._stepping:
+            name = entry.objective.teacher
+            if name in self._still and name not in said:
+                said[name] = self._still[name](batch)
+            elif name in self.learning and name not in said:
+                said[name] = self.learning[name](batch).detach()
+            entry.objective.before_step(batch, said.get(name, NOTHING), ctx)
+        for name in list(said):
+            if name in self.learning:
+                del said[name]
+
+    def forward(self, batch: Batch, progress: Progress) -> dict[str, Tensor]:
+        """`loss` (the weighted sum) and every term by name, unweighted: `ce`, `kd`, or `nkd.target`; scalars on the device."""
+        said: dict[str, Signals] = dict(batch.get("_teachers") or {})
+        for name in self._first:  # before the student, whose saved activations would lie under a teacher's working memory
+            if name not in said:
+                said[name] = self._still[name](batch)
+        student = self._reader(batch)
+        if not self._checked_taps:
+            self._check_gradient(student)
+        total: Tensor | None = None
+        out: dict[str, Tensor] = {}
+        for entry in self.entries:
+            objective = entry.objective
+            name = objective.teacher
+            if name not in said:
+                said[name] = self._ask(name, batch, student)
+            weight = entry.at(progress)
+            terms = objective(student, said[name], batch, progress)
+            for term, value in terms.items():
+                if term.startswith("log:"):
+                    out[f"{entry.label}.{term[4:]}"] = value.detach()
+                    continue
+                out[entry.label if len(terms) == 1 or term == "loss" else f"{entry.label}.{term}"] = value
+                total = value * weight if total is None else total + value * weight
+        if self._observing:
+            self._said = Signals(logits=None if student.logits is None else student.logits.detach())
+        assert total is not None
+        out["loss"] = total
+        return out
+
+    def _ask(self, name: str, batch: Batch, student: Signals) -> Signals:
+        if name in self._still:
+            return self._still[name](batch, student)
+        return self.learning[name](batch, student) if name in self.learning else NOTHING
+
+    def _check_gradient(self, student: Signals) -> None:
+        if not torch.is_grad_enabled() or not self.training:
+            return
+        for name, tap in student.taps.items():
+            if name in ("output_weight", "output_bias"):  # which may be frozen
+                continue
+            if not tap.requires_grad:
+                raise UserError(
+                    f"The student's tap '{name}' carries no gradient, so a loss on it would train nothing; is that part frozen, or under gradient checkpointing with use_reentrant=True?"
+                )
+        self._checked_taps = True
+
+    def after_step(self, batch: Batch, progress: Progress, stepped: bool) -> None:
+        """Teachers that learn look at what the student said, and follow it after an optimiser step."""
+        for teacher in self._observing:
+            assert self._said is not None
+            teacher.observe(batch, self._said, progress)
+            if stepped:
+                teacher.follow(self.student)
+        self._said = None
+
+    def close(self) -> None:
+        """Leave no hook on any model."""
+        self._reader.close()
+        for teacher in self.teachers.values():
+            teacher.close()
+        self._built = False
+
+    def taps(self) -> dict[str, dict[str, str]]:
+        """What is captured, by network: name asked for -> submodule."""
+        out = {"student": self._reader.paths}
+        for name, teacher in self.teachers.items():
+            reader = getattr(teacher, "_reader", None)
+            if reader is not None and reader.paths:
+                out[name] = reader.paths
+        return {k: v for k, v in out.items() if v}
+
+
+def _unlabelled(ctx: Context) -> int:
+    """How many training samples have the class id -1; 0 where labels are not known beforehand."""
+    try:
+        labels = ctx.labels("train")
+    except UserError:
+        return 0
+    return int((labels == -1).sum()) if labels.ndim == 1 and not labels.is_floating_point() else 0

@@ -1,0 +1,382 @@
+"""Teachers: what each source of knowledge gives for a batch. Frozen and Ensemble are plain objects, so they are in no checkpoint and no optimiser;
+Momentum, PastSelf and CoTrained learn with the student, so they are modules that are saved and restored.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, Literal, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor, nn
+
+from stillhouse.distillation.objective import Progress
+from stillhouse.errors import UserError
+from stillhouse.signals import Batch, Signals, Taps, TopK, call_model, read_logits
+
+EVERYTHING = frozenset({"logits", "embedding", "taps"})
+
+
+class Reader:
+    """Calls a network once on a batch and reads its logits, embedding and taps as `Signals`.
+
+    With `headless` set, a language model is called without its output layer, and the taps `hidden`, `output_weight` and `output_bias` stand in the place
+    of logits.
+
+    Args:
+        model: any classifier (see `call_model`, `read_logits`).
+        owner: what messages call it: "student", "teacher".
+        embedding: the classifier submodule whose input is the embedding; None finds it.
+    """
+
+    def __init__(self, model: nn.Module, owner: str, embedding: str | None = None) -> None:
+        self.model, self.owner, self._classifier = model, owner, embedding
+        self.width: int | None = None  # of a language model: tokens that the tokenizer knows; logits of further rows are cut off
+        self.headless = False
+        self._taps: Taps | None = None
+        self._paths: dict[str, str] = {}  # name asked for -> tap of the model
+
+    def attach(self, wanted: Iterable[str], probe: Batch) -> None:
+        """Make the hooks for `embedding` and `tap:NAME` (a submodule, or `stage:N`), before any compilation."""
+        self.close()
+        self._paths = {}
+        for name in sorted(set(wanted)):
+            if name == "embedding":
+                from stillhouse.models.anatomy import classifier
+
+                self._classifier = self._classifier or classifier(self.model, probe)
+                self._paths["embedding"] = f"{self._classifier}:in"
+            elif name.startswith("tap:"):
+                self._paths[name.removeprefix("tap:")] = self._resolve(name.removeprefix("tap:"))
+        if self._paths:
+            self._taps = Taps(self.model, list(self._paths.values()), self.owner)
+
+    def _resolve(self, name: str) -> str:
+        if not name.startswith("stage:"):
+            return name
+        from stillhouse.models.anatomy import stages
+
+        number, _, suffix = name.removeprefix("stage:").partition(":")
+        found = stages(self.model)
+        if not number.lstrip("-").isdigit() or number == "0" or not 1 <= abs(int(number)) <= len(found):
+            raise UserError(
+                f"The {self.owner} has {len(found)} stages ({', '.join(found)}), so '{name}' is none of them: give stage:1 to stage:{len(found)}, or stage:-1 for the last."
+            )
+        index = int(number)
+        return found[index - 1 if index > 0 else index] + (f":{suffix}" if suffix else "")
+
+    @property
+    def paths(self) -> dict[str, str]:
+        """What is captured: name asked for -> tap of the model."""
+        return dict(self._paths)
+
+    def __call__(self, batch: Batch) -> Signals:
+        if self._taps is None and not self.headless:
+            return Signals(logits=self._logits(call_model(self.model, batch)))
+        captured: AbstractContextManager[dict[str, Tensor]] = nullcontext({}) if self._taps is None else self._taps.capture()
+        with captured as got:
+            signals = self._headless(batch) if self.headless else Signals(logits=self._logits(call_model(self.model, batch)))
+        signals.taps |= {name: got[path] for name, path in self._paths.items() if name != "embedding"}
+        if "embedding" in self._paths:
+            from stillhouse.models.anatomy import embedding_from
+
+            signals.embedding = embedding_from(got[self._paths["embedding"]])
+        return signals
+
+    def _logits(self, output: Any) -> Tensor:
+        logits = read_logits(output)
+        return logits if self.width is None or logits.shape[-1] <= self.width else logits[..., : self.width]
+
+    def _headless(self, batch: Batch) -> Signals:
+        from stillhouse.models.language import headless
+
+        head = headless(self.model, batch["input"])
+        weight, bias = head.weight[: self.width], None if head.bias is None else head.bias[: self.width]
+        return Signals(taps={"hidden": head.hidden, "output_weight": weight} | ({} if bias is None else {"output_bias": bias}))
+
+    def compile(self, *args: Any, **kwargs: Any) -> None:
+        """torch.compile in place what a call runs: the model, or of a headless one its body."""
+        called = self.model
+        if self.headless:
+            from stillhouse.models.language import body_and_output
+
+            called, _ = body_and_output(self.model)
+        called.compile(*args, **kwargs)
+
+    def close(self) -> None:
+        """Leave no hook on the model."""
+        if self._taps is not None:
+            self._taps.remove()
+            self._taps = None
+
+
+@runtime_checkable
+class Teacher(Protocol):
+    """A source of knowledge. A teacher that is no module and whose answer depends on the student's sets `reads_student = True`."""
+
+    gives: frozenset[str]
+
+    def attach(self, wanted: Iterable[str], probe: Batch, student: nn.Module) -> None:
+        """Get ready to give `embedding` and `tap:NAME`s."""
+        ...
+
+    def __call__(self, batch: Batch, student: Signals | None = None) -> Signals: ...
+
+    def observe(self, batch: Batch, student: Signals, progress: Progress) -> None:
+        """After each batch: what the student said (detached)."""
+        ...
+
+    def follow(self, student: nn.Module) -> None:
+        """After each optimiser step."""
+        ...
+
+    def close(self) -> None:
+        """Leave no hook behind."""
+        ...
+
+
+class _Still:
+    """A teacher that does not learn."""
+
+    def observe(self, batch: Batch, student: Signals, progress: Progress) -> None:
+        pass
+
+    def follow(self, student: nn.Module) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+
+class Frozen(_Still):
+    """A live network that is not trained: evaluation mode, no autograd, at most one forward a batch. Its outputs are ordinary tensors, usable as targets."""
+
+    gives = EVERYTHING
+
+    def __init__(self, model: nn.Module, *, embedding: str | None = None, name: str = "teacher") -> None:
+        self.model = model
+        self._was_training = model.training
+        model.eval()
+        self._reader = Reader(model, name, embedding)
+
+    def attach(self, wanted: Iterable[str], probe: Batch, student: nn.Module) -> None:
+        self._reader.attach(wanted, probe)
+
+    @torch.no_grad()
+    def __call__(self, batch: Batch, student: Signals | None = None) -> Signals:
+        if self.model.training:
+            self.model.eval()
+        return self._reader(batch)
+
+    def to(self, device: torch.device) -> None:
+        self.model.to(device)
+
+    def fingerprint(self) -> str:
+        """A hash of the weights, recorded in place of the weights."""
+        digest = hashlib.blake2b(digest_size=12)
+        for key, value in self.model.state_dict().items():
+            digest.update(key.encode())
+            digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+        return digest.hexdigest()
+
+    def close(self) -> None:
+        self._reader.close()
+        self.model.train(self._was_training)
+
+
+class Ensemble(_Still):
+    """Several teachers as one: `mean="probs"` averages their probabilities (at whatever temperature is asked), `mean="logits"` their logits."""
+
+    gives = frozenset({"logits"})
+
+    def __init__(self, members: Sequence[Frozen], mean: Literal["probs", "logits"] = "probs") -> None:
+        if not members:
+            raise UserError("An ensemble needs at least one member.")
+        self.members, self.mean = list(members), mean
+
+    def attach(self, wanted: Iterable[str], probe: Batch, student: nn.Module) -> None:
+        for member in self.members:
+            member.attach((), probe, student)
+
+    def __call__(self, batch: Batch, student: Signals | None = None) -> Signals:
+        said = tuple(m(batch, student) for m in self.members)
+        widths = {s.logits.shape[-1] for s in said if s.logits is not None}
+        if len(widths) > 1:
+            raise UserError(f"The members of an ensemble must have the same classes, but give {sorted(widths)}.")
+        logits = torch.stack([s.logits for s in said if s.logits is not None]).mean(0) if self.mean == "logits" else None
+        return Signals(logits=logits, members=said)
+
+    def to(self, device: torch.device) -> None:
+        for member in self.members:
+            member.to(device)
+
+    def fingerprint(self) -> str:
+        return "+".join(m.fingerprint() for m in self.members)
+
+    def close(self) -> None:
+        for member in self.members:
+            member.close()
+
+
+class NotLive(UserError, AttributeError):
+    """A stored teacher was asked for the network itself."""
+
+
+class Stored(_Still):
+    """A teacher that spoke earlier: its signals come with each batch, under `stored`, from a store (`stillhouse.store.Store`).
+
+    Args:
+        store: what is read; the batches come from a `StoredDataset` that reads it too.
+        name: what messages call it.
+    """
+
+    def __init__(self, store: Any, *, name: str = "teacher") -> None:
+        self.store, self.name = store, name
+        self.gives = store.gives
+        self.remedy = f"; the store '{store.folder}' holds no more: cache again with what is missing"
+
+    @property
+    def model(self) -> nn.Module:
+        raise NotLive(f"This method runs the teacher '{self.name}' itself, but it is read from a store; give a live teacher.")
+
+    def attach(self, wanted: Iterable[str], probe: Batch, student: nn.Module) -> None:
+        taps = [f"tap:{t}" for t in self.store.manifest["taps"]]
+        for name in wanted:
+            if name.startswith("tap:") and name not in taps:
+                raise UserError(
+                    f"The objectives need the teacher's {name}, but the store '{self.store.folder}' holds {', '.join(taps) or 'no taps'}; cache again with it among store.taps."
+                )
+
+    def __call__(self, batch: Batch, student: Signals | None = None) -> Signals:
+        held = (batch.get("stored") or {}).get(self.store.id)
+        if held is None:
+            raise UserError(
+                f"This batch carries no signals of the store '{self.store.folder}': a stored teacher knows the training samples as they were cached, and no others (a sweep without augmentation needs a store of data.augment: plain)."
+            )
+        top = TopK(held["top"], held["top.indices"], held["top.tail"]) if "top" in held else None
+        taps = {k.removeprefix("tap:"): v for k, v in held.items() if k.startswith("tap:")}
+        return Signals(logits=held.get("logits"), top=top, embedding=held.get("embedding"), taps=taps)
+
+    def fingerprint(self) -> str:
+        """The store's identity."""
+        identity: str = self.store.id
+        return identity
+
+
+class Momentum(nn.Module):
+    """The student's own exponential moving average as teacher: w <- m w + (1 - m) w_student after each optimiser step; buffers are copied."""
+
+    gives = EVERYTHING
+
+    def __init__(self, momentum: float = 0.999, *, embedding: str | None = None) -> None:
+        super().__init__()
+        if not 0 < momentum < 1:
+            raise UserError(f"momentum must lie between 0 and 1; given {momentum}.")
+        self.momentum, self._embedding = momentum, embedding
+        self.model: nn.Module | None = None
+
+    def attach(self, wanted: Iterable[str], probe: Batch, student: nn.Module) -> None:
+        self.model = copy.deepcopy(student).eval().requires_grad_(False)
+        self._reader = Reader(self.model, "momentum teacher", self._embedding)
+        self._reader.attach(wanted, probe)
+
+    def train(self, mode: bool = True) -> Momentum:
+        return super().train(False)
+
+    @torch.no_grad()
+    def forward(self, batch: Batch, student: Signals | None = None) -> Signals:
+        return self._reader(batch)
+
+    def observe(self, batch: Batch, student: Signals, progress: Progress) -> None:
+        pass
+
+    @torch.no_grad()
+    def follow(self, student: nn.Module) -> None:
+        assert self.model is not None
+        torch._foreach_lerp_([p.data for p in self.model.parameters()], [p.data for p in student.parameters()], 1 - self.momentum)
+        for mine, theirs in zip(self.model.buffers(), student.buffers()):
+            mine.copy_(theirs)
+
+    def close(self) -> None:
+        if self.model is not None:
+            self._reader.close()
+
+
+class PastSelf(nn.Module):
+    """The student's predictions of its last epoch, by sample index; in the first epoch, the one-hot labels.
+
+    The table is (N, C) float32 probabilities beside the parameters (not a buffer: DDP does not broadcast it); it is part of the checkpoint.
+    """
+
+    gives = frozenset({"logits"})
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table: Tensor | None = None
+
+    def start(self, labels: Tensor, num_classes: int) -> None:
+        """Size the table from the training labels (N,), in index order."""
+        self.table = torch.nn.functional.one_hot(labels, num_classes).float()
+
+    def attach(self, wanted: Iterable[str], probe: Batch, student: nn.Module) -> None:
+        if self.table is None:
+            raise UserError("The past-self teacher does not know the training labels: call start(labels, num_classes), or train from a recipe.")
+        if "index" not in probe:
+            raise UserError(f"The past-self teacher needs `index` in every batch, but the data gives only: {', '.join(probe)}.")
+
+    def forward(self, batch: Batch, student: Signals | None = None) -> Signals:
+        assert self.table is not None
+        index = batch["index"]
+        if self.table.device != index.device:
+            self.table = self.table.to(index.device)
+        return Signals(probs=self.table[index])
+
+    @torch.no_grad()
+    def observe(self, batch: Batch, student: Signals, progress: Progress) -> None:
+        from stillhouse.functional.gather import gather
+
+        assert self.table is not None and student.logits is not None
+        self.table[gather(batch["index"])] = gather(torch.softmax(student.logits.float(), dim=-1))
+
+    def follow(self, student: nn.Module) -> None:
+        pass
+
+    def get_extra_state(self) -> dict[str, Tensor | None]:
+        return {"table": None if self.table is None else self.table.cpu()}
+
+    def set_extra_state(self, state: dict[str, Tensor | None]) -> None:
+        if state["table"] is not None:
+            device = self.table.device if self.table is not None else "cpu"
+            self.table = state["table"].to(device)
+
+    def close(self) -> None:
+        pass
+
+
+class CoTrained(nn.Module):
+    """A peer that is trained together with the student. Its signals arrive attached: each objective detaches what its paper detaches."""
+
+    gives = EVERYTHING
+
+    def __init__(self, model: nn.Module, *, embedding: str | None = None) -> None:
+        super().__init__()
+        self.model = model
+        self._reader = Reader(model, "peer", embedding)
+
+    def attach(self, wanted: Iterable[str], probe: Batch, student: nn.Module) -> None:
+        self._reader.attach(wanted, probe)
+
+    def forward(self, batch: Batch, student: Signals | None = None) -> Signals:
+        return self._reader(batch)
+
+    def observe(self, batch: Batch, student: Signals, progress: Progress) -> None:
+        pass
+
+    def follow(self, student: nn.Module) -> None:
+        pass
+
+    def close(self) -> None:
+        self._reader.close()

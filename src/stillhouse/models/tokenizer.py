@@ -1,0 +1,157 @@
+"""Tokenizers by name, as transformers keeps them: `bytes`, `characters`, `bpe:SIZE` (trained on the training text, kept in the cache), `hf:NAME`.
+
+All are `PreTrainedTokenizerFast`, so that a product saves them beside its model and any library loads both.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from stillhouse.errors import MissingExtra, UserError, unknown
+from stillhouse.files import cache_folder, digest, written_beside
+
+SPECIALS = {"pad_token": "<pad>", "bos_token": "<bos>", "eos_token": "<eos>", "unk_token": "<unk>", "mask_token": "<mask>"}
+"""Ids 0 to 4 of every tokenizer made here."""
+
+
+def tokenizer(name: str, texts: Sequence[str] = ()) -> Any:
+    """A `PreTrainedTokenizerFast` by its name.
+
+    Args:
+        name: `bytes` (256 tokens, nothing is unknown), `characters` (those of the texts), `bpe:SIZE` (byte-level pairs learned from the texts; SIZE
+            counts the specials), or `hf:NAME` (a folder, or a repository of the Hugging Face hub).
+        texts: what characters and pairs are learned from.
+
+    Raises:
+        UserError: an unknown name, a size that is no number or too small, a folder without a tokenizer, or one that cannot pad.
+    """
+    kind, _, rest = name.partition(":")
+    if kind == "hf" and rest:
+        return _published(rest)
+    if kind == "bpe":
+        if not rest.isdigit() or int(rest) < 256 + len(SPECIALS):
+            raise UserError(f"data.options.tokenizer: bpe needs a size of at least {256 + len(SPECIALS)}, such as bpe:512; given: '{name}'.")
+        return _wrapped(_kept(name, texts, lambda: _pairs(texts, int(rest))))
+    if name == "bytes":
+        return _wrapped(_pairs((), 256 + len(SPECIALS)))
+    if name == "characters":
+        return _wrapped(_characters(texts))
+    raise unknown("tokenizer", name, ["bytes", "characters", "bpe:512", "hf:NAME"])
+
+
+def encode(tokens: Any, texts: Sequence[str]) -> list[list[int]]:
+    """The ids of each text, without special tokens."""
+    if not len(texts):
+        return []
+    backend = getattr(tokens, "backend_tokenizer", None)
+    if backend is not None:
+        return [e.ids for e in backend.encode_batch_fast(list(texts), add_special_tokens=False)]
+    return [list(ids) for ids in tokens(list(texts), add_special_tokens=False, verbose=False)["input_ids"]]
+
+
+def size(tokens: Any) -> int:
+    """One more than the largest id: what a model must be able to read and say."""
+    return max(tokens.get_vocab().values()) + 1
+
+
+def decoder_start(name: str, tokens: Any) -> int:
+    """The id that a decoder begins with: that of the model which the tokenizer `hf:NAME` comes with, else the beginning of a text."""
+    if name.startswith("hf:"):
+        from transformers import AutoConfig
+
+        try:
+            given = getattr(AutoConfig.from_pretrained(name.removeprefix("hf:")), "decoder_start_token_id", None)
+        except (OSError, ValueError):  # a folder of a tokenizer alone
+            given = None
+        if given is not None:
+            return int(given)
+    return next(int(i) for i in (tokens.bos_token_id, tokens.eos_token_id, tokens.pad_token_id) if i is not None)
+
+
+def identity(tokens: Any) -> str:
+    """A hash of the vocabulary: tokens by id, and which of them are special."""
+    return digest(sorted(tokens.get_vocab().items(), key=lambda kv: kv[1]), sorted(map(str, tokens.special_tokens_map.items())))
+
+
+def _library() -> Any:
+    try:
+        import tokenizers
+    except ImportError:
+        raise MissingExtra("Text data", "text") from None
+    return tokenizers
+
+
+def _wrapped(made: Any) -> Any:
+    from transformers import PreTrainedTokenizerFast
+
+    return PreTrainedTokenizerFast(tokenizer_object=made, **SPECIALS, clean_up_tokenization_spaces=False)
+
+
+def _kept(name: str, texts: Sequence[str], make: Any) -> Any:
+    library = _library()
+    place = cache_folder() / "tokenizers" / f"{name.replace(':', '-')}-{digest(name, library.__version__, *texts)}.json"
+    if place.is_file():
+        return library.Tokenizer.from_file(str(place))
+    made = make()
+    with written_beside(place) as beside:
+        made.save(str(beside))
+    return made
+
+
+def _pairs(texts: Iterable[str], size: int) -> Any:
+    library = _library()
+    alphabet = sorted(library.pre_tokenizers.ByteLevel.alphabet())
+    made = library.Tokenizer(library.models.BPE(vocab={t: i for i, t in enumerate([*SPECIALS.values(), *alphabet])}, merges=[]))
+    made.pre_tokenizer = library.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    made.decoder = library.decoders.ByteLevel()
+    made.add_special_tokens(list(SPECIALS.values()))
+    if size > len(SPECIALS) + len(alphabet):
+        trainer = library.trainers.BpeTrainer(
+            vocab_size=size, special_tokens=list(SPECIALS.values()), initial_alphabet=alphabet, show_progress=False, min_frequency=2
+        )
+        made.train_from_iterator(texts, trainer)
+    return made
+
+
+def _characters(texts: Iterable[str]) -> Any:
+    library = _library()
+    found = sorted(set().union(*map(set, texts))) if texts else []
+    if not found:
+        raise UserError("data.options.tokenizer: 'characters' needs texts to take its characters from, but there are none.")
+    vocabulary = {t: i for i, t in enumerate([*SPECIALS.values(), *found])}
+    made = library.Tokenizer(library.models.WordLevel(vocabulary, unk_token=SPECIALS["unk_token"]))
+    made.pre_tokenizer = library.pre_tokenizers.Split(library.Regex(r"[\s\S]"), behavior="isolated")
+    made.decoder = library.decoders.Fuse()
+    made.add_special_tokens(list(SPECIALS.values()))
+    return made
+
+
+def _published(name: str) -> Any:
+    try:
+        from transformers import AutoTokenizer
+    except ImportError:
+        raise MissingExtra("A tokenizer hf:", "text") from None
+    folder = Path(name).expanduser()
+    try:
+        made = AutoTokenizer.from_pretrained(str(folder) if folder.is_dir() else name)
+    except Exception as error:
+        said = str(error).strip().splitlines() or [type(error).__name__]
+        raise UserError(
+            f"data.options.tokenizer: could not get 'hf:{name}' (no folder of that name, or no network?): {said[0].rstrip('.')}."
+        ) from error
+    if made.eos_token is None and made.sep_token is not None:
+        made.eos_token = made.sep_token
+    if made.pad_token is None:
+        if made.eos_token is None:
+            raise UserError(f"data.options.tokenizer: 'hf:{name}' has neither a padding nor an end token; give it one and save it to a folder.")
+        made.pad_token = made.eos_token
+    return made
+
+
+def marks(tokens: Any) -> tuple[list[int], list[int]]:
+    """What an encoder's text begins and ends with: [CLS] and [SEP] where the tokenizer has them."""
+    begin = tokens.cls_token_id if tokens.cls_token_id is not None else tokens.bos_token_id
+    close = tokens.sep_token_id if tokens.sep_token_id is not None else tokens.eos_token_id
+    return ([] if begin is None else [begin]), ([] if close is None else [close])

@@ -1,0 +1,1 @@
+"""Running recipes: `Method`, `Run`, stages, products, execution, comparisons over seeds, export."""

@@ -1,0 +1,327 @@
+"""Comparison of recipes and variants over seeds under one budget: runs that are done are kept, results are a table, JSON and a page."""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from stillhouse.config.reading import beside_recipe, dump, parse_sets, read_yaml, resolve
+from stillhouse.config.specs import MethodConfig
+from stillhouse.errors import MissingExtra, UserError, nearest
+from stillhouse.runs.recipe import validate
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One row of a comparison: a recipe, or one of its variants."""
+
+    recipe: Path
+    variant: str | None
+    group: str | None = None  # which of the recipe's `groups` the row is in
+    sets: tuple[str, ...] = ()  # what the group sets, as KEY=VALUE
+
+    @property
+    def label(self) -> str:
+        return self.variant or self.recipe.stem
+
+    @property
+    def folder(self) -> str:
+        """The start of its runs' folder names."""
+        return self.label if self.group is None else f"{self.label}-{self.group}"
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run of a comparison."""
+
+    entry: Entry
+    seed: int
+    folder: Path
+    sets: tuple[str, ...]
+    data_root: str | None
+    cpu: bool
+
+    @property
+    def done(self) -> bool:
+        return (self.folder / "evaluation.json").exists()
+
+    def run(self, live: Any = None) -> None:
+        """In this process."""
+        from stillhouse.runs.execution import execute
+
+        execute(self.config(), self.folder, data_root=self.data_root, live=live, cpu=self.cpu)
+
+    def tree(self) -> dict[str, Any]:
+        """Its recipe as it was written, with the variant and all that is set."""
+        sets = {**parse_sets([*self.sets, *self.entry.sets]), "seed": self.seed}
+        tree = beside_recipe(resolve(read_yaml(self.entry.recipe), self.entry.variant, sets, where=str(self.entry.recipe)), self.entry.recipe.parent)
+        return {**tree, "name": self.folder.name}
+
+    def config(self) -> MethodConfig:
+        """Its recipe, valid. Raises `UserError` as `validate`."""
+        return validate(self.tree(), str(self.entry.recipe))
+
+    def check(self) -> None:
+        """Raises `UserError` for a recipe that is not valid, or a finished run of another recipe in its folder."""
+        config, held = self.config(), self.folder / "recipe.yaml"
+        changed = _changed(read_yaml(held), yaml.safe_load(dump(config)), self.tree()) if self.done and held.is_file() else None
+        if changed:
+            raise UserError(
+                f"{self.folder} holds a finished run of another recipe ({changed}); choose another folder with --out, or remove that one."
+            )
+
+    def command(self) -> list[str]:
+        """The same as a command for a process of its own."""
+        out = [
+            sys.executable,
+            "-m",
+            "stillhouse",
+            "run",
+            str(self.entry.recipe),
+            "--out",
+            str(self.folder),
+            "--set",
+            f"seed={self.seed}",
+            "--set",
+            f"name={self.folder.name}",
+        ]
+        out += ["--variant", self.entry.variant] if self.entry.variant else []
+        out += [x for s in (*self.sets, *self.entry.sets) for x in ("--set", s)]
+        return out + (["--data-root", self.data_root] if self.data_root else []) + (["--cpu"] if self.cpu else [])
+
+
+def entries(recipes: Sequence[str | Path], variants: Sequence[str] | None = None) -> list[Entry]:
+    """The rows of a comparison: each recipe itself and its variants; those named `paper…` and `smoke` only if asked for. `base` is the recipe itself;
+    a variant that overrides nothing gives it a name, and stands for it.
+
+    A recipe with `groups` (one dotted key and its named values, such as two students) gives every row once a group.
+    """
+    rows = []
+    for path in map(Path, recipes):
+        tree = read_yaml(path)
+        there: dict[str, Any] = tree.get("variants") or {}
+        found: list[Entry] = []
+        if variants is None:
+            base = [] if any(not overrides for overrides in there.values()) else [Entry(path, None)]
+            found = [*base, *(Entry(path, v) for v in there if not v.startswith("paper") and v != "smoke")]
+        for v in variants or ():
+            if v != "base" and v not in there:
+                close = nearest(v, [*there, "base"])
+                raise UserError(f"{path}: no variant '{v}'; " + (f"did you mean '{close[0]}'?" if close else f"there are: base, {', '.join(there)}."))
+            found.append(Entry(path, None if v == "base" else v))
+        rows += [replace(e, **g) for g in _groups(tree.get("groups"), path) for e in found]
+    labels = [r.folder for r in rows]
+    twice = sorted({label for label in labels if labels.count(label) > 1})
+    if twice:
+        raise UserError(
+            f"Two rows of the comparison are called '{twice[0]}'; choose variants with --variants, or rename the recipe's file or the variant."
+        )
+    return rows
+
+
+def _groups(given: Any, path: Path) -> list[dict[str, Any]]:
+    """The group and what it sets, for each group of a recipe; [{}] where there are none."""
+    if not given:
+        return [{}]
+    if not isinstance(given, dict) or len(given) != 1 or not isinstance(next(iter(given.values())), dict):
+        raise UserError(
+            f"{path}: groups takes one dotted key with named values, such as student: {{small: stillhouse:resnet8, other: stillhouse:vgg8}}."
+        )
+    ((dotted, values),) = given.items()
+    return [{"group": str(name), "sets": (f"{dotted}={json.dumps(value)}",)} for name, value in values.items()]
+
+
+def bench(
+    rows: Sequence[Entry],
+    seeds: Sequence[int],
+    out: Path,
+    *,
+    baseline: str | None = None,
+    reference: str | None = None,
+    primary: str | None = None,
+    sets: Sequence[str] = (),
+    data_root: str | None = None,
+    cpu: bool = False,
+    engine: str = "local",
+    jobs: int = 1,
+    slug: str | None = None,
+    live: Any = None,
+    after: Callable[[Job, int, int], None] | None = None,
+) -> dict[str, Any]:
+    """Run every row for every seed (skipping what is done) and return the results (see `collect`). All recipes are checked before the first is run.
+
+    Args:
+        out: one folder a run below it.
+        baseline: the row that others are compared with; default: `alone`, `ce`, `random`, or the first row.
+        reference: the row whose training step is the unit of the others' cost, where recipes measure it (`evaluate: [step]`); default: `kd`, or
+            the baseline.
+        primary: the figure that rows are compared by; default: `accuracy`, or the first that there is.
+        engine: `local` (this process; with `jobs` > 1, so many processes) or `ray`.
+    """
+    labels = [r.label for r in rows]
+    baseline = baseline or next((b for b in ("alone", "ce", "random") if b in labels), labels[0])
+    if baseline not in labels:
+        raise UserError(f"The baseline '{baseline}' is no row of this comparison; rows: {', '.join(labels)}.")
+    reference = reference or ("kd" if "kd" in labels else baseline)
+    if reference not in labels:
+        raise UserError(f"The reference '{reference}' is no row of this comparison; rows: {', '.join(labels)}.")
+    every = [Job(e, s, out / f"{e.folder}-s{s}", tuple(sets), data_root, cpu) for s in seeds for e in rows]
+    for job in every:
+        if job.done or job.seed == seeds[0]:  # other seeds are the same recipe
+            job.check()
+    todo = [j for j in every if not j.done]
+    for number, job in enumerate(_finished(todo, engine, jobs, live), 1):
+        if after is not None:
+            after(job, number, len(todo))
+    results = collect(every, baseline, slug or rows[0].recipe.stem, reference)
+    kinds = _kinds(every)
+    if len(kinds) > 1:
+        listed = "; ".join(f"{kind}: {', '.join(labels)}" for kind, labels in kinds.items())
+        warnings.warn(f"The rows leave products of different kinds ({listed}), so that figures of one name may mean different things.", stacklevel=1)
+    return results if primary is None else {**results, "primary": primary}
+
+
+def _kinds(jobs: Sequence[Job]) -> dict[str, list[str]]:
+    """The rows by the kind of product that they leave."""
+    out: dict[str, list[str]] = {}
+    for job in jobs:
+        held = job.folder / "product" / "product.json"
+        kind = json.loads(held.read_text()).get("kind", "product") if held.is_file() else "product"
+        out.setdefault(kind, [])
+        out[kind] += [job.entry.folder] * (job.entry.folder not in out[kind])
+    return out
+
+
+def _changed(then: Mapping[str, Any], now: Mapping[str, Any], given: Mapping[str, Any]) -> str | None:
+    """The first key in which two recipes with all their defaults differ, in words; None where they agree. A key that only one of them knows does not
+    count, unless `given`, the later one as it was written, has it as null: so a run from before an option came is still the same run."""
+    old, new = _leaves(then), _leaves(now)
+    for key, value in old.items():
+        if value != new.get(key, value):
+            return f"'{key}: {value}' there, '{key}: {new[key]}' now"
+    for key, value in _leaves(given).items():
+        if value is None and any(k == key or k.startswith(f"{key}.") for k in old):
+            return f"'{key}' there, '{key}: null' now"
+    return None
+
+
+def _leaves(value: Any, path: str = "") -> dict[str, Any]:
+    """Nested mappings and lists as {dotted key: value}; of a list also its length."""
+    if isinstance(value, Mapping) and value:
+        return {k: v for name, part in value.items() for k, v in _leaves(part, f"{path}.{name}".lstrip(".")).items()}
+    if isinstance(value, list):
+        return {f"{path} (how many)": len(value), **{k: v for i, part in enumerate(value) for k, v in _leaves(part, f"{path}.{i}").items()}}
+    return {path: value}
+
+
+def _finished(todo: Sequence[Job], engine: str, jobs: int, live: Any) -> Iterator[Job]:
+    if engine == "ray":
+        yield from _on_ray(todo)
+    elif engine != "local":
+        raise UserError(f"There is no engine '{engine}'; there are: local, ray.")
+    elif jobs <= 1:
+        for job in todo:
+            if live is not None:
+                live.prefix = f"{job.folder.name} · "
+            job.run(live)
+            yield job
+    else:
+        threads = str(max(1, (os.cpu_count() or 1) // jobs))
+        environment = {**os.environ, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", threads)}
+
+        def run(job: Job) -> Job:
+            _in_process(job, environment)
+            return job
+
+        with ThreadPoolExecutor(jobs) as pool:
+            yield from pool.map(run, todo)
+
+
+def _in_process(job: Job, environment: dict[str, str]) -> None:
+    done = subprocess.run(job.command(), env=environment, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise UserError(f"{job.folder.name} failed:\n{done.stderr.strip()[-2000:]}")
+
+
+def _on_ray(todo: Sequence[Job]) -> Iterator[Job]:
+    try:
+        import ray
+    except ImportError:
+        raise MissingExtra("--engine ray", "ray") from None
+    started = not ray.is_initialized()
+    if started:
+        ray.init(log_to_driver=False, include_dashboard=False)
+    gpus = 0.25 if ray.cluster_resources().get("GPU") else 0
+    remote = ray.remote(num_cpus=1, num_gpus=gpus, max_retries=1)(_in_process)
+    try:
+        pending = {remote.remote(job, {**os.environ, "OMP_NUM_THREADS": "1"}): job for job in todo}
+        while pending:
+            ready, _ = ray.wait(list(pending), num_returns=1)
+            ray.get(ready[0])
+            yield pending.pop(ready[0])
+    finally:
+        if started:
+            ray.shutdown()
+
+
+def collect(jobs: Sequence[Job], baseline: str, slug: str, reference: str | None = None) -> dict[str, Any]:
+    """The results of finished runs as JSON data: rows with their figures by seed, the teacher's, versions and device."""
+    rows: dict[str, dict[str, Any]] = {}
+    teacher: dict[str, Any] | None = None
+    environment: dict[str, Any] = {}
+    for job in jobs:
+        if not job.done:
+            continue
+        figures = json.loads((job.folder / "evaluation.json").read_text())
+        environment = json.loads((job.folder / "environment.json").read_text())
+        entry = job.entry
+        row = rows.setdefault(
+            entry.folder,
+            {"label": entry.label, "recipe": entry.recipe.name, "variant": entry.variant, "group": entry.group, "seeds": [], "metrics": {}},
+        )
+        row["seeds"].append(job.seed)
+        for name, value in figures.items():
+            row["metrics"].setdefault(name, []).append(value)
+        for name, facts in (environment.get("teachers") or {}).items():
+            if teacher is None:
+                teacher = {"label": f"{name} ({facts['model']})", "metrics": {k: [v] for k, v in facts.items() if isinstance(v, int | float)}}
+    for row in rows.values():
+        row["metrics"] = {k: v for k, v in row["metrics"].items() if len(v) == len(row["seeds"])}
+        if row["group"] is None:
+            del row["group"]
+    _relative_costs(rows.values(), reference)
+    return {
+        "slug": slug,
+        "title": slug,
+        "baseline": baseline,
+        **({"reference": reference} if any("step_relative" in r["metrics"] for r in rows.values()) else {}),
+        "command": environment.get("command", ""),
+        "versions": environment.get("versions", {}),
+        "device": environment.get("device", ""),
+        "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "rows": list(rows.values()),
+        "teacher": teacher,
+    }
+
+
+def _relative_costs(rows: Iterable[dict[str, Any]], reference: str | None) -> None:
+    """Give each row its step's time and memory as multiples of the reference row's in the same group (the median over seeds)."""
+    rows = list(rows)
+    units = {row.get("group"): row["metrics"] for row in rows if row["label"] == reference}
+    for row in rows:
+        unit = units.get(row.get("group"), {})
+        for relative, name in (("step_relative", "step_ratio"), ("step_memory_relative", "step_bytes")):
+            if name in unit and name in row["metrics"]:
+                row["metrics"][relative] = [v / statistics.median(unit[name]) for v in row["metrics"][name]]

@@ -1,0 +1,139 @@
+"""`execute`: a recipe run in a folder, from its method's plan to the report; and `plan`, what it would do."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import shutil
+import sys
+import time
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import stillhouse
+from stillhouse import catalog
+from stillhouse.config.reading import dump
+from stillhouse.config.specs import MethodConfig
+from stillhouse.errors import UserError
+from stillhouse.files import written_beside
+from stillhouse.processes import rank_world, wait
+from stillhouse.reporting.run_report import write_run_report
+from stillhouse.runs.method import Stage
+from stillhouse.runs.run import Run
+from stillhouse.training.display import Live
+
+
+def versions() -> dict[str, str]:
+    """The versions that a result depends on."""
+    out = {"stillhouse": stillhouse.__version__, "python": platform.python_version()}
+    for package in ("torch", "torchvision", "accelerate", "timm", "transformers", "numpy"):
+        try:
+            out[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return out
+
+
+def plan(config: MethodConfig, *, data_root: str | None = None) -> list[Stage]:
+    """What a recipe would do."""
+    return catalog.method(config.method).plan(config, Run(None, config, data_root=data_root, cpu=True))
+
+
+def execute(
+    config: MethodConfig, folder: str | Path, *, data_root: str | None = None, live: Live | None = None, overwrite: bool = False, cpu: bool = False
+) -> dict[str, float]:
+    """Run a recipe in a folder and return the figures of its product; a run that was cut off goes on.
+
+    The folder will hold recipe.yaml (resolved), environment.json (versions, seed, device), metrics.csv, checkpoints/, product/, evaluation.json and
+    report.html.
+
+    Raises:
+        UserError: a folder that holds a finished run (unless `overwrite`), or an unfinished run of another recipe.
+    """
+    from accelerate import PartialState
+
+    folder = Path(folder).expanduser()
+    PartialState(cpu=cpu)
+    text = dump(config)
+    main = rank_world()[0] == 0
+    if main:
+        _claim(folder, text, overwrite)
+    wait()
+    method = catalog.method(config.method)
+    run = Run(folder, config, data_root=data_root, live=live, cpu=cpu)
+    run.planned = {s.name for s in method.plan(config, run)}
+    started = time.monotonic()
+    try:
+        if main:
+            _write_json(
+                folder / "environment.json",
+                {
+                    "versions": versions(),
+                    "seed": config.seed,
+                    "device": _device_name(run.device),
+                    "processes": rank_world()[1],
+                    "command": " ".join(["stillhouse", *sys.argv[1:]]),
+                },
+            )
+        product = method.run(config, run)
+        figures: dict[str, float] = dict(getattr(product, "figures", {}) or {})
+        if main:
+            _keep(product, folder / "product")
+            figures |= run.evaluated(product)
+            figures.setdefault("run_seconds", time.monotonic() - started)
+            environment = json.loads((folder / "environment.json").read_text())
+            _write_json(folder / "environment.json", {**environment, **run.record})
+            _write_json(folder / "evaluation.json", figures)
+            write_run_report(folder)
+        wait()
+    finally:
+        if live is not None:
+            live.close()
+    return figures
+
+
+def _claim(folder: Path, text: str, overwrite: bool) -> None:
+    """Make the folder this run's, or refuse it: nothing that is not a run's is ever removed or written over."""
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"{folder} is a file; give a folder with --out.")
+    held = folder / "recipe.yaml"
+    there = {p.name for p in folder.iterdir()} if folder.exists() else set()
+    before = held.read_text() if "recipe.yaml" in there else None
+    ours = before is not None and ("environment.json" in there or len(there) == 1)  # not so where a user keeps a recipe.yaml among other files
+    if there and not ours and (overwrite or before != text):
+        left = "so --overwrite leaves it alone" if overwrite else "so it is left alone"
+        raise UserError(f"{folder} is not a run's folder (no recipe.yaml with an environment.json), {left}; choose another folder with --out.")
+    if overwrite and there:
+        shutil.rmtree(folder)
+    elif "evaluation.json" in there:
+        raise UserError(f"{folder} holds a finished run; choose another folder with --out, or start over with --overwrite.")
+    elif before is not None and before != text:
+        pairs = zip(before.splitlines(), text.splitlines())
+        line = next((f"'{a.strip()}' there, '{b.strip()}' now" for a, b in pairs if a != b), "their lengths differ")
+        raise UserError(
+            f"{folder} holds an unfinished run of another recipe ({line}); choose another folder with --out, or start over with --overwrite."
+        )
+    with written_beside(held) as beside:
+        beside.write_text(text)
+
+
+def _keep(product: Any, folder: Path) -> None:
+    beside = folder.with_name("product.partial")
+    shutil.rmtree(beside, ignore_errors=True)
+    beside.mkdir(parents=True)
+    product.save(beside)
+    shutil.rmtree(folder, ignore_errors=True)
+    os.replace(beside, folder)
+
+
+def _write_json(path: Path, value: Any) -> None:
+    with written_beside(path) as beside:
+        beside.write_text(json.dumps(value, indent=1))
+
+
+def _device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"

@@ -1,0 +1,27 @@
+"""Export of a product for other programs, in the formats that its kind names."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from stillhouse.errors import UserError, unknown
+from stillhouse.runs.products import Product, load_product
+
+
+def export(folder: str | Path, to: str | None = None, out: str | Path | None = None, trust_code: bool = False) -> list[str]:
+    """Write the product of a run, by default in the first format of its kind and beside the product.
+
+    Returns:
+        what was written and what a reader should know of it, a sentence each.
+
+    Raises:
+        UserError: a product that no format holds, a format that it does not have, files that are there already, or a missing extra.
+    """
+    product: Product = load_product(folder, trust_code)
+    formats = product.formats
+    if not formats:
+        raise UserError(f"Nothing writes a product of kind '{product.kind}' for other programs; {folder} holds one.")
+    to = to or next(iter(formats))
+    if to not in formats:
+        raise unknown(f"export format of a product of kind '{product.kind}'", to, formats)
+    return product.export(to, Path(out) if out is not None else Path(folder) / formats[to])

@@ -1,0 +1,98 @@
+"""`load`: a recipe file as the config of its method, with every objective, optimiser and network that it names checked before anything runs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ValidationError
+
+from stillhouse import catalog
+from stillhouse.config.messages import spell, unknown_key
+from stillhouse.config.reading import beside_recipe, dump, parse_sets, read_yaml, resolve, set_key
+from stillhouse.config.specs import MethodConfig, ModelSpec, ObjectiveSpec, OptimizerSpec, TeacherSpec
+from stillhouse.errors import UserError
+
+__all__ = ["beside_recipe", "check", "dump", "load", "parse_sets", "read_yaml", "resolve", "set_key", "validate"]
+
+KeyPath = tuple[Any, ...]
+"""Where in a recipe something stands: keys and positions in lists."""
+
+
+def validate(tree: Mapping[str, Any], where: str = "recipe") -> MethodConfig:
+    """A resolved recipe as its method's `Config`; only the files of the method and the objectives it names are imported."""
+    method = tree.get("method", "distillation")
+    if not isinstance(method, str):
+        raise UserError(f"{where}: 'method' must be a method's name; given: {method!r}.")
+    try:
+        config = catalog.method(method).Config
+    except UserError as error:
+        raise UserError(f"{where}: method: {error}") from None
+    try:
+        valid = config.model_validate(dict(tree))
+    except ValidationError as error:
+        raise spell(error, config, where) from None
+    check(valid, where)
+    return valid
+
+
+def load(path: str | Path, variant: str | None = None, sets: Sequence[str] = ()) -> MethodConfig:
+    """Read, resolve and validate a recipe file. Its name defaults to the file's, with the variant."""
+    tree = beside_recipe(resolve(read_yaml(path), variant, parse_sets(sets), where=str(path)), Path(path).parent)
+    if tree.get("name") is None:
+        tree["name"] = Path(path).stem + (f"-{variant}" if variant else "")
+    return validate(tree, where=str(path))
+
+
+def check(config: BaseModel, where: str, path: KeyPath = ()) -> None:
+    """Check every such part of a config, in place: objectives get the defaults of their options and their published weight.
+
+    Args:
+        where: what the sentence of an error begins with, such as the recipe's file.
+        path: where in the recipe the config stands.
+
+    Raises:
+        UserError: an objective, optimiser or network that does not exist, or an option that it does not have.
+    """
+    for name in type(config).model_fields:
+        for here, part in _parts(getattr(config, name), (*path, name)):
+            if isinstance(part, ObjectiveSpec):
+                from stillhouse.distillation.weighted import check_objective
+
+                check_objective(part, where, here)
+                continue
+            if isinstance(part, OptimizerSpec):
+                _check_optimizer(part, where, here)
+            elif isinstance(part, ModelSpec | TeacherSpec) and part.model is not None:
+                _check_network(part.model, part.options, where, here)
+            check(part, where, here)
+
+
+def _parts(value: Any, path: KeyPath) -> Iterable[tuple[KeyPath, BaseModel]]:
+    """The models that a field holds, alone, in a list or by name, and where."""
+    held = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else [(None, value)]
+    return [((*path, key) if key is not None else path, part) for key, part in held if isinstance(part, BaseModel)]
+
+
+def _check_network(model: str, options: dict[str, Any], where: str, path: KeyPath) -> None:
+    from stillhouse import models
+
+    try:
+        models.check(model, options)
+    except UserError as error:
+        raise UserError(f"{where}: {'.'.join(map(str, path))}: {error}") from None
+
+
+def _check_optimizer(spec: OptimizerSpec, where: str, path: KeyPath) -> None:
+    import inspect
+
+    from stillhouse.training.optimizers import optimizer_class
+
+    try:
+        valid = [p for p in inspect.signature(optimizer_class(spec.name)).parameters if p != "params"]
+    except UserError as error:
+        raise UserError(f"{where}: {'.'.join(map(str, path))}.name: {error}") from None
+    for key in spec.arguments():
+        if key not in valid:
+            raise UserError(f"{where}: {unknown_key(key, ['name', *valid], path, f' for {spec.name}')}")

@@ -1,0 +1,326 @@
+"""`Run`: the folder, seed, device, data, models, stages and loops of one run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from pydantic import BaseModel
+from torch import Tensor, nn
+
+from stillhouse.config.specs import DataSpec, MethodConfig, ModelSpec, TeacherSpec, TrainSpec
+from stillhouse.errors import UserError
+from stillhouse.files import cache_folder
+from stillhouse.processes import rank_world
+from stillhouse.randomness import keyed
+from stillhouse.runs.stages import kept
+from stillhouse.training.display import Live
+from stillhouse.training.engine import Fitted, fit
+from stillhouse.training.loop import loop
+
+C = TypeVar("C", bound=MethodConfig)
+T = TypeVar("T")
+
+
+class Run:
+    """What a method asks for data, models, stages and loops. Everything is under `folder`; stages that other runs may share are in the cache.
+
+    Args:
+        folder: the run's own folder; None for a plan, which writes nothing.
+        config: the resolved recipe.
+        data_root: where data is, before STILLHOUSE_DATA.
+        live: the display.
+        cpu: stay on the CPU.
+    """
+
+    def __init__(
+        self, folder: Path | None, config: MethodConfig, *, data_root: str | None = None, live: Live | None = None, cpu: bool = False
+    ) -> None:
+        self._folder, self.config, self.data_root, self.live, self.cpu = folder, config, data_root, live or Live(), cpu
+        self.seed = config.seed
+        self.planned: set[str] | None = None
+        self.record: dict[str, Any] = {}  # further facts for environment.json and the report
+        self._bundles: dict[str, Any] = {}
+        self._stores: dict[str, list[Any]] = {}  # data -> stores that its training batches replay
+
+    @property
+    def folder(self) -> Path:
+        assert self._folder is not None, "a plan writes nothing"
+        return self._folder
+
+    @property
+    def device(self) -> torch.device:
+        return torch.device("cuda" if torch.cuda.is_available() and not self.cpu else "cpu")
+
+    # ---- data and models -------------------------------------------------------------------------------------------------------------------
+
+    def data(self, spec: DataSpec) -> Any:
+        """The data set of a spec (`stillhouse.data.DataBundle`), loaded once."""
+        from stillhouse.data import load
+
+        name = spec.model_dump_json()
+        if name not in self._bundles:
+            self._bundles[name] = load(spec, self.data_root)
+        return self._bundles[name]
+
+    def loader(self, spec: DataSpec, split: str, batch_size: int | None = None, *, train: bool = False) -> Any:
+        """A loader of a split, by default of batches that suit evaluation; `train=True`: shuffled and augmented as the run's seed says, sharded over processes."""
+        from stillhouse.data import Loader
+
+        bundle = self.data(spec)
+        dataset = bundle.dataset(split, train=train)
+        if split == "train" and (train or spec.augment == "plain"):
+            from stillhouse.store import StoredDataset
+
+            dataset = StoredDataset(dataset, self._stores.setdefault(spec.model_dump_json(), [])) if _reads_store(self.config) else dataset
+        default: int = getattr(bundle, "evaluation_batch", 256)
+        rank, world = rank_world() if train else (0, 1)
+        workers = spec.workers if train else 0
+        return Loader(dataset, batch_size or default, seed=self.seed, shuffle=train, drop_last=train, workers=workers, rank=rank, world=world)
+
+    def model(self, spec: ModelSpec, data: DataSpec, role: str = "student", seed: int | None = None) -> nn.Module:
+        """The network of a spec, sized for the data, initialised as (seed, role) say."""
+        from stillhouse.models import build
+
+        bundle = self.data(data)
+        with keyed("model", role, self.seed if seed is None else seed):
+            if hasattr(bundle, "model"):  # text settles the model's task and vocabulary
+                return bundle.model(spec)
+            return build(spec, bundle.num_classes, bundle.input_shape)
+
+    def splits(self, spec: DataSpec, batch_size: int | None = None) -> dict[str, Any]:
+        """Evaluation loaders of the splits that may steer training: train, and holdout and val where they exist."""
+        bundle = self.data(spec)
+        return {s: self.loader(spec, s, batch_size) for s in ("train", "holdout", "val") if bundle.has(s)}
+
+    def validation(self, spec: DataSpec) -> Any:
+        """The loader that may pick a checkpoint: val, else holdout, else None."""
+        bundle = self.data(spec)
+        for split in ("val", "holdout"):
+            if bundle.has(split):
+                return self.loader(spec, split)
+        return None
+
+    def validating(self, spec: DataSpec) -> Callable[[nn.Module, torch.device], dict[str, float]] | None:
+        """What `fit` judges epochs by: accuracy and calibration over the data that may pick a checkpoint (see `validation`); None where there is none."""
+        check = self.validation(spec)
+        return None if check is None else lambda model, device: self.figures(model, spec, check, device, ["accuracy", "calibration"])
+
+    def judging_data(self) -> tuple[DataSpec, str]:
+        """The recipe's data, and the split of it that a product is judged on: test, or val or holdout where there is none.
+
+        Raises:
+            UserError: a recipe without `data`, or data without any of these splits.
+        """
+        spec = getattr(self.config, "data", None)
+        if not isinstance(spec, DataSpec):
+            raise UserError("This recipe names no `data` to judge its product by; give it the data, or judge the product in its method.")
+        split = next((s for s in ("test", "val", "holdout") if self.data(spec).has(s)), None)
+        if split is None:
+            raise UserError("There is no data to judge by: give the data set a test part, or set data.val to a share above 0.")
+        return spec, split
+
+    @contextmanager
+    def seeded(self, seed: int) -> Iterator[None]:
+        """Inside, the run's seed is another: that of a stage which runs with other seeds share."""
+        outer, self.seed = self.seed, seed
+        try:
+            yield
+        finally:
+            self.seed = outer
+
+    def student(self, module: nn.Module, spec: ModelSpec, data: DataSpec, figures: Mapping[str, float]) -> Any:
+        """A trained network as the product of this run."""
+        from stillhouse.runs.products import Student
+
+        b = self.data(data)
+        if hasattr(b, "product"):
+            return b.product(module, spec, dict(figures))
+        return Student(module, spec, b.num_classes, tuple(b.input_shape), list(b.classes), tuple(b.mean), tuple(b.std), dict(figures))
+
+    def figures(self, model: nn.Module, data: DataSpec, loader: Any, device: torch.device, groups: Sequence[str]) -> dict[str, float]:
+        """Figures of a network over a loader, as its data is judged: by classes, or by tokens."""
+        from stillhouse.evaluation.classification import evaluate_classifier
+
+        return getattr(self.data(data), "evaluate", evaluate_classifier)(model, loader, device, groups)
+
+    def evaluated(self, product: Any) -> dict[str, float]:
+        """The figures of a product on test data, by the evaluator of its kind: a function (product, run) -> {name: number}."""
+        from stillhouse.runs.evaluators import evaluator
+
+        return evaluator(product.kind)(product, self)
+
+    # ---- stages ----------------------------------------------------------------------------------------------------------------------------
+
+    def stage(self, name: str, make: Callable[[], T], uses: Mapping[str, Any], *, shared: bool = True) -> T:
+        """The result of `make()`, kept on disk under a hash of `uses` and reused by every run that uses the same.
+
+        Inside `make`, `run.folder` is the stage's own folder, so that a fit that was cut off goes on. The result may be a mapping of tensors, plain
+        JSON data, or a mapping of those two. Two processes that want the same stage take turns.
+
+        Args:
+            name: one of the plan's stages (an index may follow a dot: `expert.3`).
+            uses: everything that the result depends on, as JSON data.
+            shared: keep it in the cache for other runs; False: in the run's folder.
+        """
+        if self.planned is not None and name.split(".")[0] not in self.planned:
+            raise UserError(f"The stage '{name}' is not in the method's plan ({', '.join(sorted(self.planned))}).")
+
+        def inside(folder: Path) -> T:
+            outer, self._folder = self._folder, folder
+            try:
+                return make()
+            finally:
+                self._folder = outer
+
+        return kept((cache_folder() if shared else self.folder) / "stages", name, inside, uses)
+
+    def fit(
+        self,
+        name: str,
+        module: Any,
+        train: Any,
+        spec: TrainSpec,
+        *,
+        evaluate: Callable[..., dict[str, float]] | None = None,
+        splits: Mapping[str, Any] | None = None,
+    ) -> Fitted:
+        """Train a module over a loader (see `stillhouse.training.engine.fit`) in this run's folder."""
+        return fit(
+            module, train, spec, folder=self.folder, stage=name, seed=self.seed, evaluate=evaluate, splits=splits, live=self.live, cpu=self.cpu
+        )
+
+    def last_step(self, module: Any, train: Any, spec: TrainSpec, splits: Mapping[str, Any]) -> tuple[Any, Any]:
+        """A batch on the device and the context of a fit's last epoch, to measure a further step by (see `evaluation.cost.step_cost`)."""
+        from stillhouse.distillation.objective import Progress
+        from stillhouse.signals import to_device
+        from stillhouse.training.context import TrainingContext
+
+        device = next(p.device for p in module.parameters())
+        progress = Progress(epoch=spec.epochs - 1, steps_per_epoch=len(train), epochs=spec.epochs)
+        batch = to_device(next(iter(train.batches(spec.epochs - 1, 0, spec.epochs))), device)
+        return batch, TrainingContext(module, progress, splits, self.seed, device, self.folder, train)
+
+    def loop(self, name: str, state: Mapping[str, Any], step: Callable[[int], Mapping[str, Tensor]], steps: int, **options: Any) -> float:
+        """The same loop where there is no loader (see `stillhouse.training.loop.loop`)."""
+        return loop(self.folder, name, state, step, steps, seed=self.seed, live=self.live, **options)
+
+    # ---- teachers --------------------------------------------------------------------------------------------------------------------------
+
+    def teacher(self, name: str, spec: TeacherSpec, data: DataSpec) -> Any:
+        """A teacher from its spec; one without weights is trained first, as a stage that every recipe with the same teacher shares."""
+        from stillhouse.distillation.teachers import CoTrained, Ensemble, Frozen, Momentum, PastSelf
+
+        if spec.store is not None:
+            return self._stored(name, spec, data)
+        if spec.ensemble is not None:
+            return Ensemble([self.teacher(f"{name}.{i}", member, data) for i, member in enumerate(spec.ensemble)], spec.mean)
+        if spec.momentum is not None:
+            return Momentum(spec.momentum)
+        if spec.past_self:
+            past = PastSelf()
+            bundle = self.data(data)
+            past.start(self.loader(data, "train").labels(), bundle.num_classes)
+            return past
+        if spec.peer is not None:
+            return CoTrained(self.model(spec.peer, data, role=name), embedding=spec.peer.embedding)
+        model, bundle = self.network(name, spec, data), self.data(data)
+        if hasattr(bundle, "teacher"):  # text: the teacher's tokens in the student's order
+            model = bundle.teacher(model, spec, self.data(spec.data or data))
+        return Frozen(model, embedding=spec.embedding, name=name)
+
+    def network(self, name: str, spec: TeacherSpec, data: DataSpec) -> nn.Module:
+        """The network of a live teacher with its weights, trained first where it has none."""
+        seed, data = spec.seed or 0, spec.data or data
+        model = self.model(spec.network, data, role="teacher", seed=seed)
+        if spec.train is not None and spec.checkpoint is None:  # from published weights where it is pretrained: fine-tuned
+            trained = self.trained("teacher", model, spec.network, spec.train, data, seed)
+            model.load_state_dict(trained["weights"])
+            self.record.setdefault("teachers", {})[name] = {"model": spec.model, **trained["figures"]}
+        elif spec.checkpoint is None and not spec.pretrained:
+            raise UserError(
+                f"The teacher '{name}' ({spec.model}) has no weights: give it a `checkpoint`, `pretrained: true`, or `train:` to train it first."
+            )
+        return model
+
+    def _stored(self, name: str, spec: TeacherSpec, data: DataSpec) -> Any:
+        """A teacher read from its store, which is written first where the recipe says what to keep and not where it is."""
+        from stillhouse.distillation.teachers import Stored
+        from stillhouse.runs.stores import data_facts, make
+        from stillhouse.store import Store
+
+        if data.mixup or data.cutmix:
+            raise UserError(
+                f"The teacher '{name}' is read from a store, sample by sample, but data.mixup and data.cutmix mix a batch; set both to 0."
+            )
+        folder = spec.store if isinstance(spec.store, str) else make(self, name, spec, data)
+        bundle = self.data(data)
+        store = Store(folder)
+        store.check(data_facts(data, bundle), bundle.num_classes, bundle.dataset("train", train=True))
+        beside = self._stores.setdefault(data.model_dump_json(), [])
+        for other in beside:
+            if (other.views, other.manifest["seed"]) != (store.views, store.manifest["seed"]):
+                raise UserError(
+                    f"The stores '{other.folder}' and '{store.folder}' hold other views of the samples ({other.views} of seed {other.manifest['seed']}, "
+                    f"{store.views} of seed {store.manifest['seed']}), but a student sees one view at a time; cache both with the same views and seed."
+                )
+        beside.append(store)
+        return Stored(store, name=name)
+
+    def trained(self, stage: str, model: nn.Module, spec: ModelSpec, train: TrainSpec, data: DataSpec, seed: int) -> dict[str, Any]:
+        """A network trained alone with cross-entropy, as a shared stage: {"weights": tensors, "figures": test figures}."""
+        from stillhouse.distillation.distillation import Distillation
+        from stillhouse.distillation.teachers import Frozen
+        from stillhouse.distillation.weighted import objective_from_spec
+        from stillhouse.runs.products import state_on_cpu
+
+        bundle = self.data(data)
+
+        def make() -> dict[str, Any]:
+            stores, self._stores = self._stores, {}  # a network trained alone sees its own augmentation, not the views of a store
+            try:
+                with self.seeded(seed):
+                    module = Distillation(model, None, [objective_from_spec("ce")], seed=seed)
+                    loader = self.loader(data, "train", train.batch_size, train=True)
+                    self.fit(stage, module, loader, train, evaluate=self.validating(data))
+                module.close()
+            finally:
+                self._stores = stores
+            figures = (
+                self.figures(model, data, self.loader(data, "test"), next(model.parameters()).device, ["accuracy", "calibration"])
+                if bundle.has("test")
+                else {}
+            )
+            return {"weights": state_on_cpu(model), "figures": figures}
+
+        start = {"start": Frozen(model).fingerprint()} if spec.pretrained else {}
+        return self.stage(
+            stage,
+            make,
+            {
+                **start,
+                "model": spec.model_dump(mode="json"),
+                "train": train.identity(),
+                "data": bundle.fingerprint,
+                "augment": _augmentation(data),
+                "seed": seed,
+            },
+        )
+
+
+def _augmentation(spec: DataSpec) -> dict[str, Any]:
+    return spec.model_dump(mode="json", include={"augment", "mixup", "cutmix", "image_size"})
+
+
+def _reads_store(config: Any) -> bool:
+    """Whether a recipe names a stored teacher anywhere."""
+    if isinstance(config, TeacherSpec) and config.store is not None:
+        return True
+    if isinstance(config, BaseModel):
+        return any(_reads_store(getattr(config, name)) for name in type(config).model_fields)
+    if isinstance(config, Mapping):
+        return any(map(_reads_store, config.values()))
+    return isinstance(config, list | tuple) and any(map(_reads_store, config))

@@ -1,0 +1,1 @@
+"""Training: one resumable loop, `fit` on top of it, optimisers and schedules, metrics, progress."""
