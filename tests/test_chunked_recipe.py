@@ -17,13 +17,14 @@ from torch.utils._pytree import tree_leaves
 
 from stillhouse import Progress, catalog
 from stillhouse.errors import UserError
-from stillhouse.evaluation.language import evaluate_tokens
+from stillhouse.evaluation.judge import judge
 from stillhouse.objectives.ce import CrossEntropy
 from stillhouse.objectives.gkd import GKD
 from stillhouse.runs import recipe
 from stillhouse.runs.execution import execute
 from stillhouse.runs.run import Run
 from stillhouse.signals import Signals, TopK
+from stillhouse.tasks.tokens import Tokens
 
 pytest.importorskip("transformers", reason="transformers is not installed")
 GPT2 = {"n_layer": 1, "n_head": 2, "n_embd": 16, "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
@@ -97,17 +98,17 @@ def test_a_step_in_chunks_makes_no_tensor_of_all_tokens_and_the_vocabulary(spec,
     rows = {}
     for how in (False, True):
         module, batch = built(spec, chunked=how)
-        with Largest(300, 320, module._vocabulary) as largest:
+        with Largest(300, 320, module.task.vocabulary) as largest:
             module(batch, STEPS)["loss"].backward()
         rows[how] = largest.rows
     assert rows[False] == batch["label"].numel() > 2 * 24 and rows[True] <= 24  # which is the width of the teacher's matrix, transposed
 
 
 def test_a_vocabulary_is_chunked_by_itself_only_where_it_is_big_and_everything_can(spec, monkeypatch: pytest.MonkeyPatch):
-    assert not built(spec)[0]._reader.headless
+    assert not built(spec)[0]._reader.task.without_head
     monkeypatch.setattr("stillhouse.functional.heads.BIG_VOCABULARY", 200)
     for objectives, expected in ((ALL, True), ([{"name": "kd"}], False), ([{"name": "ce", "label_smoothing": 0.1}], False)):
-        assert built(spec, objectives=objectives)[0]._reader.headless is expected, objectives
+        assert built(spec, objectives=objectives)[0]._reader.task.without_head is expected, objectives
 
 
 def test_a_student_is_judged_in_chunks_as_on_all_logits(spec, monkeypatch: pytest.MonkeyPatch):
@@ -116,8 +117,8 @@ def test_a_student_is_judged_in_chunks_as_on_all_logits(spec, monkeypatch: pytes
     for big in (10**9, 200):
         monkeypatch.setattr("stillhouse.functional.heads.BIG_VOCABULARY", big)
         monkeypatch.setattr("stillhouse.functional.heads.CHUNK", 1)
-        with Largest(320, module._vocabulary) as largest:
-            judged.append(evaluate_tokens(module.student, [batch, batch], vocabulary=module._vocabulary))
+        with Largest(320, module.task.vocabulary) as largest:
+            judged.append(judge(module.task, module.student, [batch, batch]))
         rows.append(largest.rows)
     assert judged[1] == pytest.approx(judged[0], rel=1e-6)
     assert rows[0] >= batch["label"].numel() > 16 >= rows[1]
@@ -181,7 +182,7 @@ def test_a_teacher_that_numbers_its_tokens_otherwise_teaches_in_chunks_as_it_doe
     batch, terms = {"input": {"input_ids": ids}, "label": ids, "index": torch.arange(3)}, {}
     for how in (False, True):
         teacher = OtherIds(net(1, 50), Mapped(torch.randperm(50, generator=torch.Generator().manual_seed(1))[:20], False))
-        module = Distillation(net(0, 20), teacher, ["gkd"], vocabulary=20, chunked=how).build(batch)
+        module = Distillation(net(0, 20), teacher, ["gkd"], task=Tokens("causal", 20), chunked=how).build(batch)
         terms[how] = module(batch, STEPS)["gkd"]
     torch.testing.assert_close(terms[True], terms[False], rtol=1e-5, atol=1e-6)
 
@@ -228,6 +229,6 @@ def test_cross_entropy_counts_the_mask_and_divides_by_the_tokens_of_the_whole_st
     rows = F.cross_entropy(logits.flatten(0, 1), label.flatten(), reduction="none", ignore_index=-100)
     expected = (rows * mask.flatten()).sum()
     batch = {"label": label, "mask": mask}
-    for signals in (Signals(logits=logits), Signals(taps={"hidden": logits, "output_weight": torch.eye(9)})):
+    for signals in (Signals(logits=logits), Signals(parts={"hidden": logits, "output_weight": torch.eye(9)})):
         torch.testing.assert_close(CrossEntropy()(signals, Signals(), batch, STEPS)["loss"], expected / 4)
         torch.testing.assert_close(CrossEntropy()(signals, Signals(), {**batch, "token_count": 10}, STEPS)["loss"], expected / 10)

@@ -16,7 +16,8 @@ from stillhouse.evaluation import classification as C
 from stillhouse.evaluation import cost
 from stillhouse.evaluation.statistics import mean_interval, paired_difference, standard_deviation
 from stillhouse.runs.evaluators import evaluator
-from stillhouse.runs.evaluators.student import evaluate_student, judge
+from stillhouse.runs.judging import evaluate, figures_of
+from stillhouse.tasks.classification import Classification
 
 ORACLES = Path(os.environ.get("STILLHOUSE_ORACLES", Path(__file__).parents[2] / "shared" / "oracles"))
 
@@ -216,16 +217,16 @@ def test_seeds_that_do_not_pair_get_a_sentence():
 
 
 def test_the_student_evaluator_is_found_by_kind_and_gives_the_groups_asked_for(tmp_path: Path):
-    assert evaluator("student") is judge
+    assert evaluator("student") is evaluate
     with pytest.raises(UserError, match="did you mean 'student'"):
         evaluator("studnet")
     logits, labels = outputs(n=40)
     loader = batches(logits, labels)
     (tmp_path / "weights").write_bytes(b"1234")
-    net = nn.Linear(8, 8)
-    got = evaluate_student(net, loader, loader[0], ["accuracy", "cost"], folder=tmp_path)
+    net, task = nn.Linear(8, 8), Classification(tuple("abcdefgh"), (8,))
+    got = figures_of(net, task, loader, ["accuracy", "cost"], tmp_path)
     assert set(got) == {"accuracy", "accuracy_top5", "parameters", "multiply_adds", "latency_ms", "file_bytes"}
     assert (got["parameters"], got["multiply_adds"], got["file_bytes"]) == (72, 64, 4)
-    assert set(evaluate_student(net, loader, loader[0], ["calibration"])) == {"nll", "ece", "brier", "aurc"}
+    assert set(figures_of(net, task, loader, ["calibration"])) == {"nll", "ece", "brier", "aurc"}
     with pytest.raises(UserError, match="did you mean 'calibration'"):
-        evaluate_student(net, loader, loader[0], ["calibation"])
+        figures_of(net, task, loader, ["calibation"])

@@ -20,9 +20,9 @@ from stillhouse.functional.whitening import fit_whitening
 from stillhouse.models import build
 from stillhouse.runs.export import export
 from stillhouse.runs.products import Student
-from stillhouse.synthetic.exchange import left_out
 from stillhouse.synthetic.product import SyntheticSet
 from stillhouse.synthetic.real import unnormalised
+from stillhouse.tasks.classification import Classification
 
 NETS = {
     "stillhouse:mlp": ({"widths": [8]}, (1, 8, 8)),
@@ -37,7 +37,7 @@ def product(folder: Path, name: str = "stillhouse:mlp") -> Path:
     options, shape = NETS[name]
     torch.manual_seed(0)
     spec = ModelSpec(model=name, options=options)
-    Student(build(spec, 5, shape).eval(), spec, 5, shape, [str(i) for i in range(5)]).save(folder)
+    Student(build(spec, 5, shape).eval(), spec, Classification(tuple(map(str, range(5))), shape)).save(folder)
     return folder
 
 
@@ -46,7 +46,7 @@ def answers(folder: Path, batch: int) -> tuple[torch.Tensor, torch.Tensor]:
     from stillhouse.signals import read_logits
 
     student = stillhouse.load(folder)
-    x = torch.randn(batch, *stillhouse.runs.products.load_product(folder).input_shape)
+    x = torch.randn(batch, *stillhouse.runs.products.load_product(folder).task.input_shape)
     with torch.no_grad():
         return x, read_logits(student(x))
 
@@ -109,7 +109,7 @@ def test_a_folder_without_a_product_is_refused(tmp_path: Path) -> None:
 def test_a_student_of_several_inputs_exports_its_weights_alone(tmp_path: Path) -> None:
     sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 8, "vocab_size": 16}
     spec = ModelSpec(model="hf:config:bert", options={"task": "text", **sizes})
-    Student(build(spec, 2, ()), spec, 2, ()).save(tmp_path)
+    Student(build(spec, 2, ()), spec, Classification(("0", "1"), ())).save(tmp_path)
     with pytest.raises(UserError, match="use the format safetensors"):
         export(tmp_path, "torch")
     assert len(load_file(export(tmp_path, "safetensors"))) == len(stillhouse.load(tmp_path).state_dict())
@@ -190,9 +190,9 @@ def test_soft_labels_go_into_parquet_and_class_names_stay(tmp_path: Path) -> Non
 
 def test_what_files_cannot_hold_is_said(tmp_path: Path) -> None:
     made = digits_set(tmp_path / "set", soft=torch.randn(20, 10), lr=0.02)
-    said = " ".join(left_out(made, "folder"))
+    said = " ".join(made.left_out("folder"))
     assert "outside [0, 1]" in said and "soft labels are not written; a Parquet file" in said and "0.02" in said
-    assert "soft" not in " ".join(left_out(made, "parquet"))
+    assert "soft" not in " ".join(made.left_out("parquet"))
 
 
 def test_an_export_does_not_mix_with_an_older_one(tmp_path: Path) -> None:

@@ -32,7 +32,7 @@ class World:
 
     @property
     def headless(self) -> Signals:
-        return Signals(taps={"hidden": self.hidden, "output_weight": self.weight})
+        return Signals(parts={"hidden": self.hidden, "output_weight": self.weight})
 
 
 def test_its_ends_are_the_forward_and_the_reverse_kl() -> None:
@@ -122,8 +122,8 @@ def test_mistakes_are_said() -> None:
         GKD(beta=-0.1)
     with pytest.raises(UserError, match="vocabulary has 11 tokens but the teacher's 10"):
         GKD()(Signals(logits=world.logits), Signals(logits=world.teacher[..., :10]), {}, SPAN)
-    with pytest.raises(UserError, match="neither logits nor the tap 'output_weight'"):
-        GKD()(Signals(taps={"hidden": world.hidden}), Signals(logits=world.teacher), {}, SPAN)
+    with pytest.raises(UserError, match="neither logits nor the part 'output_weight'"):
+        GKD()(Signals(parts={"hidden": world.hidden}), Signals(logits=world.teacher), {}, SPAN)
     with pytest.raises(UserError, match="seq_kd: tokens must have shape"):
         seq_kd_loss(world.logits, world.label[:, :2])
     with pytest.raises(UserError, match="seq_kd: labels must be class ids from 0 to 10"):
@@ -143,8 +143,8 @@ def test_no_step_reads_a_value_back_from_the_device(name: str) -> None:
 @pytest.mark.parametrize("beta", [0.0, 0.5, 1.0])
 def test_no_chunk_reads_a_value_back_from_the_device(beta: float) -> None:
     made = lambda *shape: torch.randn(*shape, device="meta", requires_grad=True)  # noqa: E731
-    student = Signals(taps={"hidden": made(B, L, D), "output_weight": made(V, D), "output_bias": made(V)})
-    teacher = Signals(taps={"hidden": made(B, L, 2), "output_weight": made(V, 2)})
+    student = Signals(parts={"hidden": made(B, L, D), "output_weight": made(V, D), "output_bias": made(V)})
+    teacher = Signals(parts={"hidden": made(B, L, 2), "output_weight": made(V, 2)})
     top = Signals(top=TopK(made(B, L, 3), torch.zeros(B, L, 3, dtype=torch.long, device="meta"), made(B, L)))
     batch = {"label": torch.zeros(B, L, dtype=torch.long, device="meta")}
     for source in (teacher, top):

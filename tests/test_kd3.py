@@ -25,6 +25,7 @@ from stillhouse.methods.classification.kd3.shared import last_map, make_shared
 from stillhouse.models import build
 from stillhouse.runs.products import load as load_run
 from stillhouse.runs.run import Run
+from stillhouse.tasks.classification import Classification
 
 SHAPE = (1, 8, 8)
 
@@ -203,7 +204,7 @@ def test_a_styled_pool_keeps_each_images_style_over_epochs(tmp_path: Path) -> No
 def test_the_product_brings_all_three_parts_back(tmp_path: Path) -> None:
     module, batch = sharing()
     x, student = batch["input"], module.student.eval()
-    product = SharedStudent(student, ModelSpec(model="stillhouse:resnet8"), 10, SHAPE, [str(i) for i in range(10)], (0.3,), (0.4,))
+    product = SharedStudent(student, ModelSpec(model="stillhouse:resnet8"), Classification(tuple(map(str, range(10))), SHAPE, (0.3,), (0.4,)))
     product.save(tmp_path / "product")
     loaded = load_run(tmp_path)
     assert torch.equal(loaded(x), student(x)) and torch.equal(copy.deepcopy(loaded)(x), student(x))

@@ -22,7 +22,7 @@ from stillhouse.data.text import TextBundle
 from stillhouse.distillation.distillation import Distillation
 from stillhouse.distillation.teachers import Stored
 from stillhouse.errors import UserError
-from stillhouse.evaluation.language import evaluate_tokens
+from stillhouse.evaluation.judge import judge
 from stillhouse.functional.ragged import IGNORE
 from stillhouse.methods.language.on_policy import OnPolicyDistillation
 from stillhouse.methods.language.sequence_kd import given, rewritten_rows, written
@@ -68,8 +68,8 @@ def bundle_of(name: str, **options: Any) -> TextBundle:
 
 def net(bundle: TextBundle, seed: int = 0, **options: Any) -> nn.Module:
     torch.manual_seed(seed)
-    kind = "t5" if bundle.task == "seq2seq" else "gpt2"
-    return bundle.model(ModelSpec(model=f"hf:config:{kind}", options={**(T5 if kind == "t5" else GPT2), **options})).eval()
+    kind = "t5" if bundle.task.kind == "seq2seq" else "gpt2"
+    return bundle.task.build(ModelSpec(model=f"hf:config:{kind}", options={**(T5 if kind == "t5" else GPT2), **options})).eval()
 
 
 def first_batch(bundle: TextBundle, count: int = 4) -> Any:
@@ -77,7 +77,9 @@ def first_batch(bundle: TextBundle, count: int = 4) -> Any:
 
 
 def writer(bundle: TextBundle, **how: Any) -> Writer:
-    return Writer(bundle.tokenizer, bundle.task, bundle.context, Generation(**{"max_new_tokens": 6, **how}), size(bundle.tokenizer))
+    return Writer(
+        bundle.task.tokenizer, bundle.task.kind, bundle.task.context, Generation(**{"max_new_tokens": 6, **how}), size(bundle.task.tokenizer)
+    )
 
 
 class Forward(stillhouse.Objective):
@@ -104,7 +106,7 @@ def run(tmp_path: Path, data: Any, **keys: Any) -> tuple[dict[str, float], Any]:
         **keys,
     }
     figures = execute(recipe.validate(tree), tmp_path / "run", cpu=True)
-    return figures, stillhouse.load(tmp_path / "run")
+    return figures, stillhouse.load_product(tmp_path / "run")
 
 
 def text_data(name: str, **options: Any) -> dict[str, Any]:
@@ -121,10 +123,9 @@ def test_a_recipe_leaves_a_language_model_that_transformers_loads_too(file: Any,
     theirs, tokens = transformers.AutoModelForCausalLM.from_pretrained(place), transformers.AutoTokenizer.from_pretrained(place)
     ids = torch.tensor([tokens("roses")["input_ids"]])
     assert torch.allclose(theirs(ids).logits, product.module(ids).logits)
-    told = product.generate(["roses are", "", "x" * 100], max_new_tokens=5, do_sample=False)
-    assert len(told) == 3 and told[0] == product.generate(["roses are"], max_new_tokens=5, do_sample=False)[0]
-    with pytest.raises(UserError, match="does not classify"):
-        product.predict(["a rose"])
+    told = product.task.generate(product.module, ["roses are", "", "x" * 100], max_new_tokens=5, do_sample=False)
+    assert len(told) == 3 and told[0] == product.task.generate(product.module, ["roses are"], max_new_tokens=5, do_sample=False)[0]
+    assert list(product.predict(["a rose"])[0]) == ["text"]
 
 
 def test_a_text_classifier_predicts_by_name(file: Any, tmp_path: Path) -> None:
@@ -137,7 +138,7 @@ def test_a_text_classifier_predicts_by_name(file: Any, tmp_path: Path) -> None:
     assert both[0]["label"] in ("plant", "other") and sum(both[0]["probs"].values()) == pytest.approx(1, abs=1e-5)
     assert both[0]["probs"]["plant"] == pytest.approx(one[0]["probs"]["plant"], abs=1e-5)
     with pytest.raises(UserError, match="does not write"):
-        product.generate(["a"])
+        product.task.generate(product.module, ["a"])
     with pytest.raises(UserError, match="reads 32; shorten it"):
         product.predict(["x" * 40])
 
@@ -148,9 +149,9 @@ def test_a_text_classifier_predicts_by_name(file: Any, tmp_path: Path) -> None:
 def test_masked_models_and_encoder_decoders_are_distilled(file: Any, tmp_path: Path, task: str, kind: str, options: dict[str, Any]) -> None:
     model = {"model": f"hf:config:{kind}", "options": options}
     figures, product = run(tmp_path, text_data(file(questions()), task=task), teacher={**model, "train": FAST}, student=model)
-    assert figures["perplexity"] > 1 and product.task == task
+    assert figures["perplexity"] > 1 and product.task.kind == task
     if task == "seq2seq":
-        assert isinstance(product.generate(["roses"], max_new_tokens=4)[0], str)
+        assert isinstance(product.task.generate(product.module, ["roses"], max_new_tokens=4)[0], str)
 
 
 def test_a_teacher_of_a_folder_teaches(file: Any, tmp_path: Path) -> None:
@@ -189,9 +190,9 @@ def test_perplexity_is_over_tokens_whatever_the_batches(file: Any) -> None:
         batches = [
             data.batch(BatchKey(0, np.arange(i, min(i + count, len(data))), 0, min(count, len(data) - i)), 0) for i in range(0, len(data), count)
         ]
-        assert evaluate_tokens(model, batches)["nll"] == pytest.approx(expected, abs=1e-5)
+        assert judge(bundle.task, model, batches)["nll"] == pytest.approx(expected, abs=1e-5)
     with pytest.raises(UserError, match="no token"):
-        evaluate_tokens(model, [{**batch, "label": torch.full_like(batch["label"], IGNORE)}])
+        judge(bundle.task, model, [{**batch, "label": torch.full_like(batch["label"], IGNORE)}])
 
 
 # ---- the student's own writing -------------------------------------------------------------------------------------------------------------
@@ -205,9 +206,9 @@ def test_the_students_writing_is_what_it_writes_for_each_prompt_alone(file: Any)
         label = batch["label"][i]
         given = int((label != IGNORE).int().argmax()) + 1
         prompt = batch["input"]["input_ids"][i, :given]
-        alone = model.generate(input_ids=prompt[None], max_new_tokens=6, do_sample=False, pad_token_id=0, eos_token_id=bundle.tokenizer.eos_token_id)[
-            0
-        ]
+        alone = model.generate(
+            input_ids=prompt[None], max_new_tokens=6, do_sample=False, pad_token_id=0, eos_token_id=bundle.task.tokenizer.eos_token_id
+        )[0]
         counted = made["label"][i] != IGNORE
         assert torch.equal(made["label"][i][counted], alone[given:])
         read = made["input"]["attention_mask"][i].bool()
@@ -217,7 +218,7 @@ def test_the_students_writing_is_what_it_writes_for_each_prompt_alone(file: Any)
 def test_what_follows_the_end_token_does_not_count(file: Any) -> None:
     bundle = bundle_of(file(questions()))
     model, how = net(bundle), writer(bundle)
-    end = bundle.tokenizer.eos_token_id
+    end = bundle.task.tokenizer.eos_token_id
 
     def write(*args: Any) -> Tensor:
         return torch.tensor([[70, end, 0, 0], [end, 0, 0, 0], [70, 71, 72, 73], [70, 71, end, 0]])
@@ -291,7 +292,7 @@ def test_a_student_is_never_taught_its_own_writing_as_the_truth(file: Any) -> No
         packed = bundle_of(file(questions()), pack=True)
         writer(packed).rewritten(net(packed), first_batch(packed, 2))
     with pytest.raises(UserError, match="Only causal and seq2seq"):
-        Writer(bundle.tokenizer, "masked", 32, Generation(), 261)
+        Writer(bundle.task.tokenizer, "masked", 32, Generation(), 261)
 
 
 def test_writing_stays_inside_the_context_and_the_vocabulary(file: Any) -> None:
@@ -311,16 +312,16 @@ def test_writing_stays_inside_the_context_and_the_vocabulary(file: Any) -> None:
 def test_the_teachers_text_becomes_the_students_completions(file: Any) -> None:
     bundle = bundle_of(file(questions()))
     teacher = net(bundle)
-    made = written(teacher, bundle.tokenizer, bundle, Generation(temperature=0.0, max_new_tokens=5), 3, torch.device("cpu"))
+    made = written(teacher, bundle.task.tokenizer, bundle, Generation(temperature=0.0, max_new_tokens=5), 3, torch.device("cpu"))
     prompts = given(bundle, 16)
     assert len(made) == len(prompts) == len(bundle.dataset("train"))
-    again = written(teacher, bundle.tokenizer, bundle, Generation(temperature=1.0, max_new_tokens=5), 3, torch.device("cpu"))
-    assert again == written(teacher, bundle.tokenizer, bundle, Generation(temperature=1.0, max_new_tokens=5), 3, torch.device("cpu"))
+    again = written(teacher, bundle.task.tokenizer, bundle, Generation(temperature=1.0, max_new_tokens=5), 3, torch.device("cpu"))
+    assert again == written(teacher, bundle.task.tokenizer, bundle, Generation(temperature=1.0, max_new_tokens=5), 3, torch.device("cpu"))
     rows = rewritten_rows(bundle, [("new words", True)] * len(made), 16)
     assert rows.labels is not None
     for i, prompt in enumerate(prompts):
         ids, label = (r.values[r.starts[i] : r.starts[i + 1]] for r in (rows.inputs, rows.labels))
-        assert ids[: len(prompt)].tolist() == prompt and bundle.tokenizer.decode(label[label != IGNORE]) == "new words<eos>"
+        assert ids[: len(prompt)].tolist() == prompt and bundle.task.tokenizer.decode(label[label != IGNORE]) == "new words<eos>"
     both = rewritten_rows(bundle, made, 16, originals=True)
     assert len(both.inputs) == len(prompts) + sum(bool(t) or e for t, e in made)
     with pytest.raises(UserError, match="wrote nothing"):
@@ -352,7 +353,7 @@ def test_padded_rows_of_the_vocabulary_teach_nothing(file: Any) -> None:
     teacher, student, batch = net(bundle, vocab_size=300), net(bundle, 1, vocab_size=280), first_batch(bundle)
     with torch.no_grad():
         teacher.lm_head.weight[261:] += 10.0
-    module = Distillation(student, teacher, [Forward()], vocabulary=bundle.vocabulary).build(batch)
+    module = Distillation(student, teacher, [Forward()], task=bundle.task).build(batch)
     loss = module(batch, Progress())["loss"]
     with torch.no_grad():
         p, q = (read_logits(call_model(m, batch))[..., :261].log_softmax(-1) for m in (teacher, student))

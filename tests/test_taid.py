@@ -141,8 +141,8 @@ def test_the_target_of_one_bump_starts_at_the_student_and_ends_at_forward_kl() -
 def test_hidden_states_give_the_loss_gradient_and_t_of_logits(value: str) -> None:
     torch.manual_seed(0)
     leaves = [torch.randn(B, L, 5, requires_grad=True), torch.randn(V, 5, requires_grad=True)]
-    teacher = Signals(taps={"hidden": torch.randn(B, L, 3), "output_weight": torch.randn(V, 3)})
-    logits = Signals(logits=teacher.taps["hidden"] @ teacher.taps["output_weight"].t())
+    teacher = Signals(parts={"hidden": torch.randn(B, L, 3), "output_weight": torch.randn(V, 3)})
+    logits = Signals(logits=teacher.parts["hidden"] @ teacher.parts["output_weight"].t())
     plain, chunked = (TAID(alpha=0.3, value=value) for _ in range(2))  # type: ignore[arg-type]
     batch = {"mask": torch.rand(B, L) > 0.3}
     for step in range(4):
@@ -150,11 +150,11 @@ def test_hidden_states_give_the_loss_gradient_and_t_of_logits(value: str) -> Non
         at = Progress(step=step, batch=step, steps_per_epoch=10)
         a = plain(Signals(logits=hidden @ weight.t()), logits, batch, at)["loss"]
         for source in (teacher, logits):
-            b = chunked.eval()(Signals(taps={"hidden": hidden, "output_weight": weight}), source, batch, at)["loss"]
+            b = chunked.eval()(Signals(parts={"hidden": hidden, "output_weight": weight}), source, batch, at)["loss"]
             torch.testing.assert_close(b, a)
             for x, y in zip(torch.autograd.grad(b, leaves, retain_graph=True), torch.autograd.grad(a, leaves, retain_graph=True)):
                 torch.testing.assert_close(x, y, rtol=1e-5, atol=1e-6)
-        chunked.train()(Signals(taps={"hidden": hidden, "output_weight": weight}), teacher, batch, at)
+        chunked.train()(Signals(parts={"hidden": hidden, "output_weight": weight}), teacher, batch, at)
         torch.testing.assert_close(chunked.t, plain.t)
 
 

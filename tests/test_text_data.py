@@ -66,7 +66,7 @@ def whole(bundle: TextBundle, split: str = "train", epoch: int = 0) -> Any:
 
 def small(bundle: TextBundle, name: str = "hf:config:gpt2", **options: Any) -> nn.Module:
     torch.manual_seed(0)
-    return bundle.model(ModelSpec(model=name, options={**SMALL.get(name, {}), **options})).eval()
+    return bundle.task.build(ModelSpec(model=name, options={**SMALL.get(name, {}), **options})).eval()
 
 
 def token_losses(model: nn.Module, batch: Any) -> Tensor:
@@ -117,7 +117,7 @@ def test_padded_and_packed_texts_have_the_losses_of_each_alone(text: Any, name: 
     bundle = text([{"text": t} for t in LINES], pack=pack, test_size=1)
     model, batch, padded = small(bundle, name), whole(bundle), text([{"text": t} for t in LINES], test_size=1)
     rows = padded.splits["train"].inputs
-    end = [bundle.tokenizer.eos_token_id]
+    end = [bundle.task.tokenizer.eos_token_id]
     texts = [rows.values[a:b].tolist() for a, b in zip(rows.starts, rows.starts[1:])]
     expected = torch.cat([alone(model, ids + end, 0) for ids in texts])
     assert torch.allclose(token_losses(model, batch), expected, atol=1e-5)
@@ -132,8 +132,8 @@ def test_a_prompt_is_read_and_not_learned(text: Any) -> None:
     decoded = []
     for ids, label in zip(batch["input"]["input_ids"], batch["label"]):
         counted = label[label != IGNORE]
-        decoded.append(bundle.tokenizer.decode(counted[:-1]))
-        assert counted[-1] == bundle.tokenizer.eos_token_id
+        decoded.append(bundle.task.tokenizer.decode(counted[:-1]))
+        assert counted[-1] == bundle.task.tokenizer.eos_token_id
         given = int((label != IGNORE).int().argmax()) + 1
         expected = alone(model, [*ids[:given].tolist(), *counted.tolist()], given)
         assert torch.allclose(losses[at : at + len(counted)], expected, atol=1e-5)
@@ -166,7 +166,7 @@ def test_masked_tokens_are_drawn_anew_each_epoch_and_every_sample_has_one(text: 
     kept = whole(text([{"text": t} for t in LINES], task="masked", masked_share=1e-9))
     assert bool(((kept["label"] != IGNORE).sum(1) == 1).all())
     restored = torch.where(counted, first["label"], first["input"]["input_ids"])
-    assert bundle.tokenizer.decode(restored[0], skip_special_tokens=True) in LINES
+    assert bundle.task.tokenizer.decode(restored[0], skip_special_tokens=True) in LINES
 
 
 def test_padding_does_not_move_an_encoders_answer(text: Any) -> None:
@@ -176,7 +176,7 @@ def test_padding_does_not_move_an_encoders_answer(text: Any) -> None:
         together = read_logits(call_model(model, batch))
         for row, mask, logits in zip(batch["input"]["input_ids"], batch["input"]["attention_mask"], together):
             assert torch.allclose(model(input_ids=row[None, : int(mask.sum())]).logits[0], logits, atol=1e-5)
-    assert bundle.task == "classify" and bundle.classes == ["0", "1"] and model.config.num_labels == 2
+    assert bundle.task.kind == "classify" and list(bundle.task.classes) == ["0", "1"] and model.config.num_labels == 2
 
 
 # ---- real data and users' files ------------------------------------------------------------------------------------------------------------
@@ -188,13 +188,13 @@ def test_shakespeare_in_blocks_loses_no_token(data_root: Path) -> None:
     assert len(train) + len(test) == (1_115_394 - 1) // 100 and len(test) == len(train.starts) // 9
     batch = whole(bundle, "test")
     assert torch.equal(batch["input"]["input_ids"][:, 1:], batch["label"][:, :-1])
-    assert bundle.tokenizer.decode(train.values[:13]) == "First Citizen"
+    assert bundle.task.tokenizer.decode(train.values[:13]) == "First Citizen"
 
 
 def test_sst2_has_its_published_splits(data_root: Path) -> None:
     bundle = load(DataSpec(name="text:sst2", options={"tokenizer": "bpe:512", "context": 160}), data_root)
     assert [len(bundle.splits[s].inputs) for s in ("train", "val", "test")] == [6920, 872, 1821]
-    assert bundle.classes == ["negative", "positive"] and bundle.num_classes == 2 and bundle.vocabulary is None
+    assert list(bundle.task.classes) == ["negative", "positive"] and bundle.num_classes == 2
 
 
 def test_subsets_are_functions_of_the_seed_and_keep_the_tokenizer(text: Any) -> None:
@@ -202,7 +202,7 @@ def test_subsets_are_functions_of_the_seed_and_keep_the_tokenizer(text: Any) -> 
     one, two, three = (text(records, tokenizer="bpe:300", size=10, val=0.2, seed=s) for s in (0, 0, 1))
     assert one.fingerprint == two.fingerprint != three.fingerprint
     assert [len(one.splits[s].inputs) for s in ("train", "val", "test")] == [8, 2, 4]
-    assert one.tokenizer.get_vocab() == text(records, tokenizer="bpe:300").tokenizer.get_vocab()
+    assert one.task.tokenizer.get_vocab() == text(records, tokenizer="bpe:300").task.tokenizer.get_vocab()
 
 
 @pytest.mark.parametrize("suffix", ["jsonl", "json", "csv", "tsv", "parquet"])
@@ -225,7 +225,7 @@ def test_a_users_file_is_read_by_its_columns(tmp_path: Path, suffix: str) -> Non
         path.write_text(json.dumps(rows) if suffix == "json" else "\n".join(map(json.dumps, rows)))
     columns = {"text": "sentence", "label": "mood"}
     bundle = load(DataSpec(name=f"text:{path}", options={"tokenizer": "bytes", "columns": columns}))
-    assert bundle.classes == ["glad", "sad"] and len(bundle.splits["train"].inputs) == 7
+    assert list(bundle.task.classes) == ["glad", "sad"] and len(bundle.splits["train"].inputs) == 7
     with pytest.raises(UserError, match=r"no column 'text'.*sentence, mood"):
         load(DataSpec(name=f"text:{path}", options={"tokenizer": "bytes"}))
 
@@ -238,7 +238,7 @@ def test_a_hugging_face_data_set_keeps_its_splits_and_class_names(tmp_path: Path
         (folder / f"{split}.jsonl").write_text("\n".join(json.dumps({"text": t, "label": str(len(t) % 2)}) for t in LINES))
     datasets.config.HF_DATASETS_CACHE = tmp_path / "cache"
     bundle = load(DataSpec(name=f"text:hf:{folder}", options={"tokenizer": "bytes"}))
-    assert {s: len(r.inputs) for s, r in bundle.splits.items()} == {"train": 8, "val": 8, "test": 8} and bundle.classes == ["0", "1"]
+    assert {s: len(r.inputs) for s, r in bundle.splits.items()} == {"train": 8, "val": 8, "test": 8} and list(bundle.task.classes) == ["0", "1"]
 
 
 # ---- faults --------------------------------------------------------------------------------------------------------------------------------
@@ -260,7 +260,7 @@ def test_a_cut_takes_the_beginning_of_a_prompt_and_never_its_completion(text: An
     for split in ("train", "test"):
         label = whole(bundle, split)["label"]
         counted = label[label != IGNORE]
-        assert bundle.tokenizer.decode(counted, skip_special_tokens=True) == "answer" and label.shape[1] <= 20
+        assert bundle.task.tokenizer.decode(counted, skip_special_tokens=True) == "answer" and label.shape[1] <= 20
 
 
 def test_an_empty_completion_is_refused_or_dropped(text: Any) -> None:

@@ -290,8 +290,7 @@ def export(
     """Write a student or a synthetic set for other programs to load."""
     from stillhouse.runs.export import export as write
 
-    for sentence in write(folder, to, out, trust_code):
-        typer.echo(sentence)
+    write(folder, to, out, trust_code, typer.echo)
 
 
 @app.command(epilog="Example: stillhouse report runs/digits-s0")

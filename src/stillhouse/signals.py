@@ -35,6 +35,8 @@ class Signals:
     embedding: Tensor | None = None  # (B, D), pooled, before the classifier
     taps: dict[str, Tensor] = field(default_factory=dict)
     members: tuple[Signals, ...] = ()  # of an ensemble; without `logits`, its output is the mean of the members' probabilities
+    parts: dict[str, Tensor] = field(default_factory=dict)  # what else its task's networks give, by name (`Task.parts`)
+    losses: dict[str, Tensor] = field(default_factory=dict)  # a network's own, where they are wanted, in training
 
     def log_probs(self, temperature: float = 1.0) -> Tensor:
         """Log-probabilities at a temperature, float32, shape as the logits.
@@ -72,6 +74,8 @@ class Signals:
             cut(self.embedding),
             {k: v.detach() for k, v in self.taps.items()},
             tuple(m.detach() for m in self.members),
+            {k: v.detach() for k, v in self.parts.items()},
+            {k: v.detach() for k, v in self.losses.items()},
         )
 
 

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from pydantic import BaseModel
 
 
-BASES = {"objective": "stillhouse.distillation.objective:Objective", "method": "stillhouse.runs.method:Method"}
+BASES = {"objective": "stillhouse.distillation.objective:Objective", "method": "stillhouse.runs.method:Method", "task": "stillhouse.tasks.base:Task"}
 """Kind -> the class that its files subclass; a string, as the rooms of papers lie above the catalogue."""
 _HERE = Path(__file__).parents[1]
 _DOCSTRING = re.compile(r'\A\s*(?:#[^\n]*\n)*\s*[rR]?"""(.*?)"""', re.DOTALL)
@@ -183,6 +183,17 @@ def method(name: str) -> Any:
             raise UserError(f"'{name}' is an objective, not a method: leave `method:` out and list it under `objectives:`.")
         raise unknown("method", name, names)
     return _class_in(_import(names[name]), "method", name, by_name=False)()
+
+
+def task(name: str) -> Any:
+    """The class of a task: a file of `tasks/`, or an entry point of the group `stillhouse.tasks` (name = `module:Class`)."""
+    own = {f.stem for f in (_HERE / "tasks").glob("*.py")} - {"__init__", "base"}
+    if name in own:
+        return _class_in(importlib.import_module(f"stillhouse.tasks.{name}"), "task", name, by_name=True)
+    points = {p.name: p for p in entry_points(group="stillhouse.tasks")}
+    if name not in points:
+        raise unknown("task", name, {*own, *points})
+    return points[name].load()
 
 
 def options(cls: type) -> type[BaseModel]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from torch import Tensor
@@ -17,6 +17,7 @@ from stillhouse.data.source import SMALL, Samples, Source, find_root, measured, 
 from stillhouse.data.split import balanced, keep_classes, noisy, stratified
 from stillhouse.errors import UserError, unknown
 from stillhouse.files import digest
+from stillhouse.tasks.classification import Classification
 
 SPLITS = ("train", "holdout", "val", "test")
 
@@ -43,27 +44,43 @@ class DataBundle:
 
     Attributes:
         name: as in the recipe.
-        classes: class names, in label order.
-        input_shape: (C, H, W) of a model's input; any shape for float inputs.
-        mean, std: the normalisation per channel; () for inputs used as they are.
+        task: classes, input shape and normalisation.
         fingerprint: a hash of the samples, their splits and labels, the input's size and the normalisation; equal data gives an equal one wherever
             the files lie. Augmentation is not in it.
     """
 
     name: str
-    classes: list[str]
-    input_shape: tuple[int, ...]
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
+    task: Classification
     fingerprint: str
     _spec: DataSpec = field(repr=False)
     _source: Source = field(repr=False)
     _splits: dict[str, _Split] = field(repr=False)
     _pixels: dict[int, tuple[Tensor, np.ndarray]] = field(repr=False, default_factory=dict)
 
+    evaluation_batch: ClassVar[int] = 256
+
+    @property
+    def classes(self) -> list[str]:
+        """Class names, in label order."""
+        return list(self.task.classes)
+
     @property
     def num_classes(self) -> int:
-        return len(self.classes)
+        return len(self.task.classes)
+
+    @property
+    def input_shape(self) -> tuple[int, ...]:
+        """(C, H, W) of a model's input; any shape for float inputs."""
+        return self.task.input_shape
+
+    @property
+    def mean(self) -> tuple[float, ...]:
+        """Of the normalisation, per channel; () for inputs used as they are."""
+        return self.task.mean
+
+    @property
+    def std(self) -> tuple[float, ...]:
+        return self.task.std
 
     @property
     def flip(self) -> bool:
@@ -172,7 +189,8 @@ def load(spec: DataSpec, data_root: str | Path | None = None) -> Any:
     splits = {**parts, **_cut(train, spec, len(classes), "val" not in parts)}
     shape, mean, std = _form(found, spec)
     facts = (classes, shape, mean, std, sorted((name, part.identity) for name, part in splits.items()))
-    bundle = DataBundle(spec.name, classes, shape, mean, std, digest(*facts), spec, found, splits)
+    task = Classification(tuple(classes), tuple(shape), tuple(mean), tuple(std))
+    bundle = DataBundle(spec.name, task, digest(*facts), spec, found, splits)
     if isinstance(spec.augment, list):
         transforms(spec.augment)  # a wrong name is told at once, not at the first batch
     return bundle

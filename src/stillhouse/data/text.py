@@ -8,17 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
-import torch
 from pydantic import ValidationError
-from torch import nn
 
 from stillhouse.config.messages import spell
-from stillhouse.config.specs import DataSpec, ModelSpec, TeacherSpec
+from stillhouse.config.specs import DataSpec
 from stillhouse.data.corpus import Records, TextOptions, read
 from stillhouse.data.source import find_root
 from stillhouse.data.split import balanced
@@ -27,6 +24,7 @@ from stillhouse.errors import UserError, unknown
 from stillhouse.files import digest
 from stillhouse.functional.ragged import IGNORE, Ragged
 from stillhouse.models.tokenizer import decoder_start, encode, identity, marks, size, tokenizer
+from stillhouse.tasks.tokens import Tokens
 
 SPLITS = ("train", "holdout", "val", "test")
 
@@ -36,50 +34,32 @@ class TextBundle:
     """Text ready for use; what `DataBundle` is for images.
 
     Attributes:
-        name, task, options: as in the recipe, with the task settled.
-        tokenizer: a `PreTrainedTokenizerFast`.
-        classes: names of the classes, of text to be classified.
+        name: as in the recipe.
+        task: kind, tokenizer and classes.
+        options: as in the recipe.
         fingerprint: a hash of the tokens, their splits and labels.
     """
 
     name: str
-    task: str
+    task: Tokens
     options: TextOptions
-    tokenizer: Any
-    classes: list[str]
     splits: dict[str, Rows] = field(repr=False)
-    input_shape: tuple[int, ...] = ()
-    mean: tuple[float, ...] = ()
-    std: tuple[float, ...] = ()
+    flip: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
-        self.fingerprint = digest(
-            self.task, self.classes, identity(self.tokenizer), self.options.masked_share, sorted((n, r.identity) for n, r in self.splits.items())
-        )
+        task = self.task
+        rows = sorted((n, r.identity) for n, r in self.splits.items())
+        self.fingerprint = digest(task.kind, list(task.classes), identity(task.tokenizer), self.options.masked_share, rows)
 
     @property
     def num_classes(self) -> int:
         """Classes, or tokens."""
-        return len(self.classes) if self.task == "classify" else size(self.tokenizer)
-
-    @property
-    def vocabulary(self) -> int | None:
-        """How many tokens the tokenizer knows, where tokens are predicted; logits beyond them belong to padded rows of an embedding."""
-        return None if self.task == "classify" else size(self.tokenizer)
+        return self.task.num_classes
 
     @property
     def evaluation_batch(self) -> int:
         """Samples of a batch for judging, so that its logits fit into memory: about 8,000 tokens."""
-        return max(8192 // self.context, 1)
-
-    @property
-    def context(self) -> int:
-        return self.options.context
-
-    @cached_property
-    def decoder_start(self) -> int:
-        """The id that a decoder begins with."""
-        return decoder_start(self.options.tokenizer, self.tokenizer) if self.task == "seq2seq" else 0
+        return max(8192 // self.task.context, 1)
 
     def has(self, split: str) -> bool:
         """Whether there is such a split. Raises `UserError` for a word that is no split's."""
@@ -91,36 +71,8 @@ class TextBundle:
         """A split's rows. Raises `UserError` for a split that is not there."""
         if not self.has(split):
             raise UserError(f"The data set '{self.name}' has no {split} split" + (f"; set data.{split}." if split in ("val", "holdout") else "."))
-        return TokenDataset(self.splits[split], self.task, self.tokenizer, self.decoder_start, self.options.masked_share)
-
-    def model(self, spec: ModelSpec) -> nn.Module:
-        """A network for this task and vocabulary."""
-        from stillhouse.models.language import build
-
-        return build(spec, self)
-
-    def teacher(self, model: nn.Module, spec: TeacherSpec, trained_on: TextBundle) -> nn.Module:
-        """A teacher for students of this tokenizer; its own is that of the folder it comes from, or of the text it was trained on."""
-        from stillhouse.models.language import as_teacher, own_tokenizer
-
-        assert spec.model is not None
-        return as_teacher(model, own_tokenizer(spec.model) or trained_on.tokenizer, self.tokenizer, self.task)
-
-    def evaluate(self, model: nn.Module, loader: Any, device: torch.device | str, groups: Sequence[str]) -> dict[str, float]:
-        """Figures of a network: of tokens, or of classes."""
-        from stillhouse.evaluation.classification import evaluate_classifier
-        from stillhouse.evaluation.language import evaluate_tokens
-
-        if self.task == "classify":
-            return evaluate_classifier(model, loader, device, groups)
-        return evaluate_tokens(model, loader, device, vocabulary=self.vocabulary)
-
-    def product(self, module: nn.Module, spec: ModelSpec, figures: dict[str, float]) -> Any:
-        """What a run leaves: the network with its tokenizer."""
-        import importlib
-
-        Language = importlib.import_module("stillhouse.runs.language").Language
-        return Language(module, self.tokenizer, self.task, self.context, list(self.classes), dict(figures))
+        task = self.task
+        return TokenDataset(self.splits[split], task.kind, task.tokenizer, task.decoder_start, self.options.masked_share)
 
 
 def load(spec: DataSpec, data_root: str | Path | None = None) -> TextBundle:
@@ -146,14 +98,11 @@ def load(spec: DataSpec, data_root: str | Path | None = None) -> TextBundle:
     if task == "classify" and len(classes) < 2:
         raise UserError(f"The data set '{spec.name}' has the one class '{classes[0]}'; a classifier needs two or more.")
     parts = {split: _rows(records, task, tokens, options, classes, f"{spec.name} ({split})") for split, records in found.items()}
-    return TextBundle(
-        spec.name,
-        task,
-        options,
-        tokens,
-        classes,
-        {n: packed(r, options.context) if options.pack else r for n, r in _cut(parts, spec, "stream" in found["train"][0]).items()},
-    )
+    splits = {n: packed(r, options.context) if options.pack else r for n, r in _cut(parts, spec, "stream" in found["train"][0]).items()}
+    start = decoder_start(options.tokenizer, tokens) if task == "seq2seq" else 0
+    packs = options.pack and task == "causal"
+    facts = Tokens(task, size(tokens), options.context, tokens, tuple(classes), options.tokenizer, start, packs)
+    return TextBundle(spec.name, facts, options, splits)
 
 
 def read_options(spec: DataSpec) -> TextOptions:

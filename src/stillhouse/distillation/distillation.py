@@ -9,12 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from stillhouse.distillation.objective import Context, Objective, Progress, WeightSchedule
-from stillhouse.distillation.teachers import Frozen, Reader, Stored, Teacher
+from stillhouse.distillation.teachers import PLAIN, Frozen, Reader, Stored, Teacher
 from stillhouse.distillation.weighted import Weighted, objective_from_spec
 from stillhouse.errors import UserError, nearest
-from stillhouse.functional import heads
 from stillhouse.randomness import keyed
 from stillhouse.signals import Batch, Signals, first_samples, to_device
+from stillhouse.tasks.base import Task
 
 NOTHING = Signals()
 
@@ -32,7 +32,7 @@ class Distillation(nn.Module):
             `WeightSchedule`. Without a weight: its published one.
         seed: seeds the layers that objectives make.
         embedding: the student's classifier submodule, where it is not found by itself.
-        vocabulary: of language models, how many tokens their tokenizer has: logits beyond them, of rows that only pad an embedding, are cut off.
+        task: how the student, and teachers without a task of their own, are called and read; default: any model that gives logits.
         chunked: of language models: compute the losses from hidden states and the output matrix, some tokens at a time, so that no tensor of all logits is
             made in a training step; None: where the vocabulary is big and all objectives, teachers and networks can. (See `functional/chunked.py`.)
 
@@ -47,7 +47,7 @@ class Distillation(nn.Module):
         *,
         seed: int = 0,
         embedding: str | None = None,
-        vocabulary: int | None = None,
+        task: Task | None = None,
         chunked: bool | None = False,
     ) -> None:
         super().__init__()
@@ -63,16 +63,13 @@ class Distillation(nn.Module):
         self.entries = [self.entry(o) for o in objectives]
         self._distinct_labels()
         self.objectives = nn.ModuleList(e.objective for e in self.entries)
-        self._reader = Reader(student, "student", embedding)
-        self._vocabulary, self._chunked = vocabulary, chunked
+        self.task = task or PLAIN
+        self._reader = Reader(student, "student", embedding, self.task)
+        self._chunked = chunked
         self._built = False
         self._checked_taps = False
         self._said: Signals | None = None
-        self._first = [
-            name
-            for name in self._still
-            if any(e.objective.teacher == name for e in self.entries) and not getattr(self._still[name], "reads_student", False)
-        ]
+        self._first = [name for name in self._still if any(e.objective.teacher == name for e in self.entries) and not self._still[name].reads_student]
         self._observing = [t for t in wrapped.values() if isinstance(t, nn.Module)]
         self._stepping = [e for e in self.entries if type(e.objective).before_step is not Objective.before_step]
 
@@ -115,8 +112,7 @@ class Distillation(nn.Module):
         for entry in self.entries:
             self._check_needs(entry, teachers, batch)
         for teacher in self._still.values():
-            if hasattr(teacher, "to"):
-                teacher.to(device)
+            teacher.to(device)
         mode = self.training
         try:
             self._probe(probe, teachers, device)
@@ -136,14 +132,10 @@ class Distillation(nn.Module):
                 teacher.attach(self._wanted("teacher.", name), probe, self.student)
                 if isinstance(teacher, nn.Module):
                     teacher.to(device).eval()
-            readers = [self._reader, *(r for t in teachers.values() for m in getattr(t, "members", [t]) if (r := getattr(m, "_reader", None)))]
+            readers = [self._reader, *(r for t in teachers.values() for r in t.readers())]
             for reader in readers:
-                reader.width = self._vocabulary
-            why_not = self._why_not_chunked(readers, probe)
-            if self._chunked and why_not:
-                raise UserError(f"chunked: true cannot be: {why_not}; leave it out.")
-            for reader in readers:
-                reader.headless = why_not is None
+                reader.task = reader.task or self.task
+            self._make_chunked(readers, probe)
             student = self._reader(probe)
             said = {name: teacher(probe, student) for name, teacher in teachers.items()}
             for entry in self.entries:
@@ -152,25 +144,25 @@ class Distillation(nn.Module):
                 entry.objective.build(student, teacher_said, probe)
             self.objectives.to(device)
 
-    def _why_not_chunked(self, readers: Sequence[Reader], probe: Batch) -> str | None:
-        """What keeps the losses from being computed in chunks: a clause for the message; None where nothing does."""
-        if self._chunked is False or (self._chunked is None and (self._vocabulary or 0) < heads.BIG_VOCABULARY):
-            return "it is not asked for"
+    def _make_chunked(self, readers: Sequence[Reader], probe: Batch) -> None:
+        """Call all networks without their last layer, where it is wanted and can be. Raises `UserError` where it must be and cannot."""
+        if self._chunked is False or (self._chunked is None and not self.task.prefers_chunks):
+            return
+        task = self._why_not_chunked() or self.task.chunked({reader.owner: reader.model for reader in readers}, probe)
+        if isinstance(task, Task):
+            for reader in readers:
+                reader.task = task
+        elif self._chunked:
+            raise UserError(f"chunked: true cannot be: {task}; leave it out.")
+
+    def _why_not_chunked(self) -> str | None:
+        """What keeps the losses from being computed in chunks, whatever the networks: a clause for the message; None where nothing does."""
         for entry in self.entries:
             if not entry.objective.reads_hidden:
                 return f"the objective '{entry.label}' reads logits, not hidden states as gkd, taid, seq_kd, and ce without label smoothing can"
         for name, teacher in self.teachers.items():
-            if not isinstance(teacher, Stored) and not hasattr(teacher, "_reader"):
+            if not isinstance(teacher, Stored) and len(teacher.readers()) != 1:
                 return f"the teacher '{name}' is no single network and no store"
-        if not isinstance(probe["input"], Mapping):
-            return "the student is no language model of transformers"
-        from stillhouse.models.language import check_headless
-
-        for reader in readers:
-            try:
-                check_headless(reader.model, probe["input"])
-            except UserError as reason:
-                return f"of the {reader.owner}, {reason}"
         return None
 
     def _wanted(self, side: str, teacher: str | None = None) -> set[str]:
@@ -195,7 +187,7 @@ class Distillation(nn.Module):
             for want in sorted(wanted):
                 if want.removesuffix("s") not in gives and not (want == "logits" and "top" in gives and objective.reads_top):
                     raise UserError(
-                        f"The objective '{entry.label}' needs the teacher's {want}, but the teacher '{objective.teacher}' gives only {', '.join(sorted(teachers[objective.teacher].gives))}{getattr(teachers[objective.teacher], 'remedy', '')}."
+                        f"The objective '{entry.label}' needs the teacher's {want}, but the teacher '{objective.teacher}' gives only {', '.join(sorted(teachers[objective.teacher].gives))}{teachers[objective.teacher].hint}."
                     )
         for key in ("label", "index"):
             if key in objective.needs and key not in batch:
@@ -205,7 +197,7 @@ class Distillation(nn.Module):
     def _check_classes(entry: Weighted, student: Signals, teacher: Signals) -> None:
         if "teacher.logits" not in entry.objective.needs or not getattr(entry.objective, "same_classes", True):
             return
-        classes = student.taps["output_weight"].shape[0] if student.logits is None and "output_weight" in student.taps else None
+        classes = student.parts["output_weight"].shape[0] if student.logits is None and "output_weight" in student.parts else None
         classes = classes if student.logits is None else student.logits.shape[-1]
         source = (
             teacher.logits
@@ -216,7 +208,7 @@ class Distillation(nn.Module):
             if teacher.members
             else None
         )
-        theirs = source.shape[-1] if source is not None else len(teacher.taps["output_weight"]) if "output_weight" in teacher.taps else None
+        theirs = source.shape[-1] if source is not None else len(teacher.parts["output_weight"]) if "output_weight" in teacher.parts else None
         if classes is not None and theirs is not None and theirs != classes:
             raise UserError(
                 f"The objective '{entry.label}' compares class probabilities, but the teacher has {theirs} classes and the student {classes}."
@@ -228,9 +220,8 @@ class Distillation(nn.Module):
             raise UserError("Call build(batch) before compile(): hooks that are made after compilation never fire.")
         self._reader.compile(*args, **kwargs)
         for teacher in self._still.values():
-            for member in getattr(teacher, "members", [teacher]):
-                if hasattr(member, "_reader"):
-                    member._reader.compile(*args, **kwargs)
+            for reader in teacher.readers():
+                reader.compile(*args, **kwargs)
 
     def param_groups(self) -> list[dict[str, Any]]:
         """Optimiser groups: the student, co-trained peers, and what objectives own."""
@@ -320,8 +311,6 @@ class Distillation(nn.Module):
         if not torch.is_grad_enabled() or not self.training:
             return
         for name, tap in student.taps.items():
-            if name in ("output_weight", "output_bias"):  # which may be frozen
-                continue
             if not tap.requires_grad:
                 raise UserError(
                     f"The student's tap '{name}' carries no gradient, so a loss on it would train nothing; is that part frozen, or under gradient checkpointing with use_reentrant=True?"
@@ -348,9 +337,8 @@ class Distillation(nn.Module):
         """What is captured, by network: name asked for -> submodule."""
         out = {"student": self._reader.paths}
         for name, teacher in self.teachers.items():
-            reader = getattr(teacher, "_reader", None)
-            if reader is not None and reader.paths:
-                out[name] = reader.paths
+            for reader in teacher.readers():
+                out.setdefault(name, {}).update(reader.paths)
         return {k: v for k, v in out.items() if v}
 
 

@@ -8,34 +8,34 @@ import copy
 import hashlib
 from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, Literal, Protocol, runtime_checkable
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from stillhouse.distillation.objective import Progress
 from stillhouse.errors import UserError
-from stillhouse.signals import Batch, Signals, Taps, TopK, call_model, read_logits
+from stillhouse.signals import Batch, Signals, Taps, TopK
+from stillhouse.tasks.base import Task
 
+PLAIN = Task()
 EVERYTHING = frozenset({"logits", "embedding", "taps"})
 
 
 class Reader:
-    """Calls a network once on a batch and reads its logits, embedding and taps as `Signals`.
-
-    With `headless` set, a language model is called without its output layer, and the taps `hidden`, `output_weight` and `output_bias` stand in the place
-    of logits.
+    """Calls a network once on a batch, as its task says, and reads its outputs, embedding and taps as `Signals`.
 
     Args:
-        model: any classifier (see `call_model`, `read_logits`).
+        model: the network.
         owner: what messages call it: "student", "teacher".
         embedding: the classifier submodule whose input is the embedding; None finds it.
+        task: how the network is called and read; None: as the student's task says, and the plain way before that is known.
     """
 
-    def __init__(self, model: nn.Module, owner: str, embedding: str | None = None) -> None:
+    def __init__(self, model: nn.Module, owner: str, embedding: str | None = None, task: Task | None = None) -> None:
         self.model, self.owner, self._classifier = model, owner, embedding
-        self.width: int | None = None  # of a language model: tokens that the tokenizer knows; logits of further rows are cut off
-        self.headless = False
+        self.task = task
+        self.losses = False  # whether the network's own losses are wanted, in training
         self._taps: Taps | None = None
         self._paths: dict[str, str] = {}  # name asked for -> tap of the model
 
@@ -74,11 +74,11 @@ class Reader:
         return dict(self._paths)
 
     def __call__(self, batch: Batch) -> Signals:
-        if self._taps is None and not self.headless:
-            return Signals(logits=self._logits(call_model(self.model, batch)))
+        task = self.task or PLAIN
         captured: AbstractContextManager[dict[str, Tensor]] = nullcontext({}) if self._taps is None else self._taps.capture()
         with captured as got:
-            signals = self._headless(batch) if self.headless else Signals(logits=self._logits(call_model(self.model, batch)))
+            output = task.call(self.model, batch, losses=self.losses and self.model.training)
+        signals = task.read(output, batch)
         signals.taps |= {name: got[path] for name, path in self._paths.items() if name != "embedding"}
         if "embedding" in self._paths:
             from stillhouse.models.anatomy import embedding_from
@@ -86,25 +86,9 @@ class Reader:
             signals.embedding = embedding_from(got[self._paths["embedding"]])
         return signals
 
-    def _logits(self, output: Any) -> Tensor:
-        logits = read_logits(output)
-        return logits if self.width is None or logits.shape[-1] <= self.width else logits[..., : self.width]
-
-    def _headless(self, batch: Batch) -> Signals:
-        from stillhouse.models.language import headless
-
-        head = headless(self.model, batch["input"])
-        weight, bias = head.weight[: self.width], None if head.bias is None else head.bias[: self.width]
-        return Signals(taps={"hidden": head.hidden, "output_weight": weight} | ({} if bias is None else {"output_bias": bias}))
-
     def compile(self, *args: Any, **kwargs: Any) -> None:
-        """torch.compile in place what a call runs: the model, or of a headless one its body."""
-        called = self.model
-        if self.headless:
-            from stillhouse.models.language import body_and_output
-
-            called, _ = body_and_output(self.model)
-        called.compile(*args, **kwargs)
+        """torch.compile in place what a call runs."""
+        (self.task or PLAIN).compiled_part(self.model).compile(*args, **kwargs)
 
     def close(self) -> None:
         """Leave no hook on the model."""
@@ -113,54 +97,60 @@ class Reader:
             self._taps = None
 
 
-@runtime_checkable
-class Teacher(Protocol):
-    """A source of knowledge. A teacher that is no module and whose answer depends on the student's sets `reads_student = True`."""
+class Teacher:
+    """A source of knowledge. A subclass gives `gives` and `__call__`; one that learns with the student is an `nn.Module` too, and is saved.
 
-    gives: frozenset[str]
+    Attributes:
+        gives: kinds of signals: logits, top, embedding, taps.
+        reads_student: whether its answer depends on the student's signals.
+        hint: what a message adds where it does not give what an objective needs.
+    """
+
+    gives: frozenset[str] = frozenset({"logits"})
+    reads_student: bool = False
+    hint: str = ""
 
     def attach(self, wanted: Iterable[str], probe: Batch, student: nn.Module) -> None:
         """Get ready to give `embedding` and `tap:NAME`s."""
-        ...
 
-    def __call__(self, batch: Batch, student: Signals | None = None) -> Signals: ...
+    def __call__(self, batch: Batch, student: Signals | None = None) -> Signals:
+        raise NotImplementedError
 
     def observe(self, batch: Batch, student: Signals, progress: Progress) -> None:
-        """After each batch: what the student said (detached)."""
-        ...
+        """After each batch: the student's outputs (detached)."""
 
     def follow(self, student: nn.Module) -> None:
         """After each optimiser step."""
-        ...
+
+    def readers(self) -> list[Reader]:
+        """What calls its live networks; none for one that is stored or remembered."""
+        return []
+
+    def to(self, device: Any) -> Any:
+        """Move what it holds."""
+        return self
+
+    def fingerprint(self) -> str | None:
+        """A hash of what it answers from, recorded in place of weights; None for one that learns."""
+        return None
 
     def close(self) -> None:
         """Leave no hook behind."""
-        ...
 
 
-class _Still:
-    """A teacher that does not learn."""
-
-    def observe(self, batch: Batch, student: Signals, progress: Progress) -> None:
-        pass
-
-    def follow(self, student: nn.Module) -> None:
-        pass
-
-    def close(self) -> None:
-        pass
-
-
-class Frozen(_Still):
+class Frozen(Teacher):
     """A live network that is not trained: evaluation mode, no autograd, at most one forward a batch. Its outputs are ordinary tensors, usable as targets."""
 
     gives = EVERYTHING
 
-    def __init__(self, model: nn.Module, *, embedding: str | None = None, name: str = "teacher") -> None:
+    def __init__(self, model: nn.Module, *, embedding: str | None = None, name: str = "teacher", task: Task | None = None) -> None:
         self.model = model
         self._was_training = model.training
         model.eval()
-        self._reader = Reader(model, name, embedding)
+        self._reader = Reader(model, name, embedding, task)
+
+    def readers(self) -> list[Reader]:
+        return [self._reader]
 
     def attach(self, wanted: Iterable[str], probe: Batch, student: nn.Module) -> None:
         self._reader.attach(wanted, probe)
@@ -171,8 +161,9 @@ class Frozen(_Still):
             self.model.eval()
         return self._reader(batch)
 
-    def to(self, device: torch.device) -> None:
+    def to(self, device: Any) -> Frozen:
         self.model.to(device)
+        return self
 
     def fingerprint(self) -> str:
         """A hash of the weights, recorded in place of the weights."""
@@ -187,7 +178,7 @@ class Frozen(_Still):
         self.model.train(self._was_training)
 
 
-class Ensemble(_Still):
+class Ensemble(Teacher):
     """Several teachers as one: `mean="probs"` averages their probabilities (at whatever temperature is asked), `mean="logits"` their logits."""
 
     gives = frozenset({"logits"})
@@ -209,9 +200,13 @@ class Ensemble(_Still):
         logits = torch.stack([s.logits for s in said if s.logits is not None]).mean(0) if self.mean == "logits" else None
         return Signals(logits=logits, members=said)
 
-    def to(self, device: torch.device) -> None:
+    def readers(self) -> list[Reader]:
+        return [reader for member in self.members for reader in member.readers()]
+
+    def to(self, device: Any) -> Ensemble:
         for member in self.members:
             member.to(device)
+        return self
 
     def fingerprint(self) -> str:
         return "+".join(m.fingerprint() for m in self.members)
@@ -225,7 +220,7 @@ class NotLive(UserError, AttributeError):
     """A stored teacher was asked for the network itself."""
 
 
-class Stored(_Still):
+class Stored(Teacher):
     """A teacher that spoke earlier: its signals come with each batch, under `stored`, from a store (`stillhouse.store.Store`).
 
     Args:
@@ -236,7 +231,7 @@ class Stored(_Still):
     def __init__(self, store: Any, *, name: str = "teacher") -> None:
         self.store, self.name = store, name
         self.gives = store.gives
-        self.remedy = f"; the store '{store.folder}' holds no more: cache again with what is missing"
+        self.hint = f"; the store '{store.folder}' holds no more: cache again with what is missing"
 
     @property
     def model(self) -> nn.Module:
@@ -266,7 +261,7 @@ class Stored(_Still):
         return identity
 
 
-class Momentum(nn.Module):
+class Momentum(nn.Module, Teacher):
     """The student's own exponential moving average as teacher: w <- m w + (1 - m) w_student after each optimiser step; buffers are copied."""
 
     gives = EVERYTHING
@@ -286,12 +281,12 @@ class Momentum(nn.Module):
     def train(self, mode: bool = True) -> Momentum:
         return super().train(False)
 
+    def readers(self) -> list[Reader]:
+        return [self._reader]
+
     @torch.no_grad()
     def forward(self, batch: Batch, student: Signals | None = None) -> Signals:
         return self._reader(batch)
-
-    def observe(self, batch: Batch, student: Signals, progress: Progress) -> None:
-        pass
 
     @torch.no_grad()
     def follow(self, student: nn.Module) -> None:
@@ -305,7 +300,7 @@ class Momentum(nn.Module):
             self._reader.close()
 
 
-class PastSelf(nn.Module):
+class PastSelf(nn.Module, Teacher):
     """The student's predictions of its last epoch, by sample index; in the first epoch, the one-hot labels.
 
     The table is (N, C) float32 probabilities beside the parameters (not a buffer: DDP does not broadcast it); it is part of the checkpoint.
@@ -341,9 +336,6 @@ class PastSelf(nn.Module):
         assert self.table is not None and student.logits is not None
         self.table[gather(batch["index"])] = gather(torch.softmax(student.logits.float(), dim=-1))
 
-    def follow(self, student: nn.Module) -> None:
-        pass
-
     def get_extra_state(self) -> dict[str, Tensor | None]:
         return {"table": None if self.table is None else self.table.cpu()}
 
@@ -352,11 +344,8 @@ class PastSelf(nn.Module):
             device = self.table.device if self.table is not None else "cpu"
             self.table = state["table"].to(device)
 
-    def close(self) -> None:
-        pass
 
-
-class CoTrained(nn.Module):
+class CoTrained(nn.Module, Teacher):
     """A peer that is trained together with the student. Its signals arrive attached: each objective detaches what its paper detaches."""
 
     gives = EVERYTHING
@@ -369,14 +358,11 @@ class CoTrained(nn.Module):
     def attach(self, wanted: Iterable[str], probe: Batch, student: nn.Module) -> None:
         self._reader.attach(wanted, probe)
 
+    def readers(self) -> list[Reader]:
+        return [self._reader]
+
     def forward(self, batch: Batch, student: Signals | None = None) -> Signals:
         return self._reader(batch)
-
-    def observe(self, batch: Batch, student: Signals, progress: Progress) -> None:
-        pass
-
-    def follow(self, student: nn.Module) -> None:
-        pass
 
     def close(self) -> None:
         self._reader.close()

@@ -6,82 +6,118 @@ All figures are fractions, not percent. Calibration error as in Guo et al. 2017 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from stillhouse.errors import UserError, unknown
-from stillhouse.signals import Batch, call_model, evaluating, read_logits, to_device
+from stillhouse.evaluation.judge import judge, measured, one_sample
+from stillhouse.signals import Batch, Signals, call_model, read_logits
 
 GROUPS = ("accuracy", "calibration")
+
+
+class ClassificationMeter:
+    """Figures of a classifier, as fractions. Logits stay on their device until the last batch, then move to the host once.
+
+    Args:
+        groups: `accuracy` gives `accuracy`, and `accuracy_top5` where there are more than 5 classes; `calibration` gives `nll` (mean negative
+            log-likelihood, in nats), `ece` (15 bins), `brier` and `aurc`.
+    """
+
+    def __init__(self, groups: Sequence[str] = GROUPS) -> None:
+        for group in groups:
+            if group not in GROUPS:
+                raise unknown("evaluation group", group, GROUPS)
+        self.groups = groups
+        self._logits: list[Tensor] = []
+        self._labels: list[Tensor] = []
+
+    def add(self, batch: Batch, outputs: Signals) -> None:
+        """Take the logits (B, C) of a batch and its `label` (B,) class indices."""
+        logits, label = outputs.logits, batch["label"]
+        shape = None if logits is None else tuple(logits.shape)
+        if logits is None or logits.ndim != 2 or label.shape != logits.shape[:1]:
+            raise UserError(
+                f"Evaluating a classifier needs logits of shape (B, C) and class indices of shape (B,); "
+                f"got logits {shape} and labels {tuple(label.shape)}."
+            )
+        self._logits.append(logits.float())
+        self._labels.append(label)
+
+    def collected(self) -> tuple[Tensor, Tensor]:
+        """Logits (N, C) in float32 and labels (N,) of all batches, on the host."""
+        if not self._logits:
+            raise UserError("There is nothing to evaluate on: the loader gave no batch; take a larger test set or a smaller batch.")
+        logits, labels = torch.cat(self._logits).cpu(), torch.cat([t.cpu() for t in self._labels]).long()
+        low, high, width = int(labels.min()), int(labels.max()), logits.shape[1]
+        if low < 0 or high >= width:
+            raise UserError(
+                f"Labels run from {low} to {high}, but the model has {width} classes (0 to {width - 1}); give it as many classes as the data has."
+            )
+        broken = int(logits.isnan().any(-1).sum())
+        if broken:
+            raise UserError(
+                f"The model's outputs are NaN for {broken} of {len(labels)} samples, so it cannot be judged; train with a lower learning rate."
+            )
+        return logits, labels
+
+    def figures(self) -> dict[str, float]:
+        """Figures of the groups."""
+        logits, labels = self.collected()
+        correct = logits.argmax(-1) == labels
+        out: dict[str, float] = {}
+        if "accuracy" in self.groups:
+            out["accuracy"] = correct.double().mean().item()
+            if logits.shape[1] > 5:
+                out["accuracy_top5"] = (logits.topk(5).indices == labels[:, None]).any(-1).double().mean().item()
+        if "calibration" in self.groups:
+            probs = logits.softmax(-1)
+            out["nll"] = nll(logits, labels)
+            out["ece"] = expected_calibration_error(probs, labels)
+            out["brier"] = brier(probs, labels)
+            out["aurc"] = aurc(probs.amax(-1), correct)
+        return out
+
+
+class PlainClassifier:
+    """How a classifier is judged where nothing else is known of it: called as it is, its logits read."""
+
+    prefers_chunks = False
+
+    def call(self, model: nn.Module, batch: Batch, *, losses: bool = False) -> Any:
+        return call_model(model, batch)
+
+    def read(self, output: Any, batch: Batch) -> Signals:
+        return Signals(logits=read_logits(output))
+
+    def meter(self, groups: Sequence[str]) -> ClassificationMeter:
+        return ClassificationMeter(groups)
+
+    def one(self, batch: Batch) -> Batch:
+        return one_sample(batch)
+
+    def chunked(self, models: Mapping[str, nn.Module], probe: Batch) -> str:
+        return "its scores are made whole"
+
+
+PLAIN = PlainClassifier()
 
 
 def evaluate_classifier(
     model: nn.Module, loader: Iterable[Batch], device: torch.device | str = "cpu", groups: Sequence[str] = GROUPS
 ) -> dict[str, float]:
-    """Figures of a classifier over a loader, as fractions.
-
-    Args:
-        model: any classifier on `device`; its mode (training or evaluation, submodule by submodule) is as before afterwards.
-        loader: yields batches with `input` (tensor or mapping of tensors) and `label` (B,) class indices.
-        device: where batches are moved to. Outputs stay there until the last batch, then move to the host once.
-        groups: `accuracy` gives `accuracy`, and `accuracy_top5` where there are more than 5 classes; `calibration` gives `nll` (mean negative
-            log-likelihood, in nats), `ece` (15 bins), `brier` and `aurc`.
-
-    Raises:
-        UserError: an unknown group, an empty loader, outputs that are not (B, C), labels that are not (B,) or not in 0 … C-1, or NaN in the outputs.
-    """
-    for group in groups:
-        if group not in GROUPS:
-            raise unknown("evaluation group", group, GROUPS)
-    logits, labels = collect_logits(model, loader, device)
-    correct = logits.argmax(-1) == labels
-    out: dict[str, float] = {}
-    if "accuracy" in groups:
-        out["accuracy"] = correct.double().mean().item()
-        if logits.shape[1] > 5:
-            out["accuracy_top5"] = (logits.topk(5).indices == labels[:, None]).any(-1).double().mean().item()
-    if "calibration" in groups:
-        probs = logits.softmax(-1)
-        out["nll"] = nll(logits, labels)
-        out["ece"] = expected_calibration_error(probs, labels)
-        out["brier"] = brier(probs, labels)
-        out["aurc"] = aurc(probs.amax(-1), correct)
-    return out
+    """Figures of a classifier over a loader (see `ClassificationMeter`), whatever its task is called."""
+    return judge(PLAIN, model, loader, device, groups)
 
 
 def collect_logits(model: nn.Module, loader: Iterable[Batch], device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:
-    """Logits (N, C) in float32 and labels (N,) of a whole loader, on the host. Raises as `evaluate_classifier`."""
-    parts: list[Tensor] = []
-    targets: list[Tensor] = []
-    with evaluating(model):
-        for batch in loader:
-            given = {"input": to_device(batch["input"], device)}
-            logits, label = read_logits(call_model(model, given)), batch["label"]
-            if logits.ndim != 2 or label.shape != logits.shape[:1]:
-                raise UserError(
-                    f"Evaluating a classifier needs logits of shape (B, C) and class indices of shape (B,); "
-                    f"got logits {tuple(logits.shape)} and labels {tuple(label.shape)}."
-                )
-            parts.append(logits.float())
-            targets.append(label)
-    if not parts:
-        raise UserError("There is nothing to evaluate on: the loader gave no batch; take a larger test set or a smaller batch.")
-    everything, labels = torch.cat(parts).cpu(), torch.cat([t.cpu() for t in targets]).long()
-    low, high, width = int(labels.min()), int(labels.max()), everything.shape[1]
-    if low < 0 or high >= width:
-        raise UserError(
-            f"Labels run from {low} to {high}, but the model has {width} classes (0 to {width - 1}); give it as many classes as the data has."
-        )
-    broken = int(everything.isnan().any(-1).sum())
-    if broken:
-        raise UserError(
-            f"The model's outputs are NaN for {broken} of {len(labels)} samples, so it cannot be judged; train with a lower learning rate."
-        )
-    return everything, labels
+    """Logits (N, C) in float32 and labels (N,) of a whole loader, on the host. Raises as `ClassificationMeter`."""
+    return measured(PLAIN, model, loader, device, ClassificationMeter()).collected()
 
 
 def nll(logits: Tensor, labels: Tensor) -> float:

@@ -15,6 +15,8 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from stillhouse.errors import UserError
+from stillhouse.evaluation.classification import PLAIN
+from stillhouse.evaluation.judge import Judged
 from stillhouse.signals import Batch, call_model, evaluating, read_logits
 
 
@@ -23,7 +25,7 @@ def parameters(model: nn.Module) -> int:
     return sum(p.numel() for p in model.parameters())
 
 
-def multiply_adds(model: nn.Module, batch: Batch) -> int:
+def multiply_adds(model: nn.Module, batch: Batch, task: Judged = PLAIN) -> int:
     """Multiply-adds of one forward pass for ONE sample (the first of the batch): convolutions, matrix products, attention and recurrent layers.
 
     Element-wise work, normalisation and pooling are not counted, as is usual. Half of what `torch.utils.flop_counter` calls FLOPs.
@@ -31,15 +33,16 @@ def multiply_adds(model: nn.Module, batch: Batch) -> int:
     Args:
         model: on the batch's device; a compiled model is counted as it was before.
         batch: its `input` is a tensor or a mapping of tensors, (B, …).
+        task: how the model is called.
     """
     inner = getattr(model, "_orig_mod", model)
     counter = FlopCounterMode(display=False)
     with evaluating(inner), _unfused(), counter:
-        call_model(inner, one_sample(batch))
+        task.call(inner, task.one(batch))
     return int(counter.get_total_flops()) // 2
 
 
-def latency(model: nn.Module, batch: Batch, repeats: int = 30, warmup: int = 5) -> dict[str, float]:
+def latency(model: nn.Module, batch: Batch, task: Judged = PLAIN, repeats: int = 30, warmup: int = 5) -> dict[str, float]:
     """Milliseconds of a forward pass for one sample (the first of the batch): the `median` over repeats, with `low` and `high`, its 10th and 90th percentile.
 
     On a CPU with one thread (the setting is put back), on a GPU waiting for the device each time.
@@ -47,12 +50,13 @@ def latency(model: nn.Module, batch: Batch, repeats: int = 30, warmup: int = 5) 
     Args:
         model: on the batch's device.
         batch: its `input` is a tensor or a mapping of tensors, (B, …).
+        task: how the model is called.
         repeats: how many passes are timed, at least 1.
         warmup: how many run first, untimed.
     """
     if repeats < 1:
         raise UserError(f"latency: repeats must be at least 1; given: {repeats}.")
-    sample = one_sample(batch)
+    sample = task.one(batch)
     device = _device_of(sample["input"])
     wait = (lambda: torch.cuda.synchronize(device)) if device.type == "cuda" else (lambda: None)
     times = []
@@ -60,7 +64,7 @@ def latency(model: nn.Module, batch: Batch, repeats: int = 30, warmup: int = 5) 
         for i in range(warmup + repeats):
             wait()
             start = time.perf_counter()
-            call_model(model, sample)
+            task.call(model, sample)
             wait()
             if i >= warmup:
                 times.append(1000 * (time.perf_counter() - start))
@@ -145,12 +149,6 @@ def _seconds(work: Callable[[], Any], device: torch.device) -> float:
     work()
     torch.cuda.synchronize()
     return time.perf_counter() - began
-
-
-def one_sample(batch: Batch) -> Batch:
-    """The `input` of the first sample, as a batch of one."""
-    x = batch["input"]
-    return {"input": x[:1] if isinstance(x, Tensor) else {k: v[:1] if isinstance(v, Tensor) else v for k, v in x.items()}}
 
 
 def _device_of(x: Any) -> torch.device:

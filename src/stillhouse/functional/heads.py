@@ -40,15 +40,15 @@ class Head:
 
 
 def head_of(signals: Signals, owner: str) -> Head:
-    """The head of a network that gives no logits: its taps `hidden` (..., D), `output_weight` (V, D) and, where it has one, `output_bias` (V,).
+    """The head of a network that gives no logits: its parts `hidden` (..., D), `output_weight` (V, D) and, where it has one, `output_bias` (V,).
 
     Raises:
-        UserError: a tap is missing.
+        UserError: a part is missing.
     """
     try:
-        return Head(signals.taps["hidden"], signals.taps["output_weight"], signals.taps.get("output_bias"))
+        return Head(signals.parts["hidden"], signals.parts["output_weight"], signals.parts.get("output_bias"))
     except KeyError as missing:
-        raise UserError(f"The {owner} gives neither logits nor the tap {missing}; chunked losses need `hidden` and `output_weight`.") from None
+        raise UserError(f"The {owner} gives neither logits nor the part {missing}; chunked losses need `hidden` and `output_weight`.") from None
 
 
 def in_chunks(

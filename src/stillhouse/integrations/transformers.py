@@ -26,6 +26,7 @@ from stillhouse.files import written_beside
 from stillhouse.integrations.context import LoaderContext, Objectives
 from stillhouse.randomness import keyed
 from stillhouse.signals import Batch
+from stillhouse.tasks.tokens import Tokens
 
 try:
     _transformers: Any = importlib.import_module("transformers")
@@ -120,9 +121,8 @@ class DistillationTrainer(_transformers.Trainer):  # type: ignore[misc]
         if self.distillation is not None:
             return self.optimizer
         teachers, entries, embedding = self._parts
-        self.distillation = Distillation(
-            self.model, teachers, entries, seed=self.args.seed, embedding=embedding, vocabulary=self._vocabulary if self._of_tokens() else None
-        )
+        task = Tokens("causal", self._vocabulary) if self._vocabulary is not None and self._of_tokens() else None
+        self.distillation = Distillation(self.model, teachers, entries, seed=self.args.seed, embedding=embedding, task=task)
         self._build(self.distillation)
         optimizer = super().create_optimizer(*args, **kwargs)
         groups = self.distillation.param_groups()[1:]

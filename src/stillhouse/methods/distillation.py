@@ -20,6 +20,7 @@ from stillhouse.distillation.distillation import Distillation
 from stillhouse.distillation.weighted import objective_from_spec
 from stillhouse.errors import UserError
 from stillhouse.evaluation.cost import step_cost
+from stillhouse.runs.judging import check_groups
 from stillhouse.runs.method import Method, Stage
 from stillhouse.runs.products import Student
 from stillhouse.runs.run import Run
@@ -39,8 +40,8 @@ class Config(MethodConfig):
         description="Of language models: losses from hidden states, some tokens at a time, without all logits at once; null: where the vocabulary is big.",
     )
     evaluate: list[str] = Field(
-        default_factory=lambda: ["accuracy", "calibration", "cost"],
-        description="Groups of figures: accuracy, calibration, cost, and step (what a training step costs).",
+        default_factory=lambda: ["quality", "cost"],
+        description="Groups of figures: those of the task by name (accuracy, calibration), quality for all of them, cost, and step (what a training step costs).",
     )
 
     @model_validator(mode="after")
@@ -60,6 +61,7 @@ D = TypeVar("D", bound=Config)
 class GeneralDistillation(Method[D]):
     def plan(self, config: D, run: Run) -> list[Stage]:
         bundle = run.data(config.data)
+        check_groups(bundle.task, config.evaluate)
         stages = []
         for name, spec in config.all_teachers.items():
             for member in spec.ensemble or [spec]:
@@ -101,7 +103,7 @@ class GeneralDistillation(Method[D]):
                 networks[name] = (run.model(spec.network, config.data, "teacher", spec.seed or 0), spec.embedding, wanted)
         out: dict[str, str] = {}
         for name, (model, embedding, wanted) in networks.items():
-            reader = Reader(model.eval(), name, embedding)
+            reader = Reader(model.eval(), name, embedding, run.data(config.data).task)
             with torch.no_grad():
                 reader.attach({n.partition(".")[2] for n in wanted}, probe)
                 reader(probe)
@@ -120,10 +122,8 @@ class GeneralDistillation(Method[D]):
     def module(self, config: D, run: Run, student: Any, teachers: dict[str, Any]) -> Distillation:
         """What is trained."""
         objectives = [objective_from_spec(o) for o in config.objectives]
-        vocabulary = getattr(run.data(config.data), "vocabulary", None)
-        return Distillation(
-            student, teachers, objectives, seed=run.seed, embedding=config.student.embedding, vocabulary=vocabulary, chunked=config.chunked
-        )
+        task = run.data(config.data).task
+        return Distillation(student, teachers, objectives, seed=run.seed, embedding=config.student.embedding, task=task, chunked=config.chunked)
 
     def run(self, config: D, run: Run) -> Student:
         teachers = self.teachers(config, run)
@@ -138,7 +138,7 @@ class GeneralDistillation(Method[D]):
         if "step" in config.evaluate:
             figures |= step_cost(module, *run.last_step(module, train, config.train, splits))
         module.close()
-        run.record["weights"] = {name: t.fingerprint() for name, t in teachers.items() if hasattr(t, "fingerprint")}
+        run.record["weights"] = {name: hashed for name, t in teachers.items() if (hashed := t.fingerprint()) is not None}
         return run.student(student, config.student, config.data, figures)
 
 

@@ -1,8 +1,4 @@
-"""Language models of transformers as teachers and students, and `Language`, the product: a network with its tokenizer.
-
-A model is named as everywhere: `hf:config:TYPE` (fresh, `options` are its config's), `hf:FOLDER` or `hf:NAME` with `pretrained: true`. The task and the
-vocabulary come from the data.
-"""
+"""What language models of transformers are made of: hidden states and an output layer, other tokenizers' ids, padding for generation."""
 
 from __future__ import annotations
 
@@ -14,77 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from stillhouse.config.specs import ModelSpec
 from stillhouse.errors import UserError
 from stillhouse.functional.heads import Head
 from stillhouse.functional.vocabularies import Mapped, mapped
-from stillhouse.models.tokenizer import size, tokenizer
+from stillhouse.models.tokenizer import tokenizer
 from stillhouse.signals import evaluating, read_logits
 
-TASKS = {"causal": "causal", "masked": "masked", "classify": "text", "seq2seq": "seq2seq"}
-AUTO = {
-    "causal": "AutoModelForCausalLM",
-    "masked": "AutoModelForMaskedLM",
-    "classify": "AutoModelForSequenceClassification",
-    "seq2seq": "AutoModelForSeq2SeqLM",
-}
 CAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
-SPECIAL = ("pad_token_id", "bos_token_id", "eos_token_id")
-
-
-def build(spec: ModelSpec, bundle: Any) -> nn.Module:
-    """A network for the task and vocabulary of text data.
-
-    Raises:
-        UserError: what `stillhouse.models.build` raises; a vocabulary smaller than the tokenizer's; a context longer than the model's positions.
-    """
-    from stillhouse.models import build as any_model
-
-    options = dict(spec.options)
-    if spec.model.startswith("hf:"):
-        options.setdefault("task", TASKS[bundle.task])
-        if spec.model.startswith("hf:config:"):
-            tokens = bundle.tokenizer
-            options.setdefault("vocab_size", size(tokens))
-            plain = _plain_config(spec.model.removeprefix("hf:config:"))
-            for name in SPECIAL:
-                if getattr(tokens, name) is not None and hasattr(plain, name):
-                    options.setdefault(name, getattr(tokens, name))
-    model = any_model(spec.model_copy(update={"options": options}), bundle.num_classes, None)
-    config = getattr(model, "config", None)
-    rows = getattr(config, "vocab_size", None)
-    if rows is not None and rows < size(bundle.tokenizer):
-        raise UserError(
-            f"'{spec.model}' has {rows} tokens, but the tokenizer '{bundle.options.tokenizer}' has {size(bundle.tokenizer)}; take the model's own "
-            f"tokenizer (data.options.tokenizer: hf:NAME)."
-        )
-    positions = getattr(config, "max_position_embeddings", None)
-    if isinstance(positions, int) and 0 < positions < bundle.context:
-        raise UserError(f"data.options.context is {bundle.context}, but '{spec.model}' reads at most {positions} tokens; lower it.")
-    if bundle.task == "seq2seq":
-        _start(model, bundle.decoder_start, spec.model)
-    if bundle.options.pack and bundle.task == "causal" and not keeps_apart(model):
-        raise UserError(
-            f"'{spec.model}' lets packed samples see each other (its attention takes no note of position_ids); set data.options.pack: false."
-        )
-    return model
-
-
-def _start(model: Any, start: int, name: str) -> None:
-    """Settle the id that a decoder begins with; a trained decoder has one already."""
-    given = getattr(model.config, "decoder_start_token_id", None)
-    if given is None:
-        model.config.decoder_start_token_id = model.generation_config.decoder_start_token_id = start
-    elif given != start:
-        raise UserError(
-            f"'{name}' begins to write with token {given}, but the data with {start}; take its own tokenizer (data.options.tokenizer: hf:NAME)."
-        )
-
-
-def _plain_config(kind: str) -> Any:
-    import transformers
-
-    return transformers.AutoConfig.for_model(kind) if kind in transformers.CONFIG_MAPPING else None
 
 
 @torch.no_grad()

@@ -16,6 +16,7 @@ from stillhouse.processes import rank_world, wait
 from stillhouse.runs.stores import data_facts, make
 from stillhouse.store.reading import Store
 from stillhouse.store.server import Server
+from stillhouse.tasks.tokens import Tokens
 from stillhouse.training.display import Live
 
 TooLongIs = Literal["refuse", "skip"]
@@ -114,7 +115,7 @@ def make_from_server(
     PartialState(cpu=True)
     data = getattr(config, "data", None)
     bundle: Any = Run(None, config, data_root=data_root, cpu=True).data(data) if isinstance(data, DataSpec) else None
-    if not isinstance(data, DataSpec) or getattr(bundle, "task", None) != "causal":
+    if not isinstance(data, DataSpec) or not isinstance(bundle.task, Tokens) or bundle.task.kind != "causal":
         raise UserError("A server's log-probabilities are of text: the recipe's data must be text: with data.options.task causal.")
     rank, world = rank_world()
     score(
@@ -122,7 +123,7 @@ def make_from_server(
         bundle.dataset("train", train=True),
         folder,
         spec,
-        Vocabulary(bundle.tokenizer),
+        Vocabulary(bundle.task.tokenizer),
         data_facts=data_facts(data, bundle),
         classes=bundle.num_classes,
         workers=workers,

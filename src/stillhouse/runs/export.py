@@ -2,17 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 from stillhouse.errors import UserError, unknown
 from stillhouse.runs.products import Product, load_product
 
 
-def export(folder: str | Path, to: str | None = None, out: str | Path | None = None, trust_code: bool = False) -> list[str]:
+def export(
+    folder: str | Path,
+    to: str | None = None,
+    out: str | Path | None = None,
+    trust_code: bool = False,
+    show: Callable[[str], None] = lambda sentence: None,
+) -> Path:
     """Write the product of a run, by default in the first format of its kind and beside the product.
 
+    Args:
+        show: is given what was written and what a reader should know of it, a sentence each.
+
     Returns:
-        what was written and what a reader should know of it, a sentence each.
+        the file or folder.
 
     Raises:
         UserError: a product that no format holds, a format that it does not have, files that are there already, or a missing extra.
@@ -24,4 +34,7 @@ def export(folder: str | Path, to: str | None = None, out: str | Path | None = N
     to = to or next(iter(formats))
     if to not in formats:
         raise unknown(f"export format of a product of kind '{product.kind}'", to, formats)
-    return product.export(to, Path(out) if out is not None else Path(folder) / formats[to])
+    path = Path(out) if out is not None else Path(folder) / formats[to]
+    for sentence in product.export(to, path):
+        show(sentence)
+    return path

@@ -8,23 +8,24 @@ from __future__ import annotations
 import importlib
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
 from torch import nn
+from typing_extensions import Self
 
 from stillhouse import catalog
 from stillhouse.config.specs import ModelSpec
 from stillhouse.errors import UserError, unknown
-from stillhouse.files import written_beside
 from stillhouse.runs import network_files
+from stillhouse.tasks.base import Task
 
 KINDS = {
     "student": "stillhouse.runs.products:Student",
-    "language": "stillhouse.runs.language:Language",
+    "language": "stillhouse.runs.products:Student",  # as format 1 called students of text
     "synthetic_set": "stillhouse.synthetic.product:SyntheticSet",
 }
 """Kind -> where its class is. A method that leaves another kind names it in `Product.kind` as `module:Class`, or adds a line here."""
@@ -59,12 +60,12 @@ class Product:
 
 @dataclass
 class Student(Product):
-    """A trained classifier and the recipe of its model.
+    """A trained network, the recipe of its model, and its task.
 
     Attributes:
-        module: the network, logits (B, C).
+        module: the network.
         model: how it is built again.
-        num_classes, input_shape, classes, mean, std: of the data it was trained on.
+        task: what it predicts.
         figures: of its training, such as `train_seconds`; kept with the run, not with the product.
     """
 
@@ -72,44 +73,36 @@ class Student(Product):
     formats: ClassVar[Mapping[str, str]] = network_files.FORMATS
     module: nn.Module
     model: ModelSpec
-    num_classes: int
-    input_shape: tuple[int, ...]
-    classes: list[str] = field(default_factory=list)
-    mean: tuple[float, ...] = ()
-    std: tuple[float, ...] = ()
+    task: Task
     figures: dict[str, float] = field(default_factory=dict)
 
-    def save(self, folder: Path) -> None:
-        from safetensors.torch import save_model
+    @property
+    def classes(self) -> list[str]:
+        """Class names, in label order."""
+        return list(self.task.class_names)
 
+    def predict(self, inputs: Sequence[Any]) -> list[dict[str, Any]]:
+        """What the network finds in each input (see `Task.predict`)."""
+        return self.task.predict(self.module, inputs)
+
+    def save(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         on_cpu = {p.device.type for p in self.module.parameters()} <= {"cpu"}
-        module = self.module if on_cpu else _copy_to_cpu(self.module)
-        with written_beside(folder / "model.safetensors") as beside:
-            save_model(module, str(beside))
+        self.task.save_module(self.module if on_cpu else _copy_to_cpu(self.module), folder)
         spec = self.model.model_copy(update={"checkpoint": None, "pretrained": False, "model": _bring_along(self.model.model, folder)})
-        meta = {
-            "kind": self.kind,
-            "format": 1,
-            "model": spec.model_dump(mode="json"),
-            "num_classes": self.num_classes,
-            "input_shape": list(self.input_shape),
-            "classes": self.classes,
-            "mean": list(self.mean),
-            "std": list(self.std),
-        }
+        task = {"name": self.task.name, **self.task.facts(folder)}
+        meta = {"kind": self.kind, "format": 2, "model": spec.model_dump(mode="json"), "task": task, **self.extras()}
         (folder / "product.json").write_text(json.dumps(meta, indent=1))
 
     def export(self, to: str, path: Path) -> list[str]:
-        network_files.write_network(self.module, self.input_shape, to, path)
+        example = None if to == "safetensors" else self.task.example()
+        network_files.write_network(self.module, example, to, path)
         return [f"Wrote {path}"]
 
     @classmethod
-    def load(cls, folder: Path, trust_code: bool = False) -> Student:
-        from stillhouse.models import build, load_weights
-
+    def load(cls, folder: Path, trust_code: bool = False) -> Self:
         meta = read_meta(folder)
-        spec = ModelSpec.model_validate(meta["model"])
+        spec = ModelSpec.model_validate(meta["model"]) if "model" in meta else ModelSpec(model="hf:model")
         if spec.model.startswith("file:") and not trust_code:
             raise UserError(
                 f"The product in {folder} is built by the Python file '{spec.model}'; load it with trust_code=True if you trust that file."
@@ -118,9 +111,25 @@ class Student(Product):
             brought = folder / spec.model.removeprefix(scheme)
             if spec.model.startswith(scheme) and Path(str(brought).rpartition(".py:")[0] + suffix if suffix else brought).exists():
                 spec = spec.model_copy(update={"model": f"{scheme}{brought}"})
-        module = build(spec, meta["num_classes"], tuple(meta["input_shape"]))
-        load_weights(module, folder / "model.safetensors", owner=f"model {spec.model}")
-        return cls(module.eval(), spec, meta["num_classes"], tuple(meta["input_shape"]), meta["classes"], tuple(meta["mean"]), tuple(meta["std"]))
+        facts = dict(meta["task"]) if isinstance(meta.get("task"), Mapping) else _facts_of_format_1(meta)
+        task = catalog.task(facts.pop("name")).restored(facts, folder)
+        return cls.rebuilt(meta, spec, task, folder)
+
+    def extras(self) -> dict[str, Any]:
+        """What a subclass adds to product.json."""
+        return {}
+
+    @classmethod
+    def rebuilt(cls, meta: Mapping[str, Any], spec: ModelSpec, task: Task, folder: Path) -> Self:
+        """The product from its parts; a subclass whose module is not what the task builds makes its own."""
+        return cls(task.load_module(spec, folder), spec, task)
+
+
+def _facts_of_format_1(meta: Mapping[str, Any]) -> dict[str, Any]:
+    """The facts of a task as products of format 1 wrote them: beside each other, without the task's name."""
+    if meta["kind"] == "language":
+        return {"name": "tokens", "kind": meta["task"], "context": meta["context"], "classes": meta["classes"]}
+    return {"name": "classification", **{k: meta[k] for k in ("classes", "input_shape", "mean", "std")}}
 
 
 def _bring_along(name: str, folder: Path) -> str:

@@ -13,10 +13,13 @@ from torch import Tensor, nn
 
 from stillhouse.config.specs import DataSpec, MethodConfig, ModelSpec, TeacherSpec, TrainSpec
 from stillhouse.errors import UserError
+from stillhouse.evaluation.judge import judge
 from stillhouse.files import cache_folder
 from stillhouse.processes import rank_world
 from stillhouse.randomness import keyed
+from stillhouse.runs.products import Student, state_on_cpu
 from stillhouse.runs.stages import kept
+from stillhouse.tasks.base import Task
 from stillhouse.training.display import Live
 from stillhouse.training.engine import Fitted, fit
 from stillhouse.training.loop import loop
@@ -57,14 +60,21 @@ class Run:
 
     # ---- data and models -------------------------------------------------------------------------------------------------------------------
 
-    def data(self, spec: DataSpec) -> Any:
-        """The data set of a spec (`stillhouse.data.DataBundle`), loaded once."""
+    def data(self, spec: DataSpec, of: type[Task] = Task) -> Any:
+        """The data set of a spec (a `stillhouse.data.Bundle`), loaded once.
+
+        Raises:
+            UserError: data of another task than `of`.
+        """
         from stillhouse.data import load
 
         name = spec.model_dump_json()
         if name not in self._bundles:
             self._bundles[name] = load(spec, self.data_root)
-        return self._bundles[name]
+        bundle = self._bundles[name]
+        if not isinstance(bundle.task, of):
+            raise UserError(f"This method is for {of.name}, but data.name '{spec.name}' is data for {bundle.task.name}.")
+        return bundle
 
     def loader(self, spec: DataSpec, split: str, batch_size: int | None = None, *, train: bool = False) -> Any:
         """A loader of a split, by default of batches that suit evaluation; `train=True`: shuffled and augmented as the run's seed says, sharded over processes."""
@@ -76,20 +86,16 @@ class Run:
             from stillhouse.store import StoredDataset
 
             dataset = StoredDataset(dataset, self._stores.setdefault(spec.model_dump_json(), [])) if _reads_store(self.config) else dataset
-        default: int = getattr(bundle, "evaluation_batch", 256)
+        default: int = bundle.evaluation_batch
         rank, world = rank_world() if train else (0, 1)
         workers = spec.workers if train else 0
         return Loader(dataset, batch_size or default, seed=self.seed, shuffle=train, drop_last=train, workers=workers, rank=rank, world=world)
 
     def model(self, spec: ModelSpec, data: DataSpec, role: str = "student", seed: int | None = None) -> nn.Module:
         """The network of a spec, sized for the data, initialised as (seed, role) say."""
-        from stillhouse.models import build
-
-        bundle = self.data(data)
         with keyed("model", role, self.seed if seed is None else seed):
-            if hasattr(bundle, "model"):  # text settles the model's task and vocabulary
-                return bundle.model(spec)
-            return build(spec, bundle.num_classes, bundle.input_shape)
+            module: nn.Module = self.data(data).task.build(spec)
+            return module
 
     def splits(self, spec: DataSpec, batch_size: int | None = None) -> dict[str, Any]:
         """Evaluation loaders of the splits that may steer training: train, and holdout and val where they exist."""
@@ -105,9 +111,9 @@ class Run:
         return None
 
     def validating(self, spec: DataSpec) -> Callable[[nn.Module, torch.device], dict[str, float]] | None:
-        """What `fit` judges epochs by: accuracy and calibration over the data that may pick a checkpoint (see `validation`); None where there is none."""
+        """What `fit` judges epochs by: the task's figures over the data that may pick a checkpoint (see `validation`); None where there is none."""
         check = self.validation(spec)
-        return None if check is None else lambda model, device: self.figures(model, spec, check, device, ["accuracy", "calibration"])
+        return None if check is None else lambda model, device: self.figures(model, spec, check, device)
 
     def judging_data(self) -> tuple[DataSpec, str]:
         """The recipe's data, and the split of it that a product is judged on: test, or val or holdout where there is none.
@@ -132,20 +138,14 @@ class Run:
         finally:
             self.seed = outer
 
-    def student(self, module: nn.Module, spec: ModelSpec, data: DataSpec, figures: Mapping[str, float]) -> Any:
+    def student(self, module: nn.Module, spec: ModelSpec, data: DataSpec, figures: Mapping[str, float]) -> Student:
         """A trained network as the product of this run."""
-        from stillhouse.runs.products import Student
+        return Student(module, spec, self.data(data).task, dict(figures))
 
-        b = self.data(data)
-        if hasattr(b, "product"):
-            return b.product(module, spec, dict(figures))
-        return Student(module, spec, b.num_classes, tuple(b.input_shape), list(b.classes), tuple(b.mean), tuple(b.std), dict(figures))
-
-    def figures(self, model: nn.Module, data: DataSpec, loader: Any, device: torch.device, groups: Sequence[str]) -> dict[str, float]:
-        """Figures of a network over a loader, as its data is judged: by classes, or by tokens."""
-        from stillhouse.evaluation.classification import evaluate_classifier
-
-        return getattr(self.data(data), "evaluate", evaluate_classifier)(model, loader, device, groups)
+    def figures(self, model: nn.Module, data: DataSpec, loader: Any, device: torch.device, groups: Sequence[str] | None = None) -> dict[str, float]:
+        """Figures of a network over a loader, as the task of its data is judged; by default all groups."""
+        task = self.data(data).task
+        return judge(task, model, loader, device, task.groups if groups is None else groups)
 
     def evaluated(self, product: Any) -> dict[str, float]:
         """The figures of a product on test data, by the evaluator of its kind: a function (product, run) -> {name: number}."""
@@ -227,10 +227,11 @@ class Run:
             return past
         if spec.peer is not None:
             return CoTrained(self.model(spec.peer, data, role=name), embedding=spec.peer.embedding)
-        model, bundle = self.network(name, spec, data), self.data(data)
-        if hasattr(bundle, "teacher"):  # text: the teacher's tokens in the student's order
-            model = bundle.teacher(model, spec, self.data(spec.data or data))
-        return Frozen(model, embedding=spec.embedding, name=name)
+        task, its = self.data(data).task, self.data(spec.data or data).task
+        model = self.network(name, spec, data)
+        if type(its) is type(task):
+            return Frozen(task.as_teacher(model, spec, its), embedding=spec.embedding, name=name, task=task)
+        return Frozen(model, embedding=spec.embedding, name=name, task=its)
 
     def network(self, name: str, spec: TeacherSpec, data: DataSpec) -> nn.Module:
         """The network of a live teacher with its weights, trained first where it has none."""
@@ -271,11 +272,10 @@ class Run:
         return Stored(store, name=name)
 
     def trained(self, stage: str, model: nn.Module, spec: ModelSpec, train: TrainSpec, data: DataSpec, seed: int) -> dict[str, Any]:
-        """A network trained alone with cross-entropy, as a shared stage: {"weights": tensors, "figures": test figures}."""
+        """A network trained alone, on what its task calls plain training, as a shared stage: {"weights": tensors, "figures": test figures}."""
         from stillhouse.distillation.distillation import Distillation
         from stillhouse.distillation.teachers import Frozen
         from stillhouse.distillation.weighted import objective_from_spec
-        from stillhouse.runs.products import state_on_cpu
 
         bundle = self.data(data)
 
@@ -283,17 +283,14 @@ class Run:
             stores, self._stores = self._stores, {}  # a network trained alone sees its own augmentation, not the views of a store
             try:
                 with self.seeded(seed):
-                    module = Distillation(model, None, [objective_from_spec("ce")], seed=seed)
+                    objectives = [objective_from_spec(o) for o in bundle.task.supervised]
+                    module = Distillation(model, None, objectives, seed=seed, task=bundle.task)
                     loader = self.loader(data, "train", train.batch_size, train=True)
                     self.fit(stage, module, loader, train, evaluate=self.validating(data))
                 module.close()
             finally:
                 self._stores = stores
-            figures = (
-                self.figures(model, data, self.loader(data, "test"), next(model.parameters()).device, ["accuracy", "calibration"])
-                if bundle.has("test")
-                else {}
-            )
+            figures = self.figures(model, data, self.loader(data, "test"), next(model.parameters()).device) if bundle.has("test") else {}
             return {"weights": state_on_cpu(model), "figures": figures}
 
         start = {"start": Frozen(model).fingerprint()} if spec.pretrained else {}

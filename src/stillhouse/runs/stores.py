@@ -13,14 +13,14 @@ from stillhouse.errors import UserError
 from stillhouse.files import cache_folder
 from stillhouse.processes import rank_world, wait
 from stillhouse.store.writing import cache
+from stillhouse.tasks.classification import Classification
 
 CONTENT = ("name", "size", "test_size", "holdout", "val", "classes", "label_noise", "seed", "options")
 
 
 def data_facts(spec: DataSpec, bundle: Any) -> dict[str, Any]:
     """What a manifest says of the data: its fingerprint, its recipe, and the transforms of its training split."""
-    given = spec.model_dump(mode="json")
-    source = getattr(bundle, "_source", None)
+    given, facts = spec.model_dump(mode="json"), bundle.task
     return {
         "fingerprint": bundle.fingerprint,
         "split": "train",
@@ -28,9 +28,9 @@ def data_facts(spec: DataSpec, bundle: Any) -> dict[str, Any]:
         "transform": {
             "augment": given["augment"],
             "image_size": given["image_size"],
-            "mean": list(bundle.mean),
-            "std": list(bundle.std),
-            "mirrored": bool(getattr(source, "flip", False)),
+            "mean": list(facts.mean) if isinstance(facts, Classification) else [],
+            "std": list(facts.std) if isinstance(facts, Classification) else [],
+            "mirrored": bundle.flip,
         },
     }
 
@@ -58,9 +58,6 @@ def make(run: Any, name: str, spec: TeacherSpec, data: DataSpec, folder: Path | 
         raise UserError("Signals are kept sample by sample, but data.mixup and data.cutmix mix a batch; set both to 0.")
     teacher = run.teacher(name, spec.model_copy(update={"store": None}), data)
     bundle = run.data(data)
-    for member in getattr(teacher, "members", [teacher]):
-        if hasattr(member, "_reader"):
-            member._reader.width = getattr(bundle, "vocabulary", None)
     facts: dict[str, Any] = {"teacher_facts": teacher_facts(spec, teacher), "data_facts": data_facts(data, bundle)}
     if folder is None:
         digest = hashlib.blake2b(json.dumps([facts, spec.store.model_dump(mode="json")], sort_keys=True).encode(), digest_size=10).hexdigest()
@@ -71,7 +68,7 @@ def make(run: Any, name: str, spec: TeacherSpec, data: DataSpec, folder: Path | 
     options = {
         "rank": rank,
         "world": world,
-        "batch_size": getattr(bundle, "evaluation_batch", 256),
+        "batch_size": bundle.evaluation_batch,
         "device": run.device,
         "live": run.live,
         **options,

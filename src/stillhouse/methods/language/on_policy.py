@@ -31,6 +31,7 @@ from stillhouse.methods.distillation import GeneralDistillation
 from stillhouse.models.writing import Generation, Writer
 from stillhouse.runs.run import Run
 from stillhouse.signals import Batch
+from stillhouse.tasks.tokens import Tokens
 
 
 class Config(GeneralConfig):
@@ -76,18 +77,16 @@ class OnPolicyDistillation(Distillation):
 
 class OnPolicy(GeneralDistillation[Config]):
     def module(self, config: Config, run: Run, student: Any, teachers: dict[str, Any]) -> Distillation:
-        bundle = run.data(config.data)
-        if not hasattr(bundle, "tokenizer"):
-            raise UserError(f"method on_policy needs text; data.name is '{config.data.name}'.")
+        task: Tokens = run.data(config.data, Tokens).task
         return OnPolicyDistillation(
             student,
             teachers,
             [objective_from_spec(o) for o in config.objectives],
             seed=run.seed,
             embedding=config.student.embedding,
-            vocabulary=bundle.vocabulary,
+            task=task,
             chunked=config.chunked,
-            writer=Writer(bundle.tokenizer, bundle.task, bundle.context, config.generation, bundle.num_classes),
+            writer=Writer(task.tokenizer, task.kind, task.context, config.generation, task.num_classes),
             lmbda=config.lmbda,
             warm_epochs=config.warm_epochs,
         )

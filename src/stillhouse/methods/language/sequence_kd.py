@@ -42,6 +42,7 @@ from stillhouse.processes import share
 from stillhouse.randomness import keyed
 from stillhouse.runs.method import Stage
 from stillhouse.runs.run import Run
+from stillhouse.tasks.tokens import Tokens
 
 
 class Config(GeneralConfig):
@@ -57,7 +58,7 @@ class SequenceKD(GeneralDistillation[Config]):
         stages = super().plan(config, run)
         if config.learn == "originals":
             return stages
-        bundle, spec = run.data(config.data), self._writer(config)
+        bundle, spec = run.data(config.data, Tokens), self._writer(config)
         if not isinstance(bundle, TextBundle):
             raise UserError(f"method sequence_kd needs text; data.name is '{config.data.name}'.")
         model = run.model(spec.network, spec.data or config.data, "teacher", spec.seed or 0)
@@ -82,10 +83,10 @@ class SequenceKD(GeneralDistillation[Config]):
         """The student's training batches: what the teacher wrote."""
         if config.learn == "originals":
             return super().loader(config, run)
-        bundle, spec = run.data(config.data), self._writer(config)
+        bundle, spec = run.data(config.data, Tokens), self._writer(config)
         model = run.network("teacher", spec, config.data)
         theirs = run.data(spec.data) if spec.data is not None else bundle
-        tokens = own_tokenizer(spec.model or "") or theirs.tokenizer
+        tokens = own_tokenizer(spec.model or "") or theirs.task.tokenizer
         uses = {
             "teacher": Frozen(model).fingerprint(),
             "data": bundle.fingerprint,
@@ -95,7 +96,7 @@ class SequenceKD(GeneralDistillation[Config]):
         made = run.stage("writing", lambda: written(model, tokens, bundle, config.generation, config.writing_batch, run.device), uses)
         run.record["written"] = {"samples": len(made), "ended": sum(ended for _, ended in made), "example": made[0][0]}
         rows = rewritten_rows(bundle, made, config.generation.prompt, originals=config.learn == "both")
-        data = TokenDataset(rows, bundle.task, bundle.tokenizer, bundle.decoder_start)
+        data = TokenDataset(rows, bundle.task.kind, bundle.task.tokenizer, bundle.task.decoder_start)
         return Loader(data, config.train.batch_size, seed=run.seed, shuffle=True, drop_last=True, **share())
 
 
@@ -108,15 +109,15 @@ def written(model: nn.Module, tokens: Any, bundle: TextBundle, how: Generation, 
         bundle: the student's data.
         batch_size: prompts at once.
     """
-    limit = getattr(model.config, "max_position_embeddings", None) or bundle.context + how.max_new_tokens
-    writer = Writer(tokens, bundle.task, limit, how, size(tokens))
-    prompts = bundle.tokenizer.batch_decode(given(bundle, how.prompt))
+    limit = getattr(model.config, "max_position_embeddings", None) or bundle.task.context + how.max_new_tokens
+    writer = Writer(tokens, bundle.task.kind, limit, how, size(tokens))
+    prompts = bundle.task.tokenizer.batch_decode(given(bundle, how.prompt))
     model.to(device)
     out: list[tuple[str, bool]] = []
     for number, start in enumerate(range(0, len(prompts), batch_size)):
         inputs = left_padded(encode(tokens, prompts[start : start + batch_size]), tokens.pad_token_id, device)
         with keyed("writing", number):
-            texts = writer.write(model, dict(inputs), limit - inputs["input_ids"].shape[1] if bundle.task == "causal" else limit)
+            texts = writer.write(model, dict(inputs), limit - inputs["input_ids"].shape[1] if bundle.task.kind == "causal" else limit)
         ended = (texts == tokens.eos_token_id).any(1).tolist() if tokens.eos_token_id is not None else [False] * len(texts)
         out += zip(tokens.batch_decode(texts, skip_special_tokens=True), ended)
     return out
@@ -132,7 +133,7 @@ def given(bundle: TextBundle, prompt: int) -> list[list[int]]:
     out = []
     for first, last in pairwise(starts):
         ids = rows.inputs.values[first:last]
-        if bundle.task == "causal":
+        if bundle.task.kind == "causal":
             asked = int((labels.values[first:last] != IGNORE).argmax())
             ids = ids[: asked + 1 if asked else prompt]
         out.append(ids.tolist())
@@ -145,7 +146,7 @@ def rewritten_rows(bundle: TextBundle, made: list[tuple[str, bool]], prompt: int
     Raises:
         UserError: nothing was written at all.
     """
-    tokens, context, old = bundle.tokenizer, bundle.context, bundle.splits["train"]
+    tokens, context, old = bundle.task.tokenizer, bundle.task.context, bundle.splits["train"]
     end = [] if tokens.eos_token_id is None else [tokens.eos_token_id]
     inputs: list[list[int]] = []
     labels: list[list[int]] = []
@@ -153,7 +154,7 @@ def rewritten_rows(bundle: TextBundle, made: list[tuple[str, bool]], prompt: int
         answer = ids + (end if ended else [])
         if not answer:
             continue
-        if bundle.task == "seq2seq":
+        if bundle.task.kind == "seq2seq":
             inputs.append(before)
             labels.append(answer[:context])
             continue

@@ -34,10 +34,10 @@ from stillhouse.methods.classification.hard.augmentors import Augmentor, Learned
 from stillhouse.methods.classification.hard.game import Game
 from stillhouse.methods.classification.hard.vae import VAE, Edit, VAEAugmentor, VAEFit
 from stillhouse.randomness import keyed
-from stillhouse.runs.evaluators.shifted import Shifts, shifted_accuracy
 from stillhouse.runs.method import Method, Stage
 from stillhouse.runs.products import Student, state_on_cpu
 from stillhouse.runs.run import Run
+from stillhouse.runs.shifted import Shifts, shifted_accuracy
 
 RATES = {"affine": 2e-2, "mix": 1e-4, "vae": 1e-4}
 

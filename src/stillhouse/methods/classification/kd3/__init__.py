@@ -50,10 +50,10 @@ from stillhouse.methods.classification.kd3.pool import PoolPart, SelectedBatches
 from stillhouse.methods.classification.kd3.shared import SharedClassifier, SharedStudent, make_shared
 from stillhouse.objectives.kd import KD
 from stillhouse.randomness import keyed
-from stillhouse.runs.evaluators.shifted import Shifts, shifted_accuracy
 from stillhouse.runs.method import Method, Stage
 from stillhouse.runs.products import Student
 from stillhouse.runs.run import Run
+from stillhouse.runs.shifted import Shifts, shifted_accuracy
 from stillhouse.signals import Batch, to_device
 
 EPOCHS = 240  # of the published schedule
@@ -252,8 +252,7 @@ class KD3(Method[Config]):
         teacher.close()
         run.record["selection"] = module.history
         figures = {"train_seconds": fitted.seconds, "selected": module.selected.float().mean().item()}
-        b = run.data(config.data)
-        return SharedStudent(shared, config.student, b.num_classes, tuple(b.input_shape), list(b.classes), tuple(b.mean), tuple(b.std), figures)
+        return SharedStudent(shared, config.student, run.data(config.data).task, figures)
 
     def imitate(self, config: Config, run: Run, teacher: Frozen, student: nn.Module, still: Joined, moving: Joined, mask: Tensor) -> Student:
         """The baseline: distillation of logits."""

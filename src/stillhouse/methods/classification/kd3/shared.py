@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -10,15 +10,18 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from stillhouse.config.specs import ModelSpec
 from stillhouse.errors import UserError
 from stillhouse.methods.classification.kd3.alignment import transfer_block
 from stillhouse.models.anatomy import classifier, embedding_from, stages
 from stillhouse.runs.evaluators import evaluates
-from stillhouse.runs.products import Student, read_meta
+from stillhouse.runs.judging import evaluate
+from stillhouse.runs.products import Student
 from stillhouse.signals import Batch, Taps, call_model, first_tensor
+from stillhouse.tasks.base import Task
 
 if TYPE_CHECKING:
-    from stillhouse.runs.run import Run
+    pass
 
 KIND = "stillhouse.methods.classification.kd3:SharedStudent"
 
@@ -137,37 +140,21 @@ class SharedStudent(Student):
 
     kind: ClassVar[str] = KIND
 
-    def save(self, folder: Path) -> None:
-        super().save(folder)
+    def extras(self) -> dict[str, Any]:
         module = self.module
         assert isinstance(module, SharedClassifier)
-        meta = read_meta(folder)
-        meta["shared"] = {"tap": module.tap, "channels": list(module.channels), "size": list(module.size), "factor": module.factor}
-        (folder / "product.json").write_text(json.dumps(meta, indent=1))
+        shape = {"tap": module.tap, "channels": list(module.channels), "size": list(module.size), "factor": module.factor}
+        return {"shared": shape}
 
     @classmethod
-    def load(cls, folder: Path, trust_code: bool = False) -> SharedStudent:
+    def rebuilt(cls, meta: Mapping[str, Any], spec: ModelSpec, task: Task, folder: Path) -> SharedStudent:
         from safetensors.torch import load_model
 
-        from stillhouse.config.specs import ModelSpec
-        from stillhouse.models import build
-
-        meta = read_meta(folder)
-        spec, shared = ModelSpec.model_validate(meta["model"]), meta["shared"]
-        if spec.model.startswith("file:") and not trust_code:
-            raise UserError(
-                f"The product in {folder} is built by your Python file '{spec.model}'; load it with trust_code=True if you trust that file."
-            )
-        shape = tuple(meta["input_shape"])
-        backbone = build(spec, meta["num_classes"], shape)
-        module = SharedClassifier(backbone, shared["tap"], tuple(shared["channels"]), meta["num_classes"], tuple(shared["size"]), shared["factor"])
-        load_model(module, str(folder / "model.safetensors"))
-        return cls(module.eval(), spec, meta["num_classes"], shape, meta["classes"], tuple(meta["mean"]), tuple(meta["std"]))
+        shared, classes = meta["shared"], len(task.class_names)
+        tap, channels, size = shared["tap"], tuple(shared["channels"]), tuple(shared["size"])
+        module = SharedClassifier(task.build(spec), tap, channels, classes, size, shared["factor"])
+        load_model(module, str(task.weights_file(folder)))
+        return cls(module.eval(), spec, task)
 
 
-@evaluates(KIND)
-def judge(product: SharedStudent, run: Run) -> dict[str, float]:
-    """The figures of any student."""
-    from stillhouse.runs.evaluators import student
-
-    return student.judge(product, run)
+evaluates(KIND)(evaluate)

@@ -19,7 +19,7 @@ the request to a language model (our wording). Mixup and CutMix are refused: a m
 
 from __future__ import annotations
 
-import json
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
@@ -42,11 +42,13 @@ from stillhouse.models import build
 from stillhouse.models.anatomy import classifier, stages
 from stillhouse.randomness import keyed
 from stillhouse.runs.evaluators import evaluates
-from stillhouse.runs.evaluators.student import judge
+from stillhouse.runs.judging import evaluate
 from stillhouse.runs.method import Method, Stage
-from stillhouse.runs.products import Student, read_meta
+from stillhouse.runs.products import Student
 from stillhouse.runs.run import Run
 from stillhouse.signals import Batch, Signals, read_logits, to_device
+from stillhouse.tasks.base import Task
+from stillhouse.tasks.classification import Classification
 
 __all__ = ["AspectClassifier", "Aspects", "MaKD", "Widened", "aspect_loss", "question_prompt", "selection_prompt", "strip_aspects"]
 
@@ -141,28 +143,21 @@ class AspectClassifier(Student):
     kind: ClassVar[str] = "stillhouse.methods.classification.makd:AspectClassifier"
     questions: list[str] = field(default_factory=list)
 
-    def save(self, folder: Path) -> None:
-        super().save(folder)
-        meta = read_meta(folder)
-        (folder / "product.json").write_text(json.dumps({**meta, "questions": self.questions}, indent=1))
+    def extras(self) -> dict[str, Any]:
+        return {"questions": self.questions}
 
     @classmethod
-    def load(cls, folder: Path, trust_code: bool = False) -> AspectClassifier:
+    def rebuilt(cls, meta: Mapping[str, Any], spec: ModelSpec, task: Task, folder: Path) -> AspectClassifier:
         from safetensors.torch import load_model
 
-        meta = read_meta(folder)
-        spec, shape = ModelSpec.model_validate(meta["model"]), tuple(meta["input_shape"])
-        if spec.model.startswith("file:") and not trust_code:
-            raise UserError(
-                f"The product in {folder} is built by your Python file '{spec.model}'; load it with trust_code=True if you trust that file."
-            )
-        module = Widened(build(spec, meta["num_classes"] + len(meta["questions"]), shape), meta["num_classes"])
-        load_model(module, str(folder / "model.safetensors"))
-        known = (meta["num_classes"], shape, meta["classes"], tuple(meta["mean"]), tuple(meta["std"]))
-        return cls(module.eval(), spec, *known, questions=meta["questions"])
+        assert isinstance(task, Classification)
+        classes, questions = len(task.classes), list(meta["questions"])
+        module = Widened(build(spec, classes + len(questions), task.input_shape), classes)
+        load_model(module, str(task.weights_file(folder)))
+        return cls(module.eval(), spec, task, questions=questions)
 
 
-evaluates(AspectClassifier.kind)(judge)
+evaluates(AspectClassifier.kind)(evaluate)
 
 
 class Config(General):

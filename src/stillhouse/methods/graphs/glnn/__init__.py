@@ -33,6 +33,7 @@ from stillhouse.runs.method import Method, Stage
 from stillhouse.runs.products import Student
 from stillhouse.runs.run import Run
 from stillhouse.signals import Batch, evaluating
+from stillhouse.tasks.nodes import Nodes
 
 
 @full_precision
@@ -72,8 +73,8 @@ def judge(product: NodeStudent, run: Run) -> dict[str, float]:
 
 def node_student(module: NodeMLP, config: NodeConfig, graph: NodeGraph, figures: dict[str, float]) -> NodeStudent:
     """A trained perceptron as the product of a run."""
-    classes = [str(c) for c in range(graph.num_classes)]
-    return NodeStudent(module, config.student.spec, graph.num_classes, (graph.num_features,), classes, figures=figures)
+    task = Nodes(tuple(str(c) for c in range(graph.num_classes)), graph.num_features)
+    return NodeStudent(module, config.student.spec, task, figures)
 
 
 class GraphLess(Method[Config]):

@@ -15,8 +15,7 @@ Evaluator = Callable[..., dict[str, float]]
 _F = TypeVar("_F", bound=Evaluator)
 _EVALUATORS: dict[str, Evaluator] = {}
 KINDS = {
-    "student": "stillhouse.runs.evaluators.student",
-    "language": "stillhouse.runs.evaluators.language",
+    "student": "stillhouse.runs.judging",
     "synthetic_set": "stillhouse.synthetic.judging.evaluator",
 }
 

@@ -1,0 +1,145 @@
+"""`Task`: what is predicted, and all that follows from it without samples: how a network for it is built, called, read, judged and saved.
+
+A task is a frozen dataclass of plain facts. `Task()` itself is the plain loop: any model that gives logits, judged as a classifier.
+The class axis of logits is the last, and a label stands where its prediction stands: `label.shape == logits.shape[:-1]`; -100 counts for nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, ClassVar
+
+from torch import Tensor, nn
+
+from stillhouse.config.specs import ModelSpec, TeacherSpec
+from stillhouse.errors import UserError
+from stillhouse.evaluation.classification import GROUPS, ClassificationMeter
+from stillhouse.evaluation.judge import Meter, one_sample
+from stillhouse.models import load_weights
+from stillhouse.signals import Batch, Signals, call_model, read_logits
+
+WEIGHTS = "model.safetensors"
+
+
+@dataclass(frozen=True)
+class Task:
+    """The facts of a task; most methods have useful defaults, and the smallest task is `build`, `meter` and `example`.
+
+    Attributes:
+        name: as in product.json; the name of the task's file.
+        parts: what its networks give besides logits: name -> shape and meaning (`Signals.parts`).
+        supervised: objectives of plain training: of teachers, and of variants without one.
+        groups: figures by group, for a recipe's `evaluate`; `cost` and `step` are everybody's.
+    """
+
+    name: ClassVar[str] = "any"
+    parts: ClassVar[Mapping[str, str]] = {}
+    supervised: ClassVar[tuple[str | dict[str, Any], ...]] = ("ce",)
+    groups: ClassVar[tuple[str, ...]] = GROUPS
+
+    @property
+    def positions(self) -> bool:
+        """Whether there is one prediction a pixel or token, not a sample."""
+        return False
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """Names of the classes, in label order; () where there are none."""
+        return ()
+
+    # ---- a network ---------------------------------------------------------------------------------------------------
+
+    def build(self, spec: ModelSpec) -> nn.Module:
+        """A network for these classes and this size. Raises `UserError` for one that cannot serve the task."""
+        raise UserError("There is nothing to build for: a model by name needs data.")
+
+    def call(self, model: nn.Module, batch: Batch, *, losses: bool = False) -> Any:
+        """The network's output for a batch. With `losses`, a network that computes its own losses is given the targets."""
+        return call_model(model, batch)
+
+    def read(self, output: Any, batch: Batch) -> Signals:
+        """What a network's output means."""
+        return Signals(logits=read_logits(output))
+
+    def compiled_part(self, model: nn.Module) -> nn.Module:
+        """The module that `call` runs, which is what torch.compile should see."""
+        return model
+
+    def as_teacher(self, model: nn.Module, spec: TeacherSpec, its: Task) -> nn.Module:
+        """A teacher of another task of the same kind, `its`, made to answer in this task's terms."""
+        return model
+
+    @property
+    def prefers_chunks(self) -> bool:
+        """Whether its scores are so many that losses should be computed some positions at a time, where they can be."""
+        return False
+
+    def chunked(self, models: Mapping[str, nn.Module], probe: Batch) -> Task | str:
+        """This task with networks that are called without their last layer; or the reason why they cannot be, a clause.
+
+        Args:
+            models: owner -> network.
+            probe: a few samples.
+        """
+        return "its scores are made whole"
+
+    # ---- figures -----------------------------------------------------------------------------------------------------
+
+    def meter(self, groups: Sequence[str]) -> Meter:
+        """What collects the figures of these groups, batch by batch."""
+        return ClassificationMeter(groups)
+
+    def one(self, batch: Batch) -> Batch:
+        """The input of the batch's first sample, as a batch of one, for figures of cost."""
+        return one_sample(batch)
+
+    def example(self) -> Batch:
+        """A batch of one without data, for export and dry runs. Raises `UserError` where inputs have no one shape."""
+        raise UserError(f"A model of the task '{self.name}' takes inputs of no one shape, so there is no example of one.")
+
+    # ---- on disk -----------------------------------------------------------------------------------------------------
+
+    def facts(self, folder: Path) -> dict[str, Any]:
+        """What product.json says of the task, as JSON data; may write files into the product's folder."""
+        return {f.name: getattr(self, f.name) for f in fields(self)}
+
+    @classmethod
+    def restored(cls, facts: Mapping[str, Any], folder: Path) -> Task:
+        """The task of a product's folder."""
+        return cls(**{k: _frozen(v) for k, v in facts.items()})
+
+    def save_module(self, module: nn.Module, folder: Path) -> None:
+        """Write the network's weights into a product's folder."""
+        from safetensors.torch import save_model
+
+        from stillhouse.files import written_beside
+
+        with written_beside(folder / WEIGHTS) as beside:
+            save_model(module, str(beside))
+
+    def load_module(self, spec: ModelSpec, folder: Path) -> nn.Module:
+        """The network of a product's folder, in evaluation mode."""
+        module = self.build(spec)
+        load_weights(module, folder / WEIGHTS, owner=f"model {spec.model}")
+        return module.eval()
+
+    def weights_file(self, folder: Path) -> Path:
+        """The file that `save_module` writes."""
+        return folder / WEIGHTS
+
+    # ---- for people --------------------------------------------------------------------------------------------------
+
+    def predict(self, module: nn.Module, inputs: Sequence[Any]) -> list[dict[str, Any]]:
+        """What the network finds in each input: labels, boxes, texts, pictures."""
+        raise UserError(f"Nothing predicts for people with a model of the task '{self.name}' yet; call its module on batches.")
+
+    def pictures(self, batch: Batch, outputs: Signals) -> list[Tensor]:
+        """A report's gallery: one uint8 picture (3, H, W) a sample of the batch; none by default."""
+        return []
+
+
+def _frozen(value: Any) -> Any:
+    """Lists of JSON as the tuples they were."""
+    return tuple(map(_frozen, value)) if isinstance(value, list) else value
