@@ -293,6 +293,20 @@ def export(
     write(folder, to, out, trust_code, typer.echo)
 
 
+@app.command(epilog="Example: stillhouse predict runs/segmentation-s0 street.jpg --out found")
+def predict(
+    folder: Annotated[Path, typer.Argument(help="A finished run's folder, or a product folder.", metavar="RUN_OR_PRODUCT")],
+    inputs: Annotated[list[str], typer.Argument(help="Images (files, or folders of them), or texts.", metavar="INPUT…")],
+    out: Annotated[Path | None, typer.Option(help="Write predictions.jsonl and pictures here.", metavar="FOLDER")] = None,
+    trust_code: Annotated[bool, typer.Option("--trust-code", help="Allow a model that your own Python file builds.")] = False,
+) -> None:
+    """Show what a student finds in images or texts: labels with probabilities, overlays, boxes, text."""
+    from stillhouse.runs.prediction import predict as predictions
+
+    for line in predictions(folder, inputs, out, trust_code):
+        typer.echo(line)
+
+
 @app.command(epilog="Example: stillhouse report runs/digits-s0")
 def report(
     folder: Annotated[

@@ -21,7 +21,7 @@ class DataSpec(Spec):
     """A data set by name, its splits, and its augmentation."""
 
     name: str = Field(
-        description="digits | cifar10 | text:NAME | imagefolder:PATH | torchvision:CLASS | hf:REPO | parquet:PATH | synthetic:PATH | file:PATH.py:FUNCTION"
+        description="digits | cifar10 | camvid | text:NAME | masks:PATH | imagefolder:PATH | torchvision:CLASS | hf:REPO | parquet:PATH | synthetic:PATH | file:PATH.py:FUNCTION"
     )
     root: str | None = Field(None, description="Folder that holds the data; default: --data-root, then STILLHOUSE_DATA, then the user's cache.")
     size: int | None = Field(None, ge=1, description="Train on a class-balanced, seeded subset of this many samples (taken before the holdout).")
@@ -31,7 +31,9 @@ class DataSpec(Spec):
         0.0, ge=0.0, lt=1.0, description="Share of the training samples used for validation, where the data set has no validation split."
     )
     classes: list[int] | None = Field(None, description="Keep only these class ids, renumbered in this order.")
-    image_size: int | None = Field(None, ge=4, description="Resize images to this many pixels a side; default: the data set's own size.")
+    image_size: Annotated[int, Field(ge=4)] | tuple[Annotated[int, Field(ge=4)], Annotated[int, Field(ge=4)]] | None = Field(
+        None, description="Resize images to this many pixels a side, or to [height, width]; default: the data set's own size."
+    )
     augment: Literal["standard", "plain"] | list[str | dict[str, Any]] = Field(
         "standard",
         description="`standard`: the data set's usual training augmentation; `plain`: none; or a list of torchvision.transforms.v2 classes by name with their arguments, such as [{RandomCrop: {size: 32, padding: 4}}, RandomHorizontalFlip].",

@@ -49,13 +49,6 @@ def crop_flip(images: np.ndarray, rows: np.ndarray, draws: np.ndarray, pad: int,
     return out
 
 
-def normalise(images: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:
-    """(B, C, H, W) uint8, or floats in [0, 1], as float32 with each channel centred and scaled."""
-    unit = 255.0 if images.dtype == torch.uint8 else 1.0
-    centre, scale = (torch.tensor(v, dtype=torch.float32)[:, None, None] * unit for v in (mean, std))
-    return images.to(torch.float32, copy=True).sub_(centre).div_(scale)
-
-
 def resize(images: Tensor, size: tuple[int, int]) -> Tensor:
     """(B, C, H, W) uint8 as floats in [0, 1], or floats as they are, of another size (bilinear, antialiased)."""
     if images.dtype != torch.uint8:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,6 +20,8 @@ from stillhouse.errors import UserError, unknown
 from stillhouse.files import digest
 from stillhouse.tasks.classification import Classification
 
+OTHER_TASKS = {"text": "stillhouse.data.text", "masks": "stillhouse.data.masks", "camvid": "stillhouse.data.masks"}
+"""Scheme -> the module whose `load` gives a bundle of another task than classification."""
 SPLITS = ("train", "holdout", "val", "test")
 
 
@@ -160,10 +163,9 @@ def load(spec: DataSpec, data_root: str | Path | None = None) -> Any:
     Raises:
         UserError: what was asked for is not there or does not fit; the message says what and where.
     """
-    if spec.name.startswith("text:"):
-        from stillhouse.data import text
-
-        return text.load(spec, data_root)
+    other = OTHER_TASKS.get(spec.name.partition(":")[0])
+    if other is not None:
+        return importlib.import_module(other).load(spec, data_root)
     found = source(spec, find_root(spec, data_root))
     parts = {
         name: _whole(samples, len(found.classes), spec.name) for name in ("train", "val", "test") if (samples := getattr(found, name)) is not None
@@ -231,7 +233,8 @@ def _form(found: Source, spec: DataSpec) -> tuple[tuple[int, ...], tuple[float, 
         return found.shape, mean, std
     if not mean:
         raise UserError(f"data.image_size: '{spec.name}' gives no images but inputs that are used as they are; leave it out.")
-    return (found.shape[0], spec.image_size, spec.image_size), mean, std
+    height, width = (spec.image_size, spec.image_size) if isinstance(spec.image_size, int) else spec.image_size
+    return (found.shape[0], height, width), mean, std
 
 
 def _photo(size: tuple[int, int], small: bool, standard: bool, flip: bool) -> Callable[[Any], Any]:

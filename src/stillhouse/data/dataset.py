@@ -12,9 +12,10 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
-from stillhouse.data.augment import crop_flip, mix, normalise, partners, resize
+from stillhouse.data.augment import crop_flip, mix, partners, resize
 from stillhouse.data.drawn import arrays, crop_and_flip, listening
 from stillhouse.errors import UserError
+from stillhouse.functional.pictures import normalise
 from stillhouse.randomness import key as keys
 from stillhouse.randomness import keyed, uniforms
 from stillhouse.signals import Batch

@@ -59,14 +59,15 @@ class Reader:
             return name
         from stillhouse.models.anatomy import stages
 
-        number, _, suffix = name.removeprefix("stage:").partition(":")
+        place, _, suffix = name.removeprefix("stage:").partition(":")
+        number, dot, inside = place.partition(".")
         found = stages(self.model)
         if not number.lstrip("-").isdigit() or number == "0" or not 1 <= abs(int(number)) <= len(found):
             raise UserError(
                 f"The {self.owner} has {len(found)} stages ({', '.join(found)}), so '{name}' is none of them: give stage:1 to stage:{len(found)}, or stage:-1 for the last."
             )
         index = int(number)
-        return found[index - 1 if index > 0 else index] + (f":{suffix}" if suffix else "")
+        return found[index - 1 if index > 0 else index] + dot + inside + (f":{suffix}" if suffix else "")
 
     @property
     def paths(self) -> dict[str, str]:
@@ -148,6 +149,11 @@ class Frozen(Teacher):
         self._was_training = model.training
         model.eval()
         self._reader = Reader(model, name, embedding, task)
+
+    @property
+    def task(self) -> Task | None:
+        """How the network is called and read."""
+        return self._reader.task
 
     def readers(self) -> list[Reader]:
         return [self._reader]

@@ -62,6 +62,8 @@ class Quantity:
 _KNOWN = {
     "accuracy": Quantity("Accuracy", "%", 100, 2, 1, "Share of test samples whose most probable class is the right one."),
     "accuracy_top5": Quantity("Top-5 accuracy", "%", 100, 2, 1, "Share of test samples whose right class is among the five most probable."),
+    "miou": Quantity("Mean IoU", "%", 100, 2, 1, "Intersection over union of predicted and true pixels, mean over the classes."),
+    "pixel_accuracy": Quantity("Pixel accuracy", "%", 100, 2, 1, "Share of labelled pixels whose class is the right one."),
     "accuracy_std": Quantity("Accuracy, spread", "points", 100, 2, -1, "Standard deviation of the accuracy over the networks that were trained."),
     "improvement_over_random": Quantity("Gain over random", "points", 100, 2, 1, "Accuracy above that of as many random real images."),
     "gain_over_scratch": Quantity("Gain over untrained", "points", 100, 2, 1, "Accuracy above that of backbones that were not pre-trained."),
@@ -154,6 +156,8 @@ def _alike(name: str) -> Quantity:
         return replace(_KNOWN["accuracy_std"], title=f"Accuracy, {what.removesuffix('_std').replace('_', ' ')}, spread")
     if kind == "accuracy" and what:
         return Quantity(f"Accuracy, {what.replace('_', ' ')}", "%", 100, 2, 1)
+    if kind == "iou" and what:
+        return Quantity(f"IoU, {what.replace('_', ' ')}", "%", 100, 2, 1, "Intersection over union of predicted and true pixels of this class.")
     for end, unit in (("_seconds", "s"), ("_mb", "MB")):
         if name.endswith(end):
             return Quantity(name.removesuffix(end).replace("_", " ").capitalize(), unit, 1, None, -1)

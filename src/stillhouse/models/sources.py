@@ -23,6 +23,7 @@ Shape = tuple[int, ...]
 Options = Mapping[str, Any]
 TASKS = {  # options.task: the Auto class, and its mapping from config classes to models
     "image": ("AutoModelForImageClassification", "MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING"),
+    "segmentation": ("AutoModelForSemanticSegmentation", "MODEL_FOR_SEMANTIC_SEGMENTATION_MAPPING"),
     "text": ("AutoModelForSequenceClassification", "MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING"),
     "causal": ("AutoModelForCausalLM", "MODEL_FOR_CAUSAL_LM_MAPPING"),
     "masked": ("AutoModelForMaskedLM", "MODEL_FOR_MASKED_LM_MAPPING"),
@@ -117,7 +118,7 @@ def from_transformers(name: str, num_classes: int | None, input_shape: Shape | N
     task = arguments.pop("task", "image")
     if task not in TASKS:
         raise unknown("options.task", str(task), TASKS)
-    if num_classes is not None and task in ("image", "text"):
+    if num_classes is not None and task in ("image", "segmentation", "text"):
         arguments.setdefault("num_labels", num_classes)
     auto = getattr(transformers, TASKS[task][0])
     owner = f"hf:{name}"
@@ -126,7 +127,7 @@ def from_transformers(name: str, num_classes: int | None, input_shape: Shape | N
         if kind not in transformers.CONFIG_MAPPING:
             raise unknown("transformers config", f"hf:config:{kind}", [f"hf:config:{k}" for k in transformers.CONFIG_MAPPING])
         plain = transformers.AutoConfig.for_model(kind)
-        if task == "image" and input_shape is not None:
+        if task in ("image", "segmentation") and input_shape is not None:
             if hasattr(plain, "num_channels"):
                 arguments.setdefault("num_channels", input_shape[0])
             if isinstance(getattr(plain, "image_size", None), int) and input_shape[1] == input_shape[2]:

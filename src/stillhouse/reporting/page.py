@@ -75,6 +75,17 @@ def picture(png: bytes, description: str) -> str:
     return f'<figure><img src="data:image/png;base64,{base64.b64encode(png).decode()}" alt="{escape(description)}"></figure>'
 
 
+def labelled_picture(png: bytes | None, text: str) -> str:
+    """A picture, or none, with a line under it."""
+    source = "" if png is None else f'<img src="data:image/png;base64,{base64.b64encode(png).decode()}" alt="{escape(text)}">'
+    return f"<figure>{source}<figcaption>{escape(text)}</figcaption></figure>"
+
+
+def gallery(rows: Iterable[str]) -> str:
+    """Rows of labelled pictures, as many beside each other as there is room for."""
+    return '<div class="gallery">' + "".join(f"<div>{row}</div>" for row in rows) + "</div>"
+
+
 def legend(items: Iterable[tuple[str, str, str]]) -> str:
     """Names beside their mark, once for several figures: (mark, colour, name)."""
     inner = "".join(f'<li><span style="color:{escape(color)}">{escape(mark)}</span> {escape(name)}</li>' for mark, color, name in items)
@@ -149,6 +160,9 @@ img{max-width:100%;border-radius:4px;display:block}
 .plot .gridlayer path,.plot .zerolinelayer path{stroke:var(--line)!important}
 .plot .modebar-btn path{fill:var(--soft)!important}
 pre{margin:8px 0 0;padding:12px 14px;background:var(--ground);border:1px solid var(--line);border-radius:8px;font:.82rem/1.5 ui-monospace,SFMono-Regular,Menlo,Consolas,monospace}
+.gallery{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(100%,440px),1fr));gap:14px 24px;margin-top:10px}
+.gallery>div{display:flex;gap:8px}.gallery figure{margin:0;flex:1 1 0;min-width:0}.gallery img{width:100%;image-rendering:pixelated;border-radius:4px}
+.gallery figcaption{font-size:.8rem;color:var(--soft)}
 .legend{list-style:none;display:flex;flex-wrap:wrap;gap:2px 18px;margin:0;padding:0;font-size:.9rem}
 details{margin-top:12px;font-size:.9rem}summary{cursor:pointer;color:var(--soft)}
 dl{display:grid;grid-template-columns:minmax(90px,max-content) 1fr;gap:4px 18px;margin:8px 0 0;font-size:.9rem}

@@ -14,7 +14,7 @@ import yaml
 
 from stillhouse.errors import UserError
 from stillhouse.evaluation.quantities import in_reading_order, quantity
-from stillhouse.reporting.page import cards, code, figure, grid, page, pairs, picture, section, write
+from stillhouse.reporting.page import cards, code, figure, gallery, grid, labelled_picture, page, pairs, picture, section, write
 
 Curve = tuple[list[float], list[float]]
 _POSITION = ("stage", "epoch", "step")
@@ -49,6 +49,7 @@ def write_run_report(folder: str | Path) -> Path:
         body += _of_a_set(evaluation, product or {}, folder / "product" / "sheet.png")
     elif evaluation:
         body.append(section("Results", "What the finished product does on test data, and what it costs.", cards(_shown(evaluation))))
+    body += _gallery(folder / "pictures")
     for name, figures in ((environment or {}).pop("teachers", None) or {}).items():
         facts = {title: value for title, value, _ in _shown(figures)}
         body.append(section(f"Teacher: {name}", "The network that the student learned from, judged on test data.", pairs(facts)))
@@ -65,6 +66,23 @@ def write_run_report(folder: str | Path) -> Path:
         body.append(_environment(environment))
     title, subtitle = _names(recipe, folder)
     return write(folder / "report.html", page(title, subtitle, body))
+
+
+def _gallery(folder: Path) -> list[str]:
+    """A section of test samples as the truth, the student and the teacher have them."""
+    found = _json(folder / "pictures.json")
+    if not found:
+        return []
+    rows = []
+    for sample in found["samples"]:
+        cells = []
+        for name, shown in sample["shown"].items():
+            text = f"{name}: {shown['caption']}" if shown["caption"] else name
+            file = shown["file"]
+            cells.append(labelled_picture((folder / file).read_bytes() if file else None, text))
+        rows.append("".join(cells))
+    how = "on which student and teacher differ most" if found["compared"] else "first in the test set"
+    return [section("Pictures", f"Test samples {how}; beside each, what is right and what each network finds.", gallery(rows))]
 
 
 def _of_a_set(evaluation: Mapping[str, Any], product: Mapping[str, Any], sheet: Path) -> list[str]:

@@ -22,7 +22,9 @@ from stillhouse.errors import UserError
 from stillhouse.files import written_beside
 from stillhouse.processes import rank_world, wait
 from stillhouse.reporting.run_report import write_run_report
+from stillhouse.runs.gallery import write_gallery
 from stillhouse.runs.method import Stage
+from stillhouse.runs.products import Student
 from stillhouse.runs.run import Run
 from stillhouse.training.display import Live
 
@@ -84,6 +86,8 @@ def execute(
         if main:
             _keep(product, folder / "product")
             figures |= run.evaluated(product)
+            if isinstance(product, Student):
+                write_gallery(run, product)
             figures.setdefault("run_seconds", time.monotonic() - started)
             environment = json.loads((folder / "environment.json").read_text())
             _write_json(folder / "environment.json", {**environment, **run.record})

@@ -12,6 +12,7 @@ from pydantic import BaseModel
 from torch import Tensor, nn
 
 from stillhouse.config.specs import DataSpec, MethodConfig, ModelSpec, TeacherSpec, TrainSpec
+from stillhouse.distillation.teachers import Frozen
 from stillhouse.errors import UserError
 from stillhouse.evaluation.judge import judge
 from stillhouse.files import cache_folder
@@ -46,6 +47,7 @@ class Run:
         self.seed = config.seed
         self.planned: set[str] | None = None
         self.record: dict[str, Any] = {}  # further facts for environment.json and the report
+        self.live_teachers: list[Frozen] = []  # for the pictures of the report
         self._bundles: dict[str, Any] = {}
         self._stores: dict[str, list[Any]] = {}  # data -> stores that its training batches replay
 
@@ -212,7 +214,7 @@ class Run:
 
     def teacher(self, name: str, spec: TeacherSpec, data: DataSpec) -> Any:
         """A teacher from its spec; one without weights is trained first, as a stage that every recipe with the same teacher shares."""
-        from stillhouse.distillation.teachers import CoTrained, Ensemble, Frozen, Momentum, PastSelf
+        from stillhouse.distillation.teachers import CoTrained, Ensemble, Momentum, PastSelf
 
         if spec.store is not None:
             return self._stored(name, spec, data)
@@ -230,8 +232,10 @@ class Run:
         task, its = self.data(data).task, self.data(spec.data or data).task
         model = self.network(name, spec, data)
         if type(its) is type(task):
-            return Frozen(task.as_teacher(model, spec, its), embedding=spec.embedding, name=name, task=task)
-        return Frozen(model, embedding=spec.embedding, name=name, task=its)
+            model, its = task.as_teacher(model, spec, its), task
+        teacher = Frozen(model, embedding=spec.embedding, name=name, task=its)
+        self.live_teachers.append(teacher)
+        return teacher
 
     def network(self, name: str, spec: TeacherSpec, data: DataSpec) -> nn.Module:
         """The network of a live teacher with its weights, trained first where it has none."""
@@ -274,7 +278,6 @@ class Run:
     def trained(self, stage: str, model: nn.Module, spec: ModelSpec, train: TrainSpec, data: DataSpec, seed: int) -> dict[str, Any]:
         """A network trained alone, on what its task calls plain training, as a shared stage: {"weights": tensors, "figures": test figures}."""
         from stillhouse.distillation.distillation import Distillation
-        from stillhouse.distillation.teachers import Frozen
         from stillhouse.distillation.weighted import objective_from_spec
 
         bundle = self.data(data)

@@ -11,6 +11,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor, nn
 
 from stillhouse.config.specs import ModelSpec, TeacherSpec
@@ -32,12 +33,14 @@ class Task:
         parts: what its networks give besides logits: name -> shape and meaning (`Signals.parts`).
         supervised: objectives of plain training: of teachers, and of variants without one.
         groups: figures by group, for a recipe's `evaluate`; `cost` and `step` are everybody's.
+        reads: what `predict` takes: "images" (uint8 (C, H, W)), "texts", or "" where it takes batches only.
     """
 
     name: ClassVar[str] = "any"
     parts: ClassVar[Mapping[str, str]] = {}
     supervised: ClassVar[tuple[str | dict[str, Any], ...]] = ("ce",)
     groups: ClassVar[tuple[str, ...]] = GROUPS
+    reads: ClassVar[str] = ""
 
     @property
     def positions(self) -> bool:
@@ -136,8 +139,22 @@ class Task:
         raise UserError(f"Nothing predicts for people with a model of the task '{self.name}' yet; call its module on batches.")
 
     def pictures(self, batch: Batch, outputs: Signals) -> list[Tensor]:
-        """A report's gallery: one uint8 picture (3, H, W) a sample of the batch; none by default."""
+        """For a report's gallery, what a network finds in each sample of a batch: uint8 pictures (3, H, W); [] where there is nothing to draw."""
         return []
+
+    def truth(self, batch: Batch) -> list[Tensor]:
+        """What is right, drawn as `pictures` draws it."""
+        return []
+
+    def captions(self, batch: Batch, outputs: Signals | None) -> list[str]:
+        """What stands under each of `pictures`; under each of `truth` without outputs."""
+        return []
+
+    def disagreement(self, student: Signals, teacher: Signals, batch: Batch) -> Tensor:
+        """(B,) how much student and teacher differ on each sample: by default the KL divergence of their class probabilities."""
+        theirs = teacher.log_probs()
+        kl = torch.nn.functional.kl_div(student.log_probs(), theirs, reduction="none", log_target=True).sum(-1)
+        return kl.flatten(1).mean(1) if kl.ndim > 1 else kl
 
 
 def _frozen(value: Any) -> Any:

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from stillhouse.config.specs import ModelSpec
 from stillhouse.errors import UserError
+from stillhouse.functional.pictures import centre, normalise, unnormalise, with_channels
 from stillhouse.models import build
-from stillhouse.signals import Batch
+from stillhouse.signals import Batch, Signals
 from stillhouse.tasks.base import Task
 
 
@@ -26,6 +28,7 @@ class Classification(Task):
     """
 
     name: ClassVar[str] = "classification"
+    reads: ClassVar[str] = "images"
     classes: tuple[str, ...]
     input_shape: tuple[int, ...]
     mean: tuple[float, ...] = ()
@@ -42,3 +45,37 @@ class Classification(Task):
         if not self.input_shape:
             raise UserError("The model takes several tensors by name, so only its weights can be exported: use the format safetensors.")
         return {"input": torch.zeros(1, *self.input_shape)}
+
+    @torch.no_grad()
+    def predict(self, module: nn.Module, inputs: Sequence[Any]) -> list[dict[str, Any]]:
+        """For each uint8 image (C, H, W): its `label`, and the five largest `probs` by class name."""
+        if len(self.input_shape) != 3 or not self.mean:
+            raise UserError(f"Only classifiers of images predict for people; this one takes inputs of shape {self.input_shape}: call its module.")
+        channels, height, width = self.input_shape
+        fitted = torch.stack([centre(with_channels(image, channels), (height, width)) for image in inputs])
+        device = next(module.parameters()).device
+        x = normalise(fitted, self.mean, self.std).to(device)
+        logits = self.read(self.call(module, {"input": x}), {"input": x}).logits
+        assert logits is not None
+        found = []
+        for probs in logits.float().softmax(-1).cpu():
+            top = probs.topk(min(5, len(probs)))
+            by_name = {self.classes[i]: round(p, 4) for p, i in zip(top.values.tolist(), top.indices.tolist())}
+            found.append({"label": next(iter(by_name)), "probs": by_name})
+        return found
+
+    def pictures(self, batch: Batch, outputs: Signals) -> list[Tensor]:
+        if len(self.input_shape) != 3 or not self.mean or self.input_shape[0] not in (1, 3):
+            return []
+        images = unnormalise(batch["input"].cpu(), self.mean, self.std)
+        times = max(1, 96 // max(self.input_shape[-2:]))
+        return [with_channels(x, 3).repeat_interleave(times, 1).repeat_interleave(times, 2) for x in images]
+
+    def truth(self, batch: Batch) -> list[Tensor]:
+        return self.pictures(batch, Signals())
+
+    def captions(self, batch: Batch, outputs: Signals | None) -> list[str]:
+        if outputs is None:
+            return [self.classes[i] for i in batch["label"].tolist()]
+        best = outputs.log_probs().exp().max(-1)
+        return [f"{self.classes[i]} ({p:.0%})" for p, i in zip(best.values.tolist(), best.indices.tolist())]

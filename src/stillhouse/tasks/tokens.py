@@ -67,6 +67,7 @@ class Tokens(Task):
     """
 
     name: ClassVar[str] = "tokens"
+    reads: ClassVar[str] = "texts"
     parts: ClassVar[Mapping[str, str]] = {
         "hidden": "(B, L, D) last hidden states",
         "output_weight": "(V, D) matrix of the output layer",

@@ -1,0 +1,217 @@
+"""Images with masks of class ids beside them: `masks:PATH`, and CamVid by name. PATH holds train, val and test, each with `images` and `labels`.
+
+A mask is a PNG of class ids, grey or palette, with its image's file name. Image and mask are augmented together.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from pydantic import Field, ValidationError
+from torchvision import tv_tensors
+
+from stillhouse.config.messages import spell
+from stillhouse.config.specs import DataSpec, Spec
+from stillhouse.data.augment import transforms
+from stillhouse.data.samples import Sample, SampleBundle, SampleDataset
+from stillhouse.data.source import IMAGENET_MEAN, IMAGENET_STD, existing, find_root
+from stillhouse.data.split import balanced, stratified
+from stillhouse.errors import UserError
+from stillhouse.files import digest
+from stillhouse.functional.pictures import normalise, with_channels
+from stillhouse.functional.ragged import IGNORE
+from stillhouse.tasks.segmentation import Segmentation
+
+CAMVID = ["sky", "building", "pole", "road", "pavement", "tree", "sign", "fence", "car", "pedestrian", "bicyclist"]
+IMAGES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff")
+
+
+class Options(Spec):
+    """data.options of images with masks."""
+
+    classes: list[str] = Field(default_factory=list, description="Class names, in the order of their ids in the masks.")
+    ignore: int | None = Field(None, description="The id in the masks that counts for nothing, such as 255.")
+    label_stride: int = Field(1, ge=1, description="Take every n-th pixel of a training mask in each direction; evaluation sees it whole.")
+    images: str = Field("images", description="The folder of images in a split.")
+    labels: str = Field("labels", description="The folder of masks in a split.")
+
+
+@dataclass
+class _Pairs:
+    """The files of a split: image and mask of one name."""
+
+    images: list[Path]
+    masks: list[Path]
+
+    @classmethod
+    def found(cls, folder: Path, options: Options) -> _Pairs:
+        images, masks = (
+            {p.stem: p for p in sorted((folder / name).iterdir()) if p.suffix.lower() in IMAGES and not p.name.startswith(".")}
+            if (folder / name).is_dir()
+            else {}
+            for name in (options.images, options.labels)
+        )
+        alone = sorted(set(images) ^ set(masks))
+        if alone:
+            side, other = (options.images, options.labels) if alone[0] in images else (options.labels, options.images)
+            raise UserError(f"'{folder / side}' holds '{alone[0]}', but '{folder / other}' has no file of that name ({len(alone)} such).")
+        return cls(list(images.values()), [masks[s] for s in images])
+
+
+def load(spec: DataSpec, data_root: str | Path | None = None) -> SampleBundle:
+    """`masks:PATH` or `camvid` as a bundle.
+
+    Raises:
+        UserError: no folder there, images without masks, ids in a mask that are no class, or a key that is for labelled images.
+    """
+    options, root = _options(spec), find_root(spec, data_root)
+    name = spec.name.removeprefix("masks:")
+    base = existing(name, root)
+    parts = {s: _Pairs.found(base / s, options) for s in ("train", "val", "test") if (base / s).is_dir()}
+    if not parts.get("train") or not parts["train"].images:
+        raise UserError(f"'{base}' holds no training images: it should have train/{options.images} and train/{options.labels}.")
+    everything = _Pairs([p for part in parts.values() for p in part.images], [p for part in parts.values() for p in part.masks])
+    splits, start = {}, 0
+    for split, part in parts.items():
+        splits[split] = np.arange(start, start + len(part.images))
+        start += len(part.images)
+    splits = _cut(splits, spec)
+    sizes = {_size(p) for p in everything.images}
+    size = _wanted(spec, sizes, base)
+    task = Segmentation(tuple(options.classes), size, IMAGENET_MEAN, IMAGENET_STD)
+    source = _Source(everything, options, size, len(sizes) == 1)
+    content = [(p.name, p.stat().st_size) for p in [*everything.images, *everything.masks]]
+    fixed = (options.model_dump(mode="json"), size)
+    fingerprint = digest(content, fixed, *[(n, splits[n]) for n in sorted(splits)], *[splits[n] for n in sorted(splits)])
+    augment = spec.augment
+    own = transforms(augment) if isinstance(augment, list) else None
+
+    def make(split: str, train: bool) -> SampleDataset:
+        moved = _Training(source, own, augment != "plain") if train else source.plain
+        return SampleDataset(source.read, splits[split], moved)
+
+    return SampleBundle(spec.name, task, fingerprint, splits, make)
+
+
+@dataclass
+class _Source:
+    files: _Pairs
+    options: Options
+    size: tuple[int, int]
+    one_size: bool  # whether evaluation can see masks in their own size
+
+    def read(self, position: int) -> Sample:
+        """The image as uint8 (3, H, W), and its mask (H, W) with -100 where nothing counts."""
+        image, mask = self.files.images[position], self.files.masks[position]
+        with Image.open(image, formats=["PNG", "JPEG", "BMP", "WEBP", "TIFF"]) as opened:
+            pixels = torch.from_numpy(np.array(opened.convert("RGB"))).permute(2, 0, 1)
+        with Image.open(mask, formats=["PNG", "BMP", "TIFF"]) as opened:
+            ids = torch.from_numpy(np.array(opened).astype(np.int64))
+        if ids.ndim != 2 or ids.shape != pixels.shape[-2:]:
+            raise UserError(
+                f"The mask '{mask}' has shape {tuple(ids.shape)}, but its image is {tuple(pixels.shape[-2:])}; "
+                "a mask holds one class id a pixel, and not colours."
+            )
+        if self.options.ignore is not None:
+            ids = ids.masked_fill(ids == self.options.ignore, IGNORE)
+        wrong = ids[(ids != IGNORE) & (ids >= len(self.options.classes))]
+        if len(wrong):
+            raise UserError(
+                f"The mask '{mask}' holds the id {int(wrong[0])}, but there are {len(self.options.classes)} classes "
+                f"(0 to {len(self.options.classes) - 1}); if it counts for nothing, set data.options.ignore: {int(wrong[0])}."
+            )
+        return {"input": tv_tensors.Image(pixels), "label": tv_tensors.Mask(ids)}
+
+    def plain(self, sample: Sample) -> Sample:
+        """As it is evaluated: the image resized, the mask in its own size where all images have one."""
+        image, label = sample["input"], sample["label"]
+        return self._finished(_resized(image, self.size), label if self.one_size else _resized(label, self.size))
+
+    def _finished(self, image: Any, label: Any, stride: int = 1) -> Sample:
+        pixels = normalise(with_channels(image.as_subclass(torch.Tensor), 3)[None], IMAGENET_MEAN, IMAGENET_STD)[0]
+        return {"input": pixels, "label": label.as_subclass(torch.Tensor)[::stride, ::stride].contiguous()}
+
+
+@dataclass
+class _Training:
+    """The transforms of training: the user's list, or the usual crop of half to all of the image and a mirror."""
+
+    source: _Source
+    own: Any
+    moves: bool
+
+    def __call__(self, sample: Sample) -> Sample:
+        from torchvision.transforms import v2
+
+        size = list(self.source.size)
+        if self.own is not None:
+            moved = self.own(sample)
+        elif self.moves:
+            moved = v2.Compose([v2.RandomResizedCrop(size, scale=(0.5, 1.0), antialias=True), v2.RandomHorizontalFlip()])(sample)
+        else:
+            moved = sample
+        image, label = (_resized(moved[k], self.source.size) for k in ("input", "label"))
+        return self.source._finished(image, label, self.source.options.label_stride)
+
+
+def _resized(value: Any, size: tuple[int, int]) -> Any:
+    """An image (bilinear) or mask (nearest) of another size."""
+    from torchvision.transforms.v2 import functional as V
+
+    return value if tuple(value.shape[-2:]) == size else V.resize(value, list(size), antialias=True)
+
+
+def _options(spec: DataSpec) -> Options:
+    for key in ("classes", "mixup", "cutmix", "label_noise"):
+        if getattr(spec, key):
+            raise UserError(f"data.{key} is for images with one label each; '{spec.name}' has masks.")
+    known = {"classes": CAMVID, "ignore": 11} if spec.name == "camvid" else {}
+    try:
+        options = Options.model_validate({**known, **spec.options})
+    except ValidationError as error:
+        raise spell(error, Options, "data.options") from None
+    if len(options.classes) < 2:
+        raise UserError(f"data.options.classes: name the classes of '{spec.name}', in the order of their ids in the masks; two at least.")
+    return options
+
+
+def _wanted(spec: DataSpec, sizes: set[tuple[int, int]], base: Path) -> tuple[int, int]:
+    if spec.image_size is not None:
+        return (spec.image_size, spec.image_size) if isinstance(spec.image_size, int) else spec.image_size
+    if len(sizes) > 1:
+        raise UserError(f"The images in '{base}' have {len(sizes)} sizes; set data.image_size, such as [256, 256].")
+    return next(iter(sizes))
+
+
+def _size(path: Path) -> tuple[int, int]:
+    with Image.open(path, formats=["PNG", "JPEG", "BMP", "WEBP", "TIFF"]) as image:
+        return image.height, image.width
+
+
+def _cut(splits: dict[str, np.ndarray], spec: DataSpec) -> dict[str, np.ndarray]:
+    """Subsets, holdout and validation, as functions of data.seed; a fifth for testing where there is no test split."""
+    out, train = dict(splits), splits["train"]
+
+    def some(rows: np.ndarray, share: float, what: str) -> np.ndarray:
+        return stratified(np.zeros(len(rows), np.int64), share, spec.seed, what)
+
+    if "test" not in out:
+        taken = some(train, 0.2, "test")
+        out["test"], train = train[taken], np.delete(train, taken)
+    if spec.size is not None:
+        train = train[balanced(np.zeros(len(train), np.int64), spec.size, spec.seed, "size")]
+    if spec.test_size is not None:
+        out["test"] = out["test"][balanced(np.zeros(len(out["test"]), np.int64), spec.test_size, spec.seed, "test_size")]
+    everything = len(train)
+    for name, share in (("val", spec.val if "val" not in out else 0.0), ("holdout", spec.holdout)):
+        if share:
+            taken = some(train, min(share * everything / len(train), 1.0), name)
+            out[name], train = train[taken], np.delete(train, taken)
+    if not len(train):
+        raise UserError(f"data.val {spec.val} and data.holdout {spec.holdout} leave none of {everything} images for training.")
+    return {**out, "train": train}

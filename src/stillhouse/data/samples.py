@@ -1,0 +1,117 @@
+"""`SampleDataset`: what `IndexedDataset` is for a class id, for samples of any other form: read one by one, transformed as a whole, stacked."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from stillhouse.data.dataset import BatchKey
+from stillhouse.errors import UserError, unknown
+from stillhouse.randomness import keyed
+from stillhouse.signals import Batch
+from stillhouse.tasks.base import Task
+
+SPLITS = ("train", "holdout", "val", "test")
+Sample = dict[str, Any]
+"""`input`, and a target under the task's own names."""
+
+
+class SampleDataset:
+    """The samples 0..n-1 of a split.
+
+    Args:
+        read: the sample at a position of the source.
+        rows: (n,) the split's positions, in order.
+        transform: on a whole sample, so that image, mask and boxes move together; drawn under keys of (seed, epoch, index).
+        ragged: names whose values differ in shape: a batch holds them as a list, one a sample; everything else is stacked.
+        classes: (n,) int64 class ids, where a sample has one class.
+    """
+
+    def __init__(
+        self,
+        read: Callable[[int], Sample],
+        rows: np.ndarray,
+        transform: Callable[[Sample], Sample],
+        ragged: Sequence[str] = (),
+        classes: np.ndarray | None = None,
+    ) -> None:
+        self._read, self._rows, self._transform, self._ragged, self._classes = read, rows, transform, frozenset(ragged), classes
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def labels(self) -> Tensor | None:
+        """(n,) class ids in index order; None where a sample has no one class."""
+        return None if self._classes is None else torch.from_numpy(self._classes).clone()
+
+    def __getitem__(self, index: int) -> Sample:
+        """One sample, as a training step of seed 0 and epoch 0 would see it."""
+        if not -len(self) <= index < len(self):
+            raise IndexError(index)
+        return self._sample(index % len(self), 0, 0)
+
+    def batch(self, key: BatchKey, seed: int) -> Batch:
+        """A process's share of a batch: the samples' values by name, and `index` (B,)."""
+        own = key.indices[key.start : key.stop]
+        samples = [self._sample(i, key.epoch, seed) for i in own.tolist()]
+        batch: Batch = {name: self._joined(name, [s[name] for s in samples]) for name in samples[0]}
+        return {**batch, "index": torch.from_numpy(own)}
+
+    def _sample(self, index: int, epoch: int, seed: int) -> Sample:
+        with keyed(seed, "augment", epoch, index):
+            return self._transform(self._read(int(self._rows[index])))
+
+    def _joined(self, name: str, values: list[Any]) -> Any:
+        if name in self._ragged:
+            return values
+        shapes = {tuple(v.shape) for v in values}
+        if len(shapes) > 1:
+            raise UserError(
+                f"The samples of a batch have a `{name}` of different shapes: {', '.join(map(str, sorted(shapes)[:3]))}; "
+                "set data.image_size, or make them equal in data.augment."
+            )
+        return torch.stack(values)
+
+
+@dataclass
+class SampleBundle:
+    """A data set of samples ready for use.
+
+    Attributes:
+        name: as in the recipe.
+        task: what is predicted.
+        fingerprint: a hash of the samples, their splits and what is fixed of their transforms.
+        splits: name -> positions.
+        make: (split, for training) -> its samples.
+        flip: whether a mirrored image keeps its meaning.
+    """
+
+    name: str
+    task: Task
+    fingerprint: str
+    splits: Mapping[str, np.ndarray] = field(repr=False)
+    make: Callable[[str, bool], SampleDataset] = field(repr=False)
+    evaluation_batch: int = 16
+    flip: bool = True
+
+    def has(self, split: str) -> bool:
+        """Whether there is such a split. Raises `UserError` for a word that is no split's."""
+        if split not in SPLITS:
+            raise unknown("split", split, SPLITS)
+        return split in self.splits
+
+    def dataset(self, split: str, *, train: bool) -> SampleDataset:
+        """A split's samples, with training augmentation (`train=True`) or as they are evaluated.
+
+        Raises:
+            UserError: a split that this data set does not have.
+        """
+        if not self.has(split):
+            how = f"; set data.{split}, such as data.{split}=0.1" if split in ("holdout", "val") else ""
+            raise UserError(f"The data set '{self.name}' has no {split} split{how}.")
+        return self.make(split, train)

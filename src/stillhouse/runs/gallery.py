@@ -1,0 +1,86 @@
+"""Pictures for a run's report: the test samples on which student and teacher differ most, with what is right and what each of them finds."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from stillhouse.data import BatchKey
+from stillhouse.distillation.teachers import Frozen
+from stillhouse.runs.products import Student
+from stillhouse.runs.run import Run
+from stillhouse.signals import Batch, Signals, evaluating, to_device
+
+SHOWN = 8
+SEARCHED = 64  # test batches looked through
+FOLDER = "pictures"
+
+
+@dataclass
+class _Networks:
+    product: Student
+    teacher: Frozen | None
+
+    def student(self, batch: Batch) -> Signals:
+        task = self.product.task
+        return task.read(task.call(self.product.module, batch), batch)
+
+
+def write_gallery(run: Run, product: Student) -> None:
+    """Write `pictures/` into the run's folder: PNG files and `pictures.json`; nothing for a task that draws none."""
+    spec, split = run.judging_data()
+    task = product.task
+    loader = run.loader(spec, split)
+    teachers = [t for t in run.live_teachers if type(t.task) is type(task)]
+    networks = _Networks(product, teachers[0] if teachers else None)
+    with evaluating(product.module):
+        device = next(product.module.parameters()).device
+        first = to_device(next(iter(loader)), device)
+        if not task.pictures(first, networks.student(first)):
+            return
+        rows = _most_different(networks, islice(loader, SEARCHED), device) if networks.teacher else np.arange(min(SHOWN, len(loader.dataset)))
+        batch = to_device(loader.dataset.batch(BatchKey(0, rows, 0, len(rows)), run.seed), device)
+        columns = {"truth": (task.truth(batch), task.captions(batch, None)), "student": _drawn(product, batch, networks.student(batch))}
+        if networks.teacher is not None:
+            columns["teacher"] = _drawn(product, batch, networks.teacher(batch))
+    _write(run.folder / FOLDER, columns, rows, networks.teacher is not None)
+
+
+def _most_different(networks: _Networks, batches: Iterable[Batch], device: torch.device) -> np.ndarray:
+    """Positions of the samples on which the two differ most, most first."""
+    found: list[tuple[float, int]] = []
+    assert networks.teacher is not None
+    for batch in batches:
+        batch = to_device(batch, device)
+        scores = networks.product.task.disagreement(networks.student(batch), networks.teacher(batch), batch)
+        found = sorted([*found, *zip(scores.tolist(), batch["index"].tolist())], reverse=True)[:SHOWN]
+    return np.array([index for _, index in found])
+
+
+def _drawn(product: Student, batch: Batch, outputs: Signals) -> tuple[list[Tensor], list[str]]:
+    return product.task.pictures(batch, outputs), product.task.captions(batch, outputs)
+
+
+def _write(folder: Path, columns: dict[str, tuple[list[Tensor], list[str]]], rows: np.ndarray, compared: bool) -> None:
+    from torchvision.utils import save_image
+
+    folder.mkdir(exist_ok=True)
+    samples = []
+    for i, row in enumerate(rows.tolist()):
+        shown = {}
+        for name, (pictures, captions) in columns.items():
+            same = name != "truth" and bool(columns["truth"][0]) and torch.equal(pictures[i], columns["truth"][0][i])
+            file = f"{i}-{name}.png" if pictures and not same else None
+            if file is not None:
+                save_image(pictures[i].float() / 255, folder / file)
+            if file is not None or captions:
+                shown[name] = {"file": file, "caption": captions[i] if captions else ""}
+        samples.append({"index": row, "shown": shown})
+    (folder / "pictures.json").write_text(json.dumps({"compared": compared, "samples": samples}, indent=1))

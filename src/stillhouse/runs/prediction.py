@@ -1,0 +1,90 @@
+"""`stillhouse predict`: what a product finds in a user's images or texts, as lines, JSON and pictures."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from stillhouse.errors import UserError
+from stillhouse.runs.products import Student, load_product
+
+FORMATS = ["PNG", "JPEG", "BMP", "WEBP", "TIFF", "GIF"]
+SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff", ".gif")
+
+
+def predict(folder: str | Path, inputs: Sequence[str], out: str | Path | None = None, trust_code: bool = False) -> Iterator[str]:
+    """A line for each input, as it is found; with `out`, `predictions.jsonl` and a PNG for each picture go there.
+
+    Args:
+        folder: a run's folder, or a product folder.
+        inputs: image files or folders of them; or texts, for a product that reads texts.
+
+    Raises:
+        UserError: a product that predicts nothing for people, or an input that is not there or no image.
+    """
+    product = load_product(folder, trust_code)
+    if not isinstance(product, Student) or not product.task.reads:
+        raise UserError(f"{folder} holds a product of kind '{product.kind}', which predicts nothing for people; load it and call its module.")
+    place = None if out is None else Path(out).expanduser()
+    if place is not None:
+        place.mkdir(parents=True, exist_ok=True)
+        (place / "predictions.jsonl").write_text("")
+    product.module.eval()
+    if product.task.reads == "images":
+        for path in _files(inputs):
+            yield _shown(path.name, product.predict([_decoded(path)])[0], place)
+    else:
+        for number, text in enumerate(inputs):
+            yield _shown(text if len(text) < 60 else f"text {number}", product.predict([text])[0], place)
+
+
+def _files(inputs: Sequence[str]) -> list[Path]:
+    found: list[Path] = []
+    for given in inputs:
+        path = Path(given).expanduser()
+        if path.is_dir():
+            inside = sorted(p for p in path.rglob("*") if p.suffix.lower() in SUFFIXES and not p.name.startswith("."))
+            if not inside:
+                raise UserError(f"The folder '{path}' holds no images.")
+            found += inside
+        elif path.is_file():
+            found.append(path)
+        else:
+            raise UserError(f"There is no image or folder '{path}'.")
+    return found
+
+
+def _decoded(path: Path) -> Tensor:
+    try:
+        with Image.open(path, formats=FORMATS) as image:
+            return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
+    except (OSError, SyntaxError, ValueError) as error:
+        raise UserError(f"'{path}' cannot be read as an image: {error}.") from None
+
+
+def _shown(name: str, found: dict[str, Any], place: Path | None) -> str:
+    """The line of one input; its JSON and its picture are written."""
+    plain = {k: v for k, v in found.items() if not isinstance(v, Tensor)}
+    if place is not None:
+        picture = found.get("picture")
+        if picture is not None:
+            from torchvision.io import write_png
+
+            write_png(picture, str(place / f"{Path(name).stem}.png"))
+            plain["picture"] = f"{Path(name).stem}.png"
+        with open(place / "predictions.jsonl", "a", encoding="utf-8") as file:
+            file.write(json.dumps({"input": name, **plain}, ensure_ascii=False) + "\n")
+    return f"{name}: {'; '.join(_words(v) for v in plain.values())}"
+
+
+def _words(value: Any) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{k} {v:.1%}" if isinstance(v, float) else f"{k} {v}" for k, v in value.items())
+    return str(value)
