@@ -75,10 +75,11 @@ def picture(png: bytes, description: str) -> str:
     return f'<figure><img src="data:image/png;base64,{base64.b64encode(png).decode()}" alt="{escape(description)}"></figure>'
 
 
-def labelled_picture(png: bytes | None, text: str) -> str:
-    """A picture, or none, with a line under it."""
+def labelled_picture(png: bytes | None, lines: Sequence[str]) -> str:
+    """A picture, or none, with lines under it."""
+    text = ", ".join(lines)
     source = "" if png is None else f'<img src="data:image/png;base64,{base64.b64encode(png).decode()}" alt="{escape(text)}">'
-    return f"<figure>{source}<figcaption>{escape(text)}</figcaption></figure>"
+    return f"<figure>{source}<figcaption>{'<br>'.join(map(escape, lines))}</figcaption></figure>"
 
 
 def gallery(rows: Iterable[str]) -> str:
@@ -160,7 +161,8 @@ img{max-width:100%;border-radius:4px;display:block}
 .plot .gridlayer path,.plot .zerolinelayer path{stroke:var(--line)!important}
 .plot .modebar-btn path{fill:var(--soft)!important}
 pre{margin:8px 0 0;padding:12px 14px;background:var(--ground);border:1px solid var(--line);border-radius:8px;font:.82rem/1.5 ui-monospace,SFMono-Regular,Menlo,Consolas,monospace}
-.gallery{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(100%,440px),1fr));gap:14px 24px;margin-top:10px}
+.gallery{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(100%,220px),1fr));gap:14px 24px;margin-top:10px}
+.gallery>div:has(figure+figure){grid-column:span 2}
 .gallery>div{display:flex;gap:8px}.gallery figure{margin:0;flex:1 1 0;min-width:0}.gallery img{width:100%;image-rendering:pixelated;border-radius:4px}
 .gallery figcaption{font-size:.8rem;color:var(--soft)}
 .legend{list-style:none;display:flex;flex-wrap:wrap;gap:2px 18px;margin:0;padding:0;font-size:.9rem}

@@ -75,12 +75,14 @@ def _gallery(folder: Path) -> list[str]:
         return []
     rows = []
     for sample in found["samples"]:
-        cells = []
+        cells: list[tuple[bytes | None, list[str]]] = []
         for name, shown in sample["shown"].items():
-            text = f"{name}: {shown['caption']}" if shown["caption"] else name
-            file = shown["file"]
-            cells.append(labelled_picture((folder / file).read_bytes() if file else None, text))
-        rows.append("".join(cells))
+            line = f"{name}: {shown['caption']}" if shown["caption"] else name
+            if shown["file"] or not cells:
+                cells.append(((folder / shown["file"]).read_bytes() if shown["file"] else None, [line]))
+            else:
+                cells[-1][1].append(line)  # the picture is the one before
+        rows.append("".join(labelled_picture(png, lines) for png, lines in cells))
     how = "on which student and teacher differ most" if found["compared"] else "first in the test set"
     return [section("Pictures", f"Test samples {how}; beside each, what is right and what each network finds.", gallery(rows))]
 
