@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from stillhouse.functional.feature_maps import LAST_STAGES, pooled
+from stillhouse.functional.feature_maps import LAST_STAGES, pooled_tap
 from stillhouse.objectives.ofa_kd import ofa_loss
 from stillhouse.signals import Batch, Signals
 
@@ -178,7 +178,7 @@ def cls_kd(name: str, on: Given, objective: Any, folder: Path | None) -> Loss:
     with _on_cpu():
         uskd = module.USKDLoss("uskd", True, channel=SHAPES[1][0], num_classes=CLASSES)
     uskd.fc.load_state_dict(objective.weak.state_dict())
-    return lambda: uskd(pooled(on.student.taps["stage:-2"]), on.student.logits, on.batch["label"])
+    return lambda: uskd(pooled_tap(on.student, "stage:-2"), on.student.logits, on.batch["label"])
 
 
 def ofakd(name: str, on: Given, objective: Any, folder: Path | None) -> Loss:

@@ -33,11 +33,16 @@ def maps(channels: int = 6, other: int | None = None) -> tuple[Tensor, Tensor]:
     return torch.randn(2, other or channels, 4, 4), torch.randn(2, channels, 4, 4)
 
 
+def pixels(logits: Tensor) -> Signals:
+    """Signals whose logits are a map (B, C, H, W), the class axis last."""
+    return Signals(logits=logits.movedim(1, -1))
+
+
 def terms_on(student: Tensor, teacher: Tensor, objective: ACAMKD | None = None, **options: object) -> dict[str, Tensor]:
     if objective is None:
         objective = ACAMKD(["logits"], ["logits"], **options)
-        objective.build(Signals(logits=student), Signals(logits=teacher), {})
-    return objective(Signals(logits=student), Signals(logits=teacher), {}, Progress())
+        objective.build(pixels(student), pixels(teacher), {})
+    return objective(pixels(student), pixels(teacher), {}, Progress())
 
 
 def test_masks_of_ones_give_the_mean_squared_error() -> None:
@@ -50,7 +55,7 @@ def test_masks_of_ones_give_the_mean_squared_error() -> None:
 def test_units_of_zeros_give_half_the_mean_squared_error() -> None:
     student, teacher = maps()
     objective = ACAMKD(["logits"], ["logits"])
-    objective.build(Signals(logits=student), Signals(logits=teacher), {})
+    objective.build(pixels(student), pixels(teacher), {})
     with torch.no_grad():
         objective.levels[0].channel_units.zero_()
         objective.levels[0].spatial_units.zero_()
@@ -88,7 +93,7 @@ def test_constant_keys_fuse_the_mean_so_that_spatial_masks_are_flat() -> None:
 def test_permuted_positions_leave_the_terms_unchanged() -> None:
     student, teacher = maps()
     objective = ACAMKD(["logits"], ["logits"])
-    objective.build(Signals(logits=student), Signals(logits=teacher), {})
+    objective.build(pixels(student), pixels(teacher), {})
     order = torch.randperm(16)
     moved = [x.flatten(2)[..., order].reshape(x.shape) for x in (student, teacher)]
     before, after = terms_on(student, teacher, objective), terms_on(*moved, objective)
@@ -152,8 +157,8 @@ def test_ignored_pixels_do_not_count() -> None:
     label[:, :2] = 255
     teacher = torch.where((label == 255)[:, None], student + 9, teacher)
     objective = ACAMKD(["logits"], ["logits"], mask_source="none", ignore_index=255)
-    objective.build(Signals(logits=student), Signals(logits=teacher), {})
-    value = objective(Signals(logits=student), Signals(logits=teacher), {"label": label}, Progress())["mse"]
+    objective.build(pixels(student), pixels(teacher), {})
+    value = objective(pixels(student), pixels(teacher), {"label": label}, Progress())["mse"]
     torch.testing.assert_close(value, (teacher - student)[:, :, 2:].square().mean() / 2)
 
 

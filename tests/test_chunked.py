@@ -12,7 +12,8 @@ from torch.nn import functional as F
 from stillhouse.errors import UserError
 from stillhouse.functional.chunked import linear_cross_entropy, linear_divergence
 from stillhouse.functional.heads import Head
-from stillhouse.functional.token_losses import coarse_log_probs, coarse_logits, jsd_rows, token_mean
+from stillhouse.functional.counting import counted_mean
+from stillhouse.functional.token_losses import coarse_log_probs, coarse_logits, jsd_rows
 from stillhouse.signals import TopK
 
 B, L, V, D, K = 3, 5, 41, 8, 6
@@ -53,7 +54,7 @@ def test_cross_entropy_in_chunks_is_the_plain_one(rows: int | None) -> None:
 def test_divergences_in_chunks_are_the_plain_ones(beta: float, given: str) -> None:
     world = World()
     logits = world.teacher.logits()
-    plain = token_mean(jsd_rows(world.student.logits() / 2, (logits / 2).log_softmax(-1), beta), world.mask)
+    plain = counted_mean(jsd_rows(world.student.logits() / 2, (logits / 2).log_softmax(-1), beta), world.mask)
     source = world.teacher if given == "head" else logits
     world.same(linear_divergence(world.student, source, beta=beta, temperature=2.0, mask=world.mask, rows=4), plain)
 
@@ -64,7 +65,7 @@ def test_a_top_k_teacher_in_chunks_is_the_plain_one(beta: float, temperature: fl
     world, top = World(), World().top()
     rows = jsd_rows(coarse_logits(world.student.logits(), top.indices, temperature), coarse_log_probs(top, V, temperature), beta)
     mine = linear_divergence(world.student, top, beta=beta, temperature=temperature, mask=world.mask, rows=4)
-    world.same(mine, token_mean(rows, world.mask))
+    world.same(mine, counted_mean(rows, world.mask))
 
 
 @pytest.mark.parametrize("beta", [0.0, 0.5, 1.0])

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from stillhouse import catalog
 from stillhouse.distillation.objective import Progress
 from stillhouse.errors import UserError
-from stillhouse.functional.token_losses import step_count
+from stillhouse.functional.counting import step_count
 from stillhouse.objectives.gkd import GKD, gkd_loss
 from stillhouse.objectives.seq_kd import SeqKD, seq_kd_loss
 from stillhouse.signals import Signals, TopK

@@ -12,6 +12,7 @@ from stillhouse.distillation.objective import Context, Objective, Progress, Weig
 from stillhouse.distillation.teachers import PLAIN, Frozen, Reader, Stored, Teacher
 from stillhouse.distillation.weighted import Weighted, objective_from_spec
 from stillhouse.errors import UserError, nearest
+from stillhouse.functional.counting import counted
 from stillhouse.randomness import keyed
 from stillhouse.signals import Batch, Signals, first_samples, to_device
 from stillhouse.tasks.base import Task
@@ -101,7 +102,7 @@ class Distillation(nn.Module):
 
         Raises:
             UserError: an objective that needs what its teacher or the batch does not give; a tap that does not exist or is not reached; teacher and
-                student with different class counts.
+                student with different class counts; predictions of positions for an objective of samples, or labels that do not stand where they stand.
         """
         if self._built:
             return self
@@ -141,6 +142,7 @@ class Distillation(nn.Module):
             for entry in self.entries:
                 teacher_said = said.get(entry.objective.teacher, NOTHING)
                 self._check_classes(entry, student, teacher_said)
+                self._check_positions(entry, student, probe)
                 entry.objective.build(student, teacher_said, probe)
             self.objectives.to(device)
 
@@ -213,6 +215,22 @@ class Distillation(nn.Module):
             raise UserError(
                 f"The objective '{entry.label}' compares class probabilities, but the teacher has {theirs} classes and the student {classes}."
             )
+
+    @staticmethod
+    def _check_positions(entry: Weighted, student: Signals, batch: Batch) -> None:
+        """Refuse predictions of positions for an objective of samples, and labels that do not stand where the predictions stand."""
+        logits = student.logits
+        if logits is None or "student.logits" not in entry.objective.needs:
+            return
+        if entry.objective.positions:
+            counted(batch, logits.shape[:-1])
+        elif logits.ndim != 2:
+            raise UserError(
+                f"The objective '{entry.label}' takes one prediction a sample, (B, C), but the student's logits have shape {tuple(logits.shape)}; "
+                "of tokens and pixels, those take one a position that say so, such as ce, kd and gkd."
+            )
+        elif batch.get("mask") is not None:
+            raise UserError(f"The batch's `mask` says what counts, but the objective '{entry.label}' counts every sample; leave the mask out.")
 
     def compile(self, *args: Any, **kwargs: Any) -> None:
         """torch.compile the student and the live teachers in place (after `build`, whose hooks must come first)."""

@@ -26,6 +26,9 @@ class Objective(nn.Module):
         default_weight: the published weight, used where the recipe gives none.
         reads_top: whether the k most probable classes with the mass of all others (`Signals.top`) will do where `needs` says `"teacher.logits"`.
         reads_hidden: whether hidden states and the output matrix (the taps `hidden`, `output_weight`, `output_bias`) will do in the place of logits.
+        positions: whether it takes one prediction a position (a token, a pixel) and counts them by `stillhouse.functional.counting.counted`. Objectives
+            that read logits and mean one prediction a sample, (B, C), leave it; `Distillation.build` refuses others for them.
+        host_step: why a training step of it waits for the device or computes on the host; None: it does neither.
         teacher: the name of the teacher that it reads.
     """
 
@@ -33,6 +36,8 @@ class Objective(nn.Module):
     default_weight: ClassVar[float] = 1.0
     reads_top: bool = False
     reads_hidden: bool = False
+    positions: ClassVar[bool] = False
+    host_step: ClassVar[str | None] = None
     teacher: str = "teacher"
 
     def build(self, student: Signals, teacher: Signals, batch: Batch) -> None:

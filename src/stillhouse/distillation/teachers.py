@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal
 
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from stillhouse.distillation.objective import Progress
 from stillhouse.errors import UserError
-from stillhouse.signals import Batch, Signals, Taps, TopK
+from stillhouse.signals import Batch, Signals, Taps, TopK, image_size
 from stillhouse.tasks.base import Task
 
 PLAIN = Task()
@@ -24,6 +24,9 @@ EVERYTHING = frozenset({"logits", "embedding", "taps"})
 
 class Reader:
     """Calls a network once on a batch, as its task says, and reads its outputs, embedding and taps as `Signals`.
+
+    Maps that a network holds as (B, H, W, C), as Swin transformers do, are given as (B, C, H, W): here, for everything that reads a tap. Which they are
+    is decided at the first call.
 
     Args:
         model: the network.
@@ -38,11 +41,12 @@ class Reader:
         self.losses = False  # whether the network's own losses are wanted, in training
         self._taps: Taps | None = None
         self._paths: dict[str, str] = {}  # name asked for -> tap of the model
+        self._channels_last: frozenset[str] | None = None  # taps of the model that are (B, H, W, C)
 
     def attach(self, wanted: Iterable[str], probe: Batch) -> None:
         """Make the hooks for `embedding` and `tap:NAME` (a submodule, or `stage:N`), before any compilation."""
         self.close()
-        self._paths = {}
+        self._paths, self._channels_last = {}, None
         for name in sorted(set(wanted)):
             if name == "embedding":
                 from stillhouse.models.anatomy import classifier
@@ -80,12 +84,23 @@ class Reader:
         with captured as got:
             output = task.call(self.model, batch, losses=self.losses and self.model.training)
         signals = task.read(output, batch)
-        signals.taps |= {name: got[path] for name, path in self._paths.items() if name != "embedding"}
+        signals.image = image_size(batch)
+        found = self._channels_second(got, signals.image)
+        signals.taps |= {name: found[path] for name, path in self._paths.items() if name != "embedding"}
         if "embedding" in self._paths:
             from stillhouse.models.anatomy import embedding_from
 
-            signals.embedding = embedding_from(got[self._paths["embedding"]])
+            signals.embedding = embedding_from(found[self._paths["embedding"]])
         return signals
+
+    def _channels_second(self, got: Mapping[str, Tensor], image: tuple[int, int] | None) -> dict[str, Tensor]:
+        """The captured tensors, maps as (B, C, H, W)."""
+        if self._channels_last is None:
+            from stillhouse.models.anatomy import has_channels_last
+
+            maps = {path for path, x in got.items() if x.ndim == 4}
+            self._channels_last = frozenset(path for path in maps if has_channels_last(self.model, path, got[path].shape, image))
+        return {path: x.movedim(-1, 1) if path in self._channels_last else x for path, x in got.items()}
 
     def compile(self, *args: Any, **kwargs: Any) -> None:
         """torch.compile in place what a call runs."""
@@ -259,7 +274,7 @@ class Stored(Teacher):
             )
         top = TopK(held["top"], held["top.indices"], held["top.tail"]) if "top" in held else None
         taps = {k.removeprefix("tap:"): v for k, v in held.items() if k.startswith("tap:")}
-        return Signals(logits=held.get("logits"), top=top, embedding=held.get("embedding"), taps=taps)
+        return Signals(logits=held.get("logits"), top=top, embedding=held.get("embedding"), taps=taps, image=image_size(batch))
 
     def fingerprint(self) -> str:
         """The store's identity."""

@@ -53,6 +53,12 @@ def same_classes(name: str, student_logits: Tensor, teacher_logits: Tensor, *, a
         raise UserError(f"{name}: needs at least {at_least} classes; the logits have shape {tuple(student_logits.shape)}.")
 
 
+def one_prediction_a_sample(name: str, logits: Tensor) -> None:
+    """Raise `UserError` for logits that are not (B, C)."""
+    if logits.ndim != 2:
+        raise UserError(f"{name}: takes one prediction a sample, logits (B, C); given: {tuple(logits.shape)}.")
+
+
 def same_rows(name: str, student: Tensor, teacher: Tensor) -> None:
     """Raise `UserError` unless both tensors hold as many samples."""
     if len(student) != len(teacher):

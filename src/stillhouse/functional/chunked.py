@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from stillhouse.errors import UserError
+from stillhouse.functional.counting import IGNORED, Reduction
 from stillhouse.functional.heads import Head, as_multiplied, check_head, in_chunks, project
-from stillhouse.functional.token_losses import NEVER, Reduction, check_beta, check_top, check_vocabulary, coarse_log_probs
+from stillhouse.functional.token_losses import NEVER, check_beta, check_top, check_vocabulary, coarse_log_probs
 from stillhouse.signals import TopK
 
 
@@ -25,7 +26,7 @@ def linear_cross_entropy(
     *,
     temperature: float = 1.0,
     mask: Tensor | None = None,
-    ignore_index: int = -100,
+    ignore_index: int = IGNORED,
     count: Tensor | float | None = None,
     reduction: Reduction = "mean",
     rows: int | None = None,
@@ -36,7 +37,7 @@ def linear_cross_entropy(
         student: hidden (..., D), weight (V, D).
         labels: (...,) ids.
         mask: (...,) True where a token counts, beside labels that are not `ignore_index`.
-        count: what to divide by instead of the number of counted tokens (see `token_mean`).
+        count: what to divide by instead of the number of counted tokens (see `counted_mean`).
         rows: tokens of a chunk; default: as many as heads.CHUNK numbers hold.
 
     Raises:

@@ -13,7 +13,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from stillhouse.errors import UserError
-from stillhouse.functional.token_losses import Reduction
+from stillhouse.functional.counting import Reduction
 from stillhouse.signals import Signals
 
 BIG_VOCABULARY = 32_000

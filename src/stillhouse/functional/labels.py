@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from stillhouse.errors import UserError
+from stillhouse.functional import checks
 
 
 def is_soft(label: Tensor) -> bool:
@@ -15,6 +16,7 @@ def is_soft(label: Tensor) -> bool:
 
 def check_label(name: str, label: Tensor, logits: Tensor) -> None:
     """Raise `UserError` for a label that does not fit logits (B, C): a wrong shape, or (where it is on the CPU) a class id out of range."""
+    checks.one_prediction_a_sample(name, logits)
     rows, classes = logits.shape
     if is_soft(label):
         if label.shape != logits.shape:

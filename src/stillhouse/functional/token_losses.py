@@ -1,4 +1,4 @@
-"""Divergences of tokens: one value for each position of (..., V) logits, which tokens count, and the mean over those that do.
+"""Divergences of tokens: one value for each position of (..., V) logits. What counts of them: see `stillhouse.functional.counting`.
 
 The generalised Jensen-Shannon divergence is that of GKD (Agarwal et al., ICLR 2024, arXiv 2306.13649, eq. 1); the total variation, skewed and adaptive
 ones are the baselines of TAID (arXiv 2501.16937). Each takes the student's logits and the teacher's log-probabilities, which are constants. A class that
@@ -8,94 +8,19 @@ the teacher or the student masks out with a logit of minus infinity costs nothin
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.nn import functional as F
 
 from stillhouse.errors import UserError
+from stillhouse.functional.divergences import kl_terms, weighed
 from stillhouse.functional.precision import full_precision
-from stillhouse.signals import Batch, TopK
+from stillhouse.signals import TopK, log_softmax
 
-Reduction = Literal["mean", "sum"]
 NEVER = -1e30
 """The log-probability of a class that is not there: probability 0, and a gradient that is a number."""
-
-
-# ---- which tokens count --------------------------------------------------------------------------------------------------------------------
-
-
-def counted(batch: Batch, shape: torch.Size | tuple[int, ...], ignore_index: int = -100) -> Tensor | None:
-    """Which positions of logits (*shape, V) count: `batch["mask"]` (*shape) where given; else, of sequences, labels (*shape) that are not `ignore_index`.
-
-    None: all. Of samples (B, C) all count, as an unlabelled one can still be distilled.
-
-    Raises:
-        UserError: a mask of another shape.
-    """
-    mask: Tensor | None = batch.get("mask")
-    if mask is not None:
-        if mask.shape != torch.Size(shape):
-            raise UserError(
-                f"The batch's mask has shape {tuple(mask.shape)}, but the logits score positions of shape {tuple(shape)}; they must be equal."
-            )
-        return mask.bool()
-    label: Tensor | None = batch.get("label")
-    if label is None or len(shape) < 2 or label.shape != torch.Size(shape):
-        return None
-    return label != ignore_index
-
-
-def token_mean(rows: Tensor, mask: Tensor | None = None, count: Tensor | float | None = None, reduction: Reduction = "mean") -> Tensor:
-    """The mean of the rows that count, or with `reduction="sum"` their sum; 0 where none counts.
-
-    Args:
-        rows: (...,) one value a token.
-        mask: (...,) True where it counts; default: all.
-        count: what to divide by instead of the number of counted rows: that of all micro-batches of a step, so that accumulation changes nothing.
-    """
-    total = rows.sum() if mask is None else rows.masked_fill(~mask, 0.0).sum()
-    if reduction == "sum":
-        return total
-    if count is None:
-        count = max(rows.numel(), 1) if mask is None else mask.sum().clamp_min(1)
-    return total / count
-
-
-def step_count(batch: Batch, rows: Tensor, mask: Tensor | None = None, share: bool = True) -> Tensor:
-    """What the sum over a batch is divided by so that the mean is over all tokens of the optimiser step.
-
-    `batch["token_count"]`, where a loop that accumulates gives it (see `weigh_tokens_alike`); else the tokens that count here.
-
-    Args:
-        rows: (...,) one value a token.
-        mask: (...,) True where it counts; default: all.
-        share: over several processes, whose gradients are averaged, take the mean of their numbers, so that every token weighs the same wherever it
-            lies. Every process must then call this.
-    """
-    given = batch.get("token_count", rows.numel() if mask is None else mask.sum())
-    count = torch.ones(1, device=rows.device) * given
-    if share and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-        dist.all_reduce(count)
-        count = count / dist.get_world_size()
-    return count[0].clamp_min(1)
-
-
-def has_tokens(batch: Batch) -> bool:
-    """Whether the batch's labels are of tokens, (B, L) ids."""
-    label = batch.get("label")
-    return isinstance(label, Tensor) and label.ndim == 2 and not label.is_floating_point()
-
-
-def weigh_tokens_alike(batches: Sequence[Batch]) -> None:
-    """Give the batches of tokens of one optimiser step, whose losses are averaged, the `token_count` with which every token weighs the same; in place."""
-    masks = [counted(batch, batch["label"].shape) for batch in batches]
-    mean = torch.stack([mask.sum() for mask in masks if mask is not None]).sum() / len(batches)
-    for batch in batches:
-        batch["token_count"] = mean
 
 
 # ---- divergences ---------------------------------------------------------------------------------------------------------------------------
@@ -104,19 +29,19 @@ def weigh_tokens_alike(batches: Sequence[Batch]) -> None:
 @full_precision
 def cross_entropy_rows(student_logits: Tensor, teacher_log_probs: Tensor) -> Tensor:
     """-sum_v p log q: the forward KL and the teacher's entropy, (..., V) and (..., V) -> (...,)."""
-    return -_expected(teacher_log_probs, F.log_softmax(student_logits, dim=-1))
+    return -_expected(teacher_log_probs, log_softmax(student_logits))
 
 
 @full_precision
 def forward_kl_rows(student_logits: Tensor, teacher_log_probs: Tensor) -> Tensor:
     """KL(p || q) of the teacher's p and the student's q, (..., V) and (..., V) -> (...,)."""
-    return _expected(teacher_log_probs, teacher_log_probs - F.log_softmax(student_logits, dim=-1))
+    return kl_terms(student_logits, teacher_log_probs).sum(-1)
 
 
 @full_precision
 def reverse_kl_rows(student_logits: Tensor, teacher_log_probs: Tensor) -> Tensor:
     """KL(q || p), (..., V) and (..., V) -> (...,)."""
-    log_q = F.log_softmax(student_logits, dim=-1)
+    log_q = log_softmax(student_logits)
     return _expected(log_q, log_q - teacher_log_probs)
 
 
@@ -134,7 +59,7 @@ def jsd_rows(student_logits: Tensor, teacher_log_probs: Tensor, beta: float = 0.
         return forward_kl_rows(student_logits, teacher_log_probs)
     if beta == 1.0:
         return reverse_kl_rows(student_logits, teacher_log_probs)
-    log_q = F.log_softmax(student_logits, dim=-1)
+    log_q = log_softmax(student_logits)
     if not teacher_log_probs.requires_grad:
         return _Jsd.apply(log_q, teacher_log_probs, beta)
     log_m = mixture(log_q, teacher_log_probs, beta)
@@ -171,13 +96,13 @@ def total_variation_rows(student_logits: Tensor, teacher_log_probs: Tensor) -> T
 @full_precision
 def skew_forward_rows(student_logits: Tensor, teacher_log_probs: Tensor, skew: float = 0.1) -> Tensor:
     """-sum_v p log(skew p + (1 - skew) q): the skewed forward KL of DistiLLM (arXiv 2402.03898) as a cross-entropy, (..., V) and (..., V) -> (...,)."""
-    return -_expected(teacher_log_probs, mixture(F.log_softmax(student_logits, dim=-1), teacher_log_probs, skew))
+    return -_expected(teacher_log_probs, mixture(log_softmax(student_logits), teacher_log_probs, skew))
 
 
 @full_precision
 def skew_reverse_rows(student_logits: Tensor, teacher_log_probs: Tensor, skew: float = 0.1) -> Tensor:
     """KL(q || (1 - skew) p + skew q), (..., V) and (..., V) -> (...,)."""
-    log_q = F.log_softmax(student_logits, dim=-1)
+    log_q = log_softmax(student_logits)
     return _expected(log_q, log_q - mixture(log_q, teacher_log_probs, 1 - skew))
 
 
@@ -256,5 +181,4 @@ def check_top(name: str, indices: Tensor, classes: int) -> None:
 
 
 def _expected(log_weights: Tensor, values: Tensor) -> Tensor:
-    weights = log_weights.exp()
-    return (weights * values.masked_fill(weights == 0, 0.0)).sum(-1)  # 0 log 0 is 0, and its gradient too
+    return weighed(log_weights, values).sum(-1)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -110,6 +110,39 @@ def embedding_from(tensor: Tensor) -> Tensor:
     raise UserError(
         f"An embedding is made from (B, D), (B, D, H, W) or (B, L, D), not from shape {tuple(tensor.shape)}; set `embedding:` to another submodule."
     )
+
+
+def has_channels_last(model: nn.Module, tap: str, shape: Sequence[int], image: tuple[int, int] | None) -> bool:
+    """Whether a tap's map is (B, H, W, C), as in Swin transformers, and not (B, C, H, W).
+
+    The tapped layer tells where it works along one axis. Else the two axes that have the aspect of the image are height and width, where the axis that is
+    then the channels is as wide as some linear layer or layer norm of the model; and where all three axes are alike, timm's `output_fmt` decides.
+
+    Args:
+        model: with the tap, a submodule (`:in` at the end: its input).
+        tap: its name.
+        shape: of the map, four axes.
+        image: (H, W) of the images that the model saw; None: not known.
+    """
+    module = model.get_submodule(tap.removesuffix(":in"))
+    if isinstance(module, nn.Linear):
+        return True
+    if image is None or isinstance(module, nn.Conv2d | nn.BatchNorm2d | nn.GroupNorm):
+        return False
+    _, a, b, c = shape
+    if not _has_aspect(a, b, image):
+        return False
+    if _has_aspect(b, c, image):
+        return str(getattr(model, "output_fmt", "NCHW")).endswith("NHWC")
+    return any(
+        (isinstance(m, nn.LayerNorm) and m.normalized_shape[-1] == c) or (isinstance(m, nn.Linear) and c in (m.in_features, m.out_features))
+        for m in model.modules()
+    )
+
+
+def _has_aspect(height: int, width: int, image: tuple[int, int]) -> bool:
+    """Whether a map has the proportions of the image, but for a pixel of rounding."""
+    return abs(height * image[1] - width * image[0]) < max(image)
 
 
 def _chain_stages(model: nn.Module, modules: dict[str, nn.Module]) -> list[str]:

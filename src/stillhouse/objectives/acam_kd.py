@@ -31,7 +31,7 @@ from torch.nn import functional as F
 from stillhouse.distillation.objective import Context, Objective, Progress
 from stillhouse.errors import UserError, unknown
 from stillhouse.functional import checks
-from stillhouse.functional.feature_maps import as_map
+from stillhouse.functional.feature_maps import map_tap
 from stillhouse.functional.precision import full_precision
 from stillhouse.signals import Batch, Signals
 
@@ -155,6 +155,7 @@ class ACAMKD(Objective):
 
     name = "acam_kd"
     same_classes = False
+    positions = True
     faintest: Tensor
 
     def __init__(
@@ -251,11 +252,11 @@ class ACAMKD(Objective):
 def map_of(signals: Signals, layer: str) -> Tensor:
     """A layer's map (B, C, H, W), or the map of logits. Raises `UserError` for logits that are no map."""
     if layer != "logits":
-        return as_map(signals.taps[layer])
-    if signals.logits is None or signals.logits.ndim != 4:
-        shape = "none" if signals.logits is None else tuple(signals.logits.shape)
-        raise UserError(f"acam_kd: the layer `logits` must give maps (B, C, H, W); given: {shape}.")
-    return signals.logits
+        return map_tap(signals, layer)
+    logits = signals.require("logits")
+    if logits.ndim != 4:
+        raise UserError(f"acam_kd: the layer `logits` must give maps (B, H, W, C); given: {tuple(logits.shape)}.")
+    return logits.movedim(-1, 1)
 
 
 def standardised(x: Tensor) -> Tensor:

@@ -21,7 +21,7 @@ from torch.nn import functional as F
 
 from stillhouse.distillation.objective import Objective, Progress
 from stillhouse.functional import checks
-from stillhouse.functional.feature_maps import LAST_STAGES, same_size
+from stillhouse.functional.feature_maps import LAST_STAGES, map_tap, same_size
 from stillhouse.functional.precision import full_precision
 from stillhouse.signals import Batch, Signals
 
@@ -79,4 +79,4 @@ class AT(Objective):
         self.needs = frozenset(f"student.tap:{s}" for s in student_layers) | frozenset(f"teacher.tap:{t}" for t in teacher_layers)
 
     def forward(self, student: Signals, teacher: Signals, batch: Batch, progress: Progress) -> dict[str, Tensor]:
-        return {"loss": torch.stack([at_loss(student.taps[s], teacher.taps[t], self.p) for s, t in self.pairs]).sum()}
+        return {"loss": torch.stack([at_loss(map_tap(student, s), map_tap(teacher, t), self.p) for s, t in self.pairs]).sum()}

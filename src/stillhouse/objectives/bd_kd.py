@@ -28,6 +28,7 @@ from torch.nn import functional as F
 from stillhouse.distillation.objective import Context, Objective, Progress
 from stillhouse.errors import UserError
 from stillhouse.functional import checks
+from stillhouse.functional.divergences import weighed
 from stillhouse.functional.precision import full_precision
 from stillhouse.objectives.ce import cross_entropy
 from stillhouse.signals import Batch, Signals
@@ -37,16 +38,17 @@ from stillhouse.signals import Batch, Signals
 def divergences(student_logits: Tensor, teacher_logits: Tensor, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
     """Per sample, forward KL(teacher || student) and reverse KL(student || teacher) at temperature T; (B, C) and (B, C) -> (B,) and (B,). No factor T^2."""
     checks.same_classes("bd_kd", student_logits, teacher_logits)
+    checks.one_prediction_a_sample("bd_kd", student_logits)
     log_s, log_t = F.log_softmax(student_logits / temperature, dim=-1), F.log_softmax(teacher_logits / temperature, dim=-1)
     ratio = log_t - log_s
-    return (log_t.exp() * ratio).sum(-1), -(log_s.exp() * ratio).sum(-1)
+    return weighed(log_t, ratio).sum(-1), -weighed(log_s, ratio).sum(-1)
 
 
 @full_precision
 def entropy(logits: Tensor, temperature: float = 1.0) -> Tensor:
     """Entropy in nats of softmax(logits / T); (B, C) -> (B,)."""
     log_p = F.log_softmax(logits / temperature, dim=-1)
-    return -(log_p.exp() * log_p).sum(-1)
+    return -weighed(log_p, log_p).sum(-1)
 
 
 def surer(student_logits: Tensor, teacher_logits: Tensor, temperature: float = 1.0) -> Tensor:
@@ -118,8 +120,7 @@ class BDKD(Objective):
             raise UserError(f"bd_kd: the teacher '{self.teacher}' and the student are one and the same network; give the peer a network of its own.")
 
     def forward(self, student: Signals, teacher: Signals, batch: Batch, progress: Progress) -> dict[str, Tensor]:
-        mine, peer = student.logits, teacher.logits
-        assert mine is not None
+        mine, peer = student.require("logits"), teacher.logits
         if peer is None or (torch.is_grad_enabled() and not peer.requires_grad):
             raise UserError(f"bd_kd: the teacher '{self.teacher}' must be a network that trains along: give it as `peer:`, not as `model:`.")
         return {

@@ -107,9 +107,8 @@ class CRD(Objective):
         self.width, self.negatives, self.temperature, self.momentum = width, negatives, temperature, momentum
 
     def build(self, student: Signals, teacher: Signals, batch: Batch) -> None:
-        assert student.embedding is not None and teacher.embedding is not None
-        self.embed_student = nn.Linear(student.embedding.shape[-1], self.width)
-        self.embed_teacher = nn.Linear(teacher.embedding.shape[-1], self.width)
+        self.embed_student = nn.Linear(student.require("embedding").shape[-1], self.width)
+        self.embed_teacher = nn.Linear(teacher.require("embedding").shape[-1], self.width)
 
     def prepare(self, ctx: Context) -> None:
         labels = ctx.labels("train")
@@ -123,9 +122,8 @@ class CRD(Objective):
         self.sampler = Negatives(labels.cpu()).to(device)
 
     def forward(self, student: Signals, teacher: Signals, batch: Batch, progress: Progress) -> dict[str, Tensor]:
-        assert student.embedding is not None and teacher.embedding is not None
-        v_s = gather(F.normalize(self.embed_student(student.embedding).float()))
-        v_t = gather(F.normalize(self.embed_teacher(teacher.embedding.detach()).float()))
+        v_s = gather(F.normalize(self.embed_student(student.require("embedding")).float()))
+        v_t = gather(F.normalize(self.embed_teacher(teacher.require("embedding").detach()).float()))
         index = gather(batch["index"])
         candidates = torch.cat([index[:, None], self.sampler.draw(index, self.negatives)], dim=1)
         terms = {

@@ -14,7 +14,6 @@ L = T^2 (beta * (1 - mean Pearson of rows) + gamma * (1 - mean Pearson of column
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -33,6 +32,7 @@ def dist_loss(student_probs: Tensor, teacher_probs: Tensor) -> dict[str, Tensor]
         student_probs, teacher_probs: (B, C) softmax(z / T).
     """
     checks.same_classes("dist", student_probs, teacher_probs)
+    checks.one_prediction_a_sample("dist", student_probs)
     teacher_probs = teacher_probs.detach()
     return {
         "inter": 1 - pearson(student_probs, teacher_probs).mean(),
@@ -42,10 +42,8 @@ def dist_loss(student_probs: Tensor, teacher_probs: Tensor) -> dict[str, Tensor]
 
 @full_precision
 def pearson(x: Tensor, y: Tensor, eps: float = 1e-8) -> Tensor:
-    """Pearson correlation of each row of x with that of y, (N, M) and (N, M) -> (N,); 0 where a row is constant."""
-    x, y = x - x.mean(1, keepdim=True), y - y.mean(1, keepdim=True)
-    lengths = torch.linalg.vector_norm(x, dim=1) * torch.linalg.vector_norm(y, dim=1)
-    return torch.div((x * y).sum(1), lengths + eps)
+    """Pearson correlation of each row of x with that of y, (N, M) and (N, M) -> (N,); 0 where a row is constant. Each norm is at least eps."""
+    return F.cosine_similarity(x - x.mean(1, keepdim=True), y - y.mean(1, keepdim=True), dim=1, eps=eps)
 
 
 class DIST(Objective):
@@ -65,7 +63,6 @@ class DIST(Objective):
         self.beta, self.gamma, self.temperature = beta, gamma, temperature
 
     def forward(self, student: Signals, teacher: Signals, batch: Batch, progress: Progress) -> dict[str, Tensor]:
-        assert student.logits is not None
         student_probs = gather(self._probs(student))
         terms = dist_loss(student_probs, gather(self._probs(teacher).detach()))
         scale = self.temperature**2

@@ -20,7 +20,7 @@ from torch.nn import functional as F
 
 from stillhouse.distillation.objective import Objective, Progress
 from stillhouse.functional import checks
-from stillhouse.functional.divergences import standardise
+from stillhouse.functional.divergences import standardise, weighed
 from stillhouse.functional.labels import check_label, class_ids
 from stillhouse.functional.precision import full_precision
 from stillhouse.signals import Batch, Signals
@@ -47,8 +47,8 @@ def dkd_loss(
     (binary_s, rest_s), (binary_t, rest_t) = (_split(z / temperature, target) for z in (student_logits, teacher_logits.detach()))
     scale = temperature**2 / len(target)
     return {
-        "target": alpha * scale * F.kl_div(binary_s, binary_t, reduction="sum", log_target=True),
-        "non_target": beta * scale * F.kl_div(rest_s, rest_t, reduction="sum", log_target=True),
+        "target": alpha * scale * weighed(binary_t, binary_t - binary_s).sum(),
+        "non_target": beta * scale * weighed(rest_t, rest_t - rest_s).sum(),
     }
 
 
@@ -81,8 +81,7 @@ class DKD(Objective):
         self.alpha, self.beta, self.temperature, self.warmup_epochs, self.standardise = alpha, beta, temperature, warmup_epochs, standardise
 
     def forward(self, student: Signals, teacher: Signals, batch: Batch, progress: Progress) -> dict[str, Tensor]:
-        z, v = student.logits, teacher.log_probs()
-        assert z is not None
+        z, v = student.require("logits"), teacher.log_probs()
         if self.standardise:
             z, v = standardise(z), standardise(v)
         warmth = min(1.0, (progress.epoch + 1) / self.warmup_epochs) if self.warmup_epochs else 1.0

@@ -51,12 +51,11 @@ class DML(Objective):
         self.temperature = temperature
 
     def forward(self, student: Signals, teacher: Signals, batch: Batch, progress: Progress) -> dict[str, Tensor]:
-        assert student.logits is not None
-        peer = teacher.logits
+        mine, peer = student.require("logits"), teacher.logits
         if peer is None or (torch.is_grad_enabled() and not peer.requires_grad):
             raise UserError(f"dml: the teacher '{self.teacher}' must be a network that trains along: give it as `peer:`, not as `model:`.")
         return {
-            "student_kl": mutual_loss(student.logits, peer, self.temperature),
+            "student_kl": mutual_loss(mine, peer, self.temperature),
             "peer_ce": cross_entropy(peer, batch["label"]),
-            "peer_kl": mutual_loss(peer, student.logits, self.temperature),
+            "peer_kl": mutual_loss(peer, mine, self.temperature),
         }

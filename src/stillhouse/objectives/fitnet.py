@@ -19,7 +19,7 @@ from torch.nn import functional as F
 
 from stillhouse.distillation.objective import Objective, Progress
 from stillhouse.functional import checks
-from stillhouse.functional.feature_maps import as_map, same_size
+from stillhouse.functional.feature_maps import map_tap, same_size
 from stillhouse.functional.precision import full_precision
 from stillhouse.signals import Batch, Signals
 
@@ -48,9 +48,9 @@ class FitNet(Objective):
         self.needs = frozenset({f"student.tap:{student_layer}", f"teacher.tap:{teacher_layer}"})
 
     def build(self, student: Signals, teacher: Signals, batch: Batch) -> None:
-        f_s, f_t = as_map(student.taps[self.student_layer]), as_map(teacher.taps[self.teacher_layer])
+        f_s, f_t = map_tap(student, self.student_layer), map_tap(teacher, self.teacher_layer)
         self.regressor = nn.Conv2d(f_s.shape[1], f_t.shape[1], 1)
 
     def forward(self, student: Signals, teacher: Signals, batch: Batch, progress: Progress) -> dict[str, Tensor]:
-        f_s, f_t = same_size(student.taps[self.student_layer], teacher.taps[self.teacher_layer])
+        f_s, f_t = same_size(map_tap(student, self.student_layer), map_tap(teacher, self.teacher_layer))
         return {"loss": hint_loss(self.regressor(f_s), f_t)}

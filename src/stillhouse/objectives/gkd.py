@@ -25,20 +25,10 @@ from torch.nn import functional as F
 from stillhouse.distillation.objective import Objective, Progress
 from stillhouse.functional import checks
 from stillhouse.functional.chunked import linear_divergence
+from stillhouse.functional.counting import Reduction, both, counted, counted_mean, step_count
 from stillhouse.functional.heads import head_of
 from stillhouse.functional.precision import full_precision
-from stillhouse.functional.token_losses import (
-    NEVER,
-    Reduction,
-    check_beta,
-    check_vocabulary,
-    coarse_log_probs,
-    coarse_logits,
-    counted,
-    jsd_rows,
-    step_count,
-    token_mean,
-)
+from stillhouse.functional.token_losses import NEVER, check_beta, check_vocabulary, coarse_log_probs, coarse_logits, jsd_rows
 from stillhouse.signals import Batch, Signals, TopK
 
 
@@ -56,7 +46,7 @@ def gkd_loss(
 
     Args:
         student_logits, teacher_logits: (..., V); the teacher's are a constant and may be log-probabilities.
-        mask, count, reduction: see `token_mean`.
+        mask, count, reduction: see `counted_mean`.
 
     Raises:
         UserError: shapes that do not fit, or beta outside [0, 1].
@@ -64,7 +54,7 @@ def gkd_loss(
     check_vocabulary("gkd", student_logits.shape[-1], teacher_logits.shape[-1])
     checks.same_classes("gkd", student_logits, teacher_logits)
     teacher_log_probs = (teacher_logits.detach() / temperature).log_softmax(-1)
-    return token_mean(jsd_rows(student_logits / temperature, teacher_log_probs, beta), mask, count, reduction)
+    return counted_mean(jsd_rows(student_logits / temperature, teacher_log_probs, beta), mask, count, reduction)
 
 
 class GKD(Objective):
@@ -77,6 +67,7 @@ class GKD(Objective):
 
     name = "gkd"
     needs = frozenset({"student.logits", "teacher.logits"})
+    positions = True
     reads_top = True
     reads_hidden = True
 
@@ -90,31 +81,26 @@ class GKD(Objective):
         if student.logits is None:
             return {"loss": self._from_hidden(student, teacher, batch)}
         mask = counted(batch, student.logits.shape[:-1])
-        if teacher.top is not None and teacher.logits is None:
-            known = teacher.top.log_probs > -math.inf
-            logits = coarse_logits(student.logits, teacher.top.indices, self.temperature).masked_fill(F.pad(~known, (0, 1)), NEVER)
-            targets = coarse_log_probs(teacher.top, student.logits.shape[-1], self.temperature).detach().clamp_min(NEVER)
+        top = teacher.only_top
+        if top is not None:
+            known = top.log_probs > -math.inf
+            logits = coarse_logits(student.logits, top.indices, self.temperature).masked_fill(F.pad(~known, (0, 1)), NEVER)
+            targets = coarse_log_probs(top, student.logits.shape[-1], self.temperature).detach().clamp_min(NEVER)
             rows = jsd_rows(logits, targets, self.beta)
-            mask = _known(teacher.top, mask)
-            return {"loss": token_mean(rows, mask, step_count(batch, rows, mask, share=self.training))}
+            mask = both(mask, known[..., 0])
+            return {"loss": counted_mean(rows, mask, step_count(batch, rows, mask, share=self.training))}
         count = step_count(batch, student.logits[..., 0], mask, share=self.training)
         targets = teacher.log_probs(self.temperature).detach()
         check_vocabulary("gkd", student.logits.shape[-1], targets.shape[-1])
         checks.same_classes("gkd", student.logits, targets)
         logits = student.logits if self.temperature == 1 else student.logits.float() / self.temperature
-        return {"loss": token_mean(jsd_rows(logits, targets, self.beta), mask, count)}
+        return {"loss": counted_mean(jsd_rows(logits, targets, self.beta), mask, count)}
 
     def _from_hidden(self, student: Signals, teacher: Signals, batch: Batch) -> Tensor:
         head = head_of(student, "student")
         mask = counted(batch, head.hidden.shape[:-1])
         source = teacher.logits if teacher.logits is not None else teacher.top if teacher.top is not None else head_of(teacher, "teacher")
         if isinstance(source, TopK):
-            mask = _known(source, mask)
+            mask = both(mask, source.log_probs[..., 0] > -math.inf)
         count = step_count(batch, head.hidden[..., 0], mask, share=self.training)
         return linear_divergence(head, source, beta=self.beta, temperature=self.temperature, mask=mask, count=count)
-
-
-def _known(top: TopK, mask: Tensor | None) -> Tensor:
-    """Which tokens count: of those in the mask, those of which the teacher says anything."""
-    known = top.log_probs[..., 0] > -math.inf
-    return known if mask is None else known & mask

@@ -9,7 +9,7 @@ use when: teacher and student score the same classes; the baseline of every othe
 needs: teacher logits
 
 L = T^2 * mean KL(softmax(z_t / T) || softmax(z_s / T)). The published setting weighs it 0.9 beside 0.1 of the cross-entropy (`ce`). An ensemble
-teaches the mean of its members' softened probabilities. Logits (B, L, V) count every token whose label is not -100. Labels are not used otherwise.
+teaches the mean of its members' softened probabilities. Of tokens and pixels those count whose label is not -100; labels are not read otherwise.
 Of a teacher that is known by its top k alone, the k classes and all others as one are compared (see `kd_top_loss`).
 """
 
@@ -21,19 +21,26 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from stillhouse.distillation.objective import Objective, Progress
-from stillhouse.errors import UserError
 from stillhouse.functional import checks
-from stillhouse.functional.divergences import kl_divergence, standardise
+from stillhouse.functional.counting import both, counted, counted_mean, step_count
+from stillhouse.functional.divergences import kl_divergence, kl_terms, standardise
 from stillhouse.functional.precision import full_precision
-from stillhouse.functional.token_losses import coarse_log_probs, coarse_logits, forward_kl_rows, step_count, token_mean
-from stillhouse.signals import Batch, Signals, TopK
+from stillhouse.functional.token_losses import coarse_log_probs, coarse_logits, forward_kl_rows
+from stillhouse.signals import Batch, Signals, TopK, log_softmax
 
 
 @full_precision
-def kd_loss(student_logits: Tensor, teacher_logits: Tensor, temperature: float = 4.0) -> Tensor:
-    """T^2 times the mean KL divergence at temperature T. (..., C) and (..., C) -> scalar. Hinton et al. 2015, section 2."""
-    checks.same_classes("kd", student_logits, teacher_logits)
-    return temperature**2 * kl_divergence(student_logits, F.log_softmax(teacher_logits.detach() / temperature, dim=-1), temperature)
+def kd_loss(student_logits: Tensor, teacher_logits: Tensor, temperature: float = 4.0, counts: Tensor | None = None) -> Tensor:
+    """T^2 times the mean KL divergence at temperature T; Hinton et al. 2015, section 2.
+
+    Args:
+        student_logits, teacher_logits: (..., C); the teacher's are a constant.
+        temperature: T, of both.
+        counts: (...,) True where a position counts; default: all.
+    """
+    teacher_log_probs = log_softmax(teacher_logits.detach() / temperature)
+    checks.same_classes("kd", student_logits, teacher_log_probs)
+    return temperature**2 * kl_divergence(student_logits, teacher_log_probs, temperature, counts)
 
 
 @full_precision
@@ -44,7 +51,7 @@ def kd_top_loss(student_logits: Tensor, top: TopK, temperature: float = 4.0) -> 
     were even over the other classes. Rows of which nothing is known (all mass in the tail) do not count; a row may know fewer than k classes (the others
     are minus infinity, at an index that the row names already).
     """
-    return temperature**2 * token_mean(*kd_top_rows(student_logits, top, temperature))
+    return temperature**2 * counted_mean(*kd_top_rows(student_logits, top, temperature))
 
 
 @full_precision
@@ -56,18 +63,25 @@ def kd_top_rows(student_logits: Tensor, top: TopK, temperature: float) -> tuple[
     return forward_kl_rows(events, coarse_log_probs(top, student_logits.shape[-1], temperature).detach()), known[..., 0]
 
 
+@full_precision
+def kd_terms(student_logits: Tensor, teacher_log_probs: Tensor, temperature: float) -> Tensor:
+    """The divergence of each class, without T^2: p (log p - log q), (..., C) and (..., C) at T -> (..., C)."""
+    checks.same_classes("kd", student_logits, teacher_log_probs)
+    return kl_terms(student_logits / temperature, teacher_log_probs.detach())
+
+
 class KD(Objective):
     """Knowledge distillation of logits.
 
     Args:
         temperature: softens both distributions.
-        standardise: standardise both logits per row first (arXiv 2403.01427).
+        standardise: standardise both logits per row first (arXiv 2403.01427), which takes the logits of all classes.
     """
 
     name = "kd"
     needs = frozenset({"student.logits", "teacher.logits"})
     default_weight = 0.9
-    reads_top = True
+    positions = True
 
     def __init__(self, temperature: float = 4.0, standardise: bool = False) -> None:
         super().__init__()
@@ -76,21 +90,14 @@ class KD(Objective):
         self.reads_top = not standardise
 
     def forward(self, student: Signals, teacher: Signals, batch: Batch, progress: Progress) -> dict[str, Tensor]:
-        logits = student.logits
-        assert logits is not None
+        logits, heat = student.require("logits"), self.temperature
+        counts = counted(batch, logits.shape[:-1])
         if self.standardise:
-            return {"loss": kd_loss(standardise(logits), standardise(teacher.log_probs()), self.temperature)}
-        mask = batch["label"] != -100 if logits.ndim == 3 and "label" in batch else None
-        if teacher.top is not None and teacher.logits is None:
-            if self.standardise:
-                raise UserError("kd: standardise needs the logits of all classes, but the teacher is known by its top k; switch it off.")
-            rows, known = kd_top_rows(logits, teacher.top, self.temperature)
-            if mask is None:
-                return {"loss": self.temperature**2 * token_mean(rows, known)}
-            return {"loss": self.temperature**2 * token_mean(rows, known & mask, step_count(batch, rows, known & mask, share=self.training))}
-        targets = teacher.log_probs(self.temperature).detach()
-        checks.same_classes("kd", logits, targets)
-        if mask is None:
-            return {"loss": self.temperature**2 * kl_divergence(logits, targets, self.temperature)}
-        rows = forward_kl_rows(logits.float() / self.temperature, targets)
-        return {"loss": self.temperature**2 * token_mean(rows, mask, step_count(batch, rows, mask, share=self.training))}
+            values = kd_terms(standardise(logits), log_softmax(standardise(teacher.log_probs()) / heat), heat)
+        elif teacher.only_top is not None:
+            values, known = kd_top_rows(logits, teacher.only_top, heat)
+            counts = both(counts, known)
+        else:
+            values = kd_terms(logits, teacher.log_probs(heat), heat)
+        count = step_count(batch, logits[..., 0], counts, share=self.training)
+        return {"loss": heat**2 * counted_mean(values, counts, count)}

@@ -126,8 +126,8 @@ class ND(Objective):
         self.adapter: nn.Sequential | None = None
 
     def build(self, student: Signals, teacher: Signals, batch: Batch) -> None:
-        assert student.logits is not None and student.embedding is not None and teacher.embedding is not None
-        width, wanted, classes = student.embedding.shape[-1], teacher.embedding.shape[-1], student.logits.shape[-1]
+        width, wanted = (signals.require("embedding").shape[-1] for signals in (student, teacher))
+        classes = student.require("logits").shape[-1]
         if width != wanted:
             self.adapter = adapter(width, wanted, self.adapter_dropout, self.adapter_std)
         means = torch.zeros(classes, wanted) if self.table is None else read_class_means(self.table, classes, wanted)
@@ -140,8 +140,7 @@ class ND(Objective):
             self.means[: len(means)] = torch.where(counts[:, None] > 0, means, float("nan"))
 
     def forward(self, student: Signals, teacher: Signals, batch: Batch, progress: Progress) -> dict[str, Tensor]:
-        f_s, f_t = student.embedding, teacher.embedding
-        assert f_s is not None and f_t is not None
+        f_s, f_t = student.require("embedding"), teacher.require("embedding")
         if self.adapter is not None:
             if self.training and len(f_s) == 1:
                 raise UserError("nd: the adapter's batch norm cannot train on a batch of one sample; drop the last incomplete batch.")

@@ -17,6 +17,7 @@ Over many processes uskd's batch mean is that of all ranks, where the released c
 
 from __future__ import annotations
 
+import math
 from typing import Literal
 
 import torch
@@ -24,10 +25,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from stillhouse.distillation.objective import Objective, Progress
-from stillhouse.errors import UserError
 from stillhouse.functional import checks
 from stillhouse.functional.divergences import soft_cross_entropy, standardise
-from stillhouse.functional.feature_maps import pooled
+from stillhouse.functional.feature_maps import pooled_tap
 from stillhouse.functional.gather import gather
 from stillhouse.functional.labels import check_label, class_ids, is_soft, without_classes
 from stillhouse.functional.precision import full_precision
@@ -59,7 +59,7 @@ def nkd_loss(student_logits: Tensor, teacher_logits: Tensor, labels: Tensor, tem
     teacher_rest = F.softmax(without_classes(teacher_logits, target) / temperature, dim=1).detach()
     student_rest = without_classes(student_logits, target) / temperature
     return {
-        "target": -(teacher_t * student_t).mean(),
+        "target": -(teacher_t * student_t.masked_fill(teacher_t == 0, 0.0)).mean(),
         "non_target": gamma * temperature**2 * soft_cross_entropy(student_rest, teacher_rest),
     }
 
@@ -115,7 +115,7 @@ def uskd_loss(
         final = log_s if rank_on == "logs" else log_s.exp()
         score = share_of_rest(weak, target) + share_of_rest(final, target)
         rank = score.argsort(dim=1, descending=True, stable=True).argsort(dim=1) + 1
-        zipf = without_classes(1.0 / rank, target)
+        zipf = without_classes((1.0 / rank).masked_fill(student_logits == -math.inf, 0.0), target)
         zipf = zipf / zipf.sum(1, keepdim=True)
     non_target_part = soft_cross_entropy(without_classes(student_logits, target), zipf)
     return {"target": alpha * target_part, "non_target": beta * non_target_part, "weak": mu * weak_part}
@@ -144,8 +144,7 @@ class NKD(Objective):
         self.temperature, self.gamma, self.standardise = temperature, gamma, standardise
 
     def forward(self, student: Signals, teacher: Signals, batch: Batch, progress: Progress) -> dict[str, Tensor]:
-        z, v = student.logits, teacher.log_probs()
-        assert z is not None
+        z, v = student.require("logits"), teacher.log_probs()
         if self.standardise:
             z, v = standardise(z), standardise(v)
         return nkd_loss(z, v, batch["label"], self.temperature, self.gamma)
@@ -177,12 +176,8 @@ class USKD(Objective):
         self.needs = frozenset({"student.logits", f"student.tap:{student_layer}", "label"})
 
     def build(self, student: Signals, teacher: Signals, batch: Batch) -> None:
-        assert student.logits is not None
-        if student.logits.ndim != 2:
-            raise UserError(f"uskd: needs logits of shape (B, C); given: {tuple(student.logits.shape)}.")
-        self.weak = nn.Linear(pooled(student.taps[self.student_layer]).shape[1], student.logits.shape[1])
+        self.weak = nn.Linear(pooled_tap(student, self.student_layer).shape[1], student.require("logits").shape[1])
 
     def forward(self, student: Signals, teacher: Signals, batch: Batch, progress: Progress) -> dict[str, Tensor]:
-        assert student.logits is not None
-        weak_logits = self.weak(pooled(student.taps[self.student_layer]))
-        return uskd_loss(student.logits, weak_logits, batch["label"], self.alpha, self.beta, self.mu, self.rank_on)
+        weak_logits = self.weak(pooled_tap(student, self.student_layer))
+        return uskd_loss(student.require("logits"), weak_logits, batch["label"], self.alpha, self.beta, self.mu, self.rank_on)

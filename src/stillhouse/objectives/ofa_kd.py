@@ -233,13 +233,12 @@ class OFAKD(Objective):
         self.needs = frozenset(needs | ({"teacher.embedding"} if width is None else set()))
 
     def build(self, student: Signals, teacher: Signals, batch: Batch) -> None:
-        assert student.logits is not None and student.embedding is not None
-        own = student.embedding.shape[-1]
+        own = student.require("embedding").shape[-1]
         widest = self.width or max(own, 0 if teacher.embedding is None else teacher.embedding.shape[-1])
-        classes = student.logits.shape[-1]
+        classes = student.require("logits").shape[-1]
         self.branches = nn.ModuleDict()
         for stage, layer in zip(self.stages, self.layers):
-            feature = self._feature(student.taps[layer])
+            feature = self._feature(student.require(f"tap:{layer}"))
             if feature.ndim == 4:
                 self.branches[str(stage)] = map_branch(stage, feature.shape[1], widest, classes)
             elif feature.ndim == 3:
@@ -253,14 +252,13 @@ class OFAKD(Objective):
         return x.flatten(1, 2) if self.channels_last and x.ndim == 4 else x
 
     def forward(self, student: Signals, teacher: Signals, batch: Batch, progress: Progress) -> dict[str, Tensor]:
-        assert student.logits is not None
         label, said = batch["label"], teacher.log_probs()
         target = class_ids(label)
         options = (self.temperature, self.nontarget_exponent, self.include_hard)
-        out = {"logits": self.weights[0] * ofa_loss(student.logits, said, label, self.eps[-1], *options)}
+        out = {"logits": self.weights[0] * ofa_loss(student.require("logits"), said, label, self.eps[-1], *options)}
         total = out["logits"].new_zeros(())
         for stage, layer, eps in zip(self.stages, self.layers, self.eps):
-            logits = self.branches[str(stage)](self._feature(student.taps[layer]))
+            logits = self.branches[str(stage)](self._feature(student.require(f"tap:{layer}")))
             total = total + ofa_loss(logits, said, label, eps, *options)
             out[f"log:accuracy_stage{stage}"] = (logits.detach().argmax(-1) == target).float().mean()
         return out | {"branches": self.weights[1] * total}

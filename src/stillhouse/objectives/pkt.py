@@ -48,5 +48,4 @@ class PKT(Objective):
     default_weight = 30000.0
 
     def forward(self, student: Signals, teacher: Signals, batch: Batch, progress: Progress) -> dict[str, Tensor]:
-        assert student.embedding is not None and teacher.embedding is not None
-        return {"loss": pkt_loss(gather(student.embedding), gather(teacher.embedding.detach()))}
+        return {"loss": pkt_loss(gather(student.require("embedding")), gather(teacher.require("embedding").detach()))}

@@ -22,6 +22,7 @@ from stillhouse.distillation.objective import Objective, Progress
 from stillhouse.functional import checks
 from stillhouse.functional.labels import check_label, hard_only
 from stillhouse.functional.precision import full_precision
+from stillhouse.functional.token_losses import NEVER
 from stillhouse.signals import Batch, Signals
 
 
@@ -56,7 +57,7 @@ def pld_ranking(teacher_logits: Tensor, labels: Tensor) -> Tensor:
 def pld_steps(student_logits: Tensor, ranking: Tensor) -> Tensor:
     """Negative log-likelihood of each pick in turn, (B, C) in ranking order: logsumexp over the classes left, minus the picked logit; the last is 0."""
     ordered = student_logits.gather(1, ranking.flip(1))  # worst first: a cumulative sum is then a sum over the classes left
-    ordered = ordered - ordered.amax(1, keepdim=True).detach()
+    ordered = (ordered - ordered.amax(1, keepdim=True).detach()).clamp_min(NEVER)  # a masked class is never picked
     return (torch.logcumsumexp(ordered, dim=1) - ordered).flip(1)
 
 
@@ -76,5 +77,4 @@ class PLD(Objective):
         self.temperature = temperature
 
     def forward(self, student: Signals, teacher: Signals, batch: Batch, progress: Progress) -> dict[str, Tensor]:
-        assert student.logits is not None
-        return {"loss": pld_loss(student.logits, teacher.log_probs(), batch["label"], self.temperature)}
+        return {"loss": pld_loss(student.require("logits"), teacher.log_probs(), batch["label"], self.temperature)}

@@ -141,8 +141,8 @@ class ProCKD(Objective):
         self._readout: tuple[nn.Module, nn.Module] | None = None  # the student's own, so not registered here
 
     def build(self, student: Signals, teacher: Signals, batch: Batch) -> None:
-        last = tokens(student.taps[self.last])
-        taught = [tokens(teacher.taps[layer]) for layer in self.teacher_layers]
+        last = tokens(student.require(f"tap:{self.last}"))
+        taught = [tokens(teacher.require(f"tap:{layer}")) for layer in self.teacher_layers]
         if len({t.shape[1] for t in taught}) > 1:
             raise UserError(f"proc_kd: the fused teacher layers must have as many tokens; given: {', '.join(str(t.shape[1]) for t in taught)}.")
         self.parts = Prototypes([t.shape[-1] for t in taught], last.shape[-1], self.count, self.rank)
@@ -150,7 +150,7 @@ class ProCKD(Objective):
         self.class_token = math.isqrt(last.shape[1]) ** 2 != last.shape[1]
         self.projections = nn.ModuleList()
         for layer, f_t in zip(self.student_layers, taught):
-            f_s = tokens(student.taps[layer])
+            f_s = tokens(student.require(f"tap:{layer}"))
             if f_s.shape[1] != f_t.shape[1]:
                 raise UserError(
                     f"proc_kd: the student has {f_s.shape[1]} tokens but the teacher {f_t.shape[1]}; give both the same patches, or set feature_weight to 0."
@@ -176,14 +176,13 @@ class ProCKD(Objective):
         return logits
 
     def forward(self, student: Signals, teacher: Signals, batch: Batch, progress: Progress) -> dict[str, Tensor]:
-        label, plain, parts = batch["label"], student.logits, self.parts
-        assert plain is not None
+        label, plain, parts = batch["label"], student.require("logits"), self.parts
         check_label("proc_kd", label, plain)
-        taught = [tokens(teacher.taps[layer]).detach() for layer in self.teacher_layers]
+        taught = [tokens(teacher.require(f"tap:{layer}")).detach() for layer in self.teacher_layers]
         fused = parts.fused(taught)
         assignment = parts.assignment(fused)
         from_teacher = self._logits(parts.augmented(parts.described(fused, assignment)))
-        augmented = self._logits(parts.augmented(tokens(student.taps[self.last])))
+        augmented = self._logits(parts.augmented(tokens(student.require(f"tap:{self.last}"))))
         terms = {
             "prototype": F.cross_entropy(from_teacher.float(), label),
             "augmented": F.cross_entropy(augmented.float(), label),
@@ -191,7 +190,7 @@ class ProCKD(Objective):
         }
         if self.student_layers:
             pairs = zip(self.projections, self.student_layers, taught)
-            errors = [F.mse_loss(project(tokens(student.taps[layer])).float(), f_t.float()) for project, layer, f_t in pairs]
+            errors = [F.mse_loss(project(tokens(student.require(f"tap:{layer}"))).float(), f_t.float()) for project, layer, f_t in pairs]
             terms["features"] = torch.stack(errors).mean()
         out = {name: self.weights[name] * value for name, value in terms.items()}
         out["log:dead_prototypes"] = (assignment.detach().mean((0, 1)) < 0.1 / self.count).float().mean()

@@ -111,8 +111,7 @@ class PSKD(Objective):
                 mine.copy_(theirs)
 
     def forward(self, student: Signals, teacher: Signals, batch: Batch, progress: Progress) -> dict[str, Tensor]:
-        labels, logits = batch["label"], student.logits
-        assert logits is not None
+        labels, logits = batch["label"], student.require("logits")
         growing = share(self.alpha, progress.epoch, progress.epochs)
         if self.past == "table":
             if is_soft(labels):

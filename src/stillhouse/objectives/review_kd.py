@@ -23,7 +23,7 @@ from torch.nn import functional as F
 from stillhouse.distillation.objective import Objective, Progress
 from stillhouse.errors import UserError
 from stillhouse.functional import checks
-from stillhouse.functional.feature_maps import LAST_STAGES, as_map
+from stillhouse.functional.feature_maps import LAST_STAGES, as_map, map_tap
 from stillhouse.functional.precision import full_precision
 from stillhouse.signals import Batch, Signals
 
@@ -125,11 +125,8 @@ class ReviewKD(Objective):
 
     def _maps(self, signals: Signals, layers: list[str]) -> list[Tensor]:
         """Shallow to deep."""
-        maps = [as_map(signals.taps[layer]) for layer in layers]
-        if self.embedding:
-            assert signals.embedding is not None
-            maps.append(as_map(signals.embedding))
-        return maps
+        maps = [map_tap(signals, layer) for layer in layers]
+        return [*maps, as_map(signals.require("embedding"))] if self.embedding else maps
 
     def build(self, student: Signals, teacher: Signals, batch: Batch) -> None:
         widths = [(s.shape[1], t.shape[1]) for s, t in zip(self._maps(student, self.student_layers), self._maps(teacher, self.teacher_layers))]

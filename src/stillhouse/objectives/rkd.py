@@ -84,8 +84,7 @@ class RKD(Objective):
         self.distance_weight, self.angle_weight, self.squared = distance_weight, angle_weight, squared
 
     def forward(self, student: Signals, teacher: Signals, batch: Batch, progress: Progress) -> dict[str, Tensor]:
-        assert student.embedding is not None and teacher.embedding is not None
-        f_s, f_t = gather(student.embedding), gather(teacher.embedding.detach())
+        f_s, f_t = gather(student.require("embedding")), gather(teacher.require("embedding").detach())
         terms = {}
         if self.distance_weight:
             terms["distance"] = self.distance_weight * rkd_distance_loss(f_s, f_t, self.squared)

@@ -23,13 +23,11 @@ from torch.nn import functional as F
 from stillhouse.distillation.objective import Objective, Progress
 from stillhouse.errors import UserError
 from stillhouse.functional.chunked import linear_cross_entropy
+from stillhouse.functional.counting import IGNORED, Reduction, both, counted, counted_mean, step_count
 from stillhouse.functional.heads import head_of
 from stillhouse.functional.labels import check_range
 from stillhouse.functional.precision import full_precision
-from stillhouse.functional.token_losses import Reduction, step_count, token_mean
 from stillhouse.signals import Batch, Signals
-
-IGNORED = -100
 
 
 @full_precision
@@ -43,11 +41,11 @@ def seq_kd_loss(
     """
     if tokens.shape != student_logits.shape[:-1]:
         raise UserError(f"seq_kd: tokens must have shape {tuple(student_logits.shape[:-1])}, one a position; given: {tuple(tokens.shape)}.")
-    counts = tokens != IGNORED if mask is None else (tokens != IGNORED) & mask
+    counts = both(mask, tokens != IGNORED)
     targets = tokens.masked_fill(~counts, 0)
     check_range("seq_kd", targets, student_logits.shape[-1])
     rows = F.cross_entropy(student_logits.flatten(0, -2), targets.flatten(), reduction="none").view(targets.shape)
-    return token_mean(rows, counts, count, reduction)
+    return counted_mean(rows, counts, count, reduction)
 
 
 class SeqKD(Objective):
@@ -59,6 +57,7 @@ class SeqKD(Objective):
 
     name = "seq_kd"
     needs = frozenset({"student.logits", "label"})
+    positions = True
     reads_hidden = True
 
     def __init__(self, average: Literal["token", "sequence"] = "token") -> None:
@@ -67,8 +66,7 @@ class SeqKD(Objective):
 
     def forward(self, student: Signals, teacher: Signals, batch: Batch, progress: Progress) -> dict[str, Tensor]:
         tokens: Tensor = batch["label"]
-        mask: Tensor | None = batch.get("mask")
-        counts = tokens != IGNORED if mask is None else (tokens != IGNORED) & mask
+        counts = counted(batch, tokens.shape)
         count = step_count(batch, tokens, counts, share=self.training) if self.average == "token" else float(len(tokens))
         if student.logits is None:
             return {"loss": linear_cross_entropy(head_of(student, "student"), tokens, mask=counts, count=count)}

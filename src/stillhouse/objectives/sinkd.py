@@ -28,9 +28,10 @@ from torch.nn import functional as F
 from stillhouse.distillation.objective import Objective, Progress
 from stillhouse.errors import UserError
 from stillhouse.functional import checks
+from stillhouse.functional.counting import counted, counted_mean, step_count
 from stillhouse.functional.gather import gather
 from stillhouse.functional.precision import full_precision
-from stillhouse.functional.token_losses import check_vocabulary, counted, cross_entropy_rows, step_count, token_mean
+from stillhouse.functional.token_losses import check_vocabulary, cross_entropy_rows
 from stillhouse.signals import Batch, Signals
 
 LOG_DOMAIN = 0.03  # below this epsilon exp(-2 / epsilon) is no number in float32
@@ -142,6 +143,7 @@ class SinKD(Objective):
 
     name = "sinkd"
     needs = frozenset({"student.logits", "teacher.logits"})
+    positions = True
 
     def __init__(
         self,
@@ -168,15 +170,14 @@ class SinKD(Objective):
         self.reduction, self.detach_plan, self.tokens = reduction, detach_plan, tokens
 
     def forward(self, student: Signals, teacher: Signals, batch: Batch, progress: Progress) -> dict[str, Tensor]:
-        logits = student.logits
-        assert logits is not None
+        logits = student.require("logits")
         targets = (teacher.logits if logits.shape[-1] == 1 and teacher.logits is not None else teacher.log_probs()).detach()
         check_vocabulary("sinkd", logits.shape[-1], targets.shape[-1])
         checks.same_classes("sinkd", logits, targets, at_least=1)
         mask = counted(batch, logits.shape[:-1])
         heat = annealed(self.kd_temperature, progress.epoch, progress.epochs) if self.anneal else self.kd_temperature
         rows = sinkd_kd_rows(logits, targets, heat)
-        kd = token_mean(rows, mask, step_count(batch, rows, mask, share=self.training))
+        kd = counted_mean(rows, mask, step_count(batch, rows, mask, share=self.training))
         counts = None if mask is None else mask.flatten()
         if logits.ndim > 2:
             logits, targets, counts = self._draw(logits.flatten(0, -2), targets.flatten(0, -2), counts)

@@ -54,4 +54,4 @@ class SP(Objective):
         self.needs = frozenset({f"student.tap:{student_layer}", f"teacher.tap:{teacher_layer}"})
 
     def forward(self, student: Signals, teacher: Signals, batch: Batch, progress: Progress) -> dict[str, Tensor]:
-        return {"loss": sp_loss(gather(student.taps[self.student_layer]), gather(teacher.taps[self.teacher_layer].detach()))}
+        return {"loss": sp_loss(gather(student.require(f"tap:{self.student_layer}")), gather(teacher.require(f"tap:{self.teacher_layer}").detach()))}

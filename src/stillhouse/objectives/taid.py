@@ -29,9 +29,10 @@ from stillhouse.distillation.objective import Objective, Progress
 from stillhouse.errors import UserError
 from stillhouse.functional import checks
 from stillhouse.functional.chunked import linear_taid
+from stillhouse.functional.counting import counted, counted_mean, step_count
 from stillhouse.functional.heads import head_of
 from stillhouse.functional.precision import full_precision
-from stillhouse.functional.token_losses import check_vocabulary, counted, cross_entropy_rows, forward_kl_rows, step_count, token_mean
+from stillhouse.functional.token_losses import check_vocabulary, cross_entropy_rows, forward_kl_rows
 from stillhouse.signals import Batch, Signals
 
 TINY = 1e-15  # of the relative change, as published
@@ -88,6 +89,7 @@ class TAID(Objective):
 
     name = "taid"
     needs = frozenset({"student.logits", "teacher.logits"})
+    positions = True
     reads_hidden = True
     t: Tensor
     previous: Tensor
@@ -127,7 +129,7 @@ class TAID(Objective):
             check_vocabulary("taid", logits.shape[-1], targets.shape[-1])
             checks.same_classes("taid", logits, targets)
             like, mask = logits[..., 0], counted(batch, logits.shape[:-1])
-            total = token_mean(taid_rows(logits, targets, t, self.value), mask, reduction="sum")
+            total = counted_mean(taid_rows(logits, targets, t, self.value), mask, reduction="sum")
         if self.training:
             self._follow(total, like.numel() if mask is None else mask.sum(), progress)
         return {"loss": total / step_count(batch, like, mask, share=self.training), "log:t": t}

@@ -37,6 +37,7 @@ from stillhouse.errors import UserError
 from stillhouse.functional import checks
 from stillhouse.functional.labels import check_label, hard_only
 from stillhouse.functional.precision import full_precision
+from stillhouse.functional.token_losses import forward_kl_rows
 from stillhouse.signals import Batch, Signals, read_logits
 
 Edges = Literal["signed", "squared", "products"]
@@ -86,8 +87,7 @@ def sample_losses(student_logits: Tensor, teacher_log_probs: Tensor, labels: Ten
     Returns:
         (B,) and (B,).
     """
-    kl = F.kl_div(F.log_softmax(student_logits / temperature, dim=-1), teacher_log_probs, reduction="none", log_target=True).sum(-1)
-    return kl, F.cross_entropy(student_logits, labels, reduction="none")
+    return forward_kl_rows(student_logits / temperature, teacher_log_probs), F.cross_entropy(student_logits, labels, reduction="none")
 
 
 def fused_loss(ratio: Tensor, kd: Tensor, ce: Tensor) -> Tensor:
@@ -181,8 +181,7 @@ class TGeoKD(Objective):
     # ---- the fusion ratio ------------------------------------------------------------------------------------------------------------------
 
     def build(self, student: Signals, teacher: Signals, batch: Batch) -> None:
-        assert student.logits is not None
-        classes = student.logits.shape[1]
+        classes = student.require("logits").shape[1]
         self.register_buffer("mean", torch.full((classes, classes), 1 / classes))
         probe = torch.zeros(1, classes)
         self.fusion = FusionNetwork(geometry_state(probe, probe, probe, probe, self.edges, self.geometry).shape[1], self.hidden, self.slope)
@@ -242,8 +241,7 @@ class TGeoKD(Objective):
         return F.cross_entropy(_call(student, stepped, held_out), held_out["label"])
 
     def forward(self, student: Signals, teacher: Signals, batch: Batch, progress: Progress) -> dict[str, Tensor]:
-        logits, labels, teacher = student.logits, batch["label"], teacher.detach()
-        assert logits is not None
+        logits, labels, teacher = student.require("logits"), batch["label"], teacher.detach()
         _check(logits, labels)
         known = teacher.log_probs()
         checks.same_classes("tgeo_kd", logits, known)

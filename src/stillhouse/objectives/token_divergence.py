@@ -20,7 +20,8 @@ from torch import Tensor
 from stillhouse.distillation.objective import Objective, Progress
 from stillhouse.errors import UserError, unknown
 from stillhouse.functional import checks, token_losses
-from stillhouse.functional.token_losses import check_vocabulary, counted, step_count, token_mean
+from stillhouse.functional.counting import counted, counted_mean, step_count
+from stillhouse.functional.token_losses import check_vocabulary
 from stillhouse.signals import Batch, Signals
 
 Divergence = Literal["forward", "reverse", "js", "total_variation", "skew_forward", "skew_reverse", "adaptive"]
@@ -62,6 +63,7 @@ class TokenDivergence(Objective):
 
     name = "token_divergence"
     needs = frozenset({"student.logits", "teacher.logits"})
+    positions = True
 
     def __init__(self, divergence: Divergence = "forward", share: float | None = None) -> None:
         super().__init__()
@@ -72,10 +74,9 @@ class TokenDivergence(Objective):
         self.divergence, self.share = divergence, share
 
     def forward(self, student: Signals, teacher: Signals, batch: Batch, progress: Progress) -> dict[str, Tensor]:
-        logits, targets = student.logits, teacher.log_probs().detach()
-        assert logits is not None
+        logits, targets = student.require("logits"), teacher.log_probs().detach()
         check_vocabulary("token_divergence", logits.shape[-1], targets.shape[-1])
         checks.same_classes("token_divergence", logits, targets)
         mask = counted(batch, logits.shape[:-1])
         rows = divergence_rows(logits, targets, self.divergence, self.share)
-        return {"loss": token_mean(rows, mask, step_count(batch, rows, mask, share=self.training))}
+        return {"loss": counted_mean(rows, mask, step_count(batch, rows, mask, share=self.training))}

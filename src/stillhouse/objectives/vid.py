@@ -22,7 +22,7 @@ from torch.nn import functional as F
 
 from stillhouse.distillation.objective import Objective, Progress
 from stillhouse.functional import checks
-from stillhouse.functional.feature_maps import LAST_STAGES, as_map, same_size
+from stillhouse.functional.feature_maps import LAST_STAGES, map_tap, same_size
 from stillhouse.functional.precision import full_precision
 from stillhouse.signals import Batch, Signals
 
@@ -79,7 +79,7 @@ class VID(Objective):
         self.needs = frozenset(f"student.tap:{s}" for s in student_layers) | frozenset(f"teacher.tap:{t}" for t in teacher_layers)
 
     def build(self, student: Signals, teacher: Signals, batch: Batch) -> None:
-        widths = [(as_map(student.taps[s]).shape[1], as_map(teacher.taps[t]).shape[1]) for s, t in self.pairs]
+        widths = [(map_tap(student, s).shape[1], map_tap(teacher, t).shape[1]) for s, t in self.pairs]
         start = math.log(math.expm1(self.initial_variance - self.eps))
         self.regressors = nn.ModuleList(Regressor(*width) for width in widths)
         self.log_scales = nn.ParameterList(nn.Parameter(torch.full((teacher_channels,), start)) for _, teacher_channels in widths)
@@ -87,6 +87,6 @@ class VID(Objective):
     def forward(self, student: Signals, teacher: Signals, batch: Batch, progress: Progress) -> dict[str, Tensor]:
         terms = []
         for (s, t), regressor, log_scale in zip(self.pairs, self.regressors, self.log_scales):
-            f_s, f_t = same_size(student.taps[s], teacher.taps[t])
+            f_s, f_t = same_size(map_tap(student, s), map_tap(teacher, t))
             terms.append(vid_loss(regressor(f_s), f_t, log_scale, self.eps))
         return {"loss": torch.stack(terms).sum()}

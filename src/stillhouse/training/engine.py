@@ -19,7 +19,7 @@ from stillhouse.config.specs import TrainSpec
 from stillhouse.errors import MissingExtra, UserError, unknown
 from stillhouse.evaluation.quantities import quantity
 from stillhouse.files import written_beside
-from stillhouse.functional.token_losses import has_tokens, weigh_tokens_alike
+from stillhouse.functional.counting import has_positions, weigh_positions_alike
 from stillhouse.signals import Batch, to_device
 from stillhouse.training.context import Progress, TrainingContext
 from stillhouse.training.display import Live
@@ -237,7 +237,7 @@ class _FitLoop(Loop):
 
 
 class _Batches:
-    """A fit's batches, in one stream over its epochs; those of an optimiser step are weighed token by token, where they hold tokens."""
+    """A fit's batches, in one stream over its epochs; those of an optimiser step are weighed position by position, where they hold tokens or pixels."""
 
     def __init__(self, train: Any, spec: TrainSpec) -> None:
         self.train, self.accumulate, self.epochs, self.per_epoch = train, spec.accumulate, spec.epochs, len(train)
@@ -255,9 +255,9 @@ class _Batches:
             self._stream = iter(self.train.batches(*divmod(i, self.per_epoch), self.epochs))
         if not self._ready:
             self._ready.append(next(self._stream))
-            if self.of_step(i) > 1 and has_tokens(self._ready[0]):
+            if self.of_step(i) > 1 and has_positions(self._ready[0]):
                 self._ready.extend(islice(self._stream, self.of_step(i) - 1))
-                weigh_tokens_alike(self._ready)
+                weigh_positions_alike(self._ready)
         return self._ready.popleft()
 
     def close(self) -> None:

@@ -8,7 +8,8 @@ import torch
 
 from parity.case import Case
 from stillhouse.distillation.objective import Progress
-from stillhouse.functional.token_losses import cross_entropy_rows, token_mean
+from stillhouse.functional.counting import counted_mean
+from stillhouse.functional.token_losses import cross_entropy_rows
 from stillhouse.objectives.taid import TAID, taid_rows, taid_target
 from stillhouse.objectives.token_divergence import Divergence, TokenDivergence
 from stillhouse.signals import Signals
@@ -16,11 +17,11 @@ from stillhouse.signals import Signals
 
 def loss(case: Case) -> None:
     student, teacher, mask, t = case.leaf("student_logits"), case["teacher_logits"], case["mask"].bool(), case.params["t"]
-    value = token_mean(taid_rows(student, teacher, t), mask)
+    value = counted_mean(taid_rows(student, teacher, t), mask)
     value.backward()
     case.close("target", taid_target(student, teacher, t).exp())
     case.close("loss", value)
-    case.close("forward_ce", token_mean(cross_entropy_rows(student, teacher.log_softmax(-1)), mask))
+    case.close("forward_ce", counted_mean(cross_entropy_rows(student, teacher.log_softmax(-1)), mask))
     largest = float(case["grad:student_logits"].abs().max())
     case.close_grad("student_logits", atol=max(1e-5 * largest, 1e-8))  # at t = 0 there is none but rounding
 

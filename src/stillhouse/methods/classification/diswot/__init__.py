@@ -41,7 +41,7 @@ from stillhouse.errors import UserError
 from stillhouse.evaluation import cost
 from stillhouse.evaluation.classification import evaluate_classifier
 from stillhouse.functional import checks
-from stillhouse.functional.feature_maps import as_map
+from stillhouse.functional.feature_maps import map_tap
 from stillhouse.functional.labels import hard_only
 from stillhouse.methods.classification.diswot.search import Combine, Encoding, Scored, Space, SpaceSpec, kendall_tau, search
 from stillhouse.methods.classification.diswot.similarity import View, channel_distance, relation_distance, semantic_distance, view
@@ -71,12 +71,12 @@ class SimilarityDistillation(Objective):
         self.adapter: nn.Module = nn.Identity()
 
     def build(self, student: Signals, teacher: Signals, batch: Batch) -> None:
-        mine, theirs = as_map(student.taps["stage:-1"]).shape[1], as_map(teacher.taps["stage:-1"]).shape[1]
+        mine, theirs = map_tap(student, "stage:-1").shape[1], map_tap(teacher, "stage:-1").shape[1]
         if self.semantic and mine != theirs:
             self.adapter = nn.Conv2d(mine, theirs, 1, bias=False)
 
     def forward(self, student: Signals, teacher: Signals, batch: Batch, progress: Progress) -> dict[str, Tensor]:
-        mine, theirs = as_map(student.taps["stage:-1"]), as_map(teacher.taps["stage:-1"])
+        mine, theirs = map_tap(student, "stage:-1"), map_tap(teacher, "stage:-1")
         terms = {}
         if self.relation:
             terms["relation"] = self.relation * relation_distance(mine, theirs)

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from stillhouse.distillation.teachers import Reader
 from stillhouse.errors import UserError
 from stillhouse.functional import checks
-from stillhouse.functional.feature_maps import as_map
+from stillhouse.functional.feature_maps import map_tap
 from stillhouse.functional.precision import full_precision
 from stillhouse.objectives.sp import sp_loss
 from stillhouse.randomness import keyed
@@ -126,4 +126,4 @@ def view(build: Callable[[], nn.Module], batch: Batch, seed: int, *key: int | st
         said = reader(batch)
         reader.close()
     assert said.embedding is not None and said.logits is not None
-    return View(as_map(said.taps["stage:-1"]), semantic_gradient(said.embedding, said.logits, batch["label"]))
+    return View(map_tap(said, "stage:-1"), semantic_gradient(said.embedding, said.logits, batch["label"]))
