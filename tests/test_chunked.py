@@ -11,8 +11,8 @@ from torch.nn import functional as F
 
 from stillhouse.errors import UserError
 from stillhouse.functional.chunked import linear_cross_entropy, linear_divergence
-from stillhouse.functional.heads import Head
 from stillhouse.functional.counting import counted_mean
+from stillhouse.functional.heads import Head
 from stillhouse.functional.token_losses import coarse_log_probs, coarse_logits, jsd_rows
 from stillhouse.signals import TopK
 

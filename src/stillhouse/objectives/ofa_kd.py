@@ -30,6 +30,7 @@ from stillhouse.distillation.objective import Objective, Progress
 from stillhouse.errors import UserError
 from stillhouse.functional import checks
 from stillhouse.functional.divergences import soft_cross_entropy
+from stillhouse.functional.feature_maps import grid_of
 from stillhouse.functional.labels import check_label, class_ids
 from stillhouse.functional.precision import full_precision
 from stillhouse.signals import Batch, Signals
@@ -200,7 +201,7 @@ class OFAKD(Objective):
         logits_weight, branch_weight: of the two terms.
         grid: side of the last stage's grid of patches, for students of tokens.
         width: channels before the classifiers of maps; default: the larger embedding of student and teacher. Give it for a teacher without embedding.
-        channels_last: the student's stages are maps (B, H, W, D), as of timm's Swin; they are read as tokens.
+        maps_as_tokens: read the student's maps as tokens, as the authors do of Swin.
         nontarget_exponent, include_hard: see `ofa_loss`.
     """
 
@@ -216,7 +217,7 @@ class OFAKD(Objective):
         branch_weight: float = 1.0,
         grid: int = 7,
         width: int | None = None,
-        channels_last: bool = False,
+        maps_as_tokens: bool = False,
         nontarget_exponent: bool = True,
         include_hard: bool = False,
     ) -> None:
@@ -228,7 +229,7 @@ class OFAKD(Objective):
         checks.options("ofa_kd", positive={"temperature": temperature, "grid": grid, "width": 1 if width is None else width})
         checks.options("ofa_kd", non_negative={"logits_weight": logits_weight, "branch_weight": branch_weight})
         self.temperature, self.weights, self.grid, self.width = temperature, (logits_weight, branch_weight), grid, width
-        self.channels_last, self.nontarget_exponent, self.include_hard = channels_last, nontarget_exponent, include_hard
+        self.maps_as_tokens, self.nontarget_exponent, self.include_hard = maps_as_tokens, nontarget_exponent, include_hard
         needs = {"label", "student.logits", "student.embedding", "teacher.logits", *(f"student.tap:{layer}" for layer in self.layers)}
         self.needs = frozenset(needs | ({"teacher.embedding"} if width is None else set()))
 
@@ -238,18 +239,25 @@ class OFAKD(Objective):
         classes = student.require("logits").shape[-1]
         self.branches = nn.ModuleDict()
         for stage, layer in zip(self.stages, self.layers):
-            feature = self._feature(student.require(f"tap:{layer}"))
+            feature = self._feature(student, layer)
             if feature.ndim == 4:
                 self.branches[str(stage)] = map_branch(stage, feature.shape[1], widest, classes)
             elif feature.ndim == 3:
+                grid = grid_of(feature.shape[1], student.image)
+                if grid is not None and grid.height != grid.width:
+                    raise UserError(
+                        f"ofa_kd: the student's layer '{layer}' has {grid.height} x {grid.width} patches, but a branch of tokens merges a square grid; "
+                        "give square images."
+                    )
                 self.branches[str(stage)] = token_branch(stage, feature.shape[1], feature.shape[2], own, classes, grid=self.grid)
             else:
                 raise UserError(
                     f"ofa_kd: the student's layer '{layer}' gives {tuple(feature.shape)}; a branch needs a map (B, C, H, W) or tokens (B, L, D)."
                 )
 
-    def _feature(self, x: Tensor) -> Tensor:
-        return x.flatten(1, 2) if self.channels_last and x.ndim == 4 else x
+    def _feature(self, student: Signals, layer: str) -> Tensor:
+        x = student.require(f"tap:{layer}")
+        return x.flatten(2).transpose(1, 2) if self.maps_as_tokens and x.ndim == 4 else x
 
     def forward(self, student: Signals, teacher: Signals, batch: Batch, progress: Progress) -> dict[str, Tensor]:
         label, said = batch["label"], teacher.log_probs()
@@ -258,7 +266,7 @@ class OFAKD(Objective):
         out = {"logits": self.weights[0] * ofa_loss(student.require("logits"), said, label, self.eps[-1], *options)}
         total = out["logits"].new_zeros(())
         for stage, layer, eps in zip(self.stages, self.layers, self.eps):
-            logits = self.branches[str(stage)](self._feature(student.require(f"tap:{layer}")))
+            logits = self.branches[str(stage)](self._feature(student, layer))
             total = total + ofa_loss(logits, said, label, eps, *options)
             out[f"log:accuracy_stage{stage}"] = (logits.detach().argmax(-1) == target).float().mean()
         return out | {"branches": self.weights[1] * total}

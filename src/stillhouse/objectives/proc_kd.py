@@ -18,8 +18,6 @@ of 12 (`blocks.3`, …) are the choice for a deep teacher. `rank` shrinks the wi
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -28,7 +26,7 @@ from stillhouse.distillation.objective import Context, Objective, Progress
 from stillhouse.errors import UserError, unknown
 from stillhouse.functional import checks
 from stillhouse.functional.divergences import kl_divergence
-from stillhouse.functional.feature_maps import LAST_STAGES
+from stillhouse.functional.feature_maps import LAST_STAGES, grid_of
 from stillhouse.functional.labels import check_label
 from stillhouse.functional.precision import full_precision
 from stillhouse.signals import Batch, Signals
@@ -147,7 +145,8 @@ class ProCKD(Objective):
             raise UserError(f"proc_kd: the fused teacher layers must have as many tokens; given: {', '.join(str(t.shape[1]) for t in taught)}.")
         self.parts = Prototypes([t.shape[-1] for t in taught], last.shape[-1], self.count, self.rank)
         self.parts.prototypes.requires_grad_(self.learn_prototypes)
-        self.class_token = math.isqrt(last.shape[1]) ** 2 != last.shape[1]
+        grid = grid_of(last.shape[1], student.image)
+        self.class_token = grid is None or grid.prefix > 0
         self.projections = nn.ModuleList()
         for layer, f_t in zip(self.student_layers, taught):
             f_s = tokens(student.require(f"tap:{layer}"))
