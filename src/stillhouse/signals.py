@@ -45,13 +45,13 @@ class Signals:
     top: TopK | None = None
     embedding: Tensor | None = None  # (B, D), pooled, before the classifier
     taps: dict[str, Tensor] = field(default_factory=dict)  # maps are (B, C, H, W), whatever the network
-    image: tuple[int, int] | None = None  # height and width of the images that the network saw
     members: tuple[Signals, ...] = ()  # of an ensemble; without `logits`, its output is the mean of the members' probabilities
     parts: dict[str, Tensor] = field(default_factory=dict)  # what else its task's networks give, by name (`Task.parts`)
     losses: dict[str, Tensor] = field(default_factory=dict)  # a network's own, where they are wanted, in training
+    image: tuple[int, int] | None = None  # height and width of the images that the network saw
 
     def require(self, signal: str) -> Tensor:
-        """A signal that must be there, in the words of `Objective.needs`: `logits`, `embedding` or `tap:NAME`.
+        """A signal that must be there, in the words of `Objective.needs`: `logits`, `embedding`, `tap:NAME` or `part:NAME`.
 
         Raises:
             UserError: it is not there; the message lists what is.
@@ -60,11 +60,12 @@ class Signals:
         Traceback (most recent call last):
         stillhouse.errors.UserError: There is no `embedding` among these signals, only logits; an objective captures what its `needs` names.
         """
-        kind, _, name = signal.partition(":")
-        found = {"logits": self.logits, "embedding": self.embedding, "tap": self.taps.get(name)}[kind]
+        there = {"logits": self.logits, "embedding": self.embedding}
+        there |= {f"tap:{name}": x for name, x in self.taps.items()} | {f"part:{name}": x for name, x in self.parts.items()}
+        found = there.get(signal)
         if found is None:
-            there = ", ".join(["logits"] * (self.logits is not None) + ["embedding"] * (self.embedding is not None) + [f"tap:{t}" for t in self.taps])
-            raise UserError(f"There is no `{signal}` among these signals, only {there or 'none'}; an objective captures what its `needs` names.")
+            names = ", ".join(name for name, x in there.items() if x is not None)
+            raise UserError(f"There is no `{signal}` among these signals, only {names or 'none'}; an objective captures what its `needs` names.")
         return found
 
     @property
@@ -108,10 +109,10 @@ class Signals:
             top,
             cut(self.embedding),
             {k: v.detach() for k, v in self.taps.items()},
-            self.image,
             tuple(m.detach() for m in self.members),
             {k: v.detach() for k, v in self.parts.items()},
             {k: v.detach() for k, v in self.losses.items()},
+            self.image,
         )
 
 

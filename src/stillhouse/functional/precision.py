@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, ParamSpec, TypeVar
 
 import torch
@@ -28,12 +29,17 @@ def full_precision(loss: Callable[P, R]) -> Callable[P, R]:
         raised = [_raise(a) for a in args]
         named = {k: _raise(v) for k, v in kwargs.items()}
         device = next((a.device.type for a in (*raised, *named.values()) if isinstance(a, Tensor)), "cpu")
-        if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
-            return loss(*raised, **named)
-        with torch.autocast(device, enabled=False):
+        with without_autocast(device):
             return loss(*raised, **named)
 
     return run
+
+
+def without_autocast(device: str) -> AbstractContextManager[Any]:
+    """A context without autocast on a type of device, whether or not that has it."""
+    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+        return nullcontext()
+    return torch.autocast(device, enabled=False)
 
 
 def _raise(value: Any) -> Any:

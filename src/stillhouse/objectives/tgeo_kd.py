@@ -36,7 +36,7 @@ from stillhouse.distillation.objective import Context, Objective, Progress
 from stillhouse.errors import UserError
 from stillhouse.functional import checks
 from stillhouse.functional.labels import check_label, hard_only
-from stillhouse.functional.precision import full_precision
+from stillhouse.functional.precision import full_precision, without_autocast
 from stillhouse.functional.token_losses import forward_kl_rows
 from stillhouse.signals import Batch, Signals, read_logits
 
@@ -221,7 +221,7 @@ class TGeoKD(Objective):
         number = ctx.progress.epoch * ctx.progress.steps_per_epoch + ctx.progress.batch
         if self.solver != "unroll" or number % self.every:
             return
-        with torch.autocast(batch["label"].device.type, enabled=False), plainly(ctx.student):
+        with without_autocast(batch["label"].device.type), plainly(ctx.student):
             outer = self.held_out_loss(ctx.student, batch, teacher, ctx.holdout(self.outer_batch))
             gradients = torch.autograd.grad(outer, list(self.fusion.parameters()))
         for parameter, gradient in zip(self.fusion.parameters(), _mean_over_ranks(gradients)):
