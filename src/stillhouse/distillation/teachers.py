@@ -108,6 +108,7 @@ class Reader:
 
     def close(self) -> None:
         """Leave no hook on the model."""
+        self._paths = {}
         if self._taps is not None:
             self._taps.remove()
             self._taps = None
