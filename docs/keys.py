@@ -24,6 +24,7 @@ SHARED = (
     specs.LRSchedule,
     specs.ObjectiveSpec,
     specs.WeightSpec,
+    specs.ClaimSpec,
 )
 
 

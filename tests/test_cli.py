@@ -14,7 +14,6 @@ import torch
 import yaml
 
 import stillhouse
-from stillhouse import cli
 
 QUICK = """
 data: {name: digits, size: 100, test_size: 100}
@@ -24,24 +23,6 @@ objectives: [ce, kd]
 train: {epochs: 2, batch_size: 50}
 variants: {alone: {objectives: [ce]}}
 """
-
-
-@pytest.fixture
-def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path):
-    """Run the command in this process, in an empty folder; (exit code, stdout, stderr)."""
-    monkeypatch.chdir(tmp_path)
-
-    def run(*arguments: str) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["stillhouse", *map(str, arguments)])
-        try:
-            cli.main()
-            code = 0
-        except SystemExit as stop:
-            code = stop.code if isinstance(stop.code, int) else 1 if stop.code else 0
-        out = capsys.readouterr()
-        return code, out.out, out.err
-
-    return run
 
 
 def test_a_run_leaves_a_folder_with_a_working_product(command, recipe_file, tmp_path: Path):
@@ -97,7 +78,7 @@ def test_a_mistake_exits_2_with_one_sentence(command, arguments: list[str]):
 
 
 def test_every_command_has_help_with_an_example(command):
-    for name in ("run", "methods", "bench", "export", "report", "demo", "schema"):
+    for name in ("run", "methods", "bench", "evidence", "export", "report", "demo", "schema"):
         code, out, _ = command(name, "--help")
         assert code == 0 and f"Example: stillhouse {name}" in out
 

@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 
 import pytest
-
-from stillhouse import cli
 
 STUDENT = """
 data: {name: digits, size: 100, test_size: 100}
@@ -31,24 +28,12 @@ variants: {ipc10: {ipc: 10}}
 
 
 @pytest.fixture
-def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path):
-    """Run the command in this process, in a folder with `student.yaml` and `set.yaml`; (exit code, stdout, stderr)."""
-    monkeypatch.chdir(tmp_path)
+def command(command):
+    """The command, in a folder with `student.yaml` and `set.yaml`."""
     Path("student.yaml").write_text(STUDENT)
     Path("set.yaml").write_text(SET)
     Path("afile").write_text("mine")
-
-    def run(*arguments: str) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["stillhouse", *map(str, arguments)])
-        try:
-            cli.main()
-            code = 0
-        except SystemExit as stop:
-            code = stop.code if isinstance(stop.code, int) else 1 if stop.code else 0
-        out = capsys.readouterr()
-        return code, out.out, out.err
-
-    return run
+    return command
 
 
 def refused(command, *arguments: str) -> str:

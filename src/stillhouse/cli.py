@@ -138,13 +138,14 @@ def bench(
     jobs: Annotated[int, typer.Option("--jobs", "-j", min=1, help="Runs at the same time.", metavar="N")] = 1,
     cpu: Cpu = False,
 ) -> None:
-    """Compare recipes and variants over seeds. Runs that are done are kept; a second start goes on."""
+    """Compare recipes and variants over seeds, and judge the recipes' claims. Finished runs of the same recipe and code are reused."""
     import json
 
     from rich.console import Console
 
     from stillhouse.files import written_beside
     from stillhouse.reporting.comparison import comparison_table, write_comparison_report
+    from stillhouse.reporting.verdicts import Verdict, verdict_lines
     from stillhouse.runs.bench import bench as run_bench
     from stillhouse.runs.bench import entries
     from stillhouse.training.display import Bars
@@ -176,7 +177,52 @@ def bench(
             beside.write_text(json.dumps(results, indent=1) + "\n")
     write_comparison_report(results, folder / "report.html")
     Console().print(table)
+    for line in verdict_lines([Verdict.from_record(record) for record in results["claims"]]):
+        typer.echo(line)
     typer.echo(f"Report: {folder / 'report.html'}")
+
+
+@app.command(epilog="Example: stillhouse evidence acam_kd pld")
+def evidence(
+    names: Annotated[list[str] | None, typer.Argument(help="Recipes by name; default: all.", metavar="NAME")] = None,
+    check: Annotated[bool, typer.Option("--check", help="List the evidence that is out of date; exit 1 where there is any.")] = False,
+    missing: Annotated[bool, typer.Option("--missing", help="List the methods without claims.")] = False,
+    verdicts: Annotated[bool, typer.Option("--verdicts", help="Judge all claims again, from the recorded rows, and write the verdicts.")] = False,
+    report: Annotated[Path | None, typer.Option(help="Write the claims as an HTML page whose table can be sorted.", metavar="FILE")] = None,
+    recipes: Annotated[Path, typer.Option(help="Folder of the recipes.", metavar="FOLDER")] = Path("recipes"),
+    evidence: Annotated[Path, typer.Option(help="Folder of the recorded comparisons.", metavar="FOLDER")] = Path("evidence"),
+) -> None:
+    """Show the recipes' claims with their verdicts, or what evidence is stale or missing. Runs nothing."""
+    from stillhouse.errors import unknown
+    from stillhouse.reporting.verdicts import counted, verdict_lines, write_claims_page
+    from stillhouse.runs.evidence import Library
+
+    library = Library.read(recipes, evidence)
+    stale = list(library.stale()) if check else []
+    for line in stale:
+        typer.echo(line)
+    if missing:
+        for slug in library.missing():
+            typer.echo(f"no claims: {slug}")
+    if verdicts:
+        for path in library.write_verdicts():
+            typer.echo(f"Wrote {path}")
+    claimed = library.claimed() if report is not None or not (check or missing or verdicts) else {}
+    for name in names or ():
+        if f"{name}.yaml" not in claimed:
+            raise unknown("recipe with claims", name, [Path(n).stem for n in claimed])
+    shown = {n: v for n, v in claimed.items() if not names or Path(n).stem in names}
+    for recipe, found in shown.items() if not report else ():
+        typer.echo(f"\n{Path(recipe).stem}: {counted(found)}")
+        for line in verdict_lines(found):
+            typer.echo(f"  {line}")
+    if report is not None:
+        every = [(", ".join(library.papers(n, v)), v) for n, found in shown.items() for v in found]
+        typer.echo(f"Report: {write_claims_page(every, report)}")
+    elif shown and not names:
+        typer.echo(f"\nIn all: {counted(v for found in shown.values() for v in found)}.")
+    if any(line.startswith("stale") for line in stale):
+        raise typer.Exit(1)
 
 
 def _without_places(arguments: list[str]) -> list[str]:

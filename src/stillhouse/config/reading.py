@@ -110,10 +110,11 @@ def parse_sets(items: Sequence[str]) -> dict[str, Any]:
 
 
 def resolve(tree: Mapping[str, Any], variant: str | None = None, sets: Mapping[str, Any] | None = None, where: str = "recipe") -> dict[str, Any]:
-    """A raw recipe with its variant and overrides applied (in that order); the variants themselves, and the groups of a comparison, are dropped."""
+    """A raw recipe with its variant and overrides applied (in that order). What only a comparison reads (variants, groups, claims) is dropped."""
     out = copy.deepcopy(dict(tree))
     variants = out.pop("variants", None) or {}
-    out.pop("groups", None)
+    for key in ("groups", "claims"):
+        out.pop(key, None)
     if variant is not None:
         if variant not in variants:
             close = nearest(variant, variants)
@@ -142,5 +143,5 @@ def beside_recipe(value: Any, folder: Path) -> Any:
 def dump(config: BaseModel) -> str:
     """A config as YAML that loads to the same config."""
     return yaml.safe_dump(
-        config.model_dump(mode="json", exclude_none=True, exclude={"variants", "groups"}), sort_keys=False, allow_unicode=True, width=120
+        config.model_dump(mode="json", exclude_none=True, exclude={"variants", "groups", "claims"}), sort_keys=False, allow_unicode=True, width=120
     )

@@ -225,6 +225,38 @@ Teacher = Annotated[TeacherSpec, _shorthand("model")]
 Data = Annotated[DataSpec, _shorthand("name")]
 
 
+class ClaimSpec(Spec):
+    """One checkable sentence of a paper, as a comparison of figures (see docs/claims.md). Exactly one of `over`, `at_least`, `at_most`.
+
+    Amounts are in the unit in which reports show the figure: percentage points for an accuracy.
+    """
+
+    says: str = Field(min_length=1, description="The claim, in one sentence.")
+    figure: str = Field(description="The figure that decides it, such as accuracy.")
+    of: str = Field(description="The row it is about: a variant, or base for the recipe itself; VARIANT/GROUP where a recipe has groups.")
+    over: str | None = Field(None, description="The row that must be worse.")
+    at_least: float | None = Field(None, description="A lower bound of the figure's mean.")
+    at_most: float | None = Field(None, description="An upper bound of the figure's mean.")
+    by: float = Field(0.0, ge=0, description="over: how much better, at least.")
+    within: float | None = Field(None, gt=0, description="over: the row may be worse than the other, but by no more than this.")
+    better: Literal["higher", "lower"] | None = Field(
+        None, description="Which way the figure is better; must be given for one that reports do not know."
+    )
+    because: str | None = Field(None, description="One sentence on why it was not shown, or not measured.")
+
+    @model_validator(mode="after")
+    def _one_question(self) -> ClaimSpec:
+        given = [k for k in ("over", "at_least", "at_most") if getattr(self, k) is not None]
+        if len(given) != 1:
+            raise ValueError(f"give exactly one of over, at_least, at_most (given: {', '.join(given) or 'none'})")
+        needless = [k for k in ("by", "within") if getattr(self, k)]
+        if self.over is None and needless:
+            raise ValueError(f"{needless[0]} belongs to a comparison, so it needs `over`; a bound is {given[0]} alone")
+        if self.by and self.within is not None:
+            raise ValueError("give by (how much better) or within (how much worse is allowed), not both")
+        return self
+
+
 class MethodConfig(Spec):
     """What every recipe has. A method's `Config` adds its own keys."""
 
@@ -237,4 +269,7 @@ class MethodConfig(Spec):
     groups: dict[str, dict[str, Any]] = Field(
         default_factory=dict,
         description="For `stillhouse bench`: one dotted key and its named values, such as two students; every variant is run with each.",
+    )
+    claims: list[ClaimSpec] = Field(
+        default_factory=list, description="What the paper says will happen; `stillhouse bench` gives each claim its verdict."
     )

@@ -149,6 +149,17 @@ def quantity(name: str, largest: float = 0.0) -> Quantity:
     return _KNOWN.get(base, _alike(base)).suited_to(largest)
 
 
+def known(name: str) -> bool:
+    """Whether reports know the figure of this name, itself or by its kind."""
+    base = name.rsplit("/", 1)[-1]
+    return base in _KNOWN or bool(_alike(base).unit)
+
+
+def known_names() -> list[str]:
+    """The figures that reports know by their names."""
+    return list(_KNOWN)
+
+
 def _alike(name: str) -> Quantity:
     """A figure that is known by its kind alone: `accuracy_NAME` is a share, `…_seconds` and `…_mb` have their units."""
     kind, _, what = name.partition("_")

@@ -14,6 +14,7 @@ from stillhouse.evaluation.quantities import Quantity
 from stillhouse.evaluation.statistics import mean, mean_interval
 from stillhouse.reporting.page import cards, code, figure, folded, grid, legend, page, pairs, section, table, write
 from stillhouse.reporting.rows import Comparison, compare
+from stillhouse.reporting.verdicts import Verdict, counted, verdict_table
 
 if TYPE_CHECKING:
     import rich.table
@@ -85,6 +86,7 @@ def write_comparison_report(results: Mapping[str, Any], path: Path) -> Path:
             table(comparison.headers(), comparison.cells(), marked),
             _glossary(comparison),
         ),
+        *_claims(results),
         *(block for name, part in parts for block in _plots(part, shown, name)),
         *_origin(results),
     ]
@@ -176,6 +178,13 @@ def _plots(comparison: Comparison, shown: Quantity, suffix: str = "") -> list[st
     if "ece" in comparison.shown and comparison.primary != "ece":
         out.append(section(f"Calibration{suffix}", comparison.shown["ece"].meaning, dot_plot("ece")))
     return out
+
+
+def _claims(results: Mapping[str, Any]) -> list[str]:
+    """The verdicts of the recipes' claims."""
+    found = [(Path(str(record.get("recipe", ""))).stem, Verdict.from_record(record)) for record in results.get("claims") or ()]
+    text = "What the papers say, and whether these figures show it. A difference is positive where the first row is better."
+    return [section(f"Claims: {counted(v for _, v in found)}", text, verdict_table(found))] if found else []
 
 
 def _origin(results: Mapping[str, Any]) -> list[str]:

@@ -98,17 +98,20 @@ def compare(results: Mapping[str, Any]) -> Comparison:
         raise unknown("row for the baseline", baseline, labels)
 
     names -= {hidden for n, less in MORE_TELLING.items() if n in names for hidden in less}
-    against = {row.get("group"): f.get(primary, {}) for label, row, f in zip(labels, given, figures) if label == baseline}
-    rows = [
-        Row(
-            label,
-            tuple(row["seeds"]),
-            {n: list(by_seed.values()) for n, by_seed in f.items() if n in names},
-            None if label == baseline else _gain(f.get(primary, {}), against.get(row.get("group"), {}), quantity(primary)),
-            row.get("group"),
-        )
-        for label, row, f in zip(labels, given, figures)
-    ]
+    baselines = {row.get("group"): (row, f) for row, f in zip(given, figures) if row["label"] == baseline}
+    reasons = []
+    rows = []
+    for row, f in zip(given, figures):
+        gain = None
+        if row["label"] != baseline and row.get("group") in baselines:
+            other, theirs = baselines[row.get("group")]
+            gain = _gain(f.get(primary, {}), theirs.get(primary, {}), quantity(primary))
+            reason = unequal(row, other)
+            if gain is not None and reason is not None:
+                reasons.append(reason)
+                gain = Difference(gain.mean, math.nan, math.nan, gain.n)
+        shown = {n: list(by_seed.values()) for n, by_seed in f.items() if n in names}
+        rows.append(Row(row["label"], tuple(row["seeds"]), shown, gain, row.get("group")))
     given_teacher = results.get("teacher") or {}
     teacher = _teacher(given_teacher) if given_teacher.get("metrics") else None
     every = [*rows, *([teacher] if teacher else [])]
@@ -122,8 +125,23 @@ def compare(results: Mapping[str, Any]) -> Comparison:
         rows=rows,
         baseline=baseline,
         teacher=teacher,
-        note=_note(rows, baseline),
+        note=" ".join([_note(rows, baseline), *([f"No interval where {'; '.join(reasons)}."] if reasons else [])]),
     )
+
+
+def unequal(row: Mapping[str, Any], other: Mapping[str, Any]) -> str | None:
+    """Why a difference of two rows is not that of their methods alone: other data, or more steps. None where both agree or are not recorded.
+
+    Stages of one name may differ by 5 % in their steps, which epochs of different lengths need; stages of only one row do not count.
+    """
+    if row.get("data") != other.get("data") and row.get("data") and other.get("data"):
+        return f"'{row['label']}' and '{other['label']}' have different data"
+    mine, theirs = row.get("steps") or {}, other.get("steps") or {}
+    for stage in mine:
+        a, b = mine[stage], theirs.get(stage, mine[stage])
+        if abs(a - b) > 0.05 * max(a, b):
+            return f"'{row['label']}' takes {a:,} steps of the stage '{stage}' and '{other['label']}' {b:,}"
+    return None
 
 
 def _named(shown: Quantity, reference: str | None) -> Quantity:

@@ -1,9 +1,13 @@
-"""Comparison of recipes and variants over seeds under one budget: runs that are done are kept, results are a table, JSON and a page."""
+"""Comparison of recipes and variants over seeds under one budget: finished runs are reused, and the recipes' claims get their verdicts.
+
+A finished run is reused where its recipe and the code that it ran are unchanged; where the code has changed it is run again.
+"""
 
 from __future__ import annotations
 
 import json
 import os
+import shutil
 import statistics
 import subprocess
 import sys
@@ -20,7 +24,11 @@ import yaml
 from stillhouse.config.reading import beside_recipe, dump, parse_sets, read_yaml, resolve
 from stillhouse.config.specs import MethodConfig
 from stillhouse.errors import MissingExtra, UserError, nearest
+from stillhouse.files import written_beside
+from stillhouse.runs.claims import judge, read_claims, varied_network
+from stillhouse.runs.evidence import recipe_hash, row_facts
 from stillhouse.runs.recipe import validate
+from stillhouse.runs.sources import source_hash
 
 
 @dataclass(frozen=True)
@@ -66,12 +74,17 @@ class Job:
     def tree(self) -> dict[str, Any]:
         """Its recipe as it was written, with the variant and all that is set."""
         sets = {**parse_sets([*self.sets, *self.entry.sets]), "seed": self.seed}
-        tree = beside_recipe(resolve(read_yaml(self.entry.recipe), self.entry.variant, sets, where=str(self.entry.recipe)), self.entry.recipe.parent)
-        return {**tree, "name": self.folder.name}
+        return resolve(read_yaml(self.entry.recipe), self.entry.variant, sets, where=str(self.entry.recipe))
+
+    @property
+    def sources(self) -> str:
+        """The hash of the code that it runs."""
+        return source_hash(self.tree(), self.entry.recipe.parent)
 
     def config(self) -> MethodConfig:
         """Its recipe, valid. Raises `UserError` as `validate`."""
-        return validate(self.tree(), str(self.entry.recipe))
+        tree = {**beside_recipe(self.tree(), self.entry.recipe.parent), "name": self.folder.name}
+        return validate(tree, str(self.entry.recipe))
 
     def check(self) -> None:
         """Raises `UserError` for a recipe that is not valid, or a finished run of another recipe in its folder."""
@@ -111,6 +124,7 @@ def entries(recipes: Sequence[str | Path], variants: Sequence[str] | None = None
     rows = []
     for path in map(Path, recipes):
         tree = read_yaml(path)
+        read_claims(tree, str(path))
         there: dict[str, Any] = tree.get("variants") or {}
         found: list[Entry] = []
         if variants is None:
@@ -160,11 +174,14 @@ def bench(
     live: Any = None,
     after: Callable[[Job, int, int], None] | None = None,
 ) -> dict[str, Any]:
-    """Run every row for every seed (skipping what is done) and return the results (see `collect`). All recipes are checked before the first is run.
+    """Run every row for every seed (reusing what is done) and return the results (see `collect`) with the verdicts of the recipes' claims.
+
+    All recipes are checked before the first is run. Which code a run is of is recorded in `out`/sources.json as it starts; a run of other code,
+    finished or not, is started over.
 
     Args:
         out: one folder a run below it.
-        baseline: the row that others are compared with; default: `alone`, `ce`, `random`, or the first row.
+        baseline: the row that others of its group are compared with; default: `alone`, `ce`, `random`, or the first row.
         reference: the row whose training step is the unit of the others' cost, where recipes measure it (`evaluate: [step]`); default: `kd`, or
             the baseline.
         primary: the figure that rows are compared by; default: `accuracy`, or the first that there is.
@@ -174,6 +191,9 @@ def bench(
     baseline = baseline or next((b for b in ("alone", "ce", "random") if b in labels), labels[0])
     if baseline not in labels:
         raise UserError(f"The baseline '{baseline}' is no row of this comparison; rows: {', '.join(labels)}.")
+    bare = sorted({str(r.group) for r in rows} - {str(r.group) for r in rows if r.label == baseline})
+    if bare:
+        raise UserError(f"The baseline '{baseline}' is no row of the group '{bare[0]}', and rows are compared with the baseline of their own group.")
     reference = reference or ("kd" if "kd" in labels else baseline)
     if reference not in labels:
         raise UserError(f"The reference '{reference}' is no row of this comparison; rows: {', '.join(labels)}.")
@@ -181,16 +201,47 @@ def bench(
     for job in every:
         if job.done or job.seed == seeds[0]:  # other seeds are the same recipe
             job.check()
+    _start_over(every, out)
     todo = [j for j in every if not j.done]
     for number, job in enumerate(_finished(todo, engine, jobs, live), 1):
         if after is not None:
             after(job, number, len(todo))
-    results = collect(every, baseline, slug or rows[0].recipe.stem, reference)
+    results = {
+        **collect(every, baseline, slug or rows[0].recipe.stem, reference),
+        "sets": list(sets),
+    }
+    results["claims"] = verdicts(rows, results["rows"])
     kinds = _kinds(every)
     if len(kinds) > 1:
         listed = "; ".join(f"{kind}: {', '.join(labels)}" for kind, labels in kinds.items())
         warnings.warn(f"The rows leave products of different kinds ({listed}), so that figures of one name may mean different things.", stacklevel=1)
     return results if primary is None else {**results, "primary": primary}
+
+
+def _start_over(jobs: Sequence[Job], out: Path) -> None:
+    """Remove the runs that are not of the present code, and record for every run which code it is of."""
+    recorded = out / "sources.json"
+    before = json.loads(recorded.read_text()) if recorded.is_file() else {}
+    now = {job.folder.name: job.sources for job in jobs}
+    old = [job for job in jobs if (job.folder / "environment.json").is_file() and before.get(job.folder.name) != now[job.folder.name]]
+    for job in old:
+        shutil.rmtree(job.folder)
+    if old:
+        names = ", ".join(job.folder.name for job in old[:5]) + (", …" if len(old) > 5 else "")
+        warnings.warn(f"{len(old)} runs in {out} are not of the present code and are run again: {names}.", stacklevel=1)
+    out.mkdir(parents=True, exist_ok=True)
+    with written_beside(recorded) as beside:
+        beside.write_text(json.dumps({**before, **now}, indent=1) + "\n")
+
+
+def verdicts(entries: Sequence[Entry], rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """The verdicts of the claims of all recipes of a comparison, as JSON data, each with its recipe; of what these rows can decide."""
+    out = []
+    for recipe in dict.fromkeys(entry.recipe for entry in entries):
+        mine = [row for row in rows if row["recipe"] == recipe.name]
+        found = judge(read_yaml(recipe), {"": mine}, str(recipe))
+        out += [{"recipe": recipe.name, **verdict.record()} for verdict in found if verdict.seeds]
+    return out
 
 
 def _kinds(jobs: Sequence[Job]) -> dict[str, list[str]]:
@@ -289,7 +340,15 @@ def collect(jobs: Sequence[Job], baseline: str, slug: str, reference: str | None
         entry = job.entry
         row = rows.setdefault(
             entry.folder,
-            {"label": entry.label, "recipe": entry.recipe.name, "variant": entry.variant, "group": entry.group, "seeds": [], "metrics": {}},
+            {
+                "label": entry.label,
+                "recipe": entry.recipe.name,
+                "variant": entry.variant,
+                "group": entry.group,
+                **_facts(job),
+                "seeds": [],
+                "metrics": {},
+            },
         )
         row["seeds"].append(job.seed)
         for name, value in figures.items():
@@ -301,6 +360,7 @@ def collect(jobs: Sequence[Job], baseline: str, slug: str, reference: str | None
         row["metrics"] = {k: v for k, v in row["metrics"].items() if len(v) == len(row["seeds"])}
         if row["group"] is None:
             del row["group"]
+        _check_one_network(row)
     _relative_costs(rows.values(), reference)
     return {
         "slug": slug,
@@ -314,6 +374,20 @@ def collect(jobs: Sequence[Job], baseline: str, slug: str, reference: str | None
         "rows": list(rows.values()),
         "teacher": teacher,
     }
+
+
+def _facts(job: Job) -> dict[str, Any]:
+    """What a row is of: hashes of its recipe and code, its data, the steps of its stages, and whether its method searches for its network."""
+    tree = job.tree()
+    environment = json.loads((job.folder / "environment.json").read_text())
+    return {"recipe_hash": recipe_hash(tree), "source_hash": job.sources, "steps": environment.get("steps", {}), **row_facts(tree)}
+
+
+def _check_one_network(row: Mapping[str, Any]) -> None:
+    """Raises `UserError` for a row whose seeds are different networks."""
+    reason = varied_network(row)
+    if reason is not None:
+        raise UserError(f"This row cannot be averaged over seeds: {reason}. A method that searches for its network says so by `searches = True`.")
 
 
 def _relative_costs(rows: Iterable[dict[str, Any]], reference: str | None) -> None:

@@ -67,7 +67,8 @@ def execute(
     wait()
     method = catalog.method(config.method)
     run = Run(folder, config, data_root=data_root, live=live, cpu=cpu)
-    run.planned = {s.name for s in method.plan(config, run)}
+    stages = method.plan(config, run)
+    run.planned = {s.name for s in stages}
     started = time.monotonic()
     try:
         if main:
@@ -79,6 +80,7 @@ def execute(
                     "device": _device_name(run.device),
                     "processes": rank_world()[1],
                     "command": " ".join(["stillhouse", *sys.argv[1:]]),
+                    "steps": {s.name: s.steps for s in stages if s.steps is not None},
                 },
             )
         product = method.run(config, run)

@@ -26,6 +26,8 @@ class Method(Generic[C]):
     top to bottom."""
 
     Config: ClassVar[type[MethodConfig]]
+    searches: ClassVar[bool] = False
+    """Whether it chooses the student's network, so that the number of parameters may vary with the seed."""
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)

@@ -13,6 +13,7 @@ from stillhouse.config.messages import spell, unknown_key
 from stillhouse.config.reading import beside_recipe, dump, parse_sets, read_yaml, resolve, set_key
 from stillhouse.config.specs import MethodConfig, ModelSpec, ObjectiveSpec, OptimizerSpec, TeacherSpec
 from stillhouse.errors import UserError
+from stillhouse.runs.claims import read_claims
 
 __all__ = ["beside_recipe", "check", "dump", "load", "parse_sets", "read_yaml", "resolve", "set_key", "validate"]
 
@@ -39,7 +40,9 @@ def validate(tree: Mapping[str, Any], where: str = "recipe") -> MethodConfig:
 
 def load(path: str | Path, variant: str | None = None, sets: Sequence[str] = ()) -> MethodConfig:
     """Read, resolve and validate a recipe file. Its name defaults to the file's, with the variant."""
-    tree = beside_recipe(resolve(read_yaml(path), variant, parse_sets(sets), where=str(path)), Path(path).parent)
+    raw = read_yaml(path)
+    read_claims(raw, str(path))
+    tree = beside_recipe(resolve(raw, variant, parse_sets(sets), where=str(path)), Path(path).parent)
     if tree.get("name") is None:
         tree["name"] = Path(path).stem + (f"-{variant}" if variant else "")
     return validate(tree, where=str(path))

@@ -154,6 +154,8 @@ def judge(product: FoundStudent, run: Run) -> dict[str, float]:
 
 
 class SearchWithoutTraining(Method[Config]):
+    searches = True
+
     def plan(self, config: Config, run: Run) -> list[Stage]:
         if config.teacher.model is None:
             raise UserError("diswot compares networks: give teacher.model.")
