@@ -1,4 +1,5 @@
-"""Writes the generated pages: docs/recipes.md from the option types, docs/comparison.md, docs/catalogue.md and docs/methods/ from cards, options, recipes and evidence.
+"""Writes the generated pages: docs/recipes.md from the option types, docs/comparison.md, docs/claims.md, docs/catalogue.md and docs/methods/ from cards, options,
+recipes and evidence.
 
 `make docs` writes them anew; `python docs/build.py --check` writes nothing and exits 1 where one is stale.
 """
@@ -23,7 +24,10 @@ from stillhouse import catalog
 from stillhouse.catalog import Card
 from stillhouse.config.specs import MethodConfig
 from stillhouse.reporting.comparison import comparison_markdown
+from stillhouse.reporting.verdicts import MEANING, SHOWN, Verdict, counted
 from stillhouse.runs import recipe
+from stillhouse.runs.claims import row_name
+from stillhouse.runs.evidence import Library
 from stillhouse.runs.listing import argument_words
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -42,6 +46,7 @@ def pages() -> dict[Path, str]:
             (DOCS / "recipes.md", recipe_reference()),
             (DOCS / "catalogue.md", catalogue(found)),
             (DOCS / "comparison.md", whole_comparison()),
+            (DOCS / "claims.md", claims_page(found)),
         )
     }
     return out | {DOCS / "methods" / f"{c.slug}.md": method_page(c) for c in found}
@@ -126,6 +131,7 @@ def method_page(card: Card) -> str:
         "## Options\n",
         *options(card),
         "## Evidence\n",
+        claims_section(card),
         evidence_section(card),
         "## Parity\n",
         parity_section(card),
@@ -210,6 +216,81 @@ def leaves(annotation: Any) -> Iterator[type[BaseModel]]:
         yield annotation
     for inner in get_args(annotation):
         yield from leaves(inner)
+
+
+# ---- claims --------------------------------------------------------------------------------------------------------------------------------
+
+
+@cache
+def library() -> Library:
+    return Library.read(ROOT / "recipes", ROOT / "evidence")
+
+
+@cache
+def claims_of() -> dict[str, list[tuple[str, Verdict]]]:
+    """The verdicts by card, each with the recipe that makes the claim."""
+    out: dict[str, list[tuple[str, Verdict]]] = {}
+    for recipe_name, verdicts in library().claimed().items():
+        for verdict in verdicts:
+            for slug in library().papers(recipe_name, verdict):
+                out.setdefault(slug, []).append((recipe_name, verdict))
+    return out
+
+
+def claims_page(found: list[Card]) -> str:
+    """What docs/claims.md lists: how many claims of each paper have which verdict, and then every claim."""
+    mine = [(card, claims_of()[card.slug]) for card in found if card.slug in claims_of()]
+    every = {(name, v) for _, claims in mine for name, v in claims}
+    counts = [
+        (f"[{card.slug}](#{card.slug})", *(str(sum(v.verdict == word for _, v in claims) or "") for word in MEANING), paper_link(card) or "–")
+        for card, claims in mine
+    ]
+    parts = [f"{len(mine)} papers, {len(every)} claims: {counted(v for _, v in every)}.\n", table(("paper", *MEANING, "arXiv"), counts)]
+    headers = ("claim", "expected", "measured", "verdict", "why", "recipe")
+    for card, claims in mine:
+        name = f"[{prose(summary(card), in_table=False)}](methods/{card.slug}.md)"
+        parts.append(f"## {card.slug}\n\n{name} {card.fields.get('venue', '')} {paper_link(card)}".rstrip() + "\n")
+        parts.append(table(headers, [claim_row(recipe_name, v) for recipe_name, v in claims]))
+    return "\n".join(parts)
+
+
+def claim_row(recipe_name: str, verdict: Verdict) -> tuple[str, ...]:
+    path = library().recipes[recipe_name].relative_to(ROOT).as_posix()
+    group = f" ({verdict.group})" if verdict.group else ""
+    texts = (verdict.says + group, verdict.expected, verdict.measured)
+    word = f"**{verdict.verdict}**" if verdict.verdict == SHOWN else verdict.verdict
+    why = prose(verdict.why, in_table=True) or "–"
+    return (*(prose(text, in_table=True) for text in texts), word, why, f"[{Path(recipe_name).stem}](../{path})")
+
+
+def claims_section(card: Card) -> str:
+    """What was shown of a paper's claims, what was not and why, and where a user starts."""
+    claims = claims_of().get(card.slug, [])
+    if not claims:
+        return ""
+    lines = [f"Of the paper's claims here: {counted(v for _, v in claims)}. [All claims](../claims.md#{card.slug}).\n"]
+    for word in MEANING:
+        for _, v in claims:
+            if v.verdict == word:
+                group = f" ({v.group})" if v.group else ""
+                measured = "" if v.mean is None else f" Measured: {v.measured}."
+                lines.append(
+                    f"- **{word[0].upper() + word[1:]}**{group}: {prose(v.says)} Expected: {prose(v.expected)}.{measured} {prose(v.why)}".rstrip()
+                )
+    return "\n".join([*lines, "", where_to_start(claims), ""])
+
+
+def where_to_start(claims: list[tuple[str, Verdict]]) -> str:
+    """The command of the first claim that was shown; where none was, the row to compare with first."""
+    shown = [(name, v) for name, v in claims if v.verdict == SHOWN]
+    name, first = (shown or claims)[0]
+    row = row_name(first.of, library().trees[name])
+    path = library().recipes[name].relative_to(ROOT).as_posix()
+    command = f"`stillhouse run {path}" + (f" --variant {row.variant}" if row.variant != "base" else "") + "`"
+    if shown:
+        return f"Where to start: {command}, the setting of the first claim that was shown."
+    against = f" beside its baseline `{first.over}`" if first.over else ""
+    return f"Where to start: no claim was shown in these settings, so try {command}{against} on your own data before you rely on it."
 
 
 def evidence_section(card: Card) -> str:

@@ -181,7 +181,7 @@ def test_the_hash_of_a_recipe_is_of_what_is_written_but_name_and_seed() -> None:
 
 def test_the_hash_of_the_code_is_that_of_what_a_method_imports(tmp_path: Path) -> None:
     files = {p.name for p in source_files({"objectives": ["kd", "crd"]})}
-    assert {"kd.py", "crd.py", "distillation.py"} <= files and "pld.py" not in files
+    assert {"kd.py", "crd.py", "distillation.py", "engine.py"} <= files and "pld.py" not in files
     tree = {"objectives": ["ce"], "data": "file:own.py:numbers"}
     own = tmp_path / "own.py"
     seen = []
@@ -267,7 +267,7 @@ def test_a_verdict_survives_its_record() -> None:
     made = Verdict("It helps.", "accuracy", "kd", "shown", over="base", by=1, mean=2.0, low=0.0, high=3.0, seeds=3, because="So.")
     record = json.loads(json.dumps(made.record()))
     assert Verdict.from_record({**record, "later": 1}) == made
-    assert "better than base by more than 1 points" in made.expected and made.measured == "+2.00 [+0.00, +3.00] points, 3 seeds"
+    assert "better than base by more than 1 point" in made.expected and made.measured == "+2.00 [+0.00, +3.00] points, 3 seeds"
     assert len(verdict_lines([made])) == 3
 
 

@@ -257,6 +257,18 @@ def test_every_method_has_a_page_that_lists_its_options_and_says_what_is_missing
             assert f"| `{key}`" in text or key in MethodConfig.model_fields, f"the page of {card.slug} does not list {key}"
 
 
+def test_every_claim_is_on_the_page_of_claims_and_on_its_methods_page(build: ModuleType):
+    pages = build.pages()
+    page = pages[ROOT / "docs" / "claims.md"]
+    for slug, claims in build.claims_of().items():
+        own = pages[ROOT / "docs" / "methods" / f"{slug}.md"]
+        assert f"## {slug}\n" in page and "Where to start: " in own
+        for name, verdict in claims:
+            rows = [line for line in page.splitlines() if line.startswith(f"| {build.prose(verdict.says, in_table=True)}")]
+            assert any(build.prose(verdict.measured, in_table=True) in row and verdict.verdict in row for row in rows), (name, verdict.says)
+            assert build.prose(verdict.says) in own
+
+
 def test_a_stale_page_is_told_and_mended(build: ModuleType, tmp_path: Path):
     page, gone = tmp_path / "docs" / "methods" / "kd.md", tmp_path / "docs" / "methods" / "gone.md"
     page.parent.mkdir(parents=True)

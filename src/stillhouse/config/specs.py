@@ -243,6 +243,7 @@ class ClaimSpec(Spec):
         None, description="Which way the figure is better; must be given for one that reports do not know."
     )
     because: str | None = Field(None, description="One sentence on why it was not shown, or not measured.")
+    paper: str | None = Field(None, description="The card whose claim it is; default: that of the recipe's name, else those that the row runs.")
 
     @model_validator(mode="after")
     def _one_question(self) -> ClaimSpec:

@@ -161,7 +161,7 @@ def known_names() -> list[str]:
 
 
 def _alike(name: str) -> Quantity:
-    """A figure that is known by its kind alone: `accuracy_NAME` is a share, `…_seconds` and `…_mb` have their units."""
+    """A figure that is known by its kind alone: `accuracy_NAME` and `NAME_accuracy` are shares, `…_seconds` and `…_mb` have their units."""
     kind, _, what = name.partition("_")
     if kind == "accuracy" and what.endswith("_std"):
         return replace(_KNOWN["accuracy_std"], title=f"Accuracy, {what.removesuffix('_std').replace('_', ' ')}, spread")
@@ -169,6 +169,8 @@ def _alike(name: str) -> Quantity:
         return Quantity(f"Accuracy, {what.replace('_', ' ')}", "%", 100, 2, 1)
     if kind == "iou" and what:
         return Quantity(f"IoU, {what.replace('_', ' ')}", "%", 100, 2, 1, "Intersection over union of predicted and true pixels of this class.")
+    if what == "accuracy":
+        return Quantity(f"Accuracy, {kind}", "%", 100, 2, 1)
     for end, unit in (("_seconds", "s"), ("_mb", "MB")):
         if name.endswith(end):
             return Quantity(name.removesuffix(end).replace("_", " ").capitalize(), unit, 1, None, -1)

@@ -48,6 +48,7 @@ class Verdict:
     high: float | None = None
     seeds: int = 0
     because: str | None = None
+    paper: str | None = None
     note: str | None = None
     evidence: str | None = None
 
@@ -65,7 +66,7 @@ class Verdict:
     def expected(self) -> str:
         """What the claim asks for."""
         shown = quantity(self.figure)
-        amount = lambda x, unit: f"{_number(x)} {unit}".strip()  # noqa: E731
+        amount = lambda x, unit: f"{_number(x)} {unit.removesuffix('s') if x == 1 else unit}".strip()  # noqa: E731
         if self.over is None:
             words, bound = ("at least", self.at_least) if self.at_least is not None else ("at most", self.at_most)
             return f"{shown.title} of {self.of}: {words} {amount(bound, shown.unit)}"

@@ -14,6 +14,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from stillhouse import catalog
 from stillhouse.config.messages import spell
 from stillhouse.config.specs import ClaimSpec
 from stillhouse.errors import UserError, nearest, unknown
@@ -52,6 +53,8 @@ def _check(claim: ClaimSpec, tree: Mapping[str, Any], where: str) -> None:
     if not known(claim.figure) and claim.better is None:
         error = unknown("figure", claim.figure, known_names())
         raise UserError(f"{where}.figure: {error} A figure of your own needs `better: higher` or `better: lower`.")
+    if claim.paper is not None and claim.paper not in catalog.cards():
+        raise UserError(f"{where}.paper: {unknown('card', claim.paper, catalog.cards())}")
     if claim.over is not None and not better(claim.figure, claim.better):
         raise UserError(f"{where}: '{claim.figure}' has no direction that is better; add `better: higher` or `better: lower`.")
     variants, groups = _variants(tree), _groups(tree)
@@ -137,11 +140,13 @@ def _judge(claim: ClaimSpec, of: RowName, over: RowName | None, tree: Mapping[st
         return replace(verdict, note=f"No interval: {reason}" if reason else "No interval: one seed")
     high_bar, low_bar = (max(claim.by, 0.0), 0.0) if claim.within is None else (-claim.within, -claim.within)
     word = SHOWN if gain.low > high_bar else CONTRADICTED if gain.high < low_bar else NOT_SHOWN
-    return replace(verdict, verdict=word, low=gain.low, high=gain.high)
+    if word == NOT_SHOWN and gain.mean > high_bar and claim.because is None:
+        verdict = replace(verdict, note="The mean is above what is asked, so more seeds may decide it")
+    return replace(verdict, verdict=word, low=gain.low, high=gain.high, because=None if word == SHOWN else claim.because)
 
 
 def _without_rows(claim: ClaimSpec, group: str | None) -> Verdict:
-    given = claim.model_dump(include={"says", "figure", "of", "over", "at_least", "at_most", "by", "within", "because"})
+    given = claim.model_dump(include={"says", "figure", "of", "over", "at_least", "at_most", "by", "within", "because", "paper"})
     return Verdict(**given, group=group, verdict=NOT_MEASURED, note=None if claim.because else "There are no results of these rows yet")
 
 
@@ -157,7 +162,7 @@ def _against_bound(claim: ClaimSpec, verdict: Verdict, values: Sequence[float]) 
     else:
         assert claim.at_most is not None, "one of over, at_least, at_most is given"
         word = SHOWN if high <= claim.at_most else CONTRADICTED if low > claim.at_most else NOT_SHOWN
-    return replace(verdict, verdict=word, low=low, high=high)
+    return replace(verdict, verdict=word, low=low, high=high, because=None if word == SHOWN else claim.because)
 
 
 def _find(name: RowName, tree: Mapping[str, Any], rows: Rows) -> Mapping[str, Any] | None:

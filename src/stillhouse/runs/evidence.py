@@ -106,7 +106,9 @@ class Library:
         return sorted(slug for slug in catalog.cards() if slug in recipes | with_rows and slug not in claimed)
 
     def papers(self, recipe: str, verdict: Verdict) -> list[str]:
-        """The cards that a claim is about: that of the recipe's name, else those of the method and objectives of the row that it is of."""
+        """The cards that a claim is about: its own, that of the recipe's name, or those of the method and objectives of the row that it is of."""
+        if verdict.paper is not None:
+            return [verdict.paper]
         stem = Path(recipe).stem
         if stem in catalog.cards():
             return [stem]
