@@ -206,10 +206,8 @@ def bench(
     for number, job in enumerate(_finished(todo, engine, jobs, live), 1):
         if after is not None:
             after(job, number, len(todo))
-    results = {
-        **collect(every, baseline, slug or rows[0].recipe.stem, reference),
-        "sets": list(sets),
-    }
+    results = collect(every, baseline, slug or rows[0].recipe.stem, reference)
+    results["sets"] = list(sets)
     results["claims"] = verdicts(rows, results["rows"])
     kinds = _kinds(every)
     if len(kinds) > 1:
@@ -223,7 +221,9 @@ def _start_over(jobs: Sequence[Job], out: Path) -> None:
     recorded = out / "sources.json"
     before = json.loads(recorded.read_text()) if recorded.is_file() else {}
     now = {job.folder.name: job.sources for job in jobs}
-    old = [job for job in jobs if (job.folder / "environment.json").is_file() and before.get(job.folder.name) != now[job.folder.name]]
+    of_a_run = ("recipe.yaml", "environment.json")  # nothing that is not a run's is ever removed
+    there = [job for job in jobs if all((job.folder / name).is_file() for name in of_a_run)]
+    old = [job for job in there if before.get(job.folder.name) != now[job.folder.name]]
     for job in old:
         shutil.rmtree(job.folder)
     if old:
