@@ -1,4 +1,5 @@
-"""Verdicts on claims as a reader sees them: what was expected, what was measured, and why, in words; and a page of many that can be sorted."""
+"""Verdicts on claims as a reader sees them: what was expected, what was measured, and why, in words; and a page of
+many that can be sorted."""
 
 from __future__ import annotations
 
@@ -24,10 +25,11 @@ MEANING = {
 
 @dataclass(frozen=True)
 class Verdict:
-    """A claim with what was measured. Amounts are in the figure's unit; a difference is positive where `of` is better than `over`.
+    """A claim with what was measured. Amounts are in the figure's unit; a difference is positive where `of` is better
+    than `over`.
 
     Attributes:
-        mean, low, high: the difference, or of a bound the figure itself, with its 95 % interval; None where there is none.
+        mean, low, high: the difference, or of a bound the figure itself, with its 95 % interval, or None.
         seeds: how many there are of each row.
         note: why there is no interval, or no result.
         evidence: the file in which the rows are, without its ending.
@@ -71,7 +73,8 @@ class Verdict:
             words, bound = ("at least", self.at_least) if self.at_least is not None else ("at most", self.at_most)
             return f"{shown.title} of {self.of}: {words} {amount(bound, shown.unit)}"
         if self.within is not None:
-            return f"{shown.title}: {self.of} no more than {amount(self.within, shown.difference_unit)} worse than {self.over}"
+            allowed = amount(self.within, shown.difference_unit)
+            return f"{shown.title}: {self.of} no more than {allowed} worse than {self.over}"
         by = f" by more than {amount(self.by, shown.difference_unit)}" if self.by else ""
         return f"{shown.title}: {self.of} better than {self.over}{by}"
 
@@ -138,11 +141,12 @@ def verdict_table(verdicts: Sequence[tuple[str, Verdict]]) -> str:
 def write_claims_page(verdicts: Sequence[tuple[str, Verdict]], path: Path) -> Path:
     """Write all verdicts as one HTML page that needs no network. Returns its path."""
     counts = Counter(v.verdict for _, v in verdicts)
+    glance = cards((word, str(counts[word]), text) for word, text in MEANING.items())
     body = [
-        section("At a glance", "How many claims of the papers were shown.", cards((w, str(counts[w]), text) for w, text in MEANING.items())),
+        section("At a glance", "How many claims of the papers were shown.", glance),
         section(
             "Claims",
-            "A difference is positive where the first row is better, with its 95 % t interval paired by seed. Click on a header to sort.",
+            "Differences are positive where the first row is better. Click on a header to sort.",
             verdict_table(verdicts),
         ),
     ]

@@ -1,8 +1,8 @@
 """Claims of a recipe and their verdicts: whether the figures over seeds show what the paper says.
 
-A comparison is shown where the 95 % t interval of the difference, paired by seed and positive where the row is better, lies above max(by, 0), and
-contradicted where it lies below 0. With `within` both bars are -within. A bound is shown where the interval of the mean lies on its side of the
-bound, and contradicted where it lies on the other.
+A comparison is shown where the 95 % t interval of the difference, paired by seed and positive where the row is
+better, lies above max(by, 0), and contradicted where it lies below 0. With `within` both bars are -within. A bound is
+shown where the interval of the mean lies on its side of the bound, and contradicted where it lies on the other.
 """
 
 from __future__ import annotations
@@ -33,11 +33,13 @@ def read_claims(tree: Mapping[str, Any], where: str = "recipe") -> list[ClaimSpe
     """The claims of a raw recipe.
 
     Raises:
-        UserError: a key, row or figure that does not exist, with the nearest that does; a figure without a better direction.
+        UserError: a key, row or figure that does not exist, with the nearest that does; a figure without a better
+            direction.
     """
     given = tree.get("claims")
     if given is not None and not isinstance(given, list):
-        raise UserError(f"{where}: 'claims' must be a list; each entry has says, figure, of, and one of over, at_least, at_most.")
+        wanted = "each entry has says, figure, of, and one of over, at_least, at_most"
+        raise UserError(f"{where}: 'claims' must be a list; {wanted}.")
     claims = []
     for i, entry in enumerate(given or ()):
         try:
@@ -56,7 +58,8 @@ def _check(claim: ClaimSpec, tree: Mapping[str, Any], where: str) -> None:
     if claim.paper is not None and claim.paper not in catalog.cards():
         raise UserError(f"{where}.paper: {unknown('card', claim.paper, catalog.cards())}")
     if claim.over is not None and not better(claim.figure, claim.better):
-        raise UserError(f"{where}: '{claim.figure}' has no direction that is better; add `better: higher` or `better: lower`.")
+        hint = "add `better: higher` or `better: lower`"
+        raise UserError(f"{where}: '{claim.figure}' has no direction that is better; {hint}.")
     variants, groups = _variants(tree), _groups(tree)
     for key in ("of", "over"):
         name = getattr(claim, key)
@@ -69,7 +72,8 @@ def _check(claim: ClaimSpec, tree: Mapping[str, Any], where: str) -> None:
             raise UserError(f"{where}.{key}: no row '{name}'; {hint}")
         if row.group is not None and row.group not in groups:
             raise UserError(f"{where}.{key}: {unknown('group', row.group, groups)}")
-    if claim.over is not None and row_name(claim.over, tree).group is not None and row_name(claim.of, tree).group is None:
+    groups_of = [None if name is None else row_name(name, tree).group for name in (claim.of, claim.over)]
+    if groups_of[0] is None and groups_of[1] is not None:
         raise UserError(f"{where}: `over` names a group, so `of` must too, as VARIANT/GROUP.")
 
 
@@ -102,8 +106,8 @@ def judge(tree: Mapping[str, Any], evidence: Mapping[str, Rows], where: str = "r
 
     Args:
         tree: the recipe, raw.
-        evidence: rows that this recipe gave, as in the results of a bench, by the name of the comparison that they are in. Each claim is judged
-            within one comparison: the one with the most seeds of both rows.
+        evidence: rows that this recipe gave, as in the results of a bench, by the name of the comparison that they
+            are in. Each claim is judged within one comparison: the one with the most seeds of both rows.
     """
     out = []
     for claim in read_claims(tree, where):
@@ -142,12 +146,13 @@ def _judge(claim: ClaimSpec, of: RowName, over: RowName | None, tree: Mapping[st
     word = SHOWN if gain.low > high_bar else CONTRADICTED if gain.high < low_bar else NOT_SHOWN
     if word == NOT_SHOWN and gain.mean > high_bar and claim.because is None:
         verdict = replace(verdict, note="The mean is above what is asked, so more seeds may decide it")
-    return replace(verdict, verdict=word, low=gain.low, high=gain.high, because=None if word == SHOWN else claim.because)
+    because = None if word == SHOWN else claim.because
+    return replace(verdict, verdict=word, low=gain.low, high=gain.high, because=because)
 
 
 def _without_rows(claim: ClaimSpec, group: str | None) -> Verdict:
-    given = claim.model_dump(include={"says", "figure", "of", "over", "at_least", "at_most", "by", "within", "because", "paper"})
-    return Verdict(**given, group=group, verdict=NOT_MEASURED, note=None if claim.because else "There are no results of these rows yet")
+    note = None if claim.because else "There are no results of these rows yet"
+    return Verdict(**claim.model_dump(exclude={"better"}), group=group, verdict=NOT_MEASURED, note=note)
 
 
 def _against_bound(claim: ClaimSpec, verdict: Verdict, values: Sequence[float]) -> Verdict:
@@ -182,8 +187,10 @@ def _values(row: Mapping[str, Any] | None, figure: str) -> dict[int, float]:
 
 
 def varied_network(row: Mapping[str, Any]) -> str | None:
-    """Why the seeds of a row are not one network; None where they are, or where the row's method searches for its network."""
+    """Why the seeds of a row are not one network; None where they are, or where the row's method searches for its
+    network."""
     counts = sorted(set(row["metrics"].get("parameters") or ()))
     if len(counts) < 2 or row.get("searches"):
         return None
-    return f"the network of '{row['label']}' differs between seeds, from {counts[0]:,.0f} to {counts[-1]:,.0f} parameters"
+    span = f"from {counts[0]:,.0f} to {counts[-1]:,.0f} parameters"
+    return f"the network of '{row['label']}' differs between seeds, {span}"

@@ -1,16 +1,18 @@
-"""Evidence: the recorded results of comparisons, the verdicts that they give to recipes' claims, and which of them are out of date.
+"""Evidence: the recorded results of comparisons, the verdicts that they give to recipes' claims, and which of them
+are out of date.
 
-A recorded row carries a hash of its recipe and one of the code that it ran. Files recorded before rows had hashes are read as well; theirs are unknown.
+A recorded row carries a hash of its recipe and one of the code that it ran. Files recorded before rows had hashes are
+read as well; theirs are unknown.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import re
 import shlex
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +31,8 @@ def recipe_hash(tree: Mapping[str, Any]) -> str:
 
 
 def row_facts(tree: Mapping[str, Any]) -> dict[str, Any]:
-    """What makes rows comparable, of a resolved recipe: a hash of its data, and whether its method searches for its network."""
+    """What makes rows comparable, of a resolved recipe: a hash of its data, and whether its method searches for its
+    network."""
     given = tree.get("data")
     data = {"name": given} if isinstance(given, str) else given
     out: dict[str, Any] = {}
@@ -66,11 +69,13 @@ class Library:
         """
         for folder, what in ((recipes, "recipes"), (evidence, "evidence")):
             if not folder.is_dir():
-                raise UserError(f"There is no folder '{folder}'; start the command where the {what} are, or name the folder with --{what}.")
+                hint = f"start the command where the {what} are, or name the folder with --{what}"
+                raise UserError(f"There is no folder '{folder}'; {hint}.")
         found: dict[str, Path] = {}
         for path in sorted(recipes.rglob("*.yaml")):
             if path.name in found:
-                raise UserError(f"Two recipes are called '{path.name}': {found[path.name]} and {path}; evidence names recipes by their files.")
+                both = f"{found[path.name]} and {path}"
+                raise UserError(f"Two recipes are called '{path.name}': {both}; evidence names recipes by their files.")
             found[path.name] = path
         results = {}
         for path in sorted(evidence.glob("*.json")):
@@ -90,7 +95,8 @@ class Library:
             return []
         rows = {}
         for name, results in sorted(self.results.items(), key=lambda item: item[0] != path.stem):  # its own file first
-            if not _sets(results) and (mine := [self._with_facts(path, r) for r in results["rows"] if r.get("recipe") == recipe]):
+            mine = [self._with_facts(path, row) for row in results["rows"] if row.get("recipe") == recipe]
+            if mine and not _sets(results):
                 rows[name] = mine
         return judge(tree, rows, str(path))
 
@@ -99,14 +105,16 @@ class Library:
         return {name: found for name in self.recipes if (found := self.verdicts(name))}
 
     def missing(self) -> list[str]:
-        """The methods and objectives that have a recipe of their name, or rows in the evidence, but no claim in any recipe."""
+        """The methods and objectives that have a recipe of their name, or rows in the evidence, but no claim in any
+        recipe."""
         claimed = {slug for name, verdicts in self.claimed().items() for v in verdicts for slug in self.papers(name, v)}
         with_rows = {Path(str(row.get("recipe"))).stem for results in self.results.values() for row in results["rows"]}
         recipes = {Path(name).stem for name in self.recipes}
         return sorted(slug for slug in catalog.cards() if slug in recipes | with_rows and slug not in claimed)
 
     def papers(self, recipe: str, verdict: Verdict) -> list[str]:
-        """The cards that a claim is about: its own, that of the recipe's name, or those of the method and objectives of the row that it is of."""
+        """The cards that a claim is about: its own, that of the recipe's name, or those of the method and objectives
+        of the row that it is of."""
         if verdict.paper is not None:
             return [verdict.paper]
         stem = Path(recipe).stem
@@ -122,7 +130,8 @@ class Library:
         return [slug for slug in specific if slug != "kd"] or specific
 
     def stale(self) -> Iterator[str]:
-        """A line for every comparison whose rows are not of the present recipes and code, and one for all whose hashes are unknown."""
+        """A line for every comparison whose rows are not of the present recipes and code, and one for all whose
+        hashes are unknown."""
         unknown = []
         for name, results in self.results.items():
             reasons: dict[str, list[str]] = {}
@@ -131,7 +140,8 @@ class Library:
                 if reason == "unknown":
                     unknown += [name] * (name not in unknown)
                 elif reason:
-                    reasons.setdefault(reason, []).append(row["label"] + (f"/{row['group']}" if row.get("group") else ""))
+                    group = f"/{row['group']}" if row.get("group") else ""
+                    reasons.setdefault(reason, []).append(row["label"] + group)
             for reason, labels in reasons.items():
                 yield f"stale: {self.folder / name}.json: {reason}: {', '.join(labels)}"
         if unknown:
@@ -174,7 +184,8 @@ class Library:
             return row
 
     def write_verdicts(self) -> list[Path]:
-        """Put the verdicts that each comparison decides into its file, in place of those that are there. Returns the files that changed."""
+        """Put the verdicts that each comparison decides into its file, in place of those that are there. Returns the
+        files that changed."""
         decided: dict[str, list[dict[str, Any]]] = {name: [] for name in self.results}
         for recipe, verdicts in self.claimed().items():
             for verdict in verdicts:
@@ -196,4 +207,5 @@ def _sets(results: Mapping[str, Any]) -> list[str]:
     if "sets" in results:
         return list(results["sets"])
     words = shlex.split(str(results.get("command") or ""))
-    return [words[i + 1] for i, word in enumerate(words[:-1]) if word == "--set"] + [w[6:] for w in words if re.match("--set=", w)]
+    apart = [after for word, after in pairwise(words) if word == "--set"]
+    return apart + [word.removeprefix("--set=") for word in words if word.startswith("--set=")]

@@ -1,7 +1,8 @@
 """A hash of the code that a recipe runs, so that results of other code are recognised.
 
-The files are those of the recipe's method and objectives, all files of this package that they import, directly or not, and the recipe's own
-`file:` references. Imports are read from the source; nothing is imported. Comments, docstrings and layout do not count.
+The files are those of the recipe's method and objectives, all files of this package that they import, directly or
+not, and the recipe's own `file:` references. Imports are read from the source; nothing is imported, so what is found by
+name at run time (a data format, an evaluator) does not count, and neither do comments, docstrings and layout.
 """
 
 from __future__ import annotations
@@ -105,11 +106,13 @@ def _closure(roots: Iterable[Path]) -> set[Path]:
 
 
 def _written(node: ast.AST, imports: set[Path], package: list[str]) -> Iterator[str]:
-    """The code as pieces of text that are the same in every version of Python, without docstrings; notes imports on the way."""
+    """The code as pieces of text that are the same in every version of Python, without docstrings; notes imports on
+    the way."""
     if isinstance(node, ast.Import):
         imports.update(path for alias in node.names for path in _files(alias.name))
     elif isinstance(node, ast.ImportFrom):
-        base = ".".join([*package[: len(package) - node.level + 1], *([node.module] if node.module else [])]) if node.level else node.module or ""
+        above = package[: len(package) - node.level + 1] if node.level else []
+        base = ".".join([*above, *([node.module] if node.module else [])])
         imports.update(path for alias in node.names for path in _files(f"{base}.{alias.name}") or _files(base))
     yield type(node).__name__
     for name in node._fields:
@@ -129,11 +132,13 @@ def _written(node: ast.AST, imports: set[Path], package: list[str]) -> Iterator[
 
 def _is_docstring(owner: ast.AST, first: ast.AST) -> bool:
     owners = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
-    return isinstance(owner, owners) and isinstance(first, ast.Expr) and isinstance(getattr(first.value, "value", None), str)
+    if not isinstance(owner, owners) or not isinstance(first, ast.Expr):
+        return False
+    return isinstance(first.value, ast.Constant) and isinstance(first.value.value, str)
 
 
 def _only_for_types(test: ast.expr) -> bool:
-    return (isinstance(test, ast.Name) and test.id == "TYPE_CHECKING") or (isinstance(test, ast.Attribute) and test.attr == "TYPE_CHECKING")
+    return getattr(test, "id", None) == "TYPE_CHECKING" or getattr(test, "attr", None) == "TYPE_CHECKING"
 
 
 def _module(path: Path) -> str:
@@ -146,7 +151,8 @@ def _module(path: Path) -> str:
 
 @lru_cache(maxsize=4096)
 def _files(module: str) -> tuple[Path, ...]:
-    """The file of a module of this package, with those of the packages that it lies in (all but the root's, which only leads to the others)."""
+    """The file of a module of this package, with those of the packages that it lies in (all but the root's, which
+    only leads to the others)."""
     parts = module.split(".")
     if parts[0] != _PACKAGE or len(parts) == 1:
         return ()
