@@ -26,7 +26,7 @@ from torch.nn import functional as F
 
 from stillhouse.data.node_graphs import GraphSpec, NodeGraph, SyntheticSpec, load_graph, simple_graph, synthetic
 from stillhouse.methods.graphs.ff_g2m import LowFrequency, high_frequency_loss
-from stillhouse.methods.graphs.vqgraph.tokenizer import Tokenizer
+from stillhouse.methods.graphs.vqgraph import Tokenizer
 from stillhouse.models.graph import GNN, NeighbourSampler, NodeMLP
 
 SIZES = (10_000, 31_600, 100_000, 316_000, 1_000_000)

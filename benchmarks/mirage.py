@@ -18,8 +18,9 @@ from torch import nn
 from stillhouse.data import Loader
 from stillhouse.data.graph_sets import GraphSetSpec, load_graphs
 from stillhouse.distillation.objective import Progress
-from stillhouse.methods.graphs.mirage import Options, distil, draw_skew
+from stillhouse.methods.graphs.mirage.method import draw_skew
 from stillhouse.methods.graphs.mirage.networks import GraphNetwork
+from stillhouse.methods.graphs.mirage.selection import Options, distil
 from stillhouse.methods.graphs.mirage.training import Classifying, Drawn
 from stillhouse.methods.graphs.mirage.trees import TreeClasses, skew
 

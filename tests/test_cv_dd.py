@@ -10,9 +10,17 @@ from torch import Tensor, nn
 
 from stillhouse.errors import UserError
 from stillhouse.functional.recovery import BatchNormStatistics
-from stillhouse.methods.datasets.cv_dd import RecoverSpec, begin
-from stillhouse.methods.datasets.cv_dd.learning import StretchedTraining, StudentSpec
-from stillhouse.methods.datasets.cv_dd.voting import batch_labels, chosen, committee_loss, compared, medium_first, statistics_distance, vote_weights
+from stillhouse.methods.datasets.cv_dd.committee import (
+    batch_labels,
+    chosen,
+    committee_loss,
+    compared,
+    medium_first,
+    statistics_distance,
+    vote_weights,
+)
+from stillhouse.methods.datasets.cv_dd.method import RecoverSpec, begin
+from stillhouse.methods.datasets.cv_dd.training import StretchedTraining, StudentSpec
 from stillhouse.methods.datasets.sre2l import RecoverSpec as Single
 from stillhouse.methods.datasets.sre2l import recover_loss
 from stillhouse.models.convnet import ConvNet

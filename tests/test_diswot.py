@@ -16,7 +16,7 @@ from stillhouse.data import Loader, load
 from stillhouse.distillation.distillation import Distillation
 from stillhouse.distillation.objective import Progress
 from stillhouse.errors import UserError
-from stillhouse.methods.classification.diswot import SimilarityDistillation
+from stillhouse.methods.classification.diswot.method import SimilarityDistillation
 from stillhouse.methods.classification.diswot.search import Encoding, Scored, Space, SpaceSpec, kendall_tau, search
 from stillhouse.methods.classification.diswot.similarity import (
     View,

@@ -12,10 +12,10 @@ from torchvision.transforms.v2 import functional as V
 from stillhouse.config.specs import DataSpec
 from stillhouse.data import BatchKey, Loader, load
 from stillhouse.errors import UserError
-from stillhouse.methods.classification.ferkd import Config, count_bands
+from stillhouse.methods.classification.ferkd.batches import MixSpec, Replayed, Thresholds
 from stillhouse.methods.classification.ferkd.labels import adapt, bands, compress, cutmix, restore, within_images
+from stillhouse.methods.classification.ferkd.method import Config, count_bands
 from stillhouse.methods.classification.ferkd.regions import RegionStore, draw_regions, replay
-from stillhouse.methods.classification.ferkd.replayed import MixSpec, Replayed, Thresholds
 
 FACTS = {"crops": 6, "label_type": "marginal_smoothing", "top": 3, "num_classes": 10, "precision": "float32", "data": "digits"}
 

@@ -12,8 +12,8 @@ from scipy.integrate import quad
 
 from stillhouse.config.specs import DataSpec
 from stillhouse.errors import UserError
-from stillhouse.methods.pretraining.jepa_bias import Moments, Simulation, critical_time, encoder_gain, sample_static, sample_temporal, trajectory
 from stillhouse.methods.pretraining.jepa_bias.linear import (
+    Moments,
     balanced_start,
     descend,
     encoder,
@@ -23,12 +23,15 @@ from stillhouse.methods.pretraining.jepa_bias.linear import (
     leakage,
     loss,
     orthogonal,
+    sample_static,
+    sample_temporal,
     static_features,
     temporal_features,
 )
+from stillhouse.methods.pretraining.jepa_bias.method import Simulation
 from stillhouse.methods.pretraining.jepa_bias.nonlinear import Learner, NonlinearSpec, knn
 from stillhouse.methods.pretraining.jepa_bias.sources import ContentSpec, pairs_of
-from stillhouse.methods.pretraining.jepa_bias.theory import KINDS, fixed_point, reaching_time, velocity
+from stillhouse.methods.pretraining.jepa_bias.theory import KINDS, critical_time, encoder_gain, fixed_point, reaching_time, trajectory, velocity
 from stillhouse.runs.execution import execute
 from stillhouse.runs.products import load
 from stillhouse.runs.recipe import validate

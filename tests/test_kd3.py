@@ -18,10 +18,10 @@ from stillhouse.data.joined import Joined, unlabelled
 from stillhouse.distillation.objective import Progress
 from stillhouse.distillation.teachers import Frozen
 from stillhouse.errors import UserError
-from stillhouse.methods.classification.kd3 import Config, SharedStudent, Sharing, at_least, pool_logits
 from stillhouse.methods.classification.kd3.alignment import contrast, disagreement_weights, mix_distribution, select, teacher_share
+from stillhouse.methods.classification.kd3.method import Config, Sharing, at_least, pool_logits
 from stillhouse.methods.classification.kd3.pool import PoolPart, SelectedBatches, pool_images
-from stillhouse.methods.classification.kd3.shared import last_map, make_shared
+from stillhouse.methods.classification.kd3.student import SharedStudent, last_map, make_shared
 from stillhouse.models import build
 from stillhouse.runs.products import load as load_run
 from stillhouse.runs.run import Run

@@ -14,9 +14,9 @@ from stillhouse.config.specs import ModelSpec
 from stillhouse.distillation.distillation import Distillation
 from stillhouse.distillation.objective import Progress
 from stillhouse.errors import UserError
-from stillhouse.methods.classification.makd import AspectClassifier, Aspects, Widened, aspect_loss, strip_aspects
 from stillhouse.methods.classification.makd.aspects import AspectsSpec, aspect_probs, read_answers
 from stillhouse.methods.classification.makd.image_text import ImageText
+from stillhouse.methods.classification.makd.method import AspectClassifier, Aspects, Widened, aspect_loss, strip_aspects
 from stillhouse.models import build
 from stillhouse.objectives.ce import CrossEntropy, cross_entropy
 from stillhouse.runs import recipe

@@ -11,10 +11,10 @@ import torch
 
 from stillhouse.data.graph_sets import Graphs, GraphSetSpec, load_graphs, tu
 from stillhouse.errors import UserError
-from stillhouse.methods.graphs.mirage import GraphSet, Options, distil
+from stillhouse.methods.graphs.mirage import GraphSet
 from stillhouse.methods.graphs.mirage.networks import GraphNetwork, as_batch
 from stillhouse.methods.graphs.mirage.patterns import frequent, mine, without_shared
-from stillhouse.methods.graphs.mirage.selecting import herded_graphs, random_graphs
+from stillhouse.methods.graphs.mirage.selection import Options, distil, herded_graphs, random_graphs
 from stillhouse.methods.graphs.mirage.training import Drawn
 from stillhouse.methods.graphs.mirage.trees import TreeClasses, skew, union
 from stillhouse.runs.execution import execute

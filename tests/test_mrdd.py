@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from stillhouse.errors import UserError
-from stillhouse.methods.pretraining.mrdd.judging import cluster_accuracy, redundancy
+from stillhouse.methods.pretraining.mrdd.evaluation import cluster_accuracy, redundancy
 from stillhouse.methods.pretraining.mrdd.losses import (
     Estimator,
     estimator_loss,

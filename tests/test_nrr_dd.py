@@ -12,9 +12,21 @@ from torch.nn import functional as F
 
 from stillhouse.errors import UserError
 from stillhouse.functional.recovery import BatchNormStatistics
-from stillhouse.methods.datasets.nrr_dd import RefineSpec, refine_loss
-from stillhouse.methods.datasets.nrr_dd.distances import DistanceLabels, DistanceSet, distance_loss, distances
-from stillhouse.methods.datasets.nrr_dd.refining import activation_map, critical, discover, mask, masked_step, mosaic, share_inside
+from stillhouse.methods.datasets.nrr_dd import (
+    DistanceLabels,
+    DistanceSet,
+    RefineSpec,
+    activation_map,
+    critical,
+    discover,
+    distance_loss,
+    distances,
+    mask,
+    masked_step,
+    mosaic,
+    refine_loss,
+    share_inside,
+)
 from stillhouse.methods.datasets.sre2l import RecoverSpec, recover_loss
 from stillhouse.models.convnet import ConvNet
 from stillhouse.runs.execution import execute

@@ -12,7 +12,7 @@ from stillhouse.errors import UserError
 from stillhouse.methods.datasets.pca import PackedSet
 from stillhouse.methods.datasets.pca.packing import combine, covering, crop_boxes, cut, resized, select, views
 from stillhouse.methods.datasets.pca.protocol import cutmix, label_loss, mixed, top_k_labels
-from stillhouse.methods.datasets.pca.scoring import aum, el2n, forgetting, margins
+from stillhouse.methods.datasets.pca.scores import aum, el2n, forgetting, margins
 from stillhouse.runs.execution import execute
 from stillhouse.runs.products import load_product
 from stillhouse.runs.recipe import validate
@@ -183,24 +183,24 @@ def test_scores_over_epochs_choose_easier_images_than_average(score: str, tmp_pa
 
 @pytest.mark.filterwarnings("ignore:pca")
 def test_a_scoring_that_was_cut_off_ends_with_the_same_margins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    from stillhouse.methods.datasets.pca import scoring
+    from stillhouse.methods.datasets.pca import scores
 
     config = validate(tree(scorer={"score": "aum", "train": {"epochs": 4, "batch_size": 50, "checkpoint_seconds": 0, "log_every": 1}}))
     monkeypatch.setenv("STILLHOUSE_CACHE", str(tmp_path / "one"))
     execute(config, tmp_path / "whole", cpu=True)
 
     monkeypatch.setenv("STILLHOUSE_CACHE", str(tmp_path / "other"))
-    plain = scoring.Watched.begin_epoch
+    plain = scores.Watched.begin_epoch
 
     def failing(self, ctx):
         plain(self, ctx)
         if ctx.progress.epoch == 3:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(scoring.Watched, "begin_epoch", failing)
+    monkeypatch.setattr(scores.Watched, "begin_epoch", failing)
     with pytest.raises(KeyboardInterrupt):
         execute(config, tmp_path / "cut", cpu=True)
-    monkeypatch.setattr(scoring.Watched, "begin_epoch", plain)
+    monkeypatch.setattr(scores.Watched, "begin_epoch", plain)
     execute(config, tmp_path / "cut", cpu=True)
     assert torch.equal(load_product(tmp_path / "whole").images, load_product(tmp_path / "cut").images)
 

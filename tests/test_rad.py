@@ -12,8 +12,8 @@ from scipy.optimize import linprog
 from stillhouse.config.specs import DataSpec, ModelSpec
 from stillhouse.data import load
 from stillhouse.errors import UserError
-from stillhouse.methods.classification.rad import Answering, least_sure_shuffled
 from stillhouse.methods.classification.rad.game import draw, exact_marginals, gains, guaranteed, marginals, solve, solve_relative
+from stillhouse.methods.classification.rad.method import Answering, least_sure_shuffled
 from stillhouse.methods.classification.rad.queries import RULES, Pool
 from stillhouse.models import build
 from stillhouse.runs.execution import execute

@@ -14,8 +14,13 @@ from torch.nn import functional as F
 from stillhouse.config.specs import DataSpec
 from stillhouse.data import Loader, load
 from stillhouse.errors import UserError
-from stillhouse.methods.classification.self_distill_kernel import WeightedTargets, pixels, weighted_targets_loss
-from stillhouse.methods.classification.self_distill_kernel.chain import KernelSelfDistillation, optimal_weight
+from stillhouse.methods.classification.self_distill_kernel import (
+    KernelSelfDistillation,
+    WeightedTargets,
+    optimal_weight,
+    pixels,
+    weighted_targets_loss,
+)
 from stillhouse.runs.execution import execute
 from stillhouse.runs.products import load_product
 from stillhouse.runs.recipe import validate

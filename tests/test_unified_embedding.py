@@ -13,11 +13,11 @@ from scipy.stats import chi2
 from torch.nn import functional as F
 
 from stillhouse.errors import UserError
-from stillhouse.methods.compression.unified_embedding import built, collisions, encode
 from stillhouse.methods.compression.unified_embedding.columns import TableSpec, load_columns
-from stillhouse.methods.compression.unified_embedding.hashing import MISSING, bucket, salt
+from stillhouse.methods.compression.unified_embedding.hashing import MISSING, bucket, encode, salt
+from stillhouse.methods.compression.unified_embedding.method import built
 from stillhouse.methods.compression.unified_embedding.network import mean_angle
-from stillhouse.methods.compression.unified_embedding.table import Feature, UnifiedEmbedding
+from stillhouse.methods.compression.unified_embedding.table import Feature, UnifiedEmbedding, collisions
 from stillhouse.runs.execution import execute
 from stillhouse.runs.products import load_product
 from stillhouse.runs.recipe import validate
@@ -295,7 +295,7 @@ def test_a_tenth_of_the_rows_costs_a_shared_table_little_and_split_tables_much()
     words = data.vocabularies()
     features = [Feature(n, 1, len(w)) for n, w in zip(data.names, words)]
     scores = {}
-    from stillhouse.methods.compression.unified_embedding import EmbeddingSpec, HeadSpec
+    from stillhouse.methods.compression.unified_embedding.method import EmbeddingSpec, HeadSpec
 
     for scheme in ("unified", "hashing"):
         torch.manual_seed(0)

@@ -12,8 +12,7 @@ import stillhouse
 from stillhouse.data.node_graphs import GraphSpec, load_graph, simple_graph
 from stillhouse.errors import UserError
 from stillhouse.methods.graphs import vqgraph
-from stillhouse.methods.graphs.vqgraph import Tokens, token_loss
-from stillhouse.methods.graphs.vqgraph.tokenizer import Codebook, Tokenizer, edge_loss
+from stillhouse.methods.graphs.vqgraph import Codebook, Tokenizer, Tokens, edge_loss, token_loss
 from stillhouse.runs.execution import execute
 from stillhouse.runs.recipe import validate
 

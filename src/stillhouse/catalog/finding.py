@@ -1,7 +1,8 @@
-"""The catalogue: slug -> file -> card, objective or method. Cards are read from docstrings as text; a file is imported only when it is used.
+"""The catalogue: slug -> file -> card, objective or method. Cards are read as text; a file is imported only when it is used.
 
-A file under `objectives/` or `methods/**/` is found by its name. Other packages add theirs by entry points in the groups
-`stillhouse.objectives` and `stillhouse.methods` (name = slug, value = module); a recipe may also name `file:PATH.py`.
+Under `objectives/` and `methods/` a paper is one file, whose name is its slug, or one folder, whose `method.py` has the
+card and whose other files are its own. Other packages add theirs by entry points in the groups `stillhouse.objectives`
+and `stillhouse.methods` (name = slug, value = module); a recipe may also name `file:PATH.py`.
 """
 
 from __future__ import annotations
@@ -11,8 +12,9 @@ import importlib.util
 import inspect
 import re
 import sys
-from dataclasses import dataclass, field
-from functools import cache, lru_cache
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,20 +29,32 @@ if TYPE_CHECKING:
 
 BASES = {"objective": "stillhouse.distillation.objective:Objective", "method": "stillhouse.runs.method:Method", "task": "stillhouse.tasks.base:Task"}
 """Kind -> the class that its files subclass; a string, as the rooms of papers lie above the catalogue."""
-_HERE = Path(__file__).parents[1]
+CARDED = ("objective", "method")
+"""The kinds that have cards, each in a folder of its plural."""
+_PACKAGE = Path(__file__).parents[1]
+_CARD = "method.py"
+"""The file of a paper's folder that has its card."""
+_PAIR = re.compile(r"([a-z][a-z ]{1,20}): (.*)")
 _DOCSTRING = re.compile(r'\A\s*(?:#[^\n]*\n)*\s*[rR]?"""(.*?)"""', re.DOTALL)
 
 
 @dataclass(frozen=True)
 class Card:
-    """A method's catalogue entry."""
+    """A method's catalogue entry.
+
+    Attributes:
+        kind: "objective" or "method".
+        module: what is imported for it: the paper's file, or the package that its folder is.
+        file: where the card is: the paper's file, or `method.py` of its folder.
+        fields: paper, venue, arxiv, task, family, use when, needs, and provides where the names differ from the slug.
+    """
 
     slug: str
-    kind: str  # "objective" or "method"
+    kind: str
     title: str
     module: str
     file: Path
-    fields: dict[str, str] = field(default_factory=dict)  # paper, venue, arxiv, task, family, use when, needs
+    fields: dict[str, str] = field(default_factory=dict)
     text: str = ""
 
     @property
@@ -48,63 +62,108 @@ class Card:
         """The names that recipes use."""
         return tuple(n.strip() for n in self.fields.get("provides", self.slug).split(",") if n.strip())
 
+    @property
+    def missing(self) -> str:
+        """What the card lacks to be complete, in words; empty for a complete one."""
+        if not self.title:
+            return "a title, the first line of its docstring"
+        if not (self.fields.get("paper") or self.fields.get("arxiv")):
+            return "a line `paper: …` or `arxiv: …` under its title"
+        return ""
+
 
 def read_card(file: Path, slug: str, kind: str, module: str) -> Card:
-    """The card at the head of a file: a title line, `key: value` lines, prose."""
+    """The card at the head of a file: a title line, `key: value` lines, prose. Without a title line, the title is empty."""
     with open(file, encoding="utf-8") as handle:
         match = _DOCSTRING.match(handle.read(8192))
-    paragraphs = re.split(r"\n\s*\n", inspect.cleandoc(match.group(1))) if match else [slug]
+    paragraphs = re.split(r"\n\s*\n", inspect.cleandoc(match.group(1))) if match else []
+    title = "" if not paragraphs or _PAIR.match(paragraphs[0]) else " ".join(paragraphs.pop(0).split())
     fields: dict[str, str] = {}
-    rest = []
-    for i, paragraph in enumerate(paragraphs[1:]):
-        lines = paragraph.splitlines()
-        if i == 0 and re.match(r"[a-z][a-z ]{1,20}: ", lines[0]):
-            name = ""
-            for line in lines:
-                pair = re.match(r"([a-z][a-z ]{1,20}): (.*)", line)
-                if pair:
-                    name = pair.group(1)
-                    fields[name] = pair.group(2).strip()
-                else:
-                    fields[name] += " " + line.strip()
-        else:
-            rest.append(paragraph)
-    return Card(slug, kind, " ".join(paragraphs[0].split()), module, file, fields, "\n\n".join(rest))
+    if paragraphs and _PAIR.match(paragraphs[0]):
+        name = ""
+        for line in paragraphs.pop(0).splitlines():
+            pair = _PAIR.match(line)
+            if pair:
+                name = pair.group(1)
+                fields[name] = pair.group(2).strip()
+            else:
+                fields[name] += " " + line.strip()
+    return Card(slug, kind, title, module, file, fields, "\n\n".join(paragraphs))
 
 
-def _module_file(module: str) -> Path | None:
+def scan(folder: Path, kind: str, package: str) -> Iterator[Card]:
+    """The cards of a folder of papers, in the order of their names; nothing is imported.
+
+    Args:
+        folder: holds papers (files, or folders with `method.py`) and folders of such.
+        kind: "objective" or "method".
+        package: its name as a module.
+
+    Raises:
+        UserError: an incomplete card, or a folder that holds Python files but no card.
+    """
+    for path in sorted(folder.iterdir()):
+        module = f"{package}.{path.stem}"
+        if path.name.startswith(("_", ".")):
+            continue
+        if path.suffix == ".py":
+            yield _complete(read_card(path, path.stem, kind, module))
+        elif (path / _CARD).is_file():
+            yield _complete(read_card(path / _CARD, path.name, kind, module))
+        elif path.is_dir() and next(path.rglob("*.py"), None) is not None:
+            found = list(scan(path, kind, module))
+            if not found:
+                raise UserError(
+                    f"{path} holds no {kind}: a paper's folder needs a file {_CARD}, whose docstring is its card."
+                )
+            yield from found
+
+
+def _complete(entry: Card) -> Card:
+    if entry.missing:
+        raise UserError(
+            f"{entry.file} is not a complete card: it lacks {entry.missing}. What no paper describes says `paper: none`; "
+            f"a file that only helps a paper belongs in that paper's folder, next to its {_CARD}."
+        )
+    return entry
+
+
+def _plugin(slug: str, kind: str, module: str) -> Card | None:
+    """The card of another package's module; None where there is no such module."""
     try:
         spec = importlib.util.find_spec(module)
     except ModuleNotFoundError:
         return None
-    return Path(spec.origin) if spec and spec.origin else None
+    if spec is None or not spec.origin:
+        return None
+    file = Path(spec.origin)
+    if file.name == "__init__.py" and (file.parent / _CARD).is_file():
+        file = file.parent / _CARD
+    entry = read_card(file, slug, kind, module)
+    return entry if entry.title else replace(entry, title=slug)
 
 
 @lru_cache(maxsize=1)
 def cards() -> dict[str, Card]:
-    """Every card by slug, ours and those of other packages, without importing their files."""
+    """Every card by slug, ours and those of other packages, without importing their files.
+
+    Raises:
+        UserError: an incomplete card of this package, or two of one slug.
+    """
     found: dict[str, Card] = {}
-    for kind, folder in (("objective", "objectives"), ("method", "methods")):
-        for file in sorted((_HERE / folder).rglob("*.py")):
-            package = file.name == "__init__.py"
-            if package != _is_paper(file.parent) or (file.name.startswith("_") and not package):
-                continue
-            slug = file.parent.name if package else file.stem
-            module = "stillhouse." + ".".join(file.relative_to(_HERE).with_suffix("").parts).removesuffix(".__init__")
-            found[slug] = read_card(file, slug, kind, module)
-    for kind in ("objective", "method"):
+    for kind in CARDED:
+        for entry in scan(_PACKAGE / f"{kind}s", kind, f"stillhouse.{kind}s"):
+            if entry.slug in found:
+                raise UserError(
+                    f"{entry.file} and {found[entry.slug].file} have one slug, '{entry.slug}'; rename one of them."
+                )
+            found[entry.slug] = entry
+    for kind in CARDED:
         for point in entry_points(group=f"stillhouse.{kind}s"):
-            plugin = _module_file(point.value.partition(":")[0])
+            plugin = _plugin(point.name, kind, point.value.partition(":")[0])
             if plugin is not None:
-                found[point.name] = read_card(plugin, point.name, kind, point.value.partition(":")[0])
+                found[point.name] = plugin
     return found
-
-
-@cache
-def _is_paper(folder: Path) -> bool:
-    """A folder of a paper's slug, rather than a folder of papers: its docstring has an arxiv or paper line."""
-    init = folder / "__init__.py"
-    return init.exists() and re.search(r"^(paper|arxiv): ", init.read_text("utf-8")[:4096], re.MULTILINE) is not None
 
 
 def list_methods() -> list[Card]:
@@ -149,15 +208,22 @@ def load_file(reference: str) -> tuple[ModuleType, str | None]:
 
 
 def _class_in(module: ModuleType, kind: str, name: str, by_name: bool) -> type:
+    """The class of that name, or the only one, of those that a module, or the files of its folder, define."""
     where, _, base_name = BASES[kind].partition(":")
     base: type = getattr(importlib.import_module(where), base_name)
-    classes = [c for c in vars(module).values() if inspect.isclass(c) and issubclass(c, base) and c is not base and c.__module__ == module.__name__]
+    inside = module.__name__ + "."
+    classes = [
+        c
+        for c in vars(module).values()
+        if inspect.isclass(c) and issubclass(c, base) and c is not base and f"{c.__module__}.".startswith(inside)
+    ]
     for cls in classes:
         if cls.__name__ == name or getattr(cls, "name", None) == name:
             return cls
     if len(classes) == 1 and not by_name:
         return classes[0]
-    raise UserError(f"{module.__file__} holds no {base.__name__} named '{name}'; it holds: {', '.join(c.__name__ for c in classes) or 'none'}.")
+    known = ", ".join(c.__name__ for c in classes) or "none"
+    raise UserError(f"{module.__file__} holds no {base.__name__} named '{name}'; it holds: {known}.")
 
 
 def objective(name: str) -> Any:
@@ -180,14 +246,16 @@ def method(name: str) -> Any:
     if name not in names:
         objectives = [n for c in cards().values() if c.kind == "objective" for n in c.provides]
         if name in objectives:
-            raise UserError(f"'{name}' is an objective, not a method: leave `method:` out and list it under `objectives:`.")
+            raise UserError(
+                f"'{name}' is an objective, not a method: leave `method:` out and list it under `objectives:`."
+            )
         raise unknown("method", name, names)
     return _class_in(_import(names[name]), "method", name, by_name=False)()
 
 
 def task(name: str) -> Any:
     """The class of a task: a file of `tasks/`, or an entry point of the group `stillhouse.tasks` (name = `module:Class`)."""
-    own = {f.stem for f in (_HERE / "tasks").glob("*.py")} - {"__init__", "base"}
+    own = {f.stem for f in (_PACKAGE / "tasks").glob("*.py")} - {"__init__", "base"}
     if name in own:
         return _class_in(importlib.import_module(f"stillhouse.tasks.{name}"), "task", name, by_name=True)
     points = {p.name: p for p in entry_points(group="stillhouse.tasks")}
@@ -210,5 +278,7 @@ def options(cls: type) -> type[BaseModel]:
         default = ... if parameter.default is parameter.empty else parameter.default
         fields[parameter.name] = (hints.get(parameter.name, Any), default)
     return create_model(
-        f"{cls.__name__}Options", __config__=ConfigDict(extra="forbid", arbitrary_types_allowed=True, protected_namespaces=()), **fields
+        f"{cls.__name__}Options",
+        __config__=ConfigDict(extra="forbid", arbitrary_types_allowed=True, protected_namespaces=()),
+        **fields,
     )

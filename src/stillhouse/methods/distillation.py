@@ -1,5 +1,6 @@
 """Distillation: the general method. Train a student on any number of objectives, with any teachers.
 
+paper: none; the general method, for every paper that is a loss
 family: general
 task: classification
 use when: the paper is a loss: list its objectives, alone or together
@@ -30,7 +31,8 @@ class Config(MethodConfig):
     data: Data = Field(description="What the student is trained and judged on.")
     teacher: Teacher | None = Field(None, description="The one teacher; the same as teachers: {teacher: …}.")
     teachers: dict[str, Teacher] = Field(
-        default_factory=dict, description="Several teachers by name; an objective reads the one that its `teacher` names."
+        default_factory=dict,
+        description="Several teachers by name; an objective reads the one that its `teacher` names.",
     )
     student: Model = Field(description="The network to train.")
     objectives: Objectives = Field(description="The losses, whose weighted sum is minimised.")
@@ -66,7 +68,9 @@ class GeneralDistillation(Method[D]):
         for name, spec in config.all_teachers.items():
             for member in spec.ensemble or [spec]:
                 if member.model and member.train and not member.checkpoint:
-                    steps = member.train.epochs * len(run.loader(member.data or config.data, "train", member.train.batch_size, train=True))
+                    steps = member.train.epochs * len(
+                        run.loader(member.data or config.data, "train", member.train.batch_size, train=True)
+                    )
                     model = run.model(member.network, config.data, "teacher", member.seed or 0)
                     stages.append(
                         Stage(
@@ -96,11 +100,21 @@ class GeneralDistillation(Method[D]):
 
         probe = next(iter(run.loader(config.data, "train", 2)))
         objectives = [objective_from_spec(o).objective for o in config.objectives]
-        networks = {"student": (student, config.student.embedding, [n for o in objectives for n in o.needs if n.startswith("student.")])}
+        networks = {
+            "student": (
+                student,
+                config.student.embedding,
+                [n for o in objectives for n in o.needs if n.startswith("student.")],
+            )
+        }
         for name, spec in config.all_teachers.items():
             wanted = [n for o in objectives if o.teacher == name for n in o.needs if n.startswith("teacher.")]
             if spec.model and wanted:
-                networks[name] = (run.model(spec.network, config.data, "teacher", spec.seed or 0), spec.embedding, wanted)
+                networks[name] = (
+                    run.model(spec.network, config.data, "teacher", spec.seed or 0),
+                    spec.embedding,
+                    wanted,
+                )
         out: dict[str, str] = {}
         for name, (model, embedding, wanted) in networks.items():
             reader = Reader(model.eval(), name, embedding, run.data(config.data).task)

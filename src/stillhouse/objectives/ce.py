@@ -1,6 +1,7 @@
 """CE: cross-entropy with the labels, hard or soft, with label smoothing.
 
 task: classification
+paper: none; the loss of supervised learning
 family: supervision
 use when: labels are there; most recipes put it beside a distillation objective
 needs: labels

@@ -1,5 +1,6 @@
 """Token divergences: the losses that papers on language models compare themselves with, by name.
 
+paper: several, each named below
 task: language
 family: logits
 use when: a baseline is wanted beside `taid` or `gkd`

@@ -8,7 +8,7 @@ from torch import nn
 from parity.adapters.dataset_distillation_common import Descent, batch_norm_net
 from parity.case import Case
 from stillhouse.functional.recovery import BatchNormStatistics, clamp_to_pixels
-from stillhouse.methods.datasets.cv_dd.voting import batch_labels, committee_loss, vote_weights
+from stillhouse.methods.datasets.cv_dd.committee import batch_labels, committee_loss, vote_weights
 from stillhouse.synthetic.real import unnormalised
 
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from parity.case import Case
-from stillhouse.methods.classification.makd import aspect_loss
 from stillhouse.methods.classification.makd.aspects import aspect_probs
+from stillhouse.methods.classification.makd.method import aspect_loss
 from stillhouse.objectives.ce import cross_entropy
 
 

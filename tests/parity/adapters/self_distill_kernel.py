@@ -7,8 +7,7 @@ import math
 import torch
 
 from parity.case import Case
-from stillhouse.methods.classification.self_distill_kernel import sum_of_norms, weighted_targets_loss
-from stillhouse.methods.classification.self_distill_kernel.chain import KernelSelfDistillation
+from stillhouse.methods.classification.self_distill_kernel import KernelSelfDistillation, sum_of_norms, weighted_targets_loss
 
 EXACT = {"rtol": 1e-8, "atol": 1e-8}
 

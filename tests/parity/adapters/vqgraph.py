@@ -7,8 +7,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from parity.case import Case
-from stillhouse.methods.graphs.vqgraph import token_loss
-from stillhouse.methods.graphs.vqgraph.tokenizer import Codebook, Tokenizer
+from stillhouse.methods.graphs.vqgraph import Codebook, Tokenizer, token_loss
 
 VALUES, GRADIENTS = {"rtol": 1e-4, "atol": 1e-5}, {"rtol": 1e-3}
 

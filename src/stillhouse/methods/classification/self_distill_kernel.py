@@ -9,7 +9,7 @@ use when: labels are noisy or the model fits them too closely, and a second, equ
 needs: labels; validation data for alpha: optimal
 
 With `kernel`: ridge regression on one-hot labels minus 1/C [choice for classification], every step, the limit and the best weights in closed form
-(`chain.py`, also a scikit-learn-like estimator of its own). The kernel sees pixels in [0, 1]. The limit of a constant alpha is one ridge fit with
+(`KernelSelfDistillation`, an estimator of its own like those of scikit-learn). The kernel sees pixels in [0, 1]. The limit of a constant alpha is one ridge fit with
 lambda / alpha. With `student`: networks trained with MSE on probabilities; alpha: optimal trains, at each step, one student with alpha 0, estimates
 the best weight from the validation outputs of it and of the first model, and trains the step's student once with that: three trainings in place of
 a grid. The script adds `reg_coef` times the sum of unsquared norms of all parameters; the default here is the optimiser's weight decay, and
@@ -21,6 +21,8 @@ data.seed. Class ids only.
 from __future__ import annotations
 
 import json
+import warnings
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -33,17 +35,170 @@ from torch.nn import functional as F
 from stillhouse.config.specs import Data, DataSpec, MethodConfig, Model, Spec, TrainSpec
 from stillhouse.distillation.distillation import Distillation
 from stillhouse.distillation.objective import Context, Objective, Progress
-from stillhouse.errors import UserError
+from stillhouse.errors import UserError, unknown
 from stillhouse.evaluation.classification import collect_logits, evaluate_classifier
 from stillhouse.functional import checks
 from stillhouse.functional.labels import check_label, hard_only
 from stillhouse.functional.precision import full_precision
-from stillhouse.methods.classification.self_distill_kernel.chain import KERNELS, KernelSelfDistillation, optimal_weight
 from stillhouse.runs.evaluators import evaluates
 from stillhouse.runs.method import Method, Stage
 from stillhouse.runs.products import Product, Student, read_meta
 from stillhouse.runs.run import Run
 from stillhouse.signals import Batch, Signals
+
+Step = int | Literal["limit"]
+
+KERNELS: dict[str, Callable[[Tensor, Tensor, float], Tensor]] = {
+    "rbf": lambda x, y, gamma: torch.exp(-gamma * torch.cdist(x, y).square()),
+    "laplace": lambda x, y, gamma: torch.exp(-gamma * torch.cdist(x, y)),
+    "linear": lambda x, y, gamma: gamma * (x @ y.T),
+    "cubic": lambda x, y, gamma: (gamma * (x @ y.T) + 1) ** 3,
+}
+"""Name -> k(X, X') of rows (n, p) and (m, p), (n, m)."""
+
+
+def optimal_weight(target: Tensor, plain: Tensor, pure: Tensor) -> float:
+    """The weight alpha of the labels that is best for these targets: <y - g0, g1 - g0> / |g1 - g0|^2, not clipped (eq. of the optimal alpha).
+
+    Args:
+        target: validation targets, (n,) or (n, q).
+        plain: g1, predictions of the model that was fitted to the labels alone (alpha 1), same shape.
+        pure: g0, predictions of the model that was fitted to its predecessor alone (alpha 0), same shape.
+    """
+    if not target.shape == plain.shape == pure.shape:
+        raise UserError(
+            f"Targets and both predictions must have one shape; given: {tuple(target.shape)}, {tuple(plain.shape)}, {tuple(pure.shape)}."
+        )
+    y, g1, g0 = target.double(), plain.double(), pure.double()
+    apart = g1 - g0
+    size = float(apart.square().sum())
+    if size <= 1e-24 * max(float(g1.square().sum()), 1e-300):
+        warnings.warn(
+            "Refitting changes nothing here (the ridge is tiny): every weight is as good, so alpha is 1.", stacklevel=2
+        )
+        return 1.0
+    return float(((y - g0) * apart).sum()) / size
+
+
+class KernelSelfDistillation:
+    """Kernel ridge regression refitted to its own predictions, in closed form; step 1 is the ordinary fit.
+
+    All in float64, from one eigendecomposition K = V D V^T: the predictions of step t on the training points are
+    V B_t V^T Y with B_t diagonal.
+
+    Args:
+        kernel: a name of `KERNELS`.
+        gamma: its scale.
+        ridge: lambda > 0, not multiplied by the number of points.
+        steps: how many fits.
+        alpha: weight of the labels at each refit, in [0, 1]: one number, or one a step (the first is not used: step 1 has no predecessor).
+
+    Raises:
+        UserError: an unknown kernel, or options out of range.
+
+    >>> x = torch.linspace(0, 1, 11)[:, None]
+    >>> chain = KernelSelfDistillation(gamma=80, ridge=0.2, steps=3, alpha=0.25).fit(x, torch.sin(6.28 * x[:, 0]))
+    >>> chain.predict(x, 3).shape, chain.predict(x, "limit").shape
+    (torch.Size([11]), torch.Size([11]))
+    """
+
+    def __init__(
+        self,
+        kernel: str = "rbf",
+        gamma: float = 1.0,
+        ridge: float = 0.1,
+        steps: int = 6,
+        alpha: float | Sequence[float] = 0.25,
+    ) -> None:
+        if kernel not in KERNELS:
+            raise unknown("kernel", kernel, KERNELS)
+        if not ridge > 0 or not gamma > 0 or steps < 1:
+            raise UserError(
+                f"ridge and gamma must be above 0 and steps at least 1; given: ridge {ridge}, gamma {gamma}, steps {steps}."
+            )
+        alphas = [float(alpha)] * steps if isinstance(alpha, int | float) else [float(a) for a in alpha]
+        if len(alphas) != steps:
+            raise UserError(f"alpha must be one number or one for each of {steps} steps; given: {len(alphas)}.")
+        if not all(0 <= a <= 1 for a in alphas):
+            raise UserError(f"alpha must lie between 0 and 1; given: {alphas}.")
+        if steps > 1 and not any(alphas[1:]):
+            warnings.warn("With alpha 0 at every step the chain forgets the labels and shrinks to zero.", stacklevel=2)
+        self.kernel, self.gamma, self.ridge, self.steps, self.alphas = kernel, float(gamma), float(ridge), steps, alphas
+
+    def fit(self, x: Tensor, y: Tensor) -> KernelSelfDistillation:
+        """Decompose the kernel of the points x (n, p) and take the targets y, (n,) or (n, q)."""
+        self.x, self._flat = x.double(), y.ndim == 1
+        targets = y.double()[:, None] if self._flat else y.double()
+        if len(self.x) != len(targets) or not len(self.x):
+            raise UserError(f"x and y must hold as many points, at least one; given: {len(x)} and {len(y)}.")
+        values, vectors = torch.linalg.eigh(self.gram(self.x))
+        self.eigenvalues, self._vectors = values.flip(0).clamp_min(0), vectors.flip(1)
+        self._rotated = self._vectors.T @ targets
+        return self
+
+    def gram(self, x: Tensor) -> Tensor:
+        """k(x, X): (m, n)."""
+        return KERNELS[self.kernel](x.double(), self.x, self.gamma)
+
+    def shrinkage(self, step: Step) -> Tensor:
+        """The diagonal of B_t, (n,), by falling eigenvalue: how much of each eigen-direction of the labels is left after so many steps."""
+        plain = self.eigenvalues / (self.eigenvalues + self.ridge)
+        if step == "limit":
+            alpha = self._constant()
+            return alpha * self.eigenvalues / (alpha * self.eigenvalues + self.ridge)
+        out = plain
+        for alpha in self.alphas[1 : self._checked(step)]:
+            out = plain * ((1 - alpha) * out + alpha)
+        return out
+
+    def coefficients(self, step: Step) -> Tensor:
+        """Weights of the training points, (n, q): f(x) = k(x, X) coefficients; without refitting."""
+        if step == "limit":
+            alpha = self._constant()
+            scale = alpha / (alpha * self.eigenvalues + self.ridge)
+        else:
+            alpha = 1.0 if self._checked(step) == 1 else self.alphas[step - 1]
+            before = torch.zeros_like(self.eigenvalues) if step == 1 else self.shrinkage(step - 1)
+            scale = ((1 - alpha) * before + alpha) / (self.eigenvalues + self.ridge)
+        return self._vectors @ (scale[:, None] * self._rotated)
+
+    def predict(self, x: Tensor, step: Step | None = None) -> Tensor:
+        """Predictions at x (m, p), shaped as the targets were; of the last step by default."""
+        return self._shaped(self.gram(x) @ self.coefficients(self.steps if step is None else step))
+
+    def fitted(self, step: Step) -> Tensor:
+        """Predictions on the training points: the targets of the next step beside the labels."""
+        return self._shaped(self._vectors @ (self.shrinkage(step)[:, None] * self._rotated))
+
+    def optimal_alpha(self, x: Tensor, y: Tensor, step: int) -> float:
+        """The best weight at a step (from 2 on), given those before it, for validation points; not clipped. Training points would give 1 or more."""
+        if self._checked(step) < 2:
+            raise UserError("Step 1 is the ordinary fit whatever its weight; ask for the weight of step 2 or later.")
+        pure = self._vectors @ ((self.shrinkage(step - 1) / (self.eigenvalues + self.ridge))[:, None] * self._rotated)
+        kernel = self.gram(x)
+        return optimal_weight(y.double().reshape(len(y), -1), kernel @ self.coefficients(1), kernel @ pure)
+
+    def choose_alphas(self, x: Tensor, y: Tensor) -> list[float]:
+        """Set each step's weight to its optimum for validation points x (m, p) and targets y, clipped to [0, 1]; returns the unclipped ones."""
+        found = []
+        for step in range(2, self.steps + 1):
+            found.append(self.optimal_alpha(x, y, step))
+            self.alphas[step - 1] = min(max(found[-1], 0.0), 1.0)
+        return found
+
+    def _constant(self) -> float:
+        weights = set(self.alphas[1:] or self.alphas)
+        if len(weights) > 1:
+            raise UserError("The limit is known for a constant alpha; here it differs from step to step.")
+        return weights.pop()
+
+    def _checked(self, step: Step) -> int:
+        if not isinstance(step, int) or not 1 <= step <= self.steps:
+            raise UserError(f"This chain has the steps 1 to {self.steps} and 'limit'; given: {step!r}.")
+        return step
+
+    def _shaped(self, predictions: Tensor) -> Tensor:
+        return predictions[:, 0] if self._flat else predictions
 
 
 @full_precision
@@ -97,7 +252,11 @@ class WeightedTargets(Objective):
     def forward(self, student: Signals, teacher: Signals, batch: Batch, progress: Progress) -> dict[str, Tensor]:
         assert student.logits is not None
         before = None if self.alpha is None else teacher.log_probs().exp()
-        terms = {"loss": weighted_targets_loss(student.logits, batch["label"], before, 1.0 if self.alpha is None else self.alpha)}
+        terms = {
+            "loss": weighted_targets_loss(
+                student.logits, batch["label"], before, 1.0 if self.alpha is None else self.alpha
+            )
+        }
         return {**terms, "norms": self.reg_coef * sum_of_norms(self._trained)} if self.reg_coef else terms
 
 
@@ -113,8 +272,12 @@ class Config(MethodConfig):
     data: Data
     kernel: KernelSpec | None = Field(None, description="Kernel ridge regression, in closed form.")
     student: Model | None = Field(None, description="Or a network.")
-    train: TrainSpec = Field(default_factory=TrainSpec, description="student: how each of the chain's networks is trained.")
-    reg_coef: float = Field(0.0, ge=0, description="student: weight of the sum of unsquared parameter norms; the released script has 1e-4.")
+    train: TrainSpec = Field(
+        default_factory=TrainSpec, description="student: how each of the chain's networks is trained."
+    )
+    reg_coef: float = Field(
+        0.0, ge=0, description="student: weight of the sum of unsquared parameter norms; the released script has 1e-4."
+    )
     steps: int = Field(5, ge=1, description="Fits; the first has no predecessor.")
     alpha: Literal["optimal"] | float | list[float] = Field(
         "optimal", description="Weight of the labels: the best at each step, one number, or one a step."
@@ -129,8 +292,12 @@ class Config(MethodConfig):
         if (self.kernel is None) == (self.student is None):
             raise ValueError("give exactly one of kernel and student")
         if isinstance(self.alpha, list) and len(self.alpha) != self.steps:
-            raise ValueError(f"alpha must be one number or one for each of {self.steps} steps; given: {len(self.alpha)}")
-        if self.alpha != "optimal" and not all(0 <= a <= 1 for a in (self.alpha if isinstance(self.alpha, list) else [self.alpha])):
+            raise ValueError(
+                f"alpha must be one number or one for each of {self.steps} steps; given: {len(self.alpha)}"
+            )
+        if self.alpha != "optimal" and not all(
+            0 <= a <= 1 for a in (self.alpha if isinstance(self.alpha, list) else [self.alpha])
+        ):
             raise ValueError("alpha must lie between 0 and 1")
         if self.keep == "limit" and (self.student is not None or not isinstance(self.alpha, float | int)):
             raise ValueError("keep: limit needs a kernel and one constant alpha")
@@ -170,7 +337,10 @@ class KernelClassifier(Product):
         from safetensors.torch import save_file
 
         folder.mkdir(parents=True, exist_ok=True)
-        save_file({"points": self.points.contiguous(), "coefficients": self.coefficients.contiguous()}, str(folder / "model.safetensors"))
+        save_file(
+            {"points": self.points.contiguous(), "coefficients": self.coefficients.contiguous()},
+            str(folder / "model.safetensors"),
+        )
         meta = {"kernel": self.kernel, "gamma": self.gamma, "mean": self.mean, "std": self.std, "classes": self.classes}
         (folder / "product.json").write_text(json.dumps({"kind": self.kind, "format": 1, **meta}, indent=1))
 
@@ -179,7 +349,15 @@ class KernelClassifier(Product):
         from safetensors.torch import load_file
 
         meta, held = read_meta(folder), load_file(str(Path(folder) / "model.safetensors"))
-        return cls(meta["kernel"], meta["gamma"], held["points"], held["coefficients"], tuple(meta["mean"]), tuple(meta["std"]), meta["classes"])
+        return cls(
+            meta["kernel"],
+            meta["gamma"],
+            held["points"],
+            held["coefficients"],
+            tuple(meta["mean"]),
+            tuple(meta["std"]),
+            meta["classes"],
+        )
 
 
 @evaluates(KernelClassifier.kind)
@@ -207,20 +385,38 @@ def _points(run: Run, data: DataSpec, split: str) -> tuple[Tensor, Tensor]:
     """A split as rows of pixels (n, p) and class ids (n,)."""
     bundle = run.data(data)
     batches = list(run.loader(data, split))
-    return torch.cat([pixels(b["input"], bundle.mean, bundle.std) for b in batches]), torch.cat([b["label"] for b in batches])
+    return torch.cat([pixels(b["input"], bundle.mean, bundle.std) for b in batches]), torch.cat(
+        [b["label"] for b in batches]
+    )
 
 
 class SelfDistillation(Method[Config]):
     def plan(self, config: Config, run: Run) -> list[Stage]:
         if run.validation(config.sample) is None and (config.alpha == "optimal" or config.keep == "best"):
-            raise UserError("alpha: optimal and keep: best need validation data: set data.val to a share above 0, or alpha to a number.")
+            raise UserError(
+                "alpha: optimal and keep: best need validation data: set data.val to a share above 0, or alpha to a number."
+            )
         if config.kernel is not None:
             count = len(run.data(config.sample).dataset("train", train=False))
-            return [Stage("chain", f"decompose a {config.kernel.name} kernel of {count} samples, and take {config.steps} steps in closed form")]
+            return [
+                Stage(
+                    "chain",
+                    f"decompose a {config.kernel.name} kernel of {count} samples, and take {config.steps} steps in closed form",
+                )
+            ]
         assert config.student is not None
         fits = config.steps + (config.steps - 1 if config.alpha == "optimal" else 0)
-        steps = fits * config.train.epochs * len(run.loader(config.sample, "train", config.train.batch_size, train=True))
-        return [Stage("step", f"train {fits} networks, each on the labels and the one before it", {"student": config.student.model}, steps=steps)]
+        steps = (
+            fits * config.train.epochs * len(run.loader(config.sample, "train", config.train.batch_size, train=True))
+        )
+        return [
+            Stage(
+                "step",
+                f"train {fits} networks, each on the labels and the one before it",
+                {"student": config.student.model},
+                steps=steps,
+            )
+        ]
 
     def run(self, config: Config, run: Run) -> KernelClassifier | Student:
         return self._kernel(config, run) if config.kernel is not None else self._networks(config, run)
@@ -251,10 +447,21 @@ class SelfDistillation(Method[Config]):
             name = step if step == "limit" else f"step{step}"
             figures[f"accuracy_{name}"] = (chain.predict(xt, step).argmax(-1) == yt).double().mean().item()
             b = chain.shrinkage(step)
-            figures[f"directions_{name}"] = (b.sum() ** 2 / b.square().sum().clamp_min(1e-300)).item()  # how many eigen-directions are in use
+            figures[f"directions_{name}"] = (
+                b.sum() ** 2 / b.square().sum().clamp_min(1e-300)
+            ).item()  # how many eigen-directions are in use
         best = min(errors, key=errors.__getitem__) if config.keep == "best" and errors else config.steps
         coefficients = chain.coefficients("limit" if config.keep == "limit" else best)
-        return KernelClassifier(spec.name, spec.gamma, chain.x, coefficients, tuple(bundle.mean), tuple(bundle.std), list(bundle.classes), figures)
+        return KernelClassifier(
+            spec.name,
+            spec.gamma,
+            chain.x,
+            coefficients,
+            tuple(bundle.mean),
+            tuple(bundle.std),
+            list(bundle.classes),
+            figures,
+        )
 
     # ---- networks --------------------------------------------------------------------------------------------------------------------------
 
@@ -278,14 +485,20 @@ class SelfDistillation(Method[Config]):
                     alpha = config.alpha[step - 1] if isinstance(config.alpha, list) else float(config.alpha)
             chain.append(self._fit(config, run, f"step.{step}", step, chain[-1] if chain else None, alpha))
             trainings += 1
-            figures[f"accuracy_step{step}"] = evaluate_classifier(chain[-1], run.loader(config.data, "test"), run.device, ["accuracy"])["accuracy"]
+            figures[f"accuracy_step{step}"] = evaluate_classifier(
+                chain[-1], run.loader(config.data, "test"), run.device, ["accuracy"]
+            )["accuracy"]
             if check is not None:
-                figures[f"val_accuracy_step{step}"] = evaluate_classifier(chain[-1], check, run.device, ["accuracy"])["accuracy"]
+                figures[f"val_accuracy_step{step}"] = evaluate_classifier(chain[-1], check, run.device, ["accuracy"])[
+                    "accuracy"
+                ]
                 kept.append(figures[f"val_accuracy_step{step}"])
         network = chain[kept.index(max(kept))] if config.keep == "best" else chain[-1]
         return run.student(network, config.student, config.data, {**figures, "trainings": float(trainings)})
 
-    def _fit(self, config: Config, run: Run, name: str, step: int, before: nn.Module | None, alpha: float | None) -> nn.Module:
+    def _fit(
+        self, config: Config, run: Run, name: str, step: int, before: nn.Module | None, alpha: float | None
+    ) -> nn.Module:
         """One network of the chain, from a fresh initialisation (the same for all that are tried at a step)."""
         assert config.student is not None
         network = run.model(config.student, config.data, role=f"step.{step}")

@@ -35,7 +35,7 @@ from stillhouse.errors import UserError
 from stillhouse.functional import checks
 from stillhouse.functional.precision import full_precision
 from stillhouse.methods.graphs import glnn
-from stillhouse.methods.graphs.glnn.training import Taught, fit_nodes, graph_of, new_student, taught, test_figures
+from stillhouse.methods.graphs.glnn import Taught, fit_nodes, graph_of, new_student, taught, test_figures
 from stillhouse.models.graph import NodeMLP
 from stillhouse.runs.method import Method, Stage
 from stillhouse.runs.run import Run
@@ -98,7 +98,10 @@ def high_frequency_loss(student_logits: Tensor, teacher_logits: Tensor, edges: T
     if not edges.shape[1]:
         return student_logits.sum() * 0
     return F.kl_div(
-        difference_log_probs(student_logits, edges, tau), difference_log_probs(teacher_logits, edges, tau), reduction="batchmean", log_target=True
+        difference_log_probs(student_logits, edges, tau),
+        difference_log_probs(teacher_logits, edges, tau),
+        reduction="batchmean",
+        log_target=True,
     )
 
 
@@ -114,25 +117,43 @@ def check_edges(edges: Tensor, nodes: int) -> None:
     if edges.ndim != 2 or edges.shape[0] != 2:
         raise UserError(f"ff_g2m: edges must have shape (2, E); given: {tuple(edges.shape)}.")
     if edges.device.type == "cpu" and edges.numel() and not (int(edges.min()) >= 0 and int(edges.max()) < nodes):
-        raise UserError(f"ff_g2m: edges name nodes from {int(edges.min())} to {int(edges.max())}, but there are {nodes} (0 to {nodes - 1}).")
+        raise UserError(
+            f"ff_g2m: edges name nodes from {int(edges.min())} to {int(edges.max())}, but there are {nodes} (0 to {nodes - 1})."
+        )
 
 
 class Config(glnn.Config):
     tau: float = Field(1.5, gt=0, description="HFD's temperature.")
     terms: list[Term] = Field(
-        default_factory=lambda: list[Term](["low", "high"]), min_length=1, description="low: LFD; high: HFD; soft: GLNN's soft labels."
+        default_factory=lambda: list[Term](["low", "high"]),
+        min_length=1,
+        description="low: LFD; high: HFD; soft: GLNN's soft labels.",
     )
     edges_per_step: int | None = Field(None, ge=1, description="Edges drawn anew at each step for HFD; default: all.")
-    drowning: bool = Field(False, description="Also train a student of each ablation and plot, by epoch, how much of both frequencies it took over.")
+    drowning: bool = Field(
+        False,
+        description="Also train a student of each ablation and plot, by epoch, how much of both frequencies it took over.",
+    )
 
 
 class FFG2M(Method[Config]):
     def plan(self, config: Config, run: Run) -> list[Stage]:
         stages = glnn.GraphLess().plan(config, run)
-        does = "train the MLP on the labels alone" if config.lamb == 1 else f"distil into the MLP: {', '.join(config.terms)}"
+        does = (
+            "train the MLP on the labels alone"
+            if config.lamb == 1
+            else f"distil into the MLP: {', '.join(config.terms)}"
+        )
         stages[-1] = Stage("student", does, stages[-1].models, steps=config.train.epochs)
         if config.drowning:
-            stages.insert(1, Stage("ablation", f"train students of {', '.join(ABLATIONS)} for the plot", steps=len(ABLATIONS) * config.train.epochs))
+            stages.insert(
+                1,
+                Stage(
+                    "ablation",
+                    f"train students of {', '.join(ABLATIONS)} for the plot",
+                    steps=len(ABLATIONS) * config.train.epochs,
+                ),
+            )
         return stages
 
     def run(self, config: Config, run: Run) -> glnn.NodeStudent:
@@ -140,7 +161,9 @@ class FFG2M(Method[Config]):
         teacher = taught(run, config.teacher, graph)
         seen = graph.observed()
         if not seen.edges.shape[1] and config.lamb < 1:
-            warnings.warn(f"ff_g2m: {graph.name} has no edges, so HFD is 0 and LFD is the soft-label loss.", stacklevel=2)
+            warnings.warn(
+                f"ff_g2m: {graph.name} has no edges, so HFD is 0 and LFD is the soft-label loss.", stacklevel=2
+            )
         figures: dict[str, float] = {}
         if config.drowning:
             for name, terms in ABLATIONS.items():
@@ -153,7 +176,14 @@ class FFG2M(Method[Config]):
         return glnn.node_student(student, config, graph, {**teacher.figures, **made, **figures})
 
     def _student(
-        self, config: Config, run: Run, stage: str, terms: list[Term], graph: NodeGraph, seen: NodeGraph, teacher: Taught
+        self,
+        config: Config,
+        run: Run,
+        stage: str,
+        terms: list[Term],
+        graph: NodeGraph,
+        seen: NodeGraph,
+        teacher: Taught,
     ) -> tuple[NodeMLP, dict[str, float]]:
         """A student trained on some terms, and its figures, `low_cosine` and `high_kl` among them."""
         logits, low = teacher.logits, LowFrequency.of(teacher.logits, seen.edges)
@@ -175,7 +205,14 @@ class FFG2M(Method[Config]):
         student = new_student(config.student, graph, run)
         loss = glnn.distil(config.lamb, seen, distilled)
         figures = fit_nodes(
-            run, stage, student, loss, lambda m: m(seen.x), seen, config.train, lambda given: frequencies(given, logits, once, low, config.tau)
+            run,
+            stage,
+            student,
+            loss,
+            lambda m: m(seen.x),
+            seen,
+            config.train,
+            lambda given: frequencies(given, logits, once, low, config.tau),
         )
         with torch.no_grad():
             student.eval()
@@ -187,7 +224,9 @@ class FFG2M(Method[Config]):
         return cosine_to_neighbours(teacher.logits, LowFrequency.of(teacher.logits, seen.edges))
 
 
-def frequencies(student_logits: Tensor, teacher_logits: Tensor, once: Tensor, low: LowFrequency, tau: float) -> dict[str, float]:
+def frequencies(
+    student_logits: Tensor, teacher_logits: Tensor, once: Tensor, low: LowFrequency, tau: float
+) -> dict[str, float]:
     """How much of both frequencies a student took over: `low_cosine` (larger is more) and `high_kl`, the value of HFD (smaller is more)."""
     high = high_frequency_loss(student_logits, teacher_logits, once, tau)
     return {"low_cosine": cosine_to_neighbours(student_logits, low), "high_kl": high.item()}
@@ -216,8 +255,19 @@ def plot_drowning(folder: Path, teacher_cosine: float) -> Path:
     last = len(max((xs for xs, _ in curves["val/low_cosine"].values()), key=len, default=[0.0]))
     curves["val/low_cosine"]["teacher itself"] = ([1.0, float(last)], [teacher_cosine] * 2)
     parts = [
-        figure(lines(curves["val/low_cosine"], "epoch", "cosine to the teacher's neighbourhood mean"), "low", "Low frequency: higher is more alike."),
-        figure(lines(curves["val/high_kl"], "epoch", "KL of differences along edges"), "high", "High frequency: lower is more alike."),
+        figure(
+            lines(curves["val/low_cosine"], "epoch", "cosine to the teacher's neighbourhood mean"),
+            "low",
+            "Low frequency: higher is more alike.",
+        ),
+        figure(
+            lines(curves["val/high_kl"], "epoch", "KL of differences along edges"),
+            "high",
+            "High frequency: lower is more alike.",
+        ),
     ]
     text = "What students of one teacher took over of its agreement with neighbours and of its differences from them, by epoch."
-    return write(folder / "drowning.html", page("Information drowning", str(folder.name), [section("Frequencies", text, grid(parts))]))
+    return write(
+        folder / "drowning.html",
+        page("Information drowning", str(folder.name), [section("Frequencies", text, grid(parts))]),
+    )

@@ -43,8 +43,22 @@ from stillhouse.evaluation.classification import evaluate_classifier
 from stillhouse.functional import checks
 from stillhouse.functional.feature_maps import map_tap
 from stillhouse.functional.labels import hard_only
-from stillhouse.methods.classification.diswot.search import Combine, Encoding, Scored, Space, SpaceSpec, kendall_tau, search
-from stillhouse.methods.classification.diswot.similarity import View, channel_distance, relation_distance, semantic_distance, view
+from stillhouse.methods.classification.diswot.search import (
+    Combine,
+    Encoding,
+    Scored,
+    Space,
+    SpaceSpec,
+    kendall_tau,
+    search,
+)
+from stillhouse.methods.classification.diswot.similarity import (
+    View,
+    channel_distance,
+    relation_distance,
+    semantic_distance,
+    view,
+)
 from stillhouse.models import build
 from stillhouse.randomness import key
 from stillhouse.runs.evaluators import evaluates, evaluator
@@ -88,7 +102,9 @@ class SimilarityDistillation(Objective):
 class ScoreSpec(Spec):
     """How a candidate is scored."""
 
-    combine: Combine = Field("sum", description="sum, semantic, relation, rank_sum; or parameters, the baseline that takes the largest.")
+    combine: Combine = Field(
+        "sum", description="sum, semantic, relation, rank_sum; or parameters, the baseline that takes the largest."
+    )
     batch: int = Field(64, ge=2, description="Samples of the batch.")
     repeats: int = Field(3, ge=1, description="Initialisations and batches over which a score is averaged.")
 
@@ -100,7 +116,9 @@ class SearchSpec(Spec):
     evaluations: int = Field(5000, ge=1, description="Candidates scored.")
     population: int = Field(512, ge=1)
     initial: int = Field(10, ge=1, description="Random members to start from.")
-    parents: int | None = Field(None, ge=1, description="Draw parents from so many of the best; default: the whole population.")
+    parents: int | None = Field(
+        None, ge=1, description="Draw parents from so many of the best; default: the whole population."
+    )
 
 
 class DistilSpec(Spec):
@@ -112,18 +130,25 @@ class DistilSpec(Spec):
 
 class Config(MethodConfig):
     data: Data
-    teacher: Teacher = Field(description="Scores need its architecture alone; with `train` or a checkpoint it teaches the chosen student.")
+    teacher: Teacher = Field(
+        description="Scores need its architecture alone; with `train` or a checkpoint it teaches the chosen student."
+    )
     space: SpaceSpec = Field(default_factory=SpaceSpec)
     score: ScoreSpec = Field(default_factory=ScoreSpec)
     search: SearchSpec = Field(default_factory=SearchSpec)
     objectives: Objectives = Field(
-        default_factory=lambda: [ObjectiveSpec(name="ce", weight=0.1), ObjectiveSpec(name="kd", weight=0.9, temperature=4.0)],
+        default_factory=lambda: [
+            ObjectiveSpec(name="ce", weight=0.1),
+            ObjectiveSpec(name="kd", weight=0.9, temperature=4.0),
+        ],
         description="How the chosen student is trained.",
     )
     distil: DistilSpec | None = Field(None, description="Add the metrics as losses.")
     train: TrainSpec = Field(default_factory=TrainSpec)
     correlate: int = Field(
-        0, ge=0, description="Train so many of the scored candidates, spread over the ranking, and report rank correlations; 0 or 3 and more."
+        0,
+        ge=0,
+        description="Train so many of the scored candidates, spread over the ranking, and report rank correlations; 0 or 3 and more.",
     )
     evaluate: list[str] = Field(default_factory=lambda: ["accuracy", "calibration", "cost"])
 
@@ -164,9 +189,19 @@ class SearchWithoutTraining(Method[Config]):
         space, bundle = Space(config.space), run.data(config.data)
         how = {"evolution": "by evolution", "random": "at random", "all": "all of them"}[config.search.name]
         count = len(space) if config.search.name == "all" else min(len(space), config.search.evaluations)
-        stages = [Stage("search", f"score {count} of {len(space)} architectures without training, {how}", {"teacher": config.teacher.model})]
+        stages = [
+            Stage(
+                "search",
+                f"score {count} of {len(space)} architectures without training, {how}",
+                {"teacher": config.teacher.model},
+            )
+        ]
         if config.teacher.train is not None:
-            stages.append(Stage("teacher", "train the teacher with cross-entropy (kept, shared)", {"teacher": config.teacher.model}))
+            stages.append(
+                Stage(
+                    "teacher", "train the teacher with cross-entropy (kept, shared)", {"teacher": config.teacher.model}
+                )
+            )
         steps = config.train.epochs * len(run.loader(config.data, "train", config.train.batch_size, train=True))
         also = f", and {config.correlate} others to judge the ranking" if config.correlate else ""
         return [*stages, Stage("student", f"distil the best on {bundle.name}{also} (kept, shared)", steps=steps)]
@@ -178,11 +213,18 @@ class SearchWithoutTraining(Method[Config]):
         order = np.argsort(-scores, kind="stable")
         teacher = run.teacher("teacher", config.teacher, config.data)
         trained = {best: self._distilled(config, run, space.model(best), teacher)}
-        figures = {**trained[best]["figures"], "search_seconds": seconds, "scored": float(len(order)), "not_finite": float(np.isinf(scores).sum())}
+        figures = {
+            **trained[best]["figures"],
+            "search_seconds": seconds,
+            "scored": float(len(order)),
+            "not_finite": float(np.isinf(scores).sum()),
+        }
         if config.correlate:
             picked = sorted({int(i) for i in np.linspace(0, len(order) - 1, min(config.correlate, len(order))).round()})
             for i in order[picked]:
-                trained.setdefault(found.encodings[i], self._distilled(config, run, space.model(found.encodings[i]), teacher))
+                trained.setdefault(
+                    found.encodings[i], self._distilled(config, run, space.model(found.encodings[i]), teacher)
+                )
             figures |= self._correlations(config, found, trained, best)
         students = {e: t["figures"]["test_accuracy"] for e, t in trained.items()}
         candidates = [
@@ -213,19 +255,34 @@ class SearchWithoutTraining(Method[Config]):
 
         def make() -> dict[str, Any]:
             started = time.monotonic()
-            loader = Loader(bundle.dataset("train", train=False), config.score.batch, seed=run.seed, shuffle=True, drop_last=True)
-            batches = [{k: v.to(device) for k, v in next(loader.batches(epoch)).items()} for epoch in range(config.score.repeats)]
+            loader = Loader(
+                bundle.dataset("train", train=False), config.score.batch, seed=run.seed, shuffle=True, drop_last=True
+            )
+            batches = [
+                {k: v.to(device) for k, v in next(loader.batches(epoch)).items()}
+                for epoch in range(config.score.repeats)
+            ]
             for batch in batches:
                 hard_only("diswot", batch["label"])
             bare = spec.model_copy(update={"checkpoint": None, "pretrained": False})
             teacher = [
-                view(partial(self._build, bare, run, config), b, run.seed, "teacher", i, owner="teacher", embedding=spec.embedding)
+                view(
+                    partial(self._build, bare, run, config),
+                    b,
+                    run.seed,
+                    "teacher",
+                    i,
+                    owner="teacher",
+                    embedding=spec.embedding,
+                )
                 for i, b in enumerate(batches)
             ]
             generator = np.random.default_rng(key(run.seed, "search"))
             options = config.search.model_dump(exclude={"name"})
             score = partial(self._score, config, run, space, teacher, batches)
-            found, best = search(space, score, generator, how=config.search.name, combine=config.score.combine, **options)
+            found, best = search(
+                space, score, generator, how=config.search.name, combine=config.score.combine, **options
+            )
             return {
                 **{k: [_json(x) for x in v] if k != "encodings" else v for k, v in vars(found).items()},
                 "best": best,
@@ -233,7 +290,11 @@ class SearchWithoutTraining(Method[Config]):
             }
 
         parts = {"space": config.space, "score": config.score, "search": config.search, "teacher": spec}
-        kept = run.stage("search", make, {**{k: v.model_dump(mode="json") for k, v in parts.items()}, "data": bundle.fingerprint, "seed": run.seed})
+        kept = run.stage(
+            "search",
+            make,
+            {**{k: v.model_dump(mode="json") for k, v in parts.items()}, "data": bundle.fingerprint, "seed": run.seed},
+        )
         lists = {k: [math.nan if x is None else x for x in kept[k]] for k in ("semantic", "relation", "parameters")}
         return Scored(encodings=[tuple(e) for e in kept["encodings"]], **lists), tuple(kept["best"]), kept["seconds"]
 
@@ -249,17 +310,30 @@ class SearchWithoutTraining(Method[Config]):
         size = cost.parameters(network)
         if size > (config.space.parameters or math.inf):
             return None
-        if config.space.multiply_adds is not None and cost.multiply_adds(network, {"input": batches[0]["input"]}) > config.space.multiply_adds:
+        if (
+            config.space.multiply_adds is not None
+            and cost.multiply_adds(network, {"input": batches[0]["input"]}) > config.space.multiply_adds
+        ):
             return None
         if config.score.combine == "parameters":
             return 0.0, 0.0, float(size)
         semantic, relation = [], []
         for i, (batch, theirs) in enumerate(zip(batches, teacher)):
             mine = view(
-                partial(self._build, spec, run, config), batch, run.seed, str(encoding), i, owner="candidate", embedding=config.space.embedding
+                partial(self._build, spec, run, config),
+                batch,
+                run.seed,
+                str(encoding),
+                i,
+                owner="candidate",
+                embedding=config.space.embedding,
             )
             relation.append(-relation_distance(mine.feature, theirs.feature))
-            semantic.append(-semantic_distance(mine.gradient, theirs.gradient) if config.score.combine != "relation" else torch.zeros(()))
+            semantic.append(
+                -semantic_distance(mine.gradient, theirs.gradient)
+                if config.score.combine != "relation"
+                else torch.zeros(())
+            )
         return float(torch.stack(semantic).mean()), float(torch.stack(relation).mean()), float(size)
 
     @staticmethod
@@ -272,18 +346,29 @@ class SearchWithoutTraining(Method[Config]):
     def _distilled(self, config: Config, run: Run, spec: ModelSpec, teacher: Any) -> dict[str, Any]:
         """A candidate's weights and test accuracy after distillation."""
         data = config.data
-        extra = [] if config.distil is None else [SimilarityDistillation(config.distil.relation, config.distil.semantic)]
+        extra = (
+            [] if config.distil is None else [SimilarityDistillation(config.distil.relation, config.distil.semantic)]
+        )
 
         def make() -> dict[str, Any]:
             student = run.model(spec, data)
             module = Distillation(
-                student, teacher, [*(objective_from_spec(o) for o in config.objectives), *extra], seed=run.seed, embedding=spec.embedding
+                student,
+                teacher,
+                [*(objective_from_spec(o) for o in config.objectives), *extra],
+                seed=run.seed,
+                embedding=spec.embedding,
             )
             loader = run.loader(data, "train", config.train.batch_size, train=True)
-            fitted = run.fit("student", module, loader, config.train, evaluate=run.validating(data), splits=run.splits(data))
+            fitted = run.fit(
+                "student", module, loader, config.train, evaluate=run.validating(data), splits=run.splits(data)
+            )
             module.close()
             accuracy = evaluate_classifier(student, run.loader(data, "test"), run.device, ["accuracy"])["accuracy"]
-            return {"weights": state_on_cpu(student), "figures": {"train_seconds": fitted.seconds, "test_accuracy": accuracy}}
+            return {
+                "weights": state_on_cpu(student),
+                "figures": {"train_seconds": fitted.seconds, "test_accuracy": accuracy},
+            }
 
         uses = {
             "model": spec.model_dump(mode="json"),
@@ -297,7 +382,9 @@ class SearchWithoutTraining(Method[Config]):
         return run.stage("student", make, uses)
 
     @staticmethod
-    def _correlations(config: Config, found: Scored, trained: dict[Encoding, dict[str, Any]], best: Encoding) -> dict[str, float]:
+    def _correlations(
+        config: Config, found: Scored, trained: dict[Encoding, dict[str, Any]], best: Encoding
+    ) -> dict[str, float]:
         """Kendall's tau of scores (and of the number of parameters) with distilled accuracy, and what the choice cost against the best of those trained."""
         accuracy = [t["figures"]["test_accuracy"] for t in trained.values()]
         at = [found.encodings.index(e) for e in trained]
@@ -306,7 +393,12 @@ class SearchWithoutTraining(Method[Config]):
         out = {f"tau_{c}": kendall_tau(found.scores(c)[at].tolist(), accuracy) for c in kinds}
         out = {k: v for k, v in out.items() if math.isfinite(v)}
         chosen = trained[best]["figures"]["test_accuracy"]
-        return {**out, "accuracy_over_mean": chosen - float(np.mean(accuracy)), "regret": max(accuracy) - chosen, "trained": float(len(accuracy))}
+        return {
+            **out,
+            "accuracy_over_mean": chosen - float(np.mean(accuracy)),
+            "regret": max(accuracy) - chosen,
+            "trained": float(len(accuracy)),
+        }
 
 
 def _json(value: float) -> float | None:

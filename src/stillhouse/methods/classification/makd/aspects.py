@@ -14,81 +14,40 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from stillhouse.catalog import load_file
-from stillhouse.config.specs import Data, DataSpec, Model, Spec, TrainSpec
-from stillhouse.errors import UserError, unknown
+from stillhouse.config.specs import DataSpec, Spec
+from stillhouse.errors import UserError
 from stillhouse.functional.precision import full_precision
+from stillhouse.methods.classification.makd.answers import (
+    ClassAnswers,
+    Noisy,
+    Trained,
+    VisionLanguage,
+    class_matrix,
+    read_class_answers,
+)
+from stillhouse.methods.classification.makd.image_text import trained_annotator
+from stillhouse.methods.classification.makd.vision_language import ask
 from stillhouse.randomness import generator
 from stillhouse.runs.run import Run
-
-ClassAnswers = dict[str, list[str | int]]
-"""Question -> names of the classes for which the answer is yes."""
-
-
-SAID = "Question -> names of the classes for which the answer is yes; here, in a JSON file, or given by file:PATH.py:FUNCTION."
-
-
-def read_class_answers(given: ClassAnswers | str) -> ClassAnswers:
-    """The mapping itself, or that of a JSON file, or what `file:PATH.py:FUNCTION` gives."""
-    if not isinstance(given, str):
-        return given
-    if given.startswith("file:"):
-        module, name = load_file(given)
-        make = getattr(module, name or "answers", None)
-        if not callable(make):
-            raise UserError(f"aspects: '{given}' names no function.")
-        read = make()
-    else:
-        path = Path(given).expanduser()
-        if not path.is_file():
-            raise UserError(f"aspects: there is no file of class answers '{given}'.")
-        read = json.loads(path.read_text(encoding="utf-8"))
-    if not isinstance(read, dict) or not all(isinstance(v, list) for v in read.values()):
-        raise UserError(f"aspects: '{given}' must give a mapping of questions to lists of class names.")
-    return read
-
-
-class Noisy(Spec):
-    """Class answers as they are, with noise of each image's own."""
-
-    answers: ClassAnswers | str = Field(description=SAID)
-    flip: float = Field(0.1, ge=0, lt=1, description="Share of answers turned round, drawn by image and question.")
-    confidence: float = Field(0.95, gt=0.5, le=1, description="P(yes) of a yes; a no is 1 - confidence.")
-
-
-class Trained(Spec):
-    """A small image-and-text model that learns to answer from class answers, in place of a large multimodal one."""
-
-    answers: ClassAnswers | str = Field(description=SAID)
-    network: Model = Field(description="Its image encoder.")
-    dim: int = Field(64, ge=1, description="Width that images and questions are compared in.")
-    data: Data | None = Field(None, description="What it is trained on; default: the recipe's data.")
-    train: TrainSpec = Field(default_factory=TrainSpec)
-    seed: int = Field(0, description="Its own, so that all seeds of a bench share one.")
-
-
-class VisionLanguage(Spec):
-    """A vision-language model of transformers, in a folder on disk."""
-
-    path: str = Field(description="Folder of model and processor.")
-    prompt: str = Field("<image>\n{question}", description="Where the processor has no chat template: the text around a question.")
-    yes_word: str = Field("Yes", description="The answer that counts as yes; one token.")
-    no_word: str = Field("No", description="The answer that counts as no; one token.")
-    batch_size: int = Field(8, ge=1, description="Questions asked at once.")
 
 
 class AspectsSpec(Spec):
     """Questions, and exactly one source of answers."""
 
-    questions: str | list[str] | None = Field(None, description="A text file, one question a line, or the questions; default: those of `answers`.")
+    questions: str | list[str] | None = Field(
+        None, description="A text file, one question a line, or the questions; default: those of `answers`."
+    )
     file: str | None = Field(
-        None, description="JSON {index in the training split: [Q numbers]}, or safetensors with `aspects` (N, Q) or `yes_no` (N, Q, 2)."
+        None,
+        description="JSON {index in the training split: [Q numbers]}, or safetensors with `aspects` (N, Q) or `yes_no` (N, Q, 2).",
     )
     vision_language: VisionLanguage | None = None
     trained: Trained | None = None
     annotated: Noisy | None = None
     drop_below: float = Field(
-        0.0, ge=0, description="Drop questions whose answers vary less than this (variance over the images); they tell nothing."
+        0.0,
+        ge=0,
+        description="Drop questions whose answers vary less than this (variance over the images); they tell nothing.",
     )
     permute: bool = Field(False, description="Give each image another's answers (ablation).")
 
@@ -96,7 +55,9 @@ class AspectsSpec(Spec):
     def _one_source(self) -> AspectsSpec:
         given = [k for k in ("file", "vision_language", "trained", "annotated") if getattr(self, k) is not None]
         if len(given) != 1:
-            raise ValueError(f"give exactly one of file, vision_language, trained, annotated (given: {', '.join(given) or 'none'})")
+            raise ValueError(
+                f"give exactly one of file, vision_language, trained, annotated (given: {', '.join(given) or 'none'})"
+            )
         if self.questions is None and self.trained is None and self.annotated is None:
             raise ValueError("questions are needed with file and vision_language")
         return self
@@ -175,22 +136,22 @@ def aspect_table(spec: AspectsSpec, data: DataSpec, run: Run) -> tuple[list[str]
     if not any(varying):
         raise UserError(f"aspects.drop_below: no question's answers vary by {spec.drop_below} or more; lower it.")
     questions, answers = [q for q, v in zip(questions, varying) if v], answers[:, torch.tensor(varying)]
-    return questions, answers[torch.randperm(count, generator=generator(run.seed, "permute aspects"))] if spec.permute else answers
+    return questions, answers[
+        torch.randperm(count, generator=generator(run.seed, "permute aspects"))
+    ] if spec.permute else answers
 
 
 def _answer(spec: AspectsSpec, questions: list[str], data: DataSpec, run: Run) -> dict[str, dict[str, Tensor]]:
     if spec.annotated is not None:
         return {"answers": {"aspects": annotate(spec.annotated, questions, data, run)}}
     if spec.trained is not None:
-        from stillhouse.methods.classification.makd.image_text import trained_annotator
-
         model = trained_annotator(spec.trained, questions, run, data).to(run.device).eval()
         with torch.no_grad():
-            said = [model(batch["input"].to(run.device), questions).float().cpu() for batch in run.loader(data, "train")]
+            said = [
+                model(batch["input"].to(run.device), questions).float().cpu() for batch in run.loader(data, "train")
+            ]
     else:
         assert spec.vision_language is not None
-        from stillhouse.methods.classification.makd.vision_language import ask
-
         said = ask(spec.vision_language, questions, data, run)
     yes_no = torch.cat(said)
     return {"answers": {"yes_no": yes_no, "aspects": aspect_probs(yes_no)}}
@@ -206,7 +167,9 @@ def read_answers(path: str, count: int, questions: int) -> Tensor:
 
         tensors = load_file(str(file))
         if not {"aspects", "yes_no"} & set(tensors):
-            raise UserError(f"aspects.file: {path} must hold `aspects` (N, Q) or `yes_no` (N, Q, 2); it holds: {', '.join(tensors) or 'nothing'}.")
+            raise UserError(
+                f"aspects.file: {path} must hold `aspects` (N, Q) or `yes_no` (N, Q, 2); it holds: {', '.join(tensors) or 'nothing'}."
+            )
         table = tensors["aspects"].float() if "aspects" in tensors else aspect_probs(tensors["yes_no"])
         if table.shape != (count, questions):
             raise UserError(
@@ -220,10 +183,14 @@ def read_answers(path: str, count: int, questions: int) -> Tensor:
         absent = next((i for i in range(count) if str(i) not in rows), None)
         if absent is not None or len(rows) != count:
             what = f"image '{absent}' has no answers" if absent is not None else f"it holds {len(rows)} images"
-            raise UserError(f"aspects.file: {path}: {what}; the training split has {count} images, '0' to '{count - 1}'.")
+            raise UserError(
+                f"aspects.file: {path}: {what}; the training split has {count} images, '0' to '{count - 1}'."
+            )
         wrong = next((i for i in range(count) if len(rows[str(i)]) != questions), None)
         if wrong is not None:
-            raise UserError(f"aspects.file: {path}: image '{wrong}' has {len(rows[str(wrong)])} answers to {questions} questions.")
+            raise UserError(
+                f"aspects.file: {path}: image '{wrong}' has {len(rows[str(wrong)])} answers to {questions} questions."
+            )
         table = torch.tensor([rows[str(i)] for i in range(count)], dtype=torch.float32)
     bad = (~((table >= 0) & (table <= 1))).any(1).nonzero()
     if len(bad):
@@ -231,19 +198,10 @@ def read_answers(path: str, count: int, questions: int) -> Tensor:
     return table
 
 
-def class_matrix(answers: ClassAnswers, questions: Sequence[str], classes: Sequence[str]) -> Tensor:
-    """1 where a class is a yes, else 0: (C, Q). Raises `UserError` for a class that is none, with the nearest."""
-    table = torch.zeros(len(classes), len(questions))
-    for j, question in enumerate(questions):
-        for name in map(str, answers[question]):
-            if name not in classes:
-                raise unknown(f"class (under aspects, '{question}')", name, classes)
-            table[classes.index(name), j] = 1.0
-    return table
-
-
 def annotate(spec: Noisy, questions: list[str], data: DataSpec, run: Run) -> Tensor:
     """Class answers of every training image, some turned round, softened: (N, Q)."""
-    answers = class_matrix(read_class_answers(spec.answers), questions, run.data(data).classes)[run.loader(data, "train").labels()]
+    answers = class_matrix(read_class_answers(spec.answers), questions, run.data(data).classes)[
+        run.loader(data, "train").labels()
+    ]
     turned = torch.rand(answers.shape, generator=generator(data.seed, "turn answers")) < spec.flip
     return 1 - spec.confidence + (2 * spec.confidence - 1) * torch.where(turned, 1 - answers, answers)

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from stillhouse.config.specs import DataSpec
 from stillhouse.distillation.objective import Progress
-from stillhouse.methods.classification.makd.aspects import Trained, class_matrix, read_class_answers
+from stillhouse.methods.classification.makd.answers import Trained, class_matrix, read_class_answers
 from stillhouse.models import build
 from stillhouse.randomness import key, keyed
 from stillhouse.runs.run import Run
@@ -75,8 +75,16 @@ def trained_annotator(spec: Trained, questions: list[str], run: Run, data: DataS
 
     def make() -> dict[str, Any]:
         with run.seeded(spec.seed):
-            run.fit("annotator", Answering(model, questions, answers), run.loader(source, "train", spec.train.batch_size, train=True), spec.train)
-        return {"weights": state_on_cpu(model), "figures": {"answers_right": _share_right(model, questions, answers, source, run)}}
+            run.fit(
+                "annotator",
+                Answering(model, questions, answers),
+                run.loader(source, "train", spec.train.batch_size, train=True),
+                spec.train,
+            )
+        return {
+            "weights": state_on_cpu(model),
+            "figures": {"answers_right": _share_right(model, questions, answers, source, run)},
+        }
 
     uses = {
         **spec.model_dump(mode="json"),

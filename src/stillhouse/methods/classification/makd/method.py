@@ -35,7 +35,7 @@ from stillhouse.distillation.objective import Objective, Progress
 from stillhouse.distillation.weighted import objective_from_spec
 from stillhouse.errors import UserError
 from stillhouse.functional.precision import full_precision
-from stillhouse.methods.classification.makd.aspects import AspectsSpec, aspect_table, question_prompt, selection_prompt
+from stillhouse.methods.classification.makd.aspects import AspectsSpec, aspect_table
 from stillhouse.methods.distillation import Config as General
 from stillhouse.methods.distillation import describe
 from stillhouse.models import build
@@ -50,8 +50,6 @@ from stillhouse.signals import Batch, Signals, read_logits, to_device
 from stillhouse.tasks.base import Task
 from stillhouse.tasks.classification import Classification
 
-__all__ = ["AspectClassifier", "Aspects", "MaKD", "Widened", "aspect_loss", "question_prompt", "selection_prompt", "strip_aspects"]
-
 
 @full_precision
 def aspect_loss(aspect_logits: Tensor, targets: Tensor) -> Tensor:
@@ -62,7 +60,9 @@ def aspect_loss(aspect_logits: Tensor, targets: Tensor) -> Tensor:
         targets: P(yes), (B, Q), in [0, 1].
     """
     if aspect_logits.shape != targets.shape:
-        raise UserError(f"makd: aspect logits of shape {tuple(aspect_logits.shape)} but answers of {tuple(targets.shape)}; both must be (B, Q).")
+        raise UserError(
+            f"makd: aspect logits of shape {tuple(aspect_logits.shape)} but answers of {tuple(targets.shape)}; both must be (B, Q)."
+        )
     return F.binary_cross_entropy_with_logits(aspect_logits, targets.to(aspect_logits.dtype))
 
 
@@ -161,7 +161,9 @@ evaluates(AspectClassifier.kind)(evaluate)
 
 
 class Config(General):
-    objectives: Objectives = Field(default_factory=lambda: [ObjectiveSpec(name="ce")], description="What the class logits learn.")
+    objectives: Objectives = Field(
+        default_factory=lambda: [ObjectiveSpec(name="ce")], description="What the class logits learn."
+    )
     aspects: AspectsSpec
     alpha: float = Field(4.0, ge=0, description="Weight of the aspects' binary cross-entropy; 0 is the baseline.")
     keep_aspects: bool = Field(False, description="Keep the aspect outputs in the product, as scores of attributes.")
@@ -171,7 +173,9 @@ class Config(General):
         if self.data.mixup or self.data.cutmix:
             raise ValueError("data.mixup and data.cutmix must be 0: a mixed image has no stored answer")
         if "num_classes" in self.student.options:
-            raise ValueError("student.options.num_classes: the head is widened by the number of questions; leave it out")
+            raise ValueError(
+                "student.options.num_classes: the head is widened by the number of questions; leave it out"
+            )
         return self
 
 
@@ -182,19 +186,36 @@ class MaKD(Method[Config]):
         out = [Stage("teacher", f"train the teacher '{name}' with cross-entropy (kept, shared)") for name in trained]
         if config.aspects.trained is not None:
             out.append(
-                Stage("annotator", f"train {config.aspects.trained.network.model} with a text encoder on {len(questions)} questions (kept, shared)")
+                Stage(
+                    "annotator",
+                    f"train {config.aspects.trained.network.model} with a text encoder on {len(questions)} questions (kept, shared)",
+                )
             )
         if config.aspects.file is None:
-            out.append(Stage("aspects", f"answer {len(questions)} questions for each training image of {bundle.name} (kept, shared)"))
+            out.append(
+                Stage(
+                    "aspects",
+                    f"answer {len(questions)} questions for each training image of {bundle.name} (kept, shared)",
+                )
+            )
         steps = config.train.epochs * len(run.loader(config.data, "train", config.train.batch_size, train=True))
         student = describe(config.student.model, run.model(config.student, config.data))
-        return [*out, Stage("student", f"train the widened student on {bundle.name}, alpha {config.alpha:g}", {"student": student}, steps=steps)]
+        return [
+            *out,
+            Stage(
+                "student",
+                f"train the widened student on {bundle.name}, alpha {config.alpha:g}",
+                {"student": student},
+                steps=steps,
+            ),
+        ]
 
     def run(self, config: Config, run: Run) -> Student:
         teachers = {name: run.teacher(name, spec, config.data) for name, spec in config.all_teachers.items()}
         questions, answers = aspect_table(config.aspects, config.data, run)
         run.record["aspects"] = {
-            q: {"mean": m, "variance": v} for q, m, v in zip(questions, answers.mean(0).tolist(), answers.var(0, correction=0).tolist())
+            q: {"mean": m, "variance": v}
+            for q, m, v in zip(questions, answers.mean(0).tolist(), answers.var(0, correction=0).tolist())
         }
         bundle, probe = run.data(config.data), next(iter(run.loader(config.data, "train", 2)))
         with keyed("model", "student", run.seed):
@@ -204,7 +225,14 @@ class MaKD(Method[Config]):
         head = config.student.embedding or classifier(network, probe)
         module = Distillation(student, teachers, objectives, seed=run.seed, embedding=f"network.{head}")
         loader = run.loader(config.data, "train", config.train.batch_size, train=True)
-        fitted = run.fit("student", module, loader, config.train, evaluate=run.validating(config.data), splits=run.splits(config.data))
+        fitted = run.fit(
+            "student",
+            module,
+            loader,
+            config.train,
+            evaluate=run.validating(config.data),
+            splits=run.splits(config.data),
+        )
         module.close()
         figures = {"train_seconds": fitted.seconds}
         if config.keep_aspects:

@@ -50,19 +50,34 @@ from stillhouse.signals import Batch, evaluating
 
 class Config(MethodConfig):
     data: Data
-    labelled: int = Field(ge=1, description="Class-balanced training samples whose labels are known; the rest of the training split is the pool.")
-    teacher: Teacher = Field(description="A network with a checkpoint, or with `train`: then it is trained on the labelled samples alone.")
+    labelled: int = Field(
+        ge=1,
+        description="Class-balanced training samples whose labels are known; the rest of the training split is the pool.",
+    )
+    teacher: Teacher = Field(
+        description="A network with a checkpoint, or with `train`: then it is trained on the labelled samples alone."
+    )
     student: Model
     train: TrainSpec = Field(default_factory=TrainSpec, description="How the student is trained, each round.")
     query: Literal["rad", "uniform", "margin", "entropy", "coreset", "cluster_margin", "unixkd"] = "rad"
     queries: int = Field(ge=1, description="b: questions a round.")
     rounds: int = Field(5, ge=1)
     gain: Literal["margin", "entropy", "confidence"] = "margin"
-    marginals: Literal["capped", "exact"] = Field("capped", description="exact: the b-point game by a linear program (a few thousand points).")
-    accuracy: float | None = Field(
-        None, gt=0, le=1, description="Share of right answers to expect; default: the teacher's accuracy on validation data."
+    marginals: Literal["capped", "exact"] = Field(
+        "capped", description="exact: the b-point game by a linear program (a few thousand points)."
     )
-    corrupt: float = Field(0.0, ge=0, le=1, description="Shuffle the teacher's answers among this share of the points, those it is least sure of.")
+    accuracy: float | None = Field(
+        None,
+        gt=0,
+        le=1,
+        description="Share of right answers to expect; default: the teacher's accuracy on validation data.",
+    )
+    corrupt: float = Field(
+        0.0,
+        ge=0,
+        le=1,
+        description="Shuffle the teacher's answers among this share of the points, those it is least sure of.",
+    )
     warm_start: bool = Field(False, description="Go on from the last round's student rather than from scratch.")
     evaluate: list[str] = Field(default_factory=lambda: ["accuracy", "calibration", "cost"])
 
@@ -102,14 +117,18 @@ class Answering:
         donors: (N,) whose image each sample is answered for: itself, or another where answers are shuffled.
     """
 
-    def __init__(self, network: nn.Module, images: IndexedDataset, budget: int, donors: np.ndarray | None = None) -> None:
+    def __init__(
+        self, network: nn.Module, images: IndexedDataset, budget: int, donors: np.ndarray | None = None
+    ) -> None:
         self._network, self._images, self._budget, self._donors, self.asked = network, images, budget, donors, 0
 
     @torch.no_grad()
     def ask(self, rows: np.ndarray, partners: np.ndarray, share: np.ndarray) -> Tensor:
         """Class probabilities (b, C), on the host, of the samples mixed with that share of their partners. Raises `UserError` beyond the budget."""
         if self.asked + len(rows) > self._budget:
-            raise UserError(f"rad: the budget of {self._budget} questions to the teacher is spent ({self.asked} asked, {len(rows)} more wanted).")
+            raise UserError(
+                f"rad: the budget of {self._budget} questions to the teacher is spent ({self.asked} asked, {len(rows)} more wanted)."
+            )
         self.asked += len(rows)
         own = rows if self._donors is None else self._donors[rows]
         device = next(self._network.parameters()).device
@@ -121,7 +140,9 @@ class Answering:
         return torch.cat(said)
 
 
-def mixed(dataset: IndexedDataset, rows: np.ndarray, partners: np.ndarray, share: Tensor, epoch: int, seed: int) -> Tensor:
+def mixed(
+    dataset: IndexedDataset, rows: np.ndarray, partners: np.ndarray, share: Tensor, epoch: int, seed: int
+) -> Tensor:
     """Inputs (B, ...) of samples, each with that share (B,) of its partner; partners are read only where a share is above 0."""
     x = dataset.batch(BatchKey(epoch, rows, 0, len(rows)), seed)["input"]
     mix = share > 0
@@ -135,11 +156,20 @@ class Known:
     """What a student trains on: samples with class probabilities, one-hot for labels and soft for answers; a data set for `Loader`."""
 
     def __init__(self, dataset: IndexedDataset, rows: np.ndarray, targets: Tensor) -> None:
-        self.dataset, self.rows, self.partners, self.share, self.targets = dataset, rows, rows, torch.zeros(len(rows)), targets
+        self.dataset, self.rows, self.partners, self.share, self.targets = (
+            dataset,
+            rows,
+            rows,
+            torch.zeros(len(rows)),
+            targets,
+        )
 
     def add(self, rows: np.ndarray, partners: np.ndarray, share: np.ndarray, targets: Tensor) -> None:
         self.rows, self.partners = np.concatenate([self.rows, rows]), np.concatenate([self.partners, partners])
-        self.share, self.targets = torch.cat([self.share, torch.from_numpy(share).float()]), torch.cat([self.targets, targets])
+        self.share, self.targets = (
+            torch.cat([self.share, torch.from_numpy(share).float()]),
+            torch.cat([self.targets, targets]),
+        )
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -166,8 +196,23 @@ class Questions:
         generator: of the rules that draw.
     """
 
-    def __init__(self, config: Config, answering: Answering, known: Known, pool: np.ndarray, labels: Tensor, generator: np.random.Generator) -> None:
-        self.config, self.answering, self.known, self.pool, self.labels, self.generator = config, answering, known, pool, labels, generator
+    def __init__(
+        self,
+        config: Config,
+        answering: Answering,
+        known: Known,
+        pool: np.ndarray,
+        labels: Tensor,
+        generator: np.random.Generator,
+    ) -> None:
+        self.config, self.answering, self.known, self.pool, self.labels, self.generator = (
+            config,
+            answering,
+            known,
+            pool,
+            labels,
+            generator,
+        )
         self.queried: list[list[int]] = []
         self._right, self._gain = 0.0, 0.0
         self._bounds: list[float] = []
@@ -179,7 +224,10 @@ class Questions:
         points, partners = self.pool[chosen.points], self.pool[chosen.partners]
         answers = self.answering.ask(points, partners, chosen.share)
         gain = gains(view.probs, config.gain)
-        self._bounds.append(solve(gain, view.correct).value / max(guaranteed(np.full(len(gain), 1 / len(gain)), gain, view.correct), 1e-12))
+        self._bounds.append(
+            solve(gain, view.correct).value
+            / max(guaranteed(np.full(len(gain), 1 / len(gain)), gain, view.correct), 1e-12)
+        )
         self._right += float((answers.argmax(-1) == self.labels[torch.from_numpy(points)]).sum())
         self._gain += float(gain[chosen.points].sum())
         self.known.add(points, partners, chosen.share, answers)
@@ -209,7 +257,13 @@ class RobustActiveDistillation(Method[Config]):
             raise UserError("rad trains on soft answers that cannot be mixed: turn data.mixup and data.cutmix off.")
         stages = []
         if config.teacher.train is not None:
-            stages.append(Stage("teacher", f"train the teacher on {config.labelled} labels (kept, shared)", {"teacher": config.teacher.model or ""}))
+            stages.append(
+                Stage(
+                    "teacher",
+                    f"train the teacher on {config.labelled} labels (kept, shared)",
+                    {"teacher": config.teacher.model or ""},
+                )
+            )
         does = f"{config.rounds} times: ask the teacher about {config.queries} of {pool} samples by {config.query}, train the student on all that is known"
         return [*stages, Stage("round", does, {"student": config.student.model})]
 
@@ -223,7 +277,11 @@ class RobustActiveDistillation(Method[Config]):
         right = self._accuracy(config, run, teacher)
         donors = shuffled(teacher, images, config.corrupt, config.data.seed, pool) if config.corrupt else None
         answering = Answering(teacher, images, config.rounds * config.queries, donors)
-        known = Known(augmented, labelled, torch.nn.functional.one_hot(labels[torch.from_numpy(labelled)], bundle.num_classes).float())
+        known = Known(
+            augmented,
+            labelled,
+            torch.nn.functional.one_hot(labels[torch.from_numpy(labelled)], bundle.num_classes).float(),
+        )
         questions = Questions(config, answering, known, pool, labels, np.random.default_rng(key(run.seed, "rad")))
         student = run.model(config.student, config.data)
         seconds = 0.0
@@ -233,7 +291,9 @@ class RobustActiveDistillation(Method[Config]):
                 questions.ask(self._view(config, run, student, images, questions.pool, known, right))
                 if not config.warm_start:
                     student = run.model(config.student, config.data)
-            loader = Loader(known, min(config.train.batch_size, len(known)), seed=run.seed, shuffle=True, drop_last=True)
+            loader = Loader(
+                known, min(config.train.batch_size, len(known)), seed=run.seed, shuffle=True, drop_last=True
+            )
             module = Distillation(student, None, [objective_from_spec("ce")], seed=run.seed)
             fitted = run.fit(f"round.{number}", module, loader, config.train, evaluate=run.validating(config.data))
             module.close()
@@ -243,7 +303,16 @@ class RobustActiveDistillation(Method[Config]):
         base = run.student(student, config.student, config.data, figures)
         return QueriedStudent(**{**vars(base), "queried": questions.queried})
 
-    def _view(self, config: Config, run: Run, student: nn.Module, images: IndexedDataset, pool: np.ndarray, known: Known, right: float) -> Pool:
+    def _view(
+        self,
+        config: Config,
+        run: Run,
+        student: nn.Module,
+        images: IndexedDataset,
+        pool: np.ndarray,
+        known: Known,
+        right: float,
+    ) -> Pool:
         """The student's view of the pool: probabilities and embeddings."""
         reader = Reader(student, "student", config.student.embedding)
         reader.attach({"embedding"}, next(iter(run.loader(config.data, "train", 2))))
@@ -262,7 +331,9 @@ class RobustActiveDistillation(Method[Config]):
         """The teacher: with weights of its own, or trained on the labelled samples."""
         spec, data = config.teacher, config.data
         if spec.model is None or spec.data is not None:
-            raise UserError("rad asks one network that knows the labelled samples: give teacher.model, and no teacher.data.")
+            raise UserError(
+                "rad asks one network that knows the labelled samples: give teacher.model, and no teacher.data."
+            )
         if spec.train is None:
             return run.teacher("teacher", spec, data).model
         seed, train = spec.seed or 0, spec.train
@@ -273,9 +344,16 @@ class RobustActiveDistillation(Method[Config]):
             with run.seeded(seed):
                 known = Subset(bundle.dataset("train", train=True), labelled)
                 module = Distillation(model, None, [objective_from_spec("ce")], seed=seed)
-                run.fit("teacher", module, Loader(known, min(train.batch_size, len(known)), seed=seed, shuffle=True, drop_last=True), train)
+                run.fit(
+                    "teacher",
+                    module,
+                    Loader(known, min(train.batch_size, len(known)), seed=seed, shuffle=True, drop_last=True),
+                    train,
+                )
                 module.close()
-                figures = evaluate_classifier(model, run.loader(data, "test"), next(model.parameters()).device, ["accuracy"])
+                figures = evaluate_classifier(
+                    model, run.loader(data, "test"), next(model.parameters()).device, ["accuracy"]
+                )
                 return {"weights": state_on_cpu(model), "figures": figures}
 
         uses = {

@@ -35,7 +35,7 @@ from stillhouse.errors import UserError, unknown
 from stillhouse.methods.compression.unified_embedding.columns import Columns, TableSpec, load_columns
 from stillhouse.methods.compression.unified_embedding.hashing import encode
 from stillhouse.methods.compression.unified_embedding.network import Ranking, TableNetwork, class_probs
-from stillhouse.methods.compression.unified_embedding.table import Feature, Scheme, UnifiedEmbedding, collisions, expected_collisions
+from stillhouse.methods.compression.unified_embedding.table import Feature, Scheme, UnifiedEmbedding, collisions
 from stillhouse.randomness import keyed
 from stillhouse.runs.evaluators import evaluates
 from stillhouse.runs.method import Method, Stage
@@ -43,9 +43,9 @@ from stillhouse.runs.products import Product, read_meta, state_on_cpu
 from stillhouse.runs.run import Run
 from stillhouse.signals import evaluating
 
-__all__ = ["EmbeddingModel", "Feature", "UnifiedEmbedding", "collisions", "encode", "expected_collisions"]
-
-Name = Literal["unified", "hashing", "collisionless", "sum", "sum_split", "quotient", "quotient_split", "robe", "robe_split"]
+Name = Literal[
+    "unified", "hashing", "collisionless", "sum", "sum_split", "quotient", "quotient_split", "robe", "robe_split"
+]
 SCHEMES: dict[str, tuple[Scheme, bool]] = {
     "unified": ("hash", True),
     "hashing": ("hash", False),
@@ -59,10 +59,14 @@ class EmbeddingSpec(Spec):
     """The embeddings of all features."""
 
     scheme: Name = "unified"
-    share: float | None = Field(None, gt=0, description="Rows as a share of the distinct values of all features in the training split.")
+    share: float | None = Field(
+        None, gt=0, description="Rows as a share of the distinct values of all features in the training split."
+    )
     rows: int | None = Field(None, ge=1, description="Or M, the number of rows (of each of `tables`).")
     dim: int = Field(8, ge=1, description="d: width of a chunk.")
-    chunks: int | dict[str, int] = Field(1, description="Look-ups of a value: a number for all features, or by feature (others: 1).")
+    chunks: int | dict[str, int] = Field(
+        1, description="Look-ups of a value: a number for all features, or by feature (others: 1)."
+    )
     tables: int = Field(1, ge=1, description="unified: K tables, taken by chunks in turn.")
 
     @model_validator(mode="after")
@@ -93,7 +97,9 @@ class Config(MethodConfig):
     embedding: EmbeddingSpec
     head: HeadSpec = Field(default_factory=HeadSpec)
     train: TrainSpec = Field(
-        default_factory=lambda: TrainSpec(epochs=12, batch_size=64, optimizer=OptimizerSpec(name="adam", lr=2e-3, weight_decay=1e-5), best="auc")
+        default_factory=lambda: TrainSpec(
+            epochs=12, batch_size=64, optimizer=OptimizerSpec(name="adam", lr=2e-3, weight_decay=1e-5), best="auc"
+        )
     )
     pareto: ParetoSpec | None = None
 
@@ -136,7 +142,9 @@ class EmbeddingModel(Product):
         dense = [(torch.as_tensor(columns[n]).float() - m) / s for n, (m, s) in self.dense.items()]
         device = self.network.table.weight.device
         with evaluating(self.network):
-            return class_probs(self.network(self.known(codes).to(device), torch.stack(dense, 1).to(device) if dense else None)).cpu()
+            return class_probs(
+                self.network(self.known(codes).to(device), torch.stack(dense, 1).to(device) if dense else None)
+            ).cpu()
 
     def known(self, codes: Tensor) -> Tensor:
         """(n, T) codes as the table takes them: positions from 1 in the vocabularies (0: not in it) where there are any, else as they are."""
@@ -174,7 +182,9 @@ class EmbeddingModel(Product):
         return cls(network.eval(), features, embedding, head, meta["rows"], dense, meta["classes"], vocabularies)
 
 
-def built(features: Sequence[Feature], embedding: EmbeddingSpec, head: HeadSpec, rows: int, dense: int, classes: int) -> TableNetwork:
+def built(
+    features: Sequence[Feature], embedding: EmbeddingSpec, head: HeadSpec, rows: int, dense: int, classes: int
+) -> TableNetwork:
     """A fresh network."""
     scheme, shared = SCHEMES[embedding.scheme]
     table = UnifiedEmbedding(features, rows, embedding.dim, tables=embedding.tables, scheme=scheme, shared=shared)
@@ -243,7 +253,10 @@ def draw_pareto(folder: Path, points: Mapping[str, Sequence[tuple[float, float]]
     plot = lines(curves, "parameters of the model, log scale", "test AUC")  # type: ignore[arg-type]
     plot.update_xaxes(type="log")
     words = "Test AUC against the parameters of the model, tables and network; up and to the left is better."
-    return write(folder / "pareto.html", page("Parameters against AUC", "", [section("Schemes of embeddings", words, figure(plot, "pareto", words))]))
+    return write(
+        folder / "pareto.html",
+        page("Parameters against AUC", "", [section("Schemes of embeddings", words, figure(plot, "pareto", words))]),
+    )
 
 
 def _rows(spec: EmbeddingSpec, tokens: int) -> int:
@@ -257,7 +270,10 @@ def _features(spec: EmbeddingSpec, data: Columns) -> list[Feature]:
                 raise unknown("feature (embedding.chunks)", name, data.names)
     exact = SCHEMES[spec.scheme][0] in ("exact", "quotient")  # one more value there: the unknown
     sizes = [len(v) + exact for v in data.vocabularies()]
-    return [Feature(n, spec.chunks if isinstance(spec.chunks, int) else spec.chunks.get(n, 1), s) for n, s in zip(data.names, sizes)]
+    return [
+        Feature(n, spec.chunks if isinstance(spec.chunks, int) else spec.chunks.get(n, 1), s)
+        for n, s in zip(data.names, sizes)
+    ]
 
 
 def _fitted(config: Config, spec: EmbeddingSpec, data: Columns, run: Run, name: str) -> EmbeddingModel:

@@ -59,7 +59,9 @@ class PoolSpec(Spec):
     )
     lr: float = Field(0.1, gt=0, description="SGD with momentum 0.9 on all synthetic images.")
     weight_decay: float = Field(1e-3, ge=0)
-    literal_restart: bool = Field(False, description="As released: a slot at its limit holds a fresh, untrained network at every later visit.")
+    literal_restart: bool = Field(
+        False, description="As released: a slot at its limit holds a fresh, untrained network at every later visit."
+    )
 
 
 class Config(MethodConfig):
@@ -70,11 +72,16 @@ class Config(MethodConfig):
     start: Literal["normalised", "raw"] = Field("normalised", description="raw: pixels in [0, 1], as released.")
     iterations: int = Field(1000, ge=0, description="Outer steps; published: 160000. 0: random real images.")
     batch_real: int = Field(1024, ge=1)
-    lr: float = Field(1e-4, gt=0, description="Of images and representations: AdamW, falling linearly to a thousandth; published: 1e-4 or 1e-5.")
+    lr: float = Field(
+        1e-4,
+        gt=0,
+        description="Of images and representations: AdamW, falling linearly to a thousandth; published: 1e-4 or 1e-5.",
+    )
     clip: float | None = Field(None, gt=0, description="Clip the norm of the outer gradient.")
     ridge: float = Field(1e-6, gt=0, description="lam as a share of the trace of the kernel.")
     augment: AugmentSpec = Field(
-        default_factory=lambda: AugmentSpec(groups="", always="crop_flip"), description="Of real images, an own draw each; never of synthetic ones."
+        default_factory=lambda: AugmentSpec(groups="", always="crop_flip"),
+        description="Of real images, an own draw each; never of synthetic ones.",
     )
     pool: PoolSpec = Field(default_factory=PoolSpec)
     evaluate: TransferSpec = Field(default_factory=TransferSpec)
@@ -90,13 +97,27 @@ class SelfSupervisedDistillation(Method[Config]):
             check_target(taught, run.data(taught), tuple(run.data(config.data).input_shape))
         stages = []
         if target.trained:
-            stages.append(Stage("target", "train the target network by Barlow Twins (kept, shared)", {"target": target.network.model}))
+            stages.append(
+                Stage(
+                    "target",
+                    "train the target network by Barlow Twins (kept, shared)",
+                    {"target": target.network.model},
+                )
+            )
         if config.iterations:
-            stages.append(Stage("pool", f"train {config.pool.networks} networks on the set as it begins", {"network": config.network.model}))
-        does = f"learn {config.images} images and representations" if config.iterations else f"take {config.images} random real images"
-        networks = (
-            f"pre-train {spec.networks} networks on the set, and teach them and untrained ones {len(spec.targets) or 1} data sets ({spec.probe})"
+            stages.append(
+                Stage(
+                    "pool",
+                    f"train {config.pool.networks} networks on the set as it begins",
+                    {"network": config.network.model},
+                )
+            )
+        does = (
+            f"learn {config.images} images and representations"
+            if config.iterations
+            else f"take {config.images} random real images"
         )
+        networks = f"pre-train {spec.networks} networks on the set, and teach them and untrained ones {len(spec.targets) or 1} data sets ({spec.probe})"
         return [*stages, Stage("krr_st", does, steps=config.iterations), Stage("evaluate", networks)]
 
     def run(self, config: Config, run: Run) -> RepresentationSet:
@@ -106,22 +127,34 @@ class SelfSupervisedDistillation(Method[Config]):
                 f"{config.images} synthetic images begin as as many real ones, but the training split has {len(real.images)}; ask for fewer."
             )
         if not bool(real.images.isfinite().all()):
-            raise UserError(f"The training images of '{config.data.name}' hold NaN or infinite pixels; krr_st learns from every one of them.")
+            raise UserError(
+                f"The training images of '{config.data.name}' hold NaN or infinite pixels; krr_st learns from every one of them."
+            )
         target = target_network(run, config.target, config.data, real.images)
-        rows = torch.randperm(len(real.images), generator=generator(run.seed, "initial"))[: config.images].to(real.images.device)
-        images = nn.Parameter(real.images[rows].clone() if config.start == "normalised" else unnormalised(real.images[rows], real.mean, real.std))
+        rows = torch.randperm(len(real.images), generator=generator(run.seed, "initial"))[: config.images].to(
+            real.images.device
+        )
+        images = nn.Parameter(
+            real.images[rows].clone()
+            if config.start == "normalised"
+            else unnormalised(real.images[rows], real.mean, real.std)
+        )
         targets = nn.Parameter(represented(target, real.images[rows]))
         figures = self._learn(config, run, real, target, images, targets) if config.iterations else {}
         made_by = config.model_dump(mode="json", exclude_none=True, exclude={"variants", "groups", "evaluate"})
         return RepresentationSet(images, targets, real.mean, real.std, made_by, figures)
 
-    def _learn(self, config: Config, run: Run, real: RealImages, target: nn.Module, images: nn.Parameter, targets: nn.Parameter) -> dict[str, float]:
+    def _learn(
+        self, config: Config, run: Run, real: RealImages, target: nn.Module, images: nn.Parameter, targets: nn.Parameter
+    ) -> dict[str, float]:
         """The outer loop; changes images and representations in place."""
         shape, dim = tuple(images.shape[1:]), targets.shape[1]
 
         def fresh(slot: int, generation: int) -> nn.Module:
             with keyed("krr_st pool", run.seed, slot, generation):
-                return Regressor(build(config.network, dim, shape), shape, dim, config.network.embedding).to(images.device)
+                return Regressor(build(config.network, dim, shape), shape, dim, config.network.embedding).to(
+                    images.device
+                )
 
         spec = config.pool
         pool = Pool(fresh, spec.networks, spec.limit, spec.lr, spec.weight_decay, spec.literal_restart)
@@ -139,7 +172,9 @@ class SelfSupervisedDistillation(Method[Config]):
             with torch.no_grad():
                 wanted = target(x)
             loss = outer_loss(pool.visit(slot), images, targets, x, wanted, config.ridge)["loss"]
-            images.grad, targets.grad = torch.autograd.grad(loss, [images, targets])  # of these only, not of the network's weights
+            images.grad, targets.grad = torch.autograd.grad(
+                loss, [images, targets]
+            )  # of these only, not of the network's weights
             if config.clip is not None:
                 nn.utils.clip_grad_norm_([images, targets], config.clip)
             optimiser.step()
@@ -155,7 +190,13 @@ class SelfSupervisedDistillation(Method[Config]):
             peak.fill_(peak_of_tensors(lambda: terms.update(one(0)), images.device))
             return terms
 
-        state: dict[str, Any] = {"images": Held(images), "targets": Held(targets), "optimiser": optimiser, "pool": pool, "peak": Held(peak)}
+        state: dict[str, Any] = {
+            "images": Held(images),
+            "targets": Held(targets),
+            "optimiser": optimiser,
+            "pool": pool,
+            "peak": Held(peak),
+        }
         seconds = run.loop("krr_st", state, step, config.iterations, log_every=10)
         return Cost(seconds, config.iterations, int(peak)).figures()
 
@@ -165,6 +206,10 @@ class SelfSupervisedDistillation(Method[Config]):
         ages = torch.randint(1, pool.limit + 1, (len(pool),), generator=drawn).tolist()
 
         def step(i: int) -> dict[str, Tensor]:
-            return {"loss": torch.stack([pool.learn(slot, images, targets) for slot, age in enumerate(ages) if age > i]).mean()}
+            return {
+                "loss": torch.stack(
+                    [pool.learn(slot, images, targets) for slot, age in enumerate(ages) if age > i]
+                ).mean()
+            }
 
         run.loop("pool", {"pool": pool}, step, max(ages))

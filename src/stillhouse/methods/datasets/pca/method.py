@@ -20,10 +20,7 @@ costs much detail: compare `grid: 1`.
 
 from __future__ import annotations
 
-import json
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from pydantic import Field
@@ -32,16 +29,13 @@ from torch import Tensor
 from stillhouse.config.specs import Data, MethodConfig, Model, Teacher
 from stillhouse.errors import UserError
 from stillhouse.evaluation.classification import collect_logits
-from stillhouse.files import written_beside
 from stillhouse.methods.datasets.pca.packing import Hardness, combine, select
-from stillhouse.methods.datasets.pca.protocol import ProtocolSpec, judge
-from stillhouse.methods.datasets.pca.scoring import ScorerSpec, scores
+from stillhouse.methods.datasets.pca.product import PackedSet
+from stillhouse.methods.datasets.pca.protocol import ProtocolSpec
+from stillhouse.methods.datasets.pca.scores import ScorerSpec, scores
 from stillhouse.randomness import generator
-from stillhouse.runs.evaluators import evaluates
 from stillhouse.runs.method import Method, Stage
-from stillhouse.runs.products import read_meta
 from stillhouse.runs.run import Run
-from stillhouse.synthetic.product import SyntheticSet
 from stillhouse.synthetic.real import RealImages
 
 
@@ -53,85 +47,56 @@ class Config(MethodConfig):
         "easy",
         description="Which images of a class: easy, hard, balanced (evenly spaced ranks), coverage (CCS: evenly over the range of scores), random.",
     )
-    cutoff: float = Field(0.3, ge=0, lt=1, description="coverage: share of the hardest images of a class that are left out first.")
+    cutoff: float = Field(
+        0.3, ge=0, lt=1, description="coverage: share of the hardest images of a class that are left out first."
+    )
     strata: int = Field(50, ge=1, description="coverage: parts of the range of scores.")
     grid: int = Field(2, ge=1, description="Tiles a side of a stored image; 1: one image.")
     confined: bool = Field(True, description="Crops stay inside one tile; false: anywhere on the stored image.")
     scorer: ScorerSpec = Field(default_factory=ScorerSpec)
     teacher: Teacher | None = Field(None, description="For evaluate.labels: soft.")
-    check: Teacher | None = Field(None, description="An independent network, whose mean predictive entropy of the chosen images is reported.")
+    check: Teacher | None = Field(
+        None, description="An independent network, whose mean predictive entropy of the chosen images is reported."
+    )
     evaluate: ProtocolSpec = Field(default_factory=ProtocolSpec)
-
-
-@dataclass
-class PackedSet(SyntheticSet):
-    """A synthetic set of real images, several whole ones in each.
-
-    Attributes:
-        grid: tiles a side.
-        size: (H, W) of what networks are trained on.
-        confined: whether crops stay inside a tile.
-        random_images: as many random whole images, to compare with; not saved.
-    """
-
-    kind: ClassVar[str] = "stillhouse.methods.datasets.pca:PackedSet"
-    grid: int = 1
-    size: tuple[int, int] = (0, 0)
-    confined: bool = True
-    random_images: PackedSet | None = None
-
-    @property
-    def geometry(self) -> dict[str, Any]:
-        """How stored images are read, as JSON data."""
-        return {"grid": self.grid, "size": list(self.size), "confined": self.confined}
-
-    def training_images(self) -> tuple[Tensor, Tensor]:
-        """(N * grid^2, C, H, W) and (N * grid^2,): every tile as a whole image, those of a stored image one after another."""
-        from torch.nn import functional as F
-
-        from stillhouse.methods.datasets.pca.packing import cut
-
-        tiles = cut(self.images, self.grid).flatten(0, 1)
-        return F.interpolate(tiles, size=self.size, mode="bilinear", align_corners=False), self.labels.repeat_interleave(self.grid**2)
-
-    def save(self, folder: Path) -> None:
-        super().save(folder)
-        meta = read_meta(folder)
-        with written_beside(folder / "product.json") as beside:
-            beside.write_text(json.dumps({**meta, "geometry": self.geometry}, indent=1))
-
-    @classmethod
-    def load(cls, folder: Path, trust_code: bool = False) -> PackedSet:
-        base, geometry = super().load(folder), read_meta(folder)["geometry"]
-        assert isinstance(base, cls)
-        base.grid, base.size, base.confined = geometry["grid"], tuple(geometry["size"]), geometry["confined"]
-        return base
-
-
-evaluates(PackedSet.kind)(judge)
 
 
 class PruneCombineAugment(Method[Config]):
     def plan(self, config: Config, run: Run) -> list[Stage]:
         scorer, spec = config.scorer, config.evaluate
         if spec.labels == "soft" and config.teacher is None:
-            raise UserError("evaluate.labels is soft, but the recipe names no teacher; give one, or take evaluate.labels=hard.")
+            raise UserError(
+                "evaluate.labels is soft, but the recipe names no teacher; give one, or take evaluate.labels=hard."
+            )
         stages = []
         if config.hardness != "random":
             steps = scorer.train.epochs * len(run.loader(config.data, "train", scorer.train.batch_size, train=True))
             named = {"scorer": (scorer.network or config.network).model}
             stages.append(
-                Stage("scorer", f"train {scorer.networks} networks for a short while, to score the samples (kept, shared)", named, steps=steps)
+                Stage(
+                    "scorer",
+                    f"train {scorer.networks} networks for a short while, to score the samples (kept, shared)",
+                    named,
+                    steps=steps,
+                )
             )
         if any(t is not None and t.train for t in (config.teacher, config.check)):
             stages.append(Stage("teacher", "train the teacher, or the network that checks (kept, shared)"))
         does = f"store {config.ipc} images a class, each of {config.grid**2} {config.hardness} ones"
-        return [*stages, Stage("pack", does), Stage("evaluate", f"train {spec.networks} networks on the set and test them ({spec.labels} labels)")]
+        return [
+            *stages,
+            Stage("pack", does),
+            Stage("evaluate", f"train {spec.networks} networks on the set and test them ({spec.labels} labels)"),
+        ]
 
     def run(self, config: Config, run: Run) -> PackedSet:
         real = RealImages.load(run, config.data)
         figures: dict[str, float] = {}
-        scored = real.images.new_zeros(len(real.images)) if config.hardness == "random" else scores(run, config)
+        scored = (
+            real.images.new_zeros(len(real.images))
+            if config.hardness == "random"
+            else scores(run, config.data, config.network, config.scorer)
+        )
         drawn, count = generator(run.seed, "select"), config.ipc * config.grid**2
         rows = select(scored, real.rows, count, config.hardness, drawn, config.cutoff, config.strata)
         plain = select(scored, real.rows, config.ipc, "random", generator(run.seed, "random images"))
@@ -151,13 +116,16 @@ class PruneCombineAugment(Method[Config]):
         size = (real.images.shape[-2], real.images.shape[-1])
         return PackedSet(images, labels, real.classes, real.mean, real.std, True, made_by=made_by, grid=grid, size=size)
 
-    def _entropies(self, check: Any, config: Config, run: Run, real: RealImages, rows: dict[str, Tensor]) -> dict[str, float]:
+    def _entropies(
+        self, check: Any, config: Config, run: Run, real: RealImages, rows: dict[str, Tensor]
+    ) -> dict[str, float]:
         """Mean predictive entropy, in nats, of whole images by an independent network."""
         network = run.network("check", check, config.data).to(run.device)
         out = {}
         for name, chosen in rows.items():
             images = [
-                {"input": real.images[part.to(real.images.device)], "label": real.labels[part.to(real.images.device)]} for part in chosen.split(256)
+                {"input": real.images[part.to(real.images.device)], "label": real.labels[part.to(real.images.device)]}
+                for part in chosen.split(256)
             ]
             log_p = collect_logits(network, images, run.device)[0].log_softmax(-1)
             out[name] = float(-(log_p.exp() * log_p).sum(-1).mean())

@@ -7,7 +7,7 @@ AUM and forgetting look at every sample at the end of every epoch, in evaluation
 from __future__ import annotations
 
 import warnings
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import torch
 from pydantic import Field
@@ -23,9 +23,6 @@ from stillhouse.functional.precision import full_precision
 from stillhouse.objectives.ce import CrossEntropy
 from stillhouse.runs.run import Run
 
-if TYPE_CHECKING:
-    from stillhouse.methods.datasets.pca import Config
-
 Score = Literal["el2n", "aum", "forgetting"]
 SETTLED = 1e-3
 
@@ -36,10 +33,12 @@ class ScorerSpec(Spec):
     network: Model | None = Field(None, description="Default: the one of the recipe.")
     networks: int = Field(1, ge=1, description="Scores are averaged over them; 1 to 10.")
     score: Score = Field(
-        "el2n", description="el2n: the error at the end; aum: the margin over all epochs; forgetting: how often what was right went wrong."
+        "el2n",
+        description="el2n: the error at the end; aum: the margin over all epochs; forgetting: how often what was right went wrong.",
     )
     train: TrainSpec = Field(
-        default_factory=TrainSpec, description="Short, on the whole training split; published networks are scored at 10 to 20 epochs."
+        default_factory=TrainSpec,
+        description="Short, on the whole training split; published networks are scored at 10 to 20 epochs.",
     )
 
 
@@ -56,7 +55,9 @@ def el2n(logits: Tensor, labels: Tensor) -> Tensor:
     """
     z = logits if logits.ndim == 3 else logits[None]
     if z.ndim != 3 or labels.shape != z.shape[1:2]:
-        raise UserError(f"el2n compares logits (N, C) or (R, N, C) with labels (N,); given: {tuple(logits.shape)} and {tuple(labels.shape)}.")
+        raise UserError(
+            f"el2n compares logits (N, C) or (R, N, C) with labels (N,); given: {tuple(logits.shape)} and {tuple(labels.shape)}."
+        )
     target = F.one_hot(labels.long(), z.shape[-1]).to(z)
     return (z.softmax(-1) - target).square().sum(-1).sqrt().mean(0)
 
@@ -101,23 +102,37 @@ class Watched(CrossEntropy):
     def begin_epoch(self, ctx: Context) -> None:
         if ctx.progress.epoch:
             found = [
-                (batch["index"], margins(said.logits, batch["label"])) for batch, said in ctx.sweep("train", "student") if said.logits is not None
+                (batch["index"], margins(said.logits, batch["label"]))
+                for batch, said in ctx.sweep("train", "student")
+                if said.logits is not None
             ]
             at, values = (torch.cat(parts) for parts in zip(*found))
             self.history[ctx.progress.epoch - 1, at.to(self.history.device)] = values.to(self.history)
 
 
-def scores(run: Run, config: Config) -> Tensor:
-    """(N,) on the host, small is easy: the mean over networks whose seeds are 0, 1, …; runs of all seeds share them."""
-    scorer = config.scorer
-    spec = scorer.network or config.network
+def scores(run: Run, data: DataSpec, network: ModelSpec, scorer: ScorerSpec) -> Tensor:
+    """Scores (N,) of a training split, on the host, small is easy: the mean over networks whose seeds are 0, 1, …
+
+    Runs of all seeds share them.
+
+    Args:
+        network: scores where `scorer.network` names none.
+    """
+    spec = scorer.network or network
     found = []
     for number in range(scorer.networks):
-        seen = _trained(run, config.data, spec, scorer, number)
-        found.append(seen["el2n"] if scorer.score == "el2n" else {"aum": aum, "forgetting": forgetting}[scorer.score](seen["history"]))
+        seen = _trained(run, data, spec, scorer, number)
+        found.append(
+            seen["el2n"]
+            if scorer.score == "el2n"
+            else {"aum": aum, "forgetting": forgetting}[scorer.score](seen["history"])
+        )
     mean = torch.stack(found).mean(0)
     if scorer.score == "el2n" and float((mean < SETTLED).double().mean()) > 0.5:
-        warnings.warn("pca: most scores are 0, so that they tell little; score the samples earlier (fewer scorer.train.epochs).", stacklevel=2)
+        warnings.warn(
+            "pca: most scores are 0, so that they tell little; score the samples earlier (fewer scorer.train.epochs).",
+            stacklevel=2,
+        )
     return mean
 
 
@@ -132,7 +147,13 @@ def _trained(run: Run, data: DataSpec, spec: ModelSpec, scorer: ScorerSpec, numb
             count = len(sweep.dataset)
             objective = Watched(train.epochs, count) if watches else CrossEntropy()
             module = Distillation(model, None, [objective], seed=number)
-            run.fit(f"scorer.{number}", module, run.loader(data, "train", train.batch_size, train=True), train, splits={"train": sweep})
+            run.fit(
+                f"scorer.{number}",
+                module,
+                run.loader(data, "train", train.batch_size, train=True),
+                train,
+                splits={"train": sweep},
+            )
             module.close()
             logits, labels = collect_logits(model.to(run.device), sweep, run.device)
         finally:
@@ -143,7 +164,12 @@ def _trained(run: Run, data: DataSpec, spec: ModelSpec, scorer: ScorerSpec, numb
             out["history"] = objective.history.cpu()
         return out
 
-    uses: dict[str, Any] = {"model": spec.model_dump(mode="json"), "data": run.data(data).fingerprint, "watches": watches, "seed": number}
+    uses: dict[str, Any] = {
+        "model": spec.model_dump(mode="json"),
+        "data": run.data(data).fingerprint,
+        "watches": watches,
+        "seed": number,
+    }
     uses["train"] = train.model_dump(mode="json", exclude={"log_every", "checkpoint_seconds", "trackers", "compile"})
     uses["augment"] = data.model_dump(mode="json", include={"augment", "mixup", "cutmix", "image_size"})
     return run.stage(f"scorer.{number}", make, uses)

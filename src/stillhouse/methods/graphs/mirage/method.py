@@ -33,7 +33,7 @@ from stillhouse.config.specs import MethodConfig, OptimizerSpec, Spec, TrainSpec
 from stillhouse.data.graph_sets import Graphs, GraphSetSpec, load_graphs, mapped
 from stillhouse.errors import UserError
 from stillhouse.methods.graphs.mirage.networks import GraphNetwork, Kind, Pooling
-from stillhouse.methods.graphs.mirage.selecting import Distilled, Options, distil, herded_graphs, random_graphs
+from stillhouse.methods.graphs.mirage.selection import Options, distil, herded_graphs, random_graphs
 from stillhouse.methods.graphs.mirage.training import trained
 from stillhouse.methods.graphs.mirage.trees import skew
 from stillhouse.randomness import keyed
@@ -41,8 +41,6 @@ from stillhouse.runs.evaluators import evaluates
 from stillhouse.runs.method import Method, Stage
 from stillhouse.runs.products import Product, read_meta
 from stillhouse.runs.run import Run
-
-__all__ = ["Distilled", "GraphSet", "Graphs", "Options", "distil"]
 
 Select = Literal["mirage", "random", "herding", "all"]
 
@@ -61,20 +59,34 @@ class NetworkSpec(Spec):
 class Config(MethodConfig):
     data: Annotated[GraphSetSpec, BeforeValidator(lambda v: {"name": v} if isinstance(v, str) else v)]
     hops: int = Field(2, ge=1, description="L: the depth of trees.")
-    support: dict[int, float] | None = Field(None, description="Class -> fewest graphs that share an itemset; below 1: a share of the class.")
-    budget: float | None = Field(None, gt=0, le=1, description="Or the largest share of the training nodes that the distilled set may have.")
+    support: dict[int, float] | None = Field(
+        None, description="Class -> fewest graphs that share an itemset; below 1: a share of the class."
+    )
+    budget: float | None = Field(
+        None, gt=0, le=1, description="Or the largest share of the training nodes that the distilled set may have."
+    )
     shared: Literal["drop", "keep"] = Field("drop", description="Itemsets that are frequent in more than one class.")
     single: Literal["skip", "keep"] = Field("skip", description="Trees of one node: isolated nodes.")
     longest: int | None = Field(None, ge=1, description="The most trees of an itemset.")
     most: int = Field(10_000, ge=1, description="The most itemsets of a class; the most frequent ones are kept.")
     largest_tree: int = Field(10_000, ge=1, description="Refuse to build a tree of more nodes.")
-    select: Select = Field("mirage", description="random, herding: whole graphs of as many nodes; all: the training set.")
-    sampling: Literal["uniform", "frequency"] = Field("uniform", description="frequency: classes alike, itemsets by their support.")
-    epoch: Literal["training", "set"] = Field("training", description="Draws an epoch: as many as the training set, or the selected set, has graphs.")
+    select: Select = Field(
+        "mirage", description="random, herding: whole graphs of as many nodes; all: the training set."
+    )
+    sampling: Literal["uniform", "frequency"] = Field(
+        "uniform", description="frequency: classes alike, itemsets by their support."
+    )
+    epoch: Literal["training", "set"] = Field(
+        "training", description="Draws an epoch: as many as the training set, or the selected set, has graphs."
+    )
     network: NetworkSpec = Field(default_factory=NetworkSpec)
     train: TrainSpec = Field(
         default_factory=lambda: TrainSpec(
-            epochs=30, batch_size=32, optimizer=OptimizerSpec(name="adam", lr=1e-3, weight_decay=1e-4), best="auc", log_every=50
+            epochs=30,
+            batch_size=32,
+            optimizer=OptimizerSpec(name="adam", lr=1e-3, weight_decay=1e-4),
+            best="auc",
+            log_every=50,
         )
     )
     runs: int = Field(3, ge=1, description="Networks of each kind, from different weights.")
@@ -90,7 +102,9 @@ class Config(MethodConfig):
 
     @property
     def options(self) -> Options:
-        return Options(self.hops, self.shared == "keep", self.single == "keep", self.longest, self.most, self.largest_tree)
+        return Options(
+            self.hops, self.shared == "keep", self.single == "keep", self.longest, self.most, self.largest_tree
+        )
 
 
 @dataclass
@@ -118,7 +132,13 @@ class GraphSet(Product):
     def network(self, kind: Kind, spec: NetworkSpec | None = None) -> GraphNetwork:
         """A fresh network for these labels and classes."""
         s = spec or NetworkSpec()
-        options: dict[str, Any] = {"width": s.width, "dropout": s.dropout, "pooling": s.pooling, "norm": s.norm, "layers": s.layers or self.hops}
+        options: dict[str, Any] = {
+            "width": s.width,
+            "dropout": s.dropout,
+            "pooling": s.pooling,
+            "norm": s.norm,
+            "layers": s.layers or self.hops,
+        }
         return GraphNetwork(kind, len(self.vocabulary), len(self.edge_vocabulary), self.classes, **options)
 
     def read(self, graphs: Graphs) -> Graphs:
@@ -135,7 +155,13 @@ class GraphSet(Product):
         folder.mkdir(parents=True, exist_ok=True)
         held = {"vocabulary": self.vocabulary, "edge_vocabulary": self.edge_vocabulary, **_small(self.graphs)}
         save_file({k: v.contiguous() for k, v in held.items()}, str(folder / "graphs.safetensors"))
-        meta = {"hops": self.hops, "classes": self.classes, "sampling": self.sampling, "draws": self.draws, "graphs": len(self.graphs)}
+        meta = {
+            "hops": self.hops,
+            "classes": self.classes,
+            "sampling": self.sampling,
+            "draws": self.draws,
+            "graphs": len(self.graphs),
+        }
         (folder / "product.json").write_text(json.dumps({"kind": self.kind, "format": 1, **meta}, indent=1))
 
     @classmethod
@@ -144,7 +170,9 @@ class GraphSet(Product):
 
         meta, held = read_meta(folder), load_file(str(Path(folder) / "graphs.safetensors"))
         vocabulary, edge_vocabulary = held.pop("vocabulary"), held.pop("edge_vocabulary")
-        return cls(_graphs(held), vocabulary, edge_vocabulary, meta["hops"], meta["classes"], meta["sampling"], meta["draws"])
+        return cls(
+            _graphs(held), vocabulary, edge_vocabulary, meta["hops"], meta["classes"], meta["sampling"], meta["draws"]
+        )
 
 
 class Mirage(Method[Config]):
@@ -153,12 +181,20 @@ class Mirage(Method[Config]):
         train = graphs.select(split["train"])
         for part, rows in split.items():
             if len(torch.unique(graphs.y[rows])) < graphs.num_classes:
-                raise UserError(f"mirage: the {part} part of {config.data.name} ({len(rows)} graphs) lacks a class; choose another data.split.")
+                raise UserError(
+                    f"mirage: the {part} part of {config.data.name} ({len(rows)} graphs) lacks a class; choose another data.split."
+                )
         size = f"a share {config.budget:g} of the nodes" if config.budget else f"supports {config.support}"
         does = f"mine {len(train)} graphs ({train.num_nodes} nodes) for sets of {config.hops}-hop trees, {size}"
         stages = [] if config.select == "all" else [Stage("distil", does)]
         kinds = ", ".join(config.network.kinds)
-        return [*stages, Stage("network", f"train {config.runs} networks of each kind ({kinds}) on the set of '{config.select}', and test them")]
+        return [
+            *stages,
+            Stage(
+                "network",
+                f"train {config.runs} networks of each kind ({kinds}) on the set of '{config.select}', and test them",
+            ),
+        ]
 
     def run(self, config: Config, run: Run) -> GraphSet:
         graphs, split = load_graphs(config.data, run.data_root, config.seed)
@@ -168,7 +204,9 @@ class Mirage(Method[Config]):
         figures: dict[str, float] = {}
         chosen, draws = train, len(train)
         if config.select != "all":
-            made = run.stage("distil", lambda: self._distil(config, train), {**_choice(config), "data": train.fingerprint})
+            made = run.stage(
+                "distil", lambda: self._distil(config, train), {**_choice(config), "data": train.fingerprint}
+            )
             draw_skew(run.folder, {config.data.name: (made["skew"]["share"], made["skew"]["covered"])}, config.hops)
             chosen, figures = _graphs(made["graphs"]), dict(made["figures"])
             if config.select == "random":
@@ -199,7 +237,11 @@ class Mirage(Method[Config]):
             **{f"patterns_class{c}": float((made.graphs.y == c).sum()) for c in made.thresholds},
             **{f"support_class{c}": float(s) for c, s in made.thresholds.items()},
         }
-        return {"graphs": _small(made.graphs), "figures": figures, "skew": {"share": share.tolist(), "covered": covered.tolist()}}
+        return {
+            "graphs": _small(made.graphs),
+            "figures": figures,
+            "skew": {"share": share.tolist(), "covered": covered.tolist()},
+        }
 
 
 @evaluates(GraphSet.kind)
@@ -208,7 +250,12 @@ def judge(product: GraphSet, run: Run) -> dict[str, float]:
     config: Config = run.config  # type: ignore[assignment]
     graphs, split = load_graphs(config.data, run.data_root, config.seed)
     parts = {name: product.read(graphs.select(split[name])) for name in ("val", "test")}
-    uses = {"set": product.graphs.fingerprint, "draws": product.draws, "sampling": product.sampling, "train": config.train.model_dump(mode="json")}
+    uses = {
+        "set": product.graphs.fingerprint,
+        "draws": product.draws,
+        "sampling": product.sampling,
+        "train": config.train.model_dump(mode="json"),
+    }
     figures: dict[str, float] = {}
     for kind in config.network.kinds:
         tried = []
@@ -217,9 +264,24 @@ def judge(product: GraphSet, run: Run) -> dict[str, float]:
             def make(kind: Kind = kind, number: int = number) -> dict[str, float]:
                 with keyed("model", kind, number, config.seed):
                     network = product.network(kind, config.network)
-                return trained(network, product.graphs, parts, config.train, run, f"{kind}{number}", product.draws, product.sampling)
+                return trained(
+                    network,
+                    product.graphs,
+                    parts,
+                    config.train,
+                    run,
+                    f"{kind}{number}",
+                    product.draws,
+                    product.sampling,
+                )
 
-            made = {**uses, "kind": kind, "number": number, "seed": config.seed, "network": config.network.model_dump(mode="json")}
+            made = {
+                **uses,
+                "kind": kind,
+                "number": number,
+                "seed": config.seed,
+                "network": config.network.model_dump(mode="json"),
+            }
             tried.append(run.stage(f"network.{kind}{number}", make, made, shared=False))
         best = sorted(tried, key=lambda t: -t["val_auc"])[: config.keep]
         for name in ("auc", "accuracy", "val_auc", "epoch_seconds"):
@@ -241,12 +303,20 @@ def draw_skew(folder: Path, curves: dict[str, tuple[list[float], list[float]]], 
 
 
 def _choice(config: Config) -> dict[str, Any]:
-    return config.model_dump(mode="json", include={"hops", "support", "budget", "shared", "single", "longest", "most", "largest_tree"})
+    return config.model_dump(
+        mode="json", include={"hops", "support", "budget", "shared", "single", "longest", "most", "largest_tree"}
+    )
 
 
 def _small(graphs: Graphs) -> dict[str, Tensor]:
     """The tensors of a set, integers in 32 bits."""
-    held = {"labels": graphs.labels, "edges": graphs.edges, "edge_labels": graphs.edge_labels, "nodes": graphs.nodes, "y": graphs.y}
+    held = {
+        "labels": graphs.labels,
+        "edges": graphs.edges,
+        "edge_labels": graphs.edge_labels,
+        "nodes": graphs.nodes,
+        "y": graphs.y,
+    }
     rest = {"roots": graphs.roots, "weight": graphs.weight}
     return {**{k: v.to(torch.int32) for k, v in held.items()}, **{k: v for k, v in rest.items() if v is not None}}
 

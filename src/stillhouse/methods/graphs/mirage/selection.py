@@ -43,7 +43,13 @@ class Distilled:
     seconds: float
 
 
-def distil(graphs: Graphs, *, support: Mapping[int, float] | None = None, budget: float | None = None, options: Options | None = None) -> Distilled:
+def distil(
+    graphs: Graphs,
+    *,
+    support: Mapping[int, float] | None = None,
+    budget: float | None = None,
+    options: Options | None = None,
+) -> Distilled:
     """Labelled graphs -> one union of co-occurring computation trees for every itemset that is frequent in its class. No network, no gradient.
 
     Args:
@@ -58,7 +64,9 @@ def distil(graphs: Graphs, *, support: Mapping[int, float] | None = None, budget
     """
     opt, started = options or Options(), time.perf_counter()
     if (support is None) == (budget is None):
-        raise UserError("mirage: give exactly one of support (a threshold for each class) and budget (a share of the training nodes).")
+        raise UserError(
+            "mirage: give exactly one of support (a threshold for each class) and budget (a share of the training nodes)."
+        )
     trees = TreeClasses(graphs, opt.hops)
     tree_seconds = time.perf_counter() - started
     items = trees.items()
@@ -107,7 +115,9 @@ def distil(graphs: Graphs, *, support: Mapping[int, float] | None = None, budget
         [c for c, one in chosen.items() for _ in one.itemsets],
         [float(s) for one in chosen.values() for s in one.support],
     )
-    return Distilled(made, thresholds, any(p.truncated for p in chosen.values()), trees, tree_seconds, time.perf_counter() - started)
+    return Distilled(
+        made, thresholds, any(p.truncated for p in chosen.values()), trees, tree_seconds, time.perf_counter() - started
+    )
 
 
 def random_graphs(graphs: Graphs, nodes: int, *keys: int | str) -> Tensor:
@@ -161,7 +171,9 @@ def _thresholds(support: Mapping[int, float], sizes: Mapping[int, int]) -> dict[
     """Counts from counts and shares, for every class."""
     for c in support:
         if c not in sizes:
-            raise UserError(f"mirage: support names class {c}, but the training graphs have the classes {', '.join(map(str, sizes))}.")
+            raise UserError(
+                f"mirage: support names class {c}, but the training graphs have the classes {', '.join(map(str, sizes))}."
+            )
     for c in sizes:
         if c not in support:
             raise UserError(f"mirage: support has no threshold for class {c}.")

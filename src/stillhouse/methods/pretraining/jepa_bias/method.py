@@ -22,11 +22,8 @@ JEPA's predictor starts at a small multiple of the identity [choices], without w
 
 from __future__ import annotations
 
-import json
 import math
-from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -47,19 +44,22 @@ from stillhouse.methods.pretraining.jepa_bias.linear import (
     gradients,
     leakage,
     orthogonal,
-    sample_static,
-    sample_temporal,
 )
 from stillhouse.methods.pretraining.jepa_bias.nonlinear import NonlinearSpec, Trainer, knn
 from stillhouse.methods.pretraining.jepa_bias.plots import write_dynamics
 from stillhouse.methods.pretraining.jepa_bias.sources import ContentSpec, FeatureSpec, Pairs, pairs_of
-from stillhouse.methods.pretraining.jepa_bias.theory import KINDS, Kind, critical_time, encoder_gain, fixed_point, trajectory
+from stillhouse.methods.pretraining.jepa_bias.study import DynamicsStudy
+from stillhouse.methods.pretraining.jepa_bias.theory import (
+    KINDS,
+    Kind,
+    critical_time,
+    encoder_gain,
+    fixed_point,
+    trajectory,
+)
 from stillhouse.runs.evaluators import evaluates
 from stillhouse.runs.method import Method, Stage
-from stillhouse.runs.products import Product, read_meta
 from stillhouse.runs.run import Run
-
-__all__ = ["DynamicsStudy", "Moments", "critical_time", "encoder_gain", "fixed_point", "sample_static", "sample_temporal", "trajectory"]
 
 Array = np.ndarray[Any, np.dtype[np.float64]]
 
@@ -67,7 +67,9 @@ Array = np.ndarray[Any, np.dtype[np.float64]]
 class IntegratorSpec(Spec):
     """How the matrices' gradient flow is followed."""
 
-    name: Literal["adaptive", "descent"] = Field("adaptive", description="adaptive: orders 3 and 2 with error control; descent: equal Euler steps.")
+    name: Literal["adaptive", "descent"] = Field(
+        "adaptive", description="adaptive: orders 3 and 2 with error control; descent: equal Euler steps."
+    )
     tolerance: float = Field(1e-6, gt=0, description="adaptive: relative error of a step.")
     step: float = Field(5e-3, gt=0, description="descent: the step; adaptive: the first one that is tried.")
     budget: int = Field(200_000, ge=1, description="Refuse a simulation that needs more steps than this.")
@@ -79,10 +81,19 @@ class Config(MethodConfig):
     content: ContentSpec = Field(default_factory=ContentSpec, description="data: how the images become features.")
     depth: int = Field(2, ge=1, le=12, description="L, layers of the encoder; the predictor is one more.")
     scale: float = Field(0.05, gt=0, description="w(0), of every layer.")
-    share: float = Field(0.5, gt=0, lt=1, description="p: a feature counts as learned when its layer scale reaches p of its end.")
-    simulate: Literal["matrices", "modes"] = Field("matrices", description="matrices: train the networks; modes: the closed form alone.")
+    share: float = Field(
+        0.5, gt=0, lt=1, description="p: a feature counts as learned when its layer scale reaches p of its end."
+    )
+    simulate: Literal["matrices", "modes"] = Field(
+        "matrices", description="matrices: train the networks; modes: the closed form alone."
+    )
     integrator: IntegratorSpec = Field(default_factory=IntegratorSpec)
-    settled: float = Field(0.995, gt=0, lt=1, description="The study ends when every feature's layer scale has reached this share of its end.")
+    settled: float = Field(
+        0.995,
+        gt=0,
+        lt=1,
+        description="The study ends when every feature's layer scale has reached this share of its end.",
+    )
     points: int = Field(150, ge=10, description="Times at which gains are recorded, spaced evenly in their logarithm.")
     neighbours: int = Field(5, ge=1, description="data: of the nearest-neighbour classifier on the encodings.")
     nonlinear: NonlinearSpec | None = Field(None, description="data: also train a ReLU network.")
@@ -94,76 +105,6 @@ class Config(MethodConfig):
         if self.nonlinear is not None and self.data is None:
             raise ValueError("nonlinear needs data")
         return self
-
-
-@dataclass
-class DynamicsStudy(Product):
-    """What was predicted and what was simulated, by kind of learner (`jepa`, `mae`).
-
-    Attributes:
-        names, lam, rho: of the d features.
-        depth, scale, share: of the study.
-        times: critical times (d,), infinite for what is never learned; ends: final gains of the encoder (d,).
-        grid: (T,) times; predicted, simulated: gains of the encoder (T, d); simulated is empty where only the closed form was asked for.
-        encoders: A (d, d), by which coordinates x (n, d) become x @ A.T; the end of the simulation, or the fixed point.
-        probes: curves of the non-linear case, by kind.
-    """
-
-    kind: ClassVar[str] = "stillhouse.methods.pretraining.jepa_bias:DynamicsStudy"
-    names: list[str]
-    lam: Array
-    rho: Array
-    depth: int
-    scale: float
-    share: float
-    times: dict[str, Array]
-    ends: dict[str, Array]
-    grid: dict[str, Array]
-    predicted: dict[str, Array]
-    simulated: dict[str, Array]
-    encoders: dict[str, Array]
-    probes: dict[str, dict[str, list[float]]] = field(default_factory=dict)
-    figures: dict[str, float] = field(default_factory=dict)
-
-    def order(self, kind: Kind) -> list[int]:
-        """The features in the order in which they are learned; those that never are, are left out."""
-        return [int(i) for i in np.argsort(self.times[kind], kind="stable") if np.isfinite(self.times[kind][i])]
-
-    def time_error(self, kind: Kind) -> float:
-        """The largest relative error of the simulation's clock: when the closed form says that a simulated gain is reached, against when it was.
-
-        Taken where the layer scale has grown by a half and is not within a tenth of its end. Gains at a time would not tell: features switch on so
-        suddenly that a clock off by 1e-5 looks like an error of 1.
-        """
-        grows = self.ends[kind] > 0
-        w, t = self.simulated[kind][:, grows] ** (1 / self.depth), self.grid[kind][:, None]
-        end = self.ends[kind][grows] ** (1 / self.depth)
-        inside = (w > 1.5 * self.scale) & (w < 0.9 * end)
-        safe = np.where(inside, w, (self.scale + end) / 2)
-        said = theory.reaching_time(safe, self.lam[grows], self.rho[grows], self.depth, self.scale, kind)
-        return float(np.max(np.abs(said / np.maximum(t, 1e-300) - 1)[inside], initial=0.0))
-
-    def save(self, folder: Path) -> None:
-        from safetensors.numpy import save_file
-
-        folder.mkdir(parents=True, exist_ok=True)
-        arrays = {"lam": self.lam, "rho": self.rho}
-        for name in ("times", "ends", "grid", "predicted", "simulated", "encoders"):
-            arrays |= {f"{name}.{k}": np.ascontiguousarray(v) for k, v in getattr(self, name).items()}
-        save_file(arrays, str(folder / "study.safetensors"))
-        meta = {"names": self.names, "depth": self.depth, "scale": self.scale, "share": self.share, "probes": self.probes}
-        (folder / "product.json").write_text(json.dumps({"kind": self.kind, "format": 1, **meta}, indent=1))
-
-    @classmethod
-    def load(cls, folder: Path, trust_code: bool = False) -> DynamicsStudy:
-        from safetensors.numpy import load_file
-
-        meta, held = read_meta(folder), load_file(str(Path(folder) / "study.safetensors"))
-        parts: dict[str, Any] = {
-            name: {k: held[f"{name}.{k}"] for k in KINDS if f"{name}.{k}" in held}
-            for name in ("times", "ends", "grid", "predicted", "simulated", "encoders")
-        }
-        return cls(meta["names"], held["lam"], held["rho"], meta["depth"], meta["scale"], meta["share"], **parts, probes=meta["probes"])
 
 
 @evaluates(DynamicsStudy.kind)
@@ -185,7 +126,9 @@ def judge(product: DynamicsStudy, run: Run) -> dict[str, float]:
     if config.data is None:
         return out
     held = pairs_of(run, config.data, config.content)
-    (x, _, _), (x_test, _, _) = (held.draw(s, torch.arange(len(held.clean[s])), "judge", s, config.seed) for s in ("train", "test"))
+    (x, _, _), (x_test, _, _) = (
+        held.draw(s, torch.arange(len(held.clean[s])), "judge", s, config.seed) for s in ("train", "test")
+    )
     labels, labels_test = held.labels["train"].numpy(), held.labels["test"].numpy()
     nuisance = np.arange(len(product.lam)) >= config.content.components
     energy = product.lam / product.rho
@@ -217,11 +160,16 @@ class Simulation:
         def derivative(weights: Weights) -> Weights:
             return gradients(weights, self.moments, self.kind)
 
-        span, taken = float(self.grid[i + 1] - self.grid[i]), float(-(-(self.grid[i + 1] - self.grid[i]) // self.spec.step))
+        span, taken = (
+            float(self.grid[i + 1] - self.grid[i]),
+            float(-(-(self.grid[i + 1] - self.grid[i]) // self.spec.step)),
+        )
         if self.spec.name == "descent":
             self.weights = descend(self.weights, derivative, span, self.spec.step)
         else:
-            self.weights, self.next_step, taken = flow(self.weights, derivative, span, self.spec.tolerance, self.next_step)
+            self.weights, self.next_step, taken = flow(
+                self.weights, derivative, span, self.spec.tolerance, self.next_step
+            )
         found = gains(self.weights, self.basis)
         self.gains.append(found.tolist())
         return {"smallest_gain": found.min(), "largest_gain": found.max(), "steps": torch.tensor(float(taken))}
@@ -244,7 +192,9 @@ class LinearDynamics(Method[Config]):
                 does = f"follow {kind} with {config.depth} layers on {len(lam)} features to time {grid[-1]:.4g}, about {steps:,.0f} steps"
                 stages.append(Stage(kind, does, steps=len(grid) - 1))
             else:
-                stages.append(Stage(kind, f"the closed form of {kind} with {config.depth} layers on {len(lam)} features"))
+                stages.append(
+                    Stage(kind, f"the closed form of {kind} with {config.depth} layers on {len(lam)} features")
+                )
         if config.nonlinear is not None:
             does = f"train and probe a ReLU network of {config.nonlinear.layers} x {config.nonlinear.hidden} units both ways"
             stages.append(Stage("nonlinear", does, steps=2 * config.nonlinear.steps))
@@ -264,7 +214,9 @@ class LinearDynamics(Method[Config]):
             study.times[kind] = critical_time(lam, rho, config.depth, config.scale, kind, config.share)
             study.ends[kind] = np.where(theory.learned(lam, rho), encoder_gain(rho, config.depth, kind), 0.0)
             study.grid[kind] = grid
-            study.predicted[kind] = np.nan_to_num(trajectory(grid, lam, rho, config.depth, config.scale, kind) ** config.depth)
+            study.predicted[kind] = np.nan_to_num(
+                trajectory(grid, lam, rho, config.depth, config.scale, kind) ** config.depth
+            )
             study.encoders[kind] = study.ends[kind][:, None] * basis.numpy().T
             if config.simulate == "matrices":
                 moments = Moments.of_features(torch.from_numpy(lam), torch.from_numpy(rho), basis)
@@ -309,14 +261,24 @@ class LinearDynamics(Method[Config]):
         last = float(critical_time(lam[grows], rho[grows], config.depth, config.scale, kind, config.settled).max())
         end = fixed_point(rho[grows], config.depth, kind)
         layers = 1 if kind == "jepa" else config.depth + 1
-        rate = float((lam[grows] / rho[grows] * layers * end ** (2 * config.depth)).max())  # the flow's fastest rate, at its end
-        steps = last / config.integrator.step if config.integrator.name == "descent" else last * rate / 2 + 5 * config.points
+        rate = float(
+            (lam[grows] / rho[grows] * layers * end ** (2 * config.depth)).max()
+        )  # the flow's fastest rate, at its end
+        steps = (
+            last / config.integrator.step
+            if config.integrator.name == "descent"
+            else last * rate / 2 + 5 * config.points
+        )
         if config.simulate == "matrices" and not steps <= config.integrator.budget:
             raise UserError(
                 f"jepa_bias: {kind} with {config.depth} layers from scale {config.scale:g} settles at time {last:.4g}, which takes about {steps:.3g} "
                 f"steps, beyond integrator.budget {config.integrator.budget}; raise scale, lower depth, or take simulate: modes."
             )
-        if config.integrator.name == "descent" and config.integrator.step * rate > 0.5 and config.simulate == "matrices":
+        if (
+            config.integrator.name == "descent"
+            and config.integrator.step * rate > 0.5
+            and config.simulate == "matrices"
+        ):
             raise UserError(
                 f"jepa_bias: integrator.step {config.integrator.step:g} is too long for a rate of {rate:.3g}; take {0.1 / rate:.2g} or less."
             )

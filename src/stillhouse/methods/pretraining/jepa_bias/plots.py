@@ -8,14 +8,13 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from stillhouse.methods.pretraining.jepa_bias.study import DynamicsStudy
 from stillhouse.methods.pretraining.jepa_bias.theory import KINDS
 from stillhouse.reporting.figures import lines
 from stillhouse.reporting.page import Cell, figure, grid, page, section, table, write
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
-
-    from stillhouse.methods.pretraining.jepa_bias import DynamicsStudy
 
 NAMES = {"jepa": "JEPA", "mae": "MAE"}
 MOST = 8
@@ -29,10 +28,20 @@ def write_dynamics(folder: Path, study: DynamicsStudy, title: str) -> Path:
     for kind in KINDS:
         name = NAMES[kind]
         plots = [
-            figure(_curves(study, kind, shown), f"gains-{kind}", f"{name}: gain of the encoder over its end, for each feature. Lines: closed form.")
+            figure(
+                _curves(study, kind, shown),
+                f"gains-{kind}",
+                f"{name}: gain of the encoder over its end, for each feature. Lines: closed form.",
+            )
         ]
-        plots.append(figure(_times(study, kind), f"times-{kind}", f"{name}: when each feature reaches {study.share:g} of its end."))
-        body.append(section(name, f"Encoder of {study.depth} layers, from the layer scale {study.scale:g}.", grid(plots)))
+        plots.append(
+            figure(
+                _times(study, kind), f"times-{kind}", f"{name}: when each feature reaches {study.share:g} of its end."
+            )
+        )
+        body.append(
+            section(name, f"Encoder of {study.depth} layers, from the layer scale {study.scale:g}.", grid(plots))
+        )
     rows = []
     order = {k: {int(i): place + 1 for place, i in enumerate(study.order(k))} for k in KINDS}
     for i, feature in enumerate(study.names):
@@ -42,10 +51,25 @@ def write_dynamics(folder: Path, study: DynamicsStudy, title: str) -> Path:
         cells += [Cell(f"{v:.4g}", v) for v in values]
         cells += [Cell(str(order[k].get(i, "never")), float(order[k].get(i, len(study.names) + 1))) for k in KINDS]
         rows.append(cells)
-    headers = ["feature", "lam", "rho", *(h for k in KINDS for h in (f"{NAMES[k]}: critical time", f"{NAMES[k]}: final gain"))]
-    body.append(section("Order", "In which order features are learned.", table([*headers, *(f"{NAMES[k]}: place" for k in KINDS)], rows)))
+    headers = [
+        "feature",
+        "lam",
+        "rho",
+        *(h for k in KINDS for h in (f"{NAMES[k]}: critical time", f"{NAMES[k]}: final gain")),
+    ]
+    body.append(
+        section(
+            "Order",
+            "In which order features are learned.",
+            table([*headers, *(f"{NAMES[k]}: place" for k in KINDS)], rows),
+        )
+    )
     if study.probes:
-        body.append(section("Non-linear case", "A ReLU encoder on the same pairs, probed as it learns.", grid(_probes(study.probes))))
+        body.append(
+            section(
+                "Non-linear case", "A ReLU encoder on the same pairs, probed as it learns.", grid(_probes(study.probes))
+            )
+        )
     return write(folder / "dynamics.html", page(title, "which features a deep linear JEPA or MAE learns first", body))
 
 
@@ -65,7 +89,10 @@ def _curves(study: DynamicsStudy, kind: str, shown: Sequence[int]) -> go.Figure:
     start = 1 if study.grid[kind][0] == 0 else 0
     for i in shown:
         if study.ends[kind][i] > 0:
-            curves[study.names[i]] = (study.grid[kind][start:].tolist(), (study.predicted[kind][start:, i] / study.ends[kind][i]).tolist())
+            curves[study.names[i]] = (
+                study.grid[kind][start:].tolist(),
+                (study.predicted[kind][start:, i] / study.ends[kind][i]).tolist(),
+            )
     fig = lines(curves or {"none is learned": ([1.0], [0.0])}, "time", "gain / final gain")
     if study.simulated:
         for i in shown:
@@ -73,7 +100,12 @@ def _curves(study: DynamicsStudy, kind: str, shown: Sequence[int]) -> go.Figure:
                 y = study.simulated[kind][start:, i] / study.ends[kind][i]
                 mark = {"size": 4, "color": "#8A8F98"}
                 fig.add_scatter(
-                    x=study.grid[kind][start::6], y=y[::6], mode="markers", marker=mark, showlegend=False, name=f"{study.names[i]}, simulated"
+                    x=study.grid[kind][start::6],
+                    y=y[::6],
+                    mode="markers",
+                    marker=mark,
+                    showlegend=False,
+                    name=f"{study.names[i]}, simulated",
                 )
     fig.update_xaxes(type="log", title="time, log scale")
     return fig

@@ -32,21 +32,19 @@ from torch import Tensor, nn
 
 from stillhouse.config.specs import Data, MethodConfig, Spec
 from stillhouse.errors import UserError
-from stillhouse.methods.pretraining.mrdd import judging
+from stillhouse.methods.pretraining.mrdd import evaluation
 from stillhouse.methods.pretraining.mrdd.losses import (
-    Estimator,
     Reduction,
-    estimator_loss,
-    full_bound,
     kl_per_dimension,
-    mask_image,
-    sample_code,
-    sampled_bound,
-    variational_loss,
 )
 from stillhouse.methods.pretraining.mrdd.networks import ConsistencyEncoder, NetworkSpec, SpecificEncoder
-from stillhouse.methods.pretraining.mrdd.training import ConsistencySpec, ConsistencyTraining, SpecificSpec, SpecificTraining
-from stillhouse.methods.pretraining.mrdd.views import ViewMaker, edges
+from stillhouse.methods.pretraining.mrdd.training import (
+    ConsistencySpec,
+    ConsistencyTraining,
+    SpecificSpec,
+    SpecificTraining,
+)
+from stillhouse.methods.pretraining.mrdd.views import ViewMaker
 from stillhouse.processes import rank_world
 from stillhouse.randomness import keyed
 from stillhouse.runs.evaluators import evaluates
@@ -55,35 +53,32 @@ from stillhouse.runs.products import Product, read_meta, state_on_cpu
 from stillhouse.runs.run import Run
 from stillhouse.signals import evaluating, to_device
 
-__all__ = [
-    "Estimator",
-    "MultiViewEncoder",
-    "ViewMaker",
-    "edges",
-    "estimator_loss",
-    "full_bound",
-    "mask_image",
-    "sample_code",
-    "sampled_bound",
-    "variational_loss",
-]
-
 
 class Judging(Spec):
     """How the product is judged."""
 
-    cluster: str = Field("test", pattern="^(test|train)$", description="The split that k-means clusters; published figures cluster the training set.")
+    cluster: str = Field(
+        "test",
+        pattern="^(test|train)$",
+        description="The split that k-means clusters; published figures cluster the training set.",
+    )
     repeats: int = Field(1, ge=1, description="Repetitions of k-means (10 restarts each).")
 
 
 class Config(MethodConfig):
     data: Data
-    views: list[str] = Field(default_factory=lambda: ["image", "edge"], min_length=2, description="image, edge; or keys of inputs that are mappings.")
+    views: list[str] = Field(
+        default_factory=lambda: ["image", "edge"],
+        min_length=2,
+        description="image, edge; or keys of inputs that are mappings.",
+    )
     network: NetworkSpec = Field(default_factory=NetworkSpec)
     consistency: ConsistencySpec = Field(default_factory=ConsistencySpec)
     specific: SpecificSpec = Field(default_factory=SpecificSpec)
     best: int = Field(0, ge=0, description="The view whose s joins c in the representation.")
-    reduction: Reduction = Field("sample", description="Reconstruction over the batch: sample: mean; sum: as published.")
+    reduction: Reduction = Field(
+        "sample", description="Reconstruction over the batch: sample: mean; sum: as published."
+    )
     evaluate: Judging = Field(default_factory=Judging)
 
     @model_validator(mode="after")
@@ -131,7 +126,10 @@ class MultiViewEncoder(Product):
         from safetensors.torch import save_file
 
         folder.mkdir(parents=True, exist_ok=True)
-        save_file(state_on_cpu(nn.ModuleDict({"consistent": self.consistent, "specific": self.specific})), str(folder / "model.safetensors"))
+        save_file(
+            state_on_cpu(nn.ModuleDict({"consistent": self.consistent, "specific": self.specific})),
+            str(folder / "model.safetensors"),
+        )
         meta: dict[str, Any] = {
             "views": self.views.names,
             "mean": self.views.mean,
@@ -171,50 +169,93 @@ def judge(product: MultiViewEncoder, run: Run) -> dict[str, float]:
             inputs = to_device(batch["input"], device)
             c, s = product.codes(inputs)
             pixels = torch.cat([v.flatten(1) for v in product.views(inputs)], -1)
-            batches.append({"c": c, "s": s[product.best], "": torch.cat([c, s[product.best]], -1), "pixels": pixels, "label": batch["label"]})
+            batches.append(
+                {
+                    "c": c,
+                    "s": s[product.best],
+                    "": torch.cat([c, s[product.best]], -1),
+                    "pixels": pixels,
+                    "label": batch["label"],
+                }
+            )
         held[split] = {k: torch.cat([b[k].cpu() for b in batches]).numpy() for k in batches[0]}
     train, test = held["train"], held["test"]
     clustered = held[config.evaluate.cluster]
     out: dict[str, float] = {}
     for name in ("", "c", "s", "pixels"):
         end = f"_{name}" if name else ""
-        told = judging.classification(train[name], train["label"], test[name], test["label"])
+        told = evaluation.classification(train[name], train["label"], test[name], test["label"])
         out |= {"accuracy" if (k, name) == ("svm", "") else k + end: v for k, v in told.items()}
-        out |= {k + end: v for k, v in judging.clustering(clustered[name], clustered["label"], config.seed, config.evaluate.repeats).items()}
-    return out | judging.redundancy(train["s"], train["c"], test["s"], test["c"])
+        out |= {
+            k + end: v
+            for k, v in evaluation.clustering(
+                clustered[name], clustered["label"], config.seed, config.evaluate.repeats
+            ).items()
+        }
+    return out | evaluation.redundancy(train["s"], train["c"], test["s"], test["c"])
 
 
 class DistilledDisentangling(Method[Config]):
     def plan(self, config: Config, run: Run) -> list[Stage]:
         views = ", ".join(config.views)
         steps = [
-            t.epochs * len(run.loader(config.data, "train", t.batch_size, train=True)) for t in (config.consistency.train, config.specific.train)
+            t.epochs * len(run.loader(config.data, "train", t.batch_size, train=True))
+            for t in (config.consistency.train, config.specific.train)
         ]
         parts = self._parts(config, run)
-        ConsistencyTraining(config.consistency, config.network, *parts, config.reduction)  # shapes that cannot be are told before anything is trained
+        ConsistencyTraining(
+            config.consistency, config.network, *parts, config.reduction
+        )  # shapes that cannot be are told before anything is trained
         ratio, lam = config.consistency.mask_ratio, config.specific.lam
-        apart = "by the estimator's likelihood, as released" if config.specific.loss == "released" else f"with {lam:g} times the bound of I(c; s)"
+        apart = (
+            "by the estimator's likelihood, as released"
+            if config.specific.loss == "released"
+            else f"with {lam:g} times the bound of I(c; s)"
+        )
         return [
-            Stage("consistency", f"rebuild the views {views} from {ratio:.0%}-masked ones through {config.consistency.dim} numbers", steps=steps[0]),
-            Stage("specific", f"train {len(config.views)} encoders of {config.specific.dim} numbers, {apart}", steps=steps[1] * len(config.views)),
+            Stage(
+                "consistency",
+                f"rebuild the views {views} from {ratio:.0%}-masked ones through {config.consistency.dim} numbers",
+                steps=steps[0],
+            ),
+            Stage(
+                "specific",
+                f"train {len(config.views)} encoders of {config.specific.dim} numbers, {apart}",
+                steps=steps[1] * len(config.views),
+            ),
         ]
 
     def run(self, config: Config, run: Run) -> MultiViewEncoder:
         if rank_world()[1] > 1:
-            raise UserError("mrdd: the estimator of the information is trained in one process; run it without accelerate's launcher.")
+            raise UserError(
+                "mrdd: the estimator of the information is trained in one process; run it without accelerate's launcher."
+            )
         views, count, shape = self._parts(config, run)
         consistent, figures = self._consistency(config, run)
         specific = nn.ModuleList()
         for v in range(count):
             with keyed("model", "specific", v, run.seed):
-                module = SpecificTraining(config.specific, config.network, views, v, shape, consistent, config.consistency.dim, config.reduction)
+                module = SpecificTraining(
+                    config.specific,
+                    config.network,
+                    views,
+                    v,
+                    shape,
+                    consistent,
+                    config.consistency.dim,
+                    config.reduction,
+                )
             train = config.specific.train
-            fitted = run.fit(f"specific.{v}", module, run.loader(config.data, "train", train.batch_size, train=True), train)
+            fitted = run.fit(
+                f"specific.{v}", module, run.loader(config.data, "train", train.batch_size, train=True), train
+            )
             figures["train_seconds"] += fitted.seconds
             figures[f"error_{config.views[v]}"] = module.error(run.loader(config.data, "test"), run.device)
             specific.append(module.student.eval())
         dims = (config.consistency.dim, config.specific.dim)
-        return MultiViewEncoder(consistent.to(run.device), specific.to(run.device), views, config.network, shape, dims, config.best, figures)
+        return MultiViewEncoder(
+            consistent.to(run.device), specific.to(run.device), views, config.network, shape, dims, config.best, figures
+        )
 
     @staticmethod
     def _parts(config: Config, run: Run) -> tuple[ViewMaker, int, tuple[int, ...]]:
@@ -231,13 +272,18 @@ class DistilledDisentangling(Method[Config]):
             module = ConsistencyTraining(spec, config.network, *parts, config.reduction)
 
         def make() -> dict[str, Any]:
-            fitted = run.fit("consistency", module, run.loader(config.data, "train", spec.train.batch_size, train=True), spec.train)
+            fitted = run.fit(
+                "consistency", module, run.loader(config.data, "train", spec.train.batch_size, train=True), spec.train
+            )
             codes, divergence, seen = [], torch.zeros(spec.dim), 0
             with evaluating(module):
                 for batch in run.loader(config.data, "train"):
                     mean, log_variance = module.student(parts[0](to_device(batch["input"], run.device)))
                     codes.append(mean.cpu())
-                    divergence, seen = divergence + kl_per_dimension(mean, log_variance).cpu() * len(mean), seen + len(mean)
+                    divergence, seen = (
+                        divergence + kl_per_dimension(mean, log_variance).cpu() * len(mean),
+                        seen + len(mean),
+                    )
             module.standardise(torch.cat(codes).to(run.device))
             facts = {"seconds": fitted.seconds, "kl_per_dimension": (divergence / seen).tolist()}
             return {"weights": state_on_cpu(module.student), "figures": facts}
