@@ -21,7 +21,7 @@ from stillhouse.distillation.objective import Progress
 from stillhouse.methods.graphs.mirage.method import draw_skew
 from stillhouse.methods.graphs.mirage.networks import GraphNetwork
 from stillhouse.methods.graphs.mirage.selection import Options, distil
-from stillhouse.methods.graphs.mirage.training import Classifying, Drawn
+from stillhouse.methods.graphs.mirage.training import ClassificationModule, GraphDraws
 from stillhouse.methods.graphs.mirage.trees import TreeClasses, skew
 
 
@@ -85,9 +85,9 @@ def compared(train: Any, options: argparse.Namespace) -> dict[str, float]:
 
 def epoch(network: nn.Module, graphs: Any, batch_size: int) -> None:
     """One pass with Adam."""
-    module = Classifying(network).train()  # type: ignore[arg-type]
+    module = ClassificationModule(network).train()  # type: ignore[arg-type]
     optimizer = torch.optim.Adam(module.parameters(), 1e-3)
-    for batch in Loader(Drawn(graphs, len(graphs), "uniform"), min(batch_size, len(graphs)), shuffle=True):
+    for batch in Loader(GraphDraws(graphs, len(graphs), "uniform"), min(batch_size, len(graphs)), shuffle=True):
         optimizer.zero_grad()
         module(batch, Progress()).get("loss").backward()
         optimizer.step()

@@ -257,7 +257,7 @@ def test_real_batches_are_class_major_without_repetition_and_replayed_by_their_k
 
 
 def test_a_class_that_is_too_small_or_absent_is_named():
-    with pytest.raises(UserError, match="13 images of each class are asked for, but 'a' has 12"):
+    with pytest.raises(UserError, match="13 images of each class are wanted, but 'a' has 12"):
         real_images().draw(13, drawn(), "images")
     with pytest.raises(UserError, match="no image of the class 'c'"):
         RealImages(images(4), torch.tensor([0, 0, 1, 1]), ["a", "b", "c"], (0.0,) * 3, (1.0,) * 3)

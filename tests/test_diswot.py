@@ -17,7 +17,7 @@ from stillhouse.distillation.distillation import Distillation
 from stillhouse.distillation.objective import Progress
 from stillhouse.errors import UserError
 from stillhouse.methods.classification.diswot.method import SimilarityDistillation
-from stillhouse.methods.classification.diswot.search import Encoding, Scored, Space, SpaceSpec, kendall_tau, search
+from stillhouse.methods.classification.diswot.search import Candidates, Encoding, Space, SpaceSpec, kendall_tau, search
 from stillhouse.methods.classification.diswot.similarity import (
     View,
     channel_distance,
@@ -132,7 +132,7 @@ def test_budgets_hold_and_an_impossible_one_ends_with_a_sentence():
 
 
 def test_broken_scores_rank_last_and_ranks_weigh_both_metrics_alike():
-    scored = Scored()
+    scored = Candidates()
     for i, (s, r) in enumerate([(-1.0, -0.03), (-2.0, -0.01), (-1.2, -0.02), (float("nan"), -0.001)]):
         scored.add((i,), s, r, float(i))
     assert scored.scores("sum").argmax() == 0 and scored.scores("relation").argmax() == 3

@@ -12,7 +12,7 @@ from torchvision.transforms.v2 import functional as V
 from stillhouse.config.specs import DataSpec
 from stillhouse.data import BatchKey, Loader, load
 from stillhouse.errors import UserError
-from stillhouse.methods.classification.ferkd.batches import MixSpec, Replayed, Thresholds
+from stillhouse.methods.classification.ferkd.batches import MixSpec, RegionReplay, Thresholds
 from stillhouse.methods.classification.ferkd.labels import adapt, bands, compress, cutmix, restore, within_images
 from stillhouse.methods.classification.ferkd.method import Config, count_bands
 from stillhouse.methods.classification.ferkd.regions import RegionStore, draw_regions, replay
@@ -30,9 +30,9 @@ def filled(folder: Path, images: int, **facts: object) -> RegionStore:
     return store
 
 
-def replayed(store: RegionStore, thresholds: Thresholds | None = None, how: str = "none", epochs: int = 8) -> Replayed:
+def replayed(store: RegionStore, thresholds: Thresholds | None = None, how: str = "none", epochs: int = 8) -> RegionReplay:
     dataset = load(DataSpec(name="digits", size=len(store))).dataset("train", train=False)
-    return Replayed(dataset, store, 20, epochs, 4, thresholds or Thresholds(), MixSpec(how))  # type: ignore[arg-type]
+    return RegionReplay(dataset, store, 20, epochs, 4, thresholds or Thresholds(), MixSpec(how))  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("kind", ["ori", "hard", "smoothing", "marginal_smoothing", "marginal_renorm"])

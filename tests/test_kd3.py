@@ -19,7 +19,7 @@ from stillhouse.distillation.objective import Progress
 from stillhouse.distillation.teachers import Frozen
 from stillhouse.errors import UserError
 from stillhouse.methods.classification.kd3.alignment import contrast, disagreement_weights, mix_distribution, select, teacher_share
-from stillhouse.methods.classification.kd3.method import Config, Sharing, at_least, pool_logits
+from stillhouse.methods.classification.kd3.method import AlignmentTraining, Config, at_least, pool_logits
 from stillhouse.methods.classification.kd3.pool import PoolPart, SelectedBatches, pool_images
 from stillhouse.methods.classification.kd3.student import SharedStudent, last_map, make_shared
 from stillhouse.models import build
@@ -40,13 +40,13 @@ def digits(size: int = 100) -> Joined:
     return Joined([unlabelled(target, target, train=False)])
 
 
-def sharing(**options: object) -> tuple[Sharing, dict[str, Tensor]]:
+def sharing(**options: object) -> tuple[AlignmentTraining, dict[str, Tensor]]:
     images = digits()
     probe = images.batch(BatchKey(0, np.arange(4), 0, 4), 0)
     teacher = Frozen(resnet(1))
     shared, tap = make_shared(resnet(2), teacher.model, probe, 2)
     teacher.attach([f"tap:{tap}"], probe, shared)
-    module = Sharing(shared, teacher, tap, images, batch_size=16, say=lambda _: None, **options)  # type: ignore[arg-type]
+    module = AlignmentTraining(shared, teacher, tap, images, batch_size=16, say=lambda _: None, **options)  # type: ignore[arg-type]
     module.train()
     return module, images.batch(BatchKey(0, np.arange(12), 0, 12), 0)
 

@@ -151,7 +151,7 @@ def test_a_run_learns_the_set_reports_scratch_beside_it_and_loads(tmp_path: Path
 
 
 def test_a_run_that_was_cut_off_ends_with_the_same_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    from stillhouse.methods.datasets import krr_st
+    from stillhouse.methods.datasets.krr_st import method as krr_st
 
     execute(validate(tree()), tmp_path / "whole", cpu=True)
     calls, plain = [], krr_st.outer_loss
@@ -185,7 +185,7 @@ def test_sets_that_do_not_fit_and_too_many_images_are_refused(tmp_path: Path):
     for images, targets, message in [(x, y[:1], "holds images"), (x / 0, y, "NaN"), (x, y.long(), "float32")]:
         with pytest.raises(UserError, match=message):
             RepresentationSet(images, targets, (0.0,), (1.0,))
-    with pytest.raises(UserError, match="ask for fewer"):
+    with pytest.raises(UserError, match="take fewer"):
         execute(validate(tree(images=500)), tmp_path / "run", cpu=True)
     with pytest.raises(UserError, match="set image_size: 8"):
         targets = [{"name": "digits", "image_size": 16}]

@@ -16,7 +16,7 @@ from stillhouse.distillation.objective import Progress
 from stillhouse.errors import UserError
 from stillhouse.methods.classification.makd.aspects import AspectsSpec, aspect_probs, read_answers
 from stillhouse.methods.classification.makd.image_text import ImageText
-from stillhouse.methods.classification.makd.method import AspectClassifier, Aspects, Widened, aspect_loss, strip_aspects
+from stillhouse.methods.classification.makd.method import AspectClassifier, Aspects, WidenedClassifier, aspect_loss, strip_aspects
 from stillhouse.models import build
 from stillhouse.objectives.ce import CrossEntropy, cross_entropy
 from stillhouse.runs import recipe
@@ -72,7 +72,7 @@ def test_class_losses_see_the_class_logits_alone() -> None:
     network = build(ModelSpec(model="stillhouse:mlp", options={"widths": [8]}), 5 + 7, SHAPE)
     batch = {"input": torch.randn(4, *SHAPE), "label": torch.tensor([0, 1, 2, 4]), "index": torch.tensor([3, 0, 2, 5])}
     answers = torch.rand(6, 7)
-    terms = Distillation(Widened(network, 5), None, [CrossEntropy(), (Aspects(answers), 20.0)], embedding="network.fc").build(batch)(
+    terms = Distillation(WidenedClassifier(network, 5), None, [CrossEntropy(), (Aspects(answers), 20.0)], embedding="network.fc").build(batch)(
         batch, Progress()
     )
     out = network(batch["input"])

@@ -15,7 +15,7 @@ from stillhouse.methods.graphs.mirage import GraphSet
 from stillhouse.methods.graphs.mirage.networks import GraphNetwork, as_batch
 from stillhouse.methods.graphs.mirage.patterns import frequent, mine, without_shared
 from stillhouse.methods.graphs.mirage.selection import Options, distil, herded_graphs, random_graphs
-from stillhouse.methods.graphs.mirage.training import Drawn
+from stillhouse.methods.graphs.mirage.training import GraphDraws
 from stillhouse.methods.graphs.mirage.trees import TreeClasses, skew, union
 from stillhouse.runs.execution import execute
 from stillhouse.runs.products import load_product
@@ -179,12 +179,12 @@ def test_frequency_sampling_draws_classes_alike_and_graphs_by_weight():
     made = union([[TreeClasses(graphs(), 1).expand(0)]] * 3, [0, 0, 1], [3.0, 1.0, 5.0])
     from stillhouse.data import BatchKey
 
-    drawn = Drawn(made, 4000, "frequency")
+    drawn = GraphDraws(made, 4000, "frequency")
     rows = drawn.rows(BatchKey(0, np.arange(4000), 0, 4000), seed=1)
     shares = torch.bincount(rows, minlength=3) / 4000
     assert torch.allclose(shares, torch.tensor([0.375, 0.125, 0.5]), atol=0.03)
     assert torch.equal(rows[100:200], drawn.rows(BatchKey(0, np.arange(4000), 100, 200), seed=1))
-    even = torch.bincount(Drawn(made, 300, "uniform").rows(BatchKey(0, np.arange(300), 0, 300), 0))
+    even = torch.bincount(GraphDraws(made, 300, "uniform").rows(BatchKey(0, np.arange(300), 0, 300), 0))
     assert even.tolist() == [100, 100, 100]
 
 

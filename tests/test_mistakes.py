@@ -79,7 +79,7 @@ def test_a_wrong_key_or_value_is_told_before_a_folder_is_made(command, key: str,
         ("evaluate.augment={always: flip, groups: ''}", "set evaluate.augment.always=''.\n"),
         ("mirror=true", "set mirror=false.\n"),
         ("evaluate.cross=[stillhouse:convnet4]", "depth 4 is too deep for images of 8 x 8"),
-        ("ipc=500", "500 images (ipc) of each class are asked for, but '0' has 30"),
+        ("ipc=500", "500 images (ipc) of each class are wanted, but '0' has 30"),
     ],
 )
 def test_what_does_not_suit_the_images_is_told_before_any_is_learned(command, key: str, says: str):
@@ -183,7 +183,7 @@ def test_a_warning_of_ours_is_a_sentence(command, recwarn: pytest.WarningsRecord
         "ipc: 3\nscorer: {train: {epochs: 1, batch_size: 10}}\nevaluate: {networks: 1, epochs: 1, random: false}\n"
     )
     code, _, err = command("run", "packed.yaml", "--cpu")
-    assert code == 0 and "stillhouse: pca: 12 images of each class are asked for" in err and "UserWarning" not in err and ".py" not in err
+    assert code == 0 and "stillhouse: pca: 12 images of each class are wanted" in err and "UserWarning" not in err and ".py" not in err
 
 
 def test_rows_of_different_kinds_are_compared_with_a_word_of_caution(command):

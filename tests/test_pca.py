@@ -190,17 +190,17 @@ def test_a_scoring_that_was_cut_off_ends_with_the_same_margins(tmp_path: Path, m
     execute(config, tmp_path / "whole", cpu=True)
 
     monkeypatch.setenv("STILLHOUSE_CACHE", str(tmp_path / "other"))
-    plain = scores.Watched.begin_epoch
+    plain = scores.MarginRecorder.begin_epoch
 
     def failing(self, ctx):
         plain(self, ctx)
         if ctx.progress.epoch == 3:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(scores.Watched, "begin_epoch", failing)
+    monkeypatch.setattr(scores.MarginRecorder, "begin_epoch", failing)
     with pytest.raises(KeyboardInterrupt):
         execute(config, tmp_path / "cut", cpu=True)
-    monkeypatch.setattr(scores.Watched, "begin_epoch", plain)
+    monkeypatch.setattr(scores.MarginRecorder, "begin_epoch", plain)
     execute(config, tmp_path / "cut", cpu=True)
     assert torch.equal(load_product(tmp_path / "whole").images, load_product(tmp_path / "cut").images)
 

@@ -13,7 +13,7 @@ from stillhouse.config.specs import DataSpec, ModelSpec
 from stillhouse.data import load
 from stillhouse.errors import UserError
 from stillhouse.methods.classification.rad.game import draw, exact_marginals, gains, guaranteed, marginals, solve, solve_relative
-from stillhouse.methods.classification.rad.method import Answering, least_sure_shuffled
+from stillhouse.methods.classification.rad.method import BudgetedTeacher, least_sure_shuffled
 from stillhouse.methods.classification.rad.queries import RULES, Pool
 from stillhouse.models import build
 from stillhouse.runs.execution import execute
@@ -116,7 +116,7 @@ def test_marginals_are_valid_and_as_good_as_the_linear_program_where_nothing_is_
     assert guaranteed(q, g, 40) <= guaranteed(best, g, 40) * (1 + 1e-7)
     if q.max() < 1:
         assert guaranteed(q, g, 40) == pytest.approx(guaranteed(best, g, 40), rel=1e-7)
-    with pytest.raises(UserError, match="61 points, but the pool holds 60"):
+    with pytest.raises(UserError, match="61 points are to be queried, but the pool holds 60"):
         marginals(q, g, 61)
 
 
@@ -167,7 +167,7 @@ def test_margin_takes_the_largest_gains_and_the_coreset_spreads():
 def test_the_budget_is_enforced():
     digits = load(DataSpec(name="digits", size=50, augment="plain"))
     network = build(ModelSpec(model="stillhouse:mlp", options={"widths": [8]}), 10, digits.input_shape)
-    teacher = Answering(network, digits.dataset("train", train=False), 20)
+    teacher = BudgetedTeacher(network, digits.dataset("train", train=False), 20)
     rows = np.arange(15)
     answers = teacher.ask(rows, rows, np.zeros(15))
     assert torch.allclose(answers.sum(1), torch.ones(15)) and teacher.asked == 15

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from stillhouse.errors import UserError
 from stillhouse.methods.compression.unified_embedding.columns import TableSpec, load_columns
 from stillhouse.methods.compression.unified_embedding.hashing import MISSING, bucket, encode, salt
-from stillhouse.methods.compression.unified_embedding.method import built
+from stillhouse.methods.compression.unified_embedding.method import build_network
 from stillhouse.methods.compression.unified_embedding.network import mean_angle
 from stillhouse.methods.compression.unified_embedding.table import Feature, UnifiedEmbedding, collisions
 from stillhouse.runs.execution import execute
@@ -299,7 +299,7 @@ def test_a_tenth_of_the_rows_costs_a_shared_table_little_and_split_tables_much()
 
     for scheme in ("unified", "hashing"):
         torch.manual_seed(0)
-        network = built(features, EmbeddingSpec(scheme=scheme, share=0.03), HeadSpec(), round(0.03 * sum(map(len, words))), 0, 10)
+        network = build_network(features, EmbeddingSpec(scheme=scheme, share=0.03), HeadSpec(), round(0.03 * sum(map(len, words))), 0, 10)
         train, test = (data.part(s, lambda c: c) for s in ("train", "test"))
         optimizer = torch.optim.Adam(network.parameters(), lr=5e-3)
         for _ in range(3):

@@ -1,4 +1,5 @@
-"""The catalogue: slug -> file -> card, objective or method. Cards are read as text; a file is imported only when it is used.
+"""The catalogue: slug -> file -> card, objective or method. Cards are read as text; a file is imported only when it is
+used.
 
 Under `objectives/` and `methods/` a paper is one file, whose name is its slug, or one folder, whose `method.py` has the
 card and whose other files are its own. Other packages add theirs by entry points in the groups `stillhouse.objectives`
@@ -27,7 +28,11 @@ if TYPE_CHECKING:
     from pydantic import BaseModel
 
 
-BASES = {"objective": "stillhouse.distillation.objective:Objective", "method": "stillhouse.runs.method:Method", "task": "stillhouse.tasks.base:Task"}
+BASES = {
+    "objective": "stillhouse.distillation.objective:Objective",
+    "method": "stillhouse.runs.method:Method",
+    "task": "stillhouse.tasks.base:Task",
+}
 """Kind -> the class that its files subclass; a string, as the rooms of papers lie above the catalogue."""
 CARDED = ("objective", "method")
 """The kinds that have cards, each in a folder of its plural."""
@@ -73,7 +78,10 @@ class Card:
 
 
 def read_card(file: Path, slug: str, kind: str, module: str) -> Card:
-    """The card at the head of a file: a title line, `key: value` lines, prose. Without a title line, the title is empty."""
+    """The card at the head of a file: a title line, `key: value` lines, prose.
+
+    Without a title line, the title is empty.
+    """
     with open(file, encoding="utf-8") as handle:
         match = _DOCSTRING.match(handle.read(8192))
     paragraphs = re.split(r"\n\s*\n", inspect.cleandoc(match.group(1))) if match else []
@@ -122,7 +130,8 @@ def scan(folder: Path, kind: str, package: str) -> Iterator[Card]:
 def _complete(entry: Card) -> Card:
     if entry.missing:
         raise UserError(
-            f"{entry.file} is not a complete card: it lacks {entry.missing}. What no paper describes says `paper: none`; "
+            f"{entry.file} is not a complete card: it lacks {entry.missing}. What no paper describes says `paper: "
+            "none`; "
             f"a file that only helps a paper belongs in that paper's folder, next to its {_CARD}."
         )
     return entry
@@ -254,7 +263,8 @@ def method(name: str) -> Any:
 
 
 def task(name: str) -> Any:
-    """The class of a task: a file of `tasks/`, or an entry point of the group `stillhouse.tasks` (name = `module:Class`)."""
+    """The class of a task: a file of `tasks/`, or an entry point of the group `stillhouse.tasks` (name =
+    `module:Class`)."""
     own = {f.stem for f in (_PACKAGE / "tasks").glob("*.py")} - {"__init__", "base"}
     if name in own:
         return _class_in(importlib.import_module(f"stillhouse.tasks.{name}"), "task", name, by_name=True)

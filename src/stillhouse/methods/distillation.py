@@ -6,7 +6,8 @@ task: classification
 use when: the paper is a loss: list its objectives, alone or together
 needs: data, a student, and whatever its objectives need
 
-Teachers without weights are trained first, once, and kept. Each batch goes through the student, and through each teacher, exactly once.
+Teachers without weights are trained first, once, and stored. Each batch goes through the student, and through each
+teacher, exactly once.
 """
 
 from __future__ import annotations
@@ -39,11 +40,13 @@ class Config(MethodConfig):
     train: TrainSpec = Field(default_factory=TrainSpec, description="How the student is fitted.")
     chunked: bool | None = Field(
         None,
-        description="Of language models: losses from hidden states, some tokens at a time, without all logits at once; null: where the vocabulary is big.",
+        description="Of language models: losses from hidden states, some tokens at a time, without all logits at once; "
+        "null: where the vocabulary is big.",
     )
     evaluate: list[str] = Field(
         default_factory=lambda: ["quality", "cost"],
-        description="Groups of figures: those of the task by name (accuracy, calibration), quality for all of them, cost, and step (what a training step costs).",
+        description="Groups of figures: those of the task by name (accuracy, calibration), quality for all of them, "
+        "cost, and step (what a training step costs).",
     )
 
     @model_validator(mode="after")
@@ -75,7 +78,7 @@ class GeneralDistillation(Method[D]):
                     stages.append(
                         Stage(
                             "teacher",
-                            f"train the teacher '{name}' with cross-entropy (kept, shared)",
+                            f"train the teacher '{name}' with cross-entropy (stored, shared)",
                             {name: describe(member.model, model)},
                             steps=steps,
                         )
@@ -95,7 +98,8 @@ class GeneralDistillation(Method[D]):
         return stages
 
     def _taps(self, config: D, run: Run, student: Any) -> dict[str, str]:
-        """Where the objectives will tap the student and the live teachers; a wrong name is found here, before anything is trained."""
+        """Where the objectives will tap the student and the live teachers; a wrong name is found here, before anything
+        is trained."""
         from stillhouse.distillation.teachers import Reader
 
         probe = next(iter(run.loader(config.data, "train", 2)))
@@ -137,7 +141,15 @@ class GeneralDistillation(Method[D]):
         """What is trained."""
         objectives = [objective_from_spec(o) for o in config.objectives]
         task = run.data(config.data).task
-        return Distillation(student, teachers, objectives, seed=run.seed, embedding=config.student.embedding, task=task, chunked=config.chunked)
+        return Distillation(
+            student,
+            teachers,
+            objectives,
+            seed=run.seed,
+            embedding=config.student.embedding,
+            task=task,
+            chunked=config.chunked,
+        )
 
     def run(self, config: D, run: Run) -> Student:
         teachers = self.teachers(config, run)
@@ -152,7 +164,9 @@ class GeneralDistillation(Method[D]):
         if "step" in config.evaluate:
             figures |= step_cost(module, *run.last_step(module, train, config.train, splits))
         module.close()
-        run.record["weights"] = {name: hashed for name, t in teachers.items() if (hashed := t.fingerprint()) is not None}
+        run.record["weights"] = {
+            name: hashed for name, t in teachers.items() if (hashed := t.fingerprint()) is not None
+        }
         return run.student(student, config.student, config.data, figures)
 
 

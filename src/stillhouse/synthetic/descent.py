@@ -1,4 +1,5 @@
-"""Pixels under an optimiser whose rate falls along a cosine, as images are recovered from networks (SRe2L and its kin), and what that costs."""
+"""Pixels under an optimiser whose rate falls along a cosine, as images are recovered from networks (SRe2L and its kin),
+and what that costs."""
 
 from __future__ import annotations
 
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from stillhouse.evaluation.cost import peak_of_tensors
 from stillhouse.functional.augmentation import Strength, all_of, apply, groups_of
 from stillhouse.runs.run import Run
-from stillhouse.synthetic.synthesis import Held
+from stillhouse.synthetic.synthesis import TensorState
 
 
 @dataclass
@@ -28,7 +29,11 @@ class Cost:
 
     def figures(self) -> dict[str, float]:
         """As figures of a product."""
-        found = {"distil_seconds": self.seconds, "distil_iterations": float(self.iterations), "distil_peak_mb": self.peak / 1e6}
+        found = {
+            "distil_seconds": self.seconds,
+            "distil_iterations": float(self.iterations),
+            "distil_peak_mb": self.peak / 1e6,
+        }
         return found | ({"distil_seconds_per_iteration": self.seconds / self.iterations} if self.iterations else {})
 
 
@@ -43,7 +48,7 @@ def descend(
     plain: bool = False,
     after: Callable[[], None] | None = None,
 ) -> Cost:
-    """Minimise over the pixels, in place, by the run's loop (so that a killed run goes on).
+    """Minimise over the pixels, in place, by the run's loop (so that a killed run resumes).
 
     The rate of step t is lr (1 + cos(pi t / iterations)) / 2.
 
@@ -58,7 +63,9 @@ def descend(
     """
     if not iterations:
         return Cost()
-    optimiser: torch.optim.Optimizer = torch.optim.SGD([pixels], lr) if plain else torch.optim.Adam([pixels], lr, betas=(0.5, 0.9))
+    optimiser: torch.optim.Optimizer = (
+        torch.optim.SGD([pixels], lr) if plain else torch.optim.Adam([pixels], lr, betas=(0.5, 0.9))
+    )
     peak = torch.zeros((), dtype=torch.int64)
 
     def one(i: int) -> dict[str, Tensor]:
@@ -80,15 +87,21 @@ def descend(
             after()
         return found
 
-    peak_of_tensors(lambda: None, pixels.device)  # the profiler's own start, a second, is no cost of the first iteration
-    seconds = run.loop(name, {"pixels": Held(pixels), "optimiser": optimiser, "peak": Held(peak)}, step, iterations)
+    peak_of_tensors(
+        lambda: None, pixels.device
+    )  # the profiler's own start, a second, is no cost of the first iteration
+    seconds = run.loop(
+        name, {"pixels": TensorState(pixels), "optimiser": optimiser, "peak": TensorState(peak)}, step, iterations
+    )
     return Cost(seconds, iterations, int(peak))
 
 
 def batch_view(x: Tensor, augment: str, jitter: int, drawn: torch.Generator, area: float = 0.08) -> Tensor:
-    """Images (B, C, H, W) as a step sees them: one draw of all of `augment` for the whole batch, then one shift of 0 to `jitter` pixels down and right.
+    """Images (B, C, H, W) as a step sees them: one draw of all of `augment` for the whole batch, then one shift of 0 to
+    `jitter` pixels down and right.
 
-    What leaves the picture comes in on the other side. `area` is the smallest share of the image that a resized crop keeps.
+    What leaves the picture comes in on the other side. `area` is the smallest share of the image that a resized crop
+    keeps.
     """
     x = apply(x, all_of(groups_of(augment), 1, (x.shape[-2], x.shape[-1]), drawn, Strength(area=area)))
     return torch.roll(x, torch.randint(0, jitter + 1, (2,), generator=drawn).tolist(), (2, 3))

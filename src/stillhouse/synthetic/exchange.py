@@ -1,4 +1,5 @@
-"""Synthetic sets as training data of any other recipe (`synthetic:PATH`), judged on the real test split of the data that the set was made from."""
+"""Synthetic sets as training data of any other recipe (`synthetic:PATH`), judged on the real test split of the data
+that the set was made from."""
 
 from __future__ import annotations
 
@@ -28,9 +29,10 @@ from stillhouse.synthetic.real import unnormalised
 def source(path: str, spec: DataSpec, root: Path) -> Source:
     """A synthetic set as training data, judged by real data: `synthetic:PATH`.
 
-    PATH is a run's folder, a product folder, or files that `stillhouse export` wrote (a folder, or a Parquet file). Test and validation splits are those of
-    the real data that the set was made from; the option `real`, a data set's name or its keys, names another, and is needed for exported files. A set that
-    was learned whitened stays so, and real images are whitened beside it. Labels are class ids.
+    PATH is a run's folder, a product folder, or files that `stillhouse export` wrote (a folder, or a Parquet file).
+    Test and validation splits are those of the real data that the set was made from; the option `real`, a data set's
+    name or its keys, names another, and is needed for exported files. A set that was learned whitened stays so, and
+    real images are whitened the same way. Labels are class ids.
 
     Raises:
         UserError: no set there, one without labels, real data that is not known or has other classes or another size.
@@ -38,10 +40,14 @@ def source(path: str, spec: DataSpec, root: Path) -> Source:
     if wrong := set(spec.options) - {"real"}:
         raise unknown("option of synthetic:", sorted(wrong)[0], ["real"])
     place = existing(path, root)
-    if place.is_dir() and any((place / name).is_file() for name in ("product.json", "product/product.json", "recipe.yaml")):
+    if place.is_dir() and any(
+        (place / name).is_file() for name in ("product.json", "product/product.json", "recipe.yaml")
+    ):
         product = load_product(place)
         if not isinstance(product, SyntheticSet):
-            raise UserError(f"synthetic: '{path}' holds a product of kind '{product.kind}', not a synthetic set of labelled images.")
+            raise UserError(
+                f"synthetic: '{path}' holds a product of kind '{product.kind}', not a synthetic set of labelled images."
+            )
         real = _real(path, spec, product.made_by.get("data"), root)
         _same_classes(path, product.classes, real)
         x, y = product.training_images()
@@ -58,18 +64,30 @@ def source(path: str, spec: DataSpec, root: Path) -> Source:
         train = _exported(path, place, spec, real, root)
         mean, std, seen, identity = real.mean, real.std, partial(unnormalised, mean=real.mean, std=real.std), "pixels"
     splits = {
-        name: _Seen(real.dataset(name, train=False), seen).samples(f"{real.fingerprint} {name} {identity}")
+        name: _RealSplit(real.dataset(name, train=False), seen).samples(f"{real.fingerprint} {name} {identity}")
         for name in ("test", "val")
         if real.has(name)
     }
-    return Source(train, real.classes, real.input_shape, test=splits["test"], val=splits.get("val"), mean=mean, std=std, flip=real.flip)
+    return Source(
+        train,
+        real.classes,
+        real.input_shape,
+        test=splits["test"],
+        val=splits.get("val"),
+        mean=mean,
+        std=std,
+        flip=real.flip,
+    )
 
 
 def _real(path: str, spec: DataSpec, made_from: Any, root: Path) -> DataBundle:
     """The real data by which networks are judged."""
     given = spec.options.get("real", made_from)
     if given is None:
-        raise UserError(f"synthetic: '{path}' does not say what real data it stands for; name it: data.options.real: cifar10.")
+        raise UserError(
+            f"synthetic: '{path}' does not name the real data that it stands for; give it as: data.options.real: "
+            "cifar10."
+        )
     try:
         real = load(DataSpec.model_validate({"name": given} if isinstance(given, str) else given), root)
     except ValidationError as error:
@@ -103,13 +121,14 @@ def _exported(path: str, place: Path, spec: DataSpec, real: DataBundle, root: Pa
 
 
 def _held(x: Tensor) -> tuple[Callable[[int], Any], Callable[[np.ndarray], Tensor] | None]:
-    held = InMemory(x)
-    return held.item, held if max(x.shape[-2:]) <= SMALL else None
+    stored = InMemory(x)
+    return stored.item, stored if max(x.shape[-2:]) <= SMALL else None
 
 
 @dataclass
-class _Seen:
-    """The images of a real split as networks that are trained on the set see them, before the source's normalisation."""
+class _RealSplit:
+    """The images of a real split as networks that are trained on the set see them, before the source's
+    normalisation."""
 
     dataset: IndexedDataset
     seen: Callable[[Tensor], Tensor]
@@ -128,10 +147,19 @@ class _Seen:
 def _same_classes(path: str, classes: list[str], real: DataBundle) -> None:
     if classes != real.classes:
         i = next((i for i, (a, b) in enumerate(zip(classes, real.classes)) if a != b), None)
-        how = f"{len(classes)} classes, not {len(real.classes)}" if i is None else f"'{classes[i]}' for class {i}, not '{real.classes[i]}'"
-        raise UserError(f"synthetic: '{path}' and the real data '{real.name}' differ in their classes: the set has {how}.")
+        how = (
+            f"{len(classes)} classes, not {len(real.classes)}"
+            if i is None
+            else f"'{classes[i]}' for class {i}, not '{real.classes[i]}'"
+        )
+        raise UserError(
+            f"synthetic: '{path}' and the real data '{real.name}' differ in their classes: the set has {how}."
+        )
 
 
 def _same_shape(path: str, images: Tensor, real: DataBundle) -> None:
     if tuple(images.shape[1:]) != real.input_shape:
-        raise UserError(f"synthetic: the images of '{path}' have shape {tuple(images.shape[1:])}, but those of '{real.name}' {real.input_shape}.")
+        raise UserError(
+            f"synthetic: the images of '{path}' have shape {tuple(images.shape[1:])}, but those of '{real.name}' "
+            f"{real.input_shape}."
+        )

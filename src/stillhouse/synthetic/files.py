@@ -19,7 +19,8 @@ from stillhouse.files import written_beside
 
 
 def to_folder(images: Tensor, labels: list[int], classes: list[str], folder: str | Path) -> int:
-    """Write `folder/train/CLASS/NUMBER.png`, as an ImageFolder (classes keep their order by a number before the name); returns how many images.
+    """Write `folder/train/CLASS/NUMBER.png`, as an ImageFolder (classes keep their order by a number before the name);
+    returns how many images.
 
     Args:
         images: (N, C, H, W) uint8.
@@ -30,21 +31,25 @@ def to_folder(images: Tensor, labels: list[int], classes: list[str], folder: str
     """
     base = Path(folder) / "train"
     if base.exists():
-        raise UserError(f"There is a folder '{base}' already, and old images would be mixed with new ones; take another folder, or remove that one.")
-    beside = base.with_name("train.partial")
-    shutil.rmtree(beside, ignore_errors=True)
+        raise UserError(
+            f"There is a folder '{base}' already, and old images would be mixed with new ones; take another folder, or "
+            "remove that one."
+        )
+    temporary = base.with_name("train.partial")
+    shutil.rmtree(temporary, ignore_errors=True)
     names = folder_names(classes)
     counts = [0] * len(names)
     for image, label in zip(images, labels):
-        (beside / names[label]).mkdir(parents=True, exist_ok=True)
-        (beside / names[label] / f"{counts[label]:05d}.png").write_bytes(png(image))
+        (temporary / names[label]).mkdir(parents=True, exist_ok=True)
+        (temporary / names[label] / f"{counts[label]:05d}.png").write_bytes(png(image))
         counts[label] += 1
-    os.replace(beside, base)
+    os.replace(temporary, base)
     return len(images)
 
 
 def to_parquet(images: Tensor, labels: list[int], classes: list[str], logits: Tensor | None, path: str | Path) -> int:
-    """Write one Parquet file in the Hugging Face image layout (`img` as PNG, `label`, and `logits` where images have soft labels); returns how many images.
+    """Write one Parquet file in the Hugging Face image layout (`img` as PNG, `label`, and `logits` where images have
+    soft labels); returns how many images.
 
     Args:
         images: (N, C, H, W) uint8.
@@ -54,15 +59,17 @@ def to_parquet(images: Tensor, labels: list[int], classes: list[str], logits: Te
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    encoded = pa.array([{"bytes": png(x), "path": None} for x in images], pa.struct({"bytes": pa.binary(), "path": pa.string()}))
+    encoded = pa.array(
+        [{"bytes": png(x), "path": None} for x in images], pa.struct({"bytes": pa.binary(), "path": pa.string()})
+    )
     columns: dict[str, Any] = {"img": encoded, "label": pa.array(labels, pa.int64())}
     features: dict[str, Any] = {"img": {"_type": "Image"}, "label": {"names": classes, "_type": "ClassLabel"}}
     if logits is not None:
         columns["logits"] = pa.array(logits.float().tolist(), pa.list_(pa.float32()))
         features["logits"] = {"feature": {"dtype": "float32", "_type": "Value"}, "_type": "List"}
     table = pa.table(columns).replace_schema_metadata({"huggingface": json.dumps({"info": {"features": features}})})
-    with written_beside(Path(path)) as beside:
-        pq.write_table(table, beside)
+    with written_beside(Path(path)) as temporary:
+        pq.write_table(table, temporary)
     return len(images)
 
 
@@ -73,8 +80,8 @@ def folder_names(classes: list[str]) -> list[str]:
 
 
 def contact_sheet(pixels: Tensor, labels: Tensor, columns: int = 10, rows: int = 100) -> Tensor:
-    """Images (N, C, H, W) with pixels in [0, 1] as one uint8 image (C, h, w): a row a class, its first `columns` images; where classes have one image
-    each, ten classes a row. Small images are enlarged, large ones made small."""
+    """Images (N, C, H, W) with pixels in [0, 1] as one uint8 image (C, h, w): a row a class, its first `columns`
+    images; where classes have one image each, ten classes a row. Small images are enlarged, large ones made small."""
     from torchvision.utils import make_grid
 
     shown = [pixels[labels == c][:columns] for c in labels.unique().tolist()[:rows]]

@@ -1,4 +1,5 @@
-"""How synthetic images begin: noise, random real images, images near the centres of their class, or several small real images pasted into one.
+"""How synthetic images begin: noise, random real images, images near the centres of their class, or several small real
+images pasted into one.
 
 And `decode`: a stored image of `factor` x `factor` tiles as that many whole images (as IDC and NCFM store them).
 """
@@ -19,12 +20,18 @@ HOW = ("noise", "real", "representative", "mix")
 
 
 def initial(
-    how: str, real: RealImages, ipc: int, generator: torch.Generator, features: Callable[[Tensor], Tensor] | None = None, factor: int = 2
+    how: str,
+    real: RealImages,
+    ipc: int,
+    generator: torch.Generator,
+    features: Callable[[Tensor], Tensor] | None = None,
+    factor: int = 2,
 ) -> Tensor:
     """Images (classes * ipc, C, H, W), class-major, a copy.
 
     Args:
-        how: `noise` (standard normal, as networks see images), `real`, `representative` (see `representative_rows`) or `mix` (see `mixed`).
+        how: `noise` (standard normal, as networks see images), `real`, `representative` (see `representative_rows`) or
+            `mix` (see `mixed`).
         features: representative: images -> (B, D), such as logits of a trained network; default: the pixels.
         factor: mix: tiles a side.
 
@@ -45,14 +52,20 @@ def initial(
 
 
 def representative_rows(
-    real: RealImages, ipc: int, generator: torch.Generator, features: Callable[[Tensor], Tensor] | None = None, clusters: int = 10
+    real: RealImages,
+    ipc: int,
+    generator: torch.Generator,
+    features: Callable[[Tensor], Tensor] | None = None,
+    clusters: int = 10,
 ) -> Tensor:
-    """Rows (classes * ipc,), class-major: k-means of each class with min(ipc, clusters) centres, and their nearest images in turn."""
+    """Rows (classes * ipc,), class-major: k-means of each class with min(ipc, clusters) centres, and their nearest
+    images in turn."""
     from sklearn.cluster import KMeans
 
     if ipc > int(real.counts.min()):
         raise UserError(
-            f"{ipc} images (ipc) of each class are asked for, but '{real.classes[int(real.counts.argmin())]}' has {int(real.counts.min())}."
+            f"{ipc} images (ipc) of each class are wanted, but '{real.classes[int(real.counts.argmin())]}' has "
+            f"{int(real.counts.min())}."
         )
     seed = int(torch.randint(0, 2**31 - 1, (1,), generator=generator))
     chosen = []
@@ -64,13 +77,14 @@ def representative_rows(
 
 
 def nearest_in_turn(features: Tensor, centres: Tensor, count: int) -> Tensor:
-    """Rows (count,) of features (n, D): the nearest of every centre (k, D), then the second of every centre, …; each row once.
+    """Rows (count,) of features (n, D): the nearest of every centre (k, D), then the second of every centre, …; each
+    row once.
 
     Raises:
-        UserError: more rows asked for than there are.
+        UserError: more rows than there are.
     """
     if count > len(features):
-        raise UserError(f"{count} images (ipc) of a class are asked for, but it has {len(features)}.")
+        raise UserError(f"{count} images (ipc) of a class are wanted, but it has {len(features)}.")
     return torch.tensor(list(dict.fromkeys(by_distance(features, centres).flatten().tolist()))[:count])
 
 
@@ -87,25 +101,34 @@ def embedded(images: Tensor, rows: Tensor, features: Callable[[Tensor], Tensor] 
 
 
 def mixed(real: RealImages, ipc: int, factor: int, generator: torch.Generator) -> Tensor:
-    """Images of factor x factor tiles, each a real image of the class made small (nearest pixel); factor^2 * ipc real images a class are used.
+    """Images of factor x factor tiles, each a real image of the class made small (nearest pixel); factor^2 * ipc real
+    images a class are used.
 
     Where the sides do not divide, the first tiles are a pixel larger.
     """
     height, width = real.images.shape[-2:]
-    if factor < 1 or any(-(-side // factor) * (factor - 1) >= side for side in (height, width)):  # `decode` would give a tile of padding
-        raise UserError(f"Images of {height} x {width} pixels cannot be cut into {factor} x {factor} tiles; take a smaller factor, 1 or more.")
+    if factor < 1 or any(
+        -(-side // factor) * (factor - 1) >= side for side in (height, width)
+    ):  # `decode` would give a tile of padding
+        raise UserError(
+            f"Images of {height} x {width} pixels cannot be cut into {factor} x {factor} tiles; take a smaller factor, "
+            "1 or more."
+        )
     pool = real.draw(factor**2 * ipc, generator, "images (factor^2 * ipc)")
     parts = pool.view(len(real.classes), factor, factor, ipc, *pool.shape[1:])  # class, row, column, image, C, H, W
     heights, widths = ([side // factor + (i < side % factor) for i in range(factor)] for side in (height, width))
     rows = [
-        torch.cat([F.interpolate(parts[:, i, j].flatten(0, 1), size=(h, w), mode="nearest") for j, w in enumerate(widths)], -1)
+        torch.cat(
+            [F.interpolate(parts[:, i, j].flatten(0, 1), size=(h, w), mode="nearest") for j, w in enumerate(widths)], -1
+        )
         for i, h in enumerate(heights)
     ]
     return torch.cat(rows, -2)
 
 
 def decode(images: Tensor, factor: int) -> Tensor:
-    """Stored images (B, C, H, W) as (factor^2 * B, C, H, W): tiles, row-major, enlarged (bilinear); the first tile of every image, then the second, …
+    """Stored images (B, C, H, W) as (factor^2 * B, C, H, W): tiles, row-major, enlarged (bilinear); the first tile of
+    every image, then the second, …
 
     Where the sides do not divide, images are padded right and below by 0.5.
     """
@@ -114,5 +137,9 @@ def decode(images: Tensor, factor: int) -> Tensor:
     height, width = images.shape[-2:]
     tile_h, tile_w = -(-height // factor), -(-width // factor)
     padded = F.pad(images, (0, tile_w * factor - width, 0, tile_h * factor - height), value=0.5)
-    tiles = padded.view(len(images), -1, factor, tile_h, factor, tile_w).permute(2, 4, 0, 1, 3, 5).reshape(-1, images.shape[1], tile_h, tile_w)
+    tiles = (
+        padded.view(len(images), -1, factor, tile_h, factor, tile_w)
+        .permute(2, 4, 0, 1, 3, 5)
+        .reshape(-1, images.shape[1], tile_h, tile_w)
+    )
     return F.interpolate(tiles, size=(height, width), mode="bilinear", align_corners=False)

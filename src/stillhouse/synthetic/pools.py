@@ -1,6 +1,8 @@
-"""Expert trajectories: networks trained on the real data, their parameters kept after every epoch, each as a stage that all recipes share.
+"""Expert trajectories: networks trained on the real data, their parameters stored after every epoch, each as a stage
+that all recipes share.
 
-The first and the last row of a trajectory are a network at its start and trained, which is what methods with a pool of networks need.
+The first and the last row of a trajectory are a network at its start and trained, which is what methods with a pool of
+networks need.
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ from stillhouse.randomness import generator, key, permutation
 from stillhouse.runs.run import Run
 from stillhouse.synthetic.config import AugmentSpec
 from stillhouse.synthetic.real import RealImages
-from stillhouse.synthetic.synthesis import Held
+from stillhouse.synthetic.synthesis import TensorState
 from stillhouse.synthetic.training import augmentation
 
 
@@ -33,7 +35,12 @@ class ExpertSpec(Spec):
     lr: float = Field(0.01, gt=0)
     momentum: float = Field(0.0, ge=0, lt=1)
     weight_decay: float = Field(0.0, ge=0)
-    drop: float = Field(1.0, gt=0, le=1, description="Factor of the rate after half the epochs, where the momentum starts anew; 1: none.")
+    drop: float = Field(
+        1.0,
+        gt=0,
+        le=1,
+        description="Factor of the rate after half the epochs, where the momentum starts again at 0; 1: none.",
+    )
     augment: AugmentSpec | None = Field(None, description="Default: the recipe's `augment`.")
     seed: int = Field(0, description="Of the experts: runs of all seeds share them.")
 
@@ -60,13 +67,13 @@ def experts(
     """Trajectories, each (epochs + 1, P) on the CPU, in `Flat`'s order. The plan needs a stage `expert`.
 
     Args:
-        loss: of a batch; what it depends on goes into `uses`, under which the experts are kept.
+        loss: of a batch; what it depends on goes into `uses`, under which the experts are stored.
     """
     augment = spec.augment or augment
     found = []
     for number in range(spec.count):
         seed = key(spec.seed, "expert", number) % 2**31
-        kept = {
+        identity = {
             "network": network.model_dump(mode="json"),
             "training": {**spec.model_dump(mode="json", exclude={"count", "seed"}), "augment": augment.model_dump()},
             "data": run.data(data).fingerprint,
@@ -78,12 +85,21 @@ def experts(
         def make(seed: int = seed) -> dict[str, Tensor]:
             return {"trajectory": _train(run, network, data, real, spec, augment, loss, seed)}
 
-        made = run.stage(f"expert.{number}", make, kept)
+        made = run.stage(f"expert.{number}", make, identity)
         found.append(made["trajectory"])
     return found
 
 
-def _train(run: Run, network: ModelSpec, data: DataSpec, real: RealImages, spec: ExpertSpec, augment: AugmentSpec, loss: Loss, seed: int) -> Tensor:
+def _train(
+    run: Run,
+    network: ModelSpec,
+    data: DataSpec,
+    real: RealImages,
+    spec: ExpertSpec,
+    augment: AugmentSpec,
+    loss: Loss,
+    seed: int,
+) -> Tensor:
     model = run.model(network, data, role="expert", seed=seed).to(real.images.device)
     flat = Flat(model)
     optimiser = torch.optim.SGD(model.parameters(), spec.lr, momentum=spec.momentum, weight_decay=spec.weight_decay)
@@ -102,7 +118,13 @@ def _train(run: Run, network: ModelSpec, data: DataSpec, real: RealImages, spec:
         rows = torch.tensor(order[at * size : (at + 1) * size], device=real.images.device)
         x = real.images[rows]
         drawn = generator(seed, "expert augment", i)
-        value = loss(model, x, apply(x, augmentation(augment, len(x), (x.shape[-2], x.shape[-1]), drawn)), real.labels[rows], epoch)
+        value = loss(
+            model,
+            x,
+            apply(x, augmentation(augment, len(x), (x.shape[-2], x.shape[-1]), drawn)),
+            real.labels[rows],
+            epoch,
+        )
         optimiser.zero_grad()
         value.backward()
         optimiser.step()
@@ -110,5 +132,10 @@ def _train(run: Run, network: ModelSpec, data: DataSpec, real: RealImages, spec:
             snapshots[epoch + 1] = flat.vector().cpu()
         return {"loss": value}
 
-    run.loop("expert", {"network": model, "optimiser": optimiser, "snapshots": Held(snapshots)}, step, spec.epochs * steps)
+    run.loop(
+        "expert",
+        {"network": model, "optimiser": optimiser, "snapshots": TensorState(snapshots)},
+        step,
+        spec.epochs * steps,
+    )
     return snapshots

@@ -1,6 +1,8 @@
-"""Soft labels by epoch and view (fast knowledge distillation, as in SRe2L, arXiv 2306.13092): the teacher's logits of augmented, mixed images.
+"""Soft labels by epoch and view (fast knowledge distillation, as in SRe2L, arXiv 2306.13092): the teacher's logits of
+augmented, mixed images.
 
-A view is a function of (seed, epoch, batch), so only the logits are kept: crops, flips, boxes and partners are drawn again when a network is trained.
+A view is a function of (seed, epoch, batch), so only the logits are stored: crops, flips, boxes and partners are drawn
+again when a network is trained.
 """
 
 from __future__ import annotations
@@ -28,7 +30,9 @@ class Views(Spec):
     batch_size: int = Field(64, ge=1)
     augment: Groups = Field("resized_crop_flip", description="All of these, an own draw for each image.")
     area: float = Field(0.08, gt=0, le=1, description="resized_crop: the smallest share of the image.")
-    mix: Literal["none", "cutmix", "mixup"] = Field("cutmix", description="With other images of the batch, one draw a batch.")
+    mix: Literal["none", "cutmix", "mixup"] = Field(
+        "cutmix", description="With other images of the batch, one draw a batch."
+    )
     alpha: float | None = Field(None, gt=0, description="Of the Beta; default: 1 (cutmix), 0.8 (mixup).")
     seed: int = 0
 
@@ -43,13 +47,16 @@ class Views(Spec):
         return self.mixed(images, rows, epoch, number)[0]
 
     def mixed(self, images: Tensor, rows: Tensor, epoch: int, number: int) -> tuple[Tensor, Tensor, float]:
-        """Views (b, C, H, W) of these rows as batch `number` of an epoch, the rows (b,) of their partners, and the share of the image's own pixels.
+        """Views (b, C, H, W) of these rows as batch `number` of an epoch, the rows (b,) of their partners, and the
+        share of the image's own pixels.
 
         Without mixing, and for a single image, the partner is the image itself and the share is 1.
         """
         drawn = generator(self.seed, "view", epoch, number)
         x = images[rows.to(images.device)]
-        x = apply(x, all_of(groups_of(self.augment), len(x), (x.shape[-2], x.shape[-1]), drawn, Strength(area=self.area)))
+        x = apply(
+            x, all_of(groups_of(self.augment), len(x), (x.shape[-2], x.shape[-1]), drawn, Strength(area=self.area))
+        )
         if self.mix == "none" or len(x) < 2:
             return x, rows, 1.0
         order = torch.randperm(len(x), generator=drawn)
@@ -90,7 +97,9 @@ class ViewLabels:
 
     def order(self, count: int, epoch: int) -> tuple[Tensor, ...]:
         """The rows of the batches of an epoch."""
-        return torch.tensor(permutation(count, self.made.seed, "views", epoch % self.made.epochs)).split(self.made.batch_size)
+        return torch.tensor(permutation(count, self.made.seed, "views", epoch % self.made.epochs)).split(
+            self.made.batch_size
+        )
 
 
 def running_logits(network: nn.Module, images: Tensor, batch: int = 256) -> Tensor:
@@ -105,9 +114,9 @@ def relabel(teachers: list[nn.Module], images: Tensor, made: Views) -> ViewLabel
     logits: Tensor | None = None
     for epoch in range(made.epochs):
         for x, rows in made.batches(images, epoch):
-            said = torch.stack([teacher(x).float() for teacher in teachers]).mean(0).half().cpu()
+            mean = torch.stack([teacher(x).float() for teacher in teachers]).mean(0).half().cpu()
             if logits is None:
-                logits = torch.zeros(made.epochs, len(images), said.shape[1], dtype=torch.float16)
-            logits[epoch, rows] = said
+                logits = torch.zeros(made.epochs, len(images), mean.shape[1], dtype=torch.float16)
+            logits[epoch, rows] = mean
     assert logits is not None
     return ViewLabels(made, logits)

@@ -1,6 +1,8 @@
-"""Images being learned: how they begin, the real batch and the augmentation of each iteration, random networks, the outer loop, and the product.
+"""Images being learned: how they begin, the real batch and the augmentation of each iteration, random networks, the
+outer loop, and the product.
 
-A method that learns pixels makes a `Synthesis`, gives `learn` a function from the iteration to a loss, and returns `product()`.
+A method that learns pixels makes a `Synthesis`, gives `learn` a function from the iteration to a loss, and returns
+`product()`.
 """
 
 from __future__ import annotations
@@ -36,7 +38,9 @@ class Synthesis:
         figures: what learning cost.
     """
 
-    def __init__(self, config: PixelConfig, run: Run, features: Callable[[Tensor], Tensor] | None = None, factor: int = 1) -> None:
+    def __init__(
+        self, config: PixelConfig, run: Run, features: Callable[[Tensor], Tensor] | None = None, factor: int = 1
+    ) -> None:
         self.config, self.run, self.factor = config, run, factor
         self.real = RealImages.load(run, config.data, config.zca)
         start = initial(config.init, self.real, config.ipc, generator(run.seed, "initial"), features, max(factor, 2))
@@ -62,11 +66,13 @@ class Synthesis:
         return network.to(self.images.device).requires_grad_(False)
 
     def shown(self) -> Tensor:
-        """The images as methods match them: with `mirror`, those of each class and then their mirror images (classes * 2 ipc, C, H, W)."""
+        """The images as methods match them: with `mirror`, those of each class and then their mirror images (classes *
+        2 ipc, C, H, W)."""
         return with_mirrors(self.images, self.classes) if self.config.mirror else self.images
 
     def batches(self, i: int) -> tuple[Tensor, Tensor]:
-        """Real (classes * batch_real, …) and synthetic images, class-major, of iteration i: each class under a draw of its own that both share."""
+        """Real (classes * batch_real, …) and synthetic images, class-major, of iteration i: each class under a draw of
+        its own that both share."""
         real = self.real.draw(self.config.batch_real, self.generator("real", i))
         return self.siamese(real, self.shown(), i)
 
@@ -75,11 +81,12 @@ class Synthesis:
         drawn = self.generator("augment", i)
         draws = [augmentation(self.config.augment, 1, self.size, drawn) for _ in range(self.classes)]
         return tuple(  # type: ignore[return-value]
-            torch.cat([apply(part, draw) for part, draw in zip(batch.chunk(self.classes), draws)]) for batch in (real, synthetic)
+            torch.cat([apply(part, draw) for part, draw in zip(batch.chunk(self.classes), draws)])
+            for batch in (real, synthetic)
         )
 
     def optimiser(self) -> torch.optim.Optimizer:
-        """SGD over the pixels, as the recipe says."""
+        """SGD over the pixels, with the recipe's options."""
         return torch.optim.SGD([self.images], self.config.lr, momentum=self.config.momentum)
 
     def learn(
@@ -88,7 +95,7 @@ class Synthesis:
         loss: Callable[[int], Tensor | Mapping[str, Tensor]],
         *,
         optimiser: torch.optim.Optimizer | None = None,
-        beside: Mapping[str, Any] | None = None,
+        extra: Mapping[str, Any] | None = None,
         after: Callable[[int], None] | None = None,
         steps: int | None = None,
     ) -> None:
@@ -96,9 +103,10 @@ class Synthesis:
 
         Args:
             name: of the stage.
-            loss: iteration -> a scalar, or named terms of which `loss` is minimised; one that has called backward itself returns it detached.
+            loss: iteration -> a scalar, or named terms of which `loss` is minimised; one that has called backward
+                itself returns it detached.
             optimiser: default: `optimiser()`.
-            beside: what else a checkpoint must hold, by name.
+            extra: what else a checkpoint must store, by name.
             after: called after each step.
             steps: default: `iterations`.
         """
@@ -114,22 +122,26 @@ class Synthesis:
 
         def step(i: int) -> Mapping[str, Tensor]:
             optimiser.zero_grad()
-            kept: dict[str, Tensor] = {}
+            terms: dict[str, Tensor] = {}
             if i == 0:
-                peak.bytes = peak_of_tensors(lambda: kept.update(one(0)), self.images.device)
+                peak.bytes = peak_of_tensors(lambda: terms.update(one(0)), self.images.device)
             else:
-                kept.update(one(i))
+                terms.update(one(i))
             optimiser.step()
             if self.config.clamp:
                 clamp_to_pixels(self.images, self.real.mean, self.real.std)
             if after is not None:
                 after(i)
-            return kept
+            return terms
 
-        state = {"images": Held(self.images), "optimiser": optimiser, "peak": peak, **(beside or {})}
+        state = {"images": TensorState(self.images), "optimiser": optimiser, "peak": peak, **(extra or {})}
         steps = self.config.iterations if steps is None else steps
         seconds = self.run.loop(name, state, step, steps, log_every=10) if steps else 0.0
-        self.figures |= {"distil_seconds": seconds, "distil_peak_mb": peak.bytes / 1e6, "distil_iterations": float(steps)}
+        self.figures |= {
+            "distil_seconds": seconds,
+            "distil_peak_mb": peak.bytes / 1e6,
+            "distil_iterations": float(steps),
+        }
         if steps:
             self.figures["distil_seconds_per_iteration"] = seconds / steps
 
@@ -151,12 +163,17 @@ def with_mirrors(images: Tensor, classes: int) -> Tensor:
 
 def made_by(config: DatasetConfig) -> dict[str, Any]:
     """A recipe as a product keeps it."""
-    kept: dict[str, Any] = config.model_dump(mode="json", exclude_none=True, exclude={"variants", "groups", "evaluate"})
-    return kept
+    recipe: dict[str, Any] = config.model_dump(
+        mode="json", exclude_none=True, exclude={"variants", "groups", "evaluate"}
+    )
+    return recipe
 
 
 def plan(run: Run, config: DatasetConfig, stage: str, does: str, steps: int) -> list[Stage]:
-    """The lines of a plan that every method here has: learning the set, and judging it. Raises `UserError` where digits, say, would be mirrored."""
+    """The lines of a plan that every method here has: learning the set, and judging it.
+
+    Raises `UserError` where digits, say, would be mirrored.
+    """
     from stillhouse.synthetic.judging.evaluator import planned
 
     _check_mirroring(run, config)
@@ -164,22 +181,24 @@ def plan(run: Run, config: DatasetConfig, stage: str, does: str, steps: int) -> 
 
 
 def _check_mirroring(run: Run, config: DatasetConfig) -> None:
-    if run.data(config.data).flip or run.config is not config:  # of a host's recipe, the method that it is in has asked
+    if run.data(config.data).flip or run.config is not config:  # a host's recipe is checked by the method that it is in
         return
     learns, hard = isinstance(config, PixelConfig), config.evaluate.protocol == "hard"
     used = {"augment": config.augment if learns or (hard and config.evaluate.augment is None) else None}
     used["evaluate.augment"] = config.evaluate.augment if hard else None
-    mended = ["mirror=false"] if isinstance(config, PixelConfig) and config.mirror else []
+    settings = ["mirror=false"] if isinstance(config, PixelConfig) and config.mirror else []
     for key, spec in used.items():
         for field in ("always", "groups"):
             groups = groups_of(getattr(spec, field)) if spec is not None else ()
-            kept = "_".join(g for g in groups if g != "flip")
-            mended += [f"{key}.{field}={kept or repr(kept)}"] if "flip" in groups else []
-    if mended:
-        raise UserError(f"Images of '{config.data.name}' change their class when mirrored; set {' and '.join(mended)}.")
+            others = "_".join(g for g in groups if g != "flip")
+            settings += [f"{key}.{field}={others or repr(others)}"] if "flip" in groups else []
+    if settings:
+        raise UserError(
+            f"Images of '{config.data.name}' change their class when mirrored; set {' and '.join(settings)}."
+        )
 
 
-class Held:
+class TensorState:
     """A tensor that a checkpoint holds."""
 
     def __init__(self, tensor: Tensor) -> None:

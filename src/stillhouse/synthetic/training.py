@@ -1,6 +1,8 @@
-"""Networks trained from scratch on a few images: with hard labels (by default SGD, one fall of the rate), or soft labels of views (AdamW, cosine).
+"""Networks trained from scratch on a few images: with hard labels (by default SGD, one fall of the rate), or soft
+labels of views (AdamW, cosine).
 
-A `Training` says what a network learns from and how; `train` does it. A product that trains in its own way brings a subclass to the judge.
+A `Training` describes what a network learns from and how; `train` does it. A product that trains in its own way
+gives the judge a subclass.
 """
 
 from __future__ import annotations
@@ -34,11 +36,13 @@ def augmentation(spec: AugmentSpec, count: int, size: tuple[int, int], drawn: to
 
 @dataclass
 class Training:
-    """What a network learns from and how. A subclass gives `steps_per_epoch` and `loss`, and may change the parameters' groups and the rate.
+    """What a network learns from and how. A subclass gives `steps_per_epoch` and `loss`, and may change the parameters'
+    groups and the rate.
 
     Attributes:
         images: (N, C, H, W), on the device.
-        schedule: None: after half the epochs the rate falls to a tenth, and the optimiser's state (its momentum) begins anew.
+        schedule: None: after half the epochs the rate falls to a tenth, and the optimiser's state (its momentum) begins
+            at 0 again.
         mixup, cutmix: alphas; 0 is off. With both on, each mixed batch takes one of the two at random.
         mix_probability: share of the batches that are mixed.
         key: of all its draws.
@@ -96,7 +100,8 @@ class Training:
         return apply(x, augmentation(self.augment, len(x), (x.shape[-2], x.shape[-1]), drawn), self.align_corners)
 
     def mixed_loss(self, network: nn.Module, x: Tensor, loss: Callable[[Tensor, Tensor], Tensor], i: int) -> Tensor:
-        """The loss of a batch (B, C, H, W), in step i mixed within itself or not: to both images' labels, by their shares.
+        """The loss of a batch (B, C, H, W), in step i mixed within itself or not: to both images' labels, by their
+        shares.
 
         Args:
             loss: (logits (B, classes), rows (B,)) -> the mean loss to the labels of these rows of the batch.
@@ -113,8 +118,11 @@ class Training:
 
     def facts(self) -> dict[str, Any]:
         """All that the training depends on but its images and labels, as JSON data."""
-        kept = {k: v for k, v in vars(self).items() if not isinstance(v, Tensor | SyntheticSet)}
-        return {"kind": type(self).__name__, **{k: v.model_dump() if hasattr(v, "model_dump") else v for k, v in kept.items()}}
+        facts = {k: v for k, v in vars(self).items() if not isinstance(v, Tensor | SyntheticSet)}
+        return {
+            "kind": type(self).__name__,
+            **{k: v.model_dump() if hasattr(v, "model_dump") else v for k, v in facts.items()},
+        }
 
     @property
     def _turn(self) -> int:
@@ -134,8 +142,10 @@ class HardTraining(Training):
     batch_size: int
 
     @classmethod
-    def of(cls, images: Tensor, labels: Tensor, spec: EvaluateSpec, augment: AugmentSpec, lr: float | None, key: Key) -> HardTraining:
-        """As `evaluate` says; `lr` where it names no rate, and else 0.01."""
+    def of(
+        cls, images: Tensor, labels: Tensor, spec: EvaluateSpec, augment: AugmentSpec, lr: float | None, key: Key
+    ) -> HardTraining:
+        """With the options of `evaluate`; `lr` where it names no rate, and else 0.01."""
         return cls(
             images=images,
             epochs=spec.epochs,
@@ -162,7 +172,12 @@ class HardTraining(Training):
         order = permutation(len(self.images), *self.key, "order", epoch)
         rows = torch.tensor(order[at * self.batch_size : (at + 1) * self.batch_size], device=self.images.device)
         labels = self.labels[rows]
-        return self.mixed_loss(network, self.augmented(self.images[rows], i), lambda z, which: F.cross_entropy(z, labels[which.to(z.device)]), i)
+        return self.mixed_loss(
+            network,
+            self.augmented(self.images[rows], i),
+            lambda z, which: F.cross_entropy(z, labels[which.to(z.device)]),
+            i,
+        )
 
 
 @dataclass
@@ -174,13 +189,21 @@ class SoftTraining(Training):
     batch_size: int
 
     @classmethod
-    def of(cls, synthetic: SyntheticSet, spec: EvaluateSpec, augment: AugmentSpec, device: torch.device, key: Key) -> SoftTraining:
-        """As `evaluate` says. Raises `UserError` for a set without soft labels, and for views that are to be mixed once more."""
+    def of(
+        cls, synthetic: SyntheticSet, spec: EvaluateSpec, augment: AugmentSpec, device: torch.device, key: Key
+    ) -> SoftTraining:
+        """With the options of `evaluate`.
+
+        Raises `UserError` for a set without soft labels, and for views that would be mixed again.
+        """
         if synthetic.views is None and synthetic.soft is None:
-            raise UserError("evaluate.protocol is soft, but the synthetic set holds no soft labels; take evaluate.protocol=hard.")
+            raise UserError(
+                "evaluate.protocol is soft, but the synthetic set holds no soft labels; take evaluate.protocol=hard."
+            )
         if synthetic.views is not None and (spec.mixup or spec.cutmix):
             raise UserError(
-                "evaluate.mixup and evaluate.cutmix cannot mix views, whose soft labels hold as they are; mix them when they are labelled."
+                "evaluate.mixup and evaluate.cutmix cannot mix views, whose soft labels hold as they are; mix them "
+                "when they are labelled."
             )
         return cls(
             images=synthetic.training_images()[0].to(device),
@@ -226,7 +249,10 @@ class SoftTraining(Training):
 
 
 class Best:
-    """The best accuracy after every so many epochs of a training, and after the last. Its state is part of the training's checkpoint."""
+    """The best accuracy after every so many epochs of a training, and after the last.
+
+    Its state is part of the training's checkpoint.
+    """
 
     def __init__(self, every: int, accuracy: Callable[[nn.Module], float]) -> None:
         self.every, self.accuracy, self.value = every, accuracy, 0.0
@@ -239,7 +265,8 @@ class Best:
 
 
 def train(run: Run, name: str, network: nn.Module, training: Training, best: Best | None = None) -> float:
-    """Train the network in place by the run's loop (so that a killed run goes on), and leave it in evaluation mode; returns the seconds spent."""
+    """Train the network in place by the run's loop (so that a killed run resumes), and leave it in evaluation mode;
+    returns the seconds spent."""
     optimiser = training.optimiser(network)
     network.train()
     each = training.steps_per_epoch

@@ -1,20 +1,23 @@
-"""MCMI: fine-tunes a teacher so that its outputs keep saying how images of one class differ; any objective then distils it.
+"""MCMI: fine-tunes a teacher so that its outputs keep saying how images of one class differ; any objective then distils
+it.
 
 paper: Bayes Conditional Distribution Estimation for Knowledge Distillation Based on Conditional Mutual Information
 venue: ICLR 2024
 arxiv: 2401.08732
 task: classification
 family: teacher preparation
-use when: the student has few samples of some or all classes, so that what the teacher says beyond the label matters most
+use when: the student has few samples of some or all classes, so that the teacher's outputs beyond the label matter most
 needs: a trained classifier as teacher, its training set with class ids; then whatever the objectives need
 
-The fine-tuning loss is CE - lam * mean KL(P_x || Q_y), with Q_y the mean output of class y; the second term is the conditional mutual information
-I(X; Y^ | Y). Paper and code estimate Q once, before fine-tuning (`centroids: once`; used by `paper`). The default here is `epoch` [choice]: Q anew at
-every epoch, since a stale Q only bounds the information from above and can run away. `ema` is the per-batch rule that the released loop holds
-commented out; its samples are read in evaluation mode [choice]. Q is estimated in evaluation mode without augmentation (the script: training mode,
-augmented). No rule for lam is published: choose it by the student's validation accuracy. The script picks the checkpoint on test data;
-`fine_tune.train.best` does it on validation data. Few-shot: `data.size` beside `teacher.data`. Omitted classes: `omit`. An MCMI teacher is less
-calibrated than the one it came from: do not deploy it as a classifier. Over several processes, Q is measured by each over the whole set.
+The fine-tuning loss is CE - lam * mean KL(P_x || Q_y), with Q_y the mean output of class y; the second term is the
+conditional mutual information I(X; Y^ | Y). Paper and code estimate Q once, before fine-tuning (`centroids: once`; used
+by `paper`). The default here is `epoch` [choice]: Q again at every epoch, since a stale Q only bounds the information
+from above and can run away. `ema` is the per-batch rule that the released loop holds commented out; its samples are
+read in evaluation mode [choice]. Q is estimated in evaluation mode without augmentation (the script: training mode,
+augmented). No rule for lam is published: choose it by the student's validation accuracy. The script picks the
+checkpoint on test data; `fine_tune.train.best` does it on validation data. Few-shot: `data.size` with `teacher.data`.
+Omitted classes: `omit`. An MCMI teacher is less calibrated than the one it came from: do not deploy it as a classifier.
+Over several processes, Q is measured by each over the whole set.
 """
 
 from __future__ import annotations
@@ -66,7 +69,8 @@ def conditional_information(logits: Tensor, labels: Tensor, centroids: Tensor) -
     check_label("mcmi", labels, logits)
     if centroids.shape != (logits.shape[1],) * 2:
         raise UserError(
-            f"mcmi: centroids must have shape {(logits.shape[1],) * 2} for logits of shape {tuple(logits.shape)}; given: {tuple(centroids.shape)}."
+            f"mcmi: centroids must have shape {(logits.shape[1],) * 2} for logits of shape {tuple(logits.shape)}; "
+            f"given: {tuple(centroids.shape)}."
         )
     log_p = F.log_softmax(logits, dim=-1)
     log_q = centroids.detach().clamp_min(SMALLEST).log()[labels]
@@ -81,7 +85,8 @@ def mcmi_loss(logits: Tensor, labels: Tensor, centroids: Tensor, lam: float = 0.
 
 @full_precision
 def updated_centroids(centroids: Tensor, logits: Tensor, decay: float = 0.9999) -> Tensor:
-    """Q after one step of its moving average: Q_y <- decay Q_y + (1 - decay) mean softmax of s samples of class y, rows renormalised.
+    """Q after one step of its moving average: Q_y <- decay Q_y + (1 - decay) mean softmax of s samples of class y, rows
+    renormalised.
 
     Args:
         centroids: (C, C).
@@ -92,7 +97,8 @@ def updated_centroids(centroids: Tensor, logits: Tensor, decay: float = 0.9999) 
 
 
 class OutputStatistics:
-    """Class means, conditional mutual information and accuracy of a classifier over a set, from one pass that keeps (C, C) numbers."""
+    """Class means, conditional mutual information and accuracy of a classifier over a set, from one pass that keeps (C,
+    C) numbers."""
 
     def __init__(self, num_classes: int, device: torch.device | str = "cpu") -> None:
         self.sums = torch.zeros(num_classes, num_classes, dtype=torch.float64, device=device)  # of P, by class
@@ -114,7 +120,10 @@ class OutputStatistics:
         """Q, (C, C) float32, rows sum to 1. Raises `UserError` for a class without samples."""
         absent = (self.counts == 0).nonzero()
         if len(absent):
-            raise UserError(f"mcmi: class {int(absent[0])} has no training sample, so it has no centroid; leave the class out of the data.")
+            raise UserError(
+                f"mcmi: class {int(absent[0])} has no training sample, so it has no centroid; leave the class out of "
+                "the data."
+            )
         return (self.sums / self.sums.sum(-1, keepdim=True)).float()
 
     def information(self, centroids: Tensor | None = None) -> float:
@@ -152,10 +161,19 @@ class MCMI(Objective):
         images: IndexedDataset | None = None,
     ) -> None:
         super().__init__()
-        checks.options("mcmi", non_negative={"lam": lam}, share={"decay": decay}, positive={"samples": samples, "guard": guard})
+        checks.options(
+            "mcmi", non_negative={"lam": lam}, share={"decay": decay}, positive={"samples": samples, "guard": guard}
+        )
         if centroids == "ema" and images is None:
             raise UserError("mcmi: centroids: ema draws samples of every class, so it needs the training set.")
-        self.lam, self.when, self.decay, self.samples, self.guard, self._images = lam, centroids, decay, samples, guard, images
+        self.lam, self.when, self.decay, self.samples, self.guard, self._images = (
+            lam,
+            centroids,
+            decay,
+            samples,
+            guard,
+            images,
+        )
         self._rows: list[Tensor] = []
 
     def build(self, student: Signals, teacher: Signals, batch: Batch) -> None:
@@ -166,9 +184,9 @@ class MCMI(Objective):
 
     def begin_epoch(self, ctx: Context) -> None:
         seen = OutputStatistics(len(self.centroids), self.centroids.device)
-        for batch, said in ctx.sweep("train", of="student"):
-            assert said.logits is not None
-            seen.add(said.logits, batch["label"])
+        for batch, signals in ctx.sweep("train", of="student"):
+            assert signals.logits is not None
+            seen.add(signals.logits, batch["label"])
         if ctx.progress.epoch == 0 or self.when == "epoch":
             self.centroids.copy_(seen.centroids())
         now = seen.accuracy()
@@ -176,7 +194,8 @@ class MCMI(Objective):
             self.first_accuracy.fill_(now)
         elif now < float(self.first_accuracy) - self.guard:
             raise UserError(
-                f"mcmi: fine-tuning ran away: training accuracy fell from {float(self.first_accuracy):.3f} to {now:.3f} after epoch {ctx.progress.epoch} "
+                f"mcmi: fine-tuning ran away: training accuracy fell from {float(self.first_accuracy):.3f} to "
+                f"{now:.3f} after epoch {ctx.progress.epoch} "
                 f"(lam {self.lam}, centroids: {self.when}); lower lam or the learning rate, or use centroids: epoch."
             )
 
@@ -195,7 +214,9 @@ class MCMI(Objective):
             training, network = ctx.student.training, ctx.student.eval()
             logits = network(images)
             network.train(training)
-        self.centroids.copy_(updated_centroids(self.centroids, logits.view(len(self._rows), self.samples, -1), self.decay))
+        self.centroids.copy_(
+            updated_centroids(self.centroids, logits.view(len(self._rows), self.samples, -1), self.decay)
+        )
 
     def forward(self, student: Signals, teacher: Signals, batch: Batch, progress: Progress) -> dict[str, Tensor]:
         hard_only("mcmi", batch["label"])
@@ -208,13 +229,20 @@ class MCMI(Objective):
 class FineTune(Spec):
     """The teacher's second stage."""
 
-    lam: float = Field(0.15, ge=0, description="Weight of the conditional mutual information; 0: the same fine-tuning by likelihood alone.")
+    lam: float = Field(
+        0.15,
+        ge=0,
+        description="Weight of the conditional mutual information; 0: the same fine-tuning by likelihood alone.",
+    )
     centroids: Centroids = Field(
-        "epoch", description="epoch: class means anew at every epoch; once: of the first teacher, as published; ema: moved per batch."
+        "epoch",
+        description="epoch: class means at every epoch; once: of the first teacher, as published; ema: per batch.",
     )
     decay: float = Field(0.9999, ge=0, lt=1, description="ema: how much of a centroid stays.")
     samples: int = Field(8, ge=1, description="ema: samples of every class a step.")
-    guard: float = Field(0.1, gt=0, description="Stop with an error where training accuracy has fallen by more than this.")
+    guard: float = Field(
+        0.1, gt=0, description="Stop with an error where training accuracy has fallen by more than this."
+    )
     train: TrainSpec = Field(default_factory=lambda: TrainSpec(epochs=20, batch_size=64))
 
 
@@ -225,7 +253,10 @@ class Config(MethodConfig):
     student: Model
     objectives: Objectives
     train: TrainSpec = Field(default_factory=TrainSpec)
-    omit: list[int] = Field(default_factory=list, description="Class ids that the student never sees (zero-shot); it is still judged on them.")
+    omit: list[int] = Field(
+        default_factory=list,
+        description="Class ids that the student never sees (zero-shot); it is still judged on them.",
+    )
     evaluate: list[str] = Field(default_factory=lambda: ["accuracy", "calibration", "cost"])
 
 
@@ -236,17 +267,35 @@ class MaximisedInformation(Method[Config]):
         source = config.teacher.data or config.data
         stages = []
         if config.teacher.train is not None:
-            stages.append(Stage("teacher", "train the teacher with cross-entropy (kept, shared)", {"teacher": config.teacher.model}))
-        if config.fine_tune is not None:
-            steps = config.fine_tune.train.epochs * len(run.loader(source, "train", config.fine_tune.train.batch_size, train=True))
             stages.append(
-                Stage("mcmi", f"fine-tune it by likelihood and {config.fine_tune.lam:g} times conditional information (kept, shared)", steps=steps)
+                Stage(
+                    "teacher",
+                    "train the teacher with cross-entropy (stored, shared)",
+                    {"teacher": config.teacher.model},
+                )
+            )
+        if config.fine_tune is not None:
+            steps = config.fine_tune.train.epochs * len(
+                run.loader(source, "train", config.fine_tune.train.batch_size, train=True)
+            )
+            stages.append(
+                Stage(
+                    "mcmi",
+                    f"fine-tune it by likelihood and {config.fine_tune.lam:g} times conditional information (stored, "
+                    "shared)",
+                    steps=steps,
+                )
             )
         losses = " + ".join(o.name for o in config.objectives)
         seen = f" without class {', '.join(map(str, config.omit))}" if config.omit else ""
         steps = config.train.epochs * len(self._student_loader(config, run, train=True))
         stages.append(
-            Stage("student", f"train the student on {run.data(config.data).name}{seen} with {losses}", {"student": config.student.model}, steps=steps)
+            Stage(
+                "student",
+                f"train the student on {run.data(config.data).name}{seen} with {losses}",
+                {"student": config.student.model},
+                steps=steps,
+            )
         )
         return stages
 
@@ -259,7 +308,11 @@ class MaximisedInformation(Method[Config]):
             facts = tuned["figures"]
         student = run.model(config.student, config.data)
         module = Distillation(
-            student, teacher, [objective_from_spec(o) for o in config.objectives], seed=run.seed, embedding=config.student.embedding
+            student,
+            teacher,
+            [objective_from_spec(o) for o in config.objectives],
+            seed=run.seed,
+            embedding=config.student.embedding,
         )
         loader = self._student_loader(config, run, train=True)
         splits = {**run.splits(config.data), "train": self._student_loader(config, run, train=False)}
@@ -271,7 +324,8 @@ class MaximisedInformation(Method[Config]):
         return run.student(student, config.student, config.data, figures)
 
     def _fine_tune(self, config: Config, run: Run, first: Frozen) -> dict[str, Any]:
-        """The teacher's weights after fine-tuning, and its figures: test accuracy and nll, and the information on training data, before and after."""
+        """The teacher's weights after fine-tuning, and its figures: test accuracy and nll, and the information on
+        training data, before and after."""
         spec, tune = config.teacher, config.fine_tune
         assert tune is not None
         data = spec.data or config.data
@@ -282,19 +336,32 @@ class MaximisedInformation(Method[Config]):
                 network = copy.deepcopy(first.model).to(run.device)
                 measured = run.loader(data, "train")
                 before = information_of(network, measured, run.device)
-                objective = MCMI(tune.lam, tune.centroids, tune.decay, tune.samples, tune.guard, images=bundle.dataset("train", train=False))
+                objective = MCMI(
+                    tune.lam,
+                    tune.centroids,
+                    tune.decay,
+                    tune.samples,
+                    tune.guard,
+                    images=bundle.dataset("train", train=False),
+                )
                 module = Distillation(network, None, [objective], seed=run.seed)
                 check, figured = run.validation(data), run.validating(data)
                 judge = None if figured is None else lambda m, d: {**figured(m, d), "cmi": information_of(m, check, d)}
                 loader = run.loader(data, "train", tune.train.batch_size, train=True)
                 run.fit("mcmi", module, loader, tune.train, evaluate=judge, splits=run.splits(data))
                 module.close()
-                figures = evaluate_classifier(network, run.loader(data, "test"), run.device, ["accuracy", "calibration"])
+                figures = evaluate_classifier(
+                    network, run.loader(data, "test"), run.device, ["accuracy", "calibration"]
+                )
                 figures |= {"cmi": information_of(network, measured, run.device), "cmi_before": before}
                 return {"weights": state_on_cpu(network), "figures": figures}
 
         options = {**tune.model_dump(mode="json"), "train": tune.train.identity()}
-        return run.stage("mcmi", make, {"tune": options, "from": first.fingerprint(), "data": bundle.fingerprint, "seed": spec.seed or 0})
+        return run.stage(
+            "mcmi",
+            make,
+            {"tune": options, "from": first.fingerprint(), "data": bundle.fingerprint, "seed": spec.seed or 0},
+        )
 
     def _student_loader(self, config: Config, run: Run, train: bool) -> Loader:
         """The student's training samples: all, or those of classes that are not omitted."""
@@ -312,7 +379,10 @@ class MaximisedInformation(Method[Config]):
         """Test accuracy on the classes that the student never saw, and on the others."""
         logits, labels = collect_logits(student, run.loader(config.data, "test"), next(student.parameters()).device)
         correct, hidden = logits.argmax(-1) == labels, torch.isin(labels, torch.tensor(config.omit))
-        return {"accuracy_omitted": correct[hidden].double().mean().item(), "accuracy_seen": correct[~hidden].double().mean().item()}
+        return {
+            "accuracy_omitted": correct[hidden].double().mean().item(),
+            "accuracy_seen": correct[~hidden].double().mean().item(),
+        }
 
 
 def information_of(network: nn.Module, loader: Iterable[Batch], device: torch.device) -> float:

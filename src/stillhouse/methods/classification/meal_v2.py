@@ -1,4 +1,5 @@
-"""MEAL V2: fine-tune a trained student on the averaged probabilities of several teachers, with a small discriminator, without labels or weight decay.
+"""MEAL V2: fine-tune a trained student on the averaged probabilities of several teachers, with a small discriminator,
+without labels or weight decay.
 
 paper: MEAL V2: Boosting Vanilla ResNet-50 to 80%+ Top-1 Accuracy on ImageNet without Tricks
 venue: NeurIPS 2020 workshop Beyond BackPropagation
@@ -6,15 +7,18 @@ arxiv: 2009.08453
 task: classification
 family: logits
 use when: a trained student should gain from two or more strong teachers with the same classes
-needs: teachers (one or more), and a student that is pretrained, has a checkpoint, or is trained with labels first (`initial`)
+needs: teachers (one or more), and a student that is pretrained, has a checkpoint, or is trained with labels first
+(`initial`)
 
-Labels are used only in `initial`, the student's training before, where it has no weights. The paper calls the discriminator adversarial; in the released
-code student and discriminator minimise the same loss in one optimiser, which is followed; `adversarial: true` reverses the gradient to the student. The
-code makes the discriminator's group at rate 1e-4 but then gives it the student's rate, which is the default here (`discriminator.lr` for another).
-Its layers are C, C // K, C // K // K and 2 wide, at least 1 (K = 8; choose K = 2 for ten classes); its last layer ends in a ReLU as in the code, so its loss
-may rest at ln 2 = 0.693, where it does nothing. The FKD variant, in which it sees probabilities, is `sees: probabilities`; soft labels stored per crop are
-not read, as teachers answer live. Mixed images (`data.cutmix: 1`, the paper's further gain) need no mixed labels, as teachers see the same image. All
-networks see one input size and normalisation. The similarity loss is a cross-entropy: its least value is the teachers' entropy, not 0.
+Labels are used only in `initial`, the student's training before, where it has no weights. The paper calls the
+discriminator adversarial; in the released code student and discriminator minimise the same loss in one optimiser, which
+is followed; `adversarial: true` reverses the gradient to the student. The code makes the discriminator's group at rate
+1e-4 but then gives it the student's rate, which is the default here (`discriminator.lr` for another). Its layers are C,
+C // K, C // K // K and 2 wide, at least 1 (K = 8; choose K = 2 for ten classes); its last layer ends in a ReLU as in
+the code, so its loss may rest at ln 2 = 0.693, where it does nothing. The FKD variant, in which it sees probabilities,
+is `sees: probabilities`; soft labels stored per crop are not read, as teachers answer live. Mixed images (`data.cutmix:
+1`, the paper's further gain) need no mixed labels, as teachers see the same image. All networks see one input size and
+normalisation. The similarity loss is a cross-entropy: its least value is the teachers' entropy, not 0.
 """
 
 from __future__ import annotations
@@ -44,13 +48,15 @@ from stillhouse.signals import Batch, Signals
 
 @full_precision
 def averaged(teacher_logits: Tensor) -> tuple[Tensor, Tensor]:
-    """The mean probabilities, which teach the student, and the mean logits, which the discriminator sees; (M, B, C) -> (B, C) and (B, C), constants."""
+    """The mean probabilities, which teach the student, and the mean logits, which the discriminator sees; (M, B, C) ->
+    (B, C) and (B, C), constants."""
     logits = teacher_logits.detach()
     return torch.softmax(logits, dim=-1).mean(0), logits.mean(0)
 
 
 class Discriminator(nn.Module):
-    """Tells students' rows (B, C) from teachers': three linear layers (1x1 convolutions in the released code), each with a ReLU, C -> C/K -> C/K^2 -> 2.
+    """Tells students' rows (B, C) from teachers': three linear layers (1x1 convolutions in the released code), each
+    with a ReLU, C -> C/K -> C/K^2 -> 2.
 
     Args:
         classes: C.
@@ -70,7 +76,8 @@ class Discriminator(nn.Module):
 
 @full_precision
 def discriminator_loss(verdict: Tensor) -> Tensor:
-    """Binary cross-entropy of the verdicts (2B, 2), the students' B rows first, the teachers' after them; mean over all entries."""
+    """Binary cross-entropy of the verdicts (2B, 2), the students' B rows first, the teachers' after them; mean over all
+    entries."""
     target = torch.eye(2, dtype=verdict.dtype, device=verdict.device).repeat_interleave(len(verdict) // 2, dim=0)
     return F.binary_cross_entropy_with_logits(verdict, target)
 
@@ -104,7 +111,12 @@ class MealV2(Objective):
         if not 0 <= hard_labels <= 1:
             raise UserError(f"meal_v2: hard_labels must lie between 0 and 1; given: {hard_labels}.")
         checks.options("meal_v2", positive={"reduction": reduction}, non_negative={"weight": weight})
-        self.hard_labels, self.has_discriminator, self.sees, self.reduction = hard_labels, discriminator, sees, reduction
+        self.hard_labels, self.has_discriminator, self.sees, self.reduction = (
+            hard_labels,
+            discriminator,
+            sees,
+            reduction,
+        )
         self.weight, self.lr, self.adversarial = weight, lr, adversarial
         self.discriminator: Discriminator | None = None
         self.needs = frozenset({"student.logits", "teacher.logits"} | ({"label"} if hard_labels else set()))
@@ -127,12 +139,17 @@ class MealV2(Objective):
         elif self.discriminator is None or self.sees == "probabilities":
             target = seen = teacher.log_probs().exp()
         else:
-            raise UserError(f"meal_v2: the teacher '{self.teacher}' gives no logits for the discriminator to see; set sees: probabilities.")
+            raise UserError(
+                f"meal_v2: the teacher '{self.teacher}' gives no logits for the discriminator to see; set sees: "
+                "probabilities."
+            )
         checks.same_classes("meal_v2", logits, target)
         terms = {"similarity": soft_cross_entropy(logits, self._with_labels(target, logits, batch))}
         if self.discriminator is not None:
             rows = (logits, seen) if self.sees == "logits" else (torch.softmax(logits, dim=-1), target)
-            mine = 2 * rows[0].detach() - rows[0] if self.adversarial else rows[0]  # the same value, the gradient reversed
+            mine = (
+                2 * rows[0].detach() - rows[0] if self.adversarial else rows[0]
+            )  # the same value, the gradient reversed
             terms["discriminator"] = self.weight * discriminator_loss(self.discriminator(torch.cat([mine, rows[1]])))
         return terms
 
@@ -149,7 +166,9 @@ class DiscriminatorSpec(Spec):
     """The discriminator on final outputs."""
 
     sees: Literal["logits", "probabilities"] = "logits"
-    reduction: int = Field(8, ge=1, description="K: each of its first two layers is so many times narrower than the one before.")
+    reduction: int = Field(
+        8, ge=1, description="K: each of its first two layers is so many times narrower than the one before."
+    )
     weight: float = Field(1.0, ge=0)
     lr: float | None = Field(None, gt=0, description="Its learning rate; default: the student's.")
     adversarial: bool = Field(False, description="Reverse its gradient to the student.")
@@ -160,13 +179,18 @@ class Config(MethodConfig):
     teacher: Teacher = Field(description="Usually an `ensemble` of two.")
     student: Model
     initial: TrainSpec | None = Field(
-        None, description="The student's training with labels before, kept by content; None: it has weights, or starts from scratch."
+        None,
+        description="The student's training with labels before, stored by content; None: it has weights, or starts "
+        "from scratch.",
     )
     hard_labels: float = Field(0.0, ge=0, le=1, description="Share of the label in the target; 0 in the paper.")
     discriminator: DiscriminatorSpec | None = Field(default_factory=DiscriminatorSpec)
-    train: TrainSpec = Field(description="The fine-tuning; without weight decay unless train.optimizer.weight_decay says otherwise.")
+    train: TrainSpec = Field(
+        description="The fine-tuning; without weight decay unless train.optimizer.weight_decay is set."
+    )
     evaluate: list[str] = Field(
-        default_factory=lambda: ["accuracy", "calibration", "cost"], description="Groups of figures: accuracy, calibration, cost."
+        default_factory=lambda: ["accuracy", "calibration", "cost"],
+        description="Groups of figures: accuracy, calibration, cost.",
     )
 
     @model_validator(mode="before")
@@ -175,7 +199,10 @@ class Config(MethodConfig):
         train = value.get("train") if isinstance(value, dict) else None
         if not isinstance(train, dict) or not isinstance(train.get("optimizer", {}), dict):
             return value
-        return {**value, "train": {**train, "optimizer": {"lr": 0.01, "weight_decay": 0.0, **train.get("optimizer", {})}}}
+        return {
+            **value,
+            "train": {**train, "optimizer": {"lr": 0.01, "weight_decay": 0.0, **train.get("optimizer", {})}},
+        }
 
 
 class MealV2Method(Method[Config]):
@@ -183,15 +210,28 @@ class MealV2Method(Method[Config]):
         stages = []
         for member in config.teacher.ensemble or [config.teacher]:
             if member.model and member.train and not member.checkpoint:
-                steps = member.train.epochs * len(run.loader(member.data or config.data, "train", member.train.batch_size, train=True))
+                steps = member.train.epochs * len(
+                    run.loader(member.data or config.data, "train", member.train.batch_size, train=True)
+                )
                 network = describe(member.model, run.model(member.network, config.data, "teacher", member.seed or 0))
-                stages.append(Stage("teacher", "train a teacher with cross-entropy (kept, shared)", {"teacher": network}, steps=steps))
+                stages.append(
+                    Stage(
+                        "teacher",
+                        "train a teacher with cross-entropy (stored, shared)",
+                        {"teacher": network},
+                        steps=steps,
+                    )
+                )
         student = {"student": describe(config.student.model, run.model(config.student, config.data))}
         if config.initial is not None:
             steps = config.initial.epochs * len(run.loader(config.data, "train", config.initial.batch_size, train=True))
-            stages.append(Stage("initial", "train the student with cross-entropy (kept, shared)", student, steps=steps))
+            stages.append(
+                Stage("initial", "train the student with cross-entropy (stored, shared)", student, steps=steps)
+            )
         steps = config.train.epochs * len(run.loader(config.data, "train", config.train.batch_size, train=True))
-        stages.append(Stage("student", "fine-tune the student on the teachers' averaged probabilities", student, steps=steps))
+        stages.append(
+            Stage("student", "fine-tune the student on the teachers' averaged probabilities", student, steps=steps)
+        )
         return stages
 
     def run(self, config: Config, run: Run) -> Student:
@@ -201,11 +241,22 @@ class MealV2Method(Method[Config]):
         if config.initial is not None:
             before = run.trained("initial", student, config.student, config.initial, config.data, run.seed)
             student.load_state_dict(before["weights"])
-            figures = {f"initial_{name}": value for name, value in before["figures"].items() if name in ("accuracy", "nll")}
+            figures = {
+                f"initial_{name}": value for name, value in before["figures"].items() if name in ("accuracy", "nll")
+            }
         options = {"discriminator": False} if config.discriminator is None else config.discriminator.model_dump()
-        module = Distillation(student, teacher, [Weighted(MealV2(config.hard_labels, **options), 1.0, "meal_v2")], seed=run.seed)
+        module = Distillation(
+            student, teacher, [Weighted(MealV2(config.hard_labels, **options), 1.0, "meal_v2")], seed=run.seed
+        )
         loader = run.loader(config.data, "train", config.train.batch_size, train=True)
-        fitted = run.fit("student", module, loader, config.train, evaluate=run.validating(config.data), splits=run.splits(config.data))
+        fitted = run.fit(
+            "student",
+            module,
+            loader,
+            config.train,
+            evaluate=run.validating(config.data),
+            splits=run.splits(config.data),
+        )
         module.close()
         run.record["weights"] = {"teacher": teacher.fingerprint()} if hasattr(teacher, "fingerprint") else {}
         return run.student(student, config.student, config.data, {**figures, "train_seconds": fitted.seconds})

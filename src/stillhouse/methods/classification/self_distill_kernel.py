@@ -1,4 +1,5 @@
-"""Kernel self-distillation: a model is refitted to its own predictions and to the labels, with the best weight between the two at every step.
+"""Kernel self-distillation: a model is refitted to its own predictions and to the labels, with the best weight between
+the two at every step.
 
 paper: Even your Teacher Needs Guidance: Ground-Truth Targets Dampen Regularization Imposed by Self-Distillation
 venue: NeurIPS 2021
@@ -8,14 +9,16 @@ family: self-distillation
 use when: labels are noisy or the model fits them too closely, and a second, equally large model of itself is affordable
 needs: labels; validation data for alpha: optimal
 
-With `kernel`: ridge regression on one-hot labels minus 1/C [choice for classification], every step, the limit and the best weights in closed form
-(`KernelSelfDistillation`, an estimator of its own like those of scikit-learn). The kernel sees pixels in [0, 1]. The limit of a constant alpha is one ridge fit with
-lambda / alpha. With `student`: networks trained with MSE on probabilities; alpha: optimal trains, at each step, one student with alpha 0, estimates
-the best weight from the validation outputs of it and of the first model, and trains the step's student once with that: three trainings in place of
-a grid. The script adds `reg_coef` times the sum of unsquared norms of all parameters; the default here is the optimiser's weight decay, and
-`reg_coef` is there for the script's numbers. The script's epochs keep the best validation checkpoint: `train.best`. The best weight is clipped to
-[0, 1]. Leave-one-out predictions in place of validation data are not offered. With a kernel, which is deterministic, the run's seed is added to
-data.seed. Class ids only.
+With `kernel`: ridge regression on one-hot labels minus 1/C [choice for classification], every step, the limit and the
+best weights in closed form (`KernelSelfDistillation`, an estimator of its own like those of scikit-learn). The kernel
+sees pixels in [0, 1]. The limit of a constant alpha is one ridge fit with lambda / alpha. With `student`: networks
+trained with MSE on probabilities; alpha: optimal trains, at each step, one student with alpha 0, estimates the best
+weight from the validation outputs of it and of the first model, and trains the step's student once with that: three
+trainings in place of a grid. The script adds `reg_coef` times the sum of unsquared norms of all parameters; the default
+here is the optimiser's weight decay, and `reg_coef` is there for the script's numbers. The script's epochs keep the
+best validation checkpoint: `train.best`. The best weight is clipped to [0, 1]. Leave-one-out predictions in place of
+validation data are not offered. With a kernel, which is deterministic, the run's seed is added to data.seed. Class ids
+only.
 """
 
 from __future__ import annotations
@@ -58,7 +61,8 @@ KERNELS: dict[str, Callable[[Tensor, Tensor, float], Tensor]] = {
 
 
 def optimal_weight(target: Tensor, plain: Tensor, pure: Tensor) -> float:
-    """The weight alpha of the labels that is best for these targets: <y - g0, g1 - g0> / |g1 - g0|^2, not clipped (eq. of the optimal alpha).
+    """The weight alpha of the labels that is best for these targets: <y - g0, g1 - g0> / |g1 - g0|^2, not clipped (eq.
+    of the optimal alpha).
 
     Args:
         target: validation targets, (n,) or (n, q).
@@ -67,7 +71,8 @@ def optimal_weight(target: Tensor, plain: Tensor, pure: Tensor) -> float:
     """
     if not target.shape == plain.shape == pure.shape:
         raise UserError(
-            f"Targets and both predictions must have one shape; given: {tuple(target.shape)}, {tuple(plain.shape)}, {tuple(pure.shape)}."
+            f"Targets and both predictions must have one shape; given: {tuple(target.shape)}, {tuple(plain.shape)}, "
+            f"{tuple(pure.shape)}."
         )
     y, g1, g0 = target.double(), plain.double(), pure.double()
     apart = g1 - g0
@@ -91,7 +96,8 @@ class KernelSelfDistillation:
         gamma: its scale.
         ridge: lambda > 0, not multiplied by the number of points.
         steps: how many fits.
-        alpha: weight of the labels at each refit, in [0, 1]: one number, or one a step (the first is not used: step 1 has no predecessor).
+        alpha: weight of the labels at each refit, in [0, 1]: one number, or one a step (the first is not used: step 1
+            has no predecessor).
 
     Raises:
         UserError: an unknown kernel, or options out of range.
@@ -114,7 +120,8 @@ class KernelSelfDistillation:
             raise unknown("kernel", kernel, KERNELS)
         if not ridge > 0 or not gamma > 0 or steps < 1:
             raise UserError(
-                f"ridge and gamma must be above 0 and steps at least 1; given: ridge {ridge}, gamma {gamma}, steps {steps}."
+                f"ridge and gamma must be above 0 and steps at least 1; given: ridge {ridge}, gamma {gamma}, steps "
+                f"{steps}."
             )
         alphas = [float(alpha)] * steps if isinstance(alpha, int | float) else [float(a) for a in alpha]
         if len(alphas) != steps:
@@ -141,7 +148,8 @@ class KernelSelfDistillation:
         return KERNELS[self.kernel](x.double(), self.x, self.gamma)
 
     def shrinkage(self, step: Step) -> Tensor:
-        """The diagonal of B_t, (n,), by falling eigenvalue: how much of each eigen-direction of the labels is left after so many steps."""
+        """The diagonal of B_t, (n,), by falling eigenvalue: how much of each eigen-direction of the labels is left
+        after so many steps."""
         plain = self.eigenvalues / (self.eigenvalues + self.ridge)
         if step == "limit":
             alpha = self._constant()
@@ -167,19 +175,23 @@ class KernelSelfDistillation:
         return self._shaped(self.gram(x) @ self.coefficients(self.steps if step is None else step))
 
     def fitted(self, step: Step) -> Tensor:
-        """Predictions on the training points: the targets of the next step beside the labels."""
+        """Predictions on the training points: together with the labels the targets of the next step."""
         return self._shaped(self._vectors @ (self.shrinkage(step)[:, None] * self._rotated))
 
     def optimal_alpha(self, x: Tensor, y: Tensor, step: int) -> float:
-        """The best weight at a step (from 2 on), given those before it, for validation points; not clipped. Training points would give 1 or more."""
+        """The best weight at a step (from 2 on), given those before it, for validation points; not clipped.
+
+        Training points would give 1 or more.
+        """
         if self._checked(step) < 2:
-            raise UserError("Step 1 is the ordinary fit whatever its weight; ask for the weight of step 2 or later.")
+            raise UserError("Step 1 is the ordinary fit whatever its weight; take the weight of step 2 or later.")
         pure = self._vectors @ ((self.shrinkage(step - 1) / (self.eigenvalues + self.ridge))[:, None] * self._rotated)
         kernel = self.gram(x)
         return optimal_weight(y.double().reshape(len(y), -1), kernel @ self.coefficients(1), kernel @ pure)
 
     def choose_alphas(self, x: Tensor, y: Tensor) -> list[float]:
-        """Set each step's weight to its optimum for validation points x (m, p) and targets y, clipped to [0, 1]; returns the unclipped ones."""
+        """Set each step's weight to its optimum for validation points x (m, p) and targets y, clipped to [0, 1];
+        returns the unclipped ones."""
         found = []
         for step in range(2, self.steps + 1):
             found.append(self.optimal_alpha(x, y, step))
@@ -203,7 +215,8 @@ class KernelSelfDistillation:
 
 @full_precision
 def weighted_targets_loss(logits: Tensor, labels: Tensor, teacher_probs: Tensor | None, alpha: float) -> Tensor:
-    """alpha MSE(softmax z, one-hot y) + (1 - alpha) MSE(softmax z, teacher), means over B * C entries; without a teacher, the first term alone.
+    """alpha MSE(softmax z, one-hot y) + (1 - alpha) MSE(softmax z, teacher), means over B * C entries; without a
+    teacher, the first term alone.
 
     Args:
         logits: (B, C).
@@ -305,13 +318,17 @@ class Config(MethodConfig):
 
     @property
     def sample(self) -> DataSpec:
-        """The data. A kernel machine has nothing random in it, so with one the run's seed also draws the subset, the noise and the split."""
+        """The data.
+
+        A kernel machine has nothing random in it, so with one the run's seed also draws the subset, the noise and the
+        split.
+        """
         return self.data if self.kernel is None else self.data.model_copy(update={"seed": self.data.seed + self.seed})
 
 
 @dataclass
 class KernelClassifier(Product):
-    """A kernel machine of one step (or the limit): classes are told by the largest of k(x, X) coefficients + 1/C.
+    """A kernel machine of one step (or the limit): the class is the largest of k(x, X) coefficients + 1/C.
 
     Attributes:
         points: X, (n, p) pixels in [0, 1]; coefficients: (n, C), float64.
@@ -348,12 +365,12 @@ class KernelClassifier(Product):
     def load(cls, folder: Path, trust_code: bool = False) -> KernelClassifier:
         from safetensors.torch import load_file
 
-        meta, held = read_meta(folder), load_file(str(Path(folder) / "model.safetensors"))
+        meta, tensors = read_meta(folder), load_file(str(Path(folder) / "model.safetensors"))
         return cls(
             meta["kernel"],
             meta["gamma"],
-            held["points"],
-            held["coefficients"],
+            tensors["points"],
+            tensors["coefficients"],
             tuple(meta["mean"]),
             tuple(meta["std"]),
             meta["classes"],
@@ -373,7 +390,8 @@ def judge(product: KernelClassifier, run: Run) -> dict[str, float]:
 
 
 def pixels(inputs: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:
-    """Normalised inputs (B, ...) as rows of pixels in [0, 1], (B, p) float64; inputs without normalisation as they are."""
+    """Normalised inputs (B, ...) as rows of pixels in [0, 1], (B, p) float64; inputs without normalisation as they
+    are."""
     x = inputs.double()
     if mean:
         shape = (1, -1, *[1] * (x.ndim - 2))
@@ -394,14 +412,16 @@ class SelfDistillation(Method[Config]):
     def plan(self, config: Config, run: Run) -> list[Stage]:
         if run.validation(config.sample) is None and (config.alpha == "optimal" or config.keep == "best"):
             raise UserError(
-                "alpha: optimal and keep: best need validation data: set data.val to a share above 0, or alpha to a number."
+                "alpha: optimal and keep: best need validation data: set data.val to a share above 0, or alpha to a "
+                "number."
             )
         if config.kernel is not None:
             count = len(run.data(config.sample).dataset("train", train=False))
             return [
                 Stage(
                     "chain",
-                    f"decompose a {config.kernel.name} kernel of {count} samples, and take {config.steps} steps in closed form",
+                    f"decompose a {config.kernel.name} kernel of {count} samples, and take {config.steps} steps in "
+                    "closed form",
                 )
             ]
         assert config.student is not None
@@ -421,7 +441,7 @@ class SelfDistillation(Method[Config]):
     def run(self, config: Config, run: Run) -> KernelClassifier | Student:
         return self._kernel(config, run) if config.kernel is not None else self._networks(config, run)
 
-    # ---- kernels, in closed form -----------------------------------------------------------------------------------------------------------
+    # ---- kernels, in closed form -------------------------------------------------------------------------------------
 
     def _kernel(self, config: Config, run: Run) -> KernelClassifier:
         spec, bundle = config.kernel, run.data(config.sample)
@@ -463,7 +483,7 @@ class SelfDistillation(Method[Config]):
             figures,
         )
 
-    # ---- networks --------------------------------------------------------------------------------------------------------------------------
+    # ---- networks ----------------------------------------------------------------------------------------------------
 
     def _networks(self, config: Config, run: Run) -> Student:
         assert config.student is not None

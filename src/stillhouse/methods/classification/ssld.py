@@ -1,4 +1,5 @@
-"""SSLD: distil without labels on the target images and many unlabelled ones that the teacher picks, then shortly on the target images alone.
+"""SSLD: distil without labels on the target images and many unlabelled ones that the teacher picks, then shortly on the
+target images alone.
 
 paper: Beyond Self-Supervision: A Simple Yet Effective Network Distillation Alternative to Improve Backbones
 venue: arXiv 2021
@@ -8,14 +9,17 @@ family: logits, unlabelled data
 use when: there is a strong teacher and a pool of images without labels
 needs: teacher logits, a pool of unlabelled images; no labels
 
-The pool is cleaned of near-duplicates of test images, the teacher says a class and a score for each image, and of every class the `per_class` highest stay.
-Stage 1 trains on the target images and these, stage 2 (`finetune`) on the target images with 1/100 of the rate, stage 3 (`fix`, off by default) only the
-classifier at a larger resolution with test preprocessing. Labels enter no loss. The loss is the symmetrised KL divergence of the released code (release/2.0,
-eps 1e-10), though paper and guide call it Jensen-Shannon; `loss: ce` is the soft cross-entropy of its later settings, `loss: jensen_shannon` the true one,
-which was not run. `teacher_bn: batch` normalises the teacher by the batch, as the authors found better, and leaves its running statistics alone.
-Simplifications: duplicates are found by the correlation of grey 16x16 thumbnails and their mirror images (the paper matches SIFT features), and those of
-target images go too, as the pool may be cut from the same source (a choice); the picking model is the teacher (the paper's is its strongest teacher). The
-lower rates per stage for transfer to detection and segmentation are not here. `loss: labels`, without a pool, is the baseline.
+The pool is cleaned of near-duplicates of test images, the teacher gives a class and a score to each image, and of every
+class the `per_class` highest stay. Stage 1 trains on the target images and these, stage 2 (`finetune`) on the target
+images with 1/100 of the rate, stage 3 (`fix`, off by default) only the classifier at a larger resolution with test
+preprocessing. Labels enter no loss. The loss is the symmetrised KL divergence of the released code (release/2.0, eps
+1e-10), though paper and guide call it Jensen-Shannon; `loss: ce` is the soft cross-entropy of its later settings,
+`loss: jensen_shannon` the true one, which was not run. `teacher_bn: batch` normalises the teacher by the batch, as the
+authors found better, and leaves its running statistics alone. Simplifications: duplicates are found by the correlation
+of grey 16x16 thumbnails and their mirror images (the paper matches SIFT features), and those of target images go too,
+as the pool may be cut from the same source (a choice); the picking model is the teacher (the paper's is its strongest
+teacher). The lower rates per stage for transfer to detection and segmentation are not here. `loss: labels`, without a
+pool, is the baseline.
 """
 
 from __future__ import annotations
@@ -51,12 +55,13 @@ from stillhouse.signals import Batch, Signals, to_device
 THUMBNAIL = 16
 
 
-# ---- losses --------------------------------------------------------------------------------------------------------------------------------
+# ---- losses ----------------------------------------------------------------------------------------------------------
 
 
 @full_precision
 def symmetric_kl(student_logits: Tensor, teacher_logits: Tensor, eps: float = 1e-10) -> Tensor:
-    """(KL(q || p) + KL(p || q)) / 2 of the softmaxes, batch mean; `JSDivLoss` of release/2.0 (eps 1e-10), `DMLLoss` of develop (eps 1e-12).
+    """(KL(q || p) + KL(p || q)) / 2 of the softmaxes, batch mean; `JSDivLoss` of release/2.0 (eps 1e-10), `DMLLoss` of
+    develop (eps 1e-12).
 
     Args:
         student_logits, teacher_logits: (B, C); log-probabilities serve as well.
@@ -96,12 +101,16 @@ class Agreement(Objective):
         self.loss, self.eps = loss, eps
 
     def forward(self, student: Signals, teacher: Signals, batch: Batch, progress: Progress) -> dict[str, Tensor]:
-        said = teacher.log_probs()
+        predicted = teacher.log_probs()
         assert student.logits is not None
         if self.loss == "ce":
-            checks.same_classes("ssld", student.logits, said)
-            return {"loss": soft_cross_entropy(student.logits, said.exp())}
-        return {"loss": jensen_shannon(student.logits, said) if self.loss == "jensen_shannon" else symmetric_kl(student.logits, said, self.eps)}
+            checks.same_classes("ssld", student.logits, predicted)
+            return {"loss": soft_cross_entropy(student.logits, predicted.exp())}
+        return {
+            "loss": jensen_shannon(student.logits, predicted)
+            if self.loss == "jensen_shannon"
+            else symmetric_kl(student.logits, predicted, self.eps)
+        }
 
 
 class BatchStatistics(Frozen):
@@ -122,11 +131,12 @@ class BatchStatistics(Frozen):
                 m.training, m.track_running_stats = False, was
 
 
-# ---- which unlabelled images ---------------------------------------------------------------------------------------------------------------
+# ---- which unlabelled images -----------------------------------------------------------------------------------------
 
 
 def top_of_each_class(scores: Tensor, classes: Tensor, per_class: int) -> Tensor:
-    """Positions, rising, of the `per_class` highest scores of every class (all of a class that has fewer); (N,) and (N,) -> (n,)."""
+    """Positions, rising, of the `per_class` highest scores of every class (all of a class that has fewer); (N,) and
+    (N,) -> (n,)."""
     order = scores.argsort(descending=True, stable=True)
     order = order[classes[order].argsort(stable=True)]
     sizes = classes.bincount()
@@ -136,7 +146,8 @@ def top_of_each_class(scores: Tensor, classes: Tensor, per_class: int) -> Tensor
 
 
 def thumbnails(images: Tensor) -> Tensor:
-    """(B, C, H, W) -> (B, D) grey thumbnails, centred, of length one (0 for a constant image): their product is a correlation."""
+    """(B, C, H, W) -> (B, D) grey thumbnails, centred, of length one (0 for a constant image): their product is a
+    correlation."""
     grey = images.float().mean(1, keepdim=True)
     size = (min(THUMBNAIL, grey.shape[-2]), min(THUMBNAIL, grey.shape[-1]))
     small = F.adaptive_avg_pool2d(grey, size).flatten(1)
@@ -159,7 +170,7 @@ def near_duplicates(images: Tensor, others: Tensor, similarity: float) -> Tensor
     return twin
 
 
-# ---- the procedure -------------------------------------------------------------------------------------------------------------------------
+# ---- the procedure ---------------------------------------------------------------------------------------------------
 
 
 class FinetuneConfig(Spec):
@@ -182,7 +193,10 @@ class Config(MethodConfig):
     pool: Data | None = Field(None, description="Unlabelled images; their labels, where there are any, are not read.")
     per_class: int | None = Field(4000, ge=1, description="Images of the pool kept of every class; null keeps all.")
     duplicates: float = Field(
-        0.98, gt=0, description="Correlation of thumbnails from which a pool image is a duplicate of a test image; above 1: none is."
+        0.98,
+        gt=0,
+        description="Correlation of thumbnails from which a pool image is a duplicate of a test image; above 1: none "
+        "is.",
     )
     teacher: Teacher
     teacher_bn: Literal["eval", "batch"] = "eval"
@@ -204,15 +218,21 @@ class Config(MethodConfig):
 class SSLD(Method[Config]):
     def plan(self, config: Config, run: Run) -> list[Stage]:
         target = len(run.data(config.data).dataset("train", train=True))
-        stages = [Stage("teacher", "train the teacher with cross-entropy (kept, shared)")]
+        stages = [Stage("teacher", "train the teacher with cross-entropy (stored, shared)")]
         if config.pool is not None:
             images = len(run.data(config.pool).dataset("train", train=True))
-            stages.append(Stage("selection", f"let the teacher pick from {images} unlabelled images (kept, shared)"))
-        stages.append(Stage("student", f"train the student on {target} target images" + (" and those picked" if config.pool else "")))
+            stages.append(Stage("selection", f"let the teacher pick from {images} unlabelled images (stored, shared)"))
+        stages.append(
+            Stage(
+                "student", f"train the student on {target} target images" + (" and those picked" if config.pool else "")
+            )
+        )
         if config.finetune.epochs:
             stages.append(
                 Stage(
-                    "finetune", "train it on the target images with a lower rate", steps=config.finetune.epochs * (target // config.train.batch_size)
+                    "finetune",
+                    "train it on the target images with a lower rate",
+                    steps=config.finetune.epochs * (target // config.train.batch_size),
                 )
             )
         if config.fix:
@@ -242,8 +262,20 @@ class SSLD(Method[Config]):
         if config.fix:
             larger = config.data.model_copy(update={"image_size": config.fix.image_size, "augment": "plain"})
             spec = slower(config.train, config.fix.epochs, config.fix.rate)
-            seconds += self.fit("fix", config, run, student, teacher, Joined([target_part(run.data(larger))]), spec, larger, only_classifier=True)
-            figures["accuracy_larger"] = evaluate_classifier(student, run.loader(larger, "test"), run.device, ["accuracy"])["accuracy"]
+            seconds += self.fit(
+                "fix",
+                config,
+                run,
+                student,
+                teacher,
+                Joined([target_part(run.data(larger))]),
+                spec,
+                larger,
+                only_classifier=True,
+            )
+            figures["accuracy_larger"] = evaluate_classifier(
+                student, run.loader(larger, "test"), run.device, ["accuracy"]
+            )["accuracy"]
         return run.student(student, config.student, config.data, {"train_seconds": seconds, **figures})
 
     def fit(
@@ -261,8 +293,16 @@ class SSLD(Method[Config]):
         """One stage of training; the seconds it took."""
         objective = CrossEntropy() if config.loss == "labels" else Agreement(config.loss, config.eps)
         kind = OnlyClassifier if only_classifier else Distillation
-        module = kind(student, None if config.loss == "labels" else teacher, [objective], seed=run.seed, embedding=config.student.embedding)
-        loader = Loader(dataset, spec.batch_size, seed=run.seed, shuffle=True, drop_last=True, workers=data.workers, **share())
+        module = kind(
+            student,
+            None if config.loss == "labels" else teacher,
+            [objective],
+            seed=run.seed,
+            embedding=config.student.embedding,
+        )
+        loader = Loader(
+            dataset, spec.batch_size, seed=run.seed, shuffle=True, drop_last=True, workers=data.workers, **share()
+        )
         if isinstance(module, OnlyClassifier):
             module.choose(to_device(next(iter(loader)), next(student.parameters()).device))
         fitted = run.fit(name, module, loader, spec, evaluate=run.validating(data), splits=run.splits(data))
@@ -278,25 +318,34 @@ class SSLD(Method[Config]):
         def make() -> dict[str, Any]:
             teacher.to(run.device)
             judged = [_thumbnails(run.loader(config.data, s)) for s in ("test", "val") if target.has(s)]
-            test, own = torch.cat(judged) if judged else torch.zeros(0, 1), _thumbnails(run.loader(config.data, "train"))
+            test, own = (
+                torch.cat(judged) if judged else torch.zeros(0, 1),
+                _thumbnails(run.loader(config.data, "train")),
+            )
             scores, classes, in_test, in_target = [], [], [], []
             for batch in Loader(Joined([unlabelled(pool, target, train=False)]), 512):
-                score, said = teacher(to_device(batch, run.device)).log_probs().exp().max(-1)
+                score, predicted = teacher(to_device(batch, run.device)).log_probs().exp().max(-1)
                 scores.append(score.cpu())
-                classes.append(said.cpu())
+                classes.append(predicted.cpu())
                 in_test.append(near_duplicates(batch["input"], test, config.duplicates))
                 in_target.append(near_duplicates(batch["input"], own, config.duplicates))
-            score, said, test_twin, target_twin = (torch.cat(v) for v in (scores, classes, in_test, in_target))
+            score, predicted, test_twin, target_twin = (torch.cat(v) for v in (scores, classes, in_test, in_target))
             rows = (~(test_twin | target_twin)).nonzero()[:, 0]
-            kept = rows if config.per_class is None else rows[top_of_each_class(score[rows], said[rows], config.per_class)]
+            kept = (
+                rows
+                if config.per_class is None
+                else rows[top_of_each_class(score[rows], predicted[rows], config.per_class)]
+            )
             if not len(kept):
-                raise UserError("pool: no image is left when duplicates of test and target images are removed; give another pool.")
+                raise UserError(
+                    "pool: no image is left when duplicates of test and target images are removed; give another pool."
+                )
             figures = {
-                "pool_images": len(said),
+                "pool_images": len(predicted),
                 "pool_duplicates_of_test": int(test_twin.sum()),
                 "pool_duplicates_of_target": int(target_twin.sum()),
                 "pool_chosen": len(kept),
-                "pool_empty_classes": int((said[kept].bincount(minlength=target.num_classes) == 0).sum()),
+                "pool_empty_classes": int((predicted[kept].bincount(minlength=target.num_classes) == 0).sum()),
             }
             return {"chosen": {"rows": kept}, "figures": figures}
 

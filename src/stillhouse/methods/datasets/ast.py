@@ -8,11 +8,13 @@ family: dataset distillation
 use when: mtt is in use and better experts (momentum, weight decay) are to teach
 needs: real images with labels; a network without batch statistics; expert trajectories, trained here once and shared
 
-Experts: cross-entropy times a factor that rises to 1 over the first epochs (the code; the paper words it as clipping), and a penalty on the input gradient,
-normed over channels at every pixel (the code; `penalty_norm: image` is WGAN-GP's), in training alone. Images begin near the centres of k-means on an expert's
-logits. Each iteration perturbs the start's convolutions, unrolls SGD with momentum, weighs the inner loss by the start epoch (`balance`), and also matches the
-epochs in between (`middle`). `max_start` is the latest start, one less than the code's bound. Clusters are at most ipc, and give their nearest images in
-turn, each image once. Without penalty, factor, momentum, balance, noise and middle terms this is mtt. Evaluation reports the last epoch.
+Experts: cross-entropy times a factor that rises to 1 over the first epochs (the code; the paper words it as clipping),
+and a penalty on the input gradient, normed over channels at every pixel (the code; `penalty_norm: image` is WGAN-GP's),
+in training alone. Images begin near the centres of k-means on an expert's logits. Each iteration perturbs the start's
+convolutions, unrolls SGD with momentum, weighs the inner loss by the start epoch (`balance`), and also matches the
+epochs in between (`middle`). `max_start` is the latest start, one less than the code's bound. Clusters are at most ipc,
+and give their nearest images in turn, each image once. Without penalty, factor, momentum, balance, noise and middle
+terms this is mtt. Evaluation reports the last epoch.
 """
 
 from __future__ import annotations
@@ -37,7 +39,7 @@ from stillhouse.synthetic.initial import representative_rows
 from stillhouse.synthetic.pools import ExpertSpec, experts
 from stillhouse.synthetic.product import SyntheticSet
 from stillhouse.synthetic.real import RealImages
-from stillhouse.synthetic.synthesis import Held, Synthesis, plan
+from stillhouse.synthetic.synthesis import Synthesis, TensorState, plan
 
 PenaltyNorm = Literal["pixel", "image"]
 Middle = Literal["none", "agg", "adaptive"]
@@ -47,28 +49,42 @@ LAST = 8
 
 class Config(mtt.Config):
     experts: ExpertSpec = Field(
-        default_factory=lambda: ExpertSpec(lr=0.003, momentum=0.9, weight_decay=1e-3, drop=0.6), description="Published: 50 to 100 of 50 epochs."
+        default_factory=lambda: ExpertSpec(lr=0.003, momentum=0.9, weight_decay=1e-3, drop=0.6),
+        description="Published: 50 to 100 of 50 epochs.",
     )
-    clip_from: float = Field(0.5, gt=0, le=1, description="Experts: the factor of the loss in the first epoch; 1: none.")
+    clip_from: float = Field(
+        0.5, gt=0, le=1, description="Experts: the factor of the loss in the first epoch; 1: none."
+    )
     clip_epochs: int = Field(10, ge=1, description="Experts: epochs over which that factor rises to 1.")
     penalty: float = Field(2.0, ge=0, description="Experts: weight of the input-gradient penalty; 0: none.")
-    penalty_norm: PenaltyNorm = Field("pixel", description="Of the input's gradient: over the channels of a pixel, or over the image.")
-    init: Literal["noise", "real", "representative", "mix"] = Field("representative", description="How the images begin.")
+    penalty_norm: PenaltyNorm = Field(
+        "pixel", description="Of the input's gradient: over the channels of a pixel, or over the image."
+    )
+    init: Literal["noise", "real", "representative", "mix"] = Field(
+        "representative", description="How the images begin."
+    )
     clusters: int = Field(10, ge=1, description="representative: centres a class, at most ipc.")
     inner_momentum: float = Field(0.9, ge=0, lt=1, description="Of the inner steps.")
     balance: bool = Field(True, description="Weigh the inner loss by the start epoch.")
-    middle: Middle = Field("agg", description="Terms of the epochs between: none, each once (agg), or more the later (adaptive).")
+    middle: Middle = Field(
+        "agg", description="Terms of the epochs between: none, each once (agg), or more the later (adaptive)."
+    )
     perturb: float = Field(1.0, ge=0, description="Noise on the convolutions of the start, relative; 0: none.")
-    unroll: Literal["full", "last"] = Field("full", description="last: the graph of the last 8 inner steps alone.")  # type: ignore[assignment]
+    unroll: Literal["full", "last"] = Field(  # type: ignore[assignment]
+        "full", description="last: the graph of the last 8 inner steps alone."
+    )
 
     @model_validator(mode="after")
     def _epochs_have_steps(self) -> Config:
         if self.inner_steps < self.expert_epochs:
-            raise ValueError(f"inner_steps {self.inner_steps} is less than expert_epochs {self.expert_epochs}; an epoch needs a step or more")
+            raise ValueError(
+                f"inner_steps {self.inner_steps} is less than expert_epochs {self.expert_epochs}; an epoch needs a "
+                "step or more"
+            )
         return self
 
 
-# ---- experts -------------------------------------------------------------------------------------------------------------------------------
+# ---- experts ---------------------------------------------------------------------------------------------------------
 
 
 def loss_factor(epoch: int, start: float = 0.5, epochs: int = 10) -> float:
@@ -77,7 +93,8 @@ def loss_factor(epoch: int, start: float = 0.5, epochs: int = 10) -> float:
 
 
 def gradient_penalty(network: nn.Module, x: Tensor, norm: PenaltyNorm = "pixel") -> Tensor:
-    """Mean of (|d sum(logits) / dx| - 1)^2 over images (B, C, H, W) and pixels, with graph; the norm is over channels, or over all of an image."""
+    """Mean of (|d sum(logits) / dx| - 1)^2 over images (B, C, H, W) and pixels, with graph; the norm is over channels,
+    or over all of an image."""
     x = x.detach().requires_grad_()
     (gradient,) = torch.autograd.grad(network(x).sum(), x, create_graph=True)
     squares = gradient.float().square().sum(1 if norm == "pixel" else (1, 2, 3))
@@ -85,18 +102,25 @@ def gradient_penalty(network: nn.Module, x: Tensor, norm: PenaltyNorm = "pixel")
 
 
 def expert_loss(
-    network: nn.Module, x: Tensor, augmented: Tensor, labels: Tensor, factor: float = 1.0, penalty: float = 2.0, norm: PenaltyNorm = "pixel"
+    network: nn.Module,
+    x: Tensor,
+    augmented: Tensor,
+    labels: Tensor,
+    factor: float = 1.0,
+    penalty: float = 2.0,
+    norm: PenaltyNorm = "pixel",
 ) -> Tensor:
     """factor * CE(augmented) + penalty * `gradient_penalty`(x), a scalar."""
     loss = factor * F.cross_entropy(network(augmented), labels)
     return loss + penalty * gradient_penalty(network, x, norm) if penalty else loss
 
 
-# ---- matching ------------------------------------------------------------------------------------------------------------------------------
+# ---- matching --------------------------------------------------------------------------------------------------------
 
 
 def perturbed(parameters: Sequence[Tensor], noise: Sequence[Tensor], alpha: float = 1.0) -> list[Tensor]:
-    """p + alpha * d / |d|_F * p for the 4-D parameters (convolutions), with d the noise of each, in order; others as they are."""
+    """p + alpha * d / |d|_F * p for the 4-D parameters (convolutions), with d the noise of each, in order; others as
+    they are."""
     left = iter(noise)
     return [p + alpha * _unit(next(left)) * p if p.ndim == 4 else p for p in parameters]
 
@@ -106,15 +130,23 @@ def _unit(x: Tensor) -> Tensor:
 
 
 def balance_factor(start: int, bound: int, base: float = 5.0, offset: float = 8.0) -> float:
-    """Of the inner loss from a start epoch below `bound`: log_5(e - bound // 2 + 8) in the later half, 1 / log_5(bound // 2 - e + 8) before it."""
+    """Of the inner loss from a start epoch below `bound`: log_5(e - bound // 2 + 8) in the later half, 1 / log_5(bound
+    // 2 - e + 8) before it."""
     half = bound // 2
     return math.log(start - half + offset, base) if start >= half else 1 / math.log(half - start + offset, base)
 
 
 def momentum_path(
-    gradient: Gradient, start: Tensor, batches: Batches, lr: Tensor, momentum: float = 0.9, factor: float = 1.0, last: int | None = None
+    gradient: Gradient,
+    start: Tensor,
+    batches: Batches,
+    lr: Tensor,
+    momentum: float = 0.9,
+    factor: float = 1.0,
+    last: int | None = None,
 ) -> list[Tensor]:
-    """[theta_0, …, theta_N], each (P,): b_k = momentum b_{k-1} + factor g(theta_k), theta_{k+1} = theta_k - lr b_k, with the graph of every step.
+    """[theta_0, …, theta_N], each (P,): b_k = momentum b_{k-1} + factor g(theta_k), theta_{k+1} = theta_k - lr b_k,
+    with the graph of every step.
 
     Args:
         gradient: such as `Flat.gradient`.
@@ -133,7 +165,8 @@ def momentum_path(
 
 @full_precision
 def path_distances(path: list[Tensor], targets: Tensor) -> Tensor:
-    """(M,): after step floor(N / M) j the distance to targets[j - 1], and at the end that to the last, each relative to the distance of path[0] from it.
+    """(M,): after step floor(N / M) j the distance to targets[j - 1], and at the end that to the last, each relative to
+    the distance of path[0] from it.
 
     Args:
         path: theta_0 … theta_N, each (P,).
@@ -154,7 +187,11 @@ class SmoothExpertAlignment(Method[Config]):
         e = config.experts
         does = f"match {config.inner_steps} steps with momentum to {config.expert_epochs} epochs of a smooth expert"
         return [
-            Stage("expert", f"train {e.count} smooth experts for {e.epochs} epochs (kept, shared)", {"network": config.network.model}),
+            Stage(
+                "expert",
+                f"train {e.count} smooth experts for {e.epochs} epochs (stored, shared)",
+                {"network": config.network.model},
+            ),
             *plan(run, config, "ast", does, config.iterations),
         ]
 
@@ -174,7 +211,10 @@ class SmoothExpertAlignment(Method[Config]):
         if not config.iterations:
             return made.product()
         lr = nn.Parameter(torch.tensor(config.inner_lr, device=device))
-        groups: list[dict[str, Any]] = [{"params": [made.images], "lr": config.lr}, {"params": [lr], "lr": config.lr_lr}]
+        groups: list[dict[str, Any]] = [
+            {"params": [made.images], "lr": config.lr},
+            {"params": [lr], "lr": config.lr_lr},
+        ]
         optimiser = torch.optim.SGD(groups, momentum=config.momentum)
         weights = torch.tensor(path_weights(config.expert_epochs, config.middle), device=device)
 
@@ -189,7 +229,9 @@ class SmoothExpertAlignment(Method[Config]):
                 start = torch.cat([p.flatten() for p in perturbed(parameters, noise, config.perturb)])
             factor = balance_factor(epoch, config.max_start + 1) if config.balance else 1.0
             last = LAST if config.unroll == "last" else None
-            path = momentum_path(flat.gradient, start, mtt.inner_batches(made, config, i), lr, config.inner_momentum, factor, last)
+            path = momentum_path(
+                flat.gradient, start, mtt.inner_batches(made, config, i), lr, config.inner_momentum, factor, last
+            )
             distances = path_distances(path, trajectory[epoch + 1 : epoch + config.expert_epochs + 1].to(device))
             return {"loss": (weights * distances).sum(), "final": distances[-1], "inner_lr": lr.detach().clone()}
 
@@ -197,7 +239,7 @@ class SmoothExpertAlignment(Method[Config]):
             with torch.no_grad():
                 lr.clamp_(min=1e-6)
 
-        made.learn("ast", loss, optimiser=optimiser, beside={"inner_lr": Held(lr)}, after=after)
+        made.learn("ast", loss, optimiser=optimiser, extra={"inner_lr": TensorState(lr)}, after=after)
         made.figures |= {"inner_lr": lr.item(), "expert_step": mean_step(paths)}
         return made.product(lr=lr.item())
 

@@ -6,12 +6,14 @@ arxiv: 2310.00093
 task: classification
 family: dataset distillation
 use when: images have texture, and a set must be made without bilevel training: as cheap as DM
-needs: real images with labels; a network of two or more stages without batch statistics, such as a ConvNet with instance norm
+needs: real images with labels; a network of two or more stages without batch statistics, such as a ConvNet with
+instance norm
 
-Every iteration, in a fresh random network, the mean spatial attention map of each class (sum over channels of |F|^power, L2-normalised) is matched after
-every activation but the last, and the mean feature before the classifier. `power: 1` is the released code, 4 the paper's. Both terms carry the code's
-factor 100, `task_balance` 0.01 that of the features. With `task_balance: 0.01, attention: 0` the loss is DM's. Whitening, where asked for, is fitted on
-the training data, not on the initial synthetic set as in the code. Evaluation reports the last epoch, not the best.
+Every iteration, in a fresh random network, the mean spatial attention map of each class (sum over channels of
+|F|^power, L2-normalised) is matched after every activation but the last, and the mean feature before the classifier.
+`power: 1` is the released code, 4 the paper's. Both terms carry the code's factor 100, `task_balance` 0.01 that of the
+features. With `task_balance: 0.01, attention: 0` the loss is DM's. Whitening, where asked for, is fitted on the
+training data, not on the initial synthetic set as in the code. Evaluation reports the last epoch, not the best.
 """
 
 from __future__ import annotations
@@ -45,7 +47,8 @@ class Config(PixelConfig):
 
 @full_precision
 def attention_map(features: Tensor, power: float = 1.0, norm: int | None = 2) -> Tensor:
-    """sum_c |F_c|^power of (N, C, H, W), as (N, H * W) of unit `norm` (eps 1e-12: an empty map stays 0); None: as it is."""
+    """sum_c |F_c|^power of (N, C, H, W), as (N, H * W) of unit `norm` (eps 1e-12: an empty map stays 0); None: as it
+    is."""
     sizes = features.abs()
     maps = (sizes if power == 1 else sizes.pow(power)).sum(1).flatten(1)
     return maps if norm is None else F.normalize(maps, p=float(norm), dim=1)
@@ -53,7 +56,8 @@ def attention_map(features: Tensor, power: float = 1.0, norm: int | None = 2) ->
 
 @full_precision
 def attention_terms(real: list[Tensor], synthetic: list[Tensor], classes: int, power: float = 1.0) -> Tensor:
-    """(layers,): 100 sum_c |mean A(real) - mean A(synthetic)|^2 for each layer; the real side has no gradient. At most 400 classes each.
+    """(layers,): 100 sum_c |mean A(real) - mean A(synthetic)|^2 for each layer; the real side has no gradient. At most
+    400 classes each.
 
     Args:
         real, synthetic: activations (classes * n, C, H, W) and (classes * m, C, H, W), layer by layer, class-major.
@@ -61,8 +65,8 @@ def attention_terms(real: list[Tensor], synthetic: list[Tensor], classes: int, p
     Raises:
         UserError: batches that do not divide into classes.
     """
-    told = [attention_map(r.detach(), power) for r in real]
-    return map_terms(told, [attention_map(s, power) for s in synthetic], classes)
+    real_maps = [attention_map(r.detach(), power) for r in real]
+    return map_terms(real_maps, [attention_map(s, power) for s in synthetic], classes)
 
 
 def map_terms(real: list[Tensor], synthetic: list[Tensor], classes: int) -> Tensor:
@@ -79,14 +83,23 @@ def activations(network: nn.Module) -> list[str]:
     """
     names = [f"{stage}.act" for stage in getattr(network, "stage_names", [])]
     if not names or not hasattr(network.get_submodule(names[0].partition(".")[0]), "act"):
-        raise UserError(f"datadam taps the activation of every stage of a ConvNet, and {type(network).__name__} has none; take stillhouse:convnet.")
+        raise UserError(
+            f"datadam taps the activation of every stage of a ConvNet, and {type(network).__name__} has none; take "
+            "stillhouse:convnet."
+        )
     if len(names) < 2:
-        raise UserError("datadam matches attention after every activation but the last, and this network has only one; take a deeper one.")
+        raise UserError(
+            "datadam matches attention after every activation but the last, and this network has only one; take a "
+            "deeper one."
+        )
     return names[:-1]
 
 
-def losses(network: nn.Module, real: Tensor, synthetic: Tensor, classes: int, power: float, task_balance: float) -> dict[str, Tensor]:
-    """`attention` (layers,) and `features`, a scalar with its weight, of class-major augmented batches; `embeddings` of both."""
+def losses(
+    network: nn.Module, real: Tensor, synthetic: Tensor, classes: int, power: float, task_balance: float
+) -> dict[str, Tensor]:
+    """`attention` (layers,) and `features`, a scalar with its weight, of class-major augmented batches; `embeddings` of
+    both."""
     taps = Taps(network, activations(network))
 
     def seen(x: Tensor) -> list[Tensor]:

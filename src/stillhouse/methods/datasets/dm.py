@@ -8,9 +8,10 @@ family: dataset distillation
 use when: a small set must be made fast, without bilevel training
 needs: real images with labels; a network without batch statistics, such as a ConvNet with instance norm
 
-Every iteration takes a fresh random network and sums, over classes and feature dimensions, the squared difference between the mean feature of a real batch
-and that of the class's synthetic images, both under one draw of Siamese augmentation (a draw a class). All classes go through the network together, the
-published code's one after another, which is the same for networks that see each image alone; images go a few at a time. Evaluation reports the last epoch.
+Every iteration takes a fresh random network and sums, over classes and feature dimensions, the squared difference
+between the mean feature of a real batch and that of the class's synthetic images, both under one draw of Siamese
+augmentation (a draw a class). All classes go through the network together, the published code's one after another,
+which is the same for networks that see each image alone; images go a few at a time. Evaluation reports the last epoch.
 """
 
 from __future__ import annotations
@@ -38,7 +39,8 @@ def embedding(network: nn.Module, x: Tensor) -> Tensor:
     embed: Callable[[Tensor], Tensor] | None = getattr(network, "embed", None)
     if embed is None:
         raise UserError(
-            f"Distribution matching reads a network's features by its `embed`, and {type(network).__name__} has none; take stillhouse:convnet."
+            f"Distribution matching reads a network's features by its `embed`, and {type(network).__name__} has none; "
+            "take stillhouse:convnet."
         )
     return torch.cat([embed(part) for part in few(x)])
 
@@ -51,7 +53,13 @@ def real_embedding(network: nn.Module, real: Tensor) -> Tensor:
 
 class DistributionMatching(Method[Config]):
     def plan(self, config: Config, run: Run) -> list[Stage]:
-        return plan(run, config, "dm", f"match mean features of {config.batch_real} real images a class in random networks", config.iterations)
+        return plan(
+            run,
+            config,
+            "dm",
+            f"match mean features of {config.batch_real} real images a class in random networks",
+            config.iterations,
+        )
 
     def run(self, config: Config, run: Run) -> SyntheticSet:
         made = Synthesis(config, run)

@@ -1,4 +1,5 @@
-"""DSA: synthetic images whose gradients in a network in training are those of real images, under one draw of Siamese augmentation.
+"""DSA: synthetic images whose gradients in a network in training are those of real images, under one draw of Siamese
+augmentation.
 
 paper: Dataset Condensation with Differentiable Siamese Augmentation
 venue: ICML 2021
@@ -8,9 +9,10 @@ family: dataset distillation
 use when: gradient matching is the baseline asked for (without augmentation it is DC, arXiv 2006.05929); DM is faster
 needs: real images with labels; a network without batch statistics, such as a ConvNet with instance norm
 
-Each iteration starts a fresh random network and goes round `outer` times: match, class by class, the gradients of the cross-entropy (per output unit, cosine;
-biases and norms do not count), take a step in the pixels, then train the network on the synthetic images for `inner` epochs (SGD without momentum, not after
-the last round). `augment.groups: ''` is DC. Published rounds: 1 and 1 (ipc 1), 10 and 50 (ipc 10), 50 and 10 (ipc 50). The real side of the distance has
+Each iteration starts a fresh random network and goes round `outer` times: match, class by class, the gradients of the
+cross-entropy (per output unit, cosine; biases and norms do not count), take a step in the pixels, then train the
+network on the synthetic images for `inner` epochs (SGD without momentum, not after the last round). `augment.groups:
+''` is DC. Published rounds: 1 and 1 (ipc 1), 10 and 50 (ipc 10), 50 and 10 (ipc 50). The real side of the distance has
 no gradient. Evaluation reports the last epoch.
 """
 
@@ -37,7 +39,11 @@ class Config(PixelConfig):
     outer: int = Field(1, ge=1, description="Rounds with one network.")
     inner: int = Field(1, ge=0, description="Epochs of the network on the synthetic images between rounds.")
     network_lr: float = Field(0.01, gt=0, description="Of the network: SGD.")
-    metric: Metric = Field("units", description="Of gradients: cosine by output unit of each weight (published), or mse or cos of all as one vector.")
+    metric: Metric = Field(
+        "units",
+        description="Of gradients: cosine by output unit of each weight (published), or mse or cos of all as one "
+        "vector.",
+    )
     batch_train: int = Field(256, ge=1, description="Synthetic images of a step of the network.")
 
 
@@ -79,5 +85,5 @@ class GradientMatching(Method[Config]):
                         for p, g in zip(network.parameters(), steps):
                             p.sub_(g, alpha=config.network_lr)
 
-        made.learn("dsa", loss, beside={"network": network}, after=train, steps=config.iterations * config.outer)
+        made.learn("dsa", loss, extra={"network": network}, after=train, steps=config.iterations * config.outer)
         return made.product()

@@ -8,11 +8,12 @@ family: dataset distillation
 use when: images keep their class when mirrored, and another method that learns pixels is already in use
 needs: a host method with `mirror` (dm, datadam, mtt, dsa), given whole as `host`
 
-While matching, the host sees [S; F(S)], images and then their mirror images, class by class, before augmentation; real images are not doubled and the
-flips are not stored. Augmentation draws a flip first (p 0.5, one for the batch) and then one of the other groups. For mtt inner batches are halved before
-they are doubled; its recipe here takes `unroll: steps`, the memory-saving gradient of the released code, and `full` is the whole one. `mirror: false` is the
-host alone, with its own augmentation; both are judged alike, with a flip first, and mini-batches are not doubled there. With dsa the batches of the network's
-own training are doubled too.
+While matching, the host sees [S; F(S)], images and then their mirror images, class by class, before augmentation; real
+images are not doubled and the flips are not stored. Augmentation draws a flip first (p 0.5, one for the batch) and then
+one of the other groups. For mtt inner batches are halved before they are doubled; its recipe here takes `unroll:
+steps`, the memory-saving gradient of the released code, and `full` is the whole one. `mirror: false` is the host alone,
+with its own augmentation; both are judged alike, with a flip first, and mini-batches are not doubled there. With dsa
+the batches of the network's own training are doubled too.
 """
 
 from __future__ import annotations
@@ -46,7 +47,9 @@ class Config(MethodConfig):
             raise ValueError("host.method is missing: name the method that learns the images, such as dm")
         method = str(self.host["method"])
         if not issubclass(catalog.method(method).Config, PixelConfig):
-            raise ValueError(f"host.method: '{method}' does not learn pixels from real images; take dm, datadam, mtt or dsa")
+            raise ValueError(
+                f"host.method: '{method}' does not learn pixels from real images; take dm, datadam, mtt or dsa"
+            )
         given = validate({**self.host, "data": self.data.model_dump(), "seed": self.seed}, "host")
         assert isinstance(given, PixelConfig)
         flips = flip_first(given.augment)
@@ -88,7 +91,8 @@ class FlipYourImages(Method[Config]):
         handed = not getattr(run.data(config.data), "flip", True)
         if config.mirror and handed and not config.handed:
             raise UserError(
-                f"fyi: images of '{config.data.name}' change their class when mirrored; set handed=true to learn from mirror images all the same."
+                f"fyi: images of '{config.data.name}' change their class when mirrored; set handed=true to learn from "
+                "mirror images all the same."
             )
         host = config._host
         return catalog.method(host.method).plan(host, run)

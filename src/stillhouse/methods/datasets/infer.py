@@ -1,4 +1,5 @@
-"""INFER: one additive tensor, learned for all classes at once, makes several versions of every real image, and one stored logit vector labels each.
+"""INFER: one additive tensor, learned for all classes at once, makes several versions of every real image, and one
+stored logit vector labels each.
 
 paper: Breaking Class Barriers: Efficient Dataset Distillation via Inter-Class Feature Compensator
 venue: ICLR 2025
@@ -8,14 +9,16 @@ family: dataset distillation
 use when: per-epoch soft labels cost too much, and a few real images may be kept
 needs: networks with BatchNorm2d of different architectures, trained on the real data; P real images a class
 
-Of a budget of ipc images a class, P = floor(ipc / (M / classes + 1)) are natural; each of M networks adds P compensators, shared by all classes, to one
-image of every class, so that P (M + 1) images train. A compensator lowers cross-entropy plus the distance to the network's batch norms (first layer ten
-times) over a batch of one image of each class. Labels are static (mean logits, mixed as images are mixed, `labels: static`) or the networks' logits of the
-mixed views (`dynamic`, stored; train for epochs / (M + 1)). `compensate: null` spends the budget on natural images; `iterations: 0` repeats the P images.
-Departs: sums use the compensator after the last step (the release, before it), compensators are kept in half precision and images as tensors, not
-8-bit files; no batch-norm layer is left out (the release skips one of EfficientNet); crops are filled with the mean colour, the release's with black;
-accuracy is the last epoch's, not the best. On digits (see Evidence) compensators bring the batch-norm distance to a third, and the set is above as
-many natural images; but it is not above the same natural images repeated.
+Of a budget of ipc images a class, P = floor(ipc / (M / classes + 1)) are natural; each of M networks adds P
+compensators, shared by all classes, to one image of every class, so that P (M + 1) images train. A compensator lowers
+cross-entropy plus the distance to the network's batch norms (first layer ten times) over a batch of one image of each
+class. Labels are static (mean logits, mixed as images are mixed, `labels: static`) or the networks' logits of the mixed
+views (`dynamic`, stored; train for epochs / (M + 1)). `compensate: null` spends the budget on natural images;
+`iterations: 0` repeats the P images. Departs: sums use the compensator after the last step (the release, before it),
+compensators are kept in half precision and images as tensors, not 8-bit files; no batch-norm layer is left out (the
+release skips one of EfficientNet); crops are filled with the mean colour, the release's with black; accuracy is the
+last epoch's, not the best. On digits (see Evidence) compensators bring the batch-norm distance to a third, and the set
+is above as many natural images; but it is not above the same natural images repeated.
 """
 
 from __future__ import annotations
@@ -55,8 +58,12 @@ Amount = TypeVar("Amount", Tensor, float)
 class CompensateSpec(Spec):
     """How compensators are learned."""
 
-    iterations: int = Field(1000, ge=0, description="Published: 1000 (CIFAR), 2000 (ImageNet); 0: the natural images, repeated.")
-    lr: float = Field(0.25, gt=0, description="Adam with betas 0.5, 0.9; falls along a cosine. Of tiny images 0.05 to 0.1.")
+    iterations: int = Field(
+        1000, ge=0, description="Published: 1000 (CIFAR), 2000 (ImageNet); 0: the natural images, repeated."
+    )
+    lr: float = Field(
+        0.25, gt=0, description="Adam with betas 0.5, 0.9; falls along a cosine. Of tiny images 0.05 to 0.1."
+    )
     r_bn: float = Field(1.0, ge=0, description="Weight of the statistics; published: 1 (CIFAR), 0.01 (ImageNet).")
     first: float = Field(10.0, ge=0, description="Factor of the first layer's statistics.")
     jitter: int = Field(4, ge=0, description="Pixels of the random shift; published: 4 at 32, 32 at 224.")
@@ -64,9 +71,15 @@ class CompensateSpec(Spec):
 
 
 class Config(DatasetConfig):
-    teachers: Annotated[list[Teacher], Field(min_length=1)] = Field(description="The networks, of different architectures; published: 4 (CIFAR), 3.")
-    compensate: CompensateSpec | None = Field(default_factory=CompensateSpec, description="null: ipc natural images a class, the baseline.")
-    labels: Literal["static", "dynamic"] = Field("static", description="static: one vector an image; dynamic: one for each of the views.")
+    teachers: Annotated[list[Teacher], Field(min_length=1)] = Field(
+        description="The networks, of different architectures; published: 4 (CIFAR), 3."
+    )
+    compensate: CompensateSpec | None = Field(
+        default_factory=CompensateSpec, description="null: ipc natural images a class, the baseline."
+    )
+    labels: Literal["static", "dynamic"] = Field(
+        "static", description="static: one vector an image; dynamic: one for each of the views."
+    )
     views: Views = Field(
         default_factory=lambda: Views(augment="crop_flip", mix="mixup"),
         description="Crops, flips and mixup of training; `epochs` is of dynamic labels.",
@@ -81,11 +94,12 @@ class Config(DatasetConfig):
         return self
 
 
-# ---- the mathematics -------------------------------------------------------------------------------------------------------------------------
+# ---- the mathematics -------------------------------------------------------------------------------------------------
 
 
 def budget(ipc: int, networks: int, classes: int) -> int:
-    """P, the natural images a class such that P * classes images and P * networks compensators are at most ipc * classes tensors.
+    """P, the natural images a class such that P * classes images and P * networks compensators are at most ipc *
+    classes tensors.
 
     Raises:
         UserError: a budget too small for one.
@@ -93,7 +107,8 @@ def budget(ipc: int, networks: int, classes: int) -> int:
     natural = ipc * classes // (networks + classes)
     if natural < 1:
         raise UserError(
-            f"ipc {ipc} with {networks} networks and {classes} classes leaves no natural image a class; raise ipc or take fewer networks."
+            f"ipc {ipc} with {networks} networks and {classes} classes leaves no natural image a class; raise ipc or "
+            "take fewer networks."
         )
     return natural
 
@@ -120,14 +135,17 @@ def compensation_loss(
     return _loss(network, statistics, torch.roll(natural + compensator, tuple(shift), (2, 3)), labels, r_bn, first)
 
 
-def _loss(network: nn.Module, statistics: BatchNormStatistics, x: Tensor, labels: Tensor, r_bn: float, first: float) -> dict[str, Tensor]:
+def _loss(
+    network: nn.Module, statistics: BatchNormStatistics, x: Tensor, labels: Tensor, r_bn: float, first: float
+) -> dict[str, Tensor]:
     ce = F.cross_entropy(network(x).float(), labels)
     bn = statistics_loss(statistics.distances(), first)
     return {"loss": ce + r_bn * bn, "ce": ce, "bn": bn}
 
 
 def compensated(natural: Tensor, compensators: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
-    """All images (classes * P (M + 1), C, H, W), class-major: the natural ones, then those plus each network's compensators, clipped to pixels.
+    """All images (classes * P (M + 1), C, H, W), class-major: the natural ones, then those plus each network's
+    compensators, clipped to pixels.
 
     Args:
         natural: (P, classes, C, H, W).
@@ -145,7 +163,7 @@ def mixed(own: Amount, partner: Amount, share: float) -> Amount:
     return share * own + (1 - share) * partner
 
 
-# ---- the product -----------------------------------------------------------------------------------------------------------------------------
+# ---- the product -----------------------------------------------------------------------------------------------------
 
 
 class StaticLabels(ViewLabels):
@@ -154,8 +172,8 @@ class StaticLabels(ViewLabels):
     def batch(self, images: Tensor, rows: Tensor, epoch: int, number: int) -> tuple[Tensor, Tensor]:
         """Views and logits (b, classes) of these rows in batch `number` of an epoch."""
         x, partners, share = self.made.mixed(images, rows, epoch, number)
-        said = self.logits[0].float()
-        return x, mixed(said[rows], said[partners], share)
+        logits = self.logits[0].float()
+        return x, mixed(logits[rows], logits[partners], share)
 
     def order(self, count: int, epoch: int) -> tuple[Tensor, ...]:
         """The rows of the batches of an epoch."""
@@ -164,7 +182,8 @@ class StaticLabels(ViewLabels):
 
 @dataclass
 class CompensatedSet(SyntheticSet):
-    """A synthetic set that keeps natural images (P, classes, C, H, W) and compensators (M, P, C, H, W); `images` are made from them."""
+    """A synthetic set that keeps natural images (P, classes, C, H, W) and compensators (M, P, C, H, W); `images` are
+    made from them."""
 
     kind: ClassVar[str] = "stillhouse.methods.datasets.infer:CompensatedSet"
     natural: Tensor = field(default_factory=lambda: torch.zeros(0))
@@ -172,27 +191,37 @@ class CompensatedSet(SyntheticSet):
 
     @classmethod
     def of(
-        cls, natural: Tensor, compensators: Tensor, classes: list[str], mean: tuple[float, ...], std: tuple[float, ...], recipe: dict[str, object]
+        cls,
+        natural: Tensor,
+        compensators: Tensor,
+        classes: list[str],
+        mean: tuple[float, ...],
+        std: tuple[float, ...],
+        recipe: dict[str, object],
     ) -> CompensatedSet:
         """The set of these tensors; compensators are rounded to half precision."""
         natural, compensators = natural.detach().cpu(), compensators.detach().cpu().half()
         images = compensated(natural, compensators, mean, std)
         labels = torch.arange(len(classes)).repeat_interleave(len(images) // len(classes))
-        return cls(images, labels, classes, mean, std, bounded=True, made_by=recipe, natural=natural, compensators=compensators)
+        return cls(
+            images, labels, classes, mean, std, bounded=True, made_by=recipe, natural=natural, compensators=compensators
+        )
 
     def __len__(self) -> int:
         """Stored images and compensators."""
         return self.natural.shape[0] * self.natural.shape[1] + self.compensators.shape[0] * self.compensators.shape[1]
 
     def _tensors(self) -> dict[str, Tensor]:
-        kept = {"natural": self.natural, "compensators": self.compensators}
-        return {k: v for k, v in kept.items() if v.numel()} | ({} if self.views is None else {"views": self.views.logits.cpu()})
+        tensors = {"natural": self.natural, "compensators": self.compensators}
+        return {k: v for k, v in tensors.items() if v.numel()} | (
+            {} if self.views is None else {"views": self.views.logits.cpu()}
+        )
 
     def save(self, folder: Path) -> None:
         super().save(folder)
         meta = read_meta(folder)
-        with written_beside(folder / "product.json") as beside:
-            beside.write_text(json.dumps({**meta, "static": isinstance(self.views, StaticLabels)}, indent=1))
+        with written_beside(folder / "product.json") as temporary:
+            temporary.write_text(json.dumps({**meta, "static": isinstance(self.views, StaticLabels)}, indent=1))
 
     @classmethod
     def load(cls, folder: Path, trust_code: bool = False) -> CompensatedSet:
@@ -206,9 +235,18 @@ class CompensatedSet(SyntheticSet):
             raise UserError(f"The compensated set in '{folder}' cannot be read ({error}).") from None
         natural = t["natural"]
         none = torch.zeros(0, *natural.shape[:1], *natural.shape[2:])
-        made = cls.of(natural, t.get("compensators", none), meta["classes"], tuple(meta["mean"]), tuple(meta["std"]), meta["made_by"])
+        made = cls.of(
+            natural,
+            t.get("compensators", none),
+            meta["classes"],
+            tuple(meta["mean"]),
+            tuple(meta["std"]),
+            meta["made_by"],
+        )
         if meta["views"] is not None:
-            made.views = (StaticLabels if meta["static"] else ViewLabels)(Views.model_validate(meta["views"]), t["views"])
+            made.views = (StaticLabels if meta["static"] else ViewLabels)(
+                Views.model_validate(meta["views"]), t["views"]
+            )
         made.check()
         return made
 
@@ -216,20 +254,29 @@ class CompensatedSet(SyntheticSet):
 evaluates(CompensatedSet.kind)(judge)
 
 
-# ---- the method ------------------------------------------------------------------------------------------------------------------------------
+# ---- the method ------------------------------------------------------------------------------------------------------
 
 
 class InterClassFeatureCompensator(Method[Config]):
     def plan(self, config: Config, run: Run) -> list[Stage]:
-        teachers = [Stage("teacher", "train the networks with batch norm (kept, shared)")] if any(t.train for t in config.teachers) else []
+        teachers = (
+            [Stage("teacher", "train the networks with batch norm (stored, shared)")]
+            if any(t.train for t in config.teachers)
+            else []
+        )
         spec, many = config.compensate, len(config.teachers)
         natural = budget(config.ipc, many, run.data(config.data).num_classes) if spec else config.ipc
-        does = f"{natural} natural images a class" + (f" and {natural} compensators of each of {many} networks" if spec else "")
+        does = f"{natural} natural images a class" + (
+            f" and {natural} compensators of each of {many} networks" if spec else ""
+        )
         lines = plan(run, config, "compensate", does, natural * many * spec.iterations if spec else 0)
         return [*teachers, lines[0], Stage("relabel", f"{config.labels} labels: the networks' mean logits"), *lines[1:]]
 
     def run(self, config: Config, run: Run) -> CompensatedSet:
-        networks = [run.network(f"teacher.{i}", t, config.data).to(run.device).eval().requires_grad_(False) for i, t in enumerate(config.teachers)]
+        networks = [
+            run.network(f"teacher.{i}", t, config.data).to(run.device).eval().requires_grad_(False)
+            for i, t in enumerate(config.teachers)
+        ]
         real = RealRows.of(run, config.data)
         spec = config.compensate
         if spec is None:
@@ -257,9 +304,16 @@ class InterClassFeatureCompensator(Method[Config]):
         return drawn.view(len(real.classes), count, *drawn.shape[1:]).transpose(0, 1).contiguous()
 
     def _learned(
-        self, spec: CompensateSpec, run: Run, network: nn.Module, statistics: BatchNormStatistics, natural: Tensor, which: tuple[int, int]
+        self,
+        spec: CompensateSpec,
+        run: Run,
+        network: nn.Module,
+        statistics: BatchNormStatistics,
+        natural: Tensor,
+        which: tuple[int, int],
     ) -> tuple[Tensor, Cost, Tensor]:
-        """The compensator (C, H, W) of one network and one set of natural images, its cost, and the distances (2,) to the batch norms without and with it."""
+        """The compensator (C, H, W) of one network and one set of natural images, its cost, and the distances (2,) to
+        the batch norms without and with it."""
         u = nn.Parameter(torch.zeros(1, *natural.shape[1:], device=natural.device))
         labels = torch.arange(len(natural), device=natural.device)
 
@@ -269,26 +323,36 @@ class InterClassFeatureCompensator(Method[Config]):
 
         cost = descend(run, f"compensate.{which[0]}.{which[1]}", u, spec.lr, spec.iterations, loss)
         with torch.no_grad():
-            ends = [compensation_loss(network, statistics, natural, v, labels, (0, 0), spec.r_bn, spec.first)["bn"] for v in (0 * u, u)]
+            ends = [
+                compensation_loss(network, statistics, natural, v, labels, (0, 0), spec.r_bn, spec.first)["bn"]
+                for v in (0 * u, u)
+            ]
         return u.detach()[0], cost, torch.stack(ends).cpu()
 
-    def _labelled(self, config: Config, run: Run, networks: list[nn.Module], natural: Tensor, compensators: Tensor | None) -> CompensatedSet:
+    def _labelled(
+        self, config: Config, run: Run, networks: list[nn.Module], natural: Tensor, compensators: Tensor | None
+    ) -> CompensatedSet:
         """The set with its labels, and how often the networks' mean logits agree with the class."""
         bundle = run.data(config.data)
         none = natural.new_zeros(0, len(natural), *natural.shape[2:])
         made = CompensatedSet.of(
-            natural, none if compensators is None else compensators, list(bundle.classes), tuple(bundle.mean), tuple(bundle.std), made_by(config)
+            natural,
+            none if compensators is None else compensators,
+            list(bundle.classes),
+            tuple(bundle.mean),
+            tuple(bundle.std),
+            made_by(config),
         )
         images = made.images.to(run.device)
-        said = torch.stack([running_logits(network, images).cpu() for network in networks]).mean(0)
+        logits = torch.stack([running_logits(network, images).cpu() for network in networks]).mean(0)
         if config.labels == "static":
-            made.views = StaticLabels(config.views, said.half()[None])
+            made.views = StaticLabels(config.views, logits.half()[None])
         else:
             uses = {"images": made.fingerprint, "views": config.views.model_dump(mode="json")}
             uses |= {"teachers": [Frozen(network).fingerprint() for network in networks]}
-            kept = run.stage("relabel", lambda: {"logits": relabel(networks, images, config.views).logits}, uses)
-            made.views = ViewLabels(config.views, kept["logits"])
+            stored = run.stage("relabel", lambda: {"logits": relabel(networks, images, config.views).logits}, uses)
+            made.views = ViewLabels(config.views, stored["logits"])
         made.check()
-        made.figures = {"label_agreement": float((said.argmax(1) == made.labels).double().mean())}
+        made.figures = {"label_agreement": float((logits.argmax(1) == made.labels).double().mean())}
         made.figures["label_mb"] = made.views.logits.numel() * made.views.logits.element_size() / 1e6
         return made

@@ -8,11 +8,13 @@ family: dataset distillation
 use when: accuracy matters more than the time and memory of making the set
 needs: real images with labels; a network without batch statistics; expert trajectories, trained here once and shared
 
-Experts are trained with SGD and their parameters kept after every epoch. Each iteration picks an expert and a start epoch e <= max_start, takes inner_steps
-steps of SGD from there on augmented synthetic batches with a learned rate, and compares where it arrives with the expert M epochs later, relative to the
-way the expert went. The gradient goes through all steps (`unroll: full`); `unroll: steps` treats the inner parameters as constants step by step, with the
-memory of a single step (the variant of FYI's code). The pixels' and the rate's optimisers are SGD with momentum 0.5; the rate is kept above 1e-6.
-With `mirror` inner batches are halved and doubled by their mirror images. Evaluation trains with the learned rate and reports the last epoch.
+Experts are trained with SGD and their parameters stored after every epoch. Each iteration picks an expert and a start
+epoch e <= max_start, takes inner_steps steps of SGD from there on augmented synthetic batches with a learned rate, and
+compares where it arrives with the expert M epochs later, relative to the way the expert went. The gradient goes through
+all steps (`unroll: full`); `unroll: steps` treats the inner parameters as constants step by step, with the memory of a
+single step (the variant of FYI's code). The pixels' and the rate's optimisers are SGD with momentum 0.5; the rate is
+kept above 1e-6. With `mirror` inner batches are halved and doubled by their mirror images. Evaluation trains with the
+learned rate and reports the last epoch.
 """
 
 from __future__ import annotations
@@ -32,7 +34,7 @@ from stillhouse.runs.run import Run
 from stillhouse.synthetic.config import PixelConfig
 from stillhouse.synthetic.pools import ExpertSpec, experts
 from stillhouse.synthetic.product import SyntheticSet
-from stillhouse.synthetic.synthesis import Held, Synthesis, plan
+from stillhouse.synthetic.synthesis import Synthesis, TensorState, plan
 from stillhouse.synthetic.training import augmentation
 
 
@@ -45,13 +47,16 @@ class Config(PixelConfig):
     batch_syn: int | None = Field(None, ge=1, description="Synthetic images of an inner step; default: all.")
     inner_lr: float = Field(0.01, gt=0, description="Where the learned rate of the inner steps begins.")
     lr_lr: float = Field(1e-5, ge=0, description="Of that rate: SGD.")
-    unroll: Literal["full", "steps"] = Field("full", description="steps: inner parameters as constants, with the memory of one step.")
+    unroll: Literal["full", "steps"] = Field(
+        "full", description="steps: inner parameters as constants, with the memory of one step."
+    )
 
     @model_validator(mode="after")
     def _target_exists(self) -> Config:
         if self.max_start + self.expert_epochs > self.experts.epochs:
             raise ValueError(
-                f"the latest start {self.max_start} and expert_epochs {self.expert_epochs} go beyond the experts' {self.experts.epochs} epochs"
+                f"the latest start {self.max_start} and expert_epochs {self.expert_epochs} go beyond the experts' "
+                f"{self.experts.epochs} epochs"
             )
         return self
 
@@ -61,7 +66,11 @@ class TrajectoryMatching(Method[Config]):
         e = config.experts
         does = f"match {config.inner_steps} steps on synthetic images to {config.expert_epochs} epochs of an expert"
         return [
-            Stage("expert", f"train {e.count} experts for {e.epochs} epochs (kept, shared)", {"network": config.network.model}),
+            Stage(
+                "expert",
+                f"train {e.count} experts for {e.epochs} epochs (stored, shared)",
+                {"network": config.network.model},
+            ),
             *plan(run, config, "mtt", does, config.iterations),
         ]
 
@@ -72,7 +81,10 @@ class TrajectoryMatching(Method[Config]):
         flat = Flat(run.model(config.network, config.data, role="expert").to(made.images.device))
         paths = experts(run, config.network, config.data, made.real, config.experts, config.augment)
         lr = nn.Parameter(torch.tensor(config.inner_lr, device=made.images.device))
-        groups: list[dict[str, Any]] = [{"params": [made.images], "lr": config.lr}, {"params": [lr], "lr": config.lr_lr}]
+        groups: list[dict[str, Any]] = [
+            {"params": [made.images], "lr": config.lr},
+            {"params": [lr], "lr": config.lr_lr},
+        ]
         optimiser = torch.optim.SGD(groups, momentum=config.momentum)
 
         def loss(i: int) -> dict[str, Tensor]:
@@ -81,7 +93,10 @@ class TrajectoryMatching(Method[Config]):
             epoch = int(torch.randint(config.max_start + 1, (1,), generator=drawn))
             start, target = (path[e].to(made.images.device) for e in (epoch, epoch + config.expert_epochs))
             if torch.equal(path[epoch], path[epoch + config.expert_epochs]):
-                raise UserError(f"mtt: an expert did not move between epochs {epoch} and {epoch + config.expert_epochs}; raise experts.lr.")
+                raise UserError(
+                    f"mtt: an expert did not move between epochs {epoch} and {epoch + config.expert_epochs}; raise "
+                    "experts.lr."
+                )
             batches = inner_batches(made, config, i)
             if config.unroll == "steps":
                 value = trajectory_distance_by_steps(flat.gradient, start, target, batches, lr)
@@ -93,13 +108,14 @@ class TrajectoryMatching(Method[Config]):
             with torch.no_grad():
                 lr.clamp_(min=1e-6)
 
-        made.learn("mtt", loss, optimiser=optimiser, beside={"inner_lr": Held(lr)}, after=after)
+        made.learn("mtt", loss, optimiser=optimiser, extra={"inner_lr": TensorState(lr)}, after=after)
         made.figures["inner_lr"] = lr.item()
         return made.product(lr=lr.item())
 
 
 def inner_batches(made: Synthesis, config: Config, i: int) -> list[tuple[Tensor, Tensor]]:
-    """The augmented batches of iteration i's inner steps: permutations of the synthetic images in chunks, with gradient to the pixels."""
+    """The augmented batches of iteration i's inner steps: permutations of the synthetic images in chunks, with gradient
+    to the pixels."""
     count = len(made.images)
     size = min(config.batch_syn or count, count)
     if config.mirror:

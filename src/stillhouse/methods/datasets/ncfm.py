@@ -1,4 +1,5 @@
-"""NCFM: synthetic images whose features have the characteristic function of the real ones, at random or adversarially chosen frequencies.
+"""NCFM: synthetic images whose features have the characteristic function of the real ones, at random or adversarially
+chosen frequencies.
 
 paper: Dataset Distillation with Neural Characteristic Function: A Minmax Perspective
 venue: CVPR 2025
@@ -6,14 +7,17 @@ arxiv: 2502.20653
 task: classification
 family: dataset distillation
 use when: a set must match more than mean features (spread and shape too) at the memory and time of DM
-needs: real images with labels; a network without batch statistics that has `embed`, such as a ConvNet with instance norm
+needs: real images with labels; a network without batch statistics that has `embed`, such as a ConvNet with instance
+norm
 
-A pool of networks is trained first. Each iteration takes a random point on the line between a network's start and its end, and compares, class by class
-with a step of the pixels after each, E[exp(i <t, feature>)] of real and synthetic images, split into amplitude and phase. Then a pass of cross-entropy in
-the trained network calibrates every class. A stored image holds factor x factor training images. `sampler: gaussian` is the released setting; `learned` is
-the paper's minmax: the released code adds the gradients of both players, which cancel, so its sampler never moves; here it ascends. Its rows are distinct
-(the code tiles 4). Pixels are learned normalised: decay pulls to the mean, and the published rate 0.001 is about 0.004. Real images are drawn at random
-(`fixed_real`: the code's first ones). Without CutMix, and the pool's rate falls once, where published; judged by the shared protocol at the last epoch.
+A pool of networks is trained first. Each iteration takes a random point on the line between a network's start and its
+end, and compares, class by class with a step of the pixels after each, E[exp(i <t, feature>)] of real and synthetic
+images, split into amplitude and phase. Then a pass of cross-entropy in the trained network calibrates every class. A
+stored image holds factor x factor training images. `sampler: gaussian` is the released setting; `learned` is the
+paper's minmax: the released code adds the gradients of both players, which cancel, so its sampler never moves; here it
+ascends. Its rows are distinct (the code tiles 4). Pixels are learned normalised: decay pulls to the mean, and the
+published rate 0.001 is about 0.004. Real images are drawn at random (`fixed_real`: the code's first ones). Without
+CutMix, and the pool's rate falls once, where published; judged by the shared protocol at the last epoch.
 """
 
 from __future__ import annotations
@@ -37,7 +41,7 @@ from stillhouse.synthetic.config import AugmentSpec, PixelConfig
 from stillhouse.synthetic.initial import decode
 from stillhouse.synthetic.pools import ExpertSpec, experts
 from stillhouse.synthetic.product import SyntheticSet
-from stillhouse.synthetic.synthesis import Held, Synthesis, plan, with_mirrors
+from stillhouse.synthetic.synthesis import Synthesis, TensorState, plan, with_mirrors
 from stillhouse.synthetic.training import augmentation
 
 SCALE = 300.0
@@ -49,24 +53,40 @@ SMALLEST = 1e-12
 
 class Config(PixelConfig):
     pool: ExpertSpec = Field(
-        default_factory=lambda: ExpertSpec(count=3, epochs=3, batch_size=128, lr=0.01, momentum=0.9, weight_decay=5e-4, drop=0.2),
+        default_factory=lambda: ExpertSpec(
+            count=3, epochs=3, batch_size=128, lr=0.01, momentum=0.9, weight_decay=5e-4, drop=0.2
+        ),
         description="Networks, each kept at its start and trained; published: 20 of 60 epochs.",
     )
-    init: Literal["noise", "real", "representative", "mix"] = Field("mix", description="How the images begin; mix: a real image in every tile.")
+    init: Literal["noise", "real", "representative", "mix"] = Field(
+        "mix", description="How the images begin; mix: a real image in every tile."
+    )
     factor: int = Field(2, ge=1, description="A stored image is cut into factor x factor training images.")
-    batch_real: int = Field(256, ge=1, description="Real images per class and iteration, or all where a class has fewer; published: 1024.")
+    batch_real: int = Field(
+        256, ge=1, description="Real images per class and iteration, or all where a class has fewer; published: 1024."
+    )
     fixed_real: bool = Field(False, description="Always the first images of each class, as the released loader does.")
     alpha: float = Field(0.5, ge=0, description="Weight of the amplitude: spread and diversity.")
     beta: float = Field(0.5, ge=0, description="Weight of the phase: location and realism.")
-    sampler: Literal["gaussian", "learned"] = Field("gaussian", description="Of frequencies; learned: a network that maximises the loss.")
-    frequencies: int = Field(1024, ge=2, description="Drawn anew for each class and iteration; published: 4096 (gaussian), 64 (learned).")
-    frequency_variance: float = Field(1.0, gt=0, description="Of the Gaussian draws, which a learned sampler takes as its input.")
+    sampler: Literal["gaussian", "learned"] = Field(
+        "gaussian", description="Of frequencies; learned: a network that maximises the loss."
+    )
+    frequencies: int = Field(
+        1024, ge=2, description="Drawn for each class and iteration; published: 4096 (gaussian), 64 (learned)."
+    )
+    frequency_variance: float = Field(
+        1.0, gt=0, description="Of the Gaussian draws, which a learned sampler takes as its input."
+    )
     sampler_lr: float = Field(1e-3, gt=0, description="learned: SGD with momentum 0.5, upwards.")
-    calibration: float = Field(1.0, ge=0, description="Weight of the cross-entropy in the trained network, one pass an iteration; 0: none.")
+    calibration: float = Field(
+        1.0, ge=0, description="Weight of the cross-entropy in the trained network, one pass an iteration; 0: none."
+    )
     optimiser: Literal["adamw", "sgd"] = Field("adamw", description="Of the pixels; `momentum` is that of sgd.")
     lr: float = Field(0.004, gt=0, description="Of the normalised pixels.")
     weight_decay: float = Field(5e-4, ge=0, description="Of the pixels.")
-    patience: int = Field(500, ge=1, description="Iterations without a lower mean loss, after which the rate is halved.")
+    patience: int = Field(
+        500, ge=1, description="Iterations without a lower mean loss, after which the rate is halved."
+    )
     clamp: bool = Field(True, description="Keep pixels in [0, 1] after every step.")
     augment: AugmentSpec = Field(
         default_factory=lambda: AugmentSpec(always="color_crop_cutout", groups=""),
@@ -81,9 +101,11 @@ class Config(PixelConfig):
 
 @full_precision
 def characteristic_terms(real: Tensor, synthetic: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
-    """Amplitude and phase terms (K,) of the difference of two empirical characteristic functions; they sum to |Phi_r - Phi_s|^2.
+    """Amplitude and phase terms (K,) of the difference of two empirical characteristic functions; they sum to
+    |Phi_r - Phi_s|^2.
 
-    (A_r - A_s)^2 and 2 (A_r A_s - Re Phi_r Re Phi_s - Im Phi_r Im Phi_s), at least 1e-12, with A = |Phi| and Phi(t) = mean_n exp(i <t, feature_n>).
+    (A_r - A_s)^2 and 2 (A_r A_s - Re Phi_r Re Phi_s - Im Phi_r Im Phi_s), at least 1e-12, with A = |Phi| and
+    Phi(t) = mean_n exp(i <t, feature_n>).
 
     Args:
         real, synthetic: features (N, D) and (M, D); the real ones have no gradient.
@@ -92,9 +114,16 @@ def characteristic_terms(real: Tensor, synthetic: Tensor, t: Tensor) -> tuple[Te
     Raises:
         UserError: shapes that do not fit.
     """
-    if not (real.ndim == synthetic.ndim == t.ndim == 2 and real.shape[1] == synthetic.shape[1] == t.shape[1] and len(real) and len(synthetic)):
+    if not (
+        real.ndim == synthetic.ndim == t.ndim == 2
+        and real.shape[1] == synthetic.shape[1] == t.shape[1]
+        and len(real)
+        and len(synthetic)
+    ):
         shapes = ", ".join(str(tuple(x.shape)) for x in (real, synthetic, t))
-        raise UserError(f"Characteristic functions need features (N, D), (M, D) and frequencies (K, D); given: {shapes}.")
+        raise UserError(
+            f"Characteristic functions need features (N, D), (M, D) and frequencies (K, D); given: {shapes}."
+        )
     (re_r, im_r), (re_s, im_s) = _characteristic(real.detach(), t), _characteristic(synthetic, t)
     squares_r, squares_s = re_r.square() + im_r.square(), re_s.square() + im_s.square()
     a_r, a_s = squares_r.clamp(min=SMALLEST**2).sqrt(), squares_s.clamp(min=SMALLEST**2).sqrt()  # no NaN gradient at 0
@@ -110,7 +139,9 @@ def _characteristic(features: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @full_precision
-def characteristic_distance(real: Tensor, synthetic: Tensor, t: Tensor, alpha: float = 0.5, beta: float = 0.5, unit_features: bool = True) -> Tensor:
+def characteristic_distance(
+    real: Tensor, synthetic: Tensor, t: Tensor, alpha: float = 0.5, beta: float = 0.5, unit_features: bool = True
+) -> Tensor:
     """mean_k sqrt(alpha amplitude_k + beta phase_k), a scalar (see `characteristic_terms`); the loss is 300 times it.
 
     Args:
@@ -122,8 +153,11 @@ def characteristic_distance(real: Tensor, synthetic: Tensor, t: Tensor, alpha: f
     return (alpha * amplitude + beta * phase).clamp(min=SMALLEST**2).sqrt().mean()
 
 
-def match_loss(network: nn.Module, real: Tensor, synthetic: Tensor, t: Tensor, alpha: float = 0.5, beta: float = 0.5) -> Tensor:
-    """300 times the distance of one class: images (N, C, H, W) and (M, C, H, W), frequencies (K, D) of the network's embedding."""
+def match_loss(
+    network: nn.Module, real: Tensor, synthetic: Tensor, t: Tensor, alpha: float = 0.5, beta: float = 0.5
+) -> Tensor:
+    """300 times the distance of one class: images (N, C, H, W) and (M, C, H, W), frequencies (K, D) of the network's
+    embedding."""
     return SCALE * characteristic_distance(real_embedding(network, real), embedding(network, synthetic), t, alpha, beta)
 
 
@@ -133,7 +167,10 @@ def between(start: Tensor, end: Tensor, share: Tensor | float) -> Tensor:
 
 
 class SamplingNetwork(nn.Sequential):
-    """psi: noise (K, D) -> frequencies (K, D) in (-1, 1). Three times linear and batch norm, then LeakyReLU 0.2, at the end tanh; K of 2 or more."""
+    """psi: noise (K, D) -> frequencies (K, D) in (-1, 1).
+
+    Three times linear and batch norm, then LeakyReLU 0.2, at the end tanh; K of 2 or more.
+    """
 
     def __init__(self, dim: int) -> None:
         layers: list[nn.Module] = []
@@ -153,7 +190,7 @@ class CharacteristicFunctionMatching(Method[Config]):
         _check(config)
         network = run.model(config.network, config.data)
         Flat(network)
-        pool = f"train a pool of {config.pool.count} networks for {config.pool.epochs} epochs (kept, shared)"
+        pool = f"train a pool of {config.pool.count} networks for {config.pool.epochs} epochs (stored, shared)"
         does = f"match characteristic functions at {config.frequencies} {config.sampler} frequencies, then calibrate"
         steps = config.iterations * run.data(config.data).num_classes * (2 if config.calibration else 1)
         return [Stage("expert", pool, {"network": config.network.model}), *plan(run, config, "ncfm", does, steps)]
@@ -170,7 +207,9 @@ class CharacteristicFunctionMatching(Method[Config]):
         if config.soft_labels:
             images, labels = product.training_images()
             with torch.no_grad():
-                logits = torch.cat([matching.trained_on(pool[0])(x.to(made.images.device)).cpu() for x in images.split(256)])
+                logits = torch.cat(
+                    [matching.trained_on(pool[0])(x.to(made.images.device)).cpu() for x in images.split(256)]
+                )
             product.soft = corrected_logits(logits, labels)
             product.check()
         return product
@@ -182,12 +221,18 @@ def _check(config: Config) -> None:
 
 
 class Matching:
-    """The loop: for each class a step on the matching loss, then for each class one on the calibration. A step of the run's loop is one class."""
+    """The loop: for each class a step on the matching loss, then for each class one on the calibration.
+
+    A step of the run's loop is one class.
+    """
 
     def __init__(self, made: Synthesis, config: Config, run: Run, pool: list[Tensor]) -> None:
         self.made, self.config, self.run, self.pool = made, config, run, pool
         self.device = made.images.device
-        self.mid, self.final = (run.model(config.network, config.data, role="expert").to(self.device).requires_grad_(False) for _ in range(2))
+        self.mid, self.final = (
+            run.model(config.network, config.data, role="expert").to(self.device).requires_grad_(False)
+            for _ in range(2)
+        )
         self.loaded = -1
         with torch.no_grad():
             self.dim = embedding(self.mid, made.images[:1]).shape[1]
@@ -198,13 +243,13 @@ class Matching:
         optimiser = self._optimiser()
         plateau = torch.optim.lr_scheduler.ReduceLROnPlateau(optimiser, factor=0.5, patience=config.patience)
         total = torch.zeros((), device=self.device)
-        beside: dict[str, Any] = {"plateau": plateau, "total": Held(total)}
+        extra: dict[str, Any] = {"plateau": plateau, "total": TensorState(total)}
         sampler = climber = None
         if config.sampler == "learned":
             with keyed("ncfm sampler", self.run.seed):
                 sampler = SamplingNetwork(self.dim).to(self.device)
             climber = torch.optim.SGD(sampler.parameters(), config.sampler_lr, momentum=0.5, maximize=True)
-            beside |= {"sampler": sampler, "climber": climber}
+            extra |= {"sampler": sampler, "climber": climber}
         rounds = made.classes * (2 if config.calibration else 1)
 
         def loss(i: int) -> dict[str, Tensor]:
@@ -215,7 +260,12 @@ class Matching:
             if at >= made.classes:
                 value = config.calibration * self.calibration_loss(at - made.classes, draws)
                 return {"loss": value, "calibration": value}
-            noise = torch.randn(config.frequencies, self.dim, generator=generator(self.run.seed, "ncfm", i, device=self.device), device=self.device)
+            noise = torch.randn(
+                config.frequencies,
+                self.dim,
+                generator=generator(self.run.seed, "ncfm", i, device=self.device),
+                device=self.device,
+            )
             noise = noise * config.frequency_variance**0.5
             if climber is not None:
                 climber.zero_grad()
@@ -233,7 +283,7 @@ class Matching:
                 plateau.step(float(total))
                 total.zero_()
 
-        made.learn("ncfm", loss, optimiser=optimiser, beside=beside, after=after, steps=config.iterations * rounds)
+        made.learn("ncfm", loss, optimiser=optimiser, extra=extra, after=after, steps=config.iterations * rounds)
         made.figures["distil_iterations"] = float(config.iterations)
         made.figures["distil_seconds_per_iteration"] = made.figures["distil_seconds"] / config.iterations
 

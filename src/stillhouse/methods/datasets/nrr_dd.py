@@ -1,4 +1,5 @@
-"""NRR-DD: mosaics of real patches whose active regions stay as they are while the rest is optimised, labelled by two numbers a view.
+"""NRR-DD: mosaics of real patches whose active regions stay as they are while the rest is optimised, labelled by two
+numbers a view.
 
 paper: Enhancing Dataset Distillation via Non-Critical Region Refinement
 venue: CVPR 2025
@@ -8,13 +9,15 @@ family: dataset distillation
 use when: soft labels of every epoch cost too much, and real patches may be shown
 needs: a network with BatchNorm2d and one linear layer on its last features, trained on the real data; real images
 
-Discover: of square crops of real images those with the largest share of the class activation map are kept, and of them the ones the network is least
-sure of (`choose: high` is RDED's rule) make mosaics. Refine: x <- clamp(x - M step) on cross-entropy plus batch-norm distances, M = max(0, eps - C)
-of the mosaic's own map C (`per_patch`: of each patch's own part of it): critical pixels stay exactly. Relabel: DBR keeps d_org and d_aug, the
-cross-entropies of the network's prediction of a mixed view to both one-hot labels; students match them beside the mixed hard labels (`labels: soft`
-stores logits). No code was released, and eps, weights, iterations and crops are not confirmed by any text we found: they are our choice, as are Adam
-(`optimizer: gradient` is the paper's form), ReLU and min-max of the map, one map at the start, the filter to patches classified rightly, and L1 of
-distances. Maps are gradient times features, which equals CAM where one linear layer follows.
+Discover: of square crops of real images those with the largest share of the class activation map are kept, and of them
+the ones the network is least sure of (`choose: high` is RDED's rule) make mosaics. Refine: x <- clamp(x - M step) on
+cross-entropy plus batch-norm distances, M = max(0, eps - C) of the mosaic's own map C (`per_patch`: of each patch's own
+part of it): critical pixels stay exactly. Relabel: DBR keeps d_org and d_aug, the cross-entropies of the network's
+prediction of a mixed view to both one-hot labels; students match them and the mixed hard labels (`labels: soft` stores
+logits). No code was released, and eps, weights, iterations and crops are not confirmed by any text we found: they are
+our choice, as are Adam (`optimizer: gradient` is the paper's form), ReLU and min-max of the map, one map at the start,
+the filter to patches classified rightly, and L1 of distances. Maps are gradient times features, which equals CAM where
+one linear layer follows.
 """
 
 from __future__ import annotations
@@ -54,9 +57,11 @@ FARTHEST = 50.0  # distances beyond this are all alike
 
 
 def activation_map(network: nn.Module, taps: Taps, x: Tensor, labels: Tensor) -> Tensor:
-    """Class activation maps (B, h, w) of the classes `labels` (B,), detached: sum_k F_k(h, w) dz_y/dF_k(h, w), times h w.
+    """Class activation maps (B, h, w) of the classes `labels` (B,), detached: sum_k F_k(h, w) dz_y/dF_k(h, w), times h
+    w.
 
-    Where the features are pooled, or flattened, into one linear layer this is the map of Zhou et al. (2016): its mean is the logit less the bias.
+    Where the features are pooled, or flattened, into one linear layer this is the map of Zhou et al. (2016): its mean
+    is the logit less the bias.
 
     Args:
         network: in evaluation mode.
@@ -68,7 +73,8 @@ def activation_map(network: nn.Module, taps: Taps, x: Tensor, labels: Tensor) ->
         features = got[taps.names[0]]
         if features.ndim != 4:
             raise UserError(
-                f"An activation map needs features (B, K, h, w), but the tap '{taps.names[0]}' gives {tuple(features.shape)}; set cam."
+                f"An activation map needs features (B, K, h, w), but the tap '{taps.names[0]}' gives "
+                f"{tuple(features.shape)}; set cam."
             )
         (gradient,) = torch.autograd.grad(logits.gather(1, labels[:, None]).sum(), features)
         found = (features * gradient).sum(1).detach().float()
@@ -76,7 +82,8 @@ def activation_map(network: nn.Module, taps: Taps, x: Tensor, labels: Tensor) ->
 
 
 def critical(activation: Tensor, size: tuple[int, int], tiles: int = 1) -> Tensor:
-    """Maps (B, h, w) as (B, 1, H, W) in [0, 1]: negative parts cut off, enlarged (bilinear), from least to most of each image; a constant map is 0.
+    """Maps (B, h, w) as (B, 1, H, W) in [0, 1]: negative parts cut off, enlarged (bilinear), from least to most of each
+    image; a constant map is 0.
 
     Args:
         tiles: a side; above 1 each tile runs from least to most of its own.
@@ -95,7 +102,8 @@ def mask(criticality: Tensor, eps: float) -> Tensor:
 
 @torch.no_grad()
 def masked_step(x: Tensor, before: Tensor, masked: Tensor) -> None:
-    """Turn an optimiser's step, in place, from x into before + M (x - before); a pixel of mask 0 is exactly as it was."""
+    """Turn an optimiser's step, in place, from x into before + M (x - before); a pixel of mask 0 is exactly as it
+    was."""
     x.copy_(before + masked * (x - before))
 
 
@@ -139,8 +147,9 @@ def discover(
 ) -> Tensor:
     """Patches (wanted, C, H / factor, W / factor) of one class, of square crops of its real images (n, C, H, W).
 
-    Those with the largest share of the image's activation are kept (`keep` of all), of them those that the network gets right, of them the least sure
-    ones (`choose: high`, as RDED: the surest). Where they do not suffice, wrong ones follow, the surest of them first, and then all again, with a warning.
+    Those with the largest share of the image's activation are kept (`keep` of all), of them those that the network gets
+    right, of them the least sure ones (`choose: high`, as RDED: the surest). Where they do not suffice, wrong ones
+    follow, the surest of them first, and then all again, with a warning.
     """
     height, width = images.shape[-2:]
     y = torch.full((len(images),), label, device=images.device)
@@ -182,14 +191,18 @@ def mosaic(patches: Tensor, factor: int) -> Tensor:
 
 @full_precision
 def distances(logits: Tensor, own: Tensor, partner: Tensor, temperature: float = 1.0) -> Tensor:
-    """(B, 2): -log softmax(z / T) at the image's own class and at its partner's, at most 50; logits (B, C), classes (B,)."""
+    """(B, 2): -log softmax(z / T) at the image's own class and at its partner's, at most 50; logits (B, C), classes
+    (B,)."""
     log_probs = F.log_softmax(logits / temperature, -1)
     return -log_probs.gather(1, torch.stack([own, partner], 1)).clamp_min(-FARTHEST)
 
 
 @full_precision
 def distance_loss(student: Tensor, teacher: Tensor, mixed: Tensor, norm: str = "l1") -> Tensor:
-    """mean_b |d_org - d^S_org| + |d_aug - d^S_aug|, or squares; distances (B, 2). A view that is not mixed (`mixed` (B,) False) counts its distance once."""
+    """mean_b |d_org - d^S_org| + |d_aug - d^S_aug|, or squares; distances (B, 2).
+
+    A view that is not mixed (`mixed` (B,) False) counts its distance once.
+    """
     gap = (student - teacher).abs() if norm == "l1" else (student - teacher).square()
     return (gap[:, 0] + gap[:, 1] * mixed).mean()
 
@@ -259,7 +272,8 @@ class Config(DatasetConfig):
 def refine_loss(
     network: nn.Module, statistics: BatchNormStatistics, x: Tensor, labels: Tensor, spec: RefineSpec
 ) -> dict[str, Tensor]:
-    """L_C = CE(T(x), y) + alpha_bn (first r_1 + the other r_l), as `loss`, with its parts; x (B, C, H, W), labels (B,)."""
+    """L_C = CE(T(x), y) + alpha_bn (first r_1 + the other r_l), as `loss`, with its parts; x (B, C, H, W), labels
+    (B,)."""
     ce = F.cross_entropy(network(x).float(), labels)
     bn = statistics_loss(statistics.distances(), spec.first)
     return {"loss": ce + spec.alpha_bn * bn, "ce": ce, "bn": bn}
@@ -281,8 +295,8 @@ def labelled(teacher: nn.Module, images: Tensor, labels: Tensor, made: Views, te
     with evaluating(teacher):
         for epoch, number, rows in _batches(found, len(images)):
             x, partners, _ = made.mixed(images, rows, epoch, number)
-            said = distances(teacher(x), labels[rows].to(x.device), labels[partners].to(x.device), temperature)
-            found.logits[epoch, rows] = said.half().cpu()
+            measured = distances(teacher(x), labels[rows].to(x.device), labels[partners].to(x.device), temperature)
+            found.logits[epoch, rows] = measured.half().cpu()
     return found
 
 
@@ -303,14 +317,16 @@ class DistanceSet(SyntheticSet):
         super().check()
         if views is not None and views.logits.shape[1:] != (len(self.images), 2):
             raise UserError(
-                f"Distances of views must have the shape (epochs, {len(self.images)}, 2); given: {tuple(views.logits.shape)}."
+                f"Distances of views must have the shape (epochs, {len(self.images)}, 2); given: "
+                f"{tuple(views.logits.shape)}."
             )
         self.views = None if views is None else DistanceLabels(views.made, views.logits)
 
 
 @dataclass
 class DistanceTraining(SoftTraining):
-    """L = share CE(y_i) + (1 - share) CE(y_j) + alpha L_dbr, of views that are mixed of images i and j; the rest as soft training."""
+    """L = share CE(y_i) + (1 - share) CE(y_j) + alpha L_dbr, of views that are mixed of images i and j; the rest as
+    soft training."""
 
     alpha: float = 1.0
     norm: str = "l1"
@@ -336,7 +352,8 @@ class DistanceTraining(SoftTraining):
 
 @evaluates(DistanceSet.kind)
 def judge_distances(product: DistanceSet, run: Run) -> dict[str, float]:
-    """As of any synthetic set (`stillhouse.synthetic.judging.evaluator`); with `evaluate.protocol: soft` students learn from the distances."""
+    """As of any synthetic set (`stillhouse.synthetic.judging.evaluator`); with `evaluate.protocol: soft` students learn
+    from the distances."""
     config: Any = run.config
     return judge(product, run, lambda plain: DistanceTraining.like(plain, config.distances))
 
@@ -352,7 +369,8 @@ def refined(
     slot: int,
     factor: int,
 ) -> tuple[Tensor, dict[str, float], Cost]:
-    """Mosaics (classes, C, H, W) of factor x factor patches, one of every class, refined outside their critical regions, with what that did and cost."""
+    """Mosaics (classes, C, H, W) of factor x factor patches, one of every class, refined outside their critical
+    regions, with what that did and cost."""
     x, labels = nn.Parameter(start.clone()), torch.arange(len(start), device=start.device)
     size = (x.shape[-2], x.shape[-1])
     regions = critical(activation_map(network, taps, start, labels), size, factor if spec.per_patch else 1)
@@ -389,7 +407,7 @@ class NonCriticalRegionRefinement(Method[Config]):
         teacher = (
             []
             if config.teacher.train is None
-            else [Stage("teacher", "train the network with batch norm (kept, shared)")]
+            else [Stage("teacher", "train the network with batch norm (stored, shared)")]
         )
         steps = config.refine.iterations * config.ipc if config.refine else 0
         does = f"{config.ipc} mosaics a class" + (", refined where the network does not look" if config.refine else "")
@@ -466,7 +484,7 @@ class NonCriticalRegionRefinement(Method[Config]):
                 return {"logits": relabel([network], images, config.relabel).logits}
             return {"logits": labelled(network, images, labels, config.relabel, config.distances.temperature).logits}
 
-        kept = run.stage("relabel", make, uses)["logits"]
-        made.views = (DistanceLabels if config.labels == "distances" else ViewLabels)(config.relabel, kept)
+        stored = run.stage("relabel", make, uses)["logits"]
+        made.views = (DistanceLabels if config.labels == "distances" else ViewLabels)(config.relabel, stored)
         made.check()
         return made

@@ -8,11 +8,12 @@ family: dataset distillation
 use when: images are large or classes many, and soft labels may be stored
 needs: a network with BatchNorm2d, trained on the real data; no real images after that
 
-Recover: one image of each class at a time is learned from noise, so that the network classifies it and its features have the running statistics of every
-batch norm (`r_bn`, the first layer ten times); each step sees one draw for the whole batch, a random shift (`jitter`) and before it what `augment` names, with
-a cosine rate, and pixels are clamped to their range. Relabel: the network's logits of every epoch's crops, flips and mixes are stored in half precision,
-or (`relabel: null`) one vector an image. Total variation and the pixels' norm, 0 in the published runs, are `tv` and `l2`. Crops are drawn from area and
-aspect as torchvision does, without its retries, and stay differentiable.
+Recover: one image of each class at a time is learned from noise, so that the network classifies it and its features
+have the running statistics of every batch norm (`r_bn`, the first layer ten times); each step sees one draw for the
+whole batch, a random shift (`jitter`) and before it what `augment` names, with a cosine rate, and pixels are clamped to
+their range. Relabel: the network's logits of every epoch's crops, flips and mixes are stored in half precision, or
+(`relabel: null`) one vector an image. Total variation and the pixels' norm, 0 in the published runs, are `tv` and `l2`.
+Crops are drawn from area and aspect as torchvision does, without its retries, and stay differentiable.
 """
 
 from __future__ import annotations
@@ -44,18 +45,26 @@ class RecoverSpec(Spec):
     r_bn: float = Field(0.01, ge=0, description="Weight of the statistics; published: 0.01 (ImageNet) to 1 (CIFAR).")
     first: float = Field(10.0, ge=0, description="Factor of the first layer's statistics.")
     jitter: int = Field(4, ge=0, description="Pixels of the random shift; published: 32 at 224, 4 at 32.")
-    augment: Groups = Field("", description="Before the shift, one draw a step for the whole batch: resized_crop_flip for large images.")
+    augment: Groups = Field(
+        "", description="Before the shift, one draw a step for the whole batch: resized_crop_flip for large images."
+    )
     tv: float = Field(0.0, ge=0, description="Weight of the total variation.")
     l2: float = Field(0.0, ge=0, description="Weight of the images' mean norm.")
 
 
 class Config(DatasetConfig):
     teacher: Teacher = Field(description="The squeezed network; one with `train` is trained first.")
-    recover: RecoverSpec | None = Field(default_factory=RecoverSpec, description="null: random real images under the same labels, the baseline.")
-    relabel: Views | None = Field(default_factory=Views, description="The views that are labelled; null: one soft label an image.")
+    recover: RecoverSpec | None = Field(
+        default_factory=RecoverSpec, description="null: random real images under the same labels, the baseline."
+    )
+    relabel: Views | None = Field(
+        default_factory=Views, description="The views that are labelled; null: one soft label an image."
+    )
 
 
-def recover_loss(network: nn.Module, statistics: BatchNormStatistics, x: Tensor, labels: Tensor, spec: RecoverSpec) -> dict[str, Tensor]:
+def recover_loss(
+    network: nn.Module, statistics: BatchNormStatistics, x: Tensor, labels: Tensor, spec: RecoverSpec
+) -> dict[str, Tensor]:
     """CE(f(x), y) + r_bn (first r_1 + the other r_l) [+ tv TV(x) + l2 mean |x_i|], as `loss`, with its parts.
 
     Args:
@@ -79,8 +88,16 @@ def real_images(config: Config, run: Run) -> Tensor:
 
 class SqueezeRecoverRelabel(Method[Config]):
     def plan(self, config: Config, run: Run) -> list[Stage]:
-        teacher = [] if config.teacher.train is None else [Stage("teacher", "squeeze: train the network with batch norm (kept, shared)")]
-        does = f"{config.ipc} times: recover an image of each class" if config.recover else f"take {config.ipc} random real images a class"
+        teacher = (
+            []
+            if config.teacher.train is None
+            else [Stage("teacher", "squeeze: train the network with batch norm (stored, shared)")]
+        )
+        does = (
+            f"{config.ipc} times: recover an image of each class"
+            if config.recover
+            else f"take {config.ipc} random real images a class"
+        )
         labels = f"label {config.relabel.epochs} epochs of views" if config.relabel else "label the images"
         lines = plan(run, config, "recover", does, config.recover.iterations * config.ipc if config.recover else 0)
         return [*teacher, lines[0], Stage("relabel", labels), *lines[1:]]
@@ -112,13 +129,26 @@ class SqueezeRecoverRelabel(Method[Config]):
             made.soft = running_logits(network, images).cpu()
         else:
             views = config.relabel
-            uses = {"images": made.fingerprint, "teacher": Frozen(network).fingerprint(), "views": views.model_dump(mode="json")}
-            made.views = ViewLabels(views, run.stage("relabel", lambda: {"logits": relabel([network], images, views).logits}, uses)["logits"])
+            uses = {
+                "images": made.fingerprint,
+                "teacher": Frozen(network).fingerprint(),
+                "views": views.model_dump(mode="json"),
+            }
+            made.views = ViewLabels(
+                views,
+                run.stage("relabel", lambda: {"logits": relabel([network], images, views).logits}, uses)["logits"],
+            )
         made.check()
         return made
 
     def _recovered(
-        self, config: Config, spec: RecoverSpec, run: Run, network: nn.Module, statistics: BatchNormStatistics, number: int
+        self,
+        config: Config,
+        spec: RecoverSpec,
+        run: Run,
+        network: nn.Module,
+        statistics: BatchNormStatistics,
+        number: int,
     ) -> tuple[Tensor, Cost]:
         """The `number`-th image of each class, and what it cost."""
         bundle = run.data(config.data)

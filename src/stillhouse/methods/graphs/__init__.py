@@ -1,1 +1,2 @@
-"""Procedures for graphs: networks on them taught to students without one, and small graphs in place of large ones."""
+"""Procedures for graphs: networks on them distilled into students that need none, and small graphs in place of large
+ones."""

@@ -1,6 +1,7 @@
-"""FF-G2M: a perceptron takes over what a graph network says of a node's neighbours, and how much it tells the two ends of an edge apart.
+"""FF-G2M: a perceptron learns a graph network's predictions for a node's neighbours, and how they differ along edges.
 
-paper: Extracting Low-/High-Frequency Knowledge from Graph Neural Networks and Injecting it into MLPs: An Effective GNN-to-MLP Distillation Framework
+paper: Extracting Low-/High-Frequency Knowledge from Graph Neural Networks and Injecting it into MLPs: An Effective
+GNN-to-MLP Distillation Framework
 venue: AAAI 2023
 arxiv: 2305.10758
 task: node classification
@@ -8,13 +9,15 @@ family: GNN-to-MLP distillation
 use when: a graph network is accurate but the graph is not there, or too slow to read, at prediction time
 needs: node features, edges at training time, labels of a few nodes, validation labels
 
-L = lamb CE + (1 - lamb) (LFD + HFD). LFD, low frequency: KL(teacher at j || student at i), mean over directed edges and self loops. HFD, high
-frequency: KL between softmax(|difference of logits| / tau) of teacher and student, mean over edges, no tau^2. `terms` gives the ablations: [low], [high],
-[soft] (GLNN), and `lamb: 1` the plain MLP. LFD is computed as a cross-entropy to the sum of the neighbours' predictions, which has the value and gradient
-of the sum over edges. The paper's kernel of a difference is the absolute value, as in the released code. That code swaps the names of the two
-dropouts: here `teacher.dropout` is the teacher's. The weights of the best validation epoch are kept; the code keeps the last and reports the best epoch's
-score. `edges_per_step` draws edges for HFD (not in the paper; an unbiased mean for graphs whose edges do not fit). `drowning.html`, of `drowning: true`,
-shows by epoch what the paper calls information drowning, for students of each ablation under the same teacher.
+L = lamb CE + (1 - lamb) (LFD + HFD). LFD, low frequency: KL(teacher at j || student at i), mean over directed edges and
+self loops. HFD, high frequency: KL between softmax(|difference of logits| / tau) of teacher and student, mean over
+edges, no tau^2. `terms` gives the ablations: [low], [high], [soft] (GLNN), and `lamb: 1` the plain MLP. LFD is computed
+as a cross-entropy to the sum of the neighbours' predictions, which has the value and gradient of the sum over edges.
+The paper's kernel of a difference is the absolute value, as in the released code. That code swaps the names of the two
+dropouts: here `teacher.dropout` is the teacher's. The weights of the best validation epoch are kept; the code keeps the
+last and reports the best epoch's score. `edges_per_step` draws edges for HFD (not in the paper; an unbiased mean for
+graphs whose edges do not fit). `drowning.html`, of `drowning: true`, shows by epoch what the paper calls information
+drowning, for students of each ablation under the same teacher.
 """
 
 from __future__ import annotations
@@ -35,7 +38,14 @@ from stillhouse.errors import UserError
 from stillhouse.functional import checks
 from stillhouse.functional.precision import full_precision
 from stillhouse.methods.graphs import glnn
-from stillhouse.methods.graphs.glnn import Taught, fit_nodes, graph_of, new_student, taught, test_figures
+from stillhouse.methods.graphs.glnn import (
+    TrainedTeacher,
+    fit_nodes,
+    graph_of,
+    new_student,
+    test_figures,
+    trained_teacher,
+)
 from stillhouse.models.graph import NodeMLP
 from stillhouse.runs.method import Method, Stage
 from stillhouse.runs.run import Run
@@ -46,11 +56,12 @@ ABLATIONS: dict[str, list[Term]] = {"GLNN": ["soft"], "LFD": ["low"], "HFD": ["h
 
 @dataclass(frozen=True)
 class LowFrequency:
-    """What the student is to say of each node: the teacher's predictions summed over its neighbours and itself.
+    """The target of each node: the teacher's predictions summed over its neighbours and itself.
 
     Attributes:
         received: (N, C), sum of the teacher's probabilities at i and its neighbours.
-        offset: scalar, sum over directed edges (self loops too) of the negative entropy of the edge's teacher prediction.
+        offset: scalar, sum over directed edges (self loops too) of the negative entropy of the edge's teacher
+            prediction.
         count: |E1|, directed edges and self loops.
     """
 
@@ -75,7 +86,8 @@ class LowFrequency:
 
 
 def low_frequency_loss(student_logits: Tensor, teacher_logits: Tensor, edges: Tensor) -> Tensor:
-    """KL(teacher at j || student at i), mean over directed edges (i, j) and a self loop of every node; logits (N, C), edges (2, E) without loops.
+    """KL(teacher at j || student at i), mean over directed edges (i, j) and a self loop of every node; logits (N, C),
+    edges (2, E) without loops.
 
     Raises:
         UserError: shapes that do not fit, edges out of range.
@@ -86,7 +98,8 @@ def low_frequency_loss(student_logits: Tensor, teacher_logits: Tensor, edges: Te
 
 @full_precision
 def high_frequency_loss(student_logits: Tensor, teacher_logits: Tensor, edges: Tensor, tau: float = 1.5) -> Tensor:
-    """KL(softmax(|T_i - T_j| / tau) || softmax(|S_i - S_j| / tau)), mean over edges (2, E); raw logits (N, C). 0 without edges.
+    """KL(softmax(|T_i - T_j| / tau) || softmax(|S_i - S_j| / tau)), mean over edges (2, E); raw logits (N, C). 0
+    without edges.
 
     Both directions of an edge give the same, so one of them is enough.
 
@@ -113,12 +126,14 @@ def difference_log_probs(logits: Tensor, edges: Tensor, tau: float) -> Tensor:
 
 
 def check_edges(edges: Tensor, nodes: int) -> None:
-    """Raise `UserError` for edges that are not (2, E) node ids from 0 to N - 1; values are looked at only on the CPU."""
+    """Raise `UserError` for edges that are not (2, E) node ids from 0 to N - 1; values are looked at only on the
+    CPU."""
     if edges.ndim != 2 or edges.shape[0] != 2:
         raise UserError(f"ff_g2m: edges must have shape (2, E); given: {tuple(edges.shape)}.")
     if edges.device.type == "cpu" and edges.numel() and not (int(edges.min()) >= 0 and int(edges.max()) < nodes):
         raise UserError(
-            f"ff_g2m: edges name nodes from {int(edges.min())} to {int(edges.max())}, but there are {nodes} (0 to {nodes - 1})."
+            f"ff_g2m: edges name nodes from {int(edges.min())} to {int(edges.max())}, but there are {nodes} (0 to "
+            f"{nodes - 1})."
         )
 
 
@@ -129,10 +144,11 @@ class Config(glnn.Config):
         min_length=1,
         description="low: LFD; high: HFD; soft: GLNN's soft labels.",
     )
-    edges_per_step: int | None = Field(None, ge=1, description="Edges drawn anew at each step for HFD; default: all.")
+    edges_per_step: int | None = Field(None, ge=1, description="Edges drawn at each step for HFD; default: all.")
     drowning: bool = Field(
         False,
-        description="Also train a student of each ablation and plot, by epoch, how much of both frequencies it took over.",
+        description="Also train a student of each ablation and plot, by epoch, how much of both frequencies it took "
+        "over.",
     )
 
 
@@ -158,7 +174,7 @@ class FFG2M(Method[Config]):
 
     def run(self, config: Config, run: Run) -> glnn.NodeStudent:
         graph = graph_of(config, run)
-        teacher = taught(run, config.teacher, graph)
+        teacher = trained_teacher(run, config.teacher, graph)
         seen = graph.observed()
         if not seen.edges.shape[1] and config.lamb < 1:
             warnings.warn(
@@ -183,7 +199,7 @@ class FFG2M(Method[Config]):
         terms: list[Term],
         graph: NodeGraph,
         seen: NodeGraph,
-        teacher: Taught,
+        teacher: TrainedTeacher,
     ) -> tuple[NodeMLP, dict[str, float]]:
         """A student trained on some terms, and its figures, `low_cosine` and `high_kl` among them."""
         logits, low = teacher.logits, LowFrequency.of(teacher.logits, seen.edges)
@@ -219,7 +235,7 @@ class FFG2M(Method[Config]):
             return student, {**figures, **test_figures(student(graph.x), graph)}
 
     @staticmethod
-    def _teacher_share(seen: NodeGraph, teacher: Taught) -> float:
+    def _teacher_share(seen: NodeGraph, teacher: TrainedTeacher) -> float:
         """The teacher's own low-frequency cosine: where a student that copied it would be."""
         return cosine_to_neighbours(teacher.logits, LowFrequency.of(teacher.logits, seen.edges))
 
@@ -227,18 +243,23 @@ class FFG2M(Method[Config]):
 def frequencies(
     student_logits: Tensor, teacher_logits: Tensor, once: Tensor, low: LowFrequency, tau: float
 ) -> dict[str, float]:
-    """How much of both frequencies a student took over: `low_cosine` (larger is more) and `high_kl`, the value of HFD (smaller is more)."""
+    """How much of both frequencies a student took over: `low_cosine` (larger is more) and `high_kl`, the value of HFD
+    (smaller is more)."""
     high = high_frequency_loss(student_logits, teacher_logits, once, tau)
     return {"low_cosine": cosine_to_neighbours(student_logits, low), "high_kl": high.item()}
 
 
 def cosine_to_neighbours(logits: Tensor, low: LowFrequency) -> float:
-    """Mean over nodes of the cosine between predicted probabilities and the teacher's mean over the node's neighbourhood."""
+    """Mean over nodes of the cosine between predicted probabilities and the teacher's mean over the node's
+    neighbourhood."""
     return F.cosine_similarity(F.softmax(logits, -1), low.received, dim=-1).mean().item()
 
 
 def plot_drowning(folder: Path, teacher_cosine: float) -> Path:
-    """Write `drowning.html` from a run's metrics.csv: both figures by epoch for each ablation. Needs no network to be read."""
+    """Write `drowning.html` from a run's metrics.csv: both figures by epoch for each ablation.
+
+    Needs no network to be read.
+    """
     from stillhouse.reporting.figures import lines
     from stillhouse.reporting.page import figure, grid, page, section, write
 
@@ -266,7 +287,10 @@ def plot_drowning(folder: Path, teacher_cosine: float) -> Path:
             "High frequency: lower is more alike.",
         ),
     ]
-    text = "What students of one teacher took over of its agreement with neighbours and of its differences from them, by epoch."
+    text = (
+        "What students of one teacher took over of its agreement with neighbours and of its differences from "
+        "them, by epoch."
+    )
     return write(
         folder / "drowning.html",
         page("Information drowning", str(folder.name), [section("Frequencies", text, grid(parts))]),

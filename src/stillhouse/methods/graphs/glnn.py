@@ -8,9 +8,9 @@ family: GNN-to-MLP distillation
 use when: a graph network is accurate but fetching a node's neighbours at prediction time is too slow
 needs: node features, edges at training time, labels of a few nodes, validation labels
 
-L = lamb CE(train nodes) + (1 - lamb) mean_i KL(teacher_i || student_i), temperature 1, over all nodes that training sees; full batches, while the
-released code takes batches of nodes. `lamb: 1` is the plain MLP. With `data.hide` a share of the test nodes, edges and all, is not there until the
-test. Nodes with label -1 are distilled but never scored.
+L = lamb CE(train nodes) + (1 - lamb) mean_i KL(teacher_i || student_i), temperature 1, over all nodes that training
+sees; full batches, while the released code takes batches of nodes. `lamb: 1` is the plain MLP. With `data.hide` a share
+of the test nodes, edges and all, is not there until the test. Nodes with label -1 are distilled but never scored.
 """
 
 from __future__ import annotations
@@ -74,11 +74,9 @@ class NodeTrain(TrainSpec):
     epochs: int = Field(500, ge=1, description="Steps, at most.")
     batch_size: Literal[0] = Field(0, description="Not to be set: a step sees the whole graph.")
     optimizer: OptimizerSpec = Field(
-        default_factory=lambda: OptimizerSpec(name="adam", lr=0.01, weight_decay=5e-4), description="Adam, unless told."
+        default_factory=lambda: OptimizerSpec(name="adam", lr=0.01, weight_decay=5e-4), description="Default: Adam."
     )
-    schedule: LRSchedule = Field(
-        default_factory=lambda: LRSchedule(name="constant"), description="Constant, unless told."
-    )
+    schedule: LRSchedule = Field(default_factory=lambda: LRSchedule(name="constant"), description="Default: constant.")
     best: Literal["accuracy"] | None = Field(
         "accuracy", description="Keep the weights of the best validation accuracy; of equals, the last."
     )
@@ -117,12 +115,13 @@ class NodeConfig(MethodConfig):
 
 
 @dataclass(frozen=True)
-class Taught:
-    """A trained graph network and what it says.
+class TrainedTeacher:
+    """A trained graph network and its outputs.
 
     Attributes:
         logits: (n, C), of the nodes seen in training, from the graph seen in training.
-        figures: `teacher_accuracy` on all test nodes with the whole graph (and on observed and hidden ones), `teacher_seconds`.
+        figures: `teacher_accuracy` on all test nodes with the whole graph (and on observed and hidden ones),
+            `teacher_seconds`.
     """
 
     network: GNN
@@ -136,7 +135,8 @@ def graph_of(config: NodeConfig, run: Run) -> NodeGraph:
 
 
 class NodeFit(nn.Module):
-    """A network and its loss as what `run.fit` trains; it remembers the best test accuracy of any epoch, which is reported and chooses nothing."""
+    """A network and its loss as what `run.fit` trains; it remembers the best test accuracy of any epoch, which is
+    reported and chooses nothing."""
 
     top_test: Tensor
 
@@ -184,13 +184,14 @@ def fit_nodes(
     """Fit a network to nodes and leave the weights of its best validation accuracy in it (of equals, the last).
 
     Args:
-        loss: (network, batch) -> named terms, whose sum is the loss; a batch's `index` (B,) holds node ids where `train.batch_size` is set.
+        loss: (network, batch) -> named terms, whose sum is the loss; a batch's `index` (B,) holds node ids where
+            `train.batch_size` is set.
         predict: network -> logits (n, C) of the graph's nodes; in evaluation mode.
         further: logits -> more figures of an epoch, written to metrics.csv.
 
     Returns:
-        `val_accuracy`, `test_selected` (the best test accuracy of any epoch: what choosing by the test would report), `epochs`, `seconds`, and the
-        further figures of the epoch that was kept.
+        `val_accuracy`, `test_selected` (the best test accuracy of any epoch: what choosing by the test would report),
+        `epochs`, `seconds`, and the further figures of the chosen epoch.
     """
     module = NodeFit(network, loss)
     size = train.batch_size or 1
@@ -217,13 +218,13 @@ def fit_nodes(
     spec = train.model_copy(update={"best": "score" if train.best else None})
     with run.seeded(run.seed if seed is None else seed):
         fitted = run.fit(stage, module, loader, spec, evaluate=judged)
-    kept = {k: v for k, v in fitted.figures.items() if k not in ("accuracy", "score", "test_accuracy")}
+    further_figures = {k: v for k, v in fitted.figures.items() if k not in ("accuracy", "score", "test_accuracy")}
     figures = {
         "val_accuracy": fitted.figures["accuracy"],
         "test_selected": module.top_test.item(),
         "epochs": float(fitted.epochs),
     }
-    return {**figures, "seconds": fitted.seconds, **kept}
+    return {**figures, "seconds": fitted.seconds, **further_figures}
 
 
 def accuracy(logits: Tensor, graph: NodeGraph, nodes: Tensor) -> float:
@@ -232,7 +233,8 @@ def accuracy(logits: Tensor, graph: NodeGraph, nodes: Tensor) -> float:
 
 
 def test_figures(logits: Tensor, graph: NodeGraph, prefix: str = "") -> dict[str, float]:
-    """`accuracy` on all test nodes; where some were hidden from training, also on those (`accuracy_hidden`) and on the others (`accuracy_observed`)."""
+    """`accuracy` on all test nodes; where some were hidden from training, also on those (`accuracy_hidden`) and on the
+    others (`accuracy_observed`)."""
     out = {f"{prefix}accuracy": accuracy(logits, graph, graph.split["test"])}
     if len(graph.hidden):
         others = graph.split["test"][~torch.isin(graph.split["test"], graph.hidden)]
@@ -243,8 +245,9 @@ def test_figures(logits: Tensor, graph: NodeGraph, prefix: str = "") -> dict[str
     return out
 
 
-def taught(run: Run, spec: TeacherGNN, graph: NodeGraph) -> Taught:
-    """The graph network of a spec, trained with cross-entropy on the observed graph: the stage `teacher`, shared by all recipes with the same one."""
+def trained_teacher(run: Run, spec: TeacherGNN, graph: NodeGraph) -> TrainedTeacher:
+    """The graph network of a spec, trained with cross-entropy on the observed graph: the stage `teacher`, shared by all
+    recipes with the same one."""
     seen = graph.observed()
     seed = run.seed if spec.seed is None else spec.seed
     with keyed("model", "teacher", seed):
@@ -262,13 +265,13 @@ def taught(run: Run, spec: TeacherGNN, graph: NodeGraph) -> Taught:
         return {"weights": state_on_cpu(network), "figures": figures}
 
     uses = {"teacher": described(spec, spec.train), "graph": seen.fingerprint, "seed": seed}
-    kept = run.stage("teacher", make, uses)
-    network.load_state_dict(kept["weights"])
+    stored = run.stage("teacher", make, uses)
+    network.load_state_dict(stored["weights"])
     with evaluating(network):
         logits = network(seen.x, along)
         whole = network(graph.x, network.propagation(graph.edges, graph.num_nodes)) if len(graph.hidden) else logits
     figures = test_figures(whole, graph, "teacher_")
-    return Taught(network, logits, {**figures, "teacher_seconds": kept["figures"]["seconds"]})
+    return TrainedTeacher(network, logits, {**figures, "teacher_seconds": stored["figures"]["seconds"]})
 
 
 def described(spec: Spec, train: TrainSpec) -> dict[str, Any]:
@@ -301,7 +304,8 @@ class NodeStudent(Student):
 
 @evaluates(NodeStudent.kind)
 def judge(product: NodeStudent, run: Run) -> dict[str, float]:
-    """Accuracy on the test nodes, of which those that training did not see also alone, and what the student costs for one node."""
+    """Accuracy on the test nodes, of which those that training did not see also alone, and what the student costs for
+    one node."""
     assert isinstance(run.config, NodeConfig)
     graph = graph_of(run.config, run)
     with evaluating(product.module):
@@ -323,7 +327,7 @@ class GraphLess(Method[Config]):
         return [
             Stage(
                 "teacher",
-                "train the graph network with cross-entropy (kept, shared)",
+                "train the graph network with cross-entropy (stored, shared)",
                 {"teacher": f"{t.conv}, {t.layers} x {t.width}"},
             ),
             Stage("student", self.does(config), {"student": f"MLP, {s.layers} x {s.width}"}, steps=config.train.epochs),
@@ -331,7 +335,7 @@ class GraphLess(Method[Config]):
 
     def run(self, config: Config, run: Run) -> NodeStudent:
         graph = graph_of(config, run)
-        teacher = taught(run, config.teacher, graph)
+        teacher = trained_teacher(run, config.teacher, graph)
         seen = graph.observed()
         student = new_student(config.student, graph, run)
         loss = distil(config.lamb, seen, lambda logits: {"soft": soft_label_loss(logits, teacher.logits)})

@@ -1,21 +1,26 @@
-"""VQGraph: a graph network learns a codebook of local structures, and a perceptron learns which code, and which class, each node has.
+"""VQGraph: a graph network learns a codebook of local structures, and a perceptron learns which code, and which class,
+each node has.
 
 paper: VQGraph: Rethinking Graph Representation Space for Bridging GNNs and MLPs
 venue: ICLR 2024
 arxiv: 2308.02117
 task: node classification
 family: GNN-to-MLP distillation
-use when: a graph network is accurate but its neighbours are too slow to fetch, and soft labels of a few classes say too little of the structure
+use when: a graph network is accurate but its neighbours are too slow to fetch, and soft labels of a few classes carry
+too little of the structure
 needs: node features, edges at training time, labels of a few nodes, validation labels
 
-Tokenizer: GCN, cosine codebook moved by running means (decay 0.8, commitment 0.25), reconstruction of edges and embeddings, classes.
-Student: lamb CE + (1 - lamb) KL of soft labels + lamb_tok T^2 KL(softmax(S / T) || softmax(s / T)), S the tokenizer's cosines with all codes, s the
-negative distances of the student's code vector (`student_scores: cosine` for cosines on both sides). Where the released code errs, what it means is
-followed: the token term is a KL (the code hands probabilities to a function of logarithms), its targets belong to the same nodes (the code's are
-permuted), the epoch is chosen by validation (`test_selected` is what the code would report), and one step takes all three terms (the code makes three
-passes an epoch). `edge_sample` draws nodes for the edge term, whose exact form needs N x N; null is exact. `fan_out` trains the tokenizer on
-neighbours drawn around `batch` training nodes, as the code's SAGE variant does. With `lamb_tok: 0` it is GLNN with the tokenizer as its teacher, with
-`lamb: 1` as well the plain MLP. Normalisation layers and replacement of dead codes, off in the code, are not offered.
+Tokenizer: GCN, cosine codebook moved by running means (decay 0.8, commitment 0.25), reconstruction of edges and
+embeddings, classes. Student: lamb CE + (1 - lamb) KL of soft labels + lamb_tok T^2
+KL(softmax(S / T) || softmax(s / T)), S the tokenizer's cosines with all codes, s the negative distances of the
+student's code vector (`student_scores: cosine` for cosines on both sides). Where the released code errs, its
+intention is followed: the token term is a KL (the code hands probabilities to a function of logarithms), its targets
+belong to the same nodes (the code's are permuted), the epoch is chosen by validation (`test_selected` is what the code
+would report), and one step takes all three terms (the code makes three passes an epoch). `edge_sample` draws nodes for
+the edge term, whose exact form needs N x N; null is exact. `fan_out` trains the tokenizer on neighbours drawn around
+`batch` training nodes, as the code's SAGE variant does. With `lamb_tok: 0` it is GLNN with the tokenizer as its
+teacher, with `lamb: 1` as well the plain MLP. Normalisation layers and replacement of dead codes, off in the code, are
+not offered.
 """
 
 from __future__ import annotations
@@ -53,7 +58,9 @@ from stillhouse.runs.run import Run
 from stillhouse.signals import Batch, evaluating
 
 ROWS = 1 << 16
-SCORES_IN_MEMORY = 1 << 28  # entries of S that are kept; beyond, a batch's rows are computed when they are asked for
+SCORES_IN_MEMORY = (
+    1 << 28
+)  # entries of S that are stored; of a larger S, a batch's rows are computed when they are needed
 
 
 @full_precision
@@ -72,7 +79,8 @@ def token_loss(
     checks.options("vqgraph", positive={"temperature": temperature})
     if vectors.shape[-1] != codes.shape[-1] or teacher_scores.shape != (len(vectors), len(codes)):
         raise UserError(
-            f"vqgraph: student vectors {tuple(vectors.shape)}, codes {tuple(codes.shape)} and teacher scores {tuple(teacher_scores.shape)} do not fit; "
+            f"vqgraph: student vectors {tuple(vectors.shape)}, codes {tuple(codes.shape)} and teacher scores "
+            f"{tuple(teacher_scores.shape)} do not fit; "
             "expected (B, D), (M, D) and (B, M)."
         )
     given = (
@@ -98,11 +106,13 @@ def node_loss(embedding: Tensor, decoded: Tensor) -> Tensor:
 
 @full_precision
 def edge_loss(decoded: Tensor, edges: Tensor, sample: int | None = None) -> Tensor:
-    """sqrt(mean((A - P)^2)) with P = z z^T, scaled over the whole matrix to [0, 1], and A with ones on its diagonal: a scalar.
+    """sqrt(mean((A - P)^2)) with P = z z^T, scaled over the whole matrix to [0, 1], and A with ones on its diagonal: a
+    scalar.
 
     Args:
         decoded: z, (N, D). edges: (2, E), both directions, without self loops.
-        sample: take so many nodes, drawn anew, and the edges among them: time and memory then grow with E and sample^2 rather than N^2.
+        sample: take so many nodes, drawn at each call, and the edges among them: time and memory then grow with E and
+            sample^2 rather than N^2.
 
     Raises:
         UserError: fewer than two nodes.
@@ -127,7 +137,8 @@ class Codebook(nn.Module):
     """Codes in the space of the embeddings, found by cosine and moved by running means; buffers, not parameters.
 
     Args:
-        codes: M, at least 2. dim: D. decay: of the running means. commitment: weight of the pull of embeddings to their codes.
+        codes: M, at least 2. dim: D. decay: of the running means. commitment: weight of the pull of embeddings to their
+            codes.
     """
 
     codes: Tensor
@@ -151,8 +162,8 @@ class Codebook(nn.Module):
         """Codes of embeddings (N, D).
 
         Returns:
-            (N, D) codes, through which the gradient of `x` passes unchanged; (N,) their indices; the commitment loss, 0 in evaluation mode; and the
-            codebook (M, D) that was read, before training moved it.
+            (N, D) codes, through which the gradient of `x` passes unchanged; (N,) their indices; the commitment loss, 0
+            in evaluation mode; and the codebook (M, D) that was read, before training moved it.
         """
         with torch.no_grad():
             index = torch.cat([self.scores(rows).argmax(-1) for rows in x.split(ROWS)])  # never all of (N, M) at once
@@ -178,7 +189,8 @@ class Codebook(nn.Module):
 
 
 class _OfCodes(torch.autograd.Function):
-    """`linear(x + stopgrad(codes[index] - x))` with the product taken over the codes in use rather than over all nodes."""
+    """`linear(x + stopgrad(codes[index] - x))` with the product taken over the codes in use rather than over all
+    nodes."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, codes: Tensor, index: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -203,8 +215,9 @@ class Tokenizer(nn.Module):
     Args:
         inputs: D, of the features and of the codes. width: of the second convolution. classes: C. codes: M.
         dropout: after the first convolution.
-        by_code: take the decoders' products over the codes in use rather than over all nodes: a third of the work, and the same up to rounding. Rounding
-            decides which of the nodes of one code the largest and smallest entries of P, and so their gradients, belong to; the released code leaves it so.
+        by_code: take the decoders' products over the codes in use rather than over all nodes: a third of the work, and
+            the same up to rounding. Rounding decides which of the nodes of one code the largest and smallest entries of
+            P, and so their gradients, belong to; the released code leaves it so.
     """
 
     def __init__(
@@ -224,8 +237,8 @@ class Tokenizer(nn.Module):
         return F.dropout(F.relu(self.encode(x, along)), self.dropout, self.training)
 
     def forward(self, x: Tensor, along: Tensor) -> dict[str, Tensor]:
-        """(N, D) features and `along`, D^-1/2 (A + I) D^-1/2, to `logits` (N, C), `embedding`, `quantized`, `to_edges`, `to_nodes` (N, D), `hidden`
-        (N, width), `index` (N,) and `commitment`."""
+        """(N, D) features and `along`, D^-1/2 (A + I) D^-1/2, to `logits` (N, C), `embedding`, `quantized`, `to_edges`,
+        `to_nodes` (N, D), `hidden` (N, width), `index` (N,) and `commitment`."""
         return self.decode(self.embed(x, along), along)
 
     def decode(self, h: Tensor, along: Tensor) -> dict[str, Tensor]:
@@ -255,7 +268,8 @@ class Tokenizer(nn.Module):
     def losses(
         self, out: dict[str, Tensor], edges: Tensor, edge_weight: float, node_weight: float, sample: int | None = None
     ) -> dict[str, Tensor]:
-        """The reconstruction and commitment terms of an output on a graph's edges; `sample`: of so many nodes for the edge term."""
+        """The reconstruction and commitment terms of an output on a graph's edges; `sample`: of so many nodes for the
+        edge term."""
         return {
             "nodes": node_weight * node_loss(out["embedding"], out["to_nodes"]),
             "edges": edge_weight * edge_loss(out["to_edges"], edges, sample),
@@ -290,11 +304,9 @@ class BatchTrain(TrainSpec):
     epochs: int = Field(500, ge=1, description="Passes over the nodes, at most.")
     batch_size: int = Field(512, ge=1, description="Nodes of a step; the rest of an epoch is dropped.")
     optimizer: OptimizerSpec = Field(
-        default_factory=lambda: OptimizerSpec(name="adam", lr=0.01, weight_decay=5e-4), description="Adam, unless told."
+        default_factory=lambda: OptimizerSpec(name="adam", lr=0.01, weight_decay=5e-4), description="Default: Adam."
     )
-    schedule: LRSchedule = Field(
-        default_factory=lambda: LRSchedule(name="constant"), description="Constant, unless told."
-    )
+    schedule: LRSchedule = Field(default_factory=lambda: LRSchedule(name="constant"), description="Default: constant.")
     best: Literal["accuracy"] | None = Field(
         "accuracy", description="Keep the weights of the best validation accuracy; of equals, the last."
     )
@@ -325,7 +337,7 @@ class TokenStudent(nn.Module):
 
 
 class Tokens:
-    """What the tokenizer says of the nodes seen in training: logits, codes, and cosines with all codes."""
+    """The tokenizer's outputs for the nodes seen in training: logits, codes, and cosines with all codes."""
 
     def __init__(self, tokenizer: Tokenizer, graph: NodeGraph) -> None:
         with evaluating(tokenizer):
@@ -347,7 +359,8 @@ class Tokens:
             return self._book.scores(self._embedding[nodes])
 
     def figures(self, graph: NodeGraph) -> dict[str, float]:
-        """`codes_used`, `code_perplexity`, and `code_information`: nats that a node's code tells of its class and degree, beside shuffled codes'."""
+        """`codes_used`, `code_perplexity`, and `code_information`: the mutual information, in nats, of a node's
+        code with its class and degree, and that of shuffled codes."""
         from sklearn.metrics import mutual_info_score
 
         share = torch.bincount(self.index, minlength=len(self.codes)).double() / len(self.index)
@@ -371,12 +384,13 @@ class VQGraph(Method[Config]):
         t, s = config.tokenizer, config.student
         if s.layers < 2 and config.lamb_tok:
             raise UserError(
-                "vqgraph: the code vector comes from a hidden layer: give student.layers at least 2, or set lamb_tok to 0."
+                "vqgraph: the code vector comes from a hidden layer: give student.layers at least 2, or set lamb_tok "
+                "to 0."
             )
         return [
             Stage(
                 "tokenizer",
-                "train a graph network with a codebook (kept, shared)",
+                "train a graph network with a codebook (stored, shared)",
                 {"teacher": f"GCN, {t.codes} codes"},
                 steps=t.train.epochs,
             ),
@@ -386,7 +400,7 @@ class VQGraph(Method[Config]):
     def run(self, config: Config, run: Run) -> NodeStudent:
         graph = graph_of(config, run)
         seen = graph.observed()
-        tokenizer, told = self._tokenizer(config.tokenizer, run, graph, seen)
+        tokenizer, teacher_figures = self._tokenizer(config.tokenizer, run, graph, seen)
         tokens = Tokens(tokenizer, seen)
         train, labels = seen.split["train"], seen.labels[seen.split["train"]]
         mlp = new_student(config.student, graph, run)
@@ -409,7 +423,7 @@ class VQGraph(Method[Config]):
             return terms
 
         figures = fit_nodes(run, "student", student, loss, lambda m: m.mlp(seen.x), seen, config.train)
-        return node_student(mlp, config, graph, {**told, **tokens.figures(seen), **figures})
+        return node_student(mlp, config, graph, {**teacher_figures, **tokens.figures(seen), **figures})
 
     @staticmethod
     def _tokenizer(
@@ -446,10 +460,10 @@ class VQGraph(Method[Config]):
             )
             return {"weights": state_on_cpu(network), "figures": figures}
 
-        kept = run.stage(
+        stored = run.stage(
             "tokenizer", make, {"tokenizer": described(spec, spec.train), "graph": seen.fingerprint, "seed": seed}
         )
-        network.load_state_dict(kept["weights"])
+        network.load_state_dict(stored["weights"])
         with evaluating(network):
             logits = network(graph.x, network.propagation(graph.edges, graph.num_nodes))["logits"]
-        return network, {**test_figures(logits, graph, "teacher_"), "teacher_seconds": kept["figures"]["seconds"]}
+        return network, {**test_figures(logits, graph, "teacher_"), "teacher_seconds": stored["figures"]["seconds"]}

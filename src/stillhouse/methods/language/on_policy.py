@@ -1,4 +1,4 @@
-"""On-policy distillation: the student writes, and the teacher says how probable each token of it should have been.
+"""On-policy distillation: the student writes, and the teacher gives the probability of each token of it.
 
 paper: On-Policy Distillation of Language Models: Learning from Self-Generated Mistakes
 venue: ICLR 2024
@@ -8,10 +8,11 @@ family: on-policy
 use when: what the student writes by itself drifts from the texts it was trained on
 needs: text data, a teacher of the same tokenizer, a divergence of tokens (gkd)
 
-A step trains on the student's own continuations of a batch's prompts with probability `lmbda`, else on the batch's completions (Algorithm 1 of the
-paper); no gradient flows through the writing. The divergence is the recipe's objective: `gkd` with its beta is the paper's. A text without prompts is
-continued from its first `generation.prompt` tokens. The paper starts from a student fine-tuned on the task: give it as `student.checkpoint`, or set
-`warm_epochs`, of which every batch is the data's. The paper's mixture with reinforcement learning is not here.
+A step trains on the student's own continuations of a batch's prompts with probability `lmbda`, else on the batch's
+completions (Algorithm 1 of the paper); no gradient flows through the writing. The divergence is the recipe's objective:
+`gkd` with its beta is the paper's. A text without prompts is continued from its first `generation.prompt` tokens. The
+paper starts from a student fine-tuned on the task: give it as `student.checkpoint`, or set `warm_epochs`, of which
+every batch is the data's. The paper's mixture with reinforcement learning is not here.
 """
 
 from __future__ import annotations
@@ -59,16 +60,25 @@ class OnPolicyDistillation(Distillation):
         stored = [name for name, teacher in self.teachers.items() if isinstance(teacher, Stored)]
         if lmbda and stored:
             raise UserError(
-                f"on_policy: the teacher '{stored[0]}' is read from a store, which knows nothing of what the student writes; give a live teacher."
+                f"on_policy: the teacher '{stored[0]}' is read from a store, which knows nothing of what the student "
+                "writes; give a live teacher."
             )
         for entry in self.entries:
-            if lmbda and "label" in entry.objective.needs and not any(n.startswith("teacher.") for n in entry.objective.needs):
+            if (
+                lmbda
+                and "label" in entry.objective.needs
+                and not any(n.startswith("teacher.") for n in entry.objective.needs)
+            ):
                 raise UserError(
-                    f"on_policy: '{entry.label}' would teach the student its own writing as the truth; leave it out, or set lmbda: 0 (train on the data alone)."
+                    f"on_policy: '{entry.label}' would teach the student its own writing as the truth; leave it out, "
+                    "or set lmbda: 0 (train on the data alone)."
                 )
 
     def before_step(self, batch: Batch, ctx: Context) -> None:
-        """Rewrites the batch in place, or leaves it. Among accumulated batches, a rewritten one weighs by itself: the others' tokens are not written yet."""
+        """Rewrites the batch in place, or leaves it.
+
+        Among accumulated batches, a rewritten one weighs by itself: the others' tokens are not written yet.
+        """
         if ctx.progress.epoch >= self.warm_epochs and torch.rand(()).item() < self.lmbda:
             batch.update(self.writer.rewritten(self.student, batch))
             batch.pop("token_count", None)

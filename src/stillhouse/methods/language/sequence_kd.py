@@ -5,14 +5,16 @@ venue: EMNLP 2016
 arxiv: 1606.07947
 task: causal and encoder-decoder language models
 family: generated data
-use when: teacher and student have different tokenizers, or the teacher is too dear to run beside the student
+use when: teacher and student have different tokenizers, or the teacher is too expensive to run together with the
+student
 needs: text data, a teacher that writes
 
-The teacher's writing is a stage of its own, kept as text and shared by every recipe with the same teacher, prompts and `generation`. The paper writes by
-beam search of width 5 (`temperature: 0, beams: 5`); drawing at temperature 1 also shows the student what else the teacher would say. `learn: both` keeps
-the data's own completions beside (the paper's mixture), `learn: originals` is the baseline that learns those alone. A text without prompts is continued from its first `generation.prompt` tokens. The
-objectives are the recipe's: `seq_kd` is the paper's; a teacher's tokens can be added where both have one tokenizer. The paper's interpolation, which picks
-the beam nearest to the reference, is not here.
+The teacher's writing is a stage of its own, stored as text and shared by every recipe with the same teacher, prompts
+and `generation`. The paper writes by beam search of width 5 (`temperature: 0, beams: 5`); drawing at temperature 1 also
+shows the student what else the teacher would say. `learn: both` keeps the data's own completions as well (the paper's
+mixture), `learn: originals` is the baseline that learns those alone. A text without prompts is continued from its first
+`generation.prompt` tokens. The objectives are the recipe's: `seq_kd` is the paper's; a teacher's tokens can be added
+where both have one tokenizer. The paper's interpolation, which picks the beam nearest to the reference, is not here.
 """
 
 from __future__ import annotations
@@ -46,7 +48,9 @@ from stillhouse.tasks.tokens import Tokens
 
 
 class Config(GeneralConfig):
-    generation: Generation = Field(default_factory=lambda: Generation(temperature=0.0), description="How the teacher writes.")
+    generation: Generation = Field(
+        default_factory=lambda: Generation(temperature=0.0), description="How the teacher writes."
+    )
     learn: Literal["written", "both", "originals"] = Field(
         "written", description="The completions that the student learns: the teacher's, both, or the data's own."
     )
@@ -63,7 +67,10 @@ class SequenceKD(GeneralDistillation[Config]):
             raise UserError(f"method sequence_kd needs text; data.name is '{config.data.name}'.")
         model = run.model(spec.network, spec.data or config.data, "teacher", spec.seed or 0)
         count = len(bundle.dataset("train"))
-        does = f"the teacher continues {count:,} prompts, by up to {config.generation.max_new_tokens} tokens each (kept, shared)"
+        does = (
+            f"the teacher continues {count:,} prompts, by up to {config.generation.max_new_tokens} tokens each "
+            "(stored, shared)"
+        )
         return [*stages[:-1], Stage("writing", does, {"teacher": describe(spec.model or "", model)}), stages[-1]]
 
     @staticmethod
@@ -77,7 +84,9 @@ class SequenceKD(GeneralDistillation[Config]):
         """Only those that an objective reads: the writer's tokens need not be the student's."""
         objectives = [objective_from_spec(o).objective for o in config.objectives]
         read = {o.teacher for o in objectives if any(n.startswith("teacher.") for n in o.needs)}
-        return {name: run.teacher(name, spec, config.data) for name, spec in config.all_teachers.items() if name in read}
+        return {
+            name: run.teacher(name, spec, config.data) for name, spec in config.all_teachers.items() if name in read
+        }
 
     def loader(self, config: Config, run: Run) -> Any:
         """The student's training batches: what the teacher wrote."""
@@ -93,15 +102,20 @@ class SequenceKD(GeneralDistillation[Config]):
             "generation": config.generation.model_dump(mode="json"),
             "batch": config.writing_batch,
         }
-        made = run.stage("writing", lambda: written(model, tokens, bundle, config.generation, config.writing_batch, run.device), uses)
+        made = run.stage(
+            "writing", lambda: written(model, tokens, bundle, config.generation, config.writing_batch, run.device), uses
+        )
         run.record["written"] = {"samples": len(made), "ended": sum(ended for _, ended in made), "example": made[0][0]}
         rows = rewritten_rows(bundle, made, config.generation.prompt, originals=config.learn == "both")
         data = TokenDataset(rows, bundle.task.kind, bundle.task.tokenizer, bundle.task.decoder_start)
         return Loader(data, config.train.batch_size, seed=run.seed, shuffle=True, drop_last=True, **share())
 
 
-def written(model: nn.Module, tokens: Any, bundle: TextBundle, how: Generation, batch_size: int, device: torch.device) -> list[tuple[str, bool]]:
-    """What a model writes for each training prompt, in index order, and whether it came to an end by itself. Drawn under keys of the batch's number.
+def written(
+    model: nn.Module, tokens: Any, bundle: TextBundle, how: Generation, batch_size: int, device: torch.device
+) -> list[tuple[str, bool]]:
+    """What a model writes for each training prompt, in index order, and whether it came to an end by itself. Drawn
+    under keys of the batch's number.
 
     Args:
         model: a causal model or encoder-decoder.
@@ -117,8 +131,12 @@ def written(model: nn.Module, tokens: Any, bundle: TextBundle, how: Generation, 
     for number, start in enumerate(range(0, len(prompts), batch_size)):
         inputs = left_padded(encode(tokens, prompts[start : start + batch_size]), tokens.pad_token_id, device)
         with keyed("writing", number):
-            texts = writer.write(model, dict(inputs), limit - inputs["input_ids"].shape[1] if bundle.task.kind == "causal" else limit)
-        ended = (texts == tokens.eos_token_id).any(1).tolist() if tokens.eos_token_id is not None else [False] * len(texts)
+            texts = writer.write(
+                model, dict(inputs), limit - inputs["input_ids"].shape[1] if bundle.task.kind == "causal" else limit
+            )
+        ended = (
+            (texts == tokens.eos_token_id).any(1).tolist() if tokens.eos_token_id is not None else [False] * len(texts)
+        )
         out += zip(tokens.batch_decode(texts, skip_special_tokens=True), ended)
     return out
 
@@ -141,7 +159,8 @@ def given(bundle: TextBundle, prompt: int) -> list[list[int]]:
 
 
 def rewritten_rows(bundle: TextBundle, made: list[tuple[str, bool]], prompt: int, *, originals: bool = False) -> Rows:
-    """The training rows with what was written in place of their completions; what does not fit into the context is cut, what is empty left out.
+    """The training rows with what was written in place of their completions; what does not fit into the context is cut,
+    what is empty left out.
 
     Raises:
         UserError: nothing was written at all.
@@ -163,7 +182,9 @@ def rewritten_rows(bundle: TextBundle, made: list[tuple[str, bool]], prompt: int
             inputs.append(whole[:-1])
             labels.append([IGNORE] * (len(before) - 1) + whole[len(before) :])
     if not inputs:
-        raise UserError("sequence_kd: the teacher wrote nothing that fits; raise data.options.context or generation.max_new_tokens.")
+        raise UserError(
+            "sequence_kd: the teacher wrote nothing that fits; raise data.options.context or generation.max_new_tokens."
+        )
     if originals:
         assert old.labels is not None
         for ours, theirs in ((inputs, old.inputs), (labels, old.labels)):

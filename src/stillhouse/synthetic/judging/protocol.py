@@ -1,6 +1,7 @@
-"""How networks are trained for the judge of synthetic sets: each from scratch, as a stage of its own, on the set or on real data, and tested on real data.
+"""How networks are trained for the judge of synthetic sets: each from scratch, as a stage of its own, on the set or on
+real data, and tested on real data.
 
-An evaluation that was cut off goes on, and what is trained on real data is trained once for all methods on the same data.
+An interrupted evaluation resumes, and what is trained on real data is trained once for all methods on the same data.
 """
 
 from __future__ import annotations
@@ -28,13 +29,14 @@ from stillhouse.synthetic.training import HardTraining, SoftTraining, Training
 Recipe = Callable[[EvaluateSpec, int], Training]
 """(how, seed) -> what a network learns from and how."""
 
-Brought = Callable[[SoftTraining], Training]
+TrainingChange = Callable[[SoftTraining], Training]
 """The plain training with soft labels -> a product's own."""
 
 
 @dataclass
-class Trained:
-    """What is kept of a network: its accuracy after the last epoch, the best of its epochs (where asked for; else the last), seconds of training."""
+class NetworkResult:
+    """The result of one network: accuracy after the last epoch, the best of its epochs (with `best_every`; else the
+    last), and seconds of training."""
 
     accuracy: float
     best: float
@@ -50,7 +52,7 @@ class Judging:
         data: (fingerprint) of real data as networks on this set see it.
     """
 
-    def __init__(self, product: SyntheticSet, run: Run, soft: Brought | None = None) -> None:
+    def __init__(self, product: SyntheticSet, run: Run, soft: TrainingChange | None = None) -> None:
         self.product, self.run, self.soft = product, run, soft or (lambda plain: plain)
         config: Any = run.config  # a DatasetConfig, or one that has its keys
         self.config = config
@@ -80,7 +82,7 @@ class Judging:
             self._real = images.to(self.run.device), dataset.labels().to(self.run.device)
         return self._real
 
-    # ---- what networks learn from ------------------------------------------------------------------------------------------------------------
+    # ---- what networks learn from ------------------------------------------------------------------------------------
 
     def own(self, augment: AugmentSpec) -> Recipe:
         """The set under its protocol."""
@@ -92,7 +94,9 @@ class Judging:
         if classes is not None:
             places = renumbered(labels, classes, self.num_classes)
             images, labels = images[places >= 0], places[places >= 0]
-        return lambda spec, seed: HardTraining.of(images, labels, _with_hard_labels(spec), augment, self.product.lr, ("judge", seed))
+        return lambda spec, seed: HardTraining.of(
+            images, labels, _with_hard_labels(spec), augment, self.product.lr, ("judge", seed)
+        )
 
     def soft_labels(self, product: SyntheticSet, augment: AugmentSpec) -> Recipe:
         """A set with its soft labels."""
@@ -109,7 +113,7 @@ class Judging:
 
         return made
 
-    # ---- networks ----------------------------------------------------------------------------------------------------------------------------
+    # ---- networks ----------------------------------------------------------------------------------------------------
 
     def networks(
         self,
@@ -123,7 +127,7 @@ class Judging:
         seeds: Sequence[int] | None = None,
         classes: Sequence[int] | None = None,
         split: str | None = None,
-    ) -> list[Trained]:
+    ) -> list[NetworkResult]:
         """Networks trained and tested, each a stage of its own.
 
         Args:
@@ -139,7 +143,10 @@ class Judging:
         """
         spec, model, split = spec or self.spec, model or self.spec.network or self.config.network, split or self.test
         seeds = seeds or [1000 * self.run.seed + n for n in range(count or spec.networks)]
-        return [self._network(f"{name}.{n}", learns(spec, s), trained_on, spec, model, s, classes, split) for n, s in enumerate(seeds)]
+        return [
+            self._network(f"{name}.{n}", learns(spec, s), trained_on, spec, model, s, classes, split)
+            for n, s in enumerate(seeds)
+        ]
 
     def _network(
         self,
@@ -151,15 +158,19 @@ class Judging:
         seed: int,
         classes: Sequence[int] | None,
         split: str,
-    ) -> Trained:
+    ) -> NetworkResult:
         def make() -> dict[str, float]:
-            test = self.batches(split) if classes is None else _of_classes(self.batches(split), classes, self.num_classes)
+            test = (
+                self.batches(split) if classes is None else _of_classes(self.batches(split), classes, self.num_classes)
+            )
 
             def accuracy(network: nn.Module) -> float:
                 return evaluate_classifier(network, test, self.run.device, ["accuracy"])["accuracy"]
 
             with keyed("model", "judge", seed):
-                network = build(model, self.num_classes if classes is None else len(classes), self.input_shape).to(self.run.device)
+                network = build(model, self.num_classes if classes is None else len(classes), self.input_shape).to(
+                    self.run.device
+                )
             best = None if spec.best_every is None else training.Best(spec.best_every, accuracy)
             seconds = training.train(self.run, name.rpartition(".")[0], network, how, best)
             last = accuracy(network)
@@ -174,19 +185,23 @@ class Judging:
             "best_every": spec.best_every,
             "seed": seed,
         }
-        return Trained(**self.run.stage(name, make, uses))
+        return NetworkResult(**self.run.stage(name, make, uses))
 
 
 def first_split(run: Run, data: DataSpec, *splits: str) -> str:
     """The first of these splits that the data has. Raises `UserError` where there is none."""
     found = next((s for s in splits if run.data(data).has(s)), None)
     if found is None:
-        raise UserError("There is no data to judge the synthetic set by: give the data set a test folder, or set data.val to a share above 0.")
+        raise UserError(
+            "There is no data to judge the synthetic set by: give the data set a test folder, or set data.val to a "
+            "share above 0."
+        )
     return found
 
 
 def _with_hard_labels(spec: EvaluateSpec) -> EvaluateSpec:
-    """The hard protocol's own defaults, where a recipe's optimiser is meant for soft labels; a rate that is tried counts under both."""
+    """The hard protocol's own defaults, where a recipe's optimiser is meant for soft labels; a rate that is tried
+    counts under both."""
     if spec.protocol == "hard":
         return spec
     own = dict.fromkeys(("optimizer", "schedule", "weight_decay", "batch_size"))

@@ -1,9 +1,11 @@
-"""DD-Ranking's scores of a synthetic set (arXiv 2505.13300; `stillhouse.synthetic.scores` has the equations), with the trainings that they compare.
+"""DD-Ranking's scores of a synthetic set (arXiv 2505.13300; `stillhouse.synthetic.scores` has the equations), with the
+trainings that they compare.
 
-Beside the set, networks are trained on as many random real images under the same protocol, on all real data, and without augmentation. With
-`evaluate.rates` each network is trained at every rate and the best test accuracy counts, and with `best_every` the best epoch's: so the paper. Else every
-network is trained at one rate and its last epoch counts. Views with stored labels are augmented once and for all, so that a set of such labels has no
-accuracy without augmentation, and no `ars`.
+In addition, networks are trained on as many random real images under the same protocol, on all real data, and without
+augmentation. With `evaluate.rates` each network is trained at every rate and the best test accuracy counts, and with
+`best_every` the best epoch's: so the paper. Else every network is trained at one rate and its last epoch counts. Views
+with stored labels are augmented once and for all, so that a set of such labels has no accuracy without augmentation,
+and no `ars`.
 """
 
 from __future__ import annotations
@@ -22,7 +24,8 @@ from stillhouse.synthetic.training import HardTraining, Training
 
 
 def ranking(judging: Judging) -> dict[str, float]:
-    """`lrs`, `ars` (not of views), `hlr`, `ior` and the accuracies that they are made of; with rates to try, also `accuracy_tried`, at the best rate.
+    """`lrs`, `ars` (not of views), `hlr`, `ior` and the accuracies that they are made of; with rates to try, also
+    `accuracy_tried`, at the best rate.
 
     Raises:
         UserError: soft labels, and a method that keeps no random images under the same teacher.
@@ -53,7 +56,9 @@ def ranking(judging: Judging) -> dict[str, float]:
     }
 
 
-def _tried(judging: Judging, name: str, learns: Recipe, trained_on: str | None = None, count: int | None = None) -> float:
+def _tried(
+    judging: Judging, name: str, learns: Recipe, trained_on: str | None = None, count: int | None = None
+) -> float:
     """The mean over networks of the accuracy that counts: of each, the best of the rates to try."""
     spec = judging.spec
     tries = [spec.model_copy(update={"lr": rate}) for rate in spec.rates] or [spec]
@@ -62,13 +67,15 @@ def _tried(judging: Judging, name: str, learns: Recipe, trained_on: str | None =
 
 
 def _random_images(judging: Judging) -> tuple[Callable[[AugmentSpec], Recipe], str]:
-    """As many random real images, by the augmentation, and their identity; labelled like the set: by its teacher where labels are soft, so that a soft
-    protocol has them only if the method gave `random` (another set made with the same teacher)."""
+    """As many random real images, by the augmentation, and their identity; labelled like the set: by its teacher where
+    labels are soft, so that a soft protocol has them only if the method gave `random` (another set made with the same
+    teacher)."""
     product, other = judging.product, judging.product.random
     if judging.spec.protocol == "soft":
         if other is None:
             raise UserError(
-                "evaluate.scores with soft labels compares with random images that the same teacher labelled, and this method keeps none."
+                "evaluate.scores with soft labels compares with random images that the same teacher labelled, and this "
+                "method keeps none."
             )
         return lambda augment: judging.soft_labels(other, augment), other.fingerprint
     images, labels = judging.real()
@@ -78,7 +85,9 @@ def _random_images(judging: Judging) -> tuple[Callable[[AugmentSpec], Recipe], s
     def learns(augment: AugmentSpec) -> Recipe:
         def made(spec: EvaluateSpec, seed: int) -> Training:
             drawn = generator(seed, "random images")
-            rows = torch.cat([at[torch.randperm(len(at), generator=drawn)[:count]] for at in of_class]).to(images.device)
+            rows = torch.cat([at[torch.randperm(len(at), generator=drawn)[:count]] for at in of_class]).to(
+                images.device
+            )
             return HardTraining.of(images[rows], labels[rows], spec, augment, None, ("judge", seed))
 
         return made

@@ -1,8 +1,10 @@
-"""Architecture search with a synthetic set in place of the data, as DC, DM (arXiv 2110.04181) and DataDAM (arXiv 2310.00093) show it.
+"""Architecture search with a synthetic set in place of the data, as DC, DM (arXiv 2110.04181) and DataDAM (arXiv
+2310.00093) show it.
 
-Every network of a grid is trained on the set (its proxy) and on all real data. Figures say how well the proxies' ranking agrees with the true one, how good
-the architecture is that the proxies choose, and what either search costs. Proxies choose by the validation split where the data has one. Trainings on all data
-have seeds of their own, so that all methods and seeds share them; each training is a stage.
+Every network of a grid is trained on the set (its proxy) and on all real data. Figures say how well the proxies'
+ranking agrees with the true one, how good the architecture is that the proxies choose, and what either search costs.
+Proxies choose by the validation split where the data has one. Trainings on all data have seeds of their own, so that
+all methods and seeds share them; each training is a stage.
 """
 
 from __future__ import annotations
@@ -23,8 +25,9 @@ FULL_SEED = 0
 def search(judging: Judging, spec: SearchSpec) -> dict[str, float]:
     """Figures of the search; the table of candidates goes to the run's record.
 
-    `search_spearman`: the rank correlation of all candidates, `search_spearman_top` of the best. `search_accuracy`: test accuracy, trained on all data, of the architecture that the proxies choose;
-    `search_best`: of the best one, which a search on all data would find; `search_mean`: of all, which a choice at random gives. `search_seconds` and
+    `search_spearman`: the rank correlation of all candidates, `search_spearman_top` of the best. `search_accuracy`:
+    test accuracy, trained on all data, of the architecture that the proxies choose; `search_best`: of the best one,
+    which a search on all data would find; `search_mean`: of all, which a choice at random gives. `search_seconds` and
     `search_full_seconds`: of training all proxies, and all candidates on all data. `search_candidates`: how many.
     """
     models = candidates(spec)

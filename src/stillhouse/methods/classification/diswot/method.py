@@ -5,16 +5,20 @@ venue: CVPR 2023
 arxiv: 2303.15678
 task: classification
 family: student architecture search
-use when: the student's architecture is open and training many candidates is too dear; its metrics also serve as losses (`distil`)
-needs: a teacher architecture, a space of students, one labelled batch; for the semantic metric, classifiers of one width
+use when: the student's architecture is open and training many candidates is too dear; its metrics also serve as losses
+(`distil`)
+needs: a teacher architecture, a space of students, one labelled batch; for the semantic metric, classifiers of one
+width
 
-Teacher and candidate are initialised with N(0, 1) and look at one batch in training mode; the score is minus the distance of their classifier
-gradients (semantic, in closed form: one forward pass, no backward) minus that of their relations between samples. As published the score is the sum,
-in which the semantic term is far the larger; `rank_sum` [choice] weighs both alike, and `parameters` is the proxy to beat. Scores are means over
-`repeats` seeds and batches [choice: the release takes one]. Parents are drawn from the whole population or its best `parents`; the released ageing
-script's choice among the worst looks like a mistake and is not followed. Candidates that cannot be built rank last. `correlate` trains several
-candidates across the ranking and reports Kendall's tau of score and distilled accuracy; `space` defaults to the paper's S1. For other last widths
-the channel loss puts a 1x1 convolution on the student's map. NAS-Bench and ImageNet spaces are not built in: any model's options can be genes.
+Teacher and candidate are initialised with N(0, 1) and look at one batch in training mode; the score is minus the
+distance of their classifier gradients (semantic, in closed form: one forward pass, no backward) minus that of their
+relations between samples. As published the score is the sum, in which the semantic term is far the larger; `rank_sum`
+[choice] weighs both alike, and `parameters` is the proxy to beat. Scores are means over `repeats` seeds and batches
+[choice: the release takes one]. Parents are drawn from the whole population or its best `parents`; the released ageing
+script's choice among the worst looks like a mistake and is not followed. Candidates that cannot be built rank last.
+`correlate` trains several candidates across the ranking and reports Kendall's tau of score and distilled accuracy;
+`space` defaults to the paper's S1. For other last widths the channel loss puts a 1x1 convolution on the student's map.
+NAS-Bench and ImageNet spaces are not built in: any model's options can be genes.
 """
 
 from __future__ import annotations
@@ -44,9 +48,9 @@ from stillhouse.functional import checks
 from stillhouse.functional.feature_maps import map_tap
 from stillhouse.functional.labels import hard_only
 from stillhouse.methods.classification.diswot.search import (
+    Candidates,
     Combine,
     Encoding,
-    Scored,
     Space,
     SpaceSpec,
     kendall_tau,
@@ -148,7 +152,8 @@ class Config(MethodConfig):
     correlate: int = Field(
         0,
         ge=0,
-        description="Train so many of the scored candidates, spread over the ranking, and report rank correlations; 0 or 3 and more.",
+        description="Train so many of the scored candidates, spread over the ranking, and report rank correlations; 0 "
+        "or 3 and more.",
     )
     evaluate: list[str] = Field(default_factory=lambda: ["accuracy", "calibration", "cost"])
 
@@ -199,12 +204,14 @@ class SearchWithoutTraining(Method[Config]):
         if config.teacher.train is not None:
             stages.append(
                 Stage(
-                    "teacher", "train the teacher with cross-entropy (kept, shared)", {"teacher": config.teacher.model}
+                    "teacher",
+                    "train the teacher with cross-entropy (stored, shared)",
+                    {"teacher": config.teacher.model},
                 )
             )
         steps = config.train.epochs * len(run.loader(config.data, "train", config.train.batch_size, train=True))
         also = f", and {config.correlate} others to judge the ranking" if config.correlate else ""
-        return [*stages, Stage("student", f"distil the best on {bundle.name}{also} (kept, shared)", steps=steps)]
+        return [*stages, Stage("student", f"distil the best on {bundle.name}{also} (stored, shared)", steps=steps)]
 
     def run(self, config: Config, run: Run) -> FoundStudent:
         space = Space(config.space)
@@ -246,9 +253,9 @@ class SearchWithoutTraining(Method[Config]):
         base = run.student(network, spec, config.data, figures)
         return FoundStudent(**{**vars(base), "candidates": candidates})
 
-    # ---- scores ----------------------------------------------------------------------------------------------------------------------------
+    # ---- scores ------------------------------------------------------------------------------------------------------
 
-    def _search(self, config: Config, run: Run, space: Space) -> tuple[Scored, Encoding, float]:
+    def _search(self, config: Config, run: Run, space: Space) -> tuple[Candidates, Encoding, float]:
         """All that was scored, the best, and the seconds that it took."""
         bundle, device = run.data(config.data), run.device
         spec = config.teacher.network
@@ -290,13 +297,17 @@ class SearchWithoutTraining(Method[Config]):
             }
 
         parts = {"space": config.space, "score": config.score, "search": config.search, "teacher": spec}
-        kept = run.stage(
+        stored = run.stage(
             "search",
             make,
             {**{k: v.model_dump(mode="json") for k, v in parts.items()}, "data": bundle.fingerprint, "seed": run.seed},
         )
-        lists = {k: [math.nan if x is None else x for x in kept[k]] for k in ("semantic", "relation", "parameters")}
-        return Scored(encodings=[tuple(e) for e in kept["encodings"]], **lists), tuple(kept["best"]), kept["seconds"]
+        lists = {k: [math.nan if x is None else x for x in stored[k]] for k in ("semantic", "relation", "parameters")}
+        return (
+            Candidates(encodings=[tuple(e) for e in stored["encodings"]], **lists),
+            tuple(stored["best"]),
+            stored["seconds"],
+        )
 
     def _score(
         self, config: Config, run: Run, space: Space, teacher: list[View], batches: list[Batch], encoding: Encoding
@@ -341,7 +352,7 @@ class SearchWithoutTraining(Method[Config]):
         bundle = run.data(config.data)
         return build(spec, bundle.num_classes, bundle.input_shape).to(run.device)
 
-    # ---- trained candidates ----------------------------------------------------------------------------------------------------------------
+    # ---- trained candidates ------------------------------------------------------------------------------------------
 
     def _distilled(self, config: Config, run: Run, spec: ModelSpec, teacher: Any) -> dict[str, Any]:
         """A candidate's weights and test accuracy after distillation."""
@@ -383,9 +394,10 @@ class SearchWithoutTraining(Method[Config]):
 
     @staticmethod
     def _correlations(
-        config: Config, found: Scored, trained: dict[Encoding, dict[str, Any]], best: Encoding
+        config: Config, found: Candidates, trained: dict[Encoding, dict[str, Any]], best: Encoding
     ) -> dict[str, float]:
-        """Kendall's tau of scores (and of the number of parameters) with distilled accuracy, and what the choice cost against the best of those trained."""
+        """Kendall's tau of scores (and of the number of parameters) with distilled accuracy, and what the choice cost
+        against the best of those trained."""
         accuracy = [t["figures"]["test_accuracy"] for t in trained.values()]
         at = [found.encodings.index(e) for e in trained]
         alone: dict[Combine, list[Combine]] = {"parameters": ["parameters"], "relation": ["relation", "parameters"]}

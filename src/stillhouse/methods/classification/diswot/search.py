@@ -1,4 +1,5 @@
-"""A space of architectures given by genes, the scores of its members, and the search for the best: by evolution, at random, or all of them."""
+"""A space of architectures given by genes, the scores of its members, and the search for the best: by evolution, at
+random, or all of them."""
 
 from __future__ import annotations
 
@@ -26,15 +27,21 @@ class SpaceSpec(Spec):
 
     model: str = Field("stillhouse:resnet_stages", description="A network by name; it may itself be a gene.")
     options: dict[str, Any] = Field(
-        default_factory=lambda: {"stem": 16, "widths": [16, 32, 64], "depths": [1, 1, 1]}, description="Its options, before the genes are set."
+        default_factory=lambda: {"stem": 16, "widths": [16, 32, 64], "depths": [1, 1, 1]},
+        description="Its options, before the genes are set.",
     )
     genes: dict[str, list[Any]] = Field(
         default_factory=lambda: {f"depths.{i}": [1, 3, 5, 7] for i in range(3)},
-        description="Option (dotted; or `model`) -> choices. The default is S1: residual nets with 1, 3, 5 or 7 blocks in each of three stages.",
+        description="Option (dotted; or `model`) -> choices. The default is S1: residual nets with 1, 3, 5 or 7 blocks "
+        "in each of three stages.",
     )
-    embedding: str | None = Field(None, description="The classifier submodule of the candidates, where it is not found by itself.")
+    embedding: str | None = Field(
+        None, description="The classifier submodule of the candidates, where it is not found by itself."
+    )
     parameters: int | None = Field(None, ge=1, description="Budget: candidates with more parameters are out.")
-    multiply_adds: int | None = Field(None, ge=1, description="Budget: candidates with more multiply-adds a sample are out.")
+    multiply_adds: int | None = Field(
+        None, ge=1, description="Budget: candidates with more multiply-adds a sample are out."
+    )
 
 
 class Space:
@@ -78,7 +85,7 @@ class Space:
 
 
 @dataclass
-class Scored:
+class Candidates:
     """Candidates in the order in which they were scored, with both metrics (negative distances) and their sizes."""
 
     encodings: list[Encoding] = field(default_factory=list)
@@ -132,11 +139,12 @@ def search(
     initial: int = 10,
     parents: int | None = None,
     combine: Combine = "sum",
-) -> tuple[Scored, Encoding]:
+) -> tuple[Candidates, Encoding]:
     """Score candidates and return all of them with the best.
 
-    Evolution: `initial` random members; then a parent, drawn from the whole population or from its best `parents`, has one gene changed (two once there
-    are more than ten members), and while there are more than `population` members the worst goes. No candidate is scored twice.
+    Evolution: `initial` random members; then a parent, drawn from the whole population or from its best `parents`, has
+    one gene changed (two once there are more than ten members), and while there are more than `population` members the
+    worst goes. No candidate is scored twice.
 
     Args:
         score: encoding -> (semantic, relation, parameters), or None where it is over budget.
@@ -146,7 +154,7 @@ def search(
         UserError: no candidate within budget in 1000 tries.
     """
     seen: set[Encoding] = set()
-    found = Scored()
+    found = Candidates()
     alive: list[int] = []
 
     def consider(encoding: Encoding) -> bool:
@@ -175,5 +183,7 @@ def search(
         while len(alive) > population:
             alive.pop(int(found.scores(combine, alive).argmin()))
     if not found.encodings:
-        raise UserError("diswot: no candidate of the space is within budget; raise space.parameters or space.multiply_adds.")
+        raise UserError(
+            "diswot: no candidate of the space is within budget; raise space.parameters or space.multiply_adds."
+        )
     return found, found.encodings[int(found.scores(combine).argmax())]

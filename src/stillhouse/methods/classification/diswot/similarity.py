@@ -23,7 +23,8 @@ SMALLEST = 1e-12
 
 @full_precision
 def relation_distance(student: Tensor, teacher: Tensor) -> Tensor:
-    """D_r: mean squared difference of the (B, B) matrices of similarity between samples, rows of length 1. (B, ...) and (B, ...), other sizes may differ."""
+    """D_r: mean squared difference of the (B, B) matrices of similarity between samples, rows of length 1. (B, ...) and
+    (B, ...), other sizes may differ."""
     if len(student) < 2:
         raise UserError(f"diswot: the relation between samples needs a batch of at least two; given: {len(student)}.")
     return sp_loss(student, teacher)
@@ -31,7 +32,8 @@ def relation_distance(student: Tensor, teacher: Tensor) -> Tensor:
 
 @full_precision
 def semantic_gradient(embedding: Tensor, logits: Tensor, labels: Tensor) -> Tensor:
-    """Gradient (K, d) of the batch's mean cross-entropy with respect to the classifier's weight: (softmax(z) - onehot(y))^T h / B.
+    """Gradient (K, d) of the batch's mean cross-entropy with respect to the classifier's weight: (softmax(z) -
+    onehot(y))^T h / B.
 
     Args:
         embedding: what goes into the classifier, (B, d).
@@ -44,7 +46,8 @@ def semantic_gradient(embedding: Tensor, logits: Tensor, labels: Tensor) -> Tens
 def semantic_distance(student: Tensor, teacher: Tensor) -> Tensor:
     """D_s = sum_c |E^s_c - E^t_c|^2 / (K d), with E_c = g_c g_c^T whose rows have length 1; in O(K d), without E.
 
-    Row i of E_c is s_ci times the unit vector along g_c, with s_ci the sign of g_ci (less only where the row is shorter than 1e-12).
+    Row i of E_c is s_ci times the unit vector along g_c, with s_ci the sign of g_ci (less only where the row is shorter
+    than 1e-12).
 
     Args:
         student, teacher: classifier gradients (K, d).
@@ -54,7 +57,8 @@ def semantic_distance(student: Tensor, teacher: Tensor) -> Tensor:
     """
     if student.shape != teacher.shape:
         raise UserError(
-            f"diswot: the semantic metric compares classifiers of one shape; the student's is {tuple(student.shape)}, the teacher's {tuple(teacher.shape)}: "
+            f"diswot: the semantic metric compares classifiers of one shape; the student's is {tuple(student.shape)}, "
+            f"the teacher's {tuple(teacher.shape)}: "
             "choose a space with the teacher's last width, or combine: relation."
         )
     (unit_s, sign_s), (unit_t, sign_t) = _rows(student), _rows(teacher)
@@ -66,18 +70,24 @@ def semantic_distance(student: Tensor, teacher: Tensor) -> Tensor:
 def _rows(gradient: Tensor) -> tuple[Tensor, Tensor]:
     """The unit vector of each class's gradient, (K, d), and the factor of each row of its outer product, (K, d)."""
     norm = gradient.norm(dim=1, keepdim=True)
-    return gradient / norm.clamp_min(torch.finfo(gradient.dtype).tiny), gradient * norm / (gradient.abs() * norm).clamp_min(SMALLEST)
+    return gradient / norm.clamp_min(torch.finfo(gradient.dtype).tiny), gradient * norm / (
+        gradient.abs() * norm
+    ).clamp_min(SMALLEST)
 
 
 @full_precision
 def channel_distance(student: Tensor, teacher: Tensor) -> Tensor:
-    """D_c: the semantic distance as a loss: difference of the (C, C) similarities of channels of maps (B, C, H, W), rows of length 1, over C B.
+    """D_c: the semantic distance as a loss: difference of the (C, C) similarities of channels of maps (B, C, H, W),
+    rows of length 1, over C B.
 
     Height and width may differ; teacher detached. Raises `UserError` for another number of samples or channels.
     """
     checks.same_rows("diswot", student, teacher)
     if student.shape[1] != teacher.shape[1]:
-        raise UserError(f"diswot: maps must have as many channels; the student's has {student.shape[1]}, the teacher's {teacher.shape[1]}.")
+        raise UserError(
+            f"diswot: maps must have as many channels; the student's has {student.shape[1]}, the teacher's "
+            f"{teacher.shape[1]}."
+        )
     difference = _channel_similarity(student) - _channel_similarity(teacher.detach())
     return difference.square().sum() / (student.shape[0] * student.shape[1])
 
@@ -88,11 +98,15 @@ def _channel_similarity(x: Tensor) -> Tensor:
 
 
 def initialise(network: nn.Module) -> nn.Module:
-    """Every convolution and linear layer ~ N(0, 1) with zero bias, every norm 1 and 0; in training mode, so that batch norm sees its batch."""
+    """Every convolution and linear layer ~ N(0, 1) with zero bias, every norm 1 and 0; in training mode, so that batch
+    norm sees its batch."""
     for module in network.modules():
         if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Linear):
             nn.init.normal_(module.weight)
-        elif isinstance(module, nn.modules.batchnorm._BatchNorm | nn.GroupNorm | nn.LayerNorm) and module.weight is not None:
+        elif (
+            isinstance(module, nn.modules.batchnorm._BatchNorm | nn.GroupNorm | nn.LayerNorm)
+            and module.weight is not None
+        ):
             nn.init.ones_(module.weight)
         else:
             continue
@@ -103,14 +117,22 @@ def initialise(network: nn.Module) -> nn.Module:
 
 @dataclass(frozen=True)
 class View:
-    """What a network that was never trained makes of a batch: its last feature map (B, C, h, w) and its classifier's gradient (K, d)."""
+    """What a network that was never trained makes of a batch: its last feature map (B, C, h, w) and its classifier's
+    gradient (K, d)."""
 
     feature: Tensor
     gradient: Tensor
 
 
 @torch.no_grad()
-def view(build: Callable[[], nn.Module], batch: Batch, seed: int, *key: int | str, owner: str = "student", embedding: str | None = None) -> View:
+def view(
+    build: Callable[[], nn.Module],
+    batch: Batch,
+    seed: int,
+    *key: int | str,
+    owner: str = "student",
+    embedding: str | None = None,
+) -> View:
     """Build and initialise a network by its keys, and look at one batch through it: one forward pass, no backward.
 
     Args:
@@ -123,7 +145,7 @@ def view(build: Callable[[], nn.Module], batch: Batch, seed: int, *key: int | st
         reader = Reader(network, owner, embedding)
         reader.attach({"embedding", "tap:stage:-1"}, {k: v[:2] for k, v in batch.items() if isinstance(v, Tensor)})
         network.train()
-        said = reader(batch)
+        outputs = reader(batch)
         reader.close()
-    assert said.embedding is not None and said.logits is not None
-    return View(map_tap(said, "stage:-1"), semantic_gradient(said.embedding, said.logits, batch["label"]))
+    assert outputs.embedding is not None and outputs.logits is not None
+    return View(map_tap(outputs, "stage:-1"), semantic_gradient(outputs.embedding, outputs.logits, batch["label"]))

@@ -1,4 +1,5 @@
-"""Training batches that replay stored regions: several regions of each image that is loaded, picked among those whose labels survived."""
+"""Training batches that replay stored regions: several regions of each image that is loaded, picked among those whose
+labels survived."""
 
 from __future__ import annotations
 
@@ -39,7 +40,8 @@ class Thresholds:
     smoothing: float = 0.1
 
     def of(self, confidence: Tensor) -> Tensor:
-        """(n, K) bands; an image that would lose every region keeps its most confident one, with the smoothed label of the image."""
+        """(n, K) bands; an image that would lose every region keeps its most confident one, with the smoothed label of
+        the image."""
         band = bands(confidence, self.low, self.middle, self.high)
         lost = ~((band == HARDENED) | (band == KEPT)).any(1)
         best = F.one_hot(confidence.argmax(1), confidence.shape[1]).bool()
@@ -48,7 +50,8 @@ class Thresholds:
 
 @dataclass(frozen=True)
 class MixSpec:
-    """How regions of a batch are mixed, at each batch: not at all, CutMix between regions of one image (`selfmix`), or mixup or CutMix across the batch."""
+    """How regions of a batch are mixed, at each batch: not at all, CutMix between regions of one image (`selfmix`), or
+    mixup or CutMix across the batch."""
 
     how: Mixing = "selfmix"
     mixup: float = 0.8
@@ -57,11 +60,12 @@ class MixSpec:
     switch: float = 0.5
 
 
-class Replayed:
-    """The data set of a student that replays a store (what `stillhouse.data.Loader` asks of one).
+class RegionReplay:
+    """The data set of a student that replays a store (as `stillhouse.data.Loader` takes one).
 
-    Its epoch has as many samples as there are images. A pass loads every image once and takes `crops` regions of each, so it lasts `crops` epochs; in the
-    last `crops` epochs every image gives one region. Read it in order (`shuffle=False`): the order of the images is drawn here, of (seed, pass).
+    Its epoch has as many samples as there are images. A pass loads every image once and takes `crops` regions of each,
+    so it lasts `crops` epochs; in the last `crops` epochs every image gives one region. Read it in order
+    (`shuffle=False`): the order of the images is drawn here, of (seed, pass).
 
     Args:
         images: the images as they are evaluated, (B, C, H, W) normalised.
@@ -99,7 +103,8 @@ class Replayed:
         return self._targets
 
     def batch(self, key: BatchKey, seed: int) -> Batch:
-        """`input` (B, C, H, W), `label` (B,) of the images, `index` (B,) of the images, and `stored` (B, classes), the label to learn."""
+        """`input` (B, C, H, W), `label` (B,) of the images, `index` (B,) of the images, and `stored` (B, classes), the
+        label to learn."""
         slots = key.indices[key.start : key.stop]
         crops = 1 if key.epoch >= self.epochs - self.crops else self.crops
         number = key.epoch if crops == 1 else key.epoch // self.crops
@@ -149,7 +154,8 @@ class Replayed:
 
 
 def _pick(band: np.ndarray, count: int, draws: np.ndarray) -> np.ndarray:
-    """(n, count) regions of each image, drawn without replacement from those that survived; too few are repeated in turn.
+    """(n, count) regions of each image, drawn without replacement from those that survived; too few are repeated in
+    turn.
 
     Args:
         band: (n, K).

@@ -1,5 +1,6 @@
-"""The labels of stored regions: compressed and restored (FKD, `generate_soft_label.py` and `utils_FKD.py` of the released code), adapted by the teacher's
-confidence (FerKD), and mixed with their images (CutMix as the released code draws its box; SelfMix is CutMix between regions of one image).
+"""The labels of stored regions: compressed and restored (FKD, `generate_soft_label.py` and `utils_FKD.py` of the
+released code), adapted by the teacher's confidence (FerKD), and mixed with their images (CutMix as the released code
+draws its box; SelfMix is CutMix between regions of one image).
 """
 
 from __future__ import annotations
@@ -27,13 +28,17 @@ def kept_values(label_type: LabelType, top: int, classes: int) -> int:
     if label_type not in widths:
         raise unknown("type of stored label", label_type, widths)
     if label_type != "ori" and not 1 <= widths[label_type] < classes:
-        raise UserError(f"ferkd: regions.top keeps {top} of {classes} classes; keep fewer than there are, or choose regions.label_type=ori.")
+        raise UserError(
+            f"ferkd: regions.top keeps {top} of {classes} classes; keep fewer than there are, or choose "
+            "regions.label_type=ori."
+        )
     return widths[label_type]
 
 
 def compress(probs: Tensor, label_type: LabelType, top: int = 5) -> tuple[Tensor, Tensor]:
-    """The largest probabilities and their classes, falling: (..., C) -> (..., k) and (..., k); for `ori` all, in class order. The kept values are raw:
-    what is done with the rest is `restore`'s business, and the largest stays known for every type.
+    """The largest probabilities and their classes, falling: (..., C) -> (..., k) and (..., k); for `ori` all, in class
+    order. The kept values are raw: what is done with the rest is `restore`'s business, and the largest stays known for
+    every type.
     """
     classes = probs.shape[-1]
     k = kept_values(label_type, top, classes)
@@ -47,8 +52,9 @@ def compress(probs: Tensor, label_type: LabelType, top: int = 5) -> tuple[Tensor
 def restore(values: Tensor, indices: Tensor, label_type: LabelType, classes: int) -> Tensor:
     """(..., k) and (..., k) -> probabilities (..., C), float32, whose rows sum to one.
 
-    `hard`: one-hot. `smoothing`, `marginal_smoothing`: the kept values, and what is left to one shared evenly by the other classes (never below 0, as
-    half-precision values may exceed one by rounding). `marginal_renorm`: the kept values over their sum, 0 elsewhere.
+    `hard`: one-hot. `smoothing`, `marginal_smoothing`: the kept values, and what is left to one shared evenly by the
+    other classes (never below 0, as half-precision values may exceed one by rounding). `marginal_renorm`: the kept
+    values over their sum, 0 elsewhere.
     """
     if label_type == "ori":
         return values
@@ -56,14 +62,18 @@ def restore(values: Tensor, indices: Tensor, label_type: LabelType, classes: int
         return F.one_hot(indices[..., 0], classes).to(values.dtype)
     total = values.sum(-1, keepdim=True)
     if label_type == "marginal_renorm":
-        return torch.zeros(*values.shape[:-1], classes, dtype=values.dtype).to(values.device).scatter(-1, indices, values / total)
+        return (
+            torch.zeros(*values.shape[:-1], classes, dtype=values.dtype)
+            .to(values.device)
+            .scatter(-1, indices, values / total)
+        )
     rest = ((1 - total) / (classes - values.shape[-1])).clamp_min(0)
     return rest.expand(*values.shape[:-1], classes).scatter(-1, indices, values / total.clamp_min(1))
 
 
 def bands(confidence: Tensor, low: float, middle: float, high: float) -> Tensor:
-    """What becomes of each region by the teacher's largest probability c, int8: `DISCARDED` (c < low), `HARDENED` (low <= c < middle), `KEPT`
-    (middle <= c <= high), `TOO_EASY` (c > high). Shape as `confidence`.
+    """What becomes of each region by the teacher's largest probability c, int8: `DISCARDED` (c < low), `HARDENED`
+    (low <= c < middle), `KEPT` (middle <= c <= high), `TOO_EASY` (c > high). Shape as `confidence`.
     """
     band = torch.full_like(confidence, KEPT, dtype=torch.int8)
     band[confidence > high] = TOO_EASY
@@ -73,7 +83,8 @@ def bands(confidence: Tensor, low: float, middle: float, high: float) -> Tensor:
 
 
 def adapt(soft: Tensor, labels: Tensor, band: Tensor, smoothing: float) -> Tensor:
-    """The teacher's label where the band is `KEPT`, elsewhere the smoothed label of the image: 1 - eps + eps/C on its class, eps/C on others.
+    """The teacher's label where the band is `KEPT`, elsewhere the smoothed label of the image: 1 - eps + eps/C on its
+    class, eps/C on others.
 
     Args:
         soft: (..., C).
@@ -86,7 +97,9 @@ def adapt(soft: Tensor, labels: Tensor, band: Tensor, smoothing: float) -> Tenso
     return torch.where((band == KEPT)[..., None], soft, hard)
 
 
-def cutmix(images: Tensor, labels: Tensor, share: float, centre: tuple[int, int], partner: Tensor) -> tuple[Tensor, Tensor]:
+def cutmix(
+    images: Tensor, labels: Tensor, share: float, centre: tuple[int, int], partner: Tensor
+) -> tuple[Tensor, Tensor]:
     """Paste a box of each one's partner; labels mix by the pasted area.
 
     Args:
@@ -108,5 +121,6 @@ def cutmix(images: Tensor, labels: Tensor, share: float, centre: tuple[int, int]
 
 
 def within_images(crops: int, images: int, order: Tensor) -> Tensor:
-    """(images * crops,) partners: one permutation `order` (crops,) of the regions, applied inside every image of a batch sorted by image."""
+    """(images * crops,) partners: one permutation `order` (crops,) of the regions, applied inside every image of a
+    batch sorted by image."""
     return (torch.arange(images)[:, None] * crops + order).flatten()

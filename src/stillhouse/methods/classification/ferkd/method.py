@@ -1,4 +1,5 @@
-"""FerKD: a student learns from stored labels of many regions of each image, trusted by how sure the teacher was of each region.
+"""FerKD: a student learns from stored labels of many regions of each image, trusted by how sure the teacher was of each
+region.
 
 paper: FerKD: Surgical Label Adaptation for Efficient Distillation
 venue: ICCV 2023
@@ -8,15 +9,18 @@ family: logits, stored labels
 use when: the teacher is large and many students or epochs follow: it looks at the data once
 needs: teacher logits (once), labels
 
-Built on FKD (Shen and Xing, ECCV 2022, arXiv 2112.01528), which is `adapt: null, mix.how: none`. A stage asks the teacher once about K random regions of
-every image and keeps boxes, flips and compressed probabilities; the student replays them, `crops` regions an image, so its training has no teacher. One
-load of all images counts as `crops` epochs; the last `crops` epochs take one region an image. The rest follows the released FKD code. FerKD's labels have no
-released code: confidence is the teacher's largest probability; regions below `adapt.low` are dropped, up to `adapt.middle` they get the smoothed label of the
-image, above `adapt.high` they are too easy and dropped. Its constants (0.15, 0.30, 1.0, smoothing 0.1) are recommendations, not the paper's. An image
-that would lose all regions keeps the most confident one. SelfMix is CutMix between regions of one image, which replaces mixing across images
-(`mix.how: batch`, as FKD may); its share is drawn from Beta(1, 1) (a recommendation).
-Simplification: teacher and student see regions at one size, that of the data (`data.image_size`), cut from the images as they are evaluated; `data.augment`
-does not touch the student. `labels: live` asks the teacher at every step instead: what the store saves.
+Built on FKD (Shen and Xing, ECCV 2022, arXiv 2112.01528), which is `adapt: null, mix.how: none`. In a stage the teacher
+reads, once, K random regions of every image and keeps boxes, flips and compressed probabilities; the student replays
+them, `crops` regions an image, so its training has no teacher. One load of all images counts as `crops` epochs; the
+last `crops` epochs take one region an image. The rest follows the released FKD code. FerKD's labels have no
+released code: confidence is the teacher's largest probability; regions below `adapt.low` are dropped, up to
+`adapt.middle` they get the smoothed label of the image, above `adapt.high` they are too easy and dropped. Its constants
+(0.15, 0.30, 1.0, smoothing 0.1) are recommendations, not the paper's. An image that would lose all regions keeps the
+most confident one. SelfMix is CutMix between regions of one image, which replaces mixing across images (`mix.how:
+batch`, as FKD may); its share is drawn from Beta(1, 1) (a recommendation). Simplification: teacher and student see
+regions at one size, that of the data (`data.image_size`), cut from the images as they are evaluated; `data.augment`
+does not touch the student. `labels: live` runs the teacher at every step instead, which is the cost that the store
+saves.
 """
 
 from __future__ import annotations
@@ -35,7 +39,7 @@ from stillhouse.distillation.objective import Objective, Progress
 from stillhouse.errors import UserError
 from stillhouse.files import cache_folder
 from stillhouse.functional.divergences import soft_cross_entropy
-from stillhouse.methods.classification.ferkd.batches import Mixing, MixSpec, Replayed, Thresholds
+from stillhouse.methods.classification.ferkd.batches import Mixing, MixSpec, RegionReplay, Thresholds
 from stillhouse.methods.classification.ferkd.labels import HARDENED, KEPT, LabelType, adapt, compress
 from stillhouse.methods.classification.ferkd.regions import RegionStore, draw_regions, replay
 from stillhouse.processes import rank_world
@@ -129,7 +133,7 @@ class StoredLabels(Objective):
     Args:
         temperature: of the student.
         teacher_temperature: of a live teacher.
-        live: ask the teacher.
+        live: learn from the teacher itself.
     """
 
     name = "ferkd"
@@ -151,10 +155,11 @@ class FerKD(Method[Config]):
         images = len(bundle.dataset("train", train=False))
         steps = config.train.epochs * (images // config.train.batch_size)
         return [
-            Stage("teacher", "train the teacher with cross-entropy (kept, shared)"),
+            Stage("teacher", "train the teacher with cross-entropy (stored, shared)"),
             Stage(
                 "regions",
-                f"ask the teacher about {config.regions.crops} regions of each of {images} images (kept, shared)",
+                f"store the teacher's labels of {config.regions.crops} regions of each of {images} images (stored, "
+                "shared)",
             ),
             Stage("bands", "sort the stored regions by the teacher's confidence"),
             Stage("student", f"train the student on {config.crops} regions an image", steps=steps),
@@ -168,7 +173,8 @@ class FerKD(Method[Config]):
         teacher = run.teacher("teacher", config.teacher, config.data)
         if isinstance(teacher, nn.Module):
             raise UserError(
-                "ferkd: the teacher must be a trained network or an ensemble: it answers once, before the student trains."
+                "ferkd: the teacher must be a trained network or an ensemble: it answers once, before the student "
+                "trains."
             )
         store = region_store(config, run, teacher)
         thresholds = Thresholds() if config.adapt is None else Thresholds(**config.adapt.model_dump())
@@ -182,7 +188,7 @@ class FerKD(Method[Config]):
                 f"No region survives of any image of {', '.join(facts['lost'])}; they train on smoothed labels."
             )
 
-        dataset = Replayed(
+        dataset = RegionReplay(
             bundle.dataset("train", train=False),
             store,
             size,
@@ -226,7 +232,8 @@ class FerKD(Method[Config]):
 
 
 def region_store(config: Config, run: Run, teacher: Any) -> RegionStore:
-    """The store that the recipe names, or the one that a stage makes (a store that was cut off is gone on with, image by image)."""
+    """The store that the recipe names, or the one that a stage makes (one that was interrupted is resumed, image by
+    image)."""
     bundle, regions = run.data(config.data), config.regions
     must = {
         "data": bundle.fingerprint,
@@ -258,16 +265,17 @@ def region_store(config: Config, run: Run, teacher: Any) -> RegionStore:
             store.write(rows, coords, flips, values.cpu(), classes.cpu())
         return {"folder": run.folder.name.removesuffix(".partial")}
 
-    kept = run.stage("regions", make, facts)
-    return RegionStore.open(cache_folder() / "stages" / kept["folder"], must)
+    stored = run.stage("regions", make, facts)
+    return RegionStore.open(cache_folder() / "stages" / stored["folder"], must)
 
 
 def count_bands(store: RegionStore, thresholds: Thresholds, labels: Tensor, classes: list[str]) -> dict[str, Any]:
     """One pass over the store's labels, without images or a teacher.
 
     Returns:
-        `figures`: the share of regions that are kept with the teacher's label, with the image's, and dropped; and the share whose largest entry is the
-        image's class, before and among those left after adapting. `lost`: classes all of whose images lose every region.
+        `figures`: the share of regions that are kept with the teacher's label, with the image's, and dropped; and the
+            share whose largest entry is the image's class, before and among those left after adapting.
+        `lost`: classes all of whose images lose every region.
     """
     sums = torch.zeros(5, dtype=torch.float64)
     survivors = torch.zeros(len(classes), dtype=torch.int64)

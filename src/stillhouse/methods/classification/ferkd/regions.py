@@ -1,7 +1,9 @@
-"""Regions of images: how their boxes are drawn, how they are cut and resized exactly again (a batch at once), and the store of what a teacher said of them.
+"""Regions of images: how their boxes are drawn, how they are cut and resized exactly again (a batch at once), and the
+store of a teacher's labels of them.
 
-A store is a folder of memory-mapped arrays, a row an image: `coords` (N, K, 4) float32 = (top / H, left / W, height / H, width / W), `flips` (N, K),
-`values` and `classes` (N, K, k) of the compressed labels, `done` (N,), and `store.json`, which says what they are of.
+A store is a folder of memory-mapped arrays, a row an image: `coords` (N, K, 4) float32 = (top / H, left / W,
+height / H, width / W), `flips` (N, K), `values` and `classes` (N, K, k) of the compressed labels, `done` (N,), and
+`store.json`, which describes them.
 """
 
 from __future__ import annotations
@@ -22,9 +24,15 @@ ATTEMPTS = 10  # of torchvision's RandomResizedCrop, before it takes the centre
 
 
 def draw_regions(
-    rows: np.ndarray, crops: int, size: tuple[int, int], scale: tuple[float, float], ratio: tuple[float, float], seed: int
+    rows: np.ndarray,
+    crops: int,
+    size: tuple[int, int],
+    scale: tuple[float, float],
+    ratio: tuple[float, float],
+    seed: int,
 ) -> tuple[Tensor, Tensor]:
-    """Random resized crops and flips of images, each a function of (seed, image, crop); the distribution is torchvision's `RandomResizedCrop`.
+    """Random resized crops and flips of images, each a function of (seed, image, crop); the distribution is
+    torchvision's `RandomResizedCrop`.
 
     Args:
         rows: (n,) ids of the images.
@@ -59,7 +67,8 @@ def draw_regions(
 
 
 def replay(images: Tensor, coords: Tensor, flips: Tensor, size: tuple[int, int]) -> Tensor:
-    """Cut regions, resize them (bilinear with antialiasing, as PIL does) and mirror them; all at once, by two matrix products.
+    """Cut regions, resize them (bilinear with antialiasing, as PIL does) and mirror them; all at once, by two matrix
+    products.
 
     Args:
         images: (N, C, H, W); uint8 or floats. Normalising before or after is the same.
@@ -82,9 +91,12 @@ def replay(images: Tensor, coords: Tensor, flips: Tensor, size: tuple[int, int])
 
 
 def _resampling(start: Tensor, length: Tensor, out: int, full: int) -> Tensor:
-    """(..., out, full) weights of a triangle filter that resizes [start, start + length) to `out` samples; rows sum to one."""
+    """(..., out, full) weights of a triangle filter that resizes [start, start + length) to `out` samples; rows sum to
+    one."""
     step = (length / out)[..., None, None]
-    centre = (torch.arange(out, dtype=torch.float64, device=start.device)[:, None] + 0.5) * step + start[..., None, None]
+    centre = (torch.arange(out, dtype=torch.float64, device=start.device)[:, None] + 0.5) * step + start[
+        ..., None, None
+    ]
     position = torch.arange(full, dtype=torch.float64, device=start.device)
     inside = (position >= start[..., None, None]) & (position < (start + length)[..., None, None])
     weight = (1 - (position + 0.5 - centre).abs() / step.clamp_min(1)).clamp_min(0) * inside
@@ -92,18 +104,25 @@ def _resampling(start: Tensor, length: Tensor, out: int, full: int) -> Tensor:
 
 
 class RegionStore:
-    """Regions and labels on disk. Make one with `create`, fill rows with `write` (any order; `missing` says which are left), read with the rest."""
+    """Regions and labels on disk.
+
+    Make one with `create`, fill rows with `write` (any order; `missing` says which are left), read with the rest.
+    """
 
     def __init__(self, folder: Path, facts: dict[str, Any], mode: Literal["r", "r+"]) -> None:
         self.folder, self.facts = folder, facts
-        self._arrays = {name: np.load(folder / f"{name}.npy", mmap_mode=mode) for name in ("coords", "flips", "values", "classes", "done")}
+        self._arrays = {
+            name: np.load(folder / f"{name}.npy", mmap_mode=mode)
+            for name in ("coords", "flips", "values", "classes", "done")
+        }
 
     @classmethod
     def create(cls, folder: Path, images: int, facts: dict[str, Any]) -> RegionStore:
-        """A store to fill in a folder; one of the same facts that was cut off there is gone on with.
+        """A store to fill in a folder; an interrupted one of the same facts is resumed.
 
         Args:
-            facts: JSON data: `crops`, `label_type`, `top`, `num_classes`, `precision`, and whatever else tells it from others (`input_shape`, `data`, …).
+            facts: JSON data: `crops`, `label_type`, `top`, `num_classes`, `precision`, and whatever else distinguishes
+                it from others (`input_shape`, `data`, …).
         """
         path = folder / "store.json"
         facts = json.loads(json.dumps({**facts, "images": images, "format": 1}))
@@ -128,7 +147,8 @@ class RegionStore:
         """A finished store, to read.
 
         Raises:
-            UserError: none there, one that is not finished, or one of other images, classes or input size than `expected` (key -> value).
+            UserError: none there, one that is not finished, or one of other images, classes or input size than
+                `expected` (key -> value).
         """
         path = Path(folder) / "store.json"
         if not path.is_file():
@@ -137,12 +157,14 @@ class RegionStore:
         for name, value in json.loads(json.dumps(expected)).items():
             if facts.get(name) != value:
                 raise UserError(
-                    f"The store of regions in '{folder}' was made with {name} = {facts.get(name)}, but this recipe has {value}; make a new one."
+                    f"The store of regions in '{folder}' was made with {name} = {facts.get(name)}, but this recipe has "
+                    f"{value}; make a new one."
                 )
         store = cls(Path(folder), facts, "r")
         if len(store.missing()):
             raise UserError(
-                f"The store of regions in '{folder}' lacks the image {store.missing()[0]} and {len(store.missing()) - 1} others; finish it first."
+                f"The store of regions in '{folder}' lacks the image {store.missing()[0]} and "
+                f"{len(store.missing()) - 1} others; finish it first."
             )
         return store
 
@@ -193,5 +215,8 @@ class RegionStore:
     def _known(self, rows: np.ndarray) -> np.ndarray:
         beyond = rows[(rows < 0) | (rows >= len(self))]
         if len(beyond):
-            raise UserError(f"The store of regions in '{self.folder}' knows no image {int(beyond[0])}; it holds 0 to {len(self) - 1}.")
+            raise UserError(
+                f"The store of regions in '{self.folder}' knows no image {int(beyond[0])}; it holds 0 to "
+                f"{len(self) - 1}."
+            )
         return rows

@@ -1,4 +1,5 @@
-"""Augmentation that can be learned: images in, changed images out, differentiable in what is learned. Noise is torch's, drawn anew at every call.
+"""Augmentation that can be learned: images in, changed images out, differentiable in what is learned. Noise is torch's,
+drawn at every call.
 
 An augmentor maps normalised images (B, C, H, W) to changed ones and a penalty (a scalar, 0 for most).
 """
@@ -34,7 +35,8 @@ def warp(images: Tensor, theta: Tensor, background: Tensor | None) -> Tensor:
 class LearnedAffine(nn.Module):
     """HARD-affine: theta = identity + mu + L n with n ~ N(0, I) a sample; mu and L are learned.
 
-    A sample whose map would change areas beyond [1 - max_area, 1 + max_area] stays as it is, and standard deviations are held below 1.
+    A sample whose map would change areas beyond [1 - max_area, 1 + max_area] stays as it is, and standard deviations
+    are held below 1.
 
     Args:
         background: (C,) what lies outside the image, normalised; None repeats the border.
@@ -46,7 +48,11 @@ class LearnedAffine(nn.Module):
     background: Tensor | None
 
     def __init__(
-        self, background: Sequence[float] | None, sigma: float = 0.1, covariance: Literal["diagonal", "full"] = "diagonal", max_area: float = 0.75
+        self,
+        background: Sequence[float] | None,
+        sigma: float = 0.1,
+        covariance: Literal["diagonal", "full"] = "diagonal",
+        max_area: float = 0.75,
     ) -> None:
         super().__init__()
         self.register_buffer("background", None if background is None else torch.tensor(background)[:, None, None])
@@ -69,7 +75,8 @@ class LearnedAffine(nn.Module):
 
 
 class RandomAffine(nn.Module):
-    """Rotations and shifts drawn evenly, nothing learned: the upper bound where the teacher's own transformations are known.
+    """Rotations and shifts drawn evenly, nothing learned: the upper bound where the teacher's own transformations are
+    known.
 
     Args:
         background: (C,), normalised; None repeats the border.
@@ -93,7 +100,8 @@ class RandomAffine(nn.Module):
 
 
 class LearnedMix(nn.Module):
-    """HARD-mix: m x + (1 - m) x' with another image x' of the batch; the mask m follows the similarity of both images' patches.
+    """HARD-mix: m x + (1 - m) x' with another image x' of the batch; the mask m follows the similarity of both images'
+    patches.
 
     Args:
         channels: C.
@@ -113,7 +121,9 @@ class LearnedMix(nn.Module):
         if len(images) < 2:
             raise UserError("hard: mixing needs a batch of at least two images.")
         if min(images.shape[-2:]) < self.patch:
-            raise UserError(f"hard: augmentor.patch is {self.patch}, but images are {images.shape[-2]} x {images.shape[-1]} pixels.")
+            raise UserError(
+                f"hard: augmentor.patch is {self.patch}, but images are {images.shape[-2]} x {images.shape[-1]} pixels."
+            )
         partner = images[torch.randperm(len(images), device=images.device)]
         own = self.own(images)
         similarity = (own * self.other(partner)).sum(1, keepdim=True) / own.shape[1] ** 0.5

@@ -1,4 +1,5 @@
-"""HARD's game: the losses of augmentor and student, the balance between them, and the module that trains both in turn."""
+"""HARD's game: the losses of augmentor and student, the balance between them, and the module that trains both in
+turn."""
 
 from __future__ import annotations
 
@@ -22,7 +23,8 @@ MOMENTUM = 0.9  # of the running mean that the balance watches
 
 @full_precision
 def disagreement(reference: Tensor, other: Tensor, temperature: float = 2.0) -> Tensor:
-    """D(a || b) = T^2 KL(softmax(a / T) || softmax(b / T)), batch mean, with gradient to both. (B, C) and (B, C) -> scalar."""
+    """D(a || b) = T^2 KL(softmax(a / T) || softmax(b / T)), batch mean, with gradient to both. (B, C) and (B, C) ->
+    scalar."""
     checks.same_classes("hard", other, reference)
     return temperature**2 * kl_divergence(other, F.log_softmax(reference / temperature, dim=-1), temperature)
 
@@ -49,7 +51,8 @@ def augmentor_loss(
 
 
 def balanced(active: Tensor, mean: Tensor, reference: Tensor, low: float, high: float) -> Tensor:
-    """Whether the augmentor learns (1) or rests (0): it stops above high * reference and goes on below low * reference; between them it does as before."""
+    """Whether the augmentor learns (1) or rests (0): it stops above high * reference and learns again below low *
+    reference; between them nothing changes."""
     return torch.where(mean > high * reference, 0.0, torch.where(mean < low * reference, 1.0, active))
 
 
@@ -132,7 +135,9 @@ class Game(nn.Module):
         assert self.augmentor is not None and self.optimizer is not None
         changed, penalty = self.augmentor(x)
         answers = self._ask_student(changed), self._ask_teacher(changed)
-        loss = augmentor_loss(self.form, *answers, student_clean, teacher_clean, self.temperature, *self.weights) + penalty
+        loss = (
+            augmentor_loss(self.form, *answers, student_clean, teacher_clean, self.temperature, *self.weights) + penalty
+        )
         gradients = torch.autograd.grad(loss, self._learned, allow_unused=True)
         before = [p.detach().clone() for p in self._learned]
         for p, g in zip(self._learned, gradients):

@@ -1,4 +1,5 @@
-"""HARD: an augmentor learns, beside the student, images on which teacher and student disagree; the student learns to agree there too.
+"""HARD: an augmentor learns, together with the student, images on which teacher and student disagree; the student
+learns to agree there too.
 
 paper: HARD: Hard Augmentations for Robust Distillation
 venue: arXiv 2023
@@ -8,14 +9,17 @@ family: logits, adversarial augmentation
 use when: the teacher is invariant or robust to what the training images do not show
 needs: a live teacher through which gradients flow; no labels
 
-A step: the augmentor (networks in evaluation mode, only its own parameters learn) makes one step of Adam on L_a, then the student learns
-D(f_t(x) || f_s(x)) + D(f_t(x~) || f_s(x~)) on fresh, detached x~, with D = T^2 KL of the softmaxes. There is no released training code and the full text was not
-at hand; [open] marks a recommendation that is not confirmed. Form A of L_a is the definition: -D(f_t(x~) || f_s(x~)). Form B, the default [open]: the student's answer
-should move and the teacher's not, -lambda_s D(f_s(x) || f_s(x~)) + lambda_t D(f_t(x) || f_t(x~)). Balance [open]: with m the running mean (0.9) of the loss on x~, the
-augmentor rests from m > l_max until m < l_min, both times the untrained student's loss (while it rests its gradient is computed and dropped, to spare a wait
-for the device). Augmentors: `affine` (a learned Gaussian over affine maps), `mix` (a learned, content-dependent mask over two images [open]), `vae` (a
-hierarchical VAE trained here on the training images, with edits of posteriors, of latents, or all weights; a small net of our own, not VDVAE), `random` (known
-rotations and shifts, an upper bound) and `none` (plain distillation). Learning rates, lambdas, T and balance are [open]. On CUDA, `affine` is not deterministic.
+A step: the augmentor (networks in evaluation mode, only its own parameters learn) makes one step of Adam on L_a, then
+the student learns D(f_t(x) || f_s(x)) + D(f_t(x~) || f_s(x~)) on fresh, detached x~, with D = T^2 KL of the softmaxes.
+There is no released training code and the full text was not at hand; [open] marks a recommendation that is not
+confirmed. Form A of L_a is the definition: -D(f_t(x~) || f_s(x~)). Form B, the default [open]: the student's answer
+should move and the teacher's not, -lambda_s D(f_s(x) || f_s(x~)) + lambda_t D(f_t(x) || f_t(x~)). Balance [open]: with
+m the running mean (0.9) of the loss on x~, the augmentor rests from m > l_max until m < l_min, both times the untrained
+student's loss (while it rests its gradient is computed and dropped, to spare a wait for the device). Augmentors:
+`affine` (a learned Gaussian over affine maps), `mix` (a learned, content-dependent mask over two images [open]), `vae`
+(a hierarchical VAE trained here on the training images, with edits of posteriors, of latents, or all weights; a small
+net of our own, not VDVAE), `random` (known rotations and shifts, an upper bound) and `none` (plain distillation).
+Learning rates, lambdas, T and balance are [open]. On CUDA, `affine` is not deterministic.
 """
 
 from __future__ import annotations
@@ -95,7 +99,7 @@ class Config(MethodConfig):
     lambda_teacher: float = Field(3.0, ge=0, description="B: on the teacher's answer, which should not.")
     steps: int = Field(1, ge=1, description="Augmentor steps before each student step.")
     l_min: float = Field(
-        0.05, ge=0, description="The augmentor goes on below this share of the untrained student's loss."
+        0.05, ge=0, description="The augmentor learns again below this share of the untrained student's loss."
     )
     l_max: float = Field(1.0, gt=0, description="The augmentor rests above this share of the untrained student's loss.")
     temperature: float = Field(2.0, gt=0)
@@ -117,9 +121,9 @@ class Config(MethodConfig):
 class HARD(Method[Config]):
     def plan(self, config: Config, run: Run) -> list[Stage]:
         batches = len(run.loader(config.data, "train", config.train.batch_size, train=True))
-        stages = [Stage("teacher", "train the teacher with cross-entropy (kept, shared)")]
+        stages = [Stage("teacher", "train the teacher with cross-entropy (stored, shared)")]
         if config.augmentor.kind == "vae":
-            stages.append(Stage("vae", "train a VAE on the training images (kept, shared)"))
+            stages.append(Stage("vae", "train a VAE on the training images (stored, shared)"))
         what = "alone" if config.augmentor.kind == "none" else f"against an augmentor ({config.augmentor.kind})"
         return [*stages, Stage("student", f"train the student {what}", steps=config.train.epochs * batches)]
 
@@ -167,7 +171,8 @@ class HARD(Method[Config]):
             return None
         if len(bundle.input_shape) != 3 or not bundle.mean:
             raise UserError(
-                f"hard: augmentors are for images; the inputs of '{config.data.name}' have shape {tuple(bundle.input_shape)}."
+                f"hard: augmentors are for images; the inputs of '{config.data.name}' have shape "
+                f"{tuple(bundle.input_shape)}."
             )
         with keyed("augmentor", run.seed):
             if spec.kind == "affine":
@@ -191,8 +196,8 @@ class HARD(Method[Config]):
                 )
             return {"weights": state_on_cpu(vae), "format": 1}
 
-        kept = run.stage("vae", make, {"vae": spec.model_dump(mode="json"), "data": bundle.fingerprint})
-        vae.load_state_dict(kept["weights"])
+        stored = run.stage("vae", make, {"vae": spec.model_dump(mode="json"), "data": bundle.fingerprint})
+        vae.load_state_dict(stored["weights"])
         return vae.to(run.device)
 
     def show(self, config: Config, run: Run, rows: list[Tensor]) -> None:

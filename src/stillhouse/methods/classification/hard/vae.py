@@ -1,7 +1,8 @@
-"""A small hierarchical VAE, trained on the spot, and three ways to make it an augmentor (as in the VDVAE package of HARD's first author).
+"""A small hierarchical VAE, trained on the spot, and three ways to make it an augmentor (as in the VDVAE package of
+HARD's first author).
 
-Standard deviations are elu(r) + 1 throughout, in the divergence too. Pixels follow a mixture of logistics (Salimans et al., arXiv 1701.05517), here with
-independent channels within a component.
+Standard deviations are elu(r) + 1 throughout, in the divergence too. Pixels follow a mixture of logistics (Salimans et
+al., arXiv 1701.05517), here with independent channels within a component.
 """
 
 from __future__ import annotations
@@ -47,7 +48,8 @@ def pixel_nll(pixels: Tensor, weights: Tensor, means: Tensor, scales: Tensor) ->
 
 
 def draw_pixels(weights: Tensor, means: Tensor, scales: Tensor) -> Tensor:
-    """A differentiable draw from the mixture: a soft Gumbel-softmax over components (tau 1), logistic noise, clamped to [-1, 1]. -> (B, C, H, W)."""
+    """A differentiable draw from the mixture: a soft Gumbel-softmax over components (tau 1), logistic noise, clamped to
+    [-1, 1]. -> (B, C, H, W)."""
     share = F.gumbel_softmax(weights, tau=1.0, hard=False, dim=1)[:, :, None]
     uniform = torch.rand_like(means[:, 0]).clamp(1e-5, 1 - 1e-5)
     return ((share * means).sum(1) + (share * scales).sum(1) * torch.logit(uniform)).clamp(-1, 1)
@@ -59,7 +61,9 @@ class Block(nn.Module):
     def __init__(self, width: int, latent: int) -> None:
         super().__init__()
         self.prior = nn.Sequential(nn.GELU(), nn.Conv2d(width, 2 * latent + width, 3, padding=1))
-        self.posterior = nn.Sequential(nn.Conv2d(2 * width, width, 3, padding=1), nn.GELU(), nn.Conv2d(width, 2 * latent, 1))
+        self.posterior = nn.Sequential(
+            nn.Conv2d(2 * width, width, 3, padding=1), nn.GELU(), nn.Conv2d(width, 2 * latent, 1)
+        )
         self.spell = nn.Sequential(nn.Conv2d(latent, width, 1))
         self.after = nn.Sequential(nn.GELU(), nn.Conv2d(width, width, 3, padding=1))
         self.latent = latent
@@ -93,12 +97,17 @@ class VAE(nn.Module):
         super().__init__()
         channels, height, breadth = input_shape
         if min(height, breadth) % 2 ** (levels - 1):
-            raise UserError(f"vae.levels: {levels} levels halve the image {levels - 1} times, but it is {height} x {breadth} pixels.")
+            raise UserError(
+                f"vae.levels: {levels} levels halve the image {levels - 1} times, but it is {height} x {breadth} "
+                "pixels."
+            )
         self.shape, self.components = tuple(input_shape), components
         self.register_buffer("mean", torch.tensor(mean)[:, None, None])
         self.register_buffer("std", torch.tensor(std)[:, None, None])
         self.stem = nn.Conv2d(channels, width, 3, padding=1)
-        self.encoder = nn.ModuleList(nn.Sequential(nn.GELU(), nn.Conv2d(width, width, 3, 1 if i == 0 else 2, 1)) for i in range(levels))
+        self.encoder = nn.ModuleList(
+            nn.Sequential(nn.GELU(), nn.Conv2d(width, width, 3, 1 if i == 0 else 2, 1)) for i in range(levels)
+        )
         self.start = nn.Parameter(torch.zeros(width, height >> (levels - 1), breadth >> (levels - 1)))
         self.latent = latent
         self.blocks = nn.ModuleList(Block(width, latent) for _ in range(levels))
@@ -123,7 +132,9 @@ class VAE(nn.Module):
             found.append(h)
         return found[::-1]
 
-    def decode(self, features: list[Tensor], edit: _Edit | None = None) -> tuple[tuple[Tensor, Tensor, Tensor], Tensor, Tensor]:
+    def decode(
+        self, features: list[Tensor], edit: _Edit | None = None
+    ) -> tuple[tuple[Tensor, Tensor, Tensor], Tensor, Tensor]:
         """The mixture (see `pixel_nll`), the divergence from the prior (B,), and the penalty of the edit."""
         h = self.start.expand(len(features[0]), -1, -1, -1)
         divergence = features[0].new_zeros(len(features[0]))
@@ -152,7 +163,10 @@ class VAE(nn.Module):
         """`pixels` and `divergence`, both in nats per dimension, batch means."""
         mixture, divergence, _ = self.decode(self.encode(images))
         size = images[0].numel()
-        return {"pixels": pixel_nll(self.to_pixels(images), *mixture).mean() / size, "divergence": divergence.mean() / size}
+        return {
+            "pixels": pixel_nll(self.to_pixels(images), *mixture).mean() / size,
+            "divergence": divergence.mean() / size,
+        }
 
 
 class _Edit:
@@ -167,8 +181,9 @@ class VAEAugmentor(nn.Module, _Edit):
 
     Args:
         vae: trained; frozen here, except for `finetune`.
-        edit: `posterior`: (m, r) of levels start ... end - 1 pass through a learned map before the draw, levels before keep theirs, levels from `end` on
-            are drawn from the prior. `latent`: the drawn z passes through a learned map, with a penalty that keeps it likely under the posterior.
+        edit: `posterior`: (m, r) of levels start ... end - 1 pass through a learned map before the draw, levels before
+            keep theirs, levels from `end` on are drawn from the prior. `latent`: the drawn z passes through a learned
+                map, with a penalty that keeps it likely under the posterior.
             `finetune`: all weights of the VAE are learned.
         start, end: levels, coarsest first; end None: all.
         edited: latent: share of the batch that is edited.
@@ -176,7 +191,13 @@ class VAEAugmentor(nn.Module, _Edit):
     """
 
     def __init__(
-        self, vae: VAE, edit: Edit = "posterior", start: int = 0, end: int | None = None, edited: float = 1.0, penalty: float = 1e-3
+        self,
+        vae: VAE,
+        edit: Edit = "posterior",
+        start: int = 0,
+        end: int | None = None,
+        edited: float = 1.0,
+        penalty: float = 1e-3,
     ) -> None:
         super().__init__()
         self.vae, self.edit, self.start, self.end = vae, edit, start, len(vae.blocks) if end is None else end

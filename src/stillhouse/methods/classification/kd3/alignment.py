@@ -1,6 +1,8 @@
-"""KD^3's mathematics: which images to select, the transfer block and the weighted alignment of features, MixDistribution and its contrast.
+"""KD^3's mathematics: which images to select, the transfer block and the weighted alignment of features,
+MixDistribution and its contrast.
 
-Read and run in the released code (tangjialiang97/KD3: `helper/util.py`, `helper/loops.py`, `dataset/augmentation.py`, `models/util.py`, `distiller_zoo`).
+Read and run in the released code (tangjialiang97/KD3: `helper/util.py`, `helper/loops.py`, `dataset/augmentation.py`,
+`models/util.py`, `distiller_zoo`).
 """
 
 from __future__ import annotations
@@ -18,7 +20,8 @@ from stillhouse.functional.precision import full_precision
 
 
 def teacher_share(epoch: float, until: float = 120, steepness: float = 5.0, denominator: float = 160) -> float:
-    """alpha of an epoch, counted from 1 of 240: 1 - exp(-5 ((e + 1) / 160 - 1)^2) before epoch 120, then 0 (the student alone decides).
+    """alpha of an epoch, counted from 1 of 240: 1 - exp(-5 ((e + 1) / 160 - 1)^2) before epoch 120, then 0 (the student
+    alone decides).
 
     >>> round(teacher_share(1), 4), round(teacher_share(119), 4), teacher_share(120)
     (0.9924, 0.2684, 0.0)
@@ -26,13 +29,16 @@ def teacher_share(epoch: float, until: float = 120, steepness: float = 5.0, deno
     return 1 - math.exp(-steepness * ((epoch + 1) / denominator - 1) ** 2) if epoch < until else 0.0
 
 
-def select(teacher_logits: Tensor, student_logits: Tensor, alpha: float, cutoff: float = 0.95) -> tuple[Tensor, Tensor, Tensor]:
+def select(
+    teacher_logits: Tensor, student_logits: Tensor, alpha: float, cutoff: float = 0.95
+) -> tuple[Tensor, Tensor, Tensor]:
     """Dynamic instance selection over a whole pool.
 
     Args:
         teacher_logits, student_logits: (N, C).
         alpha: the teacher's share of the combined logits.
-        cutoff: threshold of the most frequent class; of class k it is cutoff * r / (2 - r), r its share of that class's count.
+        cutoff: threshold of the most frequent class; of class k it is cutoff * r / (2 - r), r its share of that class's
+            count.
 
     Returns:
         (N,) whether selected, (N,) confidence, (N,) predicted class.
@@ -46,7 +52,8 @@ def select(teacher_logits: Tensor, student_logits: Tensor, alpha: float, cutoff:
 
 
 def transfer_block(student: int, teacher: int, factor: int = 2) -> nn.Sequential:
-    """SimKD's projector of feature maps, `student` to `teacher` channels through teacher / factor: 1x1, 3x3, 1x1, each with batch norm and ReLU."""
+    """SimKD's projector of feature maps, `student` to `teacher` channels through teacher / factor: 1x1, 3x3, 1x1, each
+    with batch norm and ReLU."""
     inner = max(teacher // factor, 1)
     return nn.Sequential(
         nn.Conv2d(student, inner, 1, bias=False),
@@ -62,14 +69,16 @@ def transfer_block(student: int, teacher: int, factor: int = 2) -> nn.Sequential
 
 
 def share_map(student: Tensor, teacher: Tensor, transfer: nn.Module) -> tuple[Tensor, Tensor]:
-    """The student's map through the transfer block and the teacher's, both at the smaller size. (B, s, h', w') and (B, t, h, w) -> twice (B, t, ., .)."""
+    """The student's map through the transfer block and the teacher's, both at the smaller size. (B, s, h', w') and (B,
+    t, h, w) -> twice (B, t, ., .)."""
     student, teacher = same_size(student, teacher)
     return transfer(student), teacher
 
 
 @full_precision
 def disagreement_weights(student_logits: Tensor, teacher_logits: Tensor, eps: float = 1e-6) -> tuple[Tensor, Tensor]:
-    """Distance d = ||z_s - z_t + eps|| and weight sigmoid(d) in [0.5, 1) of every sample, outside autograd. (B, C) and (B, C) -> (B,), (B,)."""
+    """Distance d = ||z_s - z_t + eps|| and weight sigmoid(d) in [0.5, 1) of every sample, outside autograd. (B, C) and
+    (B, C) -> (B,), (B,)."""
     checks.same_classes("kd3", student_logits, teacher_logits)
     distance = (student_logits.detach() - teacher_logits.detach() + eps).norm(dim=1)
     return distance, torch.sigmoid(distance)
@@ -85,7 +94,8 @@ def aligned(student: Tensor, teacher: Tensor, weights: Tensor | None = None) -> 
 
 @full_precision
 def mix_distribution(images: Tensor, share: Tensor, partner: Tensor, eps: float = 1e-6) -> Tensor:
-    """MixDistribution: images with the mean and deviation of each channel mixed with those of another image (MixStyle on pixels).
+    """MixDistribution: images with the mean and deviation of each channel mixed with those of another image (MixStyle
+    on pixels).
 
     Args:
         images: (B, C, H, W), normalised.
@@ -106,7 +116,8 @@ def mix_distribution(images: Tensor, share: Tensor, partner: Tensor, eps: float 
 
 @full_precision
 def contrast(first: Tensor, second: Tensor, temperature: float = 0.3) -> Tensor:
-    """NT-Xent over both views: each vector should find its other view among the 2B - 1 others. Unit vectors (B, D) and (B, D) -> scalar.
+    """NT-Xent over both views: each vector should find its other view among the 2B - 1 others. Unit vectors (B, D) and
+    (B, D) -> scalar.
 
     Raises:
         UserError: a batch of one, which has no negatives.

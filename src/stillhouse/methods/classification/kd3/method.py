@@ -1,4 +1,5 @@
-"""KD^3: distil without the original data, on web-like images that teacher and student together are sure of, into the teacher's own classifier.
+"""KD^3: distil without the original data, on web-like images that teacher and student together are sure of, into the
+teacher's own classifier.
 
 paper: Distribution Shift Matters for Knowledge Distillation with Webly Collected Images
 venue: ICCV 2023
@@ -8,15 +9,18 @@ family: features, data-free
 use when: the teacher's training data are gone, and images of another distribution are at hand
 needs: a teacher whose classifier is one linear layer on a pooled map, unlabelled images; no labels
 
-Before each epoch, logits alpha z_t + (1 - alpha) z_s over the whole pool select the images whose confidence exceeds a threshold of their class; alpha falls over
-training and is 0 in its second half. The student's last map goes through a transfer block into the teacher's frozen classifier; the loss is the squared
-distance to the teacher's map, weighted by sigmoid of the distance of the logits, plus 0.001 times an NT-Xent contrast with images whose colour statistics are
-mixed with another's (MixDistribution). No cross-entropy, no KL. The product holds backbone, transfer block and the teacher's classifier.
-The released code is followed, except: alpha's 240 epochs are stretched to the training's [choice]; selection sees one view without augmentation, so that the
-teacher looks at the pool once [choice]; images are normalised as the teacher's data were; the last epoch is kept, not the best on test data; the contrast of
-the teacher's features, which trains only an embedding that is thrown away, is left out; an epoch has as many steps as the pool has batches, selected
-images coming again as needed [choice]. Where fewer than a batch are selected, the most confident make one batch. The paper's formulas were not compared
-with the code's. `loss: kd` is the baseline: distillation of logits into the student's own classifier, on all images or on those the teacher alone is sure of.
+Before each epoch, logits alpha z_t + (1 - alpha) z_s over the whole pool select the images whose confidence exceeds a
+threshold of their class; alpha falls over training and is 0 in its second half. The student's last map goes through a
+transfer block into the teacher's frozen classifier; the loss is the squared distance to the teacher's map, weighted by
+sigmoid of the distance of the logits, plus 0.001 times an NT-Xent contrast with images whose colour statistics are
+mixed with another's (MixDistribution). No cross-entropy, no KL. The product holds backbone, transfer block and the
+teacher's classifier. The released code is followed, except: alpha's 240 epochs are stretched to the training's
+[choice]; selection sees one view without augmentation, so that the teacher looks at the pool once [choice]; images are
+normalised as the teacher's data were; the last epoch is kept, not the best on test data; the contrast of the teacher's
+features, which trains only an embedding that is thrown away, is left out; an epoch has as many steps as the pool has
+batches, selected images coming again as needed [choice]. Where fewer than a batch are selected, the most confident make
+one batch. The paper's formulas were not compared with the code's. `loss: kd` is the baseline: distillation of logits
+into the student's own classifier, on all images or on those the teacher alone is sure of.
 """
 
 from __future__ import annotations
@@ -59,8 +63,9 @@ from stillhouse.signals import Batch, to_device
 EPOCHS = 240  # of the published schedule
 
 
-class Sharing(nn.Module):
-    """The training module: selection before each epoch, then alignment and contrast. The teacher stays outside the module tree.
+class AlignmentTraining(nn.Module):
+    """The training module: selection before each epoch, then alignment and contrast. The teacher stays outside the
+    module tree.
 
     Args:
         student: backbone, transfer block and the teacher's classifier.
@@ -125,11 +130,11 @@ class Sharing(nn.Module):
 
     def forward(self, batch: Batch, progress: Progress) -> dict[str, Tensor]:
         x = batch["input"]
-        said = self._teacher[0](batch)
+        answer = self._teacher[0](batch)
         features = self.student.features(x)
-        mine, theirs = share_map(features, said.taps[self._tap], self.student.transfer)
-        assert said.logits is not None
-        _, weights = disagreement_weights(self.student.classify(mine.detach()), said.logits)
+        mine, theirs = share_map(features, answer.taps[self._tap], self.student.transfer)
+        assert answer.logits is not None
+        _, weights = disagreement_weights(self.student.classify(mine.detach()), answer.logits)
         terms = {"features": aligned(mine, theirs, weights if self._weigh else None)}
         terms["loss"] = terms["features"]
         if self.embed is not None and len(x) > 1:
@@ -170,7 +175,8 @@ def at_least(chosen: Tensor, confidence: Tensor, count: int, say: Callable[[str]
     if int(chosen.sum()) >= count:
         return chosen
     say(
-        f"Only {int(chosen.sum())} images of the pool were selected, fewer than a batch: the {count} most confident are taken."
+        f"Only {int(chosen.sum())} images of the pool were selected, fewer than a batch: the {count} most confident "
+        "are taken."
     )
     mask = torch.zeros_like(chosen)
     mask[confidence.topk(count).indices] = True
@@ -179,7 +185,8 @@ def at_least(chosen: Tensor, confidence: Tensor, count: int, say: Callable[[str]
 
 class Config(MethodConfig):
     data: Data = Field(
-        description="What the teacher was trained for: its classes, its normalisation and the test set; the student never sees it."
+        description="What the teacher was trained for: its classes, its normalisation and the test set; the student "
+        "never sees it."
     )
     pool: Annotated[list[PoolPart], Field(min_length=1)] = Field(description="Where the unlabelled images come from.")
     teacher: Teacher
@@ -220,7 +227,7 @@ class KD3(Method[Config]):
         steps = config.train.epochs * (count // config.train.batch_size)
         what = "its teacher's features and classifier" if config.loss == "features" else "logits"
         return [
-            Stage("teacher", "train the teacher with cross-entropy (kept, shared)"),
+            Stage("teacher", "train the teacher with cross-entropy (stored, shared)"),
             Stage(
                 "student",
                 f"train the student by {what} on a pool of {count} images (selection: {config.selection})",
@@ -255,7 +262,7 @@ class KD3(Method[Config]):
             shared, tap = make_shared(student, teacher.model, probe, config.factor)
             teacher.attach([f"tap:{tap}"], probe, student)
             teacher.to(run.device)
-            module = Sharing(
+            module = AlignmentTraining(
                 shared,
                 teacher,
                 tap,

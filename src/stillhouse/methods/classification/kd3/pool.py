@@ -27,7 +27,8 @@ class PoolPart(DataSpec):
     split: Literal["train", "holdout"] = Field("train", description="Which of its splits.")
     style: list[str | dict[str, Any]] = Field(
         default_factory=list,
-        description="Transforms as in `augment`, drawn once for every image and kept: the images then come from another distribution.",
+        description="Transforms as in `augment`, drawn once for every image and stored: the images then come from "
+        "another distribution.",
     )
 
     @property
@@ -38,9 +39,11 @@ class PoolPart(DataSpec):
 
 
 def pool_images(parts: list[PoolPart], target: DataSpec, run: Run, *, train: bool) -> Joined:
-    """All images of the pool, normalised as the target's are: augmented for training, or in the one view that selection sees.
+    """All images of the pool, normalised as the target's are: augmented for training, or in the one view that selection
+    sees.
 
-    A styled part lies in memory and is augmented by shifted crops and (colour images) flips; others by their own `augment`.
+    A styled part lies in memory and is augmented by shifted crops and (colour images) flips; others by their own
+    `augment`.
     """
     return Joined([_part(part, target, run, train=train, where=f"pool.{i}") for i, part in enumerate(parts)])
 
@@ -53,15 +56,27 @@ def _part(part: PoolPart, target: DataSpec, run: Run, *, train: bool, where: str
     styled = own.dataset(part.split, train=True)
     rows = np.arange(len(styled))
     mean, std = (torch.tensor(v)[:, None, None] for v in (own.mean, own.std))
-    chunks = [styled.batch(BatchKey(0, r, 0, len(r)), part.seed)["input"] for r in np.array_split(rows, max(1, len(rows) // 512))]
+    chunks = [
+        styled.batch(BatchKey(0, r, 0, len(r)), part.seed)["input"]
+        for r in np.array_split(rows, max(1, len(rows) // 512))
+    ]
     pixels = torch.cat([((c * std + mean) * 255).round().clamp(0, 255).to(torch.uint8) for c in chunks])
     size = (pixels.shape[-2], pixels.shape[-1])
-    inputs = PixelInputs(pixels, rows, theirs.mean, theirs.std, size, max(size[0] // 8, 1) if train else 0, train and pixels.shape[1] == 3)
+    inputs = PixelInputs(
+        pixels,
+        rows,
+        theirs.mean,
+        theirs.std,
+        size,
+        max(size[0] // 8, 1) if train else 0,
+        train and pixels.shape[1] == 3,
+    )
     return Part(IndexedDataset(inputs, np.zeros(len(rows), dtype=np.int64), 1), rows)
 
 
 class SelectedBatches:
-    """The training batches of a pool: each epoch, those images that are selected as it begins; an epoch has as many steps whatever their number.
+    """The training batches of a pool: each epoch, those images that are selected as it begins; an epoch has as many
+    steps whatever their number.
 
     Args:
         images: the pool with training augmentation.
@@ -74,10 +89,18 @@ class SelectedBatches:
         UserError: a pool of fewer images than a batch.
     """
 
-    def __init__(self, images: Joined, selected: Callable[[], Tensor], batch_size: int, seed: int, workers: int = 0) -> None:
+    def __init__(
+        self, images: Joined, selected: Callable[[], Tensor], batch_size: int, seed: int, workers: int = 0
+    ) -> None:
         if len(images) < batch_size:
             raise UserError(f"The pool holds {len(images)} images, fewer than train.batch_size ({batch_size}).")
-        self.images, self.selected, self.batch_size, self.seed, self.workers = images, selected, batch_size, seed, workers
+        self.images, self.selected, self.batch_size, self.seed, self.workers = (
+            images,
+            selected,
+            batch_size,
+            seed,
+            workers,
+        )
 
     def __len__(self) -> int:
         return len(self.images) // self.batch_size
@@ -86,17 +109,19 @@ class SelectedBatches:
         return self.batches(epochs=1)
 
     def batches(self, epoch: int = 0, batch: int = 0, epochs: int | None = None) -> Iterator[Batch]:
-        """One stream from (epoch, batch) to the end of `epochs`; what is selected is asked for when an epoch's first batch is."""
+        """One stream from (epoch, batch) to the end of `epochs`; the selection is read with an epoch's first batch."""
         while epochs is None or epoch < epochs:
             rows = self.selected().nonzero()[:, 0].cpu().numpy()
             rows = rows[permutation(len(rows), self.seed, "selected", epoch)]
-            dataset = _Cycled(self.images, np.resize(rows, len(self) * self.batch_size))
-            loader = Loader(dataset, self.batch_size, seed=self.seed, shuffle=True, drop_last=True, workers=self.workers, **share())
+            dataset = _RepeatedRows(self.images, np.resize(rows, len(self) * self.batch_size))
+            loader = Loader(
+                dataset, self.batch_size, seed=self.seed, shuffle=True, drop_last=True, workers=self.workers, **share()
+            )
             yield from loader.batches(epoch, batch, epoch + 1)
             epoch, batch = epoch + 1, 0
 
 
-class _Cycled:
+class _RepeatedRows:
     """Images by a list of rows in which some may come twice."""
 
     def __init__(self, images: Joined, rows: np.ndarray) -> None:

@@ -1,4 +1,7 @@
-"""A student that ends in its teacher's classifier: backbone, transfer block, frozen linear layer. As a network and as a product."""
+"""A student that ends in its teacher's classifier: backbone, transfer block, frozen linear layer.
+
+As a network and as a product.
+"""
 
 from __future__ import annotations
 
@@ -79,7 +82,8 @@ class SharedClassifier(nn.Module):
 
 
 def last_map(model: nn.Module, batch: Batch) -> tuple[str, Tensor] | None:
-    """The submodule whose map, averaged over space, is what the classifier reads, and that map (2, D, h, w); None where there is none.
+    """The submodule whose map, averaged over space, is what the classifier reads, and that map (2, D, h, w); None where
+    there is none.
 
     Args:
         model: any image classifier; runs in evaluation mode without autograd.
@@ -124,7 +128,8 @@ def make_shared(student: nn.Module, teacher: nn.Module, batch: Batch, factor: in
     theirs, head = last_map(teacher, batch), teacher.get_submodule(classifier(teacher, batch))
     if theirs is None or not isinstance(head, nn.Linear):
         raise UserError(
-            f"kd3: the teacher's classifier must be one linear layer on the mean of its last feature map, but that of {type(teacher).__name__} is not; "
+            "kd3: the teacher's classifier must be one linear layer on the mean of its last feature map, but that of "
+            f"{type(teacher).__name__} is not; "
             "choose a teacher such as a ResNet."
         )
     mine = last_map(student, batch)
@@ -157,7 +162,12 @@ class SharedStudent(Student):
     def extras(self) -> dict[str, Any]:
         module = self.module
         assert isinstance(module, SharedClassifier)
-        shape = {"tap": module.tap, "channels": list(module.channels), "size": list(module.size), "factor": module.factor}
+        shape = {
+            "tap": module.tap,
+            "channels": list(module.channels),
+            "size": list(module.size),
+            "factor": module.factor,
+        }
         return {"shared": shape}
 
     @classmethod

@@ -1,4 +1,5 @@
-"""Sources of MaKD's answers: the classes for which each question is a yes, with noise or as a model's training data; or a model on disk."""
+"""Sources of MaKD's answers: the classes for which each question is a yes, with noise or as a model's training data; or
+a model on disk."""
 
 from __future__ import annotations
 
@@ -17,7 +18,10 @@ from stillhouse.errors import UserError, unknown
 ClassAnswers = dict[str, list[str | int]]
 """Question -> names of the classes for which the answer is yes."""
 
-_GIVEN = "Question -> names of the classes for which the answer is yes; here, in a JSON file, or given by file:PATH.py:FUNCTION."
+_GIVEN = (
+    "Question -> names of the classes for which the answer is yes; here, in a JSON file, or given by "
+    "file:PATH.py:FUNCTION."
+)
 
 
 def read_class_answers(given: ClassAnswers | str) -> ClassAnswers:
@@ -51,7 +55,7 @@ def class_matrix(answers: ClassAnswers, questions: Sequence[str], classes: Seque
     return table
 
 
-class Noisy(Spec):
+class NoisyAnswers(Spec):
     """Class answers as they are, with noise of each image's own."""
 
     answers: ClassAnswers | str = Field(description=_GIVEN)
@@ -59,7 +63,7 @@ class Noisy(Spec):
     confidence: float = Field(0.95, gt=0.5, le=1, description="P(yes) of a yes; a no is 1 - confidence.")
 
 
-class Trained(Spec):
+class TrainedAnnotator(Spec):
     """A small image-and-text model that learns to answer from class answers, in place of a large multimodal one."""
 
     answers: ClassAnswers | str = Field(description=_GIVEN)
@@ -79,4 +83,4 @@ class VisionLanguage(Spec):
     )
     yes_word: str = Field("Yes", description="The answer that counts as yes; one token.")
     no_word: str = Field("No", description="The answer that counts as no; one token.")
-    batch_size: int = Field(8, ge=1, description="Questions asked at once.")
+    batch_size: int = Field(8, ge=1, description="Questions in one batch.")

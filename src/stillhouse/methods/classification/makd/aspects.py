@@ -1,6 +1,8 @@
-"""Where MaKD's answers come from: a file, a vision-language model on disk, a small image-and-text model trained here, or noisy class answers.
+"""Where MaKD's answers come from: a file, a vision-language model on disk, a small image-and-text model trained here,
+or noisy class answers.
 
-Each source gives P(yes) of every question for every training image, (N, Q); models answer by two logits, for "Yes" and "No".
+Each source gives P(yes) of every question for every training image, (N, Q); models answer by two logits, for "Yes" and
+"No".
 """
 
 from __future__ import annotations
@@ -19,8 +21,8 @@ from stillhouse.errors import UserError
 from stillhouse.functional.precision import full_precision
 from stillhouse.methods.classification.makd.answers import (
     ClassAnswers,
-    Noisy,
-    Trained,
+    NoisyAnswers,
+    TrainedAnnotator,
     VisionLanguage,
     class_matrix,
     read_class_answers,
@@ -39,15 +41,17 @@ class AspectsSpec(Spec):
     )
     file: str | None = Field(
         None,
-        description="JSON {index in the training split: [Q numbers]}, or safetensors with `aspects` (N, Q) or `yes_no` (N, Q, 2).",
+        description="JSON {index in the training split: [Q numbers]}, or safetensors with `aspects` (N, Q) or `yes_no` "
+        "(N, Q, 2).",
     )
     vision_language: VisionLanguage | None = None
-    trained: Trained | None = None
-    annotated: Noisy | None = None
+    trained: TrainedAnnotator | None = None
+    annotated: NoisyAnswers | None = None
     drop_below: float = Field(
         0.0,
         ge=0,
-        description="Drop questions whose answers vary less than this (variance over the images); they tell nothing.",
+        description="Drop questions whose answers vary less than this (variance over the images); they carry no "
+        "information.",
     )
     permute: bool = Field(False, description="Give each image another's answers (ablation).")
 
@@ -68,7 +72,10 @@ class AspectsSpec(Spec):
         return None if source is None else read_class_answers(source.answers)
 
     def questions_asked(self) -> list[str]:
-        """The questions in order. Raises `UserError` for none, for one asked twice, or for one without class answers where those are the source."""
+        """The questions in order.
+
+        Raises `UserError` for none, for one asked twice, or for one without class answers where those are the source.
+        """
         known = self.class_answers
         asked = list(known or {}) if self.questions is None else read_questions(self.questions)
         if not asked:
@@ -95,8 +102,10 @@ def read_questions(given: str | Sequence[str]) -> list[str]:
 def question_prompt(classes: Sequence[str], count: int = 100) -> str:
     """A request to a language model for candidate questions about these classes."""
     return (
-        f"Here are the classes of an image data set: {', '.join(classes)}. Write {count} yes-or-no questions about visible features (shape, colour, texture, "
-        "parts, context, behaviour) that tell these classes apart. Each question must be clear, about one feature, and different from the others. "
+        f"Here are the classes of an image data set: {', '.join(classes)}. Write {count} yes-or-no questions about "
+        "visible features (shape, colour, texture, "
+        "parts, context, behaviour) that tell these classes apart. Each question must be clear, about one feature, and "
+        "different from the others. "
         "Give one question a line and nothing else."
     )
 
@@ -105,7 +114,8 @@ def selection_prompt(questions: Sequence[str], classes: Sequence[str], count: in
     """A request to a language model to keep the most relevant and most distinct questions."""
     listed = "\n".join(questions)
     return (
-        f"Of the questions below, choose the {count} that are most relevant for telling apart {', '.join(classes)} and most distinct from each other. "
+        f"Of the questions below, choose the {count} that are most relevant for telling apart {', '.join(classes)} and "
+        "most distinct from each other. "
         f"Give one question a line, unchanged, and nothing else.\n{listed}"
     )
 
@@ -147,18 +157,21 @@ def _answer(spec: AspectsSpec, questions: list[str], data: DataSpec, run: Run) -
     if spec.trained is not None:
         model = trained_annotator(spec.trained, questions, run, data).to(run.device).eval()
         with torch.no_grad():
-            said = [
+            parts = [
                 model(batch["input"].to(run.device), questions).float().cpu() for batch in run.loader(data, "train")
             ]
     else:
         assert spec.vision_language is not None
-        said = ask(spec.vision_language, questions, data, run)
-    yes_no = torch.cat(said)
+        parts = ask(spec.vision_language, questions, data, run)
+    yes_no = torch.cat(parts)
     return {"answers": {"yes_no": yes_no, "aspects": aspect_probs(yes_no)}}
 
 
 def read_answers(path: str, count: int, questions: int) -> Tensor:
-    """The answers in a file, (count, questions), in index order. Raises `UserError` naming the first image whose answers are missing or wrong."""
+    """The answers in a file, (count, questions), in index order.
+
+    Raises `UserError` naming the first image whose answers are missing or wrong.
+    """
     file = Path(path).expanduser()
     if not file.is_file():
         raise UserError(f"aspects.file: there is no file '{path}'.")
@@ -168,12 +181,14 @@ def read_answers(path: str, count: int, questions: int) -> Tensor:
         tensors = load_file(str(file))
         if not {"aspects", "yes_no"} & set(tensors):
             raise UserError(
-                f"aspects.file: {path} must hold `aspects` (N, Q) or `yes_no` (N, Q, 2); it holds: {', '.join(tensors) or 'nothing'}."
+                f"aspects.file: {path} must hold `aspects` (N, Q) or `yes_no` (N, Q, 2); it holds: "
+                f"{', '.join(tensors) or 'nothing'}."
             )
         table = tensors["aspects"].float() if "aspects" in tensors else aspect_probs(tensors["yes_no"])
         if table.shape != (count, questions):
             raise UserError(
-                f"aspects.file: {path} holds answers of shape {tuple(table.shape)}, but {count} images and {questions} questions need {(count, questions)}."
+                f"aspects.file: {path} holds answers of shape {tuple(table.shape)}, but {count} images and {questions} "
+                f"questions need {(count, questions)}."
             )
     else:
         try:
@@ -198,7 +213,7 @@ def read_answers(path: str, count: int, questions: int) -> Tensor:
     return table
 
 
-def annotate(spec: Noisy, questions: list[str], data: DataSpec, run: Run) -> Tensor:
+def annotate(spec: NoisyAnswers, questions: list[str], data: DataSpec, run: Run) -> Tensor:
     """Class answers of every training image, some turned round, softened: (N, Q)."""
     answers = class_matrix(read_class_answers(spec.answers), questions, run.data(data).classes)[
         run.loader(data, "train").labels()

@@ -1,4 +1,5 @@
-"""A small image-and-text model that answers questions about images, in place of a large multimodal one; trained on class answers."""
+"""A small image-and-text model that answers questions about images, in place of a large multimodal one; trained on
+class answers."""
 
 from __future__ import annotations
 
@@ -12,7 +13,7 @@ from torch.nn import functional as F
 
 from stillhouse.config.specs import DataSpec
 from stillhouse.distillation.objective import Progress
-from stillhouse.methods.classification.makd.answers import Trained, class_matrix, read_class_answers
+from stillhouse.methods.classification.makd.answers import TrainedAnnotator, class_matrix, read_class_answers
 from stillhouse.models import build
 from stillhouse.randomness import key, keyed
 from stillhouse.runs.run import Run
@@ -20,12 +21,13 @@ from stillhouse.signals import Batch
 
 
 class ImageText(nn.Module):
-    """Answers questions about images: the image's vector is compared with two vectors of the question, one for yes and one for no.
+    """Answers questions about images: the image's vector is compared with two vectors of the question, one for yes and
+    one for no.
 
     Args:
         image: a network that gives `dim` numbers.
         dim: width of the comparison.
-        buckets: words are told apart by their hash modulo this.
+        buckets: words are distinguished by their hash modulo this.
     """
 
     def __init__(self, image: nn.Module, dim: int, buckets: int = 4096) -> None:
@@ -44,7 +46,7 @@ class ImageText(nn.Module):
         return torch.einsum("bd,qkd->bqk", F.normalize(self.image(images), dim=-1), text[..., 1:]) + text[..., 0]
 
 
-class Answering(nn.Module):
+class AnnotatorTraining(nn.Module):
     """Trains an `ImageText` on class answers: cross-entropy over yes and no, mean over images and questions."""
 
     answers: Tensor
@@ -63,8 +65,9 @@ class Answering(nn.Module):
         return {"loss": F.cross_entropy(logits.flatten(0, 1), 1 - yes.flatten().long()), "accuracy": accuracy}
 
 
-def trained_annotator(spec: Trained, questions: list[str], run: Run, data: DataSpec) -> ImageText:
-    """The small image-and-text model, trained once and kept; its share of right answers on test images is recorded with the run."""
+def trained_annotator(spec: TrainedAnnotator, questions: list[str], run: Run, data: DataSpec) -> ImageText:
+    """The small image-and-text model, trained once and stored; its share of right answers on test images is recorded
+    with the run."""
     from stillhouse.runs.products import state_on_cpu
 
     source = spec.data or data
@@ -77,7 +80,7 @@ def trained_annotator(spec: Trained, questions: list[str], run: Run, data: DataS
         with run.seeded(spec.seed):
             run.fit(
                 "annotator",
-                Answering(model, questions, answers),
+                AnnotatorTraining(model, questions, answers),
                 run.loader(source, "train", spec.train.batch_size, train=True),
                 spec.train,
             )
@@ -92,9 +95,9 @@ def trained_annotator(spec: Trained, questions: list[str], run: Run, data: DataS
         "questions": questions,
         "answers": answers.tolist(),
     }
-    kept = run.stage("annotator", make, {**uses, "data": bundle.fingerprint})
-    model.load_state_dict(kept["weights"])
-    run.record["annotator"] = kept["figures"]
+    stored = run.stage("annotator", make, {**uses, "data": bundle.fingerprint})
+    model.load_state_dict(stored["weights"])
+    run.record["annotator"] = stored["figures"]
     return model
 
 

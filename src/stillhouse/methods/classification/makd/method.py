@@ -1,20 +1,25 @@
-"""MaKD: the student's widened head also answers yes-or-no questions about each image, as a multimodal model answered them beforehand.
+"""MaKD: the student's widened head also answers yes-or-no questions about each image, as a multimodal model answered
+them beforehand.
 
 paper: Multi-aspect Knowledge Distillation with Large Language Model
 venue: CVPR 2025 workshop FGVC12
 arxiv: 2501.13341
 task: classification
 family: auxiliary outputs
-use when: classes are fine-grained or images few, and a multimodal model (or a table of attributes) can answer questions about the images
-needs: questions; their answers for every training image (a file, a vision-language model on disk, or a model trained on class answers); labels
+use when: classes are fine-grained or images few, and a multimodal model (or a table of attributes) can answer questions
+about the images
+needs: questions; their answers for every training image (a file, a vision-language model on disk, or a model trained on
+class answers); labels
 
-The classifier gets Q outputs more than classes. The first C learn what `objectives` say (by default `ce`; add `kd` and a teacher for the paper's CIFAR
-setting), the others the answers, by binary cross-entropy times `alpha`: 4 in the released settings, to be tuned in 1 to 50 as it is a mean. After
-training the Q outputs are cut off, or kept with `keep_aspects: true` as scores of attributes; either way only the C classes are judged.
-Answers are P(yes) of the first token, softmax over "Yes" and "No". Each image has one answer a question, whatever the augmentation, as published.
-A large model stands behind the paper's answers; `aspects.trained` puts a small image-and-text model in its place, trained on which classes are a yes.
-`aspects.annotated` takes those class answers with noise. Questions come from a text file or the recipe; `question_prompt` and `selection_prompt` word
-the request to a language model (our wording). Mixup and CutMix are refused: a mixed image has no answer. Detection heads are not built.
+The classifier gets Q outputs more than classes. The first C learn what `objectives` say (by default `ce`; add `kd` and
+a teacher for the paper's CIFAR setting), the others the answers, by binary cross-entropy times `alpha`: 4 in the
+released settings, to be tuned in 1 to 50 as it is a mean. After training the Q outputs are removed, or stay with
+`keep_aspects: true` as scores of attributes; either way only the C classes are judged. Answers are P(yes) of the first
+token, softmax over "Yes" and "No". Each image has one answer a question, whatever the augmentation, as published. A
+large model stands behind the paper's answers; `aspects.trained` puts a small image-and-text model in its place, trained
+on which classes are a yes. `aspects.annotated` takes those class answers with noise. Questions come from a text file or
+the recipe; `question_prompt` and `selection_prompt` word the request to a language model (our wording). Mixup and
+CutMix are refused: a mixed image has no answer. Detection heads are not built.
 """
 
 from __future__ import annotations
@@ -53,7 +58,8 @@ from stillhouse.tasks.classification import Classification
 
 @full_precision
 def aspect_loss(aspect_logits: Tensor, targets: Tensor) -> Tensor:
-    """Binary cross-entropy with soft targets, mean over all B * Q entries; its minimum is the targets' mean entropy, not 0.
+    """Binary cross-entropy with soft targets, mean over all B * Q entries; its minimum is the targets' mean entropy,
+    not 0.
 
     Args:
         aspect_logits: (B, Q).
@@ -61,13 +67,15 @@ def aspect_loss(aspect_logits: Tensor, targets: Tensor) -> Tensor:
     """
     if aspect_logits.shape != targets.shape:
         raise UserError(
-            f"makd: aspect logits of shape {tuple(aspect_logits.shape)} but answers of {tuple(targets.shape)}; both must be (B, Q)."
+            f"makd: aspect logits of shape {tuple(aspect_logits.shape)} but answers of {tuple(targets.shape)}; both "
+            "must be (B, Q)."
         )
     return F.binary_cross_entropy_with_logits(aspect_logits, targets.to(aspect_logits.dtype))
 
 
-class Widened(nn.Module):
-    """A classifier of C + Q outputs that gives the C class logits; the Q aspect logits pass through `aspects`, where a tap finds them.
+class WidenedClassifier(nn.Module):
+    """A classifier of C + Q outputs that gives the C class logits; the Q aspect logits pass through `aspects`, where a
+    tap finds them.
 
     Args:
         network: any classifier with C + Q outputs.
@@ -95,7 +103,8 @@ class Widened(nn.Module):
 
 @torch.no_grad()
 def strip_aspects(network: nn.Module, num_classes: int, batch: Batch) -> nn.Module:
-    """The network with its last layer cut to the first `num_classes` outputs, in place; those outputs stay as they were.
+    """The network with its last layer cut to the first `num_classes` outputs, in place; those outputs stay as they
+    were.
 
     Args:
         batch: any samples, to find the last layer by a forward pass.
@@ -138,7 +147,8 @@ class Aspects(Objective):
 
 @dataclass
 class AspectClassifier(Student):
-    """A student that kept its aspect outputs: `module` is a `Widened`, whose `aspect_probs` scores the questions."""
+    """A student with its aspect outputs: `module` is a `WidenedClassifier`, whose `aspect_probs` scores the
+    questions."""
 
     kind: ClassVar[str] = "stillhouse.methods.classification.makd:AspectClassifier"
     questions: list[str] = field(default_factory=list)
@@ -152,7 +162,7 @@ class AspectClassifier(Student):
 
         assert isinstance(task, Classification)
         classes, questions = len(task.classes), list(meta["questions"])
-        module = Widened(build(spec, classes + len(questions), task.input_shape), classes)
+        module = WidenedClassifier(build(spec, classes + len(questions), task.input_shape), classes)
         load_model(module, str(task.weights_file(folder)))
         return cls(module.eval(), spec, task, questions=questions)
 
@@ -183,19 +193,20 @@ class MaKD(Method[Config]):
     def plan(self, config: Config, run: Run) -> list[Stage]:
         bundle, questions = run.data(config.data), config.aspects.questions_asked()
         trained = [name for name, t in config.all_teachers.items() if any(member.train for member in t.ensemble or [t])]
-        out = [Stage("teacher", f"train the teacher '{name}' with cross-entropy (kept, shared)") for name in trained]
+        out = [Stage("teacher", f"train the teacher '{name}' with cross-entropy (stored, shared)") for name in trained]
         if config.aspects.trained is not None:
             out.append(
                 Stage(
                     "annotator",
-                    f"train {config.aspects.trained.network.model} with a text encoder on {len(questions)} questions (kept, shared)",
+                    f"train {config.aspects.trained.network.model} with a text encoder on {len(questions)} questions "
+                    "(stored, shared)",
                 )
             )
         if config.aspects.file is None:
             out.append(
                 Stage(
                     "aspects",
-                    f"answer {len(questions)} questions for each training image of {bundle.name} (kept, shared)",
+                    f"answer {len(questions)} questions for each training image of {bundle.name} (stored, shared)",
                 )
             )
         steps = config.train.epochs * len(run.loader(config.data, "train", config.train.batch_size, train=True))
@@ -220,7 +231,7 @@ class MaKD(Method[Config]):
         bundle, probe = run.data(config.data), next(iter(run.loader(config.data, "train", 2)))
         with keyed("model", "student", run.seed):
             network = build(config.student, bundle.num_classes + len(questions), bundle.input_shape)
-        student = Widened(network, bundle.num_classes)
+        student = WidenedClassifier(network, bundle.num_classes)
         objectives = [*(objective_from_spec(o) for o in config.objectives), (Aspects(answers), config.alpha)]
         head = config.student.embedding or classifier(network, probe)
         module = Distillation(student, teachers, objectives, seed=run.seed, embedding=f"network.{head}")

@@ -1,4 +1,5 @@
-"""Answers of a vision-language model of transformers: the logits of "Yes" and "No" as the first token it would write."""
+"""Answers of a vision-language model of transformers: the logits of "Yes" and "No" as the first token it would
+write."""
 
 from __future__ import annotations
 
@@ -18,7 +19,8 @@ def token_id(tokenizer: Any, word: str) -> int:
     ids = tokenizer.encode(word, add_special_tokens=False)
     if len(ids) != 1 or ids[0] == tokenizer.unk_token_id:
         raise UserError(
-            f"aspects.vision_language: '{word}' is {len(ids)} tokens (or unknown) to this model; choose a spelling that is one token."
+            f"aspects.vision_language: '{word}' is {len(ids)} tokens (or unknown) to this model; choose a spelling "
+            "that is one token."
         )
     return int(ids[0])
 

@@ -1,6 +1,8 @@
-"""The game between a sampler and an adversary who decides which answers of the teacher are wrong (arXiv 2210.01213), and draws from its solution.
+"""The game between a sampler and an adversary who decides which answers of the teacher are wrong (arXiv 2210.01213),
+and draws from its solution.
 
-All in float64 on the host. The closed form of `solve` was derived for this library and is checked against a linear program in its tests.
+All in float64 on the host. The closed form of `solve` was derived for this library and is checked against a linear
+program in its tests.
 """
 
 from __future__ import annotations
@@ -18,7 +20,8 @@ FLOOR = 1e-6
 
 @dataclass(frozen=True)
 class Solution:
-    """A sampling distribution (n,), the gain that it guarantees whatever m answers are right, and how many points it may ask about."""
+    """A sampling distribution (n,), the gain that it guarantees whatever m answers are right, and how many points it
+    may query."""
 
     probs: np.ndarray
     value: float
@@ -32,7 +35,9 @@ def gains(probs: np.ndarray, kind: Gain = "margin") -> np.ndarray:
     """
     p = np.asarray(probs, dtype=np.float64)
     if p.ndim != 2 or p.shape[1] < 2:
-        raise UserError(f"rad: gains are computed from probabilities (n, C) of at least two classes; given shape {p.shape}.")
+        raise UserError(
+            f"rad: gains are computed from probabilities (n, C) of at least two classes; given shape {p.shape}."
+        )
     if kind == "entropy":
         return -(p * np.log(np.maximum(p, np.finfo(np.float64).tiny))).sum(1) / np.log(p.shape[1])
     top = np.partition(p, p.shape[1] - 2, axis=1)[:, -2:]
@@ -42,10 +47,12 @@ def gains(probs: np.ndarray, kind: Gain = "margin") -> np.ndarray:
 def solve(gain: np.ndarray, correct: int, generator: np.random.Generator | None = None) -> Solution:
     """The distribution that maximises the worst-case expected gain, min over |W| = m of sum_{i in W} p_i g_i.
 
-    With g falling, H_k = sum_{i <= k} 1 / g_i and k* = argmax_k (k - (n - m)) / H_k (the first of equals): p_i = 1 / (g_i H_{k*}) for i <= k*, else 0.
+    With g falling, H_k = sum_{i <= k} 1 / g_i and k* = argmax_k (k - (n - m)) / H_k (the first of equals):
+    p_i = 1 / (g_i H_{k*}) for i <= k*, else 0.
 
     Args:
-        gain: (n,), not negative. Those under a millionth of the largest count as that; if all are 0 the answer is uniform.
+        gain: (n,), not negative. Those under a millionth of the largest count as that; if all are 0 the answer is
+            uniform.
         correct: m, how many of the n answers are right.
         generator: breaks ties; without it, the order given does.
 
@@ -70,14 +77,17 @@ def solve(gain: np.ndarray, correct: int, generator: np.random.Generator | None 
 
 
 def guaranteed(weights: np.ndarray, gain: np.ndarray, correct: int) -> float:
-    """What sampling with these weights (probabilities or marginals, (n,)) gains in the worst case: the sum of the m smallest w_i g_i."""
+    """What sampling with these weights (probabilities or marginals, (n,)) gains in the worst case: the sum of the m
+    smallest w_i g_i."""
     return float(np.sort(weights * gain)[:correct].sum())
 
 
 def marginals(probs: np.ndarray, gain: np.ndarray, queries: int) -> np.ndarray:
-    """Inclusion probabilities (n,) of b distinct points, sum b: min(1, c p_i). Optimal for b points where none is capped, else a heuristic.
+    """Inclusion probabilities (n,) of b distinct points, sum b: min(1, c p_i). Optimal for b points where none is
+    capped, else a heuristic.
 
-    Where the support has fewer than b points, the b largest gains are certain. Raises `UserError` for b outside 1 ... n.
+    Where the support has fewer than b points, the b largest gains are certain. Raises `UserError` for b
+    outside 1 ... n.
     """
     check_queries(queries, len(probs))
     if (probs > 0).sum() <= queries:
@@ -92,7 +102,10 @@ def marginals(probs: np.ndarray, gain: np.ndarray, queries: int) -> np.ndarray:
 
 
 def exact_marginals(gain: np.ndarray, correct: int, queries: int) -> np.ndarray:
-    """Inclusion probabilities (n,) that are optimal for b distinct points: max m t - sum s_i with s_i >= t - q_i g_i, s >= 0, 0 <= q <= 1, sum q = b."""
+    """Inclusion probabilities (n,) that are optimal for b distinct points.
+
+    max m t - sum s_i with s_i >= t - q_i g_i, s >= 0, 0 <= q <= 1, sum q = b.
+    """
     from scipy.optimize import linprog
     from scipy.sparse import csr_array, diags_array, hstack
 
@@ -104,15 +117,19 @@ def exact_marginals(gain: np.ndarray, correct: int, queries: int) -> np.ndarray:
     total = np.concatenate([np.ones(n), np.zeros(n + 1)])[None]
     found = linprog(cost, rows, np.zeros(n), total, [queries], [(0, 1)] * n + [(0, None)] * n + [(None, None)])
     if found.x is None:
-        raise UserError(f"rad: the linear program of the batch found no solution ({found.message}); use marginals: capped.")
+        raise UserError(
+            f"rad: the linear program of the batch found no solution ({found.message}); use marginals: capped."
+        )
     q = np.clip(found.x[:n], 0, 1)
     return q * (queries / q.sum()) if q.max() < 1 else q
 
 
 def solve_relative(gain: np.ndarray, correct: int) -> Solution:
-    """The distribution that maximises the worst ratio of its gain to the best gain under the same errors, by a linear program (a few hundred points).
+    """The distribution that maximises the worst ratio of its gain to the best gain under the same errors, by a linear
+    program (a few hundred points).
 
-    With g falling, every j that may be the largest right answer bounds the value: v <= p_j + (sum of the m - 1 smallest p_i g_i with i > j) / g_j.
+    With g falling, every j that may be the largest right answer bounds the value: v <= p_j + (sum of the m - 1 smallest
+    p_i g_i with i > j) / g_j.
 
     Raises:
         UserError: as `solve`; or a gain of 0, where the ratio is not defined.
@@ -150,7 +167,8 @@ def solve_relative(gain: np.ndarray, correct: int) -> Solution:
 
 
 def draw(inclusion: np.ndarray, queries: int, generator: np.random.Generator) -> np.ndarray:
-    """Exactly b distinct points (b,) with these inclusion probabilities (n,), sum b: systematic sampling in a random order."""
+    """Exactly b distinct points (b,) with these inclusion probabilities (n,), sum b: systematic sampling in a random
+    order."""
     certain = np.flatnonzero(inclusion >= 1 - 1e-9)
     left = queries - len(certain)
     open_ = generator.permutation(np.flatnonzero((inclusion < 1 - 1e-9) & (inclusion > 0)))
@@ -176,4 +194,4 @@ def checked_gains(gain: np.ndarray) -> np.ndarray:
 def check_queries(queries: int, points: int) -> None:
     """Raise `UserError` unless 1 <= b <= n."""
     if not 1 <= queries <= points:
-        raise UserError(f"rad: asks for {queries} points, but the pool holds {points}; ask for 1 to {points}.")
+        raise UserError(f"rad: {queries} points are to be queried, but the pool holds {points}; take 1 to {points}.")

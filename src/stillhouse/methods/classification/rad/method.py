@@ -1,20 +1,24 @@
-"""RAD: asks a costly, often wrong teacher about the points that teach most even if an adversary chooses which answers are wrong.
+"""RAD: queries a costly, often wrong teacher at the points that teach most even if an adversary chooses which answers
+are wrong.
 
 paper: Robust Active Distillation
 venue: ICLR 2023
 arxiv: 2210.01213
 task: classification
 family: active distillation
-use when: labels are few, the teacher may be asked a limited number of times, and it is often wrong where the student is unsure
+use when: labels are few, the teacher may be queried a limited number of times, and it is often wrong where the student
+is unsure
 needs: a few labels, an unlabelled pool, a teacher, validation data to estimate how often it is right
 
-Each round the student says how much it could gain from each pool point; RAD samples the points of large gain with probability inverse to the gain,
-which maximises the worst case over all sets of m right answers. There is no public code: the game is as published, its solution (`game.py`) was
-derived and checked against a linear program; the gain 1 - (p1 - p2), the draw of b points at a time, m = round(n * validation accuracy) and
-retraining from scratch are choices. `marginals: exact` solves the b-point game by a linear program. The student learns labels and queried answers with
-equal weight at temperature 1. Others at the same number of queries: `uniform`, `margin`, `entropy`, `coreset`, `cluster_margin`, `unixkd` (its mixing
-rule is a reconstruction). `corrupt` shuffles the teacher's answers among the points it is least sure of, to make a teacher that is wrong where it
-matters. The relative game of the paper is in `game.solve_relative`, not in the loop. The pool's labels are read only to report answer accuracy.
+Each round the student's outputs give the gain of each pool point; RAD samples the points of large gain with probability
+inverse to the gain, which maximises the worst case over all sets of m right answers. There is no public code: the game
+is as published, its solution (`game.py`) was derived and checked against a linear program; the gain 1 - (p1 - p2), the
+draw of b points at a time, m = round(n * validation accuracy) and retraining from scratch are choices. `marginals:
+exact` solves the b-point game by a linear program. The student learns labels and queried answers with equal weight at
+temperature 1. Others at the same number of queries: `uniform`, `margin`, `entropy`, `coreset`, `cluster_margin`,
+`unixkd` (its mixing rule is a reconstruction). `corrupt` shuffles the teacher's answers among the points it is least
+sure of, to make a teacher that is wrong where it matters. The relative game of the paper is in `game.solve_relative`,
+not in the loop. The pool's labels are read only to report answer accuracy.
 """
 
 from __future__ import annotations
@@ -52,7 +56,8 @@ class Config(MethodConfig):
     data: Data
     labelled: int = Field(
         ge=1,
-        description="Class-balanced training samples whose labels are known; the rest of the training split is the pool.",
+        description="Class-balanced training samples whose labels are known; the rest of the training split is the "
+        "pool.",
     )
     teacher: Teacher = Field(
         description="A network with a checkpoint, or with `train`: then it is trained on the labelled samples alone."
@@ -84,7 +89,7 @@ class Config(MethodConfig):
 
 @dataclass
 class QueriedStudent(Student):
-    """A student and the training samples that its teacher was asked about, a list a round."""
+    """A student and the training samples at which its teacher was queried, a list a round."""
 
     kind: ClassVar[str] = "stillhouse.methods.classification.rad:QueriedStudent"
     queried: list[list[int]] = field(default_factory=list)
@@ -107,8 +112,8 @@ def judge(product: QueriedStudent, run: Run) -> dict[str, float]:
     return evaluator("student")(product, run)
 
 
-class Answering:
-    """The teacher behind a budget: it answers about the points that it is asked about, and refuses once the budget is spent.
+class BudgetedTeacher:
+    """The teacher behind a budget: it answers queries, and refuses once the budget is spent.
 
     Args:
         network: the teacher, on the device where it runs.
@@ -124,26 +129,31 @@ class Answering:
 
     @torch.no_grad()
     def ask(self, rows: np.ndarray, partners: np.ndarray, share: np.ndarray) -> Tensor:
-        """Class probabilities (b, C), on the host, of the samples mixed with that share of their partners. Raises `UserError` beyond the budget."""
+        """Class probabilities (b, C), on the host, of the samples mixed with that share of their partners.
+
+        Raises `UserError` beyond the budget.
+        """
         if self.asked + len(rows) > self._budget:
             raise UserError(
-                f"rad: the budget of {self._budget} questions to the teacher is spent ({self.asked} asked, {len(rows)} more wanted)."
+                f"rad: the budget of {self._budget} questions to the teacher is spent ({self.asked} asked, {len(rows)} "
+                "more wanted)."
             )
         self.asked += len(rows)
         own = rows if self._donors is None else self._donors[rows]
         device = next(self._network.parameters()).device
-        said = []
+        answers = []
         with evaluating(self._network):
             for part in np.array_split(np.arange(len(rows)), -(-len(rows) // 256)):
                 x = mixed(self._images, own[part], partners[part], torch.from_numpy(share[part]).float(), 0, 0)
-                said.append(torch.softmax(self._network(x.to(device)).float(), -1).cpu())
-        return torch.cat(said)
+                answers.append(torch.softmax(self._network(x.to(device)).float(), -1).cpu())
+        return torch.cat(answers)
 
 
 def mixed(
     dataset: IndexedDataset, rows: np.ndarray, partners: np.ndarray, share: Tensor, epoch: int, seed: int
 ) -> Tensor:
-    """Inputs (B, ...) of samples, each with that share (B,) of its partner; partners are read only where a share is above 0."""
+    """Inputs (B, ...) of samples, each with that share (B,) of its partner; partners are read only where a share is
+    above 0."""
     x = dataset.batch(BatchKey(epoch, rows, 0, len(rows)), seed)["input"]
     mix = share > 0
     if mix.any():
@@ -152,8 +162,9 @@ def mixed(
     return x
 
 
-class Known:
-    """What a student trains on: samples with class probabilities, one-hot for labels and soft for answers; a data set for `Loader`."""
+class KnownSamples:
+    """What a student trains on: samples with class probabilities, one-hot for labels and soft for answers; a data set
+    for `Loader`."""
 
     def __init__(self, dataset: IndexedDataset, rows: np.ndarray, targets: Tensor) -> None:
         self.dataset, self.rows, self.partners, self.share, self.targets = (
@@ -191,7 +202,7 @@ class Questions:
         config: the rule, and how many questions a round.
         answering: the teacher.
         known: what the student trains on; answers are added to it.
-        pool: (n,) samples that were not asked about yet.
+        pool: (n,) samples that were not queried yet.
         labels: (N,) of all samples, read for figures alone.
         generator: of the rules that draw.
     """
@@ -199,8 +210,8 @@ class Questions:
     def __init__(
         self,
         config: Config,
-        answering: Answering,
-        known: Known,
+        answering: BudgetedTeacher,
+        known: KnownSamples,
         pool: np.ndarray,
         labels: Tensor,
         generator: np.random.Generator,
@@ -237,8 +248,8 @@ class Questions:
     def figures(self) -> dict[str, float]:
         """Questions, how many were answered rightly, their mean gain, and the guarantee over that of asking evenly."""
         total = self.answering.asked
-        told = {"queries": float(total), "answer_accuracy": self._right / total, "mean_gain": self._gain / total}
-        return {**told, "guarantee_over_uniform": float(np.mean(self._bounds))}
+        counts = {"queries": float(total), "answer_accuracy": self._right / total, "mean_gain": self._gain / total}
+        return {**counts, "guarantee_over_uniform": float(np.mean(self._bounds))}
 
 
 class RobustActiveDistillation(Method[Config]):
@@ -247,11 +258,13 @@ class RobustActiveDistillation(Method[Config]):
         pool = len(bundle.dataset("train", train=False)) - config.labelled
         if config.rounds * config.queries > pool:
             raise UserError(
-                f"rad: {config.rounds} rounds of {config.queries} queries are more than the {pool} pool samples that {config.labelled} labels leave."
+                f"rad: {config.rounds} rounds of {config.queries} queries are more than the {pool} pool samples that "
+                f"{config.labelled} labels leave."
             )
         if config.accuracy is None and run.validation(config.data) is None:
             raise UserError(
-                "rad estimates how often its teacher is right on validation data: set data.val to a share above 0, or `accuracy` to a number."
+                "rad estimates how often its teacher is right on validation data: set data.val to a share above 0, or "
+                "`accuracy` to a number."
             )
         if config.data.mixup or config.data.cutmix:
             raise UserError("rad trains on soft answers that cannot be mixed: turn data.mixup and data.cutmix off.")
@@ -260,11 +273,14 @@ class RobustActiveDistillation(Method[Config]):
             stages.append(
                 Stage(
                     "teacher",
-                    f"train the teacher on {config.labelled} labels (kept, shared)",
+                    f"train the teacher on {config.labelled} labels (stored, shared)",
                     {"teacher": config.teacher.model or ""},
                 )
             )
-        does = f"{config.rounds} times: ask the teacher about {config.queries} of {pool} samples by {config.query}, train the student on all that is known"
+        does = (
+            f"{config.rounds} times: query the teacher at {config.queries} of {pool} samples by {config.query}, "
+            "train the student on all known samples"
+        )
         return [*stages, Stage("round", does, {"student": config.student.model})]
 
     def run(self, config: Config, run: Run) -> QueriedStudent:
@@ -276,8 +292,8 @@ class RobustActiveDistillation(Method[Config]):
         teacher = self._teacher(config, run, labelled).to(device)
         right = self._accuracy(config, run, teacher)
         donors = shuffled(teacher, images, config.corrupt, config.data.seed, pool) if config.corrupt else None
-        answering = Answering(teacher, images, config.rounds * config.queries, donors)
-        known = Known(
+        answering = BudgetedTeacher(teacher, images, config.rounds * config.queries, donors)
+        known = KnownSamples(
             augmented,
             labelled,
             torch.nn.functional.one_hot(labels[torch.from_numpy(labelled)], bundle.num_classes).float(),
@@ -310,7 +326,7 @@ class RobustActiveDistillation(Method[Config]):
         student: nn.Module,
         images: IndexedDataset,
         pool: np.ndarray,
-        known: Known,
+        known: KnownSamples,
         right: float,
     ) -> Pool:
         """The student's view of the pool: probabilities and embeddings."""
@@ -319,10 +335,10 @@ class RobustActiveDistillation(Method[Config]):
         probs, embeddings = [], []
         with evaluating(student):
             for batch in Loader(Subset(images, np.concatenate([pool, known.rows])), 256):
-                said = reader({**batch, "input": batch["input"].to(run.device)})
-                assert said.logits is not None and said.embedding is not None
-                probs.append(torch.softmax(said.logits.double(), -1).cpu())
-                embeddings.append(said.embedding.float().cpu())
+                outputs = reader({**batch, "input": batch["input"].to(run.device)})
+                assert outputs.logits is not None and outputs.embedding is not None
+                probs.append(torch.softmax(outputs.logits.double(), -1).cpu())
+                embeddings.append(outputs.embedding.float().cpu())
         reader.close()
         p, e, n = torch.cat(probs).numpy(), torch.cat(embeddings).numpy(), len(pool)
         return Pool(p[:n], e[:n], e[n:], int(np.clip(round(right * n), 1, n)))
@@ -332,7 +348,7 @@ class RobustActiveDistillation(Method[Config]):
         spec, data = config.teacher, config.data
         if spec.model is None or spec.data is not None:
             raise UserError(
-                "rad asks one network that knows the labelled samples: give teacher.model, and no teacher.data."
+                "rad queries one network trained on the labelled samples: give teacher.model, and no teacher.data."
             )
         if spec.train is None:
             return run.teacher("teacher", spec, data).model
@@ -381,7 +397,8 @@ class RobustActiveDistillation(Method[Config]):
 
 
 def shuffled(teacher: nn.Module, images: IndexedDataset, share: float, seed: int, pool: np.ndarray) -> np.ndarray:
-    """(N,) whose answer each training sample gets, when answers are shuffled among the pool samples of smallest teacher margin."""
+    """(N,) whose answer each training sample gets, when answers are shuffled among the pool samples of smallest teacher
+    margin."""
     logits, _ = collect_logits(teacher, Loader(Subset(images, pool), 256), next(teacher.parameters()).device)
     donors = np.arange(len(images))
     donors[pool] = pool[least_sure_shuffled(logits, share, seed)]

@@ -30,8 +30,10 @@ AT_ONCE = 4096  # rows of one forward pass when a model is tested
 class TableSpec(Spec):
     """A table by name."""
 
-    name: str = Field(description="csv:PATH | file:PATH.py:FUNCTION, which takes no argument and returns {column: values}")
-    label: str = Field("label", description="The column to be told; its distinct values, sorted, are the classes.")
+    name: str = Field(
+        description="csv:PATH | file:PATH.py:FUNCTION, which takes no argument and returns {column: values}"
+    )
+    label: str = Field("label", description="The column to predict; its distinct values, sorted, are the classes.")
     dense: list[str] = Field(default_factory=list, description="Columns of numbers; all others are categories.")
     ignore: list[str] = Field(default_factory=list, description="Columns that are left out.")
     val: float = Field(0.1, gt=0, lt=1, description="Share of the rows that picks the best epoch.")
@@ -41,7 +43,8 @@ class TableSpec(Spec):
 
 @dataclass
 class Columns:
-    """A table, encoded: codes (n, T) int64, dense (n, D) float32, labels (n,), and the row ids of `train`, `val` and `test`."""
+    """A table, encoded: codes (n, T) int64, dense (n, D) float32, labels (n,), and the row ids of `train`, `val` and
+    `test`."""
 
     names: list[str]
     dense_names: list[str]
@@ -98,16 +101,17 @@ class Rows:
 
     @torch.no_grad()
     def scores(self, network: nn.Module, device: torch.device) -> dict[str, float]:
-        """`auc` (of class 1; with more classes, one against the rest, the mean over classes), `accuracy` and `nll` in nats."""
+        """`auc` (of class 1; with more classes, one against the rest, the mean over classes), `accuracy` and `nll` in
+        nats."""
         from sklearn.metrics import roc_auc_score
 
         network.to(device)
         with evaluating(network):
-            said = []
+            outputs = []
             for rows in torch.arange(len(self)).split(AT_ONCE):
                 dense = self.dense[rows].to(device) if self.dense.shape[1] else None
-                said.append(class_probs(network(self.codes[rows].to(device), dense)).cpu())
-        probs, y = torch.cat(said), self.targets
+                outputs.append(class_probs(network(self.codes[rows].to(device), dense)).cpu())
+        probs, y = torch.cat(outputs), self.targets
         auc = (
             roc_auc_score(y, probs[:, 1])
             if probs.shape[1] == 2
@@ -120,24 +124,29 @@ class Rows:
 @lru_cache(maxsize=4)
 def _load(text: str) -> Columns:
     spec = TableSpec.model_validate_json(text)
-    held = _read(spec.name)
+    table = _read(spec.name)
     for name in (spec.label, *spec.dense, *spec.ignore):
-        if name not in held:
-            raise unknown("column", name, held)
-    lengths = {name: len(v) for name, v in held.items()}
+        if name not in table:
+            raise unknown("column", name, table)
+    lengths = {name: len(v) for name, v in table.items()}
     if len(set(lengths.values())) != 1 or not lengths[spec.label]:
         raise UserError(f"The columns of {spec.name} must be of one length above 0; given: {lengths}.")
-    names = [n for n in held if n not in (spec.label, *spec.dense, *spec.ignore)]
+    names = [n for n in table if n not in (spec.label, *spec.dense, *spec.ignore)]
     if not names:
         raise UserError(f"{spec.name} has no categorical column: all are label, dense or ignored.")
-    values, labels = np.unique(np.asarray(held[spec.label]), return_inverse=True)
+    values, labels = np.unique(np.asarray(table[spec.label]), return_inverse=True)
     if len(values) < 2:
         raise UserError(f"The column '{spec.label}' of {spec.name} holds one class alone.")
     try:
-        dense = torch.tensor([[float(x) for x in held[n]] for n in spec.dense]).T if spec.dense else torch.zeros(len(labels), 0)
+        dense = (
+            torch.tensor([[float(x) for x in table[n]] for n in spec.dense]).T
+            if spec.dense
+            else torch.zeros(len(labels), 0)
+        )
     except (TypeError, ValueError) as error:
         raise UserError(
-            f"A dense column of {spec.name} holds what is not a number ({error}); fill it in, or leave it among the categories."
+            f"A dense column of {spec.name} holds what is not a number ({error}); fill it in, or leave it among the "
+            "categories."
         ) from None
     order = torch.tensor(permutation(len(labels), "table", spec.seed))
     test, val = (round(len(order) * s) for s in (spec.test, spec.val))
@@ -145,12 +154,20 @@ def _load(text: str) -> Columns:
     found = torch.from_numpy(labels.astype(np.int64))
     for part, rows in split.items():
         if len(torch.unique(found[rows])) < len(values):
-            raise UserError(f"The {part} part of {spec.name} ({len(rows)} rows) lacks a class; choose another data.seed, or other shares.")
-    return Columns(names, list(spec.dense), torch.stack([encode(held[n]) for n in names], 1), dense, found, len(values), split)
+            raise UserError(
+                f"The {part} part of {spec.name} ({len(rows)} rows) lacks a class; choose another data.seed, or other "
+                "shares."
+            )
+    return Columns(
+        names, list(spec.dense), torch.stack([encode(table[n]) for n in names], 1), dense, found, len(values), split
+    )
 
 
 def load_columns(spec: TableSpec) -> Columns:
-    """The table of a spec. Raises `UserError` for a file, function or column that is not there, or a split without one of the classes."""
+    """The table of a spec.
+
+    Raises `UserError` for a file, function or column that is not there, or a split without one of the classes.
+    """
     return _load(spec.model_dump_json())
 
 
@@ -159,7 +176,11 @@ def _read(name: str) -> dict[str, Any]:
     if scheme == "file" and rest:
         module, function = catalog.load_file(name)
         if function is None or not callable(getattr(module, function, None)):
-            raise unknown(f"function in {name}", function or "", [n for n in vars(module) if callable(getattr(module, n)) and not n.startswith("_")])
+            raise unknown(
+                f"function in {name}",
+                function or "",
+                [n for n in vars(module) if callable(getattr(module, n)) and not n.startswith("_")],
+            )
         return dict(getattr(module, function)())
     if scheme == "csv" and rest:
         path = Path(rest).expanduser()

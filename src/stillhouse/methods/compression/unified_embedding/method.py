@@ -1,19 +1,23 @@
-"""Unified Embedding: all categorical features of a model share one small table, each through hashes of its own, in place of a table each.
+"""Unified Embedding: all categorical features of a model share one small table, each through hashes of its own, in
+place of a table each.
 
 paper: Unified Embedding: Battle-Tested Feature Representations for Web-Scale ML Systems
 venue: NeurIPS 2023
 arxiv: 2305.12102
 task: tabular classification
 family: embedding compression
-use when: embedding tables of many categorical features are most of a model, and sizes should not be tuned feature by feature
+use when: embedding tables of many categorical features are most of a model, and sizes should not be tuned feature by
+feature
 needs: categorical columns (integers or words) with labels; no teacher, no vocabulary
 
-Every feature t looks a value v up `chunks` times at Hash(v; t, k) mod M. Values of one feature collide less than in tables of their own, as M is larger
-than any share; collisions between features do no harm, as the network weighs features by different weights, which training turns apart. The paper has
-no code; chunks go to tables as in TensorFlow Recommenders' layer, but are joined in numeric order, and the hash is splitmix64 (theirs: SipHash).
-Beside it, with the same number of rows: `hashing` (a hashed table each, in proportion to its values), `collisionless`, and, each shared or split,
-`sum` (two hashes), `quotient` (quotient and remainder, summed) and `robe` (blocks of numbers at hashed places). `collisionless` and `quotient` need
-codes 0 ... n - 1, so a vocabulary of the training split is kept; a value that is not in it is code 0. `pareto` trains every scheme at every budget.
+Every feature t looks a value v up `chunks` times at Hash(v; t, k) mod M. Values of one feature collide less than in
+tables of their own, as M is larger than any share; collisions between features do no harm, as the network weighs
+features by different weights, which training turns apart. The paper has no code; chunks go to tables as in TensorFlow
+Recommenders' layer, but are joined in numeric order, and the hash is splitmix64 (theirs: SipHash). Beside it, with the
+same number of rows: `hashing` (a hashed table each, in proportion to its values), `collisionless`, and, each shared or
+split, `sum` (two hashes), `quotient` (quotient and remainder, summed) and `robe` (blocks of numbers at hashed places).
+`collisionless` and `quotient` need codes 0 ... n - 1, so a vocabulary of the training split is stored; a value that is
+not in it is code 0. `pareto` trains every scheme at every budget.
 """
 
 from __future__ import annotations
@@ -110,7 +114,7 @@ class EmbeddingModel(Product):
 
     Attributes:
         network: one or C logits.
-        features, embedding, head: how it is built again.
+        features, embedding, head: how it is build_network again.
         rows: of its memory.
         dense: names of the columns of numbers, with the mean and spread that they are scaled by.
         classes: C.
@@ -130,7 +134,8 @@ class EmbeddingModel(Product):
 
     @torch.no_grad()
     def predict(self, columns: Mapping[str, Sequence[Any]]) -> Tensor:
-        """Class probabilities (n, C) of rows given by columns: integers, words or None for features, numbers for dense columns; others are not read.
+        """Class probabilities (n, C) of rows given by columns: integers, words or None for features, numbers for dense
+        columns; others are not read.
 
         Raises:
             UserError: a column that is missing, with the nearest that is there.
@@ -147,15 +152,16 @@ class EmbeddingModel(Product):
             ).cpu()
 
     def known(self, codes: Tensor) -> Tensor:
-        """(n, T) codes as the table takes them: positions from 1 in the vocabularies (0: not in it) where there are any, else as they are."""
+        """(n, T) codes as the table takes them: positions from 1 in the vocabularies (0: not in it) where there are
+        any, else as they are."""
         return positions(codes, [self.vocabularies[f.name] for f in self.features]) if self.vocabularies else codes
 
     def save(self, folder: Path) -> None:
         from safetensors.torch import save_file
 
         folder.mkdir(parents=True, exist_ok=True)
-        held = {**state_on_cpu(self.network), **{f"vocabulary:{k}": v for k, v in self.vocabularies.items()}}
-        save_file({k: v.contiguous() for k, v in held.items()}, str(folder / "model.safetensors"))
+        tensors = {**state_on_cpu(self.network), **{f"vocabulary:{k}": v for k, v in self.vocabularies.items()}}
+        save_file({k: v.contiguous() for k, v in tensors.items()}, str(folder / "model.safetensors"))
         meta = {
             "kind": self.kind,
             "format": 1,
@@ -172,17 +178,17 @@ class EmbeddingModel(Product):
     def load(cls, folder: Path, trust_code: bool = False) -> EmbeddingModel:
         from safetensors.torch import load_file
 
-        meta, held = read_meta(folder), load_file(str(Path(folder) / "model.safetensors"))
+        meta, tensors = read_meta(folder), load_file(str(Path(folder) / "model.safetensors"))
         features = [Feature(*f) for f in meta["features"]]
         embedding, head = EmbeddingSpec.model_validate(meta["embedding"]), HeadSpec.model_validate(meta["head"])
-        network = built(features, embedding, head, meta["rows"], len(meta["dense"]), meta["classes"])
-        vocabularies = {k.partition(":")[2]: held.pop(k) for k in sorted(held) if k.startswith("vocabulary:")}
-        network.load_state_dict(held)
+        network = build_network(features, embedding, head, meta["rows"], len(meta["dense"]), meta["classes"])
+        vocabularies = {k.partition(":")[2]: tensors.pop(k) for k in sorted(tensors) if k.startswith("vocabulary:")}
+        network.load_state_dict(tensors)
         dense = {k: tuple(v) for k, v in meta["dense"].items()}
         return cls(network.eval(), features, embedding, head, meta["rows"], dense, meta["classes"], vocabularies)
 
 
-def built(
+def build_network(
     features: Sequence[Feature], embedding: EmbeddingSpec, head: HeadSpec, rows: int, dense: int, classes: int
 ) -> TableNetwork:
     """A fresh network."""
@@ -208,7 +214,10 @@ class UnifiedEmbeddings(Method[Config]):
         rows = _rows(config.embedding, tokens)
         _features(config.embedding, data)
         steps = config.train.epochs * -(-len(data.split["train"]) // config.train.batch_size)
-        does = f"train on {len(data.names)} features with {tokens} values, by '{config.embedding.scheme}' with {rows} rows of {config.embedding.dim}"
+        does = (
+            f"train on {len(data.names)} features with {tokens} values, by '{config.embedding.scheme}' with "
+            f"{rows} rows of {config.embedding.dim}"
+        )
         stages = [Stage("model", does, steps=steps)]
         if config.pareto is not None:
             p = config.pareto
@@ -240,7 +249,8 @@ class UnifiedEmbeddings(Method[Config]):
 
 @evaluates(EmbeddingModel.kind)
 def judge(product: EmbeddingModel, run: Run) -> dict[str, float]:
-    """Test AUC (class 1; with more classes, one against the rest), accuracy and nll, parameters, and how values collide."""
+    """Test AUC (class 1; with more classes, one against the rest), accuracy and nll, parameters, and how values
+    collide."""
     return _judged(product, load_columns(run.config.data), run)  # type: ignore[attr-defined]
 
 
@@ -249,7 +259,7 @@ def draw_pareto(folder: Path, points: Mapping[str, Sequence[tuple[float, float]]
     from stillhouse.reporting.figures import lines
     from stillhouse.reporting.page import figure, page, section, write
 
-    curves = {name: tuple(zip(*sorted(held))) for name, held in points.items()}
+    curves = {name: tuple(zip(*sorted(curve))) for name, curve in points.items()}
     plot = lines(curves, "parameters of the model, log scale", "test AUC")  # type: ignore[arg-type]
     plot.update_xaxes(type="log")
     words = "Test AUC against the parameters of the model, tables and network; up and to the left is better."
@@ -281,7 +291,7 @@ def _fitted(config: Config, spec: EmbeddingSpec, data: Columns, run: Run, name: 
     features, words = _features(spec, data), data.vocabularies()
     rows = _rows(spec, sum(map(len, words)))
     with keyed("model", config.seed):
-        network = built(features, spec, config.head, rows, len(data.dense_names), data.classes)
+        network = build_network(features, spec, config.head, rows, len(data.dense_names), data.classes)
     vocabularies = dict(zip(data.names, words)) if SCHEMES[spec.scheme][0] in ("exact", "quotient") else {}
     product = EmbeddingModel(network, features, spec, config.head, rows, data.scaling(), data.classes, vocabularies)
     train, val = (data.part(s, product.known) for s in ("train", "val"))

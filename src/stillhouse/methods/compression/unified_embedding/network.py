@@ -1,4 +1,5 @@
-"""Networks over categorical features: embeddings, then DCN-V2's cross layers and a perceptron, or the perceptron alone."""
+"""Networks over categorical features: embeddings, then DCN-V2's cross layers and a perceptron, or the perceptron
+alone."""
 
 from __future__ import annotations
 
@@ -30,11 +31,12 @@ class Cross(nn.Module):
 
 
 class TableNetwork(nn.Module):
-    """Embeddings and dense columns side by side, cross layers, a perceptron, and a linear layer to one logit (two classes) or C.
+    """Embeddings and dense columns side by side, cross layers, a perceptron, and a linear layer to one logit (two
+    classes) or C.
 
     Args:
         table: of the categorical features.
-        dense: columns of numbers beside them.
+        dense: further columns, of numbers.
         cross: DCN-V2 layers; 0: none.
         hidden: widths of the perceptron; none: a linear model.
         classes: C.
@@ -55,7 +57,8 @@ class TableNetwork(nn.Module):
         return self.out(self.hidden(self.cross(x if dense is None else torch.cat([x, dense], -1))))
 
     def angle(self) -> float:
-        """Mean angle in degrees between features' weights of the first layer: pairs of features, both `widths` alike, taken as one vector of all units."""
+        """Mean angle in degrees between features' weights of the first layer: pairs of features, both `widths` alike,
+        taken as one vector of all units."""
         first = next(m for m in (*self.cross.layers, *self.hidden, self.out) if isinstance(m, nn.Linear)).weight
         blocks = first[:, : self.table.width].split(self.table.widths, 1)
         widest = max(self.table.widths)
@@ -85,7 +88,11 @@ class Ranking(nn.Module):
     def forward(self, batch: Batch, progress: Progress) -> dict[str, Tensor]:
         logits = self.student(batch["input"], batch.get("dense")).float()
         label = batch["label"]
-        return {"loss": F.binary_cross_entropy_with_logits(logits[:, 0], label.float()) if logits.shape[1] == 1 else F.cross_entropy(logits, label)}
+        return {
+            "loss": F.binary_cross_entropy_with_logits(logits[:, 0], label.float())
+            if logits.shape[1] == 1
+            else F.cross_entropy(logits, label)
+        }
 
 
 def class_probs(logits: Tensor) -> Tensor:

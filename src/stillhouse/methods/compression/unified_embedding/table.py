@@ -1,7 +1,7 @@
 """One table of embeddings for many categorical features, and the tables that it is compared with, behind one interface.
 
-All of them are one parameter, and look-ups differ only in which rows a chunk of a feature reads: a slice of its own or the whole, by the value itself or by
-a salted hash. So a batch of all features is one gather, whatever the scheme.
+All of them are one parameter, and look-ups differ only in which rows a chunk of a feature reads: a slice of its own or
+the whole, by the value itself or by a salted hash. So a batch of all features is one gather, whatever the scheme.
 """
 
 from __future__ import annotations
@@ -33,7 +33,8 @@ class Feature:
     Attributes:
         name: unique.
         chunks: look-ups of one value, each `dim` wide.
-        size: how many values it has; only for tables that are split by features, and for `exact` and `quotient`, whose codes are 0 ... size - 1.
+        size: how many values it has; only for tables that are split by features, and for `exact` and `quotient`, whose
+            codes are 0 ... size - 1.
     """
 
     name: str
@@ -53,7 +54,8 @@ class Assignment:
 
 
 def assign(features: Sequence[Feature], dim: int, tables: int = 1) -> Assignment:
-    """Chunks to tables in turn, by a counter that runs over all features; salts are (feature, chunk); chunks are joined in numeric order."""
+    """Chunks to tables in turn, by a counter that runs over all features; salts are (feature, chunk); chunks are joined
+    in numeric order."""
     pairs = [(t, k) for t, f in enumerate(features) for k in range(f.chunks)]
     table = [i % tables for i in range(len(pairs))]
     return Assignment([t for t, _ in pairs], table, pairs, [k for _, k in pairs], [f.chunks * dim for f in features])
@@ -67,8 +69,9 @@ class UnifiedEmbedding(nn.Module):
         rows: M, of each table; where `shared` is False, the rows of all features' slices together.
         dim: d, the width of a chunk; a feature with c chunks is c d wide.
         tables: K tables that chunks take in turn (`shared` only).
-        scheme: `hash`: one salted hash a chunk; `sum`: the sum of two; `quotient`: the sum of a row for the code's quotient and one for its remainder;
-            `robe`: blocks of numbers at hashed places of the flat memory; `exact`: the code is the row, without collisions (`rows` is not used).
+        scheme: `hash`: one salted hash a chunk; `sum`: the sum of two; `quotient`: the sum of a row for the code's
+            quotient and one for its remainder; `robe`: blocks of numbers at hashed places of the flat memory; `exact`:
+            the code is the row, without collisions (`rows` is not used).
         shared: one memory for all features; False: a slice each, in proportion to its size.
 
     Raises:
@@ -82,12 +85,27 @@ class UnifiedEmbedding(nn.Module):
     bases: Tensor
 
     def __init__(
-        self, features: Sequence[Feature], rows: int, dim: int, *, tables: int = 1, scheme: Scheme = "hash", shared: bool = True, sparse: bool = False
+        self,
+        features: Sequence[Feature],
+        rows: int,
+        dim: int,
+        *,
+        tables: int = 1,
+        scheme: Scheme = "hash",
+        shared: bool = True,
+        sparse: bool = False,
     ) -> None:
         super().__init__()
         shared = shared and scheme != "exact"
         _check(features, rows, dim, tables, scheme, shared)
-        self.features, self.rows, self.dim, self.scheme, self.shared, self.sparse = list(features), rows, dim, scheme, shared, sparse
+        self.features, self.rows, self.dim, self.scheme, self.shared, self.sparse = (
+            list(features),
+            rows,
+            dim,
+            scheme,
+            shared,
+            sparse,
+        )
         self.assignment = assign(features, dim, tables if shared else 1)
         self.widths = self.assignment.widths
         slices = [rows] * tables if shared else _slices(features, rows, scheme)
@@ -102,7 +120,10 @@ class UnifiedEmbedding(nn.Module):
             at = [starts[own]] * parts
             if scheme == "quotient" and not shared:
                 base = _remainders(slices[own], features[t].size or 1)
-                span, at = [base, max(1, slices[own] - base)], [starts[own], starts[own] + (base if slices[own] > base else 0)]
+                span, at = (
+                    [base, max(1, slices[own] - base)],
+                    [starts[own], starts[own] + (base if slices[own] > base else 0)],
+                )
             offsets.append([a * unit for a in at])
             sizes.append([s * dim - _block(dim) + 1 if scheme == "robe" else s for s in span])
             salts.append([salt(t, k, p) for p in range(parts)])
@@ -118,7 +139,8 @@ class UnifiedEmbedding(nn.Module):
         return sum(self.widths)
 
     def places(self, codes: Tensor, chunks: Tensor | slice = slice(None)) -> Tensor:
-        """int64 codes (..., C), one for each chunk, -> (..., C, H) rows of `weight`; with `robe`, positions of its numbers where blocks begin."""
+        """int64 codes (..., C), one for each chunk, -> (..., C, H) rows of `weight`; with `robe`, positions of its
+        numbers where blocks begin."""
         offsets, sizes, salts = self.offsets[chunks], self.sizes[chunks], self.salts[chunks]
         x = codes.unsqueeze(-1)
         if self.scheme == "exact":
@@ -141,8 +163,8 @@ class UnifiedEmbedding(nn.Module):
         """Embeddings (B, width), the features side by side, of one value each, or pooled over a feature's values.
 
         Args:
-            codes: (B, T) int64; or by feature name: (B,) codes, (B, n) of n values each, or a pair of values (n,) and where each of the B lists of
-                them begins, (B,); an empty list is zeros.
+            codes: (B, T) int64; or by feature name: (B,) codes, (B, n) of n values each, or a pair of values (n,) and
+                where each of the B lists of them begins, (B,); an empty list is zeros.
             pool: over the values of a feature.
 
         Raises:
@@ -150,7 +172,10 @@ class UnifiedEmbedding(nn.Module):
         """
         if isinstance(codes, Tensor):
             if codes.ndim != 2 or codes.shape[1] != len(self.features):
-                raise UserError(f"unified_embedding: codes must be (B, {len(self.features)}), a column a feature; given: {tuple(codes.shape)}.")
+                raise UserError(
+                    f"unified_embedding: codes must be (B, {len(self.features)}), a column a feature; given: "
+                    f"{tuple(codes.shape)}."
+                )
             return self.read(self.places(codes[:, self.feature]))
         for name in codes:
             self.index(name)
@@ -159,13 +184,13 @@ class UnifiedEmbedding(nn.Module):
             raise UserError(f"unified_embedding: no values for the feature '{missing[0]}'.")
         out = []
         for f in self.features:
-            held = codes[f.name]
-            if isinstance(held, tuple):
-                values, offsets = held
+            given = codes[f.name]
+            if isinstance(given, tuple):
+                values, offsets = given
                 out.append(self._ragged(f.name, values, offsets, pool))
             else:
-                found = self.lookup(f.name, held)
-                out.append(found if held.ndim == 1 else found.sum(1) if pool == "sum" else found.mean(1))
+                found = self.lookup(f.name, given)
+                out.append(found if given.ndim == 1 else found.sum(1) if pool == "sum" else found.mean(1))
         return torch.cat(out, -1)
 
     def lookup(self, name: str, codes: Tensor) -> Tensor:
@@ -184,7 +209,10 @@ class UnifiedEmbedding(nn.Module):
     def _ragged(self, name: str, values: Tensor, offsets: Tensor, pool: Pool) -> Tensor:
         ends = torch.cat([offsets[1:], offsets.new_tensor([len(values)])])
         if len(offsets) and (int(offsets[0]) != 0 or (ends < offsets).any()):
-            raise UserError(f"unified_embedding: the offsets of '{name}' must rise from 0 to at most {len(values)}, the number of values.")
+            raise UserError(
+                f"unified_embedding: the offsets of '{name}' must rise from 0 to at most {len(values)}, the number of "
+                "values."
+            )
         bag = torch.repeat_interleave(torch.arange(len(offsets), device=values.device), ends - offsets)
         found = self.lookup(name, values)
         total = found.new_zeros(len(offsets), found.shape[1]).index_add(0, bag, found)
@@ -192,20 +220,28 @@ class UnifiedEmbedding(nn.Module):
 
     def get_extra_state(self) -> Tensor:
         """Names, chunks and sizes as bytes: weights are of no use to other features or another order."""
-        text = json.dumps({"scheme": self.scheme, "shared": self.shared, "features": [[f.name, f.chunks, f.size] for f in self.features]})
+        text = json.dumps(
+            {
+                "scheme": self.scheme,
+                "shared": self.shared,
+                "features": [[f.name, f.chunks, f.size] for f in self.features],
+            }
+        )
         return torch.tensor(list(text.encode()), dtype=torch.uint8)
 
     def set_extra_state(self, state: Tensor) -> None:
-        held, here = (json.loads(bytes(s.tolist())) for s in (state, self.get_extra_state()))
-        for i, (there, mine) in enumerate(zip(held["features"], here["features"])):
+        saved, here = (json.loads(bytes(s.tolist())) for s in (state, self.get_extra_state()))
+        for i, (there, mine) in enumerate(zip(saved["features"], here["features"])):
             if there != mine:
                 raise UserError(
-                    f"unified_embedding: the weights have feature {i} '{there[0]}' ({there[1]} chunks), the model '{mine[0]}' ({mine[1]} chunks); salts go by "
+                    f"unified_embedding: the weights have feature {i} '{there[0]}' ({there[1]} chunks), the model "
+                    f"'{mine[0]}' ({mine[1]} chunks); salts go by "
                     "position, so names, order and chunks must be the same."
                 )
-        if held != here:
+        if saved != here:
             raise UserError(
-                f"unified_embedding: the weights are of {len(held['features'])} features by '{held['scheme']}', the model of {len(here['features'])} by '{here['scheme']}'."
+                f"unified_embedding: the weights are of {len(saved['features'])} features by '{saved['scheme']}', the "
+                f"model of {len(here['features'])} by '{here['scheme']}'."
             )
 
 
@@ -217,8 +253,8 @@ def expected_collisions(values: int, rows: int) -> float:
 def collisions(table: UnifiedEmbedding, values: Mapping[str, Tensor]) -> dict[str, dict[str, float]]:
     """For each feature, how many values share the row of one of its values, on average over values and chunks.
 
-    `same`: values of the same feature and chunk, which no network can tell apart in that chunk; `other`: of other features and chunks, which it learns to
-    ignore. `same_expected` and `other_expected`: of random hashes.
+    `same`: values of the same feature and chunk, which no network can tell apart in that chunk; `other`: of other
+    features and chunks, which it learns to ignore. `same_expected` and `other_expected`: of random hashes.
 
     Args:
         values: the distinct codes of each feature.
@@ -227,7 +263,10 @@ def collisions(table: UnifiedEmbedding, values: Mapping[str, Tensor]) -> dict[st
         UserError: a scheme other than `hash` and `exact`.
     """
     if table.scheme not in ("hash", "exact"):
-        raise UserError(f"unified_embedding: collisions are counted for hash and exact, where a chunk reads one row; this table is '{table.scheme}'.")
+        raise UserError(
+            "unified_embedding: collisions are counted for hash and exact, where a chunk reads one row; this table is "
+            f"'{table.scheme}'."
+        )
     rows = []
     for t, f in enumerate(table.features):
         chunks = (table.feature == t).nonzero().flatten()
@@ -251,7 +290,12 @@ def collisions(table: UnifiedEmbedding, values: Mapping[str, Tensor]) -> dict[st
             expected += sum(len(rows[int(table.feature[i])]) for i in there if i != first + k) / size
         first += r.shape[1]
         chance = expected_collisions(n, size) if table.scheme == "hash" else 0.0
-        out[f.name] = {"same": same / r.shape[1], "same_expected": chance, "other": other / r.shape[1], "other_expected": expected / r.shape[1]}
+        out[f.name] = {
+            "same": same / r.shape[1],
+            "same_expected": chance,
+            "other": other / r.shape[1],
+            "other_expected": expected / r.shape[1],
+        }
     return out
 
 
@@ -269,7 +313,9 @@ def _check(features: Sequence[Feature], rows: int, dim: int, tables: int, scheme
     if scheme not in (*PARTS, "robe"):
         raise unknown("scheme of embeddings", scheme, [*PARTS, "robe"])
     if (not shared or scheme in ("exact", "quotient")) and any(f.size is None or f.size < 1 for f in features):
-        raise UserError("unified_embedding: tables split by features, `exact` and `quotient` need the size of every feature.")
+        raise UserError(
+            "unified_embedding: tables split by features, `exact` and `quotient` need the size of every feature."
+        )
     if shared and rows < len(features):
         warnings.warn(f"unified_embedding: {rows} rows are fewer than the {len(features)} features.", stacklevel=3)
 

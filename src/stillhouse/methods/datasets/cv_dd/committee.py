@@ -1,4 +1,5 @@
-"""The committee's mathematics (CV-DD, arXiv 2501.07575): who votes and with what weight, the weighted recovery loss, and batch-specific soft labels."""
+"""The committee's mathematics (CV-DD, arXiv 2501.07575): who votes and with what weight, the weighted recovery loss,
+and batch-specific soft labels."""
 
 from __future__ import annotations
 
@@ -35,7 +36,8 @@ def vote_weights(priors: Sequence[float], temperature: float = 5.0) -> Tensor:
 
 
 def chosen(slot: int, members: int, voters: int, how: str, priors: Sequence[float], seed: int) -> tuple[int, ...]:
-    """The members that vote on the image of this number: the pairs in order, a random pair, or those with the best priors; one voter is the first."""
+    """The members that vote on the image of this number: the pairs in order, a random pair, or those with the best
+    priors; one voter is the first."""
     if voters == 1:
         return (0,)
     if how == "best":
@@ -48,7 +50,8 @@ def chosen(slot: int, members: int, voters: int, how: str, priors: Sequence[floa
 
 
 def medium_first(count: int) -> list[int]:
-    """Ranks (from 0, ascending) from the middle outwards: m = ceil(count / 2), then m + 1, m - 1, m + 2, … (DELT's rule; rank 0 of an even count comes last)."""
+    """Ranks (from 0, ascending) from the middle outwards: m = ceil(count / 2), then m + 1, m - 1, m + 2, … (DELT's
+    rule; rank 0 of an even count comes last)."""
     middle = math.ceil(count / 2)
     order = [middle, *(at for d in range(1, count + 1) for at in (middle + d, middle - d))]
     return [at for at in order if 0 <= at < count]
@@ -63,7 +66,8 @@ def committee_loss(
     r_bn: float,
     first: float = 10.0,
 ) -> dict[str, Tensor]:
-    """sum_m w_m (CE(f_m(x), y) + r_bn (first r_m1 + the other r_ml)) as `loss`, with the weighted parts; x (B, C, H, W), labels (B,)."""
+    """sum_m w_m (CE(f_m(x), y) + r_bn (first r_m1 + the other r_ml)) as `loss`, with the weighted parts; x (B, C, H,
+    W), labels (B,)."""
     ce = torch.stack([w * F.cross_entropy(network(x).float(), labels) for w, network in zip(weights, networks)]).sum()
     bn = torch.stack([w * statistics_loss(s.distances(), first) for w, s in zip(weights, statistics)]).sum()
     return {"loss": ce + r_bn * bn, "ce": ce, "bn": bn}
@@ -71,7 +75,8 @@ def committee_loss(
 
 @contextmanager
 def batch_statistics(network: nn.Module) -> Iterator[None]:
-    """Inside, only batch norms are in training mode, so that they see the batch, and their running statistics stay as they were; no gradients."""
+    """Inside, only batch norms are in training mode, so that they see the batch, and their running statistics stay as
+    they were; no gradients."""
     layers = [m for m in network.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
     kept = [(m, m.track_running_stats, m.running_mean, m.running_var) for m in layers]
     with evaluating(network):
@@ -85,7 +90,8 @@ def batch_statistics(network: nn.Module) -> Iterator[None]:
 
 
 def batch_labels(networks: Sequence[nn.Module], weights: Sequence[float], x: Tensor) -> Tensor:
-    """Batch-specific soft labels: logits (B, classes) of both halves of a batch by their own statistics, weighted over networks.
+    """Batch-specific soft labels: logits (B, classes) of both halves of a batch by their own statistics, weighted over
+    networks.
 
     The halves are the first B // 2 images and the rest; an empty one is left out.
     """
@@ -97,7 +103,8 @@ def batch_labels(networks: Sequence[nn.Module], weights: Sequence[float], x: Ten
                 parts.append(w * torch.cat([network(half).float() for half in halves]))
             except ValueError as error:  # torch's refusal of one value a channel
                 raise UserError(
-                    f"A half batch of {len(halves[0])} images has no statistics in this network ({error}); take a larger relabel.batch_size."
+                    f"A half batch of {len(halves[0])} images has no statistics in this network ({error}); take a "
+                    "larger relabel.batch_size."
                 ) from None
     return torch.stack(parts).sum(0)
 
@@ -109,14 +116,14 @@ def relabelled(
     out: Tensor | None = None
     for epoch in range(made.epochs):
         for x, rows in made.batches(images, epoch):
-            said = (
+            logits = (
                 batch_labels(networks, weights, x)
                 if statistics == "batch"
                 else weighted_running_logits(networks, weights, x)
             )
             if out is None:
-                out = torch.zeros(made.epochs, len(images), said.shape[1], dtype=torch.float16)
-            out[epoch, rows] = said.half().cpu()
+                out = torch.zeros(made.epochs, len(images), logits.shape[1], dtype=torch.float16)
+            out[epoch, rows] = logits.half().cpu()
     assert out is not None
     return out
 
@@ -127,9 +134,10 @@ def weighted_running_logits(networks: Sequence[nn.Module], weights: Sequence[flo
 
 
 def compared(networks: Sequence[nn.Module], weights: Sequence[float], images: Tensor, made: Views) -> dict[str, float]:
-    """Batch-specific labels beside those of the running statistics, over the first epoch of views.
+    """Batch-specific labels compared with those of the running statistics, over the first epoch of views.
 
-    `views_agreement`: the share of views whose largest logit is the same; `confidence_batch`, `confidence_running`: the mean largest probability.
+    `views_agreement`: the share of views whose largest logit is the same; `confidence_batch`, `confidence_running`: the
+    mean largest probability.
     """
     views = [x for x, _ in made.batches(images, 0)]
     batch = torch.cat([batch_labels(networks, weights, x) for x in views])

@@ -1,4 +1,5 @@
-"""CV-DD: pairs of a committee of networks vote on each recovered image, and all of them label its views by the statistics of the batch itself.
+"""CV-DD: pairs of a committee of networks vote on each recovered image, and all of them label its views by the
+statistics of the batch itself.
 
 paper: Dataset Distillation via Committee Voting
 venue: arXiv 2025
@@ -6,20 +7,24 @@ arxiv: 2501.07575
 task: classification
 family: dataset distillation
 use when: several trained networks are at hand, and soft labels of every epoch may be stored
-needs: networks with BatchNorm2d, trained on the real data; how good the images of each alone are (`priors`); real images to begin with
+needs: networks with BatchNorm2d, trained on the real data; how good the images of each alone are (`priors`); real
+images to begin with
 
-Recover: image s of each class is learned under the s-th pair of networks (`pairs`), whose losses (cross-entropy and batch-norm distances, as SRe2L) are
-weighted by softmax(prior / 5), priors in percent; it begins as a real crop of medium difficulty (`init: medium`), and each step sees one crop, flip and shift
-of the batch. Relabel: batch norms use the statistics of each half batch of views (`statistics: batch`), and logits are weighted by softmax(prior / 10).
-Student: AdamW without decay of one-dimensional parameters, gradients of `accumulate` batches, the rate along a stretched cosine (`stretch`: the paper's eta).
-`priors: null` measures them, as the authors do: each network alone makes images, the first labels them, a network learns from them and is tested,
-here on all real training images (its own began as crops of a few). `voters: 1` is SRe2L++, the baseline. `factor: 2` begins with mosaics of four
-crops. Figures: `bn_outside_m`, the batch-norm distances under network m of images on which it did not vote; `views_agreement`, how often labels by
-the batch and by the running statistics name the same class. Departs: mixup labels are of mixed images, where the release labels the unmixed; running
-statistics stay as they were; accuracy is the last epoch's. The networks of `paper` are this package's forms for 32 pixels. On digits (see Evidence)
-labels by the batch are worth two points and name the class of the running statistics on 94 % of views. The vote itself shows no gain: pairs are
-neither better nor closer to a third network than the images of one (`one_voter`), and a ResNet learns more from real digits under the same labels
-(`random`).
+Recover: image s of each class is learned under the s-th pair of networks (`pairs`), whose losses (cross-entropy and
+batch-norm distances, as SRe2L) are weighted by softmax(prior / 5), priors in percent; it begins as a real crop of
+medium difficulty (`init: medium`), and each step sees one crop, flip and shift of the batch. Relabel: batch norms use
+the statistics of each half batch of views (`statistics: batch`), and logits are weighted by softmax(prior / 10).
+Student: AdamW without decay of one-dimensional parameters, gradients of `accumulate` batches, the rate along a
+stretched cosine (`stretch`: the paper's eta). `priors: null` measures them, as the authors do: each network alone makes
+images, the first labels them, a network learns from them and is tested, here on all real training images (its own began
+as crops of a few). `voters: 1` is SRe2L++, the baseline. `factor: 2` begins with mosaics of four crops. Figures:
+`bn_outside_m`, the batch-norm distances under network m of images on which it did not vote; `views_agreement`, how
+often labels by the batch and by the running statistics name the same class. Departs: mixup labels are of mixed images,
+where the release labels the unmixed; running statistics stay as they were; accuracy is the last epoch's. The networks
+of `paper` are this package's forms for 32 pixels. On digits (see Evidence) labels by the batch are worth two points and
+name the class of the running statistics on 94 % of views. The vote itself shows no gain: pairs are neither better nor
+closer to a third network than the images of one (`one_voter`), and a ResNet learns more from real digits under the same
+labels (`random`).
 """
 
 from __future__ import annotations
@@ -76,7 +81,7 @@ class RecoverSpec(Spec):
     )
     factor: int = Field(1, ge=1, description="Crops a side of a mosaic; published: 1 up to 64 pixels, 2 at 224.")
     pool: int = Field(300, ge=1, description="Real images a class that are looked at.")
-    crops: int = Field(5, ge=1, description="Crops of each, of which the surest is kept.")
+    crops: int = Field(5, ge=1, description="Crops of each, of which the surest is taken.")
 
 
 class MeasureSpec(Spec):
@@ -123,10 +128,10 @@ class Config(DatasetConfig):
 class CommitteeVoting(Method[Config]):
     def plan(self, config: Config, run: Run) -> list[Stage]:
         teachers = (
-            [Stage("teacher", "train the committee (kept, shared)")] if any(t.train for t in config.committee) else []
+            [Stage("teacher", "train the committee (stored, shared)")] if any(t.train for t in config.committee) else []
         )
         priors = (
-            [Stage("priors", "measure how good the images of each network alone are (kept, shared)")]
+            [Stage("priors", "measure how good the images of each network alone are (stored, shared)")]
             if self._measures(config)
             else []
         )
@@ -193,7 +198,8 @@ class CommitteeVoting(Method[Config]):
         return made
 
     def _prior(self, config: Config, run: Run, real: RealRows, members: list[nn.Module], m: int) -> float:
-        """Accuracy in percent, on the real training images, of a network trained on images of member m alone, labelled by the first member."""
+        """Accuracy in percent, on the real training images, of a network trained on images of member m alone, labelled
+        by the first member."""
         spec, views = config.measure, config.relabel.model_copy(update={"epochs": config.measure.epochs})
 
         def alone() -> dict[str, Tensor]:
@@ -213,9 +219,9 @@ class CommitteeVoting(Method[Config]):
             "data": data,
             "member": [m, spec.ipc],
         }
-        kept = run.stage(f"priors.{m}", alone, uses)
-        made = self._set(config, real, kept["images"])
-        made.views = ViewLabels(views, kept["logits"])
+        stored = run.stage(f"priors.{m}", alone, uses)
+        made = self._set(config, real, stored["images"])
+        made.views = ViewLabels(views, stored["logits"])
         evaluate = config.evaluate.model_copy(update={"epochs": spec.epochs})
         training = StretchedTraining.like(
             SoftTraining.of(made, evaluate, config.augment, run.device, ("prior", m)), config.student
@@ -253,10 +259,10 @@ class CommitteeVoting(Method[Config]):
             "views": config.relabel.model_dump(mode="json"),
             "statistics": config.statistics,
         }
-        kept = run.stage(
+        stored = run.stage(
             "relabel", lambda: {"logits": relabelled(members, shares, images, config.relabel, config.statistics)}, uses
         )
-        made.views = ViewLabels(config.relabel, kept["logits"])
+        made.views = ViewLabels(config.relabel, stored["logits"])
         made.check()
         return made
 
@@ -279,7 +285,8 @@ def recover(
     real: RealRows,
     keys: tuple[int | str, ...],
 ) -> tuple[Tensor, Cost]:
-    """Images (classes, C, H, W) learned from `start`, one of every class, under the weighted losses of the networks, and what that cost."""
+    """Images (classes, C, H, W) learned from `start`, one of every class, under the weighted losses of the networks,
+    and what that cost."""
     x, labels = nn.Parameter(start.clone()), torch.arange(len(start), device=start.device)
     statistics = [BatchNormStatistics(network) for network in networks]
 
@@ -298,9 +305,11 @@ def recover(
 
 @torch.no_grad()
 def begin(real: RealRows, judge: nn.Module, spec: RecoverSpec, ipc: int, drawn: torch.Generator) -> Tensor:
-    """How images begin: (ipc, classes, C, H, W), noise clamped to pixels, or mosaics of factor x factor real crops of the wanted difficulty.
+    """How images begin: (ipc, classes, C, H, W), noise clamped to pixels, or mosaics of factor x factor real crops of
+    the wanted difficulty.
 
-    Of each of `pool` images a class the crop that `judge` is surest of is kept; images are ordered by that probability of their class.
+    Of each of `pool` images a class the crop that `judge` is surest of is taken; images are ordered by that
+    probability of their class.
 
     Raises:
         UserError: fewer real images of a class than ipc * factor^2, or sides that `factor` does not divide.
@@ -315,7 +324,8 @@ def begin(real: RealRows, judge: nn.Module, spec: RecoverSpec, ipc: int, drawn: 
     least, wanted = min(spec.pool, int(real.counts.min())), ipc * spec.factor**2
     if wanted > least:
         raise UserError(
-            f"{wanted} real images of each class are needed (ipc * factor^2), but {least} are looked at; raise recover.pool or lower ipc."
+            f"{wanted} real images of each class are needed (ipc * factor^2), but {least} are looked at; raise "
+            "recover.pool or lower ipc."
         )
     taken = []
     for label, rows in enumerate(real.rows):
@@ -329,7 +339,8 @@ def begin(real: RealRows, judge: nn.Module, spec: RecoverSpec, ipc: int, drawn: 
 
 
 def _surest_crops(pool: Tensor, label: int, judge: nn.Module, spec: RecoverSpec, drawn: torch.Generator) -> Tensor:
-    """Of each image (n, C, H, W) of a class the crop that `judge` is surest of, those of the wanted difficulty first."""
+    """Of each image (n, C, H, W) of a class the crop that `judge` is surest of, those of the wanted difficulty
+    first."""
     count, size = len(pool), (pool.shape[-2], pool.shape[-1])
     crops = [
         apply(pool, all_of(("resized_crop",), count, size, drawn, Strength(area=spec.area))) for _ in range(spec.crops)

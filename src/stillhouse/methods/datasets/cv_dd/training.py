@@ -1,4 +1,5 @@
-"""How networks learn from a committee's set (CV-DD, arXiv 2501.07575): a stretched cosine, accumulated gradients, no decay of one-dimensional parameters."""
+"""How networks learn from a committee's set (CV-DD, arXiv 2501.07575): a stretched cosine, accumulated gradients, no
+decay of one-dimensional parameters."""
 
 from __future__ import annotations
 
@@ -18,7 +19,7 @@ from stillhouse.synthetic.training import SoftTraining
 
 
 class StudentSpec(Spec):
-    """How networks learn from the set, beside `evaluate`."""
+    """How networks learn from the set, in addition to `evaluate`."""
 
     stretch: float = Field(
         1.0, ge=1, description="eta: the rate is .5 (1 + cos(pi e / (eta E))); 2 ends at half the rate."
@@ -28,7 +29,7 @@ class StudentSpec(Spec):
 
 @dataclass
 class CommitteeSet(SyntheticSet):
-    """A synthetic set whose soft-label students are trained as the paper says."""
+    """A synthetic set whose soft-label students are trained as in the paper."""
 
     kind: ClassVar[str] = "stillhouse.methods.datasets.cv_dd:CommitteeSet"
 
@@ -56,7 +57,8 @@ class StretchedTraining(SoftTraining):
         return super().rate(epoch / self.stretch)
 
     def step(self, network: nn.Module, optimiser: torch.optim.Optimizer, i: int) -> Tensor:
-        """As of any training; the batches of a step go back one after another, so that one graph is held at a time."""
+        """As of any training; the batches of a step go back one after another, so that memory holds one graph at a
+        time."""
         epoch, at = divmod(i, self.steps_per_epoch)
         for group in optimiser.param_groups:
             group["lr"] = self.lr * self.rate(epoch)

@@ -1,4 +1,5 @@
-"""KRR-ST: a few unlabelled synthetic images with target representations, from which a backbone is pre-trained by plain regression.
+"""KRR-ST: a few unlabelled synthetic images with target representations, from which a backbone is pre-trained by plain
+regression.
 
 paper: Self-Supervised Dataset Distillation for Transfer Learning
 venue: ICLR 2024
@@ -6,16 +7,19 @@ arxiv: 2310.06511
 task: pretraining
 family: dataset distillation
 use when: data have no labels, and small backbones of many kinds shall be pre-trained quickly, for other data sets too
-needs: unlabelled images; a self-supervised target network (trained here by Barlow Twins where it has no weights); networks with batch norm
+needs: unlabelled images; a self-supervised target network (trained here by Barlow Twins where it has no weights);
+networks with batch norm
 
-Images X_s and representations Y_s are learned so that ridge regression of Y_s on the features of X_s (a linear kernel, solved in closed form) predicts the
-target's representations of real images. Features come from a pool of networks, each trained a step on (X_s, Y_s) when it is visited. Departs: the
-kernel system is solved in float64; X_s begins as normalised pixels, like the real images beside it (`start: raw` is the release's raw pixels); a
-network at its limit restarts with its count at 0 (`literal_restart` is the release, which keeps such a slot untrained for good); crops are padded
-after the normalisation. Judged by a linear layer on frozen features (`evaluate.probe: finetune` is the paper's), beside backbones that were not
-pre-trained. `iterations: 0` is the honest baseline: random real images with the target's representations.
-On digits (see Evidence) learning lowers the regression's error on unseen images by a fifth, but probes are not above those of the baseline, which goes
-three quarters of the way from an untrained backbone to the target itself; fifty random images in place of twenty lower the error by more, for one point.
+Images X_s and representations Y_s are learned so that ridge regression of Y_s on the features of X_s (a linear kernel,
+solved in closed form) predicts the target's representations of real images. Features come from a pool of networks, each
+trained a step on (X_s, Y_s) when it is visited. Departs: the kernel system is solved in float64; X_s begins as
+normalised pixels, like the real images (`start: raw` is the release's raw pixels); a network at its limit restarts with
+its count at 0 (`literal_restart` is the release, which keeps such a slot untrained for good); crops are padded after
+the normalisation. Judged by a linear layer on frozen features (`evaluate.probe: finetune` is the paper's), compared
+with backbones not pre-trained. `iterations: 0` is the honest baseline: random real images with the target's
+representations. On digits (see Evidence) learning lowers the regression's error on unseen images by a fifth, but probes
+are not above those of the baseline, which goes three quarters of the way from an untrained backbone to the target
+itself; fifty random images in place of twenty lower the error by more, for one point.
 """
 
 from __future__ import annotations
@@ -42,7 +46,7 @@ from stillhouse.runs.run import Run
 from stillhouse.synthetic.config import AugmentSpec
 from stillhouse.synthetic.descent import Cost
 from stillhouse.synthetic.real import RealImages, unnormalised
-from stillhouse.synthetic.synthesis import Held
+from stillhouse.synthetic.synthesis import TensorState
 from stillhouse.synthetic.training import augmentation
 
 LAST_RATE = 1e-3  # the share of the outer rate at the end of its linear fall
@@ -55,7 +59,8 @@ class PoolSpec(Spec):
     limit: int = Field(
         1000,
         ge=1,
-        description="Steps until a network begins anew; at the start each has had a random number of them. Where it is far below the steps of pre-training, the set suits only young networks.",
+        description="Steps until a network is initialised again; at the start each has had a random number of them. "
+        "Where it is far below the steps of pre-training, the set suits only young networks.",
     )
     lr: float = Field(0.1, gt=0, description="SGD with momentum 0.9 on all synthetic images.")
     weight_decay: float = Field(1e-3, ge=0)
@@ -66,7 +71,7 @@ class PoolSpec(Spec):
 
 class Config(MethodConfig):
     data: Data
-    network: Model = Field(description="The backbone that the set is made for; its classifier is cut off.")
+    network: Model = Field(description="The backbone that the set is made for; its classifier is removed.")
     target: TargetSpec
     images: int = Field(100, ge=1, description="m: synthetic images in all.")
     start: Literal["normalised", "raw"] = Field("normalised", description="raw: pixels in [0, 1], as released.")
@@ -93,14 +98,14 @@ evaluates(RepresentationSet.kind)(judge)
 class SelfSupervisedDistillation(Method[Config]):
     def plan(self, config: Config, run: Run) -> list[Stage]:
         spec, target = config.evaluate, config.target
-        for taught in spec.targets:
-            check_target(taught, run.data(taught), tuple(run.data(config.data).input_shape))
+        for data in spec.targets:
+            check_target(data, run.data(data), tuple(run.data(config.data).input_shape))
         stages = []
         if target.trained:
             stages.append(
                 Stage(
                     "target",
-                    "train the target network by Barlow Twins (kept, shared)",
+                    "train the target network by Barlow Twins (stored, shared)",
                     {"target": target.network.model},
                 )
             )
@@ -117,18 +122,23 @@ class SelfSupervisedDistillation(Method[Config]):
             if config.iterations
             else f"take {config.images} random real images"
         )
-        networks = f"pre-train {spec.networks} networks on the set, and teach them and untrained ones {len(spec.targets) or 1} data sets ({spec.probe})"
+        networks = (
+            f"pre-train {spec.networks} networks on the set, and train them and untrained ones "
+            f"on {len(spec.targets) or 1} data sets ({spec.probe})"
+        )
         return [*stages, Stage("krr_st", does, steps=config.iterations), Stage("evaluate", networks)]
 
     def run(self, config: Config, run: Run) -> RepresentationSet:
         real = RealImages.load(run, config.data)
         if config.images > len(real.images):
             raise UserError(
-                f"{config.images} synthetic images begin as as many real ones, but the training split has {len(real.images)}; ask for fewer."
+                f"{config.images} synthetic images begin as as many real ones, but the training split has "
+                f"{len(real.images)}; take fewer."
             )
         if not bool(real.images.isfinite().all()):
             raise UserError(
-                f"The training images of '{config.data.name}' hold NaN or infinite pixels; krr_st learns from every one of them."
+                f"The training images of '{config.data.name}' hold NaN or infinite pixels; krr_st learns from every "
+                "one of them."
             )
         target = target_network(run, config.target, config.data, real.images)
         rows = torch.randperm(len(real.images), generator=generator(run.seed, "initial"))[: config.images].to(
@@ -191,11 +201,11 @@ class SelfSupervisedDistillation(Method[Config]):
             return terms
 
         state: dict[str, Any] = {
-            "images": Held(images),
-            "targets": Held(targets),
+            "images": TensorState(images),
+            "targets": TensorState(targets),
             "optimiser": optimiser,
             "pool": pool,
-            "peak": Held(peak),
+            "peak": TensorState(peak),
         }
         seconds = run.loop("krr_st", state, step, config.iterations, log_every=10)
         return Cost(seconds, config.iterations, int(peak)).figures()

@@ -1,4 +1,5 @@
-"""`RepresentationSet`: a few unlabelled images with target representations, from which anyone pre-trains a backbone by plain regression."""
+"""`RepresentationSet`: a few unlabelled images with target representations, from which anyone pre-trains a backbone by
+plain regression."""
 
 from __future__ import annotations
 
@@ -25,9 +26,9 @@ class RepresentationSet(Product):
     Attributes:
         images: X_s (m, C, H, W) float32, fed to a network as they are.
         targets: Y_s (m, d) float32.
-        mean, std: of the normalisation that real images have beside them.
+        mean, std: of the normalisation of real images.
         made_by: the recipe.
-        figures: of its making; kept with the run, not with the product.
+        figures: of its making; saved with the run, not with the product.
 
     Raises:
         UserError: shapes that do not fit, integers, or values that are not finite.
@@ -45,13 +46,20 @@ class RepresentationSet(Product):
         self.images, self.targets = (t.detach().cpu().contiguous() for t in (self.images, self.targets))
         x, y = self.images, self.targets
         if x.ndim != 4 or not len(x) or y.ndim != 2 or len(y) != len(x):
-            raise UserError(f"A set of representations holds images (m, C, H, W) and targets (m, d); given: {tuple(x.shape)} and {tuple(y.shape)}.")
+            raise UserError(
+                f"A set of representations holds images (m, C, H, W) and targets (m, d); given: {tuple(x.shape)} and "
+                f"{tuple(y.shape)}."
+            )
         if x.dtype != torch.float32 or y.dtype != torch.float32:
-            raise UserError(f"A set of representations holds float32 images and targets; given: {x.dtype} and {y.dtype}.")
+            raise UserError(
+                f"A set of representations holds float32 images and targets; given: {x.dtype} and {y.dtype}."
+            )
         for name, tensor in (("images", x), ("targets", y)):
             broken = int((~tensor.isfinite()).flatten(1).any(1).sum())
             if broken:
-                raise UserError(f"{broken} of {len(x)} synthetic {name} hold NaN or infinite values; lower the learning rate.")
+                raise UserError(
+                    f"{broken} of {len(x)} synthetic {name} hold NaN or infinite values; lower the learning rate."
+                )
 
     def __len__(self) -> int:
         return len(self.images)
@@ -73,8 +81,8 @@ class RepresentationSet(Product):
         from safetensors.torch import save_file
 
         folder.mkdir(parents=True, exist_ok=True)
-        with written_beside(folder / "images.safetensors") as beside:
-            save_file({"images": self.images, "targets": self.targets}, str(beside))
+        with written_beside(folder / "images.safetensors") as temporary:
+            save_file({"images": self.images, "targets": self.targets}, str(temporary))
         meta = {"kind": self.kind, "format": 1, "mean": list(self.mean), "std": list(self.std), "made_by": self.made_by}
         (folder / "product.json").write_text(json.dumps(meta, indent=1))
         pixels = unnormalised(self.images, self.mean, self.std) if self.made_by.get("start") != "raw" else self.images

@@ -1,6 +1,8 @@
-"""The two problems of KRR-ST (arXiv 2310.06511): the outer loss, by kernel ridge regression on features, and the pool of networks that learn the set.
+"""The two problems of KRR-ST (arXiv 2310.06511): the outer loss, by kernel ridge regression on features, and the pool
+of networks that learn the set.
 
-Both are regressions with mean squared error, so that nothing random is inside the inner problem and gradients of the synthetic data are exact.
+Both are regressions with mean squared error, so that nothing random is inside the inner problem and gradients of the
+synthetic data are exact.
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ from stillhouse.models.anatomy import classifier
 
 
 class Regressor(nn.Module):
-    """A backbone, whose classifier is cut off, and a linear head of `dim` outputs.
+    """A backbone, whose classifier is removed, and a linear head of `dim` outputs.
 
     Args:
         network: any classifier.
@@ -53,7 +55,8 @@ class Regressor(nn.Module):
 
 @full_precision
 def ridge_prediction(synthetic: Tensor, targets: Tensor, real: Tensor, ridge: float = 1e-6) -> tuple[Tensor, Tensor]:
-    """K_rs (K_ss + lam I)^-1 Y_s (b, d) and lam = ridge * trace(K_ss), with K = F F^T of features and a column of ones; solved in float64.
+    """K_rs (K_ss + lam I)^-1 Y_s (b, d) and lam = ridge * trace(K_ss), with K = F F^T of features and a column of ones;
+    solved in float64.
 
     Gradients go to the synthetic features and targets, not through lam.
 
@@ -65,22 +68,35 @@ def ridge_prediction(synthetic: Tensor, targets: Tensor, real: Tensor, ridge: fl
     Raises:
         UserError: shapes that do not fit, or an empty batch.
     """
-    if synthetic.ndim != 2 or real.ndim != 2 or targets.ndim != 2 or len(targets) != len(synthetic) or real.shape[1] != synthetic.shape[1]:
+    if (
+        synthetic.ndim != 2
+        or real.ndim != 2
+        or targets.ndim != 2
+        or len(targets) != len(synthetic)
+        or real.shape[1] != synthetic.shape[1]
+    ):
         raise UserError(
             "krr_st regresses targets (m, d) on features (m, p) and predicts for features (b, p); "
             f"given: {tuple(targets.shape)}, {tuple(synthetic.shape)} and {tuple(real.shape)}."
         )
     if not len(synthetic) or not len(real):
-        raise UserError(f"krr_st needs at least one synthetic and one real image; given: {len(synthetic)} and {len(real)}.")
+        raise UserError(
+            f"krr_st needs at least one synthetic and one real image; given: {len(synthetic)} and {len(real)}."
+        )
     f_s, f_r = (F.pad(f.double(), (0, 1), value=1.0) for f in (synthetic, real))
     gram = f_s @ f_s.T
     lam = ridge * gram.detach().diagonal().sum()
-    solved = torch.linalg.solve(gram + lam * torch.eye(len(gram), dtype=gram.dtype, device=gram.device), targets.double())
+    solved = torch.linalg.solve(
+        gram + lam * torch.eye(len(gram), dtype=gram.dtype, device=gram.device), targets.double()
+    )
     return (f_r @ (f_s.T @ solved)).to(targets.dtype), lam.to(targets.dtype)
 
 
-def outer_loss(network: Any, images: Tensor, targets: Tensor, real: Tensor, representations: Tensor, ridge: float = 1e-6) -> dict[str, Tensor]:
-    """`loss`, the mean squared error of the ridge prediction for real images, with `lam` and the features `synthetic` and `real`.
+def outer_loss(
+    network: Any, images: Tensor, targets: Tensor, real: Tensor, representations: Tensor, ridge: float = 1e-6
+) -> dict[str, Tensor]:
+    """`loss`, the mean squared error of the ridge prediction for real images, with `lam` and the features `synthetic`
+    and `real`.
 
     Args:
         network: a `Regressor` in evaluation mode.
@@ -99,7 +115,9 @@ def outer_optimiser(images: Tensor, targets: Tensor, lr: float) -> torch.optim.O
     return torch.optim.AdamW([images, targets], lr, weight_decay=0.0)
 
 
-def inner_optimiser(network: nn.Module, lr: float = 0.1, momentum: float = 0.9, weight_decay: float = 1e-3) -> torch.optim.Optimizer:
+def inner_optimiser(
+    network: nn.Module, lr: float = 0.1, momentum: float = 0.9, weight_decay: float = 1e-3
+) -> torch.optim.Optimizer:
     """SGD of the inner problem and of pre-training."""
     return torch.optim.SGD(network.parameters(), lr, momentum=momentum, weight_decay=weight_decay)
 
@@ -115,25 +133,34 @@ def inner_step(network: nn.Module, optimiser: torch.optim.Optimizer, images: Ten
 
 
 class Pool:
-    """Networks of different ages, each trained on the synthetic set as it is; one that has had `limit` steps begins anew.
+    """Networks of different ages, each trained on the synthetic set as it is; one that has had `limit` steps is
+    initialised again.
 
     Args:
         make: (slot, generation) -> a fresh network on its device.
         count: networks.
         limit: steps until a restart.
         lr, weight_decay: of the inner problem.
-        literal: as the released code, which never resets the count, so that a network that has reached the limit is a fresh, untrained one at every
-            later visit.
+        literal: as the released code, which never resets the count, so that a network that has reached the limit is a
+            fresh, untrained one at every later visit.
     """
 
     def __init__(
-        self, make: Callable[[int, int], nn.Module], count: int, limit: int, lr: float = 0.1, weight_decay: float = 1e-3, literal: bool = False
+        self,
+        make: Callable[[int, int], nn.Module],
+        count: int,
+        limit: int,
+        lr: float = 0.1,
+        weight_decay: float = 1e-3,
+        literal: bool = False,
     ) -> None:
         self.make, self.limit, self.lr, self.weight_decay, self.literal = make, limit, lr, weight_decay, literal
         self.steps, self.generations = [0] * count, [0] * count
         self.networks = [make(slot, 0) for slot in range(count)]
         self.optimisers = [self._optimiser(n) for n in self.networks]
-        self.sound = [torch.tensor(True) for _ in range(count)]  # read at the slot's next visit, so that no step waits for it
+        self.sound = [
+            torch.tensor(True) for _ in range(count)
+        ]  # read at the slot's next visit, so that no step waits for it
 
     def __len__(self) -> int:
         return len(self.networks)
@@ -146,7 +173,10 @@ class Pool:
         return self.networks[slot].eval()
 
     def learn(self, slot: int, images: Tensor, targets: Tensor) -> Tensor:
-        """One inner step, or a restart where the slot is at its limit. Returns the inner loss, 0 at a restart or where it is not finite."""
+        """One inner step, or a restart where the slot is at its limit.
+
+        Returns the inner loss, 0 at a restart or where it is not finite.
+        """
         if self.steps[slot] >= self.limit:
             self._renew(slot)
             if not self.literal:
@@ -168,7 +198,11 @@ class Pool:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self.steps, self.generations, self.sound = list(state["steps"]), list(state["generations"]), list(state["sound"])
+        self.steps, self.generations, self.sound = (
+            list(state["steps"]),
+            list(state["generations"]),
+            list(state["sound"]),
+        )
         for mine, saved in ((self.networks, state["networks"]), (self.optimisers, state["optimisers"])):
             _load_each(mine, saved)
 

@@ -1,4 +1,5 @@
-"""How a set of representations is judged: backbones pre-trained on it by regression, and then taught other data sets, beside untrained ones.
+"""How a set of representations is judged: backbones pre-trained on it by regression, and then trained on other data
+sets, as are untrained ones.
 
 The head of the regression is dropped: its width is that of the representations, not the number of classes.
 """
@@ -46,22 +47,31 @@ class PretrainSpec(Spec):
 class TransferSpec(Spec):
     """Networks pre-trained on the set, and what they then learn. Accuracies are those of the last step."""
 
-    targets: list[Data] = Field(default_factory=list, description="Labelled data sets to learn then; default: the recipe's data.")
-    probe: Literal["linear", "finetune"] = Field("linear", description="linear: a linear layer on frozen features; finetune: all weights.")
+    targets: list[Data] = Field(
+        default_factory=list, description="Labelled data sets to learn then; default: the recipe's data."
+    )
+    probe: Literal["linear", "finetune"] = Field(
+        "linear", description="linear: a linear layer on frozen features; finetune: all weights."
+    )
     pretrain: PretrainSpec = Field(default_factory=PretrainSpec)
     iterations: int = Field(5000, ge=1, description="Published: 5000 (linear), 5000 or 10000 (finetune).")
     batch_size: int = Field(256, ge=1)
     lr: float | None = Field(None, gt=0, description="Falls along a cosine; default: 0.2 (linear), 0.01 (finetune).")
     weight_decay: float = Field(5e-4, ge=0)
     networks: int = Field(3, ge=1, description="How many, each from its own initialisation.")
-    cross: list[Model] = Field(default_factory=list, description="Other architectures, pre-trained and taught the same way, once each.")
+    cross: list[Model] = Field(
+        default_factory=list, description="Other architectures, pre-trained and trained the same way, once each."
+    )
     augment: AugmentSpec | None = Field(None, description="finetune: default as the recipe's `augment`.")
 
 
 def check_target(target: DataSpec, bundle: Any, shape: tuple[int, ...]) -> None:
-    """Raises `UserError` for a data set that a backbone of images of this (C, H, W) cannot be taught, or that has no test split."""
+    """Raises `UserError` for a data set that a backbone of images of this (C, H, W) cannot be trained on, or that has
+    no test split."""
     if not bundle.has("test"):
-        raise UserError(f"The data set '{target.name}' has no test split, so that what a network learns of it cannot be judged.")
+        raise UserError(
+            f"The data set '{target.name}' has no test split, so that what a network learns of it cannot be judged."
+        )
     found = tuple(bundle.input_shape)
     if len(found) != 3 or found[1:] != tuple(shape[1:]) or found[0] not in (1, shape[0]):
         raise UserError(
@@ -71,8 +81,9 @@ def check_target(target: DataSpec, bundle: Any, shape: tuple[int, ...]) -> None:
 
 
 def judge(product: RepresentationSet, run: Run) -> dict[str, float]:
-    """`accuracy` (mean over targets and networks; `accuracy_std` over networks), `accuracy_<data>`, the same of backbones that were not pre-trained
-    (`accuracy_scratch`), `test_loss` (the outer loss on unseen images of the source, in the pre-trained networks), and the size.
+    """`accuracy` (mean over targets and networks; `accuracy_std` over networks), `accuracy_<data>`, the same of
+    backbones that were not pre-trained (`accuracy_scratch`), `test_loss` (the outer loss on unseen images of the
+    source, in the pre-trained networks), and the size.
 
     Raises:
         UserError: a target whose images have another size or more channels, or no test split.
@@ -92,8 +103,14 @@ def judge(product: RepresentationSet, run: Run) -> dict[str, float]:
     out["gain_over_scratch"] = out["accuracy"] - out["accuracy_scratch"]
     for model in spec.cross:
         for how, tail in (("pretrained", ""), ("scratch", "_scratch")):
-            out[f"accuracy{tail}_{model.model.rpartition(':')[2]}"] = statistics.fmean(judging.accuracies(model, 1, how)[0])
-    return out | {"test_loss": judging.test_loss(), "stored_images": float(len(product)), "stored_mb": product.bytes / 1e6}
+            out[f"accuracy{tail}_{model.model.rpartition(':')[2]}"] = statistics.fmean(
+                judging.accuracies(model, 1, how)[0]
+            )
+    return out | {
+        "test_loss": judging.test_loss(),
+        "stored_images": float(len(product)),
+        "stored_mb": product.bytes / 1e6,
+    }
 
 
 class _Judging:
@@ -126,14 +143,23 @@ class _Judging:
 
         def step(i: int) -> dict[str, Tensor]:
             epoch, at = divmod(i, batches)
-            order = torch.tensor(permutation(count, "krr_st pretrain", seed, epoch)).tensor_split(batches)[at].to(self.images.device)
+            order = (
+                torch.tensor(permutation(count, "krr_st pretrain", seed, epoch))
+                .tensor_split(batches)[at]
+                .to(self.images.device)
+            )
             return {"loss": inner_step(network, sgd, self.images[order], self.labels[order])}
 
         def make() -> dict[str, Tensor]:
             self.run.loop("pretrain", {"network": network, "optimiser": sgd}, step, spec.epochs * batches)
             return state_on_cpu(network)
 
-        uses = {"set": self.product.fingerprint, "model": model.model_dump(mode="json"), "spec": spec.model_dump(mode="json"), "seed": seed}
+        uses = {
+            "set": self.product.fingerprint,
+            "model": model.model_dump(mode="json"),
+            "spec": spec.model_dump(mode="json"),
+            "seed": seed,
+        }
         network.load_state_dict(self.run.stage(f"evaluate.pretrain.{seed}", make, uses))
         return network
 
@@ -142,7 +168,9 @@ class _Judging:
         out = []
         for number in range(count):
             seed = 1000 * self.run.seed + number
-            out.append([self._taught(model, seed, target, name, how) for target, name in zip(self.targets, self.names())])
+            out.append(
+                [self._taught(model, seed, target, name, how) for target, name in zip(self.targets, self.names())]
+            )
         return out
 
     def _taught(self, model: ModelSpec, seed: int, target: DataSpec, name: str, how: str) -> float:
@@ -157,8 +185,15 @@ class _Judging:
             "model": model.model_dump(mode="json"),
             "seed": seed,
         }
-        uses |= {"spec": self.spec.model_dump(mode="json", exclude={"targets", "networks", "cross", "augment"}), "shape": list(self.shape)}
-        uses |= {"target": self.run.data(target).fingerprint, "augment": augment.model_dump(), "dim": self.product.targets.shape[1]}
+        uses |= {
+            "spec": self.spec.model_dump(mode="json", exclude={"targets", "networks", "cross", "augment"}),
+            "shape": list(self.shape),
+        }
+        uses |= {
+            "target": self.run.data(target).fingerprint,
+            "augment": augment.model_dump(),
+            "dim": self.product.targets.shape[1],
+        }
         return float(self.run.stage(f"evaluate.{how}.{name}.{seed}", make, uses)["accuracy"])
 
     def _teach(self, network: Regressor, target: DataSpec, seed: int, augment: AugmentSpec) -> float:
@@ -171,7 +206,9 @@ class _Judging:
         network.head = head
         if linear:
             with evaluating(network):
-                x, x_test = (torch.cat([network.embed(part.to(device)) for part in images.split(512)]) for images in (x, x_test))
+                x, x_test = (
+                    torch.cat([network.embed(part.to(device)) for part in images.split(512)]) for images in (x, x_test)
+                )
         learner: nn.Module = head if linear else network
         lr = spec.lr or (0.2 if linear else 0.01)
         sgd = inner_optimiser(learner, lr, weight_decay=spec.weight_decay)
@@ -195,8 +232,8 @@ class _Judging:
 
         self.run.loop("teach", {"learner": learner, "optimiser": sgd}, step, spec.iterations)
         with evaluating(learner):
-            said = torch.cat([learner(part.to(device)).argmax(1).cpu() for part in x_test.split(512)])
-        return float((said == y_test).double().mean())
+            predicted = torch.cat([learner(part.to(device)).argmax(1).cpu() for part in x_test.split(512)])
+        return float((predicted == y_test).double().mean())
 
     def _split(self, target: DataSpec, split: str) -> tuple[Tensor, Tensor]:
         """Images (N, C, H, W) and labels (N,) on the host, grey ones repeated to the backbone's channels."""

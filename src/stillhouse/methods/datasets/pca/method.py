@@ -1,4 +1,5 @@
-"""PCA: easy real images of every class, several whole ones stored in each image, and crops that never span two of them; hard labels only.
+"""PCA: easy real images of every class, several whole ones stored in each image, and crops that never span two of them;
+hard labels only.
 
 paper: Rethinking Large-scale Dataset Compression: Shifting Focus From Labels to Images
 venue: ICML 2026
@@ -8,13 +9,15 @@ family: dataset distillation
 use when: few images must be stored, and no teacher and no soft labels may be needed in training
 needs: the whole labelled training set, and a short training run on it for the scores
 
-Prune: EL2N of a briefly trained network (mean over `scorer.networks`), the smallest of each class (`hardness`); the benchmark's other rules are
-`scorer.score: aum` or `forgetting`, and `hardness: coverage`, which is CCS. Combine: `grid` x `grid` whole images, made small, in each stored image.
-Augment: one crop inside one tile, a view of each stored image and epoch (`confined`). The authors released the benchmark (`protocol.py`: hard labels,
-or soft ones of a teacher at T = 20 with CutMix), not PCA: the grid's side, the order of images, the scoring epoch and the number of networks are
-choices. `hardness: random, grid: 1` is the benchmark's random subset, which every evaluation also reports. Departs: AUM and forgetting look at samples
-at the ends of epochs, without augmentation; accuracy of the last epoch; images at the size of the data, tested whole, without the resize to 256 and
-centre crop; stored as tensors, and the training split is held in memory (the `paper` recipe needs a machine for that). On tiny images (32 px) a grid
+Prune: EL2N of a briefly trained network (mean over `scorer.networks`), the smallest of each class (`hardness`); the
+benchmark's other rules are `scorer.score: aum` or `forgetting`, and `hardness: coverage`, which is CCS. Combine: `grid`
+x `grid` whole images, made small, in each stored image. Augment: one crop inside one tile, a view of each stored image
+and epoch (`confined`). The authors released the benchmark (`protocol.py`: hard labels, or soft ones of a teacher at
+T = 20 with CutMix), not PCA: the grid's side, the order of images, the scoring epoch and the number of networks are
+choices. `hardness: random, grid: 1` is the benchmark's random subset, which every evaluation also reports. Departs: AUM
+and forgetting look at samples at the ends of epochs, without augmentation; accuracy of the last epoch; images at the
+size of the data, tested whole, without the resize to 256 and centre crop; stored as tensors, and the training split
+lies in memory (the `paper` recipe needs a machine for that). On tiny images (32 px) a grid
 costs much detail: compare `grid: 1`.
 """
 
@@ -45,7 +48,8 @@ class Config(MethodConfig):
     ipc: int = Field(10, ge=1, description="Stored images per class.")
     hardness: Hardness = Field(
         "easy",
-        description="Which images of a class: easy, hard, balanced (evenly spaced ranks), coverage (CCS: evenly over the range of scores), random.",
+        description="Which images of a class: easy, hard, balanced (evenly spaced ranks), coverage (CCS: evenly over "
+        "the range of scores), random.",
     )
     cutoff: float = Field(
         0.3, ge=0, lt=1, description="coverage: share of the hardest images of a class that are left out first."
@@ -75,13 +79,13 @@ class PruneCombineAugment(Method[Config]):
             stages.append(
                 Stage(
                     "scorer",
-                    f"train {scorer.networks} networks for a short while, to score the samples (kept, shared)",
+                    f"train {scorer.networks} networks for a short while, to score the samples (stored, shared)",
                     named,
                     steps=steps,
                 )
             )
         if any(t is not None and t.train for t in (config.teacher, config.check)):
-            stages.append(Stage("teacher", "train the teacher, or the network that checks (kept, shared)"))
+            stages.append(Stage("teacher", "train the teacher, or the network that checks (stored, shared)"))
         does = f"store {config.ipc} images a class, each of {config.grid**2} {config.hardness} ones"
         return [
             *stages,

@@ -39,7 +39,8 @@ class PackedSet(SyntheticSet):
         return {"grid": self.grid, "size": list(self.size), "confined": self.confined}
 
     def training_images(self) -> tuple[Tensor, Tensor]:
-        """(N * grid^2, C, H, W) and (N * grid^2,): every tile as a whole image, those of a stored image one after another."""
+        """(N * grid^2, C, H, W) and (N * grid^2,): every tile as a whole image, those of a stored image one after
+        another."""
         tiles = cut(self.images, self.grid).flatten(0, 1)
         return F.interpolate(
             tiles, size=self.size, mode="bilinear", align_corners=False
@@ -48,8 +49,8 @@ class PackedSet(SyntheticSet):
     def save(self, folder: Path) -> None:
         super().save(folder)
         meta = read_meta(folder)
-        with written_beside(folder / "product.json") as beside:
-            beside.write_text(json.dumps({**meta, "geometry": self.geometry}, indent=1))
+        with written_beside(folder / "product.json") as temporary:
+            temporary.write_text(json.dumps({**meta, "geometry": self.geometry}, indent=1))
 
     @classmethod
     def load(cls, folder: Path, trust_code: bool = False) -> PackedSet:

@@ -1,6 +1,8 @@
-"""The benchmark's protocol (arXiv 2502.06434): networks trained on stored images with hard labels, or with a teacher's labels of mixed batches.
+"""The benchmark's protocol (arXiv 2502.06434): networks trained on stored images with hard labels, or with a teacher's
+labels of mixed batches.
 
-AdamW with decay of weight matrices only, a cosine by epoch, one view of each stored image and epoch; a random subset of the same size beside every set.
+AdamW with decay of weight matrices only, a cosine by epoch, one view of each stored image and epoch; a random subset of
+the same size for comparison.
 """
 
 from __future__ import annotations
@@ -30,7 +32,10 @@ from stillhouse.synthetic.scores import improvement_over_random, soft_loss
 
 
 class ProtocolSpec(Spec):
-    """How a packed set is judged: networks trained on it from scratch, and tested on real data. Accuracies are those of the last epoch."""
+    """How a packed set is judged: networks trained on it from scratch, and tested on real data.
+
+    Accuracies are those of the last epoch.
+    """
 
     labels: Literal["hard", "soft"] = Field("hard", description="soft: the recipe's teacher labels every mixed batch.")
     network: Model | None = Field(None, description="The network to train; default: the one of the recipe.")
@@ -62,7 +67,7 @@ class ProtocolSpec(Spec):
     random: bool = Field(True, description="Also train on as many random whole images under the same protocol.")
 
 
-# ---- the mathematics -------------------------------------------------------------------------------------------------------------------------
+# ---- the mathematics -------------------------------------------------------------------------------------------------
 
 
 def cutmix(x: Tensor, partner: Tensor, box: tuple[int, int, int, int]) -> Tensor:
@@ -135,7 +140,8 @@ def cosine(epoch: int, epochs: int) -> float:
 
 
 def decay_groups(network: nn.Module) -> tuple[list[str], list[str]]:
-    """Names of the parameters with weight decay (`weight` in the name and more than one dimension), and of the others."""
+    """Names of the parameters with weight decay (`weight` in the name and more than one dimension), and of the
+    others."""
     named = [(n, p.dim()) for n, p in network.named_parameters()]
     decayed = [n for n, dim in named if "weight" in n and dim > 1]
     return decayed, [n for n, _ in named if n not in decayed]
@@ -160,12 +166,13 @@ def optimiser(network: nn.Module, spec: ProtocolSpec) -> torch.optim.Optimizer:
     return torch.optim.AdamW(groups, spec.lr or 1e-3)
 
 
-# ---- the evaluation --------------------------------------------------------------------------------------------------------------------------
+# ---- the evaluation --------------------------------------------------------------------------------------------------
 
 
 @evaluates(PackedSet.kind)
 def judge(product: PackedSet, run: Run) -> dict[str, float]:
-    """`accuracy` (mean over networks; `accuracy_std`), the same of a random subset and the gain over it, `accuracy_<model>` of `cross`, and the size.
+    """`accuracy` (mean over networks; `accuracy_std`), the same of a random subset and the gain over it,
+    `accuracy_<model>` of `cross`, and the size.
 
     Raises:
         UserError: data without a test split, soft labels without a teacher.
@@ -182,7 +189,8 @@ def judge(product: PackedSet, run: Run) -> dict[str, float]:
     split = next((s for s in ("test", "val", "holdout") if run.data(config.data).has(s)), None)
     if split is None:
         raise UserError(
-            "There is no data to judge the packed set by: give the data set a test folder, or set data.val to a share above 0."
+            "There is no data to judge the packed set by: give the data set a test folder, or set data.val to a share "
+            "above 0."
         )
     test = run.loader(config.data, split)
 

@@ -1,7 +1,8 @@
-"""How hard each training sample is, small for easy: EL2N (Paul et al., arXiv 2107.07075), AUM (Pleiss et al., arXiv 2001.10528), forgetting events (Toneva
-et al., arXiv 1812.05159), all from short trainings on the whole training split.
+"""How hard each training sample is, small for easy: EL2N (Paul et al., arXiv 2107.07075), AUM (Pleiss et al., arXiv
+2001.10528), forgetting events (Toneva et al., arXiv 1812.05159), all from short trainings on the whole training split.
 
-AUM and forgetting look at every sample at the end of every epoch, in evaluation mode; the papers look at the batches as they are trained on.
+AUM and forgetting look at every sample at the end of every epoch, in evaluation mode; the papers look at the batches as
+they are trained on.
 """
 
 from __future__ import annotations
@@ -34,7 +35,8 @@ class ScorerSpec(Spec):
     networks: int = Field(1, ge=1, description="Scores are averaged over them; 1 to 10.")
     score: Score = Field(
         "el2n",
-        description="el2n: the error at the end; aum: the margin over all epochs; forgetting: how often what was right went wrong.",
+        description="el2n: the error at the end; aum: the margin over all epochs; forgetting: how often what was right "
+        "went wrong.",
     )
     train: TrainSpec = Field(
         default_factory=TrainSpec,
@@ -42,13 +44,13 @@ class ScorerSpec(Spec):
     )
 
 
-# ---- the scores --------------------------------------------------------------------------------------------------------------------------------
+# ---- the scores ------------------------------------------------------------------------------------------------------
 
 
 @full_precision
 def el2n(logits: Tensor, labels: Tensor) -> Tensor:
-    """(N,) |softmax(z_i) - onehot(y_i)|_2 of logits (N, C) or of several networks (R, N, C), whose scores are averaged: 0 where a network is sure and
-    right, sqrt(2) where it is sure and wrong.
+    """(N,) |softmax(z_i) - onehot(y_i)|_2 of logits (N, C) or of several networks (R, N, C), whose scores are averaged:
+    0 where a network is sure and right, sqrt(2) where it is sure and wrong.
 
     Raises:
         UserError: labels of another shape than (N,).
@@ -56,7 +58,8 @@ def el2n(logits: Tensor, labels: Tensor) -> Tensor:
     z = logits if logits.ndim == 3 else logits[None]
     if z.ndim != 3 or labels.shape != z.shape[1:2]:
         raise UserError(
-            f"el2n compares logits (N, C) or (R, N, C) with labels (N,); given: {tuple(logits.shape)} and {tuple(labels.shape)}."
+            f"el2n compares logits (N, C) or (R, N, C) with labels (N,); given: {tuple(logits.shape)} and "
+            f"{tuple(labels.shape)}."
         )
     target = F.one_hot(labels.long(), z.shape[-1]).to(z)
     return (z.softmax(-1) - target).square().sum(-1).sqrt().mean(0)
@@ -70,22 +73,24 @@ def margins(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 def aum(history: Tensor) -> Tensor:
-    """(N,) minus the area under the margin: the mean of margins (E, N) over epochs, with its sign turned, so that small is easy."""
+    """(N,) minus the area under the margin: the mean of margins (E, N) over epochs, with its sign turned, so that small
+    is easy."""
     return -history.mean(0)
 
 
 def forgetting(history: Tensor) -> Tensor:
-    """(N,) of margins (E, N): in how many epochs a sample that had been right went wrong; E for one that never was right."""
+    """(N,) of margins (E, N): in how many epochs a sample that had been right went wrong; E for one that never was
+    right."""
     right = history > 0
     lost = (right[:-1] & ~right[1:]).sum(0)
     return torch.where(right.any(0), lost, len(history)).to(history)
 
 
-# ---- the trainings -----------------------------------------------------------------------------------------------------------------------------
+# ---- the trainings ---------------------------------------------------------------------------------------------------
 
 
-class Watched(CrossEntropy):
-    """Cross-entropy that keeps the margins of all training samples at the end of each epoch but the last.
+class MarginRecorder(CrossEntropy):
+    """Cross-entropy that records the margins of all training samples at the end of each epoch but the last.
 
     Args:
         epochs: of the training.
@@ -102,9 +107,9 @@ class Watched(CrossEntropy):
     def begin_epoch(self, ctx: Context) -> None:
         if ctx.progress.epoch:
             found = [
-                (batch["index"], margins(said.logits, batch["label"]))
-                for batch, said in ctx.sweep("train", "student")
-                if said.logits is not None
+                (batch["index"], margins(signals.logits, batch["label"]))
+                for batch, signals in ctx.sweep("train", "student")
+                if signals.logits is not None
             ]
             at, values = (torch.cat(parts) for parts in zip(*found))
             self.history[ctx.progress.epoch - 1, at.to(self.history.device)] = values.to(self.history)
@@ -130,14 +135,15 @@ def scores(run: Run, data: DataSpec, network: ModelSpec, scorer: ScorerSpec) -> 
     mean = torch.stack(found).mean(0)
     if scorer.score == "el2n" and float((mean < SETTLED).double().mean()) > 0.5:
         warnings.warn(
-            "pca: most scores are 0, so that they tell little; score the samples earlier (fewer scorer.train.epochs).",
+            "pca: most scores are 0, so that they hardly rank the samples; score the samples earlier (fewer "
+            "scorer.train.epochs).",
             stacklevel=2,
         )
     return mean
 
 
 def _trained(run: Run, data: DataSpec, spec: ModelSpec, scorer: ScorerSpec, number: int) -> dict[str, Tensor]:
-    """`el2n` (N,) at the end of a training and, where it is asked for, `history`, the margins (E, N): a stage."""
+    """`el2n` (N,) at the end of a training and, where it is needed, `history`, the margins (E, N): a stage."""
     watches, train = scorer.score != "el2n", scorer.train
 
     def make() -> dict[str, Tensor]:
@@ -145,7 +151,7 @@ def _trained(run: Run, data: DataSpec, spec: ModelSpec, scorer: ScorerSpec, numb
         try:
             model, sweep = run.model(spec, data, role="scorer"), run.loader(data, "train")
             count = len(sweep.dataset)
-            objective = Watched(train.epochs, count) if watches else CrossEntropy()
+            objective = MarginRecorder(train.epochs, count) if watches else CrossEntropy()
             module = Distillation(model, None, [objective], seed=number)
             run.fit(
                 f"scorer.{number}",
@@ -159,7 +165,7 @@ def _trained(run: Run, data: DataSpec, spec: ModelSpec, scorer: ScorerSpec, numb
         finally:
             run.seed = outer
         out = {"el2n": el2n(logits, labels)}
-        if isinstance(objective, Watched):
+        if isinstance(objective, MarginRecorder):
             objective.history[-1] = margins(logits, labels).to(objective.history)
             out["history"] = objective.history.cpu()
         return out

@@ -1,21 +1,26 @@
-"""Mirage: distils labelled graphs into unions of computation trees that co-occur often, by counting and mining; any message-passing network trains on them.
+"""Mirage: distils labelled graphs into unions of computation trees that co-occur often, by counting and mining; any
+message-passing network trains on them.
 
 paper: Mirage: Model-Agnostic Graph Distillation for Graph Classification
 venue: ICLR 2024
 arxiv: 2310.09486
 task: graph classification
 family: dataset distillation
-use when: graph networks of several kinds must be trained often on one set of labelled graphs, and the distillation itself must cost no training
+use when: graph networks of several kinds must be trained often on one set of labelled graphs, and the distillation
+itself must cost no training
 needs: graphs with discrete node labels (edge labels too, where there are any); no teacher and no network
 
-A network with L layers sees a graph as the multiset of its nodes' L-hop trees. Trees are counted by colour refinement, sets of trees that at least
-`support` graphs of a class share are mined exactly, and each becomes a graph whose messages flow to the roots and which is pooled over roots alone.
-`budget` searches the support from above for a share of the training nodes, as the paper does by hand. Itemsets that are frequent in several classes are
-dropped, and single-node trees skipped, as in the Python scripts (`shared: keep`, `single: keep` are the C++ route). `sampling: frequency` is the paper's
-Algorithm 2; `uniform`, the default, is what the released code does and its logs come from. The paper's mining library misses some itemsets; ours is
-exact. An epoch is as many draws as there are training graphs, so that all sets are trained for the same number of steps; `epoch: set` is one pass over
-the distilled set, as published (`paper`). Test figures are those of the best validation epoch, over the whole split, of the best `keep` of `runs`
-networks by validation. Other picks of the same number of nodes: `random`, `herding` (over tree frequencies); `all` is the whole training set.
+A network with L layers sees a graph as the multiset of its nodes' L-hop trees. Trees are counted by colour refinement,
+sets of trees that at least `support` graphs of a class share are mined exactly, and each becomes a graph whose messages
+flow to the roots and which is pooled over roots alone. `budget` searches the support from above for a share of the
+training nodes, as the paper does by hand. Itemsets that are frequent in several classes are dropped, and single-node
+trees skipped, as in the Python scripts (`shared: keep`, `single: keep` are the C++ route). `sampling: frequency` is the
+paper's Algorithm 2; `uniform`, the default, is what the released code does and its logs come from. The paper's mining
+library misses some itemsets; ours is exact. An epoch is as many draws as there are training graphs, so that all sets
+are trained for the same number of steps; `epoch: set` is one pass over the distilled set, as published (`paper`). Test
+figures are those of the best validation epoch, over the whole split, of the best `keep` of `runs` networks by
+validation. Other picks of the same number of nodes: `random`, `herding` (over tree frequencies); `all` is the whole
+training set.
 """
 
 from __future__ import annotations
@@ -142,19 +147,21 @@ class GraphSet(Product):
         return GraphNetwork(kind, len(self.vocabulary), len(self.edge_vocabulary), self.classes, **options)
 
     def read(self, graphs: Graphs) -> Graphs:
-        """Graphs with labels as in the data set, in the labels of this one; labels that it has not become the unknown."""
+        """Graphs with labels as in the data set, in the labels of this one; labels that it has not become the
+        unknown."""
         return mapped(graphs, self.vocabulary, self.edge_vocabulary)
 
     def to_pyg(self) -> list[Any]:
-        """A list of torch_geometric `Data`, with `roots` and `weight` where it is distilled (needs the extra `graph`)."""
+        """A list of torch_geometric `Data`, with `roots` and `weight` where it is distilled (needs the extra
+        `graph`)."""
         return self.graphs.to_pyg()
 
     def save(self, folder: Path) -> None:
         from safetensors.torch import save_file
 
         folder.mkdir(parents=True, exist_ok=True)
-        held = {"vocabulary": self.vocabulary, "edge_vocabulary": self.edge_vocabulary, **_small(self.graphs)}
-        save_file({k: v.contiguous() for k, v in held.items()}, str(folder / "graphs.safetensors"))
+        tensors = {"vocabulary": self.vocabulary, "edge_vocabulary": self.edge_vocabulary, **_small(self.graphs)}
+        save_file({k: v.contiguous() for k, v in tensors.items()}, str(folder / "graphs.safetensors"))
         meta = {
             "hops": self.hops,
             "classes": self.classes,
@@ -168,10 +175,16 @@ class GraphSet(Product):
     def load(cls, folder: Path, trust_code: bool = False) -> GraphSet:
         from safetensors.torch import load_file
 
-        meta, held = read_meta(folder), load_file(str(Path(folder) / "graphs.safetensors"))
-        vocabulary, edge_vocabulary = held.pop("vocabulary"), held.pop("edge_vocabulary")
+        meta, tensors = read_meta(folder), load_file(str(Path(folder) / "graphs.safetensors"))
+        vocabulary, edge_vocabulary = tensors.pop("vocabulary"), tensors.pop("edge_vocabulary")
         return cls(
-            _graphs(held), vocabulary, edge_vocabulary, meta["hops"], meta["classes"], meta["sampling"], meta["draws"]
+            _graphs(tensors),
+            vocabulary,
+            edge_vocabulary,
+            meta["hops"],
+            meta["classes"],
+            meta["sampling"],
+            meta["draws"],
         )
 
 
@@ -182,7 +195,8 @@ class Mirage(Method[Config]):
         for part, rows in split.items():
             if len(torch.unique(graphs.y[rows])) < graphs.num_classes:
                 raise UserError(
-                    f"mirage: the {part} part of {config.data.name} ({len(rows)} graphs) lacks a class; choose another data.split."
+                    f"mirage: the {part} part of {config.data.name} ({len(rows)} graphs) lacks a class; choose another "
+                    "data.split."
                 )
         size = f"a share {config.budget:g} of the nodes" if config.budget else f"supports {config.support}"
         does = f"mine {len(train)} graphs ({train.num_nodes} nodes) for sets of {config.hops}-hop trees, {size}"
@@ -246,7 +260,8 @@ class Mirage(Method[Config]):
 
 @evaluates(GraphSet.kind)
 def judge(product: GraphSet, run: Run) -> dict[str, float]:
-    """Networks of each kind trained on the set and tested on ordinary graphs: `auc`, `accuracy`, and by kind `auc_gin`, ..., of the best by validation."""
+    """Networks of each kind trained on the set and tested on ordinary graphs: `auc`, `accuracy`, and by kind `auc_gin`,
+    ..., of the best by validation."""
     config: Config = run.config  # type: ignore[assignment]
     graphs, split = load_graphs(config.data, run.data_root, config.seed)
     parts = {name: product.read(graphs.select(split[name])) for name in ("val", "test")}
@@ -297,7 +312,10 @@ def draw_skew(folder: Path, curves: dict[str, tuple[list[float], list[float]]], 
     from stillhouse.reporting.page import figure, page, section, write
 
     plot = lines(curves, "share of distinct trees, most frequent first", "share of nodes covered")
-    words = "How skewed the computation trees are: a curve that rises at once means that few trees make up most of the data."
+    words = (
+        "How skewed the computation trees are: a curve that rises at once means that few trees make up most of "
+        "the data."
+    )
     body = section("Skew of trees", words, figure(plot, "skew", words))
     return write(folder / "trees.html", page(f"{hops}-hop computation trees", ", ".join(curves), [body]))
 
@@ -310,7 +328,7 @@ def _choice(config: Config) -> dict[str, Any]:
 
 def _small(graphs: Graphs) -> dict[str, Tensor]:
     """The tensors of a set, integers in 32 bits."""
-    held = {
+    tensors = {
         "labels": graphs.labels,
         "edges": graphs.edges,
         "edge_labels": graphs.edge_labels,
@@ -318,8 +336,8 @@ def _small(graphs: Graphs) -> dict[str, Tensor]:
         "y": graphs.y,
     }
     rest = {"roots": graphs.roots, "weight": graphs.weight}
-    return {**{k: v.to(torch.int32) for k, v in held.items()}, **{k: v for k, v in rest.items() if v is not None}}
+    return {**{k: v.to(torch.int32) for k, v in tensors.items()}, **{k: v for k, v in rest.items() if v is not None}}
 
 
-def _graphs(held: dict[str, Tensor]) -> Graphs:
-    return Graphs(**{k: v.to(torch.int64) if v.dtype == torch.int32 else v for k, v in held.items()})
+def _graphs(tensors: dict[str, Tensor]) -> Graphs:
+    return Graphs(**{k: v.to(torch.int64) if v.dtype == torch.int32 else v for k, v in tensors.items()})

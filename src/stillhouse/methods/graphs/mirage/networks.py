@@ -1,8 +1,10 @@
-"""Message-passing networks over flat sets of graphs, in plain torch: GIN, GCN and GAT with node and edge labels, pooled over roots where there are any.
+"""Message-passing networks over flat sets of graphs, in plain torch: GIN, GCN and GAT with node and edge labels, pooled
+over roots where there are any.
 
-The networks of the benchmark that Mirage uses: an embedding of the label, L convolutions of one width with ReLU and dropout between, and a linear layer on
-the pooled nodes. Messages use incoming edges alone, so a root of a tree gets what the node that it came from gets in its own graph: exactly with GIN and
-GAT; with GCN up to the degrees of the leaves, which are those of the tree.
+The networks of the benchmark that Mirage uses: an embedding of the label, L convolutions of one width with ReLU and
+dropout between, and a linear layer on the pooled nodes. Messages use incoming edges alone, so a root of a tree gets
+what the node that it came from gets in its own graph: exactly with GIN and GAT; with GCN up to the degrees of the
+leaves, which are those of the tree.
 """
 
 from __future__ import annotations
@@ -21,7 +23,8 @@ Pooling = Literal["sum", "mean"]
 
 
 def pool(x: Tensor, graph_of: Tensor, graphs: int, roots: Tensor | None = None, kind: Pooling = "sum") -> Tensor:
-    """(N, D) nodes -> (G, D): their sum or mean over each graph's roots, or over all its nodes where `roots` (N,) is None."""
+    """(N, D) nodes -> (G, D): their sum or mean over each graph's roots, or over all its nodes where `roots` (N,) is
+    None."""
     share = torch.ones_like(graph_of, dtype=x.dtype) if roots is None else roots.to(x.dtype)
     total = x.new_zeros(graphs, x.shape[1]).index_add_(0, graph_of, x * share[:, None])
     if kind == "sum":
@@ -45,7 +48,8 @@ class GIN(nn.Module):
 
 
 class GCN(nn.Module):
-    """x' = W x; x_v'' = relu(x_v' + r) / d_v + sum of relu(x_u' + e_uv) / sqrt(d_u d_v), with d the in-degree plus 1."""
+    """x' = W x; x_v'' = relu(x_v' + r) / d_v + sum of relu(x_u' + e_uv) / sqrt(d_u d_v), with d the in-degree plus
+    1."""
 
     def __init__(self, width: int, edge_kinds: int, norm: bool) -> None:
         super().__init__()
@@ -62,7 +66,8 @@ class GCN(nn.Module):
 
 
 class GAT(nn.Module):
-    """x' = W x; x_v'' = sum of a_uv (x_u' + e_uv) over edges u -> v and u = v, with a the softmax over u of leaky_relu(s . x_u' + t . x_v' + r . e_uv)."""
+    """x' = W x; x_v'' = sum of a_uv (x_u' + e_uv) over edges u -> v and u = v, with a the softmax over u of
+    leaky_relu(s . x_u' + t . x_v' + r . e_uv)."""
 
     def __init__(self, width: int, edge_kinds: int, norm: bool, heads: int = 4) -> None:
         super().__init__()
@@ -95,11 +100,12 @@ class GraphNetwork(nn.Module):
 
     Args:
         kind: `gin`, `gcn` or `gat`.
-        node_kinds, edge_kinds: labels that are known; one row more is kept for those that are not, and it starts at zero.
+        node_kinds, edge_kinds: labels that are known; one more row is for those that are not, and starts at zero.
         classes: C.
         width, layers, dropout: of the convolutions.
         pooling: `sum` or `mean`, over roots.
-        norm: batch normalisation after each convolution (trees have many leaves, so its statistics differ from those of ordinary graphs).
+        norm: batch normalisation after each convolution (trees have many leaves, so its statistics differ from those of
+            ordinary graphs).
     """
 
     def __init__(
@@ -144,5 +150,11 @@ class GraphNetwork(nn.Module):
 
 def as_batch(graphs: Graphs) -> Batch:
     """A set of graphs as the mapping of tensors that `GraphNetwork` takes."""
-    batch = {"node": graphs.labels, "edges": graphs.edges, "edge": graphs.edge_labels, "graph": graphs.graph_of, "label": graphs.y}
+    batch = {
+        "node": graphs.labels,
+        "edges": graphs.edges,
+        "edge": graphs.edge_labels,
+        "graph": graphs.graph_of,
+        "label": graphs.y,
+    }
     return batch if graphs.roots is None else {**batch, "roots": graphs.roots}

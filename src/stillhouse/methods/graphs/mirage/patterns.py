@@ -1,7 +1,9 @@
-"""Frequent itemsets, exact, in falling order of support: the sets of tree classes that occur together in at least so many graphs.
+"""Frequent itemsets, exact, in falling order of support: the sets of tree classes that occur together in at least so
+many graphs.
 
-Best first: a set is extended by the items after its last, and no extension has more support than it; so a heap by support hands out sets from the most
-frequent down, and mining may stop at a support, at a count, or whenever enough has been taken. Transactions are bits of integers.
+Best first: a set is extended by the items after its last, and no extension has more support than it; so a heap by
+support hands out sets from the most frequent down, and mining may stop at a support, at a count, or whenever enough has
+been taken. Transactions are bits of integers.
 """
 
 from __future__ import annotations
@@ -15,7 +17,8 @@ from stillhouse.errors import UserError
 
 @dataclass(frozen=True)
 class Patterns:
-    """Itemsets, most frequent first, with how many transactions hold each; `truncated` where a cap cut the list short."""
+    """Itemsets, most frequent first, with how many transactions hold each; `truncated` where a cap cut the list
+    short."""
 
     itemsets: list[tuple[int, ...]]
     support: list[int]
@@ -25,8 +28,11 @@ class Patterns:
         return len(self.itemsets)
 
 
-def frequent(transactions: Sequence[frozenset[int]], threshold: int, longest: int | None = None) -> Iterator[tuple[tuple[int, ...], int]]:
-    """Every non-empty itemset that at least `threshold` transactions hold, with its support; largest support first, then shorter, then smaller items.
+def frequent(
+    transactions: Sequence[frozenset[int]], threshold: int, longest: int | None = None
+) -> Iterator[tuple[tuple[int, ...], int]]:
+    """Every non-empty itemset that at least `threshold` transactions hold, with its support; largest support first,
+    then shorter, then smaller items.
 
     Args:
         transactions: the items of each.
@@ -45,7 +51,9 @@ def frequent(transactions: Sequence[frozenset[int]], threshold: int, longest: in
         for item in items:
             holders[item] = holders.get(item, 0) | (1 << number)
     singles = sorted((i, bits) for i, bits in holders.items() if bits.bit_count() >= threshold)
-    heap: list[tuple[int, int, tuple[int, ...], int, int]] = [(-bits.bit_count(), 1, (item,), at, bits) for at, (item, bits) in enumerate(singles)]
+    heap: list[tuple[int, int, tuple[int, ...], int, int]] = [
+        (-bits.bit_count(), 1, (item,), at, bits) for at, (item, bits) in enumerate(singles)
+    ]
     heapq.heapify(heap)
     while heap:
         negative, length, itemset, last, bits = heapq.heappop(heap)
@@ -59,8 +67,13 @@ def frequent(transactions: Sequence[frozenset[int]], threshold: int, longest: in
                 heapq.heappush(heap, (-count, length + 1, (*itemset, singles[at][0]), at, both))
 
 
-def mine(transactions: Sequence[frozenset[int]], threshold: int, *, longest: int | None = None, most: int | None = None) -> Patterns:
-    """All frequent itemsets; with `most`, the most frequent so many, and `truncated` says that there are others. See `frequent`."""
+def mine(
+    transactions: Sequence[frozenset[int]], threshold: int, *, longest: int | None = None, most: int | None = None
+) -> Patterns:
+    """All frequent itemsets; with `most`, the most frequent so many, and `truncated`: there are others.
+
+    See `frequent`.
+    """
     found: list[tuple[tuple[int, ...], int]] = []
     for pattern in frequent(transactions, threshold, longest):
         if most is not None and len(found) == most:

@@ -1,4 +1,5 @@
-"""The distillation: trees, frequent sets of them in each class, and their unions; and the baselines that pick whole graphs of the same size."""
+"""The distillation: trees, frequent sets of them in each class, and their unions; and the baselines that pick whole
+graphs of the same size."""
 
 from __future__ import annotations
 
@@ -32,8 +33,9 @@ class Options:
 
 
 @dataclass(frozen=True)
-class Distilled:
-    """A distilled set, the thresholds that made it, whether a cap cut the itemsets short, the trees, and seconds for trees and for the whole."""
+class DistilledGraphs:
+    """A distilled set, the thresholds that made it, whether a cap cut the itemsets short, the trees, and seconds for
+    trees and for the whole."""
 
     graphs: Graphs
     thresholds: dict[int, int]
@@ -49,29 +51,33 @@ def distil(
     support: Mapping[int, float] | None = None,
     budget: float | None = None,
     options: Options | None = None,
-) -> Distilled:
-    """Labelled graphs -> one union of co-occurring computation trees for every itemset that is frequent in its class. No network, no gradient.
+) -> DistilledGraphs:
+    """Labelled graphs -> one union of co-occurring computation trees for every itemset that is frequent in its class.
+    No network, no gradient.
 
     Args:
         graphs: the training graphs.
-        support: class -> the fewest graphs of the class that must hold an itemset; below 1: a share of the class's graphs.
-        budget: or the most nodes of the result, as a share of the nodes of `graphs`: supports fall from the size of each class, that of the class
-            with the fewest nodes so far next, until a step would be too large.
+        support: class -> the fewest graphs of the class that must hold an itemset; below 1: a share of the class's
+            graphs.
+        budget: or the most nodes of the result, as a share of the nodes of `graphs`: supports fall from the size of
+            each class, that of the class with the fewest nodes so far next, until a step would be too large.
         options: hops, and the caps.
 
     Raises:
-        UserError: both or neither of support and budget; a class that is not there; a class that is left without an itemset; a tree too large.
+        UserError: both or neither of support and budget; a class that is not there; a class that is left without an
+            itemset; a tree too large.
     """
     opt, started = options or Options(), time.perf_counter()
     if (support is None) == (budget is None):
         raise UserError(
-            "mirage: give exactly one of support (a threshold for each class) and budget (a share of the training nodes)."
+            "mirage: give exactly one of support (a threshold for each class) and budget (a share of the training "
+            "nodes)."
         )
     trees = TreeClasses(graphs, opt.hops)
     tree_seconds = time.perf_counter() - started
     items = trees.items()
     if not opt.single:
-        items = [frozenset(i for i in held if trees.size(i) > 1) for held in items]
+        items = [frozenset(i for i in item if trees.size(i) > 1) for item in items]
     classes = torch.unique(graphs.y).tolist()
     groups = {c: [items[g] for g in (graphs.y == c).nonzero().flatten().tolist()] for c in classes}
 
@@ -107,7 +113,8 @@ def distil(
             found[least] = mined(least, now[least])
         if not chosen:
             raise UserError(
-                f"mirage: no support gives every class an itemset within {budget:g} of the {graphs.num_nodes} training nodes; raise budget, or set "
+                f"mirage: no support gives every class an itemset within {budget:g} of the {graphs.num_nodes} training "
+                "nodes; raise budget, or set "
                 f"{'longest to limit itemsets' if opt.shared else 'shared: keep'}."
             )
     made = union(
@@ -115,19 +122,21 @@ def distil(
         [c for c, one in chosen.items() for _ in one.itemsets],
         [float(s) for one in chosen.values() for s in one.support],
     )
-    return Distilled(
+    return DistilledGraphs(
         made, thresholds, any(p.truncated for p in chosen.values()), trees, tree_seconds, time.perf_counter() - started
     )
 
 
 def random_graphs(graphs: Graphs, nodes: int, *keys: int | str) -> Tensor:
-    """Ids of random graphs, the classes in turn, until the next would pass `nodes` nodes in all; at least one of each class."""
+    """Ids of random graphs, the classes in turn, until the next would pass `nodes` nodes in all; at least one of each
+    class."""
     orders = [(graphs.y == c).nonzero().flatten() for c in torch.unique(graphs.y)]
     return _in_turn([rows[permutation(len(rows), "random", *keys, c)] for c, rows in enumerate(orders)], graphs, nodes)
 
 
 def herded_graphs(graphs: Graphs, nodes: int, trees: TreeClasses) -> Tensor:
-    """Ids by herding: in each class, the next graph is the one that brings the mean of its tree frequencies closest to that of the class."""
+    """Ids by herding: in each class, the next graph is the one that brings the mean of its tree frequencies closest to
+    that of the class."""
     places = graphs.graph_of * len(trees) + trees.of_node
     counts = torch.bincount(places, minlength=len(graphs) * len(trees)).view(len(graphs), len(trees)).float()
     counts /= counts.sum(1, keepdim=True)
@@ -172,7 +181,8 @@ def _thresholds(support: Mapping[int, float], sizes: Mapping[int, int]) -> dict[
     for c in support:
         if c not in sizes:
             raise UserError(
-                f"mirage: support names class {c}, but the training graphs have the classes {', '.join(map(str, sizes))}."
+                f"mirage: support names class {c}, but the training graphs have the classes "
+                f"{', '.join(map(str, sizes))}."
             )
     for c in sizes:
         if c not in support:
@@ -182,6 +192,8 @@ def _thresholds(support: Mapping[int, float], sizes: Mapping[int, int]) -> dict[
     return {c: max(1, round(support[c] * sizes[c])) if support[c] < 1 else int(support[c]) for c in sizes}
 
 
-def _empty(c: int, theta: str, opt: Options, remedy: str) -> str:
+def _empty(c: int, theta: str, opt: Options, hint: str) -> str:
     why = "" if opt.shared else " that is not as frequent in another class"
-    return f"mirage: class {c} has no set of trees in {theta}{why}; {remedy}{'' if opt.shared else ', or set shared: keep'}."
+    return (
+        f"mirage: class {c} has no set of trees in {theta}{why}; {hint}{'' if opt.shared else ', or set shared: keep'}."
+    )

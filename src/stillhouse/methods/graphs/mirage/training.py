@@ -23,8 +23,9 @@ Sampling = Literal["uniform", "frequency"]
 AT_ONCE = 512  # graphs of one forward pass when a network is tested
 
 
-class Drawn:
-    """Draws from a set of graphs, as data for `Loader`: `uniform` takes every graph equally often; `frequency` draws a class, then a graph by weight.
+class GraphDraws:
+    """Draws from a set of graphs, as data for `Loader`: `uniform` takes every graph equally often; `frequency` draws a
+    class, then a graph by weight.
 
     Args:
         graphs: at least one.
@@ -41,7 +42,8 @@ class Drawn:
         return self.draws
 
     def labels(self) -> Tensor:
-        """(draws,) classes; of `frequency`, those of the graphs in turn, as the draws of an epoch are not known before it."""
+        """(draws,) classes; of `frequency`, those of the graphs in turn, as the draws of an epoch are not known before
+        it."""
         return self.graphs.y[torch.arange(self.draws) % len(self.graphs)]
 
     def rows(self, at: BatchKey, seed: int) -> Tensor:
@@ -52,7 +54,9 @@ class Drawn:
         draw = uniforms(key(seed, "mirage", at.epoch), index, 2)
         cls = (draw[:, 0] * len(self._rows)).astype(np.int64)
         picked = [
-            self._rows[c][np.searchsorted(self._ends[c], draw[cls == c, 1], side="right").clip(max=len(self._rows[c]) - 1)]
+            self._rows[c][
+                np.searchsorted(self._ends[c], draw[cls == c, 1], side="right").clip(max=len(self._rows[c]) - 1)
+            ]
             for c in range(len(self._rows))
         ]
         out = np.empty(len(index), dtype=np.int64)
@@ -64,7 +68,7 @@ class Drawn:
         return as_batch(self.graphs.select(self.rows(at, seed)))
 
 
-class Classifying(nn.Module):
+class ClassificationModule(nn.Module):
     """A graph network and its loss, cross-entropy in nats."""
 
     def __init__(self, network: GraphNetwork) -> None:
@@ -79,23 +83,42 @@ class Classifying(nn.Module):
 
 
 def trained(
-    network: GraphNetwork, graphs: Graphs, parts: Mapping[str, Graphs], spec: TrainSpec, run: Run, name: str, draws: int, sampling: Sampling
+    network: GraphNetwork,
+    graphs: Graphs,
+    parts: Mapping[str, Graphs],
+    spec: TrainSpec,
+    run: Run,
+    name: str,
+    draws: int,
+    sampling: Sampling,
 ) -> dict[str, float]:
-    """Train on a set and test on `parts`, `val` and `test`: `auc` and `accuracy` of the test part, `val_auc`, and seconds an epoch."""
-    loader = Loader(Drawn(graphs, draws, sampling), min(spec.batch_size, draws), seed=key(run.seed, name) & 0xFFFFFFFF, shuffle=True)
-    fitted = run.fit(name, Classifying(network), loader, spec, evaluate=lambda m, d: scores(m, parts["val"], d))
+    """Train on a set and test on `parts`, `val` and `test`: `auc` and `accuracy` of the test part, `val_auc`, and
+    seconds an epoch."""
+    loader = Loader(
+        GraphDraws(graphs, draws, sampling),
+        min(spec.batch_size, draws),
+        seed=key(run.seed, name) & 0xFFFFFFFF,
+        shuffle=True,
+    )
+    fitted = run.fit(
+        name, ClassificationModule(network), loader, spec, evaluate=lambda m, d: scores(m, parts["val"], d)
+    )
     found = scores(network, parts["test"], run.device)
     return {**found, "val_auc": fitted.figures["auc"], "epoch_seconds": fitted.seconds / max(fitted.epochs, 1)}
 
 
 @torch.no_grad()
 def scores(network: nn.Module, graphs: Graphs, device: torch.device) -> dict[str, float]:
-    """`auc` (of class 1; with more than two classes, one against the rest, the mean over classes) and `accuracy` on the whole of a set."""
+    """`auc` (of class 1; with more than two classes, one against the rest, the mean over classes) and `accuracy` on the
+    whole of a set."""
     from sklearn.metrics import roc_auc_score
 
     network.to(device)
     with evaluating(network):
-        said = [network(to_device(as_batch(graphs.select(rows)), device)).float() for rows in torch.arange(len(graphs)).split(AT_ONCE)]
-    probs, y = torch.cat(said).softmax(-1).cpu(), graphs.y
+        logits = [
+            network(to_device(as_batch(graphs.select(rows)), device)).float()
+            for rows in torch.arange(len(graphs)).split(AT_ONCE)
+        ]
+    probs, y = torch.cat(logits).softmax(-1).cpu(), graphs.y
     auc = roc_auc_score(y, probs[:, 1]) if probs.shape[1] == 2 else roc_auc_score(y, probs, multi_class="ovr")
     return {"auc": float(auc), "accuracy": (probs.argmax(-1) == y).double().mean().item()}

@@ -1,7 +1,9 @@
-"""Computation trees: what an L-layer network sees of a node, counted up to isomorphism by colour refinement, and expanded only when asked for.
+"""Computation trees: what an L-layer network sees of a node, counted up to isomorphism by colour refinement, and
+expanded only when needed.
 
-The tree of a node has its in-neighbours as children, each of them again with all of its in-neighbours, L times (a tree of walks). Two nodes have the same
-colour after L rounds iff their trees are isomorphic with node and edge labels; a round costs a sort of the edges, and no tree is ever built for it.
+The tree of a node has its in-neighbours as children, each of them again with all of its in-neighbours, L times (a tree
+of walks). Two nodes have the same colour after L rounds iff their trees are isomorphic with node and edge labels; a
+round costs a sort of the edges, and no tree is ever built for it.
 """
 
 from __future__ import annotations
@@ -37,7 +39,8 @@ class Tree:
 
 @dataclass(frozen=True)
 class _Level:
-    """The colours of one round: label of the root, and the children as (edge label, colour of the round before), sorted."""
+    """The colours of one round: label of the root, and the children as (edge label, colour of the round before),
+    sorted."""
 
     labels: np.ndarray  # (K,)
     starts: np.ndarray  # (K + 1,)
@@ -68,7 +71,15 @@ class TreeClasses:
         source, target = graphs.edges.numpy()
         edge_labels = graphs.edge_labels.numpy()
         kinds, colour = np.unique(labels, return_inverse=True)
-        self._levels = [_Level(kinds, np.zeros(len(kinds) + 1, np.int64), np.empty(0, np.int64), np.empty(0, np.int64), [1] * len(kinds))]
+        self._levels = [
+            _Level(
+                kinds,
+                np.zeros(len(kinds) + 1, np.int64),
+                np.empty(0, np.int64),
+                np.empty(0, np.int64),
+                [1] * len(kinds),
+            )
+        ]
         for _ in range(hops):
             colour = self._refine(labels, source, target, edge_labels, colour)
         self.of_node = torch.from_numpy(colour.astype(np.int64))
@@ -90,7 +101,8 @@ class TreeClasses:
         """One tree of a class. Raises `UserError` where it has more than `largest` nodes."""
         if self.size(tree) > largest:
             raise UserError(
-                f"mirage: a {self.hops}-hop tree has {self.size(tree)} nodes, more than the {largest} that are allowed (largest_tree); use fewer hops."
+                f"mirage: a {self.hops}-hop tree has {self.size(tree)} nodes, more than the {largest} that are allowed "
+                "(largest_tree); use fewer hops."
             )
         labels: list[int] = []
         parents: list[int] = []
@@ -104,10 +116,14 @@ class TreeClasses:
             parents.append(parent)
             edges.append(edge)
             a, b = table.starts[colour], table.starts[colour + 1]
-            todo += [(level - 1, int(table.child_colours[i]), at, int(table.child_edges[i])) for i in range(b - 1, a - 1, -1)]
+            todo += [
+                (level - 1, int(table.child_colours[i]), at, int(table.child_edges[i])) for i in range(b - 1, a - 1, -1)
+            ]
         return Tree(np.array(labels), np.array(parents), np.array(edges))
 
-    def _refine(self, labels: np.ndarray, source: np.ndarray, target: np.ndarray, edge_labels: np.ndarray, colour: np.ndarray) -> np.ndarray:
+    def _refine(
+        self, labels: np.ndarray, source: np.ndarray, target: np.ndarray, edge_labels: np.ndarray, colour: np.ndarray
+    ) -> np.ndarray:
         """A round: (N,) colours of (label, sorted (edge label, colour) of the in-neighbours)."""
         below = len(self._levels[-1].labels)
         pair = edge_labels * below + colour[source]
@@ -154,7 +170,8 @@ def union(trees: list[list[Tree]], classes: list[int], weight: list[float]) -> G
 
 
 def skew(counts: Tensor, points: int = 200) -> tuple[np.ndarray, np.ndarray]:
-    """The share of nodes (m,) that the most frequent share (m,) of tree classes covers, thinned to at most so many points."""
+    """The share of nodes (m,) that the most frequent share (m,) of tree classes covers, thinned to at most so many
+    points."""
     falling = np.sort(counts.numpy())[::-1].cumsum()
     at = np.unique(np.linspace(0, len(falling) - 1, min(points, len(falling))).astype(int))
     return (at + 1) / len(falling), falling[at] / falling[-1]

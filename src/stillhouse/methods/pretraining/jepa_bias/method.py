@@ -1,23 +1,29 @@
-"""JEPA bias: which features a deep linear JEPA learns first and how strongly, against a masked auto-encoder, in theory and in simulation.
+"""JEPA bias: which features a deep linear JEPA learns first and how strongly, against a masked auto-encoder, in theory
+and in simulation.
 
 paper: How JEPA Avoids Noisy Features: The Implicit Bias of Deep Linear Self Distillation Networks
 venue: NeurIPS 2024
 arxiv: 2407.03475
 task: theory of self-distillation
 family: self-distillation
-use when: it is to be known, before anything large is trained, which directions of the data a latent prediction learns and in which order
-needs: pairs (x, y) of one dimension, or the features' covariances lam and regression coefficients rho; no labels, no teacher
+use when: before training anything large, you want to know which directions of the data a latent prediction learns, and
+in which order
+needs: pairs (x, y) of one dimension, or the features' covariances lam and regression coefficients rho; no labels, no
+teacher
 
-JEPA predicts its own encoding of y (detached, without an average) from that of x, MAE predicts y. From a balanced start aligned with the common
-eigenbasis all features evolve by themselves: `theory.py` has their curves, ends and critical times (JEPA in closed form; MAE too but for one smooth
-quadrature), `linear.py` the networks, whose flow is integrated with adaptive steps, or by plain gradient descent (`integrator: descent`). Times are
-of the layer scale w reaching `share` of its end; the encoder's gain is w^L. With `features` the study is of numbers, with `data` of images in their
-principal components with noise added, beside noisy nuisance coordinates (the moments are then exact, the noise being known). `nonlinear` adds a ReLU
-encoder under Adam, a demonstration outside the theory. The claim is conditional: at equal lam JEPA of two or more layers learns the larger rho first;
-at unequal lam the order may not change, and the relative gap vanishes with the layer scale. Only a start that is aligned is exact, and for JEPA it
-is not stable: where a feature was learned before one of larger rho, rounding errors grow until the latter takes over its place, long before its own
-critical time, and the former has to be learned anew (seen in the recipe's `paper`; `jepa_time_error` tells). The ReLU networks have no biases and
-JEPA's predictor starts at a small multiple of the identity [choices], without which its encodings run to a constant.
+JEPA predicts its own encoding of y (detached, without an average) from that of x, MAE predicts y. From a balanced start
+aligned with the common eigenbasis all features evolve by themselves: `theory.py` has their curves, ends and critical
+times (JEPA in closed form; MAE too but for one smooth quadrature), `linear.py` the networks, whose flow is integrated
+with adaptive steps, or by plain gradient descent (`integrator: descent`). Times are of the layer scale w reaching
+`share` of its end; the encoder's gain is w^L. With `features` the study is of numbers, with `data` of images in their
+principal components with noise added, and noisy nuisance coordinates (the moments are then exact, the noise being
+known). `nonlinear` adds a ReLU encoder under Adam, a demonstration outside the theory. The claim is conditional: at
+equal lam JEPA of two or more layers learns the larger rho first; at unequal lam the order may not change, and the
+relative gap vanishes with the layer scale. Only a start that is aligned is exact, and for JEPA it
+is not stable: where a feature was learned before one of larger rho, rounding errors grow until the latter takes over
+its place, long before its own critical time, and the former has to be learned again (seen in the recipe's `paper`;
+`jepa_time_error` measures it). The ReLU networks have no biases and JEPA's predictor starts at a small multiple of the
+identity [choices], without which its encodings run to a constant.
 """
 
 from __future__ import annotations
@@ -109,8 +115,9 @@ class Config(MethodConfig):
 
 @evaluates(DynamicsStudy.kind)
 def judge(product: DynamicsStudy, run: Run) -> dict[str, float]:
-    """By kind: how far simulation and closed form are apart, how near the end the encoder is; with data, the share of the encoding's energy that is
-    nuisance, the accuracy of nearest neighbours in it, and the critical time of nuisance over that of the first component."""
+    """By kind: how far simulation and closed form are apart, how near the end the encoder is; with data, the share of
+    the encoding's energy that is nuisance, the accuracy of nearest neighbours in it, and the critical time of nuisance
+    over that of the first component."""
     config: Config = run.config  # type: ignore[assignment]
     out: dict[str, float] = {}
     ranks = {k: {i: place for place, i in enumerate(product.order(k))} for k in KINDS}
@@ -125,11 +132,11 @@ def judge(product: DynamicsStudy, run: Run) -> dict[str, float]:
             out[f"{k}_end_error"] = float(np.max(np.abs(product.simulated[k][-1][grows] / product.ends[k][grows] - 1)))
     if config.data is None:
         return out
-    held = pairs_of(run, config.data, config.content)
+    samples = pairs_of(run, config.data, config.content)
     (x, _, _), (x_test, _, _) = (
-        held.draw(s, torch.arange(len(held.clean[s])), "judge", s, config.seed) for s in ("train", "test")
+        samples.draw(s, torch.arange(len(samples.clean[s])), "judge", s, config.seed) for s in ("train", "test")
     )
-    labels, labels_test = held.labels["train"].numpy(), held.labels["test"].numpy()
+    labels, labels_test = samples.labels["train"].numpy(), samples.labels["test"].numpy()
     nuisance = np.arange(len(product.lam)) >= config.content.components
     energy = product.lam / product.rho
     out["raw_knn"] = knn(x.numpy(), labels, x_test.numpy(), labels_test, config.neighbours)
@@ -183,32 +190,40 @@ class Simulation:
 
 class LinearDynamics(Method[Config]):
     def plan(self, config: Config, run: Run) -> list[Stage]:
-        held = self._pairs(config, run)
-        lam, rho = self._features(config, held)
+        samples = self._pairs(config, run)
+        lam, rho = self._features(config, samples)
         stages = []
         for kind in KINDS:
             grid, steps = self._grid(config, lam, rho, kind)
             if config.simulate == "matrices":
-                does = f"follow {kind} with {config.depth} layers on {len(lam)} features to time {grid[-1]:.4g}, about {steps:,.0f} steps"
+                does = (
+                    f"follow {kind} with {config.depth} layers on {len(lam)} features to time {grid[-1]:.4g}, "
+                    f"about {steps:,.0f} steps"
+                )
                 stages.append(Stage(kind, does, steps=len(grid) - 1))
             else:
                 stages.append(
                     Stage(kind, f"the closed form of {kind} with {config.depth} layers on {len(lam)} features")
                 )
         if config.nonlinear is not None:
-            does = f"train and probe a ReLU network of {config.nonlinear.layers} x {config.nonlinear.hidden} units both ways"
+            does = (
+                f"train and probe a ReLU network of {config.nonlinear.layers} x {config.nonlinear.hidden} units "
+                "both ways"
+            )
             stages.append(Stage("nonlinear", does, steps=2 * config.nonlinear.steps))
         return stages
 
     def run(self, config: Config, run: Run) -> DynamicsStudy:
-        held = self._pairs(config, run)
-        lam, rho = self._features(config, held)
+        samples = self._pairs(config, run)
+        lam, rho = self._features(config, samples)
         names = [f"feature {i}" for i in range(len(lam))]
-        if held is not None:
+        if samples is not None:
             c = config.content
             names = [f"component {i}" for i in range(c.components)] + [f"nuisance {i}" for i in range(c.nuisance)]
         study = DynamicsStudy(names, lam, rho, config.depth, config.scale, config.share, {}, {}, {}, {}, {}, {})
-        basis = orthogonal(len(lam), "basis", config.seed) if held is None else torch.eye(len(lam), dtype=torch.float64)
+        basis = (
+            orthogonal(len(lam), "basis", config.seed) if samples is None else torch.eye(len(lam), dtype=torch.float64)
+        )
         for kind in KINDS:
             grid, _ = self._grid(config, lam, rho, kind)
             study.times[kind] = critical_time(lam, rho, config.depth, config.scale, kind, config.share)
@@ -226,9 +241,9 @@ class LinearDynamics(Method[Config]):
                 study.encoders[kind] = encoder(simulation.weights).numpy()
                 study.figures |= {f"{kind}_seconds": seconds, f"{kind}_leakage": leakage(simulation.weights, basis)}
         if config.nonlinear is not None:
-            assert held is not None
+            assert samples is not None
             for kind in KINDS:
-                trainer = Trainer(held, config.nonlinear, kind, config.seed, config.neighbours)
+                trainer = Trainer(samples, config.nonlinear, kind, config.seed, config.neighbours)
                 state = {"model": trainer.model, "optimizer": trainer.optimizer, "trainer": trainer}
                 run.loop(f"nonlinear.{kind}", state, trainer.step, config.nonlinear.steps)
                 study.probes[kind] = trainer.curves
@@ -240,16 +255,18 @@ class LinearDynamics(Method[Config]):
         return None if config.data is None else pairs_of(run, config.data, config.content)
 
     @staticmethod
-    def _features(config: Config, held: Pairs | None) -> tuple[Array, Array]:
+    def _features(config: Config, samples: Pairs | None) -> tuple[Array, Array]:
         """lam and rho, (d,). Raises `UserError` for a feature without variance."""
-        assert config.features is not None or held is not None
-        lam, rho = config.features.numbers() if config.features is not None else held.numbers()  # type: ignore[union-attr]
+        source = config.features or samples
+        assert source is not None  # as Config's validator has it
+        lam, rho = source.numbers()
         Moments.of_features(lam, rho)
         return lam.numpy(), rho.numpy()
 
     @staticmethod
     def _grid(config: Config, lam: Array, rho: Array, kind: Kind) -> tuple[Array, float]:
-        """The recorded times, from 0 until all that is learned has settled, and about how many steps a simulation takes.
+        """The recorded times, from 0 until all that is learned has settled, and about how many steps a simulation
+        takes.
 
         Raises:
             UserError: nothing is learned, or a simulation beyond the budget.
@@ -271,8 +288,10 @@ class LinearDynamics(Method[Config]):
         )
         if config.simulate == "matrices" and not steps <= config.integrator.budget:
             raise UserError(
-                f"jepa_bias: {kind} with {config.depth} layers from scale {config.scale:g} settles at time {last:.4g}, which takes about {steps:.3g} "
-                f"steps, beyond integrator.budget {config.integrator.budget}; raise scale, lower depth, or take simulate: modes."
+                f"jepa_bias: {kind} with {config.depth} layers from scale {config.scale:g} settles at time {last:.4g}, "
+                f"which takes about {steps:.3g} "
+                f"steps, beyond integrator.budget {config.integrator.budget}; raise scale, lower depth, or take "
+                "simulate: modes."
             )
         if (
             config.integrator.name == "descent"
@@ -280,6 +299,7 @@ class LinearDynamics(Method[Config]):
             and config.simulate == "matrices"
         ):
             raise UserError(
-                f"jepa_bias: integrator.step {config.integrator.step:g} is too long for a rate of {rate:.3g}; take {0.1 / rate:.2g} or less."
+                f"jepa_bias: integrator.step {config.integrator.step:g} is too long for a rate of {rate:.3g}; take "
+                f"{0.1 / rate:.2g} or less."
             )
         return np.concatenate([[0.0], np.geomspace(first / 20, last, config.points - 1)]), math.ceil(steps)

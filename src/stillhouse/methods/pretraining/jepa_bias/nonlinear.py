@@ -1,4 +1,5 @@
-"""The small case that the theory does not cover: a ReLU encoder under Adam, JEPA against MAE on the same pairs, probed while it learns."""
+"""The small case that the theory does not cover: a ReLU encoder under Adam, JEPA against MAE on the same pairs, probed
+while it learns."""
 
 from __future__ import annotations
 
@@ -30,7 +31,8 @@ class NonlinearSpec(Spec):
 
 
 class Learner(nn.Module):
-    """Encoder and linear predictor, without biases, which JEPA would use to make every encoding alike; the loss is the theory's, over mini-batches.
+    """Encoder and linear predictor, without biases, which JEPA would use to make every encoding alike; the loss is the
+    theory's, over mini-batches.
 
     Args:
         inputs: d of x and y.
@@ -46,7 +48,11 @@ class Learner(nn.Module):
             at = spec.hidden
         self.encoder = nn.Sequential(*layers, nn.Linear(at, spec.dim, bias=False))
         self.predictor = nn.Linear(spec.dim, spec.dim if kind == "jepa" else inputs, bias=False)
-        if kind == "jepa":  # as in the theory, V starts as a small multiple of the identity; a random one makes the embedding jump at first
+        if (
+            kind == "jepa"
+            # as in the theory, V starts as a small multiple of the identity; a random one makes the embedding jump at
+            # first
+        ):
             nn.init.eye_(self.predictor.weight).data.mul_(spec.start)
         self.kind = kind
 
@@ -72,7 +78,9 @@ class Trainer:
         self.curves: dict[str, list[float]] = {}
 
     def step(self, i: int) -> dict[str, Tensor]:
-        rows = torch.randint(len(self.pairs.clean["train"]), (self.spec.batch,), generator=generator("rows", self.seed, i))
+        rows = torch.randint(
+            len(self.pairs.clean["train"]), (self.spec.batch,), generator=generator("rows", self.seed, i)
+        )
         x, y, _ = self.pairs.draw("train", rows, "nonlinear", self.seed, i)
         self.optimizer.zero_grad()
         value = self.model((x @ self.turn).float(), (y @ self.turn).float())
@@ -86,14 +94,19 @@ class Trainer:
 
     @torch.no_grad()
     def probe(self) -> dict[str, float]:
-        """R^2 of a ridge regression from the embedding to the clean components and to the shared nuisance, kNN accuracy, and the embedding's size."""
+        """R^2 of a ridge regression from the embedding to the clean components and to the shared nuisance, kNN
+        accuracy, and the embedding's size."""
         from sklearn.linear_model import Ridge
         from sklearn.metrics import r2_score
 
         found: dict[str, tuple[np.ndarray, np.ndarray, np.ndarray]] = {}
         for split in ("train", "test"):
             x, _, clean = self.pairs.draw(split, torch.arange(len(self.pairs.clean[split])), "probe", split, self.seed)
-            found[split] = self.model.encoder((x @ self.turn).float()).numpy(), clean.numpy(), self.pairs.labels[split].numpy()
+            found[split] = (
+                self.model.encoder((x @ self.turn).float()).numpy(),
+                clean.numpy(),
+                self.pairs.labels[split].numpy(),
+            )
         (f, z, labels), (f_test, z_test, labels_test) = found["train"], found["test"]
         size = float(f.std(0).mean())
         guess = Ridge(1e-3 * max(size**2, 1e-12) * len(f)).fit(f, z).predict(f_test)

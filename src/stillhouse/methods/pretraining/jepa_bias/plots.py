@@ -1,4 +1,5 @@
-"""The study as one page, `dynamics.html`: learning curves of all features, critical times, and the probes of the non-linear case."""
+"""The study as one page, `dynamics.html`: learning curves of all features, critical times, and the probes of the
+non-linear case."""
 
 from __future__ import annotations
 

@@ -22,7 +22,8 @@ class DynamicsStudy(Product):
         names, lam, rho: of the d features.
         depth, scale, share: of the study.
         times: critical times (d,), infinite for what is never learned; ends: final gains of the encoder (d,).
-        grid: (T,) times; predicted, simulated: gains of the encoder (T, d); simulated is empty where only the closed form was asked for.
+        grid: (T,) times; predicted, simulated: gains of the encoder (T, d); simulated is empty where only the closed
+            form was computed.
         encoders: A (d, d), by which coordinates x (n, d) become x @ A.T; the end of the simulation, or the fixed point.
         probes: curves of the non-linear case, by kind.
     """
@@ -48,18 +49,19 @@ class DynamicsStudy(Product):
         return [int(i) for i in np.argsort(self.times[kind], kind="stable") if np.isfinite(self.times[kind][i])]
 
     def time_error(self, kind: Kind) -> float:
-        """The largest relative error of the simulation's clock: when the closed form says that a simulated gain is reached, against when it was.
+        """The largest relative error of the simulation's clock: the time at which the closed form reaches a simulated
+        gain, over the simulation's.
 
-        Taken where the layer scale has grown by a half and is not within a tenth of its end. Gains at a time would not tell: features switch on so
-        suddenly that a clock off by 1e-5 looks like an error of 1.
+        Taken where the layer scale has grown by a half and is not within a tenth of its end. Gains at a time are no
+        measure: features switch on so suddenly that a clock off by 1e-5 looks like an error of 1.
         """
         grows = self.ends[kind] > 0
         w, t = self.simulated[kind][:, grows] ** (1 / self.depth), self.grid[kind][:, None]
         end = self.ends[kind][grows] ** (1 / self.depth)
         inside = (w > 1.5 * self.scale) & (w < 0.9 * end)
         safe = np.where(inside, w, (self.scale + end) / 2)
-        said = theory.reaching_time(safe, self.lam[grows], self.rho[grows], self.depth, self.scale, kind)
-        return float(np.max(np.abs(said / np.maximum(t, 1e-300) - 1)[inside], initial=0.0))
+        expected = theory.reaching_time(safe, self.lam[grows], self.rho[grows], self.depth, self.scale, kind)
+        return float(np.max(np.abs(expected / np.maximum(t, 1e-300) - 1)[inside], initial=0.0))
 
     def save(self, folder: Path) -> None:
         from safetensors.numpy import save_file
@@ -82,15 +84,15 @@ class DynamicsStudy(Product):
     def load(cls, folder: Path, trust_code: bool = False) -> DynamicsStudy:
         from safetensors.numpy import load_file
 
-        meta, held = read_meta(folder), load_file(str(Path(folder) / "study.safetensors"))
+        meta, arrays = read_meta(folder), load_file(str(Path(folder) / "study.safetensors"))
         parts: dict[str, Any] = {
-            name: {k: held[f"{name}.{k}"] for k in KINDS if f"{name}.{k}" in held}
+            name: {k: arrays[f"{name}.{k}"] for k in KINDS if f"{name}.{k}" in arrays}
             for name in ("times", "ends", "grid", "predicted", "simulated", "encoders")
         }
         return cls(
             meta["names"],
-            held["lam"],
-            held["rho"],
+            arrays["lam"],
+            arrays["rho"],
             meta["depth"],
             meta["scale"],
             meta["share"],

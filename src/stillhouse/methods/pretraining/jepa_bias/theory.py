@@ -1,7 +1,9 @@
-"""The exact learning curves of deep linear JEPA and MAE from a balanced, aligned start (2407.03475), feature by feature, in float64.
+"""The exact learning curves of deep linear JEPA and MAE from a balanced, aligned start (2407.03475), feature by
+feature, in float64.
 
-A feature has a covariance lam of x and y and a regression coefficient rho = lam / var x. Every layer and the predictor carry one scalar w(t):
-JEPA dw/dt = lam w^(2L) (1 - w / rho), MAE dw/dt = lam w^L (1 - w^(L+1) / rho), from w(0) = scale. The encoder's gain is a = w^L.
+A feature has a covariance lam of x and y and a regression coefficient rho = lam / var x. Every layer and the predictor
+carry one scalar w(t): JEPA dw/dt = lam w^(2L) (1 - w / rho), MAE dw/dt = lam w^L (1 - w^(L+1) / rho), from
+w(0) = scale. The encoder's gain is a = w^L.
 """
 
 from __future__ import annotations
@@ -24,7 +26,10 @@ def velocity(w: Array, lam: Array, rho: Array, depth: int, kind: Kind) -> Array:
 
 
 def fixed_point(rho: Array | float, depth: int, kind: Kind) -> Array:
-    """Where w ends: rho for JEPA, rho^(1 / (L + 1)) for MAE; the encoder's gain there is its L-th power. Features with rho <= 0 end at 0."""
+    """Where w ends: rho for JEPA, rho^(1 / (L + 1)) for MAE; the encoder's gain there is its L-th power.
+
+    Features with rho <= 0 end at 0.
+    """
     found = np.maximum(np.asarray(rho, dtype=np.float64), 0.0)
     return found if kind == "jepa" else found ** (1 / (depth + 1))
 
@@ -40,7 +45,8 @@ def learned(lam: Array, rho: Array) -> np.ndarray[Any, np.dtype[np.bool_]]:
 
 
 def check(depth: int, scale: float, rho: Array, share: float, kind: Kind) -> None:
-    """Raise `UserError` for options out of range, and where the start is not below `share` of every learned feature's end."""
+    """Raise `UserError` for options out of range, and where the start is not below `share` of every learned feature's
+    end."""
     if depth < 1:
         raise UserError(f"jepa_bias: depth must be at least 1; given: {depth}.")
     if not scale > 0:
@@ -53,15 +59,24 @@ def check(depth: int, scale: float, rho: Array, share: float, kind: Kind) -> Non
         end = float(fixed_point(positive.min(), depth, kind))
         if scale >= share * end:
             raise UserError(
-                f"jepa_bias: the layer scale {scale:g} must be below {share:g} of where the slowest feature (rho {positive.min():g}) ends under "
+                f"jepa_bias: the layer scale {scale:g} must be below {share:g} of where the slowest feature (rho "
+                f"{positive.min():g}) ends under "
                 f"{kind}, {share * end:.4g}; lower the scale."
             )
 
 
 def critical_time(
-    lam: Array | float, rho: Array | float, depth: int, scale: float, kind: Kind, share: float = 0.5, *, of: Literal["layer", "gain"] = "layer"
+    lam: Array | float,
+    rho: Array | float,
+    depth: int,
+    scale: float,
+    kind: Kind,
+    share: float = 0.5,
+    *,
+    of: Literal["layer", "gain"] = "layer",
 ) -> Array:
-    """The time at which a feature reaches a share of its end: closed form for JEPA, closed form plus a smooth quadrature for MAE.
+    """The time at which a feature reaches a share of its end: closed form for JEPA, closed form plus a smooth
+    quadrature for MAE.
 
     Args:
         lam, rho: of the features; broadcast.
@@ -87,13 +102,17 @@ def critical_time(
 
 
 def reaching_time(w: Array, lam: Array, rho: Array, depth: int, scale: float, kind: Kind) -> Array:
-    """The exact time at which the layer scale is w, scale <= w < w*; arrays of features that are learned broadcast. The inverse of `trajectory`."""
+    """The exact time at which the layer scale is w, scale <= w < w*; arrays of features that are learned broadcast.
+
+    The inverse of `trajectory`.
+    """
     w, lam, rho = np.broadcast_arrays(np.asarray(w, dtype=np.float64), lam, rho)
     return _time(np.log(w) - np.log(fixed_point(rho, depth, kind) - w), lam, rho, depth, scale, kind)
 
 
 def trajectory(times: Array, lam: Array, rho: Array, depth: int, scale: float, kind: Kind) -> Array:
-    """w at given times: (T,) times and (d,) features -> (T, d), the exact t(w) inverted by bisection. NaN for features that are never learned.
+    """w at given times: (T,) times and (d,) features -> (T, d), the exact t(w) inverted by bisection. NaN for features
+    that are never learned.
 
     Raises:
         UserError: a start that is not below where a learned feature ends.
@@ -126,7 +145,8 @@ def _time(x: Array, lam: Array, rho: Array, depth: int, scale: float, kind: Kind
     if kind == "jepa":
         powers = sum((scale**-n - w**-n) / (n * rho ** (2 * depth - 1 - n)) for n in range(1, 2 * depth))
         return (powers + odds / rho ** (2 * depth - 1)) / lam
-    # 1 / (w^L (1 - v^(L+1))) = w^-L + (w / rho) / (1 - v^(L+1)), and v / (1 - v^(L+1)) = 1 / ((L+1) (1 - v)) + a smooth rest
+    # 1 / (w^L (1 - v^(L+1))) = w^-L + (w / rho) / (1 - v^(L+1)), and v / (1 - v^(L+1)) = 1 / ((L+1) (1 - v)) + a smooth
+    # rest
     power = np.log(w / scale) if depth == 1 else (scale ** (1 - depth) - w ** (1 - depth)) / (depth - 1)
     singular = (np.logaddexp(0, x) + np.log1p(-first)) / (depth + 1)
     half = (v - first) / 2

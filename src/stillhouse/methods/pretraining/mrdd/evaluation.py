@@ -10,7 +10,8 @@ Codes = Mapping[str, np.ndarray]
 
 
 def cluster_accuracy(labels: np.ndarray, clusters: np.ndarray) -> float:
-    """The share of samples in the right cluster under the best one-to-one matching of clusters and classes (Hungarian); (N,) ids twice."""
+    """The share of samples in the right cluster under the best one-to-one matching of clusters and classes (Hungarian);
+    (N,) ids twice."""
     from scipy.optimize import linear_sum_assignment
 
     size = int(max(labels.max(), clusters.max())) + 1
@@ -20,7 +21,8 @@ def cluster_accuracy(labels: np.ndarray, clusters: np.ndarray) -> float:
 
 
 def clustering(codes: np.ndarray, labels: np.ndarray, seed: int, repeats: int = 1) -> dict[str, float]:
-    """`cluster_acc`, `nmi` and `ari` of k-means (10 restarts, as many clusters as classes) on codes (N, D), means over repetitions."""
+    """`cluster_acc`, `nmi` and `ari` of k-means (10 restarts, as many clusters as classes) on codes (N, D), means over
+    repetitions."""
     from sklearn.cluster import KMeans
     from sklearn.metrics import adjusted_rand_score, normalized_mutual_info_score
 
@@ -53,7 +55,8 @@ def classification(
 def redundancy(
     s: np.ndarray, c: np.ndarray, s_test: np.ndarray, c_test: np.ndarray, most: int = 2000
 ) -> dict[str, float]:
-    """R^2 on test data of a regression from s to c, linear ridge and RBF kernel ridge (fitted on the first `most` samples), mean over c's dimensions."""
+    """R^2 on test data of a regression from s to c, linear ridge and RBF kernel ridge (fitted on the first `most`
+    samples), mean over c's dimensions."""
     from sklearn.kernel_ridge import KernelRidge
     from sklearn.linear_model import Ridge
     from sklearn.metrics import r2_score

@@ -1,6 +1,8 @@
-"""The mathematics of MRDD (2403.10897): masks, the two variational losses, and the upper bound of the information between the two codes.
+"""The mathematics of MRDD (2403.10897): masks, the two variational losses, and the upper bound of the information
+between the two codes.
 
-The functions keep the scale of the released code by default (`reduction="sum"`): reconstruction summed over batch and pixels, KL a mean over the batch.
+The functions keep the scale of the released code by default (`reduction="sum"`): reconstruction summed over batch and
+pixels, KL a mean over the batch.
 """
 
 from __future__ import annotations
@@ -18,10 +20,16 @@ Reduction = Literal["sum", "sample"]
 
 
 def check_mask(shape: Sequence[int], patch: int, ratio: float) -> int:
-    """The number of patches of images (..., H, W). Raises `UserError` where patches do not tile the image, or for a ratio outside [0, 1)."""
+    """The number of patches of images (..., H, W).
+
+    Raises `UserError` where patches do not tile the image, or for a ratio outside [0, 1).
+    """
     h, w = shape[-2:]
     if patch < 1 or h % patch or w % patch:
-        raise UserError(f"mrdd: patches of {patch} x {patch} pixels do not tile views of {h} x {w}; choose a patch size that divides both.")
+        raise UserError(
+            f"mrdd: patches of {patch} x {patch} pixels do not tile views of {h} x {w}; choose a patch size that "
+            "divides both."
+        )
     if not 0 <= ratio < 1:
         raise UserError(f"mrdd: the mask ratio must be at least 0 and below 1; given: {ratio}.")
     return (h // patch) * (w // patch)
@@ -35,8 +43,8 @@ def mask_image(images: Tensor, scores: Tensor, patch: int, ratio: float) -> tupl
         scores: (B, P), P = (H / patch)(W / patch), rows first; uniform draws in training.
 
     Returns:
-        The masked images (B, C, H, W), and the visible patches (B, P - int(ratio * P), patch * patch * C) in the order of their scores,
-        each flattened as (row, column, channel).
+        The masked images (B, C, H, W), and the visible patches (B, P - int(ratio * P), patch * patch * C) in the order
+        of their scores, each flattened as (row, column, channel).
 
     Raises:
         UserError: see `check_mask`; scores of another shape.
@@ -44,12 +52,17 @@ def mask_image(images: Tensor, scores: Tensor, patch: int, ratio: float) -> tupl
     count = check_mask(images.shape, patch, ratio)
     b, channels, h, w = images.shape
     if scores.shape != (b, count):
-        raise UserError(f"mrdd: scores must have shape {(b, count)} for views of shape {tuple(images.shape)}; given: {tuple(scores.shape)}.")
+        raise UserError(
+            f"mrdd: scores must have shape {(b, count)} for views of shape {tuple(images.shape)}; given: "
+            f"{tuple(scores.shape)}."
+        )
     order = scores.argsort(1)
     hidden, kept = order[:, : int(ratio * count)], order[:, int(ratio * count) :]
     drop = torch.zeros(b, count, dtype=torch.bool, device=images.device).scatter_(1, hidden, True)
     drop = drop.view(b, 1, h // patch, w // patch).repeat_interleave(patch, 2).repeat_interleave(patch, 3)
-    patches = images.view(b, channels, h // patch, patch, w // patch, patch).permute(0, 2, 4, 3, 5, 1).reshape(b, count, -1)
+    patches = (
+        images.view(b, channels, h // patch, patch, w // patch, patch).permute(0, 2, 4, 3, 5, 1).reshape(b, count, -1)
+    )
     return images.masked_fill(drop, 0.0), patches.gather(1, kept[..., None].expand(-1, -1, patches.shape[-1]))
 
 
@@ -60,10 +73,13 @@ def sample_code(mean: Tensor, log_variance: Tensor, noise: Tensor) -> Tensor:
 
 @full_precision
 def reconstruction(targets: Sequence[Tensor], rebuilt: Sequence[Tensor], reduction: Reduction = "sum") -> Tensor:
-    """The squared error summed over views, channels and pixels, and over the batch (`sum`) or averaged over it (`sample`); a scalar."""
+    """The squared error summed over views, channels and pixels, and over the batch (`sum`) or averaged over it
+    (`sample`); a scalar."""
     for t, r in zip(targets, rebuilt, strict=True):
         if t.shape != r.shape:
-            raise UserError(f"mrdd: a view of shape {tuple(t.shape)} was rebuilt with shape {tuple(r.shape)}; they must be equal.")
+            raise UserError(
+                f"mrdd: a view of shape {tuple(t.shape)} was rebuilt with shape {tuple(r.shape)}; they must be equal."
+            )
     total = torch.stack([(t - r).square().sum() for t, r in zip(targets, rebuilt, strict=True)]).sum()
     return total if reduction == "sum" else total / len(targets[0])
 
@@ -97,7 +113,7 @@ def variational_loss(
 
 
 class Estimator(nn.Module):
-    """q(c | s) = N(m(s), diag exp l(s)), with l in (-1, 1): what tells how much of c can be read off s.
+    """q(c | s) = N(m(s), diag exp l(s)), with l in (-1, 1): it measures how much of c can be predicted from s.
 
     Args:
         specific, consistent: dimensions of s and c.
@@ -107,7 +123,9 @@ class Estimator(nn.Module):
     def __init__(self, specific: int, consistent: int, width: int = 100) -> None:
         super().__init__()
         self.p_mu = nn.Sequential(nn.Linear(specific, width // 2), nn.ReLU(), nn.Linear(width // 2, consistent))
-        self.p_logvar = nn.Sequential(nn.Linear(specific, width // 2), nn.ReLU(), nn.Linear(width // 2, consistent), nn.Tanh())
+        self.p_logvar = nn.Sequential(
+            nn.Linear(specific, width // 2), nn.ReLU(), nn.Linear(width // 2, consistent), nn.Tanh()
+        )
 
     def forward(self, s: Tensor) -> tuple[Tensor, Tensor]:
         """(B, specific) -> mean and log-variance of c, each (B, consistent)."""
@@ -116,13 +134,15 @@ class Estimator(nn.Module):
 
 @full_precision
 def estimator_loss(mean: Tensor, log_variance: Tensor, c: Tensor) -> Tensor:
-    """The negative log-likelihood of c under q, up to constants: mean over the batch of sum_d [(m - c)^2 / exp(l) + l]; (B, D) three times -> scalar."""
+    """The negative log-likelihood of c under q, up to constants: mean over the batch of sum_d [(m - c)^2 / exp(l) + l];
+    (B, D) three times -> scalar."""
     return ((mean - c).square() / log_variance.exp() + log_variance).sum(-1).mean()
 
 
 @full_precision
 def sampled_bound(mean: Tensor, log_variance: Tensor, c: Tensor, permutation: Tensor) -> Tensor:
-    """The sampled upper bound of I(c; s) in nats (vCLUB): c_i against c_perm(i); an upper bound only as far as q fits, and it may be negative.
+    """The sampled upper bound of I(c; s) in nats (vCLUB): c_i against c_perm(i); an upper bound only as far as q fits,
+    and it may be negative.
 
     Args:
         mean, log_variance, c: (B, D).
@@ -139,6 +159,9 @@ def sampled_bound(mean: Tensor, log_variance: Tensor, c: Tensor, permutation: Te
 
 @full_precision
 def full_bound(mean: Tensor, log_variance: Tensor, c: Tensor) -> Tensor:
-    """The same bound with every c_j in place of one: (B, D) three times -> scalar. mean_j (m - c_j)^2 = (m - mean c)^2 + var c."""
+    """The same bound with every c_j in place of one: (B, D) three times -> scalar.
+
+    mean_j (m - c_j)^2 = (m - mean c)^2 + var c.
+    """
     others = (mean - c.mean(0)).square() + c.var(0, unbiased=False)
     return 0.5 * ((others - (mean - c).square()) * (-log_variance).exp()).sum(-1).mean()

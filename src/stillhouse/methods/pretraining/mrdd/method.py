@@ -5,17 +5,20 @@ venue: CVPR 2024
 arxiv: 2403.10897
 task: multi-view representation
 family: disentangling
-use when: each sample is seen in two or more aligned views without labels, and features for clustering or a classifier are wanted
+use when: each sample is seen in two or more aligned views without labels, and features for clustering or a classifier
+are wanted
 needs: two or more views (C, H, W) of one shape in [0, 1]; labels only to judge by
 
-Stage 1 masks every view, reads them with one encoder and rebuilds all whole views from c. Stage 2 freezes it and trains, for each view, an
-auto-encoder whose decoder gets [s, c], while an upper bound of I(c; s) is lowered. The representation is [c, s of the view `best`].
-Departures: reconstruction is averaged over the batch and so are its weights chosen (`reduction: sum` is the paper's scale); c is standardised on the
-training set before stage 2; the bound is clamped at 0 (`clamp`); s at evaluation is its mean; the shared encoder normalises over all views at once;
-the rate falls once (the script's cosine rises and falls five times). A large `lam` brings the redundancy back, since the encoder then exploits the
-estimator's misfit. `specific.loss: released` is what the published code does: the encoder is trained by the estimator's likelihood alone, so that s
-predicts c. Its Gumbel-softmax code, which no published setting uses, and missing views are not offered. `views` names `image` and `edge`, or the keys
-of inputs that are mappings. For one process.
+Stage 1 masks every view, reads them with one encoder and rebuilds all whole views from c. Stage 2 freezes it and
+trains, for each view, an auto-encoder whose decoder gets [s, c], while an upper bound of I(c; s) is lowered. The
+representation is [c, s of the view `best`]. Departures: reconstruction is averaged over the batch and so are its
+weights chosen (`reduction: sum` is the paper's scale); c is standardised on the training set before stage 2; the bound
+is clamped at 0 (`clamp`); s at evaluation is its mean; the shared encoder normalises over all views at once; the rate
+falls once (the script's cosine rises and falls five times). A large `lam` brings the redundancy back, since the encoder
+then exploits the estimator's misfit. `specific.loss: released` is what the published code does: the encoder is trained
+by the estimator's likelihood alone, so that s predicts c. Its Gumbel-softmax code, which no published setting uses, and
+missing views are not offered. `views` names `image` and `edge`, or the keys of inputs that are mappings. For one
+process.
 """
 
 from __future__ import annotations
@@ -54,7 +57,7 @@ from stillhouse.runs.run import Run
 from stillhouse.signals import evaluating, to_device
 
 
-class Judging(Spec):
+class EvaluationSpec(Spec):
     """How the product is judged."""
 
     cluster: str = Field(
@@ -79,7 +82,7 @@ class Config(MethodConfig):
     reduction: Reduction = Field(
         "sample", description="Reconstruction over the batch: sample: mean; sum: as published."
     )
-    evaluate: Judging = Field(default_factory=Judging)
+    evaluate: EvaluationSpec = Field(default_factory=EvaluationSpec)
 
     @model_validator(mode="after")
     def _fits(self) -> Config:
@@ -156,13 +159,15 @@ class MultiViewEncoder(Product):
 
 @evaluates(MultiViewEncoder.kind)
 def judge(product: MultiViewEncoder, run: Run) -> dict[str, float]:
-    """Clustering and classification from c, s_best, [c, s_best] and, to compare, the pixels of all views; redundancy of s_best with c.
+    """Clustering and classification from c, s_best, [c, s_best] and, to compare, the pixels of all views; redundancy of
+    s_best with c.
 
-    `accuracy` is an SVM's on [c, s_best] and `cluster_acc`, `nmi`, `ari` are of [c, s_best]; others carry `_c`, `_s` or `_pixels`.
+    `accuracy` is an SVM's on [c, s_best] and `cluster_acc`, `nmi`, `ari` are of [c, s_best]; others carry `_c`, `_s` or
+    `_pixels`.
     """
     config: Config = run.config  # type: ignore[assignment]
     device = product.consistent.center.device
-    held: dict[str, dict[str, np.ndarray]] = {}
+    arrays: dict[str, dict[str, np.ndarray]] = {}
     for split in ("train", "test"):
         batches = []
         for batch in run.loader(config.data, split):
@@ -178,14 +183,14 @@ def judge(product: MultiViewEncoder, run: Run) -> dict[str, float]:
                     "label": batch["label"],
                 }
             )
-        held[split] = {k: torch.cat([b[k].cpu() for b in batches]).numpy() for k in batches[0]}
-    train, test = held["train"], held["test"]
-    clustered = held[config.evaluate.cluster]
+        arrays[split] = {k: torch.cat([b[k].cpu() for b in batches]).numpy() for k in batches[0]}
+    train, test = arrays["train"], arrays["test"]
+    clustered = arrays[config.evaluate.cluster]
     out: dict[str, float] = {}
     for name in ("", "c", "s", "pixels"):
         end = f"_{name}" if name else ""
-        told = evaluation.classification(train[name], train["label"], test[name], test["label"])
-        out |= {"accuracy" if (k, name) == ("svm", "") else k + end: v for k, v in told.items()}
+        accuracies = evaluation.classification(train[name], train["label"], test[name], test["label"])
+        out |= {"accuracy" if (k, name) == ("svm", "") else k + end: v for k, v in accuracies.items()}
         out |= {
             k + end: v
             for k, v in evaluation.clustering(
@@ -205,7 +210,7 @@ class DistilledDisentangling(Method[Config]):
         parts = self._parts(config, run)
         ConsistencyTraining(
             config.consistency, config.network, *parts, config.reduction
-        )  # shapes that cannot be are told before anything is trained
+        )  # refuses impossible shapes before anything is trained
         ratio, lam = config.consistency.mask_ratio, config.specific.lam
         apart = (
             "by the estimator's likelihood, as released"
@@ -228,7 +233,8 @@ class DistilledDisentangling(Method[Config]):
     def run(self, config: Config, run: Run) -> MultiViewEncoder:
         if rank_world()[1] > 1:
             raise UserError(
-                "mrdd: the estimator of the information is trained in one process; run it without accelerate's launcher."
+                "mrdd: the estimator of the information is trained in one process; run it without accelerate's "
+                "launcher."
             )
         views, count, shape = self._parts(config, run)
         consistent, figures = self._consistency(config, run)

@@ -1,4 +1,5 @@
-"""The networks of MRDD: residual convolutional encoders and decoders in the manner of VQGAN, or small dense ones, and the two kinds of code on top."""
+"""The networks of MRDD: residual convolutional encoders and decoders in the manner of VQGAN, or small dense ones, and
+the two kinds of code on top."""
 
 from __future__ import annotations
 
@@ -19,12 +20,20 @@ from stillhouse.errors import UserError
 class NetworkSpec(Spec):
     """One encoder and one decoder."""
 
-    kind: Literal["conv", "dense"] = Field("conv", description="conv: residual levels, halved between; dense: layers over all pixels of a view.")
+    kind: Literal["conv", "dense"] = Field(
+        "conv", description="conv: residual levels, halved between; dense: layers over all pixels of a view."
+    )
     width: int = Field(16, ge=1, description="conv: channels at full resolution.")
-    multipliers: list[int] = Field(default_factory=lambda: [1, 2, 4], min_length=1, description="conv: of the width, one a level.")
-    latent_channels: int = Field(8, ge=1, description="conv: channels at the lowest resolution, flattened into the code's linear layer.")
+    multipliers: list[int] = Field(
+        default_factory=lambda: [1, 2, 4], min_length=1, description="conv: of the width, one a level."
+    )
+    latent_channels: int = Field(
+        8, ge=1, description="conv: channels at the lowest resolution, flattened into the code's linear layer."
+    )
     blocks: int = Field(3, ge=1, description="conv: residual blocks a level (the decoder has one more).")
-    hidden: list[int] = Field(default_factory=lambda: [128], min_length=1, description="dense: widths of the layers, input to code.")
+    hidden: list[int] = Field(
+        default_factory=lambda: [128], min_length=1, description="dense: widths of the layers, input to code."
+    )
 
 
 def latent_shape(spec: NetworkSpec, shape: Sequence[int]) -> tuple[int, int, int]:
@@ -32,7 +41,8 @@ def latent_shape(spec: NetworkSpec, shape: Sequence[int]) -> tuple[int, int, int
     halvings = 2 ** (len(spec.multipliers) - 1)
     if shape[-2] % halvings or shape[-1] % halvings:
         raise UserError(
-            f"mrdd: {len(spec.multipliers)} levels halve a view {len(spec.multipliers) - 1} times, which {shape[-2]} x {shape[-1]} pixels do not "
+            f"mrdd: {len(spec.multipliers)} levels halve a view {len(spec.multipliers) - 1} times, which {shape[-2]} x "
+            f"{shape[-1]} pixels do not "
             f"allow; set data.image_size to a multiple of {halvings}, or give fewer network.multipliers."
         )
     return spec.latent_channels, shape[-2] // halvings, shape[-1] // halvings
@@ -52,7 +62,14 @@ def encoder(spec: NetworkSpec, shape: Sequence[int]) -> tuple[nn.Module, int]:
             at = width
         if level < len(widths) - 1:
             layers.append(nn.Sequential(nn.ZeroPad2d((0, 1, 0, 1)), nn.Conv2d(at, at, 3, stride=2)))
-    layers += [Residual(at, at), Residual(at, at), _norm(at), nn.SiLU(), nn.Conv2d(at, spec.latent_channels, 3, padding=1), nn.Flatten()]
+    layers += [
+        Residual(at, at),
+        Residual(at, at),
+        _norm(at),
+        nn.SiLU(),
+        nn.Conv2d(at, spec.latent_channels, 3, padding=1),
+        nn.Flatten(),
+    ]
     return nn.Sequential(*layers), math.prod(latent_shape(spec, shape))
 
 
@@ -63,7 +80,11 @@ def decoder(spec: NetworkSpec, code: int, shape: Sequence[int]) -> nn.Module:
     latent = latent_shape(spec, shape)
     widths = [spec.width * m for m in reversed(spec.multipliers)]
     at = widths[0]
-    layers: list[nn.Module] = [nn.Linear(code, math.prod(latent)), nn.Unflatten(1, latent), nn.Conv2d(latent[0], at, 3, padding=1)]
+    layers: list[nn.Module] = [
+        nn.Linear(code, math.prod(latent)),
+        nn.Unflatten(1, latent),
+        nn.Conv2d(latent[0], at, 3, padding=1),
+    ]
     layers += [Residual(at, at), Residual(at, at)]
     for level, width in enumerate(widths):
         for _ in range(spec.blocks + 1):

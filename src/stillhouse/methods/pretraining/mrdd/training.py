@@ -1,4 +1,5 @@
-"""The two modules that MRDD trains: masked cross-view prediction for c, and one variational auto-encoder a view for s, kept apart from c."""
+"""The two modules that MRDD trains: masked cross-view prediction for c, and one variational auto-encoder a view for s,
+with little information on c."""
 
 from __future__ import annotations
 
@@ -42,10 +43,12 @@ class ConsistencySpec(Spec):
     """Stage 1: c."""
 
     dim: int = Field(10, ge=1, description="Of c, the code that the views share.")
-    mask_ratio: float = Field(0.7, ge=0, lt=1, description="Share of each view's patches that the encoder does not see.")
+    mask_ratio: float = Field(
+        0.7, ge=0, lt=1, description="Share of each view's patches that the encoder does not see."
+    )
     patch: int = Field(2, ge=1, description="Pixels a side of a patch.")
     alpha: float = Field(1.0, gt=0, description="Weight of the reconstruction.")
-    kl: float = Field(0.1, ge=0, description="Weight of the KL, against a reconstruction in the scale that `reduction` says.")
+    kl: float = Field(0.1, ge=0, description="Weight of the KL, against a reconstruction in the scale of `reduction`.")
     train: TrainSpec = Field(default_factory=_train)
 
 
@@ -54,22 +57,34 @@ class SpecificSpec(Spec):
 
     dim: int = Field(10, ge=1, description="Of s, the code of one view.")
     kl: float = Field(0.05, ge=0, description="Weight of the KL.")
-    lam: float = Field(0.1, ge=0, description="Weight of the upper bound of I(c; s); 0: an auto-encoder that is given c.")
+    lam: float = Field(
+        0.1, ge=0, description="Weight of the upper bound of I(c; s); 0: an auto-encoder that is given c."
+    )
     width: int = Field(100, ge=2, description="Of the estimator q(c | s).")
     estimator_steps: int = Field(3, ge=1, description="Steps of the estimator a step of the encoder.")
     estimator_lr: float = Field(1e-3, gt=0, description="Learning rate of the estimator's AdamW.")
     clamp: bool = Field(True, description="Take max(bound, 0).")
     loss: Literal["alternating", "released"] = Field(
         "alternating",
-        description="alternating: as the paper says; released: as its code does, the estimator's likelihood alone, into the encoder too.",
+        description="alternating: as in the paper; released: as its code does, the estimator's likelihood alone, into "
+        "the encoder too.",
     )
     train: TrainSpec = Field(default_factory=_train)
 
 
 class ConsistencyTraining(nn.Module):
-    """Stage 1: every view is masked, one encoder reads all of them, and each decoder rebuilds its whole view from c alone."""
+    """Stage 1: every view is masked, one encoder reads all of them, and each decoder rebuilds its whole view from c
+    alone."""
 
-    def __init__(self, spec: ConsistencySpec, network: NetworkSpec, views: Views, count: int, shape: Sequence[int], reduction: Reduction) -> None:
+    def __init__(
+        self,
+        spec: ConsistencySpec,
+        network: NetworkSpec,
+        views: Views,
+        count: int,
+        shape: Sequence[int],
+        reduction: Reduction,
+    ) -> None:
         super().__init__()
         self.patches = check_mask(shape, spec.patch, spec.mask_ratio)
         self.spec, self.views, self.reduction = spec, views, reduction
@@ -81,25 +96,36 @@ class ConsistencyTraining(nn.Module):
 
     def forward(self, batch: Batch, progress: Progress) -> dict[str, Tensor]:
         views = self.views(batch["input"])
-        masked = [mask_image(x, torch.rand(len(x), self.patches, device=x.device), self.spec.patch, self.spec.mask_ratio)[0] for x in views]
+        masked = [
+            mask_image(x, torch.rand(len(x), self.patches, device=x.device), self.spec.patch, self.spec.mask_ratio)[0]
+            for x in views
+        ]
         mean, log_variance = self.student(masked)
         z = sample_code(mean, log_variance, torch.randn_like(mean))
-        terms = variational_loss(views, [d(z) for d in self.decoders], mean, log_variance, self.spec.alpha, self.spec.kl, self.reduction)
-        return {"loss": terms["reconstruction"] + terms["kl"], **terms, "active": (kl_per_dimension(mean, log_variance) > ACTIVE).sum().float()}
+        terms = variational_loss(
+            views, [d(z) for d in self.decoders], mean, log_variance, self.spec.alpha, self.spec.kl, self.reduction
+        )
+        return {
+            "loss": terms["reconstruction"] + terms["kl"],
+            **terms,
+            "active": (kl_per_dimension(mean, log_variance) > ACTIVE).sum().float(),
+        }
 
     @torch.no_grad()
     def standardise(self, codes: Tensor) -> None:
-        """Make the encoder give codes of mean 0 and deviation 1, as measured on codes (N, dim); a dimension that is constant is only centred."""
+        """Make the encoder give codes of mean 0 and deviation 1, as measured on codes (N, dim); a dimension that is
+        constant is only centred."""
         spread = codes.std(0, unbiased=False)
         self.student.center.copy_(codes.mean(0))
         self.student.spread.copy_(torch.where(spread > 1e-6, spread, torch.ones_like(spread)))
 
 
 class SpecificTraining(nn.Module):
-    """Stage 2 for one view: an auto-encoder whose decoder is given [s, c], and an estimator of c from s whose bound it lowers.
+    """Stage 2 for one view: an auto-encoder whose decoder is given [s, c], and an estimator of c from s whose bound it
+    lowers.
 
-    The encoder that gives c is frozen, in evaluation mode and outside the module tree. The estimator's steps follow each step of the encoder, with s
-    drawn anew from the same forward.
+    The encoder that gives c is frozen, in evaluation mode and outside the module tree. The estimator's steps follow
+    each step of the encoder, with s drawn again from the same forward.
     """
 
     def __init__(
@@ -119,7 +145,9 @@ class SpecificTraining(nn.Module):
         self.student = SpecificEncoder(network, shape, spec.dim)
         self.decoder = decoder(network, spec.dim + dim, shape)
         self.estimator = Estimator(spec.dim, dim, spec.width)
-        self._optimizer = torch.optim.AdamW(self.estimator.parameters(), lr=spec.estimator_lr, betas=(0.9, 0.95), weight_decay=1e-4)
+        self._optimizer = torch.optim.AdamW(
+            self.estimator.parameters(), lr=spec.estimator_lr, betas=(0.9, 0.95), weight_decay=1e-4
+        )
         self._last: tuple[Tensor, Tensor, Tensor] | None = None
 
     def param_groups(self) -> list[dict[str, Any]]:
@@ -139,12 +167,25 @@ class SpecificTraining(nn.Module):
         if self.spec.loss == "released":
             guess, doubt = self.estimator(s)
             return {"loss": estimator_loss(guess, doubt, c)}
-        terms = variational_loss([x], [self.decoder(torch.cat([s, c], -1))], mean, log_variance, kl_weight=self.spec.kl, reduction=self.reduction)
-        guess, doubt = functional_call(self.estimator, {k: v.detach() for k, v in self.estimator.named_parameters()}, (s,))
+        terms = variational_loss(
+            [x],
+            [self.decoder(torch.cat([s, c], -1))],
+            mean,
+            log_variance,
+            kl_weight=self.spec.kl,
+            reduction=self.reduction,
+        )
+        guess, doubt = functional_call(
+            self.estimator, {k: v.detach() for k, v in self.estimator.named_parameters()}, (s,)
+        )
         bound = sampled_bound(guess, doubt, c, torch.randperm(len(c), device=c.device))
         terms["bound"] = self.spec.lam * (bound.clamp_min(0) if self.spec.clamp else bound)
         self._last = (mean.detach().float(), log_variance.detach().float(), c)
-        return {"loss": torch.stack(list(terms.values())).sum(), **terms, "active": (kl_per_dimension(mean, log_variance) > ACTIVE).sum().float()}
+        return {
+            "loss": torch.stack(list(terms.values())).sum(),
+            **terms,
+            "active": (kl_per_dimension(mean, log_variance) > ACTIVE).sum().float(),
+        }
 
     def after_step(self, batch: Batch, progress: Progress, stepped: bool) -> None:
         if self._last is None:
@@ -165,7 +206,8 @@ class SpecificTraining(nn.Module):
         self._optimizer.load_state_dict(state["estimator"])
 
     def error(self, batches: Any, device: torch.device) -> float:
-        """The squared error of the rebuilt view, summed over its pixels, mean over the samples, with s and c at their means."""
+        """The squared error of the rebuilt view, summed over its pixels, mean over the samples, with s and c at their
+        means."""
         total, seen = torch.zeros((), dtype=torch.float64, device=device), 0
         with evaluating(self):
             for batch in batches:

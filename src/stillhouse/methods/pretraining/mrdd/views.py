@@ -1,4 +1,5 @@
-"""Views of a sample: made from one image (itself, its edges), or brought by a data set whose inputs are mappings of images."""
+"""Views of a sample: made from one image (itself, its edges), or given by a data set whose inputs are mappings of
+images."""
 
 from __future__ import annotations
 
@@ -18,7 +19,7 @@ def edges(images: Tensor) -> Tensor:
     return F.max_pool2d(images, 3, stride=1, padding=1) - images
 
 
-MADE = {"image": lambda x: x, "edge": edges}
+DERIVED = {"image": lambda x: x, "edge": edges}
 """Name -> how a view is made from an image in [0, 1]."""
 
 
@@ -27,7 +28,7 @@ class ViewMaker:
     """A loader's input as the named views, in order.
 
     Args:
-        names: of `MADE`, or keys of inputs that are mappings (whose images are in [0, 1]).
+        names: of `DERIVED`, or keys of inputs that are mappings (whose images are in [0, 1]).
         mean, std: what the loader subtracted and divided by, per channel, which is undone.
     """
 
@@ -36,7 +37,10 @@ class ViewMaker:
     std: tuple[float, ...] = ()
 
     def __call__(self, inputs: Any) -> list[Tensor]:
-        """V tensors (B, C, H, W). Raises `UserError` for a name that is not there, fewer than two views, or shapes that differ."""
+        """V tensors (B, C, H, W).
+
+        Raises `UserError` for a name that is not there, fewer than two views, or shapes that differ.
+        """
         if len(self.names) < 2:
             raise UserError(f"mrdd: needs at least two views; given: {', '.join(self.names) or 'none'}.")
         if isinstance(inputs, Mapping):
@@ -46,13 +50,15 @@ class ViewMaker:
             views = [inputs[name].float() for name in self.names]
         else:
             for name in self.names:
-                if name not in MADE:
-                    raise unknown("view", name, MADE)
+                if name not in DERIVED:
+                    raise unknown("view", name, DERIVED)
             image = inputs.float()
             if self.mean:
                 shape = (1, -1, 1, 1)
-                image = image * torch.tensor(self.std, device=image.device).view(shape) + torch.tensor(self.mean, device=image.device).view(shape)
-            views = [MADE[name](image.clamp(0, 1)) for name in self.names]
+                image = image * torch.tensor(self.std, device=image.device).view(shape) + torch.tensor(
+                    self.mean, device=image.device
+                ).view(shape)
+            views = [DERIVED[name](image.clamp(0, 1)) for name in self.names]
         if any(v.ndim != 4 or v.shape != views[0].shape for v in views):
             shapes = ", ".join(f"{n} {tuple(v.shape)}" for n, v in zip(self.names, views))
             raise UserError(f"mrdd: all views of a sample must be images of one shape (B, C, H, W); given: {shapes}.")
