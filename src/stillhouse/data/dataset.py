@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from stillhouse.data.augment import crop_flip, mix, partners, resize
 from stillhouse.data.drawn import arrays, crop_and_flip, listening
+from stillhouse.data.images import as_channels, from_array
 from stillhouse.errors import UserError
 from stillhouse.functional.pictures import normalise
 from stillhouse.randomness import key as keys
@@ -194,9 +195,9 @@ class ItemInputs:
 
         value = self.item(position)
         if isinstance(value, np.ndarray):
-            value = Image.fromarray(value)
+            value = from_array(value, f"Sample {position}")
         if isinstance(value, Image.Image):
-            value = value.convert("L" if self.shape[0] == 1 else "RGB")
+            value = as_channels(value, self.shape[0], f"Sample {position}")
         if self.transform is not None:
             try:
                 value = self.transform(value)

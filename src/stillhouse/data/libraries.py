@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,9 @@ from torch import Tensor
 
 from stillhouse.config.specs import DataSpec
 from stillhouse.data.dataset import as_tensor
-from stillhouse.data.parquet import DecodedImages
+from stillhouse.data.images import channels, from_array, open_image, standard
+from stillhouse.data.labels import unnamed, whole_numbers
+from stillhouse.data.parquet import DECODER, DecodedImages, cell_is_grey, decoded
 from stillhouse.data.source import IMAGENET_MEAN, IMAGENET_STD, SMALL, Samples, Source, evenly, existing, in_memory
 from stillhouse.errors import MissingExtra, UserError, nearest, unknown
 from stillhouse.files import cache_folder, digest
@@ -57,12 +59,14 @@ def torchvision(name: str, spec: DataSpec, root: Path) -> Source:
     if sets["test"] is None:
         sets["test"], sets["val"] = sets["val"], None
     samples = {split: None if s is None else _torchvision_samples(s, f"torchvision:{name}") for split, s in sets.items()}
-    return _source(samples, getattr(sets["train"], "classes", None), flip=name not in WRITTEN)
+    return _source(samples, getattr(sets["train"], "classes", None), f"torchvision:{name}", flip=name not in WRITTEN)
 
 
 def _torchvision_split(cls: Any, arguments: dict[str, Any], root: Path, takes: Any) -> Any:
     """An instance; downloaded only where its files are missing. None: it has no such split."""
-    place = {"root": str(root)} if "root" in takes else {}
+    place: dict[str, Any] = {"root": str(root)} if "root" in takes else {}
+    if "loader" in takes:
+        place["loader"] = open_image
     try:
         return cls(**place, **arguments)
     except ValueError as error:
@@ -88,7 +92,7 @@ def _torchvision_split(cls: Any, arguments: dict[str, Any], root: Path, takes: A
 
 def _torchvision_samples(found: Any, what: str) -> Samples:
     labels = next((getattr(found, name) for name in ("targets", "labels", "_labels") if hasattr(found, name)), None)
-    labels = _int_labels([found[i][1] for i in range(len(found))] if labels is None else labels, what)
+    labels = whole_numbers([found[i][1] for i in range(len(found))] if labels is None else labels, what)
     data = getattr(found, "data", None)
     data = torch.from_numpy(data) if isinstance(data, np.ndarray) else data
     if isinstance(data, Tensor) and data.dtype == torch.uint8 and data.ndim in (3, 4) and len(data) == len(labels):
@@ -133,8 +137,16 @@ def hf(repo: str, spec: DataSpec, root: Path) -> Source:
     features = chosen["train"].features
     image = _hf_column(features, own["image_column"], ["image", "img"], "image_column", repo)
     label = _hf_column(features, own["label_column"], ["label", "labels", "fine_label"], "label_column", repo)
-    samples = {split: None if s is None else _hf_samples(s, image, label, f"hf:{repo}") for split, s in chosen.items()}
-    return _source(samples, getattr(features[label], "names", None))
+    columns = {split: _Column.of(table, image, f"hf:{repo} ({split})") for split, table in chosen.items() if table is not None}
+    samples = {split: column.samples(chosen[split], label) for split, column in columns.items()}
+    depth = None
+    if columns["train"].encoded:
+        size = columns["train"].item(0).size
+        depth = channels(grey for column in columns.values() for grey in column.grey())
+        if max(size) <= SMALL:
+            for split, column in columns.items():
+                column.decode_once(samples[split], (depth, size[1], size[0]))
+    return _source(samples, getattr(features[label], "names", None), f"hf:{repo}", depth=depth)
 
 
 def _hf_column(features: Any, asked: str | None, usual: list[str], option: str, repo: str) -> str:
@@ -144,29 +156,50 @@ def _hf_column(features: Any, asked: str | None, usual: list[str], option: str, 
     return chosen
 
 
-def _hf_samples(table: Any, image: str, label: str, what: str) -> Samples:
-    labels = _int_labels(list(table[label]), what)
-    rows = _Column(table.select_columns([image]), image)
-    samples = _sampled(labels, rows.item)
-    first = rows.item(0) if len(labels) else None
-    if isinstance(first, Image.Image) and max(first.size) <= SMALL:
-        shape = (1 if first.mode in ("1", "L") else 3, first.height, first.width)
-        samples.pixels = DecodedImages(rows.read, len(labels), shape, cache_folder() / "images" / digest(table._fingerprint, image))
-    return samples
-
-
 @dataclass
 class _Column:
-    """One column of a Hugging Face data set."""
+    """The inputs of a Hugging Face data set; images are decoded here, not by `datasets`, which opens any format."""
 
     table: Any
     name: str
+    what: str
+    identity: str
+    encoded: bool  # bytes, or {bytes, path}
+
+    @classmethod
+    def of(cls, table: Any, name: str, what: str) -> _Column:
+        import datasets
+
+        identity = table._fingerprint
+        table = table.select_columns([name])
+        if isinstance(table.features[name], datasets.Image):
+            table = table.cast_column(name, datasets.Image(decode=False))
+        first = table[0][name] if len(table) else None
+        encoded = isinstance(first, bytes) or (isinstance(first, dict) and {"bytes", "path"} >= first.keys())
+        return cls(table, name, what, identity, encoded)
 
     def item(self, position: int) -> Any:
-        return self.table[int(position)][self.name]
+        cell = self.table[int(position)][self.name]
+        return decoded(cell, self._where(int(position))) if self.encoded else cell
 
     def read(self, positions: np.ndarray) -> Iterator[Image.Image]:
         return (self.item(p) for p in positions)
+
+    def grey(self) -> Iterator[bool]:
+        """Whether each image is grey, one after the other; looks at headers alone."""
+        for start in range(0, len(self.table), 1000):
+            for i, cell in enumerate(self.table[start : start + 1000][self.name], start):
+                yield cell_is_grey(cell, self._where(i))
+
+    def samples(self, table: Any, label: str) -> Samples:
+        return _sampled(whole_numbers(list(table[label]), self.what), self.item)
+
+    def decode_once(self, samples: Samples, shape: tuple[int, ...]) -> None:
+        """Small images are kept in memory."""
+        samples.pixels = DecodedImages(self.read, len(samples), shape, cache_folder() / "images" / digest(DECODER, self.identity, self.name))
+
+    def _where(self, position: int) -> str:
+        return f"in row {position} of {self.what}"
 
 
 def file(path: str, spec: DataSpec, root: Path) -> Source:
@@ -198,7 +231,7 @@ def file(path: str, spec: DataSpec, root: Path) -> Source:
     if found["train"] is None:
         raise UserError(f"file:{path} gives None for 'train'; it must give a sequence of (input, label).")
     samples = {split: None if s is None else _own_samples(s, f"file:{path} ('{split}')") for split, s in found.items()}
-    return _source(samples, getattr(found["train"], "classes", None))
+    return _source(samples, getattr(found["train"], "classes", None), f"file:{path}")
 
 
 def _own_samples(found: Any, what: str) -> Samples:
@@ -207,7 +240,7 @@ def _own_samples(found: Any, what: str) -> Samples:
     if len(found) and not (isinstance(found[0], tuple | list) and len(found[0]) == 2):
         raise UserError(f"{what}: samples must be pairs (input, label); the first is a {type(found[0]).__name__}.")
     labels = next((getattr(found, name) for name in ("labels", "targets") if hasattr(found, name)), None)
-    return _sequence_samples(found, _int_labels([found[i][1] for i in range(len(found))] if labels is None else labels, what))
+    return _sequence_samples(found, whole_numbers([found[i][1] for i in range(len(found))] if labels is None else labels, what))
 
 
 @dataclass
@@ -235,30 +268,44 @@ def _content(value: Any) -> Any:
     return np.asarray(value.detach().cpu() if isinstance(value, Tensor) else value)
 
 
-def _int_labels(labels: Any, what: str) -> np.ndarray:
-    try:
-        return np.array([int(v) for v in labels], dtype=np.int64)
-    except (TypeError, ValueError) as error:
-        raise UserError(f"{what}: labels must be whole numbers, one a sample ({error}).") from None
+def _source(samples: Mapping[str, Samples | None], classes: Any, what: str, flip: bool = True, depth: int | None = None) -> Source:
+    """A source whose kind of input and size are those of its first training sample.
 
-
-def _source(samples: dict[str, Samples | None], classes: Any, flip: bool = True) -> Source:
-    """A source whose shape and kind of input are those of its first training sample."""
+    Args:
+        samples: by split.
+        classes: names, or None.
+        what: what messages call it.
+        flip: whether a mirrored image keeps its class.
+        depth: channels of its images, where they are known; default: 3 if any of 1,000 images of a split is in colour.
+    """
     train = samples["train"]
     assert train is not None
     parts = {k: s for k, s in samples.items() if s is not None and len(s)}
     if not parts.get("train"):
         raise UserError("The training split holds no samples.")
-    names = [str(c) for c in classes] if classes else [str(i) for i in range(max(int(s.labels.max()) for s in parts.values()) + 1)]
-    first = train.item(0)
-    first = Image.fromarray(first) if isinstance(first, np.ndarray) and first.dtype == np.uint8 else as_tensor(first)
+    names = [str(c) for c in classes] if classes else unnamed([s.labels for s in parts.values()], what)
+    first = _input(train.item(0), what)
     shape: tuple[int, ...] = ()
     if isinstance(first, Image.Image):
-        channels = 1 if first.mode in ("1", "L") else 3
+        depth = depth or channels(_grey(s.item(int(i)), what) for s in parts.values() for i in evenly(len(s), 1000))
         side = max(first.size) if max(first.size) <= SMALL else 224
-        shape = (channels, first.height, first.width) if train.pixels else (channels, side, side)
+        shape = (depth, first.height, first.width) if train.pixels else (depth, side, side)
     elif isinstance(first, Tensor):
         shape = tuple(first.shape)
+    elif not isinstance(first, Mapping):
+        raise UserError(f"{what}: inputs must be images, arrays, or mappings of arrays; the first is a {type(first).__name__}.")
     image = isinstance(first, Image.Image) or (isinstance(first, Tensor) and first.dtype == torch.uint8 and first.ndim == 3)
     usual = (None, None) if train.pixels else ((), ()) if not image else (IMAGENET_MEAN, IMAGENET_STD) if shape[0] == 3 else ((0.5,), (0.5,))
     return Source(train, names, shape, test=parts.get("test"), val=parts.get("val"), mean=usual[0], std=usual[1], flip=flip)
+
+
+def _input(value: Any, what: str) -> Any:
+    """An image where it is one, else a tensor or what it was."""
+    if isinstance(value, np.ndarray) and value.dtype in (np.uint8, np.uint16) and value.ndim in (2, 3):
+        value = from_array(value, f"{what}: the first input")
+    return standard(value, f"{what}: the first input") if isinstance(value, Image.Image) else as_tensor(value)
+
+
+def _grey(value: Any, what: str) -> bool:
+    found = _input(value, what)
+    return isinstance(found, Image.Image) and found.mode == "L"

@@ -11,13 +11,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 from pydantic import Field, ValidationError
 from torchvision import tv_tensors
 
 from stillhouse.config.messages import spell
 from stillhouse.config.specs import DataSpec, Spec
 from stillhouse.data.augment import transforms
+from stillhouse.data.images import EXTENSIONS, is_system, open_image, open_mask, upright_size
 from stillhouse.data.samples import Sample, SampleBundle, SampleDataset
 from stillhouse.data.source import IMAGENET_MEAN, IMAGENET_STD, existing, find_root
 from stillhouse.data.split import balanced, stratified
@@ -28,7 +28,6 @@ from stillhouse.functional.ragged import IGNORE
 from stillhouse.tasks.segmentation import Segmentation
 
 CAMVID = ["sky", "building", "pole", "road", "pavement", "tree", "sign", "fence", "car", "pedestrian", "bicyclist"]
-IMAGES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff")
 
 
 class Options(Spec):
@@ -51,7 +50,7 @@ class _Pairs:
     @classmethod
     def found(cls, folder: Path, options: Options) -> _Pairs:
         images, masks = (
-            {p.stem: p for p in sorted((folder / name).iterdir()) if p.suffix.lower() in IMAGES and not p.name.startswith(".")}
+            {p.stem: p for p in sorted((folder / name).iterdir()) if p.suffix.lower() in EXTENSIONS and not is_system(p.name)}
             if (folder / name).is_dir()
             else {}
             for name in (options.images, options.labels)
@@ -81,7 +80,7 @@ def load(spec: DataSpec, data_root: str | Path | None = None) -> SampleBundle:
         splits[split] = np.arange(start, start + len(part.images))
         start += len(part.images)
     splits = _cut(splits, spec)
-    sizes = {_size(p) for p in everything.images}
+    sizes = {upright_size(p) for p in everything.images}
     size = _wanted(spec, sizes, base)
     task = Segmentation(tuple(options.classes), size, IMAGENET_MEAN, IMAGENET_STD)
     source = _Source(everything, options, size, len(sizes) == 1)
@@ -108,15 +107,10 @@ class _Source:
     def read(self, position: int) -> Sample:
         """The image as uint8 (3, H, W), and its mask (H, W) with -100 where nothing counts."""
         image, mask = self.files.images[position], self.files.masks[position]
-        with Image.open(image, formats=["PNG", "JPEG", "BMP", "WEBP", "TIFF"]) as opened:
-            pixels = torch.from_numpy(np.array(opened.convert("RGB"))).permute(2, 0, 1)
-        with Image.open(mask, formats=["PNG", "BMP", "TIFF"]) as opened:
-            ids = torch.from_numpy(np.array(opened).astype(np.int64))
-        if ids.ndim != 2 or ids.shape != pixels.shape[-2:]:
-            raise UserError(
-                f"The mask '{mask}' has shape {tuple(ids.shape)}, but its image is {tuple(pixels.shape[-2:])}; "
-                "a mask holds one class id a pixel, and not colours."
-            )
+        pixels = torch.from_numpy(np.array(open_image(image).convert("RGB"))).permute(2, 0, 1)
+        ids = torch.from_numpy(open_mask(mask))
+        if ids.shape != pixels.shape[-2:]:
+            raise UserError(f"The mask '{mask}' has shape {tuple(ids.shape)}, but its image is {tuple(pixels.shape[-2:])}; they must be alike.")
         if self.options.ignore is not None:
             ids = ids.masked_fill(ids == self.options.ignore, IGNORE)
         wrong = ids[(ids != IGNORE) & (ids >= len(self.options.classes))]
@@ -186,11 +180,6 @@ def _wanted(spec: DataSpec, sizes: set[tuple[int, int]], base: Path) -> tuple[in
     if len(sizes) > 1:
         raise UserError(f"The images in '{base}' have {len(sizes)} sizes; set data.image_size, such as [256, 256].")
     return next(iter(sizes))
-
-
-def _size(path: Path) -> tuple[int, int]:
-    with Image.open(path, formats=["PNG", "JPEG", "BMP", "WEBP", "TIFF"]) as image:
-        return image.height, image.width
 
 
 def _cut(splits: dict[str, np.ndarray], spec: DataSpec) -> dict[str, np.ndarray]:

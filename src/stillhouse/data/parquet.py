@@ -5,12 +5,12 @@ Cached arrays are written beside and renamed, so two processes may fill the cach
 
 from __future__ import annotations
 
-import io
 import json
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +20,13 @@ from PIL import Image
 from torch import Tensor
 
 from stillhouse.config.specs import DataSpec
+from stillhouse.data.images import as_channels, channels, is_grey, is_system, open_image
+from stillhouse.data.labels import class_order, ids_of, read_labels, unnamed
 from stillhouse.data.source import IMAGENET_MEAN, IMAGENET_STD, SMALL, Samples, Source, existing
 from stillhouse.errors import UserError, unknown
 from stillhouse.files import cache_folder, digest
 
+DECODER = 2  # counts up where decoded pixels change, so that no older cache is read
 SPLIT_NAMES = {"train": "train", "test": "test", "val": "val", "valid": "val", "validation": "val"}
 
 
@@ -40,7 +43,7 @@ def parquet(path: str, spec: DataSpec, root: Path) -> Source:
 
 def read_splits(path: Path, image_column: str | None, label_column: str | None) -> Source:
     """The splits of a Parquet file or folder. Raises `UserError` for no files, or a column that is not there."""
-    files = sorted(path.rglob("*.parquet")) if path.is_dir() else [path]
+    files = sorted(f for f in path.rglob("*.parquet") if not any(map(is_system, f.relative_to(path).parts))) if path.is_dir() else [path]
     if not files:
         raise UserError(f"parquet: the folder '{path}' holds no .parquet files.")
     groups: dict[str, list[Path]] = {}
@@ -52,11 +55,12 @@ def read_splits(path: Path, image_column: str | None, label_column: str | None) 
     if "test" not in groups and "val" in groups:
         groups["test"] = groups.pop("val")
     tables = {split: _Table.open(members, image_column, label_column) for split, members in groups.items()}
-    head = tables["train"]
+    head, depth = tables["train"], max(table.shape[0] for table in tables.values())
     for table in tables.values():
         table.number_like(head)
+        table.shape = (depth, *table.shape[1:])
     splits = {split: table.samples() for split, table in tables.items()}
-    classes = head.classes or [str(i) for i in range(max(int(s.labels.max(initial=0)) for s in splits.values()) + 1)]
+    classes = head.classes or unnamed([s.labels for s in splits.values()], f"parquet: '{path}'")
     if splits["train"].pixels:
         return Source(splits["train"], classes, head.shape, test=splits.get("test"), val=splits.get("val"))
     return Source(splits["train"], classes, (3, 224, 224), test=splits.get("test"), val=splits.get("val"), mean=IMAGENET_MEAN, std=IMAGENET_STD)
@@ -70,14 +74,14 @@ class _Table:
     column: str
     labels: np.ndarray
     classes: list[str]
-    shape: tuple[int, ...]  # of the first image
+    shape: tuple[int, ...]  # of the first image; 3 channels if any image is in colour
     cache: Path
     _encoded: Any = None
 
     @classmethod
     def open(cls, files: list[Path], image_column: str | None, label_column: str | None) -> _Table:
         stats = [(str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns) for f in files]
-        cache = cache_folder() / "images" / digest(stats, image_column, label_column)
+        cache = cache_folder() / "images" / digest(DECODER, stats, image_column, label_column)
         head = _from_cache(cache / "head.npz")
         if head is None:
             head = _read_head([str(f) for f in files], image_column, label_column)
@@ -107,13 +111,11 @@ class _Table:
         """The images at these positions, decoded one by one."""
         encoded = self._read_encoded()
         for position in positions.tolist():
-            yield _decode(encoded[position].as_py(), f"row {position} of {', '.join(self.files)}")
+            yield decoded(encoded[position].as_py(), f"in row {position} of {', '.join(self.files)}")
 
     def _read_encoded(self) -> Any:
         if self._encoded is None:
-            import pyarrow.parquet as pq
-
-            self._encoded = pq.ParquetDataset(self.files).read(columns=[self.column]).column(self.column)
+            self._encoded = read_columns(self.files, [self.column]).column(self.column)
         return self._encoded
 
     def __getstate__(self) -> dict[str, Any]:
@@ -122,29 +124,87 @@ class _Table:
 
 def _read_head(files: list[str], image_column: str | None, label_column: str | None) -> dict[str, Any]:
     """Labels, class names, and the first image's shape."""
+    schema = read_schema(files[0])
+    image = _column(schema.names, image_column, ["img", "image"], files[0], "image_column")
+    label = _column(schema.names, label_column, ["label", "labels", "fine_label"], files[0], "label_column")
+    column = read_columns(files, [label]).column(label)
+    if not len(column):
+        raise UserError(f"parquet: '{files[0]}' holds no samples.")
+    classes = class_names(schema, label) or []
+    labels, classes = _numbered(column, classes, f"parquet: '{files[0]}'")
+    encoded = _cells(files, image)
+    first = next(encoded)
+    picture = decoded(first, f"in row 0 of {files[0]}")
+    depth = channels(cell_is_grey(c, f"in row {i} of {', '.join(files)}") for i, c in enumerate(chain([first], encoded)))
+    facts = {"column": image, "classes": classes, "shape": (depth, picture.height, picture.width)}
+    return {"labels": labels, "facts": np.array(json.dumps(facts))}
+
+
+def _numbered(column: Any, classes: list[str], where: str) -> tuple[np.ndarray, list[str]]:
+    """Class ids, and the names that go with them where there are any."""
+    import pyarrow as pa
+
+    if pa.types.is_integer(column.type) and not column.null_count:
+        return column.to_numpy().astype(np.int64), classes
+    labels = read_labels(column.to_pylist(), where)
+    if all(isinstance(v, int) and not isinstance(v, bool) for v in labels):
+        return np.array(labels, np.int64), classes
+    classes = classes or class_order(map(str, labels))
+    return ids_of(labels, classes, where), classes
+
+
+def read_schema(file: str) -> Any:
+    """The columns of a Parquet file. Raises `UserError` for a file that is none."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     try:
-        schema = pq.read_schema(files[0])
-        image = _column(schema.names, image_column, ["img", "image"], files[0], "image_column")
-        label = _column(schema.names, label_column, ["label", "labels", "fine_label"], files[0], "label_column")
-        column = pq.ParquetDataset(files).read(columns=[label]).column(label)
-        first = next(pq.ParquetFile(files[0]).iter_batches(batch_size=1, columns=[image]), None)
-    except (pa.ArrowInvalid, OSError) as error:
-        raise UserError(f"parquet: cannot read '{files[0]}' ({error}).") from None
-    if first is None or not len(column):
-        raise UserError(f"parquet: '{files[0]}' holds no samples.")
-    features = json.loads((schema.metadata or {}).get(b"huggingface", b"{}")).get("info", {}).get("features", {})
-    classes = features.get(label, {}).get("names") or []
-    if pa.types.is_integer(column.type):
-        labels = column.to_numpy().astype(np.int64)
-    else:
-        classes, labels = np.unique([str(v) for v in column.to_pylist()], return_inverse=True)
-        classes = classes.tolist()
-    picture = _decode(first.column(0)[0].as_py(), f"row 0 of {files[0]}")
-    shape = (1 if picture.mode in ("1", "L") else 3, picture.height, picture.width)
-    return {"labels": labels, "facts": np.array(json.dumps({"column": image, "classes": classes, "shape": shape}))}
+        return pq.read_schema(file)
+    except (pa.ArrowException, OSError) as error:
+        raise UserError(f"parquet: cannot read '{file}' ({error}).") from None
+
+
+def class_names(schema: Any, column: str) -> list[str] | None:
+    """The names of a ClassLabel, as Hugging Face's `datasets` writes them into a file."""
+    try:
+        names = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))["info"]["features"][column]["names"]
+    except (ValueError, KeyError, TypeError):
+        return None
+    return [str(n) for n in names] if isinstance(names, list) else None
+
+
+def read_columns(files: Sequence[str], columns: Sequence[str] | None = None) -> Any:
+    """Columns of Parquet files (default: all) as a table in memory.
+
+    Raises:
+        UserError: a file that cannot be read, or one that holds more than half of the machine's memory: a small file may, as equal rows take no space.
+    """
+    import pyarrow as pa
+
+    room = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+    batches = []
+    for file in files:
+        for batch in _batches(file, columns):
+            room -= batch.nbytes
+            if room < 0:
+                raise UserError(f"parquet: '{file}' holds more than half of this machine's memory; take fewer rows, or image files in folders.")
+            batches.append(batch)
+    return pa.Table.from_batches(batches) if batches else read_schema(files[0]).empty_table().select(columns or [])
+
+
+def _batches(file: str, columns: Sequence[str] | None, rows: int = 1024) -> Iterator[Any]:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        yield from pq.ParquetFile(file).iter_batches(batch_size=rows, columns=None if columns is None else list(columns))
+    except (pa.ArrowException, OSError, KeyError) as error:
+        raise UserError(f"parquet: cannot read '{file}' ({error}).") from None
+
+
+def _cells(files: Sequence[str], column: str) -> Iterator[Any]:
+    """The values of a column, one by one."""
+    return (cell.as_py() for file in files for batch in _batches(file, [column], 64) for cell in batch.column(0))
 
 
 def _column(names: list[str], asked: str | None, usual: list[str], file: str, option: str) -> str:
@@ -155,15 +215,22 @@ def _column(names: list[str], asked: str | None, usual: list[str], file: str, op
     return chosen
 
 
-def _decode(value: Any, where: str) -> Image.Image:
-    """An image from its encoded bytes, or from Hugging Face's {bytes, path}."""
-    data = value.get("bytes") if isinstance(value, dict) else value
-    try:
-        image = Image.open(io.BytesIO(data or b""))
-        image.load()
-        return image
-    except (OSError, SyntaxError, TypeError, ValueError) as error:
-        raise UserError(f"Cannot read the image in {where} ({error}).") from None
+def decoded(cell: Any, where: str) -> Image.Image:
+    """The image of a cell: its encoded bytes, or Hugging Face's {bytes, path}."""
+    return open_image(_encoded(cell, where), where)
+
+
+def cell_is_grey(cell: Any, where: str) -> bool:
+    """Whether the image of a cell is grey, without decoding it."""
+    return is_grey(_encoded(cell, where), where)
+
+
+def _encoded(cell: Any, where: str) -> bytes | str:
+    value = (cell.get("bytes") or cell.get("path")) if isinstance(cell, dict) else cell
+    if not isinstance(value, bytes | str) or not value:
+        given = "nothing" if not value else f"a {type(value).__name__}"
+        raise UserError(f"Cannot read the image {where}: encoded bytes, or {{bytes, path}}, are expected; the cell holds {given}.")
+    return value
 
 
 @dataclass
@@ -203,7 +270,7 @@ class DecodedImages:
                 raise UserError(
                     f"Image {positions[row]} is {image.width}x{image.height} pixels, but the first is {width}x{height}; small images must be of one size."
                 )
-            out[row] = np.asarray(image.convert("L" if channels == 1 else "RGB")).reshape(height, width, channels)
+            out[row] = np.asarray(as_channels(image, channels, f"Image {positions[row]}")).reshape(height, width, channels)
         return np.ascontiguousarray(out.transpose(0, 3, 1, 2))
 
 

@@ -107,8 +107,10 @@ def existing(path: str, root: Path) -> Path:
     """A path as given, or under the data root. Raises `UserError` with the nearest sibling."""
     tried = Path(path).expanduser()
     for candidate in (tried, root / tried):
-        if candidate.exists():
+        if candidate.is_file() or candidate.is_dir():
             return candidate
+        if candidate.exists():
+            raise UserError(f"'{candidate}' is neither a file nor a folder (a pipe or a device?); name one that is.")
     siblings = {p.name: p for place in (root / tried, tried) if place.parent.is_dir() for p in place.parent.iterdir()}
     close = nearest(tried.name, siblings, 1)
     hint = f"; did you mean '{siblings[close[0]]}'?" if close else f", nor under the data root '{root}'."

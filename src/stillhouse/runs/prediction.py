@@ -9,14 +9,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
+from stillhouse.data.images import image_files, open_image
 from stillhouse.errors import UserError
 from stillhouse.runs.products import Student, load_product
-
-FORMATS = ["PNG", "JPEG", "BMP", "WEBP", "TIFF", "GIF"]
-SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff", ".gif")
 
 
 def predict(folder: str | Path, inputs: Sequence[str], out: str | Path | None = None, trust_code: bool = False) -> Iterator[str]:
@@ -50,11 +47,11 @@ def _files(inputs: Sequence[str]) -> list[Path]:
     for given in inputs:
         path = Path(given).expanduser()
         if path.is_dir():
-            inside = sorted(p for p in path.rglob("*") if p.suffix.lower() in SUFFIXES and not p.name.startswith("."))
+            inside = [Path(p) for p in image_files(path)]
             if not inside:
                 raise UserError(f"The folder '{path}' holds no images.")
             found += inside
-        elif path.is_file():
+        elif path.exists():
             found.append(path)
         else:
             raise UserError(f"There is no image or folder '{path}'.")
@@ -62,11 +59,7 @@ def _files(inputs: Sequence[str]) -> list[Path]:
 
 
 def _decoded(path: Path) -> Tensor:
-    try:
-        with Image.open(path, formats=FORMATS) as image:
-            return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
-    except (OSError, SyntaxError, ValueError) as error:
-        raise UserError(f"'{path}' cannot be read as an image: {error}.") from None
+    return torch.from_numpy(np.array(open_image(path).convert("RGB"))).permute(2, 0, 1)
 
 
 def _shown(name: str, found: dict[str, Any], place: Path | None) -> str:
