@@ -18,7 +18,7 @@ from stillhouse.data import BatchKey, load
 from stillhouse.data.text import TextBundle
 from stillhouse.errors import UserError
 from stillhouse.functional.ragged import IGNORE
-from stillhouse.models.tokenizer import encode, size, tokenizer
+from stillhouse.models.tokenizer import encode, marks, size, tokenizer
 from stillhouse.signals import call_model, read_logits
 
 pytest.importorskip("transformers", reason="transformers is not installed")
@@ -106,6 +106,103 @@ def test_learned_pairs_are_kept_and_shorten_the_text(tmp_path: Path, monkeypatch
 def test_a_tokenizer_that_cannot_be_is_refused(name: str, said: str) -> None:
     with pytest.raises(UserError, match=said):
         tokenizer(name, LINES)
+
+
+def made(folder: Path, single: str | None, **special: str) -> str:
+    """A tokenizer in a folder, whose texts become `single` (a template), that was saved with padding and truncation."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    words = ["<pad>", "<bos>", "<eos>", "<unk>", *(f"w{i}" for i in range(20))]
+    built = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="<unk>"))
+    built.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    if single is not None:
+        built.post_processor = processors.TemplateProcessing(single=single, special_tokens=[("<bos>", 1), ("<eos>", 2)])
+    built.enable_padding(length=64)
+    built.enable_truncation(3)
+    PreTrainedTokenizerFast(tokenizer_object=built, pad_token="<pad>", unk_token="<unk>", **special).save_pretrained(folder)
+    return f"hf:{folder}"
+
+
+BOTH = {"bos_token": "<bos>", "eos_token": "<eos>"}
+TEMPLATES = {"<bos> $A": ([1], []), "$A <eos>": ([], [2]), "<bos> $A <eos>": ([1], [2]), "<bos> <bos> $A": ([1, 1], []), "$A": ([], [])}
+
+
+@pytest.mark.parametrize("single", TEMPLATES)
+def test_rows_have_the_special_tokens_that_transformers_gives(text: Any, tmp_path: Path, single: str) -> None:
+    name, (before, after) = made(tmp_path / "own", single, **BOTH), TEMPLATES[single]
+    plain = [{"text": f"w{i} w1 w2 w3 w4"} for i in range(9)]
+    pairs = [{"prompt": f"w{i} w5", "completion": "w6 w7"} for i in range(9)]
+
+    def first(records: Any, task: str) -> tuple[list[int], list[int], list[int]]:
+        bundle = text(records, tokenizer=name, task=task, test_size=1)
+        sample = bundle.dataset("train")[0]
+        number = sample["input"]["input_ids"].tolist()[len(before)]
+        own = bundle.task.tokenizer(records[number - 4].get("text", records[number - 4].get("prompt"))).input_ids
+        return sample["input"]["input_ids"].tolist(), own, sample["label"].tolist() if sample["label"].ndim else []
+
+    ids, own, label = first(plain, "causal")
+    close = after or [2]
+    assert ids + label[-1:] == before + own[len(before) :][:5] + close and own[: len(before)] == before
+    assert label == [IGNORE] * (len(before) - 1) + ids[max(len(before), 1) :] + close
+    ids, own, label = first(pairs, "causal")
+    assert ids == before + own[len(before) :][:2] + [10, 11] and label == [IGNORE] * (len(before) + 1) + [10, 11] + close
+    ids, own, label = first(pairs, "seq2seq")
+    assert ids == own and label == [*before, 10, 11, *close]
+    ids, own, _ = first([{**r, "label": i % 2} for i, r in enumerate(plain)], "classify")
+    assert ids == own
+
+
+def test_encoders_without_a_rule_for_special_tokens_get_their_cls_and_sep(text: Any, tmp_path: Path) -> None:
+    records = [{"text": f"w{i} w1", "label": i % 2} for i in range(9)]
+    for special, ends in [({"cls_token": "<bos>", "sep_token": "<eos>"}, (1, 2)), (BOTH, None)]:
+        bundle = text(records, tokenizer=made(tmp_path / "own", None, **special), context=16)
+        for row in bundle.dataset("train").batch(BatchKey(0, np.arange(7), 0, 7), 0)["input"]["input_ids"].tolist():
+            assert (row[0], row[-1]) == ends if ends else len(row) == 2
+
+
+def test_a_plain_text_is_cut_into_rows_with_the_special_tokens_of_a_text(text: Any, tmp_path: Path) -> None:
+    words = " ".join(f"w{i % 20}" for i in range(101))
+    for single, task in [("<bos> $A", "causal"), ("<bos> <bos> $A", "causal"), ("$A", "causal")]:
+        bundle = text(words, tokenizer=made(tmp_path / single, single, **BOTH), context=10, task=task)
+        rows = [whole(bundle, split) for split in ("train", "test")]
+        ids, labels = (torch.cat(x).tolist() for x in ([r["input"]["input_ids"] for r in rows], [r["label"] for r in rows]))
+        before = TEMPLATES[single][0]
+        assert all(row[: len(before)] == before and len(row) == 10 for row in ids)
+        learned = [i for row in labels for i in row if i != IGNORE]
+        everything = [4 + i % 20 for i in range(101)]
+        assert learned == everything[: len(learned)] if before else learned == everything[1 : len(learned) + 1]
+        assert len(learned) > 90
+
+
+@pytest.mark.parametrize("task, kept", [("classify", [1, 4, 5, 2]), ("causal", [1, 4, 5, 6])])
+def test_a_cut_leaves_the_special_tokens(text: Any, tmp_path: Path, task: str, kept: list[int]) -> None:
+    name = made(tmp_path / "own", "<bos> $A <eos>", **BOTH)
+    records = [{"text": "w0 w1 w2 w3 w4 w5", "label": i % 2} for i in range(9)]
+    bundle = text(records, tokenizer=name, task=task, context=4, too_long="cut")
+    assert bundle.dataset("train")[0]["input"]["input_ids"].tolist() == kept
+    with pytest.raises(UserError, match="leaves no room for text"):
+        text(records, tokenizer=name, task="classify", context=2, too_long="cut")
+
+
+def test_a_tokenizer_that_was_saved_with_padding_does_not_pad(data_root: Path) -> None:
+    tokens = tokenizer(f"hf:{data_root}/pretrained/all-minilm-l6-v2")
+    once = encode(tokens, ["hello there"])
+    tokens("hello there", padding="max_length", max_length=40, truncation=True)
+    assert once == encode(tokens, ["hello there"]) == [[7592, 2045]] and marks(tokens) == ([101], [102])
+    bundle = load(DataSpec(name="text:sst2", size=20, options={"tokenizer": f"hf:{data_root}/pretrained/all-minilm-l6-v2"}), data_root)
+    sentence = bundle.task.tokenizer.decode(bundle.splits["train"].inputs.values[: bundle.splits["train"].inputs.starts[1]], skip_special_tokens=True)
+    first = bundle.dataset("train")[0]["input"]
+    assert first["input_ids"].tolist() == bundle.task.tokenizer(sentence).input_ids and bool(first["attention_mask"].all())
+
+
+def test_a_classifier_of_our_own_tokenizer_is_saved_with_its_rule(text: Any, tmp_path: Path) -> None:
+    import transformers
+
+    bundle = text([{"text": t, "label": len(t) % 2} for t in LINES])
+    bundle.task.facts(tmp_path)
+    again = transformers.AutoTokenizer.from_pretrained(tmp_path / "model")
+    assert again("to be").input_ids == [1, *encode(again, ["to be"])[0], 2]
 
 
 # ---- padding, packing, prompts -------------------------------------------------------------------------------------------------------------

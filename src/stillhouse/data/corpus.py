@@ -1,20 +1,21 @@
 """Where text comes from: tiny Shakespeare, SST-2, a user's plain text, JSONL, JSON, CSV, TSV or Parquet file, or a Hugging Face data set.
 
-`read` gives records by split: mappings with `text`, with `text` and `label`, or with `prompt` and `completion`.
+`read` gives a `Corpus`: records by split, mappings with `text`, with `text` and `label`, or with `prompt` and `completion`.
 """
 
 from __future__ import annotations
 
-import csv
-import json
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import Field
 
 from stillhouse.config.specs import Spec
+from stillhouse.data.labels import read_labels
 from stillhouse.data.source import existing
+from stillhouse.data.text_files import read_csv, read_json, read_json_lines, read_text
 from stillhouse.errors import MissingExtra, UserError, nearest, unknown
 
 Records = list[dict[str, Any]]
@@ -44,15 +45,25 @@ class TextOptions(Spec):
         "refuse", description="A sample longer than `context`: an error, cut at its end (a prompt: at its beginning), or left out."
     )
     empty: Literal["refuse", "drop"] = Field("refuse", description="A sample without a token to learn, such as an empty completion.")
+    unlabelled: Literal["refuse", "drop"] = Field("refuse", description="classify: a sample without a label: an error, or left out.")
     masked_share: float = Field(0.15, gt=0, lt=1, description="masked: share of tokens to be guessed.")
+    encoding: str | None = Field(None, description="Of text files; default: UTF-8, or UTF-16 where the file begins with its mark.")
     columns: Columns = Field(default_factory=Columns, description="Names of columns.")
     test: str | None = Field(None, description="A file of test samples; default: a tenth of the samples (of plain text, its last tenth).")
     val: str | None = Field(None, description="A file of validation samples.")
     config: str | None = Field(None, description="hf: the configuration of the data set.")
 
 
-def read(name: str, options: TextOptions, root: Path) -> dict[str, Records]:
-    """Records by split (`train`, and `val` and `test` where the source has them).
+@dataclass
+class Corpus:
+    """Records by split (`train`, and `val` and `test` where the source has them), and class names in label order where the source has an order."""
+
+    splits: dict[str, Records]
+    classes: list[str] | None = None
+
+
+def read(name: str, options: TextOptions, root: Path) -> Corpus:
+    """The records of a source of text.
 
     Args:
         name: shakespeare | sst2 | PATH | hf:NAME.
@@ -60,75 +71,111 @@ def read(name: str, options: TextOptions, root: Path) -> dict[str, Records]:
         root: the folder that holds the data.
 
     Raises:
-        UserError: nothing of that name, a column that is not there, or a record that is no text.
+        UserError: nothing of that name, a column that is not there, a record that is no text, or a label that is no class.
     """
     if name == "shakespeare":
-        return {"train": _plain(existing("text/tiny_shakespeare.txt", root))}
+        return Corpus({"train": _plain(existing("text/tiny_shakespeare.txt", root), None)})
     if name == "sst2":
         folder = existing("sst2", root)
-        return {s: _sst2(existing(str(folder / f"{f}.tsv"), root)) for s, f in (("train", "train"), ("val", "dev"), ("test", "test"))}
+        parts = {"train": "train", "val": "dev", "test": "test"}
+        return Corpus({split: _sst2(existing(str(folder / f"{part}.tsv"), root)) for split, part in parts.items()})
     if name.startswith("hf:"):
-        return _published(name.removeprefix("hf:"), options)
+        return _labelled(_published(name.removeprefix("hf:"), options), options, f"text:{name}")
     if not Path(name).suffix and not Path(name).expanduser().exists():
         raise unknown("text data set", f"text:{name}", ["text:shakespeare", "text:sst2", "text:PATH", "text:hf:NAME"])
-    files = {"train": name, "val": options.val, "test": options.test}
-    return {split: _file(existing(path, root), options.columns) for split, path in files.items() if path is not None}
+    files = {split: existing(p, root) for split, p in (("train", name), ("val", options.val), ("test", options.test)) if p is not None}
+    names = _names(files["train"], options.columns.label)
+    return _labelled(Corpus({split: _file(p, options) for split, p in files.items()}, names), options, f"'{files['train']}'")
 
 
-def _plain(path: Path) -> Records:
-    try:
-        text = path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise UserError(f"'{path}' is not UTF-8 text (byte {error.start}); convert it first.") from None
-    return [{"stream": text}]
+def _labelled(corpus: Corpus, options: TextOptions, where: str) -> Corpus:
+    """With each record's label as the name of its class; a split other than train in which no sample has one is left out."""
+    splits = {}
+    for split, records in corpus.splits.items():
+        if records and "label" in records[0] and options.task in (None, "classify"):
+            values = [_named(r["label"], corpus.classes) for r in records]
+            absent = [v is None or v == "" or v != v for v in values]
+            if all(absent) and split != "train":
+                continue
+            if options.unlabelled == "drop":
+                records = [r for r, none in zip(records, absent) if not none]
+                values = [v for v, none in zip(values, absent) if not none]
+            what = f"{where} ({split})"
+            try:
+                labels = read_labels(values, what)
+            except UserError as error:
+                hint = " To leave them out, set data.options.unlabelled: drop." if any(absent) else ""
+                raise UserError(f"{error}{hint}") from None
+            records = [{**r, "label": str(v)} for r, v in zip(records, labels)]
+        splits[split] = records
+    return Corpus(splits, corpus.classes)
+
+
+def _named(label: Any, names: list[str] | None) -> Any:
+    """A ClassLabel's number as its name; -1 is its sign for a sample without a label."""
+    if names is None or not isinstance(label, int):
+        return label
+    return names[label] if 0 <= label < len(names) else None
+
+
+def _plain(path: Path, encoding: str | None) -> Records:
+    return [{"stream": read_text(path, encoding)}]
 
 
 def _sst2(path: Path) -> Records:
-    rows = [line.rsplit("\t", 1) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    rows = [line.rsplit("\t", 1) for line in read_text(path).split("\n") if line.strip()]
     return [{"text": text, "label": ("negative", "positive")[int(label)]} for text, label in rows]
 
 
-def _file(path: Path, columns: Columns) -> Records:
+def _names(path: Path, column: str) -> list[str] | None:
+    """The class names of a Parquet file that Hugging Face's `datasets` wrote."""
+    if path.suffix != ".parquet":
+        return None
+    from stillhouse.data.parquet import class_names, read_schema
+
+    return class_names(read_schema(str(path)), column)
+
+
+def _file(path: Path, options: TextOptions) -> Records:
     if path.suffix == ".txt":
-        return _plain(path)
+        return _plain(path, options.encoding)
     if path.suffix not in SUFFIXES:
         raise UserError(f"data.name: '{path}' is none of {', '.join(SUFFIXES)}.")
+    rows: Sequence[Any]
     if path.suffix == ".parquet":
-        import pyarrow.parquet as pq
+        from stillhouse.data.parquet import read_columns, read_schema
 
-        rows: Sequence[Any] = pq.read_table(path).to_pylist()
+        wanted = _wanted(read_schema(str(path)).names, options.columns, str(path))
+        rows = read_columns([str(path)], list(wanted.values())).to_pylist()
     elif path.suffix in (".csv", ".tsv"):
-        with open(path, encoding="utf-8", newline="") as handle:
-            rows = list(csv.DictReader(handle, delimiter="\t" if path.suffix == ".tsv" else ","))
+        rows = read_csv(path, options.encoding)
     else:
-        rows = _json(path)
-    return _chosen(rows, columns, str(path))
-
-
-def _json(path: Path) -> list[Any]:
-    text = path.read_text(encoding="utf-8")
-    if path.suffix == ".json":
-        rows = json.loads(text)
-        if not isinstance(rows, list):
-            raise UserError(f"'{path}' must hold a list of records, but holds a {type(rows).__name__}.")
-        return rows
-    rows = []
-    for number, line in enumerate(text.splitlines(), 1):
-        if line.strip():
-            try:
-                rows.append(json.loads(line))
-            except json.JSONDecodeError as error:
-                raise UserError(f"'{path}', line {number}, is not JSON: {error.msg}.") from None
-    return rows
+        rows = (read_json if path.suffix == ".json" else read_json_lines)(path, options.encoding)
+    return _chosen(rows, options.columns, str(path))
 
 
 def _chosen(rows: Sequence[Any], columns: Columns, where: str) -> Records:
     """The columns wanted, under our names."""
     if not rows:
         return []
-    if not isinstance(rows[0], Mapping):
-        raise UserError(f"'{where}' must hold records (mappings of columns), but its first is a {type(rows[0]).__name__}.")
-    there = list(rows[0])
+    strange = next((i for i, row in enumerate(rows) if not isinstance(row, Mapping)), None)
+    if strange is not None:
+        raise UserError(f"'{where}' must hold records (mappings of columns), but record {strange} is a {type(rows[strange]).__name__}.")
+    wanted = _wanted(list(dict.fromkeys(column for row in rows for column in row)), columns, where)
+    out: Records = []
+    for number, row in enumerate(rows):
+        record = {ours: row.get(theirs) for ours, theirs in wanted.items()}
+        for ours, value in record.items():
+            if ours != "label" and not isinstance(value, str):
+                raise UserError(f"'{where}', record {number}: '{wanted[ours]}' must be text; given: {value!r}.")
+            if ours != "label" and not _is_unicode(value):
+                raise UserError(f"'{where}', record {number}: '{wanted[ours]}' holds half a character (a lone surrogate), which no tokenizer reads.")
+        out.append(record)
+    return out
+
+
+def _wanted(there: Sequence[str], columns: Columns, where: str) -> dict[str, str]:
+    """Our names of the columns that are there -> theirs. Raises `UserError` where there is no text among them."""
     wanted = {ours: theirs for ours, theirs in columns.model_dump().items() if theirs in there}
     if "text" not in wanted and not {"prompt", "completion"} <= set(wanted):
         close = nearest(columns.text, there)
@@ -136,17 +183,18 @@ def _chosen(rows: Sequence[Any], columns: Columns, where: str) -> Records:
             f"'{where}' has no column '{columns.text}', nor both '{columns.prompt}' and '{columns.completion}'; its columns: {', '.join(there)}"
             + (f" (data.options.columns.text: {close[0]}?)." if close else "; name them in data.options.columns.")
         )
-    out: Records = []
-    for number, row in enumerate(rows):
-        record = {ours: row.get(theirs) for ours, theirs in wanted.items()}
-        for ours, value in record.items():
-            if ours != "label" and not isinstance(value, str):
-                raise UserError(f"'{where}', record {number}: '{wanted[ours]}' must be text; given: {value!r}.")
-        out.append(record)
-    return out
+    return wanted
 
 
-def _published(name: str, options: TextOptions) -> dict[str, Records]:
+def _is_unicode(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _published(name: str, options: TextOptions) -> Corpus:
     try:
         import datasets
     except ImportError:
@@ -157,18 +205,9 @@ def _published(name: str, options: TextOptions) -> dict[str, Records]:
         said = str(error).strip().splitlines() or [type(error).__name__]
         raise UserError(f"data.name: could not get 'hf:{name}' (no network, or no such data set?): {said[0].rstrip('.')}.") from error
     names = {"train": "train", "val": "validation", "test": "test"}
-    out = {}
-    for ours, theirs in names.items():
-        if theirs in found:
-            rows = found[theirs]
-            feature = rows.features.get(options.columns.label)
-            labels = getattr(feature, "names", None)
-            records = _chosen(rows.to_list(), options.columns, f"hf:{name} {theirs}")
-            if labels:
-                records = [{**r, "label": labels[r["label"]] if r["label"] >= 0 else None} for r in records]
-            out[ours] = [r for r in records if "label" not in r or r["label"] is not None] if labels else records
+    out = {ours: _chosen(found[t].to_list(), options.columns, f"hf:{name} {t}") for ours, t in names.items() if t in found}
     if "train" not in out:
         raise UserError(f"data.name: 'hf:{name}' has no split 'train'; it has: {', '.join(found)}.")
     if not out.get("test"):
         out.pop("test", None)
-    return out
+    return Corpus(out, getattr(found["train"].features.get(options.columns.label), "names", None))

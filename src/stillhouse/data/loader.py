@@ -242,7 +242,26 @@ class AdaptedLoader:
 
 
 def as_batch(made: Any) -> Batch:
-    """A batch as a mapping with `input` and, where there is one, `label`. Raises `UserError` for what cannot be read so."""
+    """A batch as a mapping with `input` and, where there is one, `label`.
+
+    Raises:
+        UserError: what cannot be read so, or (on the CPU) soft labels that are no probabilities, such as those of several classes at once.
+    """
+    batch = _as_batch(made)
+    label = batch.get("label")
+    if isinstance(label, Tensor) and label.device.type == "cpu" and label.ndim == 2 and label.is_floating_point():
+        sums = label.float().sum(1)
+        wrong = ((sums - 1).abs() > 1e-2).nonzero()
+        if len(wrong):
+            raise UserError(
+                f"The labels of a batch have shape {tuple(label.shape)}, so each row must hold the probabilities of a sample's classes; row "
+                f"{int(wrong[0])} sums to {float(sums[wrong[0]]):.3g}. Several classes a sample (multi-hot labels) and real targets are not supported as "
+                "labels: give class ids, or hand them to an objective of your own under another key of the batch."
+            )
+    return batch
+
+
+def _as_batch(made: Any) -> Batch:
     if isinstance(made, Mapping):
         if "input" in made:
             return dict(made)

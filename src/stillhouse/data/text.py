@@ -17,13 +17,14 @@ from pydantic import ValidationError
 from stillhouse.config.messages import spell
 from stillhouse.config.specs import DataSpec
 from stillhouse.data.corpus import Records, TextOptions, read
+from stillhouse.data.labels import class_order, ids_of
 from stillhouse.data.source import find_root
 from stillhouse.data.split import balanced
 from stillhouse.data.token_dataset import Rows, TokenDataset, packed, taken
 from stillhouse.errors import UserError, unknown
 from stillhouse.files import digest
 from stillhouse.functional.ragged import IGNORE, Ragged
-from stillhouse.models.tokenizer import decoder_start, encode, identity, marks, size, tokenizer
+from stillhouse.models.tokenizer import decoder_start, encode, identity, marks, size, tokenizer, with_marks
 from stillhouse.tasks.tokens import Tokens
 
 SPLITS = ("train", "holdout", "val", "test")
@@ -57,6 +58,11 @@ class TextBundle:
         return self.task.num_classes
 
     @property
+    def classes(self) -> list[str]:
+        """Names of the classes, of text to be classified."""
+        return list(self.task.classes)
+
+    @property
     def evaluation_batch(self) -> int:
         """Samples of a batch for judging, so that its logits fit into memory: about 8,000 tokens."""
         return max(8192 // self.task.context, 1)
@@ -85,7 +91,8 @@ def load(spec: DataSpec, data_root: str | Path | None = None) -> TextBundle:
         UserError: an option that does not fit, a sample that is too long or empty, a split that holds nothing.
     """
     options = read_options(spec)
-    found = read(spec.name.removeprefix("text:"), options, find_root(spec, data_root))
+    corpus = read(spec.name.removeprefix("text:"), options, find_root(spec, data_root))
+    found = corpus.splits
     labelled = bool(found["train"]) and "label" in found["train"][0]
     task = options.task or ("classify" if labelled else "causal")
     if task == "classify" and not labelled:
@@ -93,12 +100,14 @@ def load(spec: DataSpec, data_root: str | Path | None = None) -> TextBundle:
     texts = [r[k] for r in found["train"] for k in ("stream", "text", "prompt", "completion") if k in r]
     if not any(texts):
         raise UserError(f"The data set '{spec.name}' holds no text.")
-    tokens = tokenizer(options.tokenizer, texts)
-    classes = sorted({str(r["label"]) for r in found["train"]}) if task == "classify" else []
+    tokens, stream = tokenizer(options.tokenizer, texts), "stream" in found["train"][0]
+    if task in ("classify", "masked") and not stream:
+        tokens = with_marks(tokens)
+    classes = (corpus.classes or class_order(r["label"] for r in found["train"])) if task == "classify" else []
     if task == "classify" and len(classes) < 2:
         raise UserError(f"The data set '{spec.name}' has the one class '{classes[0]}'; a classifier needs two or more.")
     parts = {split: _rows(records, task, tokens, options, classes, f"{spec.name} ({split})") for split, records in found.items()}
-    splits = {n: packed(r, options.context) if options.pack else r for n, r in _cut(parts, spec, "stream" in found["train"][0]).items()}
+    splits = {n: packed(r, options.context) if options.pack else r for n, r in _cut(parts, spec, stream).items()}
     start = decoder_start(options.tokenizer, tokens) if task == "seq2seq" else 0
     packs = options.pack and task == "causal"
     facts = Tokens(task, size(tokens), options.context, tokens, tuple(classes), options.tokenizer, start, packs)
@@ -124,57 +133,87 @@ def _rows(records: Records, task: str, tokens: Any, options: TextOptions, classe
         raise UserError("data.options.task: masked needs a tokenizer with a mask token.")
     if records and "stream" in records[0]:
         return _blocks(records[0]["stream"], task, tokens, options, where)
+    before, after = marks(tokens)
     end = [] if tokens.eos_token_id is None else [tokens.eos_token_id]
+    close = after if set(end) <= set(after) else after + end
     if records and "prompt" in records[0]:
         prompts, answers = (encode(tokens, [r[k] for r in records]) for k in ("prompt", "completion"))
     else:
         prompts, answers = [[] for _ in records], encode(tokens, [r["text"] for r in records])
-    learned = [len(a) + (len(p) > 0 or bool(end)) > 1 if a and task == "causal" else bool(a) for p, a in zip(prompts, answers)]
+    learned = [bool(a) and (task != "causal" or len(before + p + a + close) > 1) for p, a in zip(prompts, answers)]
     empty = ~np.array(learned, bool)
     _refuse(empty, options.empty == "refuse", where, "has an empty completion" if any(prompts) else "is empty", "options.empty: drop leaves it out")
     if task == "seq2seq":
         if not any(prompts):
             raise UserError(f"{where}: seq2seq needs prompts and completions; name their columns in data.options.columns.")
-        answers = [a + end for a in answers]
-        keep = np.flatnonzero(~empty & _fitted(prompts, options, f"{where}, prompts") & _fitted(answers, options, f"{where}, completions"))
+        target, final = marks(tokens, target=True)
+        final = final if set(end) <= set(final) else final + end
+        prompts = [before + p + after for p in prompts]
+        answers = [target + a + final for a in answers]
+        fits = _fitted(prompts, options, f"{where}, prompts", ends=(len(before), len(after)))
+        keep = np.flatnonzero(~empty & fits & _fitted(answers, options, f"{where}, completions", ends=(len(target), 0)))
         return Rows(Ragged.of([prompts[i] for i in keep]), Ragged.of([answers[i] for i in keep]))
     if task == "causal":
-        whole = [p + a + end for p, a in zip(prompts, answers)]
-        before = [len(w) for w in whole]
-        keep = np.flatnonzero(~empty & _fitted(whole, options, where, [len(p) for p in prompts], extra=1))
+        whole = [before + p + a + close for p, a in zip(prompts, answers)]
+        long = [len(w) for w in whole]
+        fits = _fitted(whole, options, where, [len(p) for p in prompts], ends=(len(before), 0), extra=1)
+        keep = np.flatnonzero(~empty & fits)
         # a cut takes from the prompt first; what is left of it is not learned
-        given = [0 if options.prompt_loss else max(len(p) - (n - len(w)), 0) for p, n, w in zip(prompts, before, whole)]
-        labels = Ragged.of([[IGNORE] * max(given[i] - 1, 0) + whole[i][max(given[i], 1) :] for i in keep])
+        given = [0 if options.prompt_loss else max(len(p) - (n - len(w)), 0) for p, n, w in zip(prompts, long, whole)]
+        given = [max(g + len(before), 1) for g in given]
+        labels = Ragged.of([[IGNORE] * (given[i] - 1) + whole[i][given[i] :] for i in keep])
         return Rows(Ragged.of([whole[i][:-1] for i in keep]), labels)
-    begin, close = marks(tokens)
-    whole = [begin + p + a + close for p, a in zip(prompts, answers)]
-    keep = np.flatnonzero(~empty & _fitted(whole, options, where))
+    whole = [before + p + a + after for p, a in zip(prompts, answers)]
+    keep = np.flatnonzero(~empty & _fitted(whole, options, where, ends=(len(before), len(after))))
     inputs = Ragged.of([whole[i] for i in keep])
-    if task == "masked":
-        return Rows(inputs)
-    ids = {name: i for i, name in enumerate(classes)}
-    strange = sorted({str(records[i]["label"]) for i in keep} - set(ids))
-    if strange:
-        raise UserError(f"{where}: the class '{strange[0]}' is not among the training samples' ({', '.join(classes)}).")
-    return Rows(inputs, classes=np.array([ids[str(records[i]["label"])] for i in keep], np.int64))
+    return Rows(inputs) if task == "masked" else Rows(inputs, classes=ids_of([records[i]["label"] for i in keep], classes, where))
 
 
 def _blocks(text: str, task: str, tokens: Any, options: TextOptions, where: str) -> Rows:
-    """One long text, cut into samples of `context` tokens; of a causal model, the last of each is the next one's first."""
+    """One long text, cut into samples of `context` tokens, each with the special tokens of a text of its own.
+
+    Of a causal model without a token to begin with, the last token of each sample is the next one's first, so that every token is learned.
+    """
     if task not in ("causal", "masked"):
         raise UserError(f"data.options.task: {task} needs records; '{where}' is one plain text.")
     ids = np.array(encode(tokens, [text])[0], np.int64)
-    length = options.context
-    count = (len(ids) - (task == "causal")) // length
+    before, after = marks(tokens)
+    causal = task == "causal"
+    length = options.context - len(before) - (0 if causal else len(after)) + (causal and bool(before))
+    count = (len(ids) - (causal and not before)) // length if length > 0 else 0
     if count < 1:
-        raise UserError(f"'{where}' holds {len(ids)} tokens, fewer than one sample of data.options.context {length}.")
-    starts = np.arange(count + 1, dtype=np.int64) * length
-    inputs = Ragged(ids[: count * length], starts)
-    return Rows(inputs, Ragged(ids[1 : count * length + 1], starts) if task == "causal" else None)
+        raise UserError(f"'{where}' holds {len(ids)} tokens, fewer than one sample of data.options.context {options.context}.")
+    pieces = ids[: count * length].reshape(count, length)
+    if not causal:
+        return Rows(Ragged.of([np.concatenate([before, piece, after]) for piece in pieces]) if before or after else _equal(pieces))
+    if not before:
+        return Rows(_equal(pieces), _equal(ids[1 : count * length + 1].reshape(count, length)))
+    inputs = Ragged.of([[*before, *piece[:-1]] for piece in pieces])
+    return Rows(inputs, Ragged.of([[IGNORE] * (len(before) - 1) + piece.tolist() for piece in pieces]))
 
 
-def _fitted(rows: list[list[int]], options: TextOptions, where: str, prompts: Sequence[int] | None = None, extra: int = 0) -> np.ndarray:
-    """Which rows stay; those longer than the context are cut in place, where that is asked for. A causal model reads one token less than a row has."""
+def _equal(rows: np.ndarray) -> Ragged:
+    return Ragged(rows.ravel(), np.arange(len(rows) + 1, dtype=np.int64) * rows.shape[1])
+
+
+def _fitted(
+    rows: list[list[int]],
+    options: TextOptions,
+    where: str,
+    prompts: Sequence[int] | None = None,
+    ends: tuple[int, int] = (0, 0),
+    extra: int = 0,
+) -> np.ndarray:
+    """Which rows stay; those longer than the context are cut in place, where that is asked for.
+
+    Args:
+        rows: tokens.
+        options: the context, and what is done with longer rows.
+        where: what messages call the rows.
+        prompts: tokens of a row that are cut first, from their beginning.
+        ends: how many tokens at a row's beginning and end are never cut: the special tokens of the tokenizer.
+        extra: 1 for a causal model, which reads one token less than a row has.
+    """
     limit = options.context + extra
     long = np.array([len(r) > limit for r in rows], bool)
     longest = max(map(len, rows), default=0)
@@ -187,10 +226,13 @@ def _fitted(rows: list[list[int]], options: TextOptions, where: str, prompts: Se
     )
     if options.too_long == "drop":
         return ~long
+    head, tail = ends
+    if long.any() and limit <= head + tail:
+        raise UserError(f"data.options.context {options.context} leaves no room for text between the tokenizer's special tokens; raise it.")
     for i in np.flatnonzero(long):
-        surplus = len(rows[i]) - limit
-        front = min(surplus, prompts[int(i)]) if prompts is not None else 0
-        rows[i] = rows[i][front : front + limit]
+        row = rows[i]
+        front = min(len(row) - limit, prompts[int(i)]) if prompts is not None else 0
+        rows[i] = row[:head] + row[head + front : front + limit - tail] + row[len(row) - tail :]
     return np.ones(len(rows), bool)
 
 

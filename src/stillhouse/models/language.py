@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from stillhouse.errors import UserError
 from stillhouse.functional.heads import Head
 from stillhouse.functional.vocabularies import Mapped, mapped
-from stillhouse.models.tokenizer import tokenizer
+from stillhouse.models.tokenizer import encode, marks, tokenizer
 from stillhouse.signals import evaluating, read_logits
 
 CAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
@@ -143,6 +143,22 @@ def quietly() -> Iterator[None]:
     finally:
         if shown:
             logging.enable_progress_bar()
+
+
+def prompt_rows(tokens: Any, prompts: Sequence[str], task: str, room: int) -> list[list[int]]:
+    """The ids of prompts as a model reads them before it writes: with the tokenizer's special tokens, of a causal model without those that end a text.
+
+    Args:
+        tokens: the model's tokenizer.
+        prompts: texts; one that is too long loses its beginning.
+        task: causal or seq2seq.
+        room: tokens of a row at most.
+    """
+    before, after = marks(tokens)
+    after = after if task == "seq2seq" else []
+    room = max(room - len(before) - len(after), 1)
+    begin = tokens.bos_token_id if tokens.bos_token_id is not None else tokens.eos_token_id
+    return [before + ids[-room:] + after or [begin] for ids in encode(tokens, prompts)]
 
 
 def left_padded(rows: Sequence[Sequence[int]], pad: int, device: torch.device | str) -> Mapping[str, Tensor]:

@@ -5,7 +5,7 @@ All are `PreTrainedTokenizerFast`, so that a product saves them beside its model
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -42,13 +42,64 @@ def tokenizer(name: str, texts: Sequence[str] = ()) -> Any:
 
 
 def encode(tokens: Any, texts: Sequence[str]) -> list[list[int]]:
-    """The ids of each text, without special tokens."""
-    if not len(texts):
-        return []
-    backend = getattr(tokens, "backend_tokenizer", None)
-    if backend is not None:
-        return [e.ids for e in backend.encode_batch_fast(list(texts), add_special_tokens=False)]
-    return [list(ids) for ids in tokens(list(texts), add_special_tokens=False, verbose=False)["input_ids"]]
+    """The ids of each text, without special tokens; padding and truncation that the tokenizer was saved with do not count."""
+    return _called(tokens, list(texts), add_special_tokens=False) if len(texts) else []
+
+
+def marks(tokens: Any, target: bool = False) -> tuple[list[int], list[int]]:
+    """The special tokens that a tokenizer puts before and after a text, as transformers gives them.
+
+    Args:
+        tokens: a tokenizer of transformers.
+        target: as it encodes what an encoder-decoder writes.
+
+    Raises:
+        UserError: a tokenizer that puts them elsewhere.
+    """
+    for probe in _probes(tokens):
+        inner = _called(tokens, [probe], add_special_tokens=False, target=target)[0]
+        if inner:
+            whole = _called(tokens, [probe], target=target)[0]
+            for at in range(len(whole) - len(inner) + 1):
+                if whole[at : at + len(inner)] == inner:
+                    return whole[:at], whole[at + len(inner) :]
+            break
+    raise UserError(f"data.options.tokenizer: the {type(tokens).__name__} puts special tokens inside a text, which is not supported.")
+
+
+def _probes(tokens: Any) -> Iterator[str]:
+    """Short texts of which a tokenizer knows at least one."""
+    yield from ("a", "1", ".")
+    yield from tokens.get_vocab()
+
+
+def with_marks(tokens: Any) -> Any:
+    """The tokenizer, which puts special tokens around a text as encoders read it.
+
+    A tokenizer that was saved without a rule for that gets one: `cls_token` and `sep_token` where it has both; of those made here, `<bos>` and `<eos>`.
+    """
+    ours = all(getattr(tokens, name) == token for name, token in SPECIALS.items())
+    begin, end = tokens.cls_token, tokens.sep_token
+    if ours and not (begin and end):
+        begin, end = tokens.bos_token, tokens.eos_token
+    if begin and end and marks(tokens) == ([], []):
+        template = {"single": f"{begin} $A {end}", "pair": f"{begin} $A {end} $B:1 {end}:1"}
+        ids = [(token, tokens.convert_tokens_to_ids(token)) for token in (begin, end)]
+        tokens.backend_tokenizer.post_processor = _library().processors.TemplateProcessing(**template, special_tokens=ids)
+    return tokens
+
+
+def _called(tokens: Any, texts: list[str], *, add_special_tokens: bool = True, target: bool = False) -> list[list[int]]:
+    made = tokens(
+        **{"text_target" if target else "text": texts},
+        add_special_tokens=add_special_tokens,
+        padding=False,
+        truncation=False,
+        return_attention_mask=False,
+        return_token_type_ids=False,
+        verbose=False,
+    )
+    return [list(ids) for ids in made["input_ids"]]
 
 
 def size(tokens: Any) -> int:
@@ -148,10 +199,3 @@ def _published(name: str) -> Any:
             raise UserError(f"data.options.tokenizer: 'hf:{name}' has neither a padding nor an end token; give it one and save it to a folder.")
         made.pad_token = made.eos_token
     return made
-
-
-def marks(tokens: Any) -> tuple[list[int], list[int]]:
-    """What an encoder's text begins and ends with: [CLS] and [SEP] where the tokenizer has them."""
-    begin = tokens.cls_token_id if tokens.cls_token_id is not None else tokens.bos_token_id
-    close = tokens.sep_token_id if tokens.sep_token_id is not None else tokens.eos_token_id
-    return ([] if begin is None else [begin]), ([] if close is None else [close])

@@ -32,9 +32,10 @@ from stillhouse.models.language import (
     keeps_apart,
     left_padded,
     own_tokenizer,
+    prompt_rows,
     quietly,
 )
-from stillhouse.models.tokenizer import encode, marks, size
+from stillhouse.models.tokenizer import encode, marks, size, with_marks
 from stillhouse.signals import Batch, Signals, read_logits
 from stillhouse.tasks.base import Task
 
@@ -184,6 +185,8 @@ class Tokens(Task):
         if not (folder / MODEL / "config.json").is_file():
             raise UserError(f"The product in {folder} is incomplete: it has no {MODEL}/config.json.")
         tokens = transformers.AutoTokenizer.from_pretrained(folder / MODEL)
+        if facts["kind"] in ("classify", "masked"):
+            tokens = with_marks(tokens)  # of products that were saved without them
         return cls(facts["kind"], size(tokens), facts["context"], tokens, tuple(facts["classes"]))
 
     def save_module(self, module: nn.Module, folder: Path) -> None:
@@ -219,9 +222,8 @@ class Tokens(Task):
         """
         if self.kind not in ("causal", "seq2seq"):
             raise UserError(f"This is a {self.kind} model, which does not write; use predict.")
-        begin = self.tokenizer.bos_token_id if self.tokenizer.bos_token_id is not None else self.tokenizer.eos_token_id
         room = max(self.context - max_new_tokens, 1) if self.kind == "causal" else self.context
-        rows = [ids[-room:] or [begin] for ids in encode(self.tokenizer, prompts)]
+        rows = prompt_rows(self.tokenizer, prompts, self.kind, room)
         x = left_padded(rows, self.tokenizer.pad_token_id, next(module.parameters()).device)
         written = module.generate(**x, max_new_tokens=max_new_tokens, pad_token_id=self.tokenizer.pad_token_id, **options)
         written = written[:, x["input_ids"].shape[1] :] if self.kind == "causal" else written[:, 1:]

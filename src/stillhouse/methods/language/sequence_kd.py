@@ -37,8 +37,8 @@ from stillhouse.errors import UserError
 from stillhouse.functional.ragged import IGNORE, Ragged
 from stillhouse.methods.distillation import Config as GeneralConfig
 from stillhouse.methods.distillation import GeneralDistillation, describe
-from stillhouse.models.language import left_padded, own_tokenizer
-from stillhouse.models.tokenizer import encode, size
+from stillhouse.models.language import left_padded, own_tokenizer, prompt_rows
+from stillhouse.models.tokenizer import encode, marks, size
 from stillhouse.models.writing import Generation, Writer
 from stillhouse.processes import share
 from stillhouse.randomness import keyed
@@ -125,11 +125,12 @@ def written(
     """
     limit = getattr(model.config, "max_position_embeddings", None) or bundle.task.context + how.max_new_tokens
     writer = Writer(tokens, bundle.task.kind, limit, how, size(tokens))
-    prompts = bundle.task.tokenizer.batch_decode(given(bundle, how.prompt))
+    prompts = bundle.task.tokenizer.batch_decode(given(bundle, how.prompt), skip_special_tokens=True)
     model.to(device)
     out: list[tuple[str, bool]] = []
     for number, start in enumerate(range(0, len(prompts), batch_size)):
-        inputs = left_padded(encode(tokens, prompts[start : start + batch_size]), tokens.pad_token_id, device)
+        rows = prompt_rows(tokens, prompts[start : start + batch_size], bundle.task.kind, limit)
+        inputs = left_padded(rows, tokens.pad_token_id, device)
         with keyed("writing", number):
             texts = writer.write(
                 model, dict(inputs), limit - inputs["input_ids"].shape[1] if bundle.task.kind == "causal" else limit
@@ -146,14 +147,14 @@ def given(bundle: TextBundle, prompt: int) -> list[list[int]]:
     rows = bundle.splits["train"]
     if rows.positions is not None:
         raise UserError("Samples packed into rows have no prompts to write from; set data.options.pack: false.")
-    starts, labels = rows.inputs.starts, rows.labels
+    starts, labels, special = rows.inputs.starts, rows.labels, len(marks(bundle.task.tokenizer)[0])
     assert labels is not None
     out = []
     for first, last in pairwise(starts):
         ids = rows.inputs.values[first:last]
         if bundle.task.kind == "causal":
             asked = int((labels.values[first:last] != IGNORE).argmax())
-            ids = ids[: asked + 1 if asked else prompt]
+            ids = ids[: asked + 1 if asked >= max(special, 1) else prompt]
         out.append(ids.tolist())
     return out
 
