@@ -18,6 +18,7 @@ from typing import Any
 from torch import nn
 
 from stillhouse.errors import MissingExtra, UserError, nearest, unknown
+from stillhouse.models.class_names import label_maps
 
 Shape = tuple[int, ...]
 Options = Mapping[str, Any]
@@ -142,8 +143,11 @@ def from_transformers(name: str, num_classes: int | None, input_shape: Shape | N
     source = str(folder) if folder.is_dir() else name
     config = _published(name, pretrained and not folder.is_dir(), lambda: transformers.AutoConfig.from_pretrained(source))
     _check_config(config, arguments, owner)
+    unnamed = "id2label" in arguments and arguments.pop("id2label") is None  # the user vouches for the order of the classes
     for key, value in arguments.items():
         setattr(config, key, value)
+    if unnamed:
+        config.id2label, config.label2id = label_maps([f"LABEL_{i}" for i in range(config.num_labels)])
     if folder.is_dir() and not any(folder.glob("*.safetensors")) and not any(folder.glob("*.bin")):
         return _from_config(auto, config, task, owner)
     _model_class(config, task, owner)

@@ -20,6 +20,7 @@ from typing_extensions import Self
 from stillhouse import catalog
 from stillhouse.config.specs import ModelSpec
 from stillhouse.errors import UserError, unknown
+from stillhouse.models.class_names import label_maps
 from stillhouse.runs import network_files
 from stillhouse.tasks.base import Task
 
@@ -89,7 +90,7 @@ class Student(Product):
         folder.mkdir(parents=True, exist_ok=True)
         on_cpu = {p.device.type for p in self.module.parameters()} <= {"cpu"}
         self.task.save_module(self.module if on_cpu else _copy_to_cpu(self.module), folder)
-        spec = self.model.model_copy(update={"checkpoint": None, "pretrained": False, "model": _bring_along(self.model.model, folder)})
+        spec = self.model.model_copy(update={"checkpoint": None, "pretrained": False, "model": _bring_along(self.model.model, folder, self.classes)})
         task = {"name": self.task.name, **self.task.facts(folder)}
         meta = {"kind": self.kind, "format": 2, "model": spec.model_dump(mode="json"), "task": task, **self.extras()}
         (folder / "product.json").write_text(json.dumps(meta, indent=1))
@@ -132,8 +133,11 @@ def _facts_of_format_1(meta: Mapping[str, Any]) -> dict[str, Any]:
     return {"name": "classification", **{k: meta[k] for k in ("classes", "input_shape", "mean", "std")}}
 
 
-def _bring_along(name: str, folder: Path) -> str:
-    """The model's name, with the user's Python file or the transformers config that it points to copied into the product, so that the product stands alone."""
+def _bring_along(name: str, folder: Path, classes: list[str]) -> str:
+    """The model's name, with the user's Python file or the transformers config that it points to copied into the product, so that the product stands alone.
+
+    The config gets the names of the classes.
+    """
     if name.startswith("file:"):
         path, _, rest = name.removeprefix("file:").partition(".py")
         source = Path(path + ".py").expanduser()
@@ -142,7 +146,9 @@ def _bring_along(name: str, folder: Path) -> str:
     config = Path(name.removeprefix("hf:")).expanduser() / "config.json"
     if name.startswith("hf:") and config.is_file():
         (folder / "config").mkdir()
-        shutil.copyfile(config, folder / "config" / "config.json")
+        id2label, label2id = label_maps(classes)
+        facts = {**json.loads(config.read_text()), **({"id2label": id2label, "label2id": label2id} if classes else {})}
+        (folder / "config" / "config.json").write_text(json.dumps(facts, indent=1))
         return "hf:config"
     return name
 

@@ -16,6 +16,7 @@ from stillhouse.distillation.teachers import Frozen
 from stillhouse.errors import UserError
 from stillhouse.evaluation.judge import judge
 from stillhouse.files import cache_folder
+from stillhouse.models import class_names
 from stillhouse.processes import rank_world
 from stillhouse.randomness import keyed
 from stillhouse.runs.products import Student, state_on_cpu
@@ -230,6 +231,11 @@ class Run:
         if spec.peer is not None:
             return CoTrained(self.model(spec.peer, data, role=name), embedding=spec.peer.embedding)
         task, its = self.data(data).task, self.data(spec.data or data).task
+        if its.class_names != task.class_names and set(its.class_names) == set(task.class_names):
+            raise UserError(
+                f"The teacher '{name}' is trained on the student's classes in another order ({', '.join(its.class_names[:6])}, not "
+                f"{', '.join(task.class_names[:6])}); give both data sets the same order."
+            )
         model = self.network(name, spec, data)
         if type(its) is type(task):
             model, its = task.as_teacher(model, spec, its), task
@@ -249,6 +255,8 @@ class Run:
             raise UserError(
                 f"The teacher '{name}' ({spec.model}) has no weights: give it a `checkpoint`, `pretrained: true`, or `train:` to train it first."
             )
+        else:
+            class_names.check(model, self.data(data).task.class_names, spec.model or name)
         return model
 
     def _stored(self, name: str, spec: TeacherSpec, data: DataSpec) -> Any:

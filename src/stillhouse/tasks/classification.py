@@ -13,6 +13,7 @@ from stillhouse.config.specs import ModelSpec
 from stillhouse.errors import UserError
 from stillhouse.functional.pictures import centre, normalise, unnormalise, with_channels
 from stillhouse.models import build
+from stillhouse.models.class_names import put_in_order
 from stillhouse.signals import Batch, Signals
 from stillhouse.tasks.base import Task
 
@@ -39,7 +40,9 @@ class Classification(Task):
         return self.classes
 
     def build(self, spec: ModelSpec) -> nn.Module:
-        return build(spec, len(self.classes), self.input_shape)
+        model = build(spec, len(self.classes), self.input_shape)
+        put_in_order(model, self.classes, spec.model, self.input_shape)
+        return model
 
     def example(self) -> Batch:
         if not self.input_shape:

@@ -24,6 +24,7 @@ from stillhouse.functional import heads
 from stillhouse.functional.heads import Head
 from stillhouse.functional.ragged import Ragged
 from stillhouse.models import build
+from stillhouse.models.class_names import put_in_order, set_names
 from stillhouse.models.language import (
     as_teacher,
     body_and_output,
@@ -114,6 +115,7 @@ class Tokens(Task):
                     if getattr(tokens, name) is not None and hasattr(plain, name):
                         options.setdefault(name, getattr(tokens, name))
         model = build(spec.model_copy(update={"options": options}), self.num_classes, None)
+        put_in_order(model, self.classes, spec.model)
         config = getattr(model, "config", None)
         rows = getattr(config, "vocab_size", None)
         if rows is not None and rows < self.vocabulary:
@@ -193,6 +195,7 @@ class Tokens(Task):
         save: Any = getattr(module, "save_pretrained", None)
         if save is None:
             raise UserError(f"A language product is a transformers model (hf:…), which saves itself; this student is a {type(module).__name__}.")
+        set_names(module, self.classes)
         with quietly():
             save(folder / MODEL)
 
