@@ -1,6 +1,7 @@
 """Stillhouse: knowledge distillation under one roof.
 
-Five lines distil a model: `stillhouse.distill(teacher, student, train_loader, objectives=["ce", "kd"])`. Names are loaded when they are used.
+Five lines distil a model: `stillhouse.distill(teacher, student, train_loader, objectives=["ce", "kd"])`. `run_recipe` runs what a
+recipe describes. Names are loaded when they are used.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ __version__ = "0.1.0"
 
 _FACE = {
     "distill": "stillhouse.api",
+    "run_recipe": "stillhouse.api",
     "load": "stillhouse.runs.products",
     "load_product": "stillhouse.runs.products",
     "Product": "stillhouse.runs.products",
@@ -48,6 +50,7 @@ __all__ = ["__version__", *_FACE]
 
 if TYPE_CHECKING:
     from stillhouse.api import distill as distill
+    from stillhouse.api import run_recipe as run_recipe
     from stillhouse.catalog import list_methods as list_methods
     from stillhouse.config.specs import MethodConfig as MethodConfig
     from stillhouse.config.specs import Spec as Spec

@@ -1,4 +1,4 @@
-"""`distill`: the five-line way in, for models and loaders of your own."""
+"""`distill`, for models and loaders of your own, and `run_recipe`, for what a recipe describes."""
 
 from __future__ import annotations
 
@@ -76,3 +76,40 @@ def distill(
             live.close()
             module.close()
     return student.eval()
+
+
+def run_recipe(
+    recipe: str | Path | Mapping[str, Any],
+    folder: str | Path,
+    *,
+    variant: str | None = None,
+    overrides: Mapping[str, Any] | None = None,
+    data_root: str | Path | None = None,
+    overwrite: bool = False,
+    progress: bool = True,
+    cpu: bool = False,
+) -> dict[str, float]:
+    """Run a recipe as `stillhouse run` does, and return the figures of its product; `stillhouse.load(folder)` gives the product.
+
+    Args:
+        recipe: a YAML file, or a mapping with the same keys.
+        folder: of the run; an interrupted run resumes there.
+        variant: one of the recipe's variants.
+        overrides: values by dotted key, such as {"train.epochs": 3}, applied after the variant.
+        data_root: folder that holds the data sets; default: STILLHOUSE_DATA.
+        overwrite: start over in a folder that holds a run.
+        cpu: use no GPU.
+
+    Raises:
+        UserError: a mistake in the recipe, or a folder that holds a finished run or one of another recipe.
+
+    >>> import stillhouse
+    >>> recipe = {"data": "digits", "student": "stillhouse:mlp", "objectives": ["ce"], "train": {"epochs": 20}}
+    >>> stillhouse.run_recipe(recipe, "runs/digits")["accuracy"]  # doctest: +SKIP
+    """
+    from stillhouse.runs.execution import execute
+    from stillhouse.runs.recipe import load
+
+    config = load(recipe, variant, overrides or {})
+    root = None if data_root is None else str(data_root)
+    return execute(config, folder, data_root=root, live=Bars() if progress else Live(), overwrite=overwrite, cpu=cpu)

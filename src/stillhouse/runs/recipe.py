@@ -1,4 +1,6 @@
-"""`load`: a recipe file as the config of its method, with every objective, optimiser and network that it names checked before anything runs."""
+"""`load`: a recipe, a file or a mapping, as the config of its method. Every objective, optimiser and network that it names is
+checked before anything runs.
+"""
 
 from __future__ import annotations
 
@@ -38,14 +40,25 @@ def validate(tree: Mapping[str, Any], where: str = "recipe") -> MethodConfig:
     return valid
 
 
-def load(path: str | Path, variant: str | None = None, sets: Sequence[str] = ()) -> MethodConfig:
-    """Read, resolve and validate a recipe file. Its name defaults to the file's, with the variant."""
-    raw = read_yaml(path)
-    read_claims(raw, str(path))
-    tree = beside_recipe(resolve(raw, variant, parse_sets(sets), where=str(path)), Path(path).parent)
+def load(recipe: str | Path | Mapping[str, Any], variant: str | None = None, sets: Sequence[str] | Mapping[str, Any] = ()) -> MethodConfig:
+    """Read, resolve and validate a recipe. Its name defaults to the file's, or to `recipe`, with the variant.
+
+    Args:
+        recipe: a file, or a mapping with the same keys.
+        variant: one of the recipe's variants.
+        sets: overrides, as `["train.epochs=3"]` or `{"train.epochs": 3}`.
+    """
+    if isinstance(recipe, Mapping):
+        given, folder, name, where = recipe, Path(), "recipe", "recipe"
+    else:
+        path = Path(recipe)
+        given, folder, name, where = read_yaml(path), path.parent, path.stem, str(path)
+    read_claims(given, where)
+    overrides = sets if isinstance(sets, Mapping) else parse_sets(sets)
+    tree = beside_recipe(resolve(given, variant, overrides, where=where), folder)
     if tree.get("name") is None:
-        tree["name"] = Path(path).stem + (f"-{variant}" if variant else "")
-    return validate(tree, where=str(path))
+        tree["name"] = name + (f"-{variant}" if variant else "")
+    return validate(tree, where=where)
 
 
 def check(config: BaseModel, where: str, path: KeyPath = ()) -> None:
