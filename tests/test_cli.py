@@ -78,7 +78,7 @@ def test_a_mistake_exits_2_with_one_sentence(command, arguments: list[str]):
 
 
 def test_every_command_has_help_with_an_example(command):
-    for name in ("run", "methods", "bench", "evidence", "export", "report", "demo", "schema"):
+    for name in ("run", "methods", "bench", "evidence", "export", "report", "demo", "schema", "doctor"):
         code, out, _ = command(name, "--help")
         assert code == 0 and f"Example: stillhouse {name}" in out
 

@@ -394,6 +394,15 @@ def schema(method: Annotated[str, typer.Argument(help="A method of the catalogue
     typer.echo(json.dumps(recipe_schema(method), indent=1))
 
 
+@app.command(epilog="Example: stillhouse doctor")
+def doctor(data_root: DataRoot = None) -> None:
+    """Print versions, devices, folders and which extras are missing. Paste it into a bug report."""
+    from stillhouse.reporting.installation import report
+
+    for line in report(data_root):
+        typer.echo(line)
+
+
 @app.command(epilog="Example: stillhouse demo")
 def demo(
     out: Annotated[Path, typer.Option(help="Folder of the runs.", metavar="FOLDER")] = Path("runs/demo"),
