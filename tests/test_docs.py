@@ -1,6 +1,7 @@
 """The documentation does what it says: its code blocks run in order, its links resolve, its generated pages are what the code says.
 
-A block that begins with `# file: NAME` is saved under that name; other `python` blocks run, as do the lines of `bash` blocks that begin with `stillhouse`.
+A block that begins with `# file: NAME` is saved under that name; other `python` blocks run, as do the lines of `bash` blocks that begin with
+`stillhouse` or `pytest`.
 Blocks marked `no-run` are only read, and so are those marked with a library that is not installed.
 """
 
@@ -75,6 +76,9 @@ def follow(page: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> dict[st
             for line in block.text.splitlines():
                 if line.startswith("stillhouse "):
                     command(line, monkeypatch)
+                elif line.startswith("pytest "):
+                    done = subprocess.run([sys.executable, "-m", *line.split()], cwd=folder, capture_output=True, text=True, check=False)
+                    assert not done.returncode, done.stdout + done.stderr
     return names
 
 
@@ -156,6 +160,28 @@ def test_the_page_on_adding_a_method_can_be_followed(tmp_path: Path, monkeypatch
     assert learned > random + 0.05 and "Gain over random" in re.sub(r"\s+", " ", shown)
     assert stillhouse.load(tmp_path / "runs" / "assistant-s0")(torch.zeros(2, 1, 8, 8)).shape == (2, 10)
     assert not (tmp_path / "runs" / "assistant-s0" / "stages").exists(), "the assistant's stage is shared, and so in the cache"
+
+
+def test_the_code_of_the_page_on_adding_a_method_passes_our_lint(added: Path):
+    pytest.importorskip("ruff")
+    config = ROOT / "pyproject.toml"
+    project = added / "pyproject.toml"
+    project.unlink()  # that of the plug-in, which has no rules of its own
+    options = ["--config", str(config), "--config", f"src = ['{ROOT / 'src'}']", "--no-cache", str(added)]
+    for words in (["check"], ["format", "--check"]):
+        done = subprocess.run([sys.executable, "-m", "ruff", *words, *options], capture_output=True, text=True, check=False)
+        assert not done.returncode, done.stdout + done.stderr
+
+
+def test_the_code_of_the_page_on_adding_a_method_is_typed(added: Path):
+    pytest.importorskip("mypy")
+    (added / "pyproject.toml").unlink()
+    config, cache = ROOT / "pyproject.toml", ROOT / ".mypy_cache"
+    words = ["--config-file", str(config), "--cache-dir", str(cache), *map(str, sorted(added.glob("*.py")))]
+    done = subprocess.run(
+        [sys.executable, "-m", "mypy", *words], cwd=added, env={**os.environ, "MYPYPATH": str(ROOT / "src")}, capture_output=True, text=True, check=False
+    )
+    assert not done.returncode, done.stdout + done.stderr
 
 
 def test_an_installed_plug_in_is_found_by_its_entry_points(added: Path):
