@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from torch import nn
 from stillhouse.config.messages import spell
 from stillhouse.config.specs import TrainSpec
 from stillhouse.distillation.distillation import Distillation
-from stillhouse.distillation.objective import Objective, WeightSchedule
+from stillhouse.distillation.weighted import Objectives
 from stillhouse.errors import UserError
 from stillhouse.training.display import Bars, Live
 from stillhouse.training.engine import fit
@@ -23,7 +23,7 @@ def distill(
     teacher: nn.Module | Mapping[str, Any] | Any | None,
     student: nn.Module,
     train_loader: Any,
-    objectives: Sequence[str | Mapping[str, Any] | Objective | tuple[Objective, float | WeightSchedule]] = ("ce", "kd"),
+    objectives: Objectives = ("ce", "kd"),
     *,
     val_loader: Any = None,
     train: TrainSpec | Mapping[str, Any] | None = None,

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from stillhouse.distillation.objective import Context, Objective, Progress, WeightSchedule
+from stillhouse.distillation.objective import Context, Objective, Progress
 from stillhouse.distillation.teachers import PLAIN, Frozen, Reader, Stored, Teacher
-from stillhouse.distillation.weighted import Weighted, objective_from_spec
+from stillhouse.distillation.weighted import Objectives, Weighted, objective_from_spec
 from stillhouse.errors import UserError, nearest
 from stillhouse.functional.counting import counted
 from stillhouse.randomness import keyed
@@ -44,7 +44,7 @@ class Distillation(nn.Module):
         self,
         student: nn.Module,
         teachers: nn.Module | Teacher | Mapping[str, nn.Module | Teacher] | None,
-        objectives: Sequence[str | Mapping[str, Any] | Objective | tuple[Objective, float | WeightSchedule] | Weighted],
+        objectives: Objectives,
         *,
         seed: int = 0,
         embedding: str | None = None,

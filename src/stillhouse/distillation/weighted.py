@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,6 +26,10 @@ class Weighted:
 
     def at(self, progress: Progress) -> float:
         return self.weight.at(progress) if isinstance(self.weight, WeightSchedule) else self.weight
+
+
+Objectives = Sequence[str | Mapping[str, Any] | ObjectiveSpec | Objective | tuple[Objective, float | WeightSchedule] | Weighted]
+"""Names ("kd"), mappings ({"name": "kd", "temperature": 2}), entries of a recipe, objectives, or (objective, weight) pairs."""
 
 
 def objective_from_spec(spec: str | Mapping[str, Any] | ObjectiveSpec) -> Any:

@@ -2,22 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from stillhouse.config.specs import ObjectiveSpec
 from stillhouse.data import AdaptedLoader
 from stillhouse.distillation.distillation import Distillation
-from stillhouse.distillation.objective import Objective, Progress, WeightSchedule
-from stillhouse.distillation.weighted import Weighted
+from stillhouse.distillation.objective import Progress
 from stillhouse.training.context import TrainingContext
-
-Objectives = Sequence[str | Mapping[str, Any] | ObjectiveSpec | Objective | tuple[Objective, float | WeightSchedule] | Weighted]
 
 
 class LoaderContext(TrainingContext):

@@ -22,8 +22,9 @@ from stillhouse.data.loader import as_batch
 from stillhouse.distillation.distillation import Distillation
 from stillhouse.distillation.objective import Progress
 from stillhouse.distillation.teachers import Teacher
+from stillhouse.distillation.weighted import Objectives
 from stillhouse.errors import MissingExtra, UserError
-from stillhouse.integrations.context import LoaderContext, Objectives
+from stillhouse.integrations.context import LoaderContext
 from stillhouse.randomness import keyed
 from stillhouse.signals import Batch, call_model, read_logits
 from stillhouse.training.optimizers import make_optimizer

@@ -21,9 +21,10 @@ from stillhouse.data.loader import as_batch
 from stillhouse.distillation.distillation import Distillation
 from stillhouse.distillation.objective import Progress
 from stillhouse.distillation.teachers import Teacher
+from stillhouse.distillation.weighted import Objectives
 from stillhouse.errors import MissingExtra, UserError
 from stillhouse.files import written_beside
-from stillhouse.integrations.context import LoaderContext, Objectives
+from stillhouse.integrations.context import LoaderContext
 from stillhouse.randomness import keyed
 from stillhouse.signals import Batch
 from stillhouse.tasks.tokens import Tokens
