@@ -27,7 +27,13 @@ from stillhouse import catalog, cli
 from stillhouse.config.specs import MethodConfig
 
 ROOT = Path(__file__).resolve().parents[1]
-WRITTEN = [ROOT / "README.md", *sorted(p for p in (ROOT / "docs").glob("*.md"))]
+WRITTEN = [
+    ROOT / "README.md",
+    ROOT / "CONTRIBUTING.md",
+    ROOT / "CHANGELOG.md",
+    ROOT / "examples" / "README.md",
+    *sorted((ROOT / "docs").glob("*.md")),
+]
 EVERY = [*WRITTEN, *sorted((ROOT / "docs" / "methods").glob("*.md"))]
 FENCE = re.compile(r"^```(\w+)([^\n]*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
@@ -179,7 +185,12 @@ def test_the_code_of_the_page_on_adding_a_method_is_typed(added: Path):
     config, cache = ROOT / "pyproject.toml", ROOT / ".mypy_cache"
     words = ["--config-file", str(config), "--cache-dir", str(cache), *map(str, sorted(added.glob("*.py")))]
     done = subprocess.run(
-        [sys.executable, "-m", "mypy", *words], cwd=added, env={**os.environ, "MYPYPATH": str(ROOT / "src")}, capture_output=True, text=True, check=False
+        [sys.executable, "-m", "mypy", *words],
+        cwd=added,
+        env={**os.environ, "MYPYPATH": str(ROOT / "src")},
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert not done.returncode, done.stdout + done.stderr
 
