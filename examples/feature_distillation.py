@@ -1,6 +1,7 @@
 """Match inner layers: an objective names a *tap*, the path of a submodule of either network, and no network is edited.
 
-A path is what `model.named_modules()` lists; `stage:2` is the second stage of a timm, torchvision or transformers model.
+A path is what `model.named_modules()` lists; `stage:2` is the second stage of a timm, torchvision or transformers
+model.
 """
 
 import torch

@@ -1,7 +1,7 @@
 """Distil a graph network into a perceptron that needs no graph when it is used (GLNN).
 
-The recipe is a plain mapping, as a YAML recipe is. Your graph: {"name": "planetoid:Cora"} or {"name": "cpf:cora"} under the
-folder that STILLHOUSE_DATA names.
+The recipe is a plain mapping, as a YAML recipe is. Your graph: {"name": "planetoid:Cora"} or {"name": "cpf:cora"}
+under the folder that STILLHOUSE_DATA names. Needs: pip install 'stillhouse[graph]'.
 """
 
 import stillhouse

@@ -1,7 +1,7 @@
 """Distil a causal language model into a smaller one of the same tokenizer, token by token.
 
-Take your own models, and batches in which `labels[b, t]` is the token that follows `input_ids[b, t]`, or -100 where none
-counts. Needs: pip install 'stillhouse[text]'.
+Take your own models, and batches in which `labels[b, t]` is the token that follows `input_ids[b, t]`, or -100 where
+none counts. Needs: pip install 'stillhouse[text]'.
 """
 
 import inspect

@@ -1,4 +1,7 @@
-"""Distil under Lightning: its Trainer, callbacks and checkpoints as you know them. Needs: pip install 'stillhouse[lightning]'."""
+"""Distil under Lightning: its Trainer, callbacks and checkpoints as you know them.
+
+Needs: pip install 'stillhouse[lightning]'.
+"""
 
 import lightning.pytorch as pl
 import torch

@@ -1,7 +1,7 @@
 """Write an objective of your own, and use it with those that are here.
 
-Its options are the arguments of `__init__`; `needs` names the signals that it reads. As a file of its own with a card, it
-also works in recipes: docs/adding-a-method.md.
+Its options are the arguments of `__init__`; `needs` names the signals that it reads. As a file of its own with a
+card, it also works in recipes: docs/adding-a-method.md.
 """
 
 import torch

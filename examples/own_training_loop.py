@@ -1,4 +1,7 @@
-"""Keep your training loop: `Distillation` is an `nn.Module` that makes the loss, with one forward of each network a batch."""
+"""Keep your training loop: `Distillation` is an `nn.Module` that computes the loss.
+
+Each network runs once a batch, whatever the number of objectives.
+"""
 
 import torch
 from sklearn.datasets import load_digits

@@ -1,6 +1,7 @@
-"""Distil under the Trainer of transformers: its arguments, evaluation and checkpoints. Needs: pip install 'stillhouse[text]'.
+"""Distil under the Trainer of transformers: its arguments, evaluation and checkpoints.
 
-Take your own: AutoModelForSequenceClassification.from_pretrained(...) for both, and a tokenized data set.
+Take your own networks, such as AutoModelForSequenceClassification.from_pretrained(...), and a tokenized data set.
+Needs: pip install 'stillhouse[text]'.
 """
 
 import random
@@ -23,9 +24,7 @@ train_rows, test_rows = [row() for _ in range(1000)], [row() for _ in range(300)
 
 
 def bert(width: int) -> AutoModelForSequenceClassification:
-    config = BertConfig(
-        vocab_size=64, hidden_size=width, intermediate_size=2 * width, num_hidden_layers=1, num_attention_heads=2
-    )
+    config = BertConfig(vocab_size=64, hidden_size=width, intermediate_size=2 * width, num_hidden_layers=1, num_attention_heads=2)
     return AutoModelForSequenceClassification.from_config(config)
 
 

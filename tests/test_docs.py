@@ -315,3 +315,28 @@ def test_a_stale_page_is_told_and_mended(build: ModuleType, tmp_path: Path):
     assert build.stale(wanted, page.parent) == [gone, page]
     assert build.write(wanted, page.parent) == [gone, page] and page.read_text() == "new" and not gone.exists()
     assert build.stale(wanted, page.parent) == []
+
+
+def test_the_page_on_checkpoints_can_be_followed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    names = follow(ROOT / "docs" / "checkpoint.md", tmp_path, monkeypatch)
+    assert accuracy(tmp_path / "runs" / "renamed") == accuracy(tmp_path / "runs" / "small-s0"), "the renamed weights are others"
+    assert names["teacher"](torch.zeros(2, 1, 8, 8)).shape == (2, 3) and (tmp_path / "three.pt").is_file()
+
+
+def test_the_page_on_text_classifiers_can_be_followed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    pytest.importorskip("transformers")
+    names = follow(ROOT / "docs" / "text-classifier.md", tmp_path, monkeypatch)
+    assert names["student"].classes == ["bad", "good"] and accuracy(tmp_path / "runs" / "reviews-s0") > 0.8
+    assert "good" in capsys.readouterr().out and (tmp_path / "runs" / "named" / "product").is_dir()
+
+
+def test_the_page_on_shipping_can_be_followed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    names = follow(ROOT / "docs" / "ship.md", tmp_path, monkeypatch)
+    x = torch.randn(3, 1, 8, 8)
+    for student in (names["student"], names["program"]):
+        torch.testing.assert_close(student(x), names["network"](x), rtol=1e-4, atol=1e-5)
+
+
+def test_the_page_on_gpus_can_be_followed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    follow(ROOT / "docs" / "gpus.md", tmp_path, monkeypatch)
+    assert "runs take: " in capsys.readouterr().out

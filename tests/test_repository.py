@@ -41,7 +41,8 @@ def test_pre_commit_runs_ruff_and_mypy() -> None:
 def test_issue_forms_ask_for_what_the_command_prints() -> None:
     forms = [yaml.safe_load(path.read_text()) for path in (ROOT / ".github" / "ISSUE_TEMPLATE").glob("*.yml")]
     fields = [field for form in forms for field in form.get("body", [])]
-    assert len({field["id"] for field in fields}) == len(fields) and all(field["attributes"]["label"] for field in fields)
+    assert len({field["id"] for field in fields}) == len(fields)
+    assert all(field["attributes"]["label"] for field in fields)
     assert "stillhouse doctor" in read(".github/ISSUE_TEMPLATE/bug.yml")
 
 
@@ -49,4 +50,5 @@ def test_the_pages_at_the_root_name_commands_that_exist() -> None:
     commands = {command.name or command.callback.__name__ for command in cli.app.registered_commands}
     for page in ("CONTRIBUTING.md", "CHANGELOG.md", ".github/pull_request_template.md"):
         assert set(re.findall(r"`stillhouse ([a-z]+)", read(page))) <= commands
-        assert set(re.findall(r"`make ([a-z]+)", read(page))) <= set(re.findall(r"^([a-z]+):", read("Makefile"), re.MULTILINE))
+        targets = set(re.findall(r"^([a-z]+):", read("Makefile"), re.MULTILINE))
+        assert set(re.findall(r"`make ([a-z]+)", read(page))) <= targets

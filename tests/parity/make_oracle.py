@@ -5,9 +5,9 @@ A reference is a Python file that computes a published loss without Stillhouse, 
     KIND       which function of the adapter `adapters/<slug>.py` reads the file
     PARAMS     options, as JSON data, passed to `reference` by keyword
     arrays()   inputs by name, NumPy arrays or tensors
-    reference  a function of the arrays and options, which returns arrays by name, or one value, which is stored as `loss`
-    GRADIENTS  (optional) inputs, tensors, whose gradients of `loss` are stored; a NumPy reference returns them as `grad:NAME`
-    MODULE     (optional) an `nn.Module` that `reference` uses: its weights are stored as `w:NAME`, their gradients as `grad:NAME`
+    reference  a function of the arrays and options, which returns arrays by name, or one value, stored as `loss`
+    GRADIENTS  (optional) inputs, tensors, whose gradients of `loss` are stored; a NumPy reference returns `grad:NAME`
+    MODULE     (optional) an `nn.Module` that `reference` uses: weights are stored as `w:NAME`, gradients as `grad:NAME`
 
     python tests/parity/make_oracle.py tests/parity/oracles/kd/by_numpy.py
 
@@ -58,9 +58,7 @@ def compute(
         if "loss" not in outputs:
             raise ValueError("Gradients are those of the output 'loss', which the reference does not return.")
         outputs["loss"].backward()
-        leaves = {name: inputs[name] for name in gradients} | dict(
-            module.named_parameters() if module is not None else ()
-        )
+        leaves = {name: inputs[name] for name in gradients} | dict(module.named_parameters() if module is not None else ())
         outputs |= {f"grad:{name}": leaf.grad for name, leaf in leaves.items() if leaf.grad is not None}
     numbers = {name: _numpy(value) for name, value in {**inputs, **outputs}.items()}
     return {"kind": np.array(kind), "params": np.array(json.dumps(params)), **numbers, **weights}

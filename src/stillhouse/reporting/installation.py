@@ -1,7 +1,7 @@
-"""What `stillhouse doctor` prints: versions, devices, folders, and which extras are installed or missing and what each is for.
+"""What `stillhouse doctor` prints: versions, devices, folders, and which extras are missing and what each is for.
 
-Nothing here needs torch to be importable, as a broken installation is what such a report is for. Secrets are left out, and the home
-folder is written as `~`, so that the text can be pasted into a bug report.
+Nothing here needs torch to be importable, as a broken installation is what such a report is for. Secrets are left out,
+and the home folder is written as `~`, so that the text can be pasted into a bug report.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from pathlib import Path
 from stillhouse.files import cache_folder
 
 PURPOSES = {
-    "text": "language models, text classifiers, networks named hf:, the Trainer of transformers",
+    "text": "language models, text classifiers, networks and data named hf:, the Trainer of transformers",
     "peft": "LoRA adapters of language models",
     "graph": "graph networks and graph sets of torch_geometric",
     "lightning": "the Trainer of Lightning",
@@ -135,11 +135,7 @@ def devices() -> Iterator[str]:
             yield f"cuda:{number}: {facts.name}, {_size(facts.total_memory)}, compute capability {facts.major}.{facts.minor}"
         yield f"CUDA {torch.version.cuda}, cuDNN {torch.backends.cudnn.version()}"
     else:
-        built = (
-            f"this torch is built for CUDA {torch.version.cuda}"
-            if torch.version.cuda
-            else "this torch is built without CUDA"
-        )
+        built = f"this torch is built for CUDA {torch.version.cuda}" if torch.version.cuda else "this torch is built without CUDA"
         yield f"cuda: none ({built})"
     mps = torch.backends.mps.is_available()
     if mps:
@@ -152,7 +148,7 @@ def folders(data_root: str | None = None) -> Iterator[str]:
     """Where data sets are looked for, and the cache with its size."""
     root = data_root or os.environ.get("STILLHOUSE_DATA")
     if not root:
-        yield "data root: none (--data-root or STILLHOUSE_DATA); data sets are looked for in the cache, and downloaded there"
+        yield "data root: none (--data-root, STILLHOUSE_DATA): data sets are looked for, and downloaded, in the cache"
     else:
         there = Path(root).expanduser().is_dir()
         yield f"data root: {_short(Path(root))}" + ("" if there else "  PROBLEM: there is no such folder")
