@@ -131,12 +131,12 @@ def devices() -> Iterator[str]:
     yield f"cpu: {os.cpu_count()} cores, {torch.get_num_threads()} threads of torch"
     if torch.cuda.is_available():
         for number in range(torch.cuda.device_count()):
-            facts = torch.cuda.get_device_properties(number)
-            yield f"cuda:{number}: {facts.name}, {_size(facts.total_memory)}, compute capability {facts.major}.{facts.minor}"
+            gpu = torch.cuda.get_device_properties(number)
+            yield f"cuda:{number}: {gpu.name}, {_size(gpu.total_memory)}, compute capability {gpu.major}.{gpu.minor}"
         yield f"CUDA {torch.version.cuda}, cuDNN {torch.backends.cudnn.version()}"
     else:
-        built = f"this torch is built for CUDA {torch.version.cuda}" if torch.version.cuda else "this torch is built without CUDA"
-        yield f"cuda: none ({built})"
+        built = f"for CUDA {torch.version.cuda}" if torch.version.cuda else "without CUDA"
+        yield f"cuda: none (this torch is built {built})"
     mps = torch.backends.mps.is_available()
     if mps:
         yield "mps: available; not tested with Stillhouse"
