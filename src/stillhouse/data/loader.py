@@ -68,6 +68,16 @@ class Loader:
         """(count,) int64 labels in index order."""
         return self.dataset.labels()
 
+    @property
+    def usual_size(self) -> int:
+        """Samples of a full batch in one process."""
+        return self.batch_size // self.world
+
+    @property
+    def even(self) -> bool:
+        """Whether all batches, in all processes, hold equally many samples."""
+        return self.count % self.batch_size == 0 or (self.drop_last and self.count >= self.batch_size)
+
     def __len__(self) -> int:
         """Batches an epoch."""
         full, rest = divmod(self.count, self.batch_size)
@@ -187,6 +197,9 @@ class AdaptedLoader:
             return len(self.loader)  # type: ignore[arg-type]
         except TypeError:
             raise UserError(f"The length of the {type(self.loader).__name__} is not known; give a loader with a length (batches an epoch).") from None
+
+    even = False  # not known
+    usual_size = 1
 
     @property
     def batch_size(self) -> int | None:

@@ -10,6 +10,7 @@ import importlib
 import math
 import sys
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +24,11 @@ from stillhouse.distillation.distillation import Distillation
 from stillhouse.distillation.objective import Progress
 from stillhouse.distillation.teachers import Teacher
 from stillhouse.errors import MissingExtra, UserError
+from stillhouse.functional.token_losses import counted, has_tokens, step_count
 from stillhouse.integrations.context import LoaderContext, Objectives
 from stillhouse.randomness import keyed
 from stillhouse.signals import Batch, call_model, read_logits
+from stillhouse.training.accumulation import StepMean, samples
 from stillhouse.training.optimizers import make_optimizer
 
 
@@ -83,6 +86,7 @@ class DistillationModule(_lightning.LightningModule):  # type: ignore[misc, name
         self._seed = seed
         self._ready = False
         self._batch: Batch = {}
+        self._mean: StepMean | None = None  # of the optimiser step in progress
 
     @property
     def student(self) -> nn.Module:
@@ -147,8 +151,25 @@ class DistillationModule(_lightning.LightningModule):  # type: ignore[misc, name
         terms = self.distillation(self._batch, self._progress)
         if (self.trainer.global_step + 1) % max(self.trainer.log_every_n_steps, 1) == 0:
             self.log_dict({f"train/{name}": value.detach() for name, value in terms.items()})
-        loss: Tensor = terms["loss"]
-        return loss
+        return self._weighed(terms["loss"])
+
+    def _weighed(self, loss: Tensor) -> Tensor:
+        """The loss as its batch's share of the optimiser step: every sample, or counted token, weighs the same."""
+        if has_tokens(self._batch):
+            label = self._batch["label"]
+            size: Tensor | int = step_count(self._batch, label, counted(self._batch, label.shape))
+            usual: Tensor | int = size
+        else:
+            size, usual = samples(self._batch), self._loader.batch_size or 1
+        if self._mean is None:
+            self._mean = StepMean(usual, self.trainer.world_size, partial(self.trainer.strategy.reduce, reduce_op="sum"))
+        return self._mean.weigh(loss, size)
+
+    def on_before_optimizer_step(self, optimizer: Any) -> None:
+        mean, self._mean = self._mean, None
+        if mean is not None and not self.trainer.strategy.handles_gradient_accumulation:
+            parameters = [p for group in optimizer.param_groups for p in group["params"]]
+            mean.finish(parameters, self.trainer.accumulate_grad_batches, shared=has_tokens(self._batch))
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         self.distillation.after_step(self._batch, self._progress, self.trainer.global_step > self._progress.step)

@@ -21,6 +21,7 @@ from stillhouse.evaluation.quantities import quantity
 from stillhouse.files import written_beside
 from stillhouse.functional.counting import has_positions, weigh_positions_alike
 from stillhouse.signals import Batch, to_device
+from stillhouse.training.accumulation import StepMean, samples
 from stillhouse.training.context import Progress, TrainingContext
 from stillhouse.training.display import Live
 from stillhouse.training.loop import Loop, Stateful
@@ -130,6 +131,9 @@ class _Fit:
             self.optimizer = accelerator.prepare(self.optimizer)  # elsewhere the wrapper does nothing, and costs 0.2 ms a step
         if spec.trackers and accelerator.is_main_process:
             accelerator.init_trackers(folder.name)
+        self.step_mean = None
+        if (spec.accumulate > 1 or accelerator.num_processes > 1) and not getattr(train, "even", False):
+            self.step_mean = StepMean(getattr(train, "usual_size", 1), accelerator.num_processes, accelerator.reduce)
         self.loop = _FitLoop(self, folder, stage, seed, live)
         self.loop.restore()
         self.keeper = _Best(spec, folder, stage, self.loop)
@@ -169,6 +173,8 @@ class _Fit:
         with nullcontext() if steps_now else self.accelerator.no_sync(self.wrapped):
             terms = self._backward(batch, self.batches.of_step(i))
         if steps_now:
+            if self.step_mean is not None and not has_tokens(batch):
+                self.step_mean.finish(self._parameters(), self.batches.of_step(i))
             if self.spec.clip is not None:
                 self.accelerator.clip_grad_norm_(self.wrapped.parameters(), self.spec.clip)
             self.optimizer.step()
@@ -185,8 +191,13 @@ class _Fit:
         except ValueError as error:
             raise _batch_of_one(error, batch) from error
         loss = terms["loss"] if averaged == 1 else terms["loss"] / averaged
+        if self.step_mean is not None and not has_tokens(batch):  # tokens weigh alike by their batches' `token_count`
+            loss = self.step_mean.weigh(loss, samples(batch))
         self.accelerator.backward(loss) if self.accelerator.scaler is not None else loss.backward()
         return terms
+
+    def _parameters(self) -> list[nn.Parameter]:
+        return [p for group in self.optimizer.param_groups for p in group["params"]]
 
     def boundary(self, done: int) -> bool:
         """Evaluate after an epoch, where it is time; True: training has waited long enough for a better one."""
