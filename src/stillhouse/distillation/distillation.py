@@ -55,6 +55,7 @@ class Distillation(nn.Module):
         if not objectives:
             raise UserError("A distillation needs at least one objective.")
         self.student = student
+        self._frozen_norms = frozen_norms(student)
         self.seed = seed
         named = dict(teachers) if isinstance(teachers, Mapping) else ({} if teachers is None else {"teacher": teachers})
         wrapped: dict[str, Teacher] = {name: t if isinstance(t, Teacher) else Frozen(t, name=name) for name, t in named.items()}
@@ -117,6 +118,8 @@ class Distillation(nn.Module):
         mode = self.training
         try:
             self._probe(probe, teachers, device)
+            for name, teacher in teachers.items():
+                refuse_shared_state(self.student, teacher, name)
         except BaseException:
             self.close()
             raise
@@ -124,6 +127,17 @@ class Distillation(nn.Module):
             self.train(mode)
         self._built = True
         return self
+
+    def train(self, mode: bool = True) -> Distillation:
+        """As `nn.Module.train`, but batch norm that was frozen in the student stays as it is (see `frozen_norms`)."""
+        super().train(mode)
+        self.hold_frozen()
+        return self
+
+    def hold_frozen(self) -> None:
+        """Put the student's frozen batch norm into evaluation mode, for a loop that calls the student's own `train()`."""
+        for norm in self._frozen_norms:
+            norm.eval()
 
     def _probe(self, probe: Batch, teachers: Mapping[str, Any], device: torch.device) -> None:
         with torch.no_grad(), keyed("build", self.seed):
@@ -358,6 +372,34 @@ class Distillation(nn.Module):
             for reader in teacher.readers():
                 out.setdefault(name, {}).update(reader.paths)
         return {k: v for k, v in out.items() if v}
+
+
+def frozen_norms(student: nn.Module) -> list[nn.Module]:
+    """The batch norm that the user froze: in evaluation mode inside a network in training mode, or with weights that are not to be trained.
+
+    Its running statistics must not move, but `train()` would switch it back to training mode.
+    """
+    norms = [m for m in student.modules() if isinstance(m, nn.modules.batchnorm._NormBase)]
+    return [m for m in norms if (student.training and not m.training) or (m.weight is not None and not any(p.requires_grad for p in m.parameters()))]
+
+
+def refuse_shared_state(student: nn.Module, teacher: Teacher, name: str) -> None:
+    """Raises `UserError` where a teacher holds weights, statistics or dropout of the student's: it would train along with it, and leave evaluation mode."""
+    mine = {p.untyped_storage().data_ptr(): n for n, p in student.named_parameters() if p.requires_grad}
+    for path, module in student.named_modules():
+        if isinstance(module, nn.modules.batchnorm._NormBase):
+            mine |= {b.untyped_storage().data_ptr(): f"{path}.{n}".lstrip(".") for n, b in module.named_buffers(recurse=False)}
+    mine.pop(0, None)  # tensors without storage
+    dropouts = {id(m): n for n, m in student.named_modules() if "drop" in type(m).__name__.lower()}
+    for network in (reader.model for reader in teacher.readers()):
+        tensors = [*network.parameters(), *network.buffers()]
+        shared = [mine[at] for t in tensors if (at := t.untyped_storage().data_ptr()) in mine]
+        shared += [dropouts[id(m)] for m in network.modules() if id(m) in dropouts]
+        if shared:
+            raise UserError(
+                f"The teacher '{name}' shares '{shared[0]}' with the student{f' (and {len(shared) - 1} more)' if shared[1:] else ''}, "
+                "so it would change as the student trains; give the teacher a copy of its own (copy.deepcopy)."
+            )
 
 
 def _unlabelled(ctx: Context) -> int:

@@ -217,6 +217,7 @@ class DistillationTrainer(_transformers.Trainer):  # type: ignore[misc]
         self._batch: Batch = self._as_batch(inputs)
         if tokens:
             self._batch["token_count"] = torch.as_tensor(self._mean_size, device=inputs["labels"].device)
+        self.distillation.hold_frozen()  # the Trainer has put its model into training mode
         with self.accelerator.autocast():
             self.distillation.before_step(self._batch, self._context)
             self.distillation._reader.model = model

@@ -318,7 +318,8 @@ def _average(student: nn.Module, spec: TrainSpec) -> Any:
 
 
 def _refuse_lonely_batch_norm(module: nn.Module, train: Any) -> None:
-    if getattr(train, "batch_size", 2) == 1 and any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in module.modules()):
+    module.train()
+    if getattr(train, "batch_size", 2) == 1 and any(isinstance(m, nn.modules.batchnorm._BatchNorm) and m.training for m in module.modules()):
         raise UserError(
             "train.batch_size is 1, but the network has batch normalisation, which needs at least two samples a batch; use a larger batch."
         )
