@@ -17,6 +17,7 @@ from stillhouse.distillation.objective import Objective, WeightSchedule
 from stillhouse.errors import UserError
 from stillhouse.training.display import Bars, Live
 from stillhouse.training.engine import fit
+from stillhouse.training.optimizers import trained_in_float32
 
 
 def distill(
@@ -31,12 +32,14 @@ def distill(
     seed: int = 0,
     progress: bool = True,
     evaluate: Callable[[nn.Module, torch.device], dict[str, float]] | None = None,
+    half_weights: bool = False,
 ) -> nn.Module:
     """Train `student` to carry what `teacher` knows, and return it (in evaluation mode, the same object).
 
     Args:
         teacher: any `nn.Module` that returns logits, a teacher of `stillhouse.distillation.teachers`, several by name, or None.
-        student: any `nn.Module` that returns logits (B, C).
+        student: any `nn.Module` that returns logits (B, C). One in half precision is trained in float32, as small updates of half-precision weights
+            round to nothing; see `half_weights`.
         train_loader: batches of (input, label), or mappings with `input`, `label` and, for objectives that need it, `index`; your `DataLoader`, or
             a `stillhouse.data.Loader`.
         objectives: names (`"kd"`), mappings (`{"name": "kd", "temperature": 2, "weight": 0.9}`), `Objective`s, or (Objective, weight) pairs.
@@ -44,6 +47,7 @@ def distill(
         train: options of `TrainSpec`, such as {"epochs": 30, "optimizer": {"name": "adamw", "lr": 1e-3}}.
         folder: metrics.csv and checkpoints go there, and a run that was cut off goes on from there; None: a temporary folder.
         evaluate: figures of your own, (student, device) -> {name: number}.
+        half_weights: train a half-precision student as it is.
 
     >>> import torch, stillhouse
     >>> data = [(torch.randn(8, 4), torch.randint(0, 3, (8,))) for _ in range(4)]
@@ -66,6 +70,8 @@ def distill(
         evaluate = lambda model, device: evaluate_classifier(model, check, device)  # noqa: E731
     if spec.best is not None and evaluate is None:
         raise UserError("train.best needs a val_loader, or an `evaluate` of your own.")
+    if not half_weights:
+        trained_in_float32(student)
     module = Distillation(student, teacher, objectives, seed=seed)
     with tempfile.TemporaryDirectory() as temporary:
         live = Bars() if progress else Live()

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from stillhouse.distillation.objective import Progress
 from stillhouse.errors import UserError
-from stillhouse.signals import Batch, Signals, Taps, TopK, image_size
+from stillhouse.signals import Batch, Signals, Taps, TopK, image_size, in_float32, own_precision
 from stillhouse.tasks.base import Task
 
 PLAIN = Task()
@@ -79,13 +79,18 @@ class Reader:
         return dict(self._paths)
 
     def __call__(self, batch: Batch) -> Signals:
+        with own_precision(self.model):
+            return self._read(batch)
+
+    def _read(self, batch: Batch) -> Signals:
         task = self.task or PLAIN
         captured: AbstractContextManager[dict[str, Tensor]] = nullcontext({}) if self._taps is None else self._taps.capture()
         with captured as got:
             output = task.call(self.model, batch, losses=self.losses and self.model.training)
         signals = task.read(output, batch)
+        signals.logits = None if signals.logits is None else in_float32(signals.logits)
         signals.image = image_size(batch)
-        found = self._channels_second(got, signals.image)
+        found = {path: in_float32(x) for path, x in self._channels_second(got, signals.image).items()}
         signals.taps |= {name: found[path] for name, path in self._paths.items() if name != "embedding"}
         if "embedding" in self._paths:
             from stillhouse.models.anatomy import embedding_from

@@ -29,7 +29,7 @@ from stillhouse.integrations.context import LoaderContext, Objectives
 from stillhouse.randomness import keyed
 from stillhouse.signals import Batch, call_model, read_logits
 from stillhouse.training.accumulation import StepMean, samples
-from stillhouse.training.optimizers import make_optimizer
+from stillhouse.training.optimizers import make_optimizer, trained_in_float32
 
 
 def _pytorch_lightning() -> Any:
@@ -54,7 +54,8 @@ class DistillationModule(_lightning.LightningModule):  # type: ignore[misc, name
     (class means) read your training loader as it is. Each call of `fit` makes the objectives' own layers anew, unless it restores a checkpoint.
 
     Args:
-        student: the model being trained; the same object holds the weights afterwards.
+        student: the model being trained; the same object holds the weights afterwards. One in half precision is trained in float32, unless the
+            Trainer's precision is `bf16-true` or `16-true`.
         teachers: one teacher (any module that gives logits, or a teacher of `stillhouse.distillation.teachers`), several by name, or None.
         objectives: names, mappings, `Objective`s or (Objective, weight) pairs, as in `stillhouse.distill`.
         optimizer: a function of the parameter groups that returns an optimiser (or whatever `configure_optimizers` may return), or options such as
@@ -102,6 +103,7 @@ class DistillationModule(_lightning.LightningModule):  # type: ignore[misc, name
     def setup(self, stage: str) -> None:
         if stage != "fit":
             return
+        trained_in_float32(self.student)
         self.trainer.fit_loop.setup_data()
         self._loader = AdaptedLoader(self.trainer.train_dataloader, self._seed)
         self._progress = _progress(self.trainer)

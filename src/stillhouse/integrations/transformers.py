@@ -27,6 +27,7 @@ from stillhouse.integrations.context import LoaderContext, Objectives
 from stillhouse.randomness import keyed
 from stillhouse.signals import Batch
 from stillhouse.tasks.tokens import Tokens
+from stillhouse.training.optimizers import trained_in_float32
 
 try:
     _transformers: Any = importlib.import_module("transformers")
@@ -55,6 +56,8 @@ class DistillationTrainer(_transformers.Trainer):  # type: ignore[misc]
         shift_labels: whether labels (B, L) name the input tokens, so that those of the next position are learned; default: for causal language models.
         vocabulary: how many tokens the tokenizer has, where teacher and student pad their embeddings to different sizes; default: those of
             `processing_class`, where that is a tokenizer.
+        half_weights: train a student in half precision as it is; else it is turned to float32, as small updates of half-precision weights round to
+            nothing. For speed there are the arguments `bf16` and `fp16`.
 
     >>> trainer = DistillationTrainer(student, args, train_dataset=data, teachers=teacher, objectives=["ce", "kd"])  # doctest: +SKIP
     >>> trainer.train()  # doctest: +SKIP
@@ -70,10 +73,12 @@ class DistillationTrainer(_transformers.Trainer):  # type: ignore[misc]
         embedding: str | None = None,
         shift_labels: bool | None = None,
         vocabulary: int | None = None,
+        half_weights: bool = False,
         **kwargs: Any,
     ) -> None:
         self.distillation: Distillation | None = None
         self._parts = (teachers, [Distillation.entry(o) for o in objectives], embedding)
+        self._half_weights = half_weights
         self._given_optimizer = (kwargs.get("optimizers") or (None,))[0] is not None
         self._resume_from: str | None = None
         self._sums: dict[str, Tensor] = {}
@@ -121,6 +126,8 @@ class DistillationTrainer(_transformers.Trainer):  # type: ignore[misc]
         if self.distillation is not None:
             return self.optimizer
         teachers, entries, embedding = self._parts
+        if not self._half_weights:
+            trained_in_float32(self.model)
         task = Tokens("causal", self._vocabulary) if self._vocabulary is not None and self._of_tokens() else None
         self.distillation = Distillation(self.model, teachers, entries, seed=self.args.seed, embedding=embedding, task=task)
         self._build(self.distillation)

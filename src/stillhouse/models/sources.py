@@ -30,6 +30,8 @@ TASKS = {  # options.task: the Auto class, and its mapping from config classes t
     "seq2seq": ("AutoModelForSeq2SeqLM", "MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING"),
 }
 
+DTYPES = ("float32", "bfloat16", "float16", "auto")
+
 
 def check_timm(name: str) -> None:
     """Raises `UserError` for a name that timm does not know."""
@@ -107,7 +109,7 @@ def from_transformers(name: str, num_classes: int | None, input_shape: Shape | N
             config's; or, with `pretrained`, a repository of the Hugging Face hub.
         num_classes: labels of a classifier.
         input_shape: channels and image size of a fresh image model.
-        options: `task`, and arguments of the config.
+        options: `task`, `dtype` of the weights (float32 unless given; auto: as they were saved), and arguments of the config.
         pretrained: the name may be downloaded.
     """
     try:
@@ -118,6 +120,9 @@ def from_transformers(name: str, num_classes: int | None, input_shape: Shape | N
     task = arguments.pop("task", "image")
     if task not in TASKS:
         raise unknown("options.task", str(task), TASKS)
+    dtype = str(arguments.pop("dtype", "float32")).removeprefix("torch.")
+    if dtype not in DTYPES:
+        raise unknown("options.dtype", dtype, DTYPES)
     if num_classes is not None and task in ("image", "segmentation", "text"):
         arguments.setdefault("num_labels", num_classes)
     auto = getattr(transformers, TASKS[task][0])
@@ -133,7 +138,7 @@ def from_transformers(name: str, num_classes: int | None, input_shape: Shape | N
             if isinstance(getattr(plain, "image_size", None), int) and input_shape[1] == input_shape[2]:
                 arguments.setdefault("image_size", input_shape[1])
         _check_config(plain, arguments, owner)
-        return _from_config(auto, transformers.AutoConfig.for_model(kind, **arguments), task, owner)
+        return _from_config(auto, transformers.AutoConfig.for_model(kind, **arguments), task, owner, dtype)
     folder = Path(name).expanduser()
     if not (folder / "config.json").is_file() and not pretrained:
         raise UserError(
@@ -145,14 +150,14 @@ def from_transformers(name: str, num_classes: int | None, input_shape: Shape | N
     for key, value in arguments.items():
         setattr(config, key, value)
     if folder.is_dir() and not any(folder.glob("*.safetensors")) and not any(folder.glob("*.bin")):
-        return _from_config(auto, config, task, owner)
+        return _from_config(auto, config, task, owner, dtype)
     _model_class(config, task, owner)
-    return _load_folder(auto, source, config, owner, download=pretrained and not folder.is_dir())
+    return _load_folder(auto, source, config, owner, dtype, download=pretrained and not folder.is_dir())
 
 
-def _load_folder(auto: Any, source: str, config: Any, owner: str, download: bool) -> nn.Module:
+def _load_folder(auto: Any, source: str, config: Any, owner: str, dtype: str, download: bool) -> nn.Module:
     """A model with its weights. A classifier may be new (a folder of a bare encoder), but of another size, or with most weights absent, it is refused."""
-    options = {"config": config, "ignore_mismatched_sizes": True, "output_loading_info": True}
+    options = {"config": config, "dtype": dtype, "ignore_mismatched_sizes": True, "output_loading_info": True}
     model, info = _published(owner, download, lambda: auto.from_pretrained(source, **options))
     if info["mismatched_keys"]:
         name, given, ours = min(info["mismatched_keys"])
@@ -166,10 +171,10 @@ def _load_folder(auto: Any, source: str, config: Any, owner: str, download: bool
     return model
 
 
-def _from_config(auto: Any, config: Any, task: str, owner: str) -> nn.Module:
+def _from_config(auto: Any, config: Any, task: str, owner: str, dtype: str) -> nn.Module:
     model = _model_class(config, task, owner)
     config.architectures = config.architectures or [model.__name__]
-    return auto.from_config(config)
+    return auto.from_config(config) if dtype == "auto" else auto.from_config(config, dtype=dtype)
 
 
 def _model_class(config: Any, task: str, owner: str) -> type[nn.Module]:

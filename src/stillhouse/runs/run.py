@@ -230,17 +230,22 @@ class Run:
         if spec.peer is not None:
             return CoTrained(self.model(spec.peer, data, role=name), embedding=spec.peer.embedding)
         task, its = self.data(data).task, self.data(spec.data or data).task
-        model = self.network(name, spec, data)
+        model = self.network(name, spec, data, as_saved=True)
         if type(its) is type(task):
             model, its = task.as_teacher(model, spec, its), task
         teacher = Frozen(model, embedding=spec.embedding, name=name, task=its)
         self.live_teachers.append(teacher)
         return teacher
 
-    def network(self, name: str, spec: TeacherSpec, data: DataSpec) -> nn.Module:
-        """The network of a live teacher with its weights, trained first where it has none."""
-        seed, data = spec.seed or 0, spec.data or data
-        model = self.model(spec.network, data, role="teacher", seed=seed)
+    def network(self, name: str, spec: TeacherSpec, data: DataSpec, as_saved: bool = False) -> nn.Module:
+        """The network of a live teacher with its weights, trained first where it has none.
+
+        Its weights are in float32, or with `as_saved`, where they are not trained here, in the precision that a transformers folder has them in.
+        """
+        seed, data, own = spec.seed or 0, spec.data or data, spec.network
+        if as_saved and spec.train is None and own.model.startswith("hf:"):
+            own = own.model_copy(update={"options": {"dtype": "auto", **own.options}})
+        model = self.model(own, data, role="teacher", seed=seed)
         if spec.train is not None and spec.checkpoint is None:  # from published weights where it is pretrained: fine-tuned
             trained = self.trained("teacher", model, spec.network, spec.train, data, seed)
             model.load_state_dict(trained["weights"])

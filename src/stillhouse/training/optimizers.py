@@ -6,6 +6,7 @@ import math
 from typing import Any
 
 import torch
+from torch import nn
 
 from stillhouse.config.specs import TrainSpec
 from stillhouse.errors import UserError, unknown
@@ -19,6 +20,19 @@ def optimizer_class(name: str) -> type[torch.optim.Optimizer]:
     if name.lower() not in classes:
         raise unknown("optimizer", name, classes)
     return classes[name.lower()]
+
+
+def trained_in_float32(student: nn.Module) -> None:
+    """Turn a student whose trained weights are in half precision to float32, in place.
+
+    In half precision an update smaller than about 1/256 (bfloat16) of a weight rounds to nothing, and float16 overflows. Frozen weights alone, such as
+    those under adapters, stay as they are. For speed there is mixed precision (`train.precision: bf16`).
+    """
+    if any(p.requires_grad and p.dtype in (torch.float16, torch.bfloat16) for p in student.parameters()):
+        student.float()
+        config = getattr(student, "config", None)  # of a transformers model, which saves its precision by it
+        if hasattr(config, "dtype"):
+            config.dtype = torch.float32
 
 
 def make_optimizer(groups: list[dict[str, Any]], spec: TrainSpec) -> torch.optim.Optimizer:
