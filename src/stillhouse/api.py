@@ -64,9 +64,9 @@ def distill(
         spec = train if isinstance(train, TrainSpec) else TrainSpec.model_validate(dict(train or {}))
     except ValidationError as error:
         raise spell(error, TrainSpec, "train") from None
-    loader = train_loader if isinstance(train_loader, Loader) else adapt(train_loader, seed=seed)
+    loader = train_loader if isinstance(train_loader, Loader) else adapt(train_loader, seed=seed, student=student)
     if evaluate is None and val_loader is not None:
-        check = val_loader if isinstance(val_loader, Loader) else adapt(val_loader, seed=seed)
+        check = val_loader if isinstance(val_loader, Loader) else adapt(val_loader, seed=seed, student=student)
         evaluate = lambda model, device: evaluate_classifier(model, check, device)  # noqa: E731
     if spec.best is not None and evaluate is None:
         raise UserError("train.best needs a val_loader, or an `evaluate` of your own.")

@@ -13,6 +13,7 @@ from stillhouse.distillation.teachers import PLAIN, Frozen, Reader, Stored, Teac
 from stillhouse.distillation.weighted import Weighted, objective_from_spec
 from stillhouse.errors import UserError, nearest
 from stillhouse.functional.counting import counted
+from stillhouse.models.token_labels import place, refuse_copies
 from stillhouse.randomness import keyed
 from stillhouse.signals import Batch, Signals, first_samples, to_device
 from stillhouse.tasks.base import Task
@@ -107,6 +108,7 @@ class Distillation(nn.Module):
         """
         if self._built:
             return self
+        refuse_copies(place(batch, self.student), self.student)
         probe = first_samples(batch, 2)
         device = next(self.student.parameters()).device
         probe = to_device(probe, device)
@@ -292,6 +294,7 @@ class Distillation(nn.Module):
         """Inner steps of objectives that have one; teachers that do not read the student answer here, once, for the step that follows too."""
         if not self._stepping:
             return
+        place(batch, self.student)
         said = batch.setdefault("_teachers", {})
         for entry in self._stepping:
             name = entry.objective.teacher
@@ -306,6 +309,7 @@ class Distillation(nn.Module):
 
     def forward(self, batch: Batch, progress: Progress) -> dict[str, Tensor]:
         """`loss` (the weighted sum) and every term by name, unweighted: `ce`, `kd`, or `nkd.target`; scalars on the device."""
+        place(batch, self.student)
         said: dict[str, Signals] = dict(batch.get("_teachers") or {})
         for name in self._first:  # before the student, whose saved activations would lie under a teacher's working memory
             if name not in said:

@@ -26,6 +26,7 @@ from stillhouse.distillation.teachers import Teacher
 from stillhouse.errors import MissingExtra, UserError
 from stillhouse.functional.token_losses import counted, has_tokens, step_count
 from stillhouse.integrations.context import LoaderContext, Objectives
+from stillhouse.models.token_labels import IGNORE
 from stillhouse.randomness import keyed
 from stillhouse.signals import Batch, call_model, read_logits
 from stillhouse.training.accumulation import StepMean, samples
@@ -105,7 +106,7 @@ class DistillationModule(_lightning.LightningModule):  # type: ignore[misc, name
             return
         trained_in_float32(self.student)
         self.trainer.fit_loop.setup_data()
-        self._loader = AdaptedLoader(self.trainer.train_dataloader, self._seed)
+        self._loader = AdaptedLoader(self.trainer.train_dataloader, self._seed, self.student)
         self._progress = _progress(self.trainer)
         with keyed("probe", self._seed):
             probe = next(iter(self._loader))
@@ -145,7 +146,7 @@ class DistillationModule(_lightning.LightningModule):  # type: ignore[misc, name
         if batch_idx == 0:
             self.distillation.begin_epoch(self._context)
             self.distillation.train()
-        self._batch = as_batch(batch)
+        self._batch = as_batch(batch, self.student)
         with self.trainer.precision_plugin.forward_context():
             self.distillation.before_step(self._batch, self._context)
 
@@ -178,11 +179,15 @@ class DistillationModule(_lightning.LightningModule):  # type: ignore[misc, name
         self._batch = {}
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
-        """Accuracy and mean negative log-likelihood, for labels that are class ids."""
-        read = as_batch(batch)
-        logits, labels = self(read["input"]).float(), read["label"]
-        figures = {"val/accuracy": (logits.argmax(1) == labels).float().mean(), "val/nll": F.cross_entropy(logits, labels)}
-        self.log_dict(figures, batch_size=len(labels), sync_dist=True)
+        """Accuracy and mean negative log-likelihood, for labels that are ids of classes (B,) or of tokens (B, L)."""
+        read = as_batch(batch, self.student)
+        logits, labels = self(read["input"]).float().flatten(0, -2), read["label"].flatten()
+        counts = labels != IGNORE
+        figures = {
+            "val/accuracy": ((logits.argmax(-1) == labels) & counts).sum() / counts.sum(),
+            "val/nll": F.cross_entropy(logits, labels, ignore_index=IGNORE),
+        }
+        self.log_dict(figures, batch_size=int(counts.sum()), sync_dist=True)
 
     def predict_step(self, batch: Any, batch_idx: int) -> Tensor:
         """Logits."""

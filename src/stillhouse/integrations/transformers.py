@@ -24,6 +24,7 @@ from stillhouse.distillation.teachers import Teacher
 from stillhouse.errors import MissingExtra, UserError
 from stillhouse.files import written_beside
 from stillhouse.integrations.context import LoaderContext, Objectives
+from stillhouse.models.token_labels import IGNORE, are_of_tokens, place, predicts_next
 from stillhouse.randomness import keyed
 from stillhouse.signals import Batch
 from stillhouse.tasks.tokens import Tokens
@@ -35,7 +36,6 @@ except ImportError:
     raise MissingExtra("Training with the transformers Trainer", "text") from None
 
 STATE_FILE = "distillation.pt"
-IGNORE = -100
 _CAUSAL, _MASKED, _SEQ2SEQ = (getattr(_transformers, f"MODEL_FOR_{name}_MAPPING") for name in ("CAUSAL_LM", "MASKED_LM", "SEQ_TO_SEQ_CAUSAL_LM"))
 
 
@@ -85,11 +85,7 @@ class DistillationTrainer(_transformers.Trainer):  # type: ignore[misc]
         self._counts: dict[str, int] = {}
         self._mean_size: Any = 1.0
         super().__init__(*args, **kwargs)
-        model = self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
-        self._shifts = type(model) in _CAUSAL.values() if shift_labels is None else shift_labels
-        self._starts = getattr(getattr(model, "config", None), "is_encoder_decoder", False) and hasattr(
-            model, "prepare_decoder_input_ids_from_labels"
-        )
+        self._shifts = predicts_next(self.model) if shift_labels is None else shift_labels
         tokens = self.processing_class
         self._vocabulary = vocabulary or (max(tokens.get_vocab().values()) + 1 if hasattr(tokens, "get_vocab") else None)
         self.model_accepts_loss_kwargs = False  # as above, for versions without `loss_is_scaled_for_ga`
@@ -199,16 +195,7 @@ class DistillationTrainer(_transformers.Trainer):  # type: ignore[misc]
 
     def _as_batch(self, inputs: Any) -> Batch:
         """A batch of ours: labels of tokens stand where their predictions stand, and a decoder has its inputs."""
-        batch = as_batch(inputs)
-        if not _has_tokens(inputs):
-            return batch
-        label = batch["label"]
-        if self._shifts:
-            batch["label"] = torch.cat([label[:, 1:], torch.full_like(label[:, :1], IGNORE)], 1)
-        elif self._starts and "decoder_input_ids" not in batch["input"]:
-            model = self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
-            batch["input"] = {**batch["input"], "decoder_input_ids": model.prepare_decoder_input_ids_from_labels(labels=label)}
-        return batch
+        return place(as_batch(inputs), self.model, self._shifts)
 
     def training_step(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Tensor:
         loss: Tensor = super().training_step(model, inputs, *args, **kwargs)
@@ -325,7 +312,14 @@ class _Loader(AdaptedLoader):
     def labels(self) -> Tensor:
         dataset = getattr(self.loader, "dataset", None)
         column = next((c for c in ("labels", "label") if c in (getattr(dataset, "column_names", None) or ())), None)
-        return super().labels() if dataset is None or column is None else torch.as_tensor(dataset[column][:]).to(torch.int64)
+        if dataset is None or column is None:
+            return super().labels()
+        if not hasattr(dataset, "__len__"):
+            raise UserError("The training data is a stream, so the class of each sample is not known beforehand.")
+        values = dataset[column][:]
+        if len(values) and hasattr(values[0], "__len__") and getattr(values[0], "ndim", 1):
+            raise UserError("The training data has many labels a sample, so there is no class of each sample.")
+        return torch.as_tensor(values).to(torch.int64)
 
 
 class _Read:
@@ -346,8 +340,7 @@ class _Read:
 
 def _has_tokens(inputs: Mapping[str, Any]) -> bool:
     """Whether the labels are of tokens, (B, L) ids."""
-    labels = inputs.get("labels")
-    return isinstance(labels, Tensor) and labels.ndim == 2 and not labels.is_floating_point()
+    return are_of_tokens(inputs.get("labels"))
 
 
 def average_gradients(parameters: list[nn.Parameter]) -> None:
