@@ -22,6 +22,7 @@ from stillhouse.errors import UserError
 from stillhouse.files import written_beside
 from stillhouse.processes import rank_world, wait
 from stillhouse.reporting.run_report import write_run_report
+from stillhouse.runs.folder import claim
 from stillhouse.runs.gallery import write_gallery
 from stillhouse.runs.method import Stage
 from stillhouse.runs.products import Student
@@ -62,8 +63,7 @@ def execute(
     PartialState(cpu=cpu)
     text = dump(config)
     main = rank_world()[0] == 0
-    if main:
-        _claim(folder, text, overwrite)
+    changes = claim(folder, text, overwrite) if main else {}
     wait()
     method = catalog.method(config.method)
     run = Run(folder, config, data_root=data_root, live=live, cpu=cpu)
@@ -79,6 +79,7 @@ def execute(
                     "device": _device_name(run.device),
                     "processes": rank_world()[1],
                     "command": " ".join(["stillhouse", *sys.argv[1:]]),
+                    **({"changed after divergence": changes} if changes else {}),
                 },
             )
         product = method.run(config, run)
@@ -98,31 +99,6 @@ def execute(
         if live is not None:
             live.close()
     return figures
-
-
-def _claim(folder: Path, text: str, overwrite: bool) -> None:
-    """Make the folder this run's, or refuse it: nothing that is not a run's is ever removed or written over."""
-    if folder.exists() and not folder.is_dir():
-        raise UserError(f"{folder} is a file; give a folder with --out.")
-    held = folder / "recipe.yaml"
-    there = {p.name for p in folder.iterdir()} if folder.exists() else set()
-    before = held.read_text() if "recipe.yaml" in there else None
-    ours = before is not None and ("environment.json" in there or len(there) == 1)  # not so where a user keeps a recipe.yaml among other files
-    if there and not ours and (overwrite or before != text):
-        left = "so --overwrite leaves it alone" if overwrite else "so it is left alone"
-        raise UserError(f"{folder} is not a run's folder (no recipe.yaml with an environment.json), {left}; choose another folder with --out.")
-    if overwrite and there:
-        shutil.rmtree(folder)
-    elif "evaluation.json" in there:
-        raise UserError(f"{folder} holds a finished run; choose another folder with --out, or start over with --overwrite.")
-    elif before is not None and before != text:
-        pairs = zip(before.splitlines(), text.splitlines())
-        line = next((f"'{a.strip()}' there, '{b.strip()}' now" for a, b in pairs if a != b), "their lengths differ")
-        raise UserError(
-            f"{folder} holds an unfinished run of another recipe ({line}); choose another folder with --out, or start over with --overwrite."
-        )
-    with written_beside(held) as beside:
-        beside.write_text(text)
 
 
 def _keep(product: Any, folder: Path) -> None:

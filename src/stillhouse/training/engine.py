@@ -204,6 +204,7 @@ class _Fit:
         epoch, every = done // self.batches.per_epoch, self.spec.eval_every
         if self.evaluate is None or not (done == self.batches.total or (every and epoch % every == 0)):
             return False
+        self.loop.check()
         model = self.ema.module if self.ema is not None else self.module.student
         figures = self.evaluate(model, self.device)
         self.module.train()
