@@ -169,7 +169,17 @@ def read_logits(output: Any) -> Tensor:
             return value
     if isinstance(output, tuple | list) and output and isinstance(output[0], Tensor):
         return output[0]
-    raise UserError(f"Could not find logits in the model's output of type {type(output).__name__}; return a tensor, or an object with `.logits`.")
+    raise UserError(
+        f"Could not find logits in the model's output, {_described(output)}: it may be a network of another task, such as detection; a classifier returns "
+        "a tensor, or an object with `.logits`."
+    )
+
+
+def _described(output: Any) -> str:
+    """A type, with the keys of a mapping or of the first of a list of mappings."""
+    inner = output[0] if isinstance(output, tuple | list) and output else output
+    keys = f" with {', '.join(map(str, list(inner)[:5]))}" if isinstance(inner, Mapping) else ""
+    return f"a {type(output).__name__}{'' if inner is output else f' of {type(inner).__name__}'}{keys}"
 
 
 class Taps:

@@ -155,6 +155,8 @@ class Distillation(nn.Module):
             self._make_chunked(readers, probe)
             student = self._reader(probe)
             said = {name: teacher(probe, student) for name, teacher in teachers.items()}
+            for owner, signals in {"student": student, **{f"teacher '{name}'": s for name, s in said.items()}}.items():
+                refuse_another_task(owner, signals, probe)
             for entry in self.entries:
                 teacher_said = said.get(entry.objective.teacher, NOTHING)
                 self._check_classes(entry, student, teacher_said)
@@ -404,6 +406,18 @@ def refuse_shared_state(student: nn.Module, teacher: Teacher, name: str) -> None
                 f"The teacher '{name}' shares '{shared[0]}' with the student{f' (and {len(shared) - 1} more)' if shared[1:] else ''}, "
                 "so it would change as the student trains; give the teacher a copy of its own (copy.deepcopy)."
             )
+
+
+def refuse_another_task(owner: str, signals: Signals, batch: Batch) -> None:
+    """Raises `UserError` where a network gives a score map or a sequence of scores for samples that have one class each."""
+    logits, label = signals.logits, batch.get("label")
+    if logits is None or label is None or logits.ndim == 2 or label.ndim > 2:
+        return
+    if label.ndim == 1 or label.is_floating_point():
+        raise UserError(
+            f"The {owner} gives scores of shape {tuple(logits.shape)} for {len(label)} samples that have one class each (labels {tuple(label.shape)}): it is "
+            "a network of another task, such as segmentation; take one that gives (B, C)."
+        )
 
 
 def _unlabelled(ctx: Context) -> int:
