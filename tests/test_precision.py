@@ -15,6 +15,7 @@ from stillhouse.errors import UserError
 from stillhouse.runs import recipe
 from stillhouse.runs.execution import execute
 from stillhouse.runs.products import load_product
+from stillhouse.tasks.tokens import Tokens
 
 HALF = [torch.bfloat16, torch.float16]
 ADAMW = {"name": "adamw", "lr": 1e-5}
@@ -136,7 +137,9 @@ def test_a_half_precision_language_model_teaches(half: torch.dtype, chunked: boo
     ids = torch.randint(50, (4, 9))
     batch = {"input": {"input_ids": ids[:, :-1]}, "label": ids[:, 1:]}
     student, teacher = gpt(8), gpt(16).to(half)
-    module = stillhouse.Distillation(student, teacher, ["ce", {"name": "gkd", "weight": 1.0}], chunked=chunked).build(batch)
+    module = stillhouse.Distillation(student, teacher, ["ce", {"name": "gkd", "weight": 1.0}], task=Tokens("causal", 50), chunked=chunked).build(
+        batch
+    )
     terms = module.train()(batch, stillhouse.Progress())
     terms["loss"].backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in student.parameters())

@@ -64,7 +64,13 @@ class OptimizerSpec(Spec):
     model_config = ConfigDict(extra="allow")
     name: str = Field("sgd", description="Any class of torch.optim, in lower case: sgd, adamw, adam, rmsprop, …")
     lr: float = Field(0.05, gt=0, description="Learning rate; the schedule moves it.")
-    weight_decay: float = Field(5e-4, ge=0, description="Of all parameters, normalisation and biases too.")
+    weight_decay: float = Field(5e-4, ge=0, description="Of the parameters that `decay` names.")
+    decay: Literal["all", "matrices"] = Field(
+        "all", description="What weight decay is for: all parameters, or those of two axes or more, without norms, biases, tokens and positions."
+    )
+    layer_decay: float | None = Field(
+        None, gt=0, le=1, description="The student's learning rate is multiplied by this once for each layer (or stage) that lies between it and the output."
+    )
 
     def arguments(self) -> dict[str, Any]:
         """Keyword arguments for the optimiser's class; sgd has momentum 0.9 unless told."""
@@ -77,13 +83,16 @@ class OptimizerSpec(Spec):
 class LRSchedule(Spec):
     """Learning rate over training."""
 
-    name: Literal["cosine", "step", "linear", "constant"] = Field(
-        "cosine", description="cosine, linear: falling to min_lr at the end; step: by gamma at each milestone."
+    name: Literal["cosine", "step", "linear", "constant", "poly", "exponential", "onecycle"] = Field(
+        "cosine",
+        description="cosine, linear, poly: falling to min_lr at the end; step: by gamma at each milestone; exponential: by gamma after each epoch; "
+        "onecycle: rising from lr / 25 to lr over warmup_epochs (or 30 % of the training), then falling along a cosine.",
     )
     warmup_epochs: float = Field(0.0, ge=0, description="Linear from 0 over this many epochs, before the schedule.")
     milestones: list[float] = Field(default_factory=list, description="step: epochs at which the rate is multiplied by gamma.")
-    gamma: float = Field(0.1, gt=0, description="step: the factor.")
-    min_lr: float = Field(0.0, ge=0, description="cosine, linear: where the rate ends.")
+    gamma: float = Field(0.1, gt=0, description="step, exponential: the factor.")
+    min_lr: float = Field(0.0, ge=0, description="cosine, linear, poly, exponential, onecycle: where the rate ends.")
+    power: float = Field(0.9, gt=0, description="poly: the exponent of the share of training that is left.")
 
 
 class TrainSpec(Spec):
@@ -96,6 +105,7 @@ class TrainSpec(Spec):
     clip: float | None = Field(None, gt=0, description="Clip the gradient's norm.")
     accumulate: int = Field(1, ge=1, description="Batches whose gradients are averaged for one optimiser step.")
     precision: Literal["full", "bf16", "fp16"] = Field("full", description="bf16, fp16: mixed precision; losses stay in float32.")
+    channels_last: bool = Field(False, description="Keep images and networks in channels-last memory, which is faster on many devices.")
     compile: bool = Field(False, description="torch.compile the student and the live teachers.")
     ema: float | None = Field(None, gt=0, lt=1, description="Keep an exponential moving average of the student; it is what is evaluated and kept.")
     eval_every: int = Field(1, ge=0, description="Epochs between evaluations; 0: only at the end.")
@@ -118,7 +128,13 @@ class TrainSpec(Spec):
 
     def identity(self) -> dict[str, Any]:
         """What trained weights depend on, as JSON data: all but how often is logged and saved, where figures go, and compilation."""
-        return self.model_dump(mode="json", exclude={"log_every", "checkpoint_seconds", "trackers", "compile"})
+        out = self.model_dump(mode="json", exclude={"log_every", "checkpoint_seconds", "trackers", "compile", "channels_last"})
+        for spec, keys in ((self.optimizer, ("decay", "layer_decay")), (self.schedule, ("power",))):
+            part = out["optimizer" if spec is self.optimizer else "schedule"]
+            for key in keys:  # which came later: at their defaults, what is stored stays valid
+                if part[key] == type(spec).model_fields[key].default:
+                    del part[key]
+        return out
 
 
 def _shorthand(key: str) -> BeforeValidator:

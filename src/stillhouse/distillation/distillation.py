@@ -309,6 +309,11 @@ class Distillation(nn.Module):
             if name in self.learning:
                 del said[name]
 
+    def before_update(self, ctx: Context) -> None:
+        """Before each optimiser step, when the gradients are there: objectives may read or change them."""
+        for entry in self.entries:
+            entry.objective.before_update(ctx)
+
     def forward(self, batch: Batch, progress: Progress) -> dict[str, Tensor]:
         """`loss` (the weighted sum) and every term by name, unweighted: `ce`, `kd`, or `nkd.target`; scalars on the device."""
         place(batch, self.student)

@@ -119,7 +119,7 @@ class DistillationModule(_lightning.LightningModule):  # type: ignore[misc, name
     def configure_optimizers(self) -> Any:
         groups = self.distillation.param_groups()
         if isinstance(self._optimizer, OptimizerSpec):
-            return make_optimizer(groups, TrainSpec.model_validate({"optimizer": self._optimizer}))
+            return make_optimizer(groups, TrainSpec.model_validate({"optimizer": self._optimizer}), self.student)
         return self._optimizer(groups)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -173,6 +173,7 @@ class DistillationModule(_lightning.LightningModule):  # type: ignore[misc, name
         if mean is not None and not self.trainer.strategy.handles_gradient_accumulation:
             parameters = [p for group in optimizer.param_groups for p in group["params"]]
             mean.finish(parameters, self.trainer.accumulate_grad_batches, shared=has_tokens(self._batch))
+        self.distillation.before_update(self._context)
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         self.distillation.after_step(self._batch, self._progress, self.trainer.global_step > self._progress.step)

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from stillhouse.data import AdaptedLoader
 from stillhouse.data.loader import as_batch
 from stillhouse.distillation.distillation import Distillation
-from stillhouse.distillation.objective import Progress
+from stillhouse.distillation.objective import Objective, Progress
 from stillhouse.distillation.teachers import Teacher
 from stillhouse.errors import MissingExtra, UserError
 from stillhouse.files import written_beside
@@ -201,7 +201,22 @@ class DistillationTrainer(_transformers.Trainer):  # type: ignore[misc]
         loss: Tensor = super().training_step(model, inputs, *args, **kwargs)
         if self._own and self.accelerator.num_processes > 1 and self.accelerator.sync_gradients:
             average_gradients(self._own)
+        if self.distillation is not None and self.accelerator.sync_gradients:
+            self._before_update(self.distillation)
         return loss
+
+    def _before_update(self, distillation: Distillation) -> None:
+        """The hook of objectives that look at gradients; those of fp16 are shown to it without their scale."""
+        if not any(type(e.objective).before_update is not Objective.before_update for e in distillation.entries):
+            return
+        scaler = self.accelerator.scaler
+        gradients = [p.grad for p in distillation.parameters() if p.grad is not None]
+        scale = 1.0 if scaler is None else scaler.get_scale()
+        if scale != 1.0:
+            torch._foreach_div_(gradients, scale)
+        distillation.before_update(self._context)
+        if scale != 1.0:
+            torch._foreach_mul_(gradients, scale)
 
     def compute_loss(self, model: nn.Module, inputs: Any, return_outputs: bool = False, **kwargs: Any) -> Any:
         """In training, the weighted sum of the objectives' terms, a mean over the batch; in evaluation, the student's own loss."""

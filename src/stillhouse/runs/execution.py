@@ -18,7 +18,6 @@ import stillhouse
 from stillhouse import catalog
 from stillhouse.config.reading import dump
 from stillhouse.config.specs import MethodConfig
-from stillhouse.errors import UserError
 from stillhouse.files import written_beside
 from stillhouse.processes import rank_world, wait
 from stillhouse.reporting.run_report import write_run_report
