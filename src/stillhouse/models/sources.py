@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import inspect
+import json
 import re
 import sys
 from collections.abc import Callable, Mapping
@@ -17,6 +18,7 @@ from typing import Any
 
 from torch import nn
 
+from stillhouse.config.specs import ModelSpec
 from stillhouse.errors import MissingExtra, UserError, nearest, unknown
 
 Shape = tuple[int, ...]
@@ -39,6 +41,25 @@ def check_timm(name: str) -> None:
 
     if not timm.is_model(name):
         raise unknown("timm model", f"timm:{name}", [f"timm:{n}" for n in timm.list_models()])
+
+
+def published_normalisation(spec: ModelSpec, model: nn.Module) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
+    """Mean and standard deviation per channel that a network's published weights were trained with, where its library says them."""
+    kind, _, name = spec.model.partition(":")
+    found: tuple[Any, Any] = (None, None)
+    if kind == "timm":
+        facts = getattr(model, "pretrained_cfg", None) or {}
+        found = facts.get("mean"), facts.get("std")
+    elif kind == "torchvision":
+        from torchvision import models
+
+        transforms = models.get_model_weights(name).DEFAULT.transforms()
+        found = getattr(transforms, "mean", None), getattr(transforms, "std", None)
+    elif kind == "hf" and (Path(name).expanduser() / "preprocessor_config.json").is_file():
+        facts = json.loads((Path(name).expanduser() / "preprocessor_config.json").read_text())
+        found = facts.get("image_mean"), facts.get("image_std")
+    mean, std = found
+    return (tuple(mean), tuple(std)) if mean and std else None
 
 
 def check_torchvision(name: str) -> None:
