@@ -14,6 +14,7 @@ from stillhouse.config.messages import spell
 from stillhouse.config.specs import TrainSpec
 from stillhouse.distillation.distillation import Distillation
 from stillhouse.distillation.objective import Objective, WeightSchedule
+from stillhouse.distillation.teachers import Teacher
 from stillhouse.errors import UserError
 from stillhouse.training.display import Bars, Live
 from stillhouse.training.engine import fit
@@ -57,6 +58,8 @@ def distill(
     """
     from pydantic import ValidationError
 
+    _check_types(teacher, student, objectives)
+
     from stillhouse.data import Loader, adapt
     from stillhouse.evaluation.classification import evaluate_classifier
 
@@ -82,3 +85,23 @@ def distill(
             live.close()
             module.close()
     return student.eval()
+
+
+def _check_types(teacher: Any, student: Any, objectives: Any) -> None:
+    """One sentence for what is no network and no list of objectives."""
+    by_name = "; a network by name is built by stillhouse.models.build(ModelSpec(model=…)), or comes from a recipe"
+    if not isinstance(student, nn.Module):
+        raise UserError(f"distill: the student must be an nn.Module; given: {_shown(student)}{by_name if isinstance(student, str) else ''}.")
+    named = teacher if isinstance(teacher, Mapping) else {} if teacher is None else {"teacher": teacher}
+    for name, one in named.items():
+        if not isinstance(one, nn.Module | Teacher):
+            hint = by_name if isinstance(one, str) else ", or None"
+            raise UserError(
+                f"distill: the teacher{f' {name!r}' if isinstance(teacher, Mapping) else ''} must be an nn.Module or a teacher of stillhouse; given: {_shown(one)}{hint}."
+            )
+    if isinstance(objectives, str | Mapping) or not isinstance(objectives, Sequence):
+        raise UserError(f'distill: objectives must be a list, such as ["ce", "kd"]; given: {_shown(objectives)}.')
+
+
+def _shown(value: Any) -> str:
+    return f"'{value}'" if isinstance(value, str) else f"a {type(value).__name__}"

@@ -79,6 +79,7 @@ class Loop:
         self._window_start = 0
         self._last_save = time.monotonic()
         self._interrupted = False
+        self._stopping = False
         self._never_finite: set[str] = set()
 
     def restore(self) -> bool:
@@ -172,13 +173,15 @@ class Loop:
                 at_end = self.ends_epoch(self.done)
                 if self.done % self.log_every == 0 or at_end or self.done == self.steps:
                     self._flush()
+                    self._stopping = self._stopping or self._any(self._interrupted)
                     if at_end and boundary is not None and boundary(self.done):
                         self.finished = True
                     now = time.monotonic()
                     self.seconds, clock = self.seconds + now - clock, now
                     if self.done < self.steps and not self.finished and self._due(now) and self.whole(self.done):
                         self.save()
-                if self._interrupted and self.whole(self.done):
+                stop = self._interrupted if self.world == 1 else self._stopping  # which all processes know of
+                if stop and self.whole(self.done):
                     self.seconds += time.monotonic() - clock
                     self.save()
                     raise KeyboardInterrupt
@@ -194,6 +197,14 @@ class Loop:
 
     def _due(self, now: float) -> bool:
         return self._agreed(now - self._last_save >= self.checkpoint_seconds)
+
+    def _any(self, value: bool) -> bool:
+        """Whether it is so in any process."""
+        if self.world > 1:
+            flag = torch.tensor(int(value), device=self.accelerator.device)
+            torch.distributed.all_reduce(flag, torch.distributed.ReduceOp.MAX)
+            value = bool(flag.item())
+        return value
 
     def _agreed(self, value: bool) -> bool:
         """The main process's answer, in every process."""
