@@ -80,7 +80,10 @@ class OptimizerSpec(Spec):
         "all", description="What weight decay is for: all parameters, or those of two axes or more, without norms, biases, tokens and positions."
     )
     layer_decay: float | None = Field(
-        None, gt=0, le=1, description="The student's learning rate is multiplied by this once for each layer (or stage) that lies between it and the output."
+        None,
+        gt=0,
+        le=1,
+        description="The student's learning rate is multiplied by this once for each layer (or stage) that lies between it and the output.",
     )
 
     def arguments(self) -> dict[str, Any]:

@@ -7,7 +7,7 @@ tokens themselves, and the model shifts them inside; a decoder makes its inputs 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +20,7 @@ TOKEN_LABELS = "labels"
 """The key of a batch under which token labels are as transformers has them, until `place` moves them to `label`."""
 
 
-def are_of_tokens(labels: Any) -> bool:
+def are_of_tokens(labels: Any) -> TypeGuard[Tensor]:
     """Whether labels are ids of tokens, (B, L)."""
     return isinstance(labels, Tensor) and labels.ndim == 2 and not labels.is_floating_point()
 
@@ -80,6 +80,6 @@ def _encodes_first(model: nn.Module) -> bool:
 
 def _unwrapped(model: nn.Module) -> Any:
     """The model inside torch.compile, DDP and adapters of peft."""
-    model = getattr(model, "_orig_mod", model)
-    model = model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
+    inner: Any = getattr(model, "_orig_mod", model)
+    inner = inner.module if isinstance(inner, nn.parallel.DistributedDataParallel) else inner
+    return inner.get_base_model() if hasattr(inner, "get_base_model") else inner

@@ -333,7 +333,7 @@ class _Best:
 
 def set_memory(module: nn.Module, layout: torch.memory_format) -> None:
     """Lay out the weights of a module, and of the live teachers outside it, in memory."""
-    module.to(memory_format=layout)  # type: ignore[call-overload]
+    module.to(memory_format=layout)
     for teacher in getattr(module, "teachers", {}).values():
         for reader in teacher.readers():
             reader.model.to(memory_format=layout)

@@ -31,7 +31,7 @@ def trained_in_float32(student: nn.Module) -> None:
     """
     if any(p.requires_grad and p.dtype in (torch.float16, torch.bfloat16) for p in student.parameters()):
         student.float()
-        config = getattr(student, "config", None)  # of a transformers model, which saves its precision by it
+        config: Any = getattr(student, "config", None)  # of a transformers model, which saves its precision by it
         if hasattr(config, "dtype"):
             config.dtype = torch.float32
 
