@@ -24,9 +24,8 @@ from stillhouse.distillation.distillation import Distillation
 from stillhouse.distillation.objective import Progress
 from stillhouse.distillation.teachers import Teacher
 from stillhouse.errors import MissingExtra, UserError
-from stillhouse.functional.token_losses import counted, has_tokens, step_count
+from stillhouse.functional.counting import IGNORED, counted, has_positions, step_count
 from stillhouse.integrations.context import LoaderContext, Objectives
-from stillhouse.models.token_labels import IGNORE
 from stillhouse.randomness import keyed
 from stillhouse.signals import Batch, call_model, read_logits
 from stillhouse.training.accumulation import StepMean, samples
@@ -158,7 +157,7 @@ class DistillationModule(_lightning.LightningModule):  # type: ignore[misc, name
 
     def _weighed(self, loss: Tensor) -> Tensor:
         """The loss as its batch's share of the optimiser step: every sample, or counted token, weighs the same."""
-        if has_tokens(self._batch):
+        if has_positions(self._batch):
             label = self._batch["label"]
             size: Tensor | int = step_count(self._batch, label, counted(self._batch, label.shape))
             usual: Tensor | int = size
@@ -172,7 +171,7 @@ class DistillationModule(_lightning.LightningModule):  # type: ignore[misc, name
         mean, self._mean = self._mean, None
         if mean is not None and not self.trainer.strategy.handles_gradient_accumulation:
             parameters = [p for group in optimizer.param_groups for p in group["params"]]
-            mean.finish(parameters, self.trainer.accumulate_grad_batches, shared=has_tokens(self._batch))
+            mean.finish(parameters, self.trainer.accumulate_grad_batches, shared=has_positions(self._batch))
         self.distillation.before_update(self._context)
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
@@ -183,10 +182,10 @@ class DistillationModule(_lightning.LightningModule):  # type: ignore[misc, name
         """Accuracy and mean negative log-likelihood, for labels that are ids of classes (B,) or of tokens (B, L)."""
         read = as_batch(batch, self.student)
         logits, labels = self(read["input"]).float().flatten(0, -2), read["label"].flatten()
-        counts = labels != IGNORE
+        counts = labels != IGNORED
         figures = {
             "val/accuracy": ((logits.argmax(-1) == labels) & counts).sum() / counts.sum(),
-            "val/nll": F.cross_entropy(logits, labels, ignore_index=IGNORE),
+            "val/nll": F.cross_entropy(logits, labels, ignore_index=IGNORED),
         }
         self.log_dict(figures, batch_size=int(counts.sum()), sync_dist=True)
 

@@ -23,8 +23,9 @@ from stillhouse.distillation.objective import Objective, Progress
 from stillhouse.distillation.teachers import Teacher
 from stillhouse.errors import MissingExtra, UserError
 from stillhouse.files import written_beside
+from stillhouse.functional.counting import IGNORED
 from stillhouse.integrations.context import LoaderContext, Objectives
-from stillhouse.models.token_labels import IGNORE, are_of_tokens, place, predicts_next
+from stillhouse.models.token_labels import are_of_tokens, place, predicts_next
 from stillhouse.randomness import keyed
 from stillhouse.signals import Batch
 from stillhouse.tasks.tokens import Tokens
@@ -186,7 +187,7 @@ class DistillationTrainer(_transformers.Trainer):  # type: ignore[misc]
         return samples, items
 
     def _counted(self, labels: Tensor) -> Tensor:
-        return (labels[:, 1:] if self._shifts else labels) != IGNORE
+        return (labels[:, 1:] if self._shifts else labels) != IGNORED
 
     def _of_tokens(self) -> bool:
         """Whether the student predicts tokens."""

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from stillhouse.errors import UserError
+from stillhouse.functional.counting import IGNORED
 from stillhouse.signals import Batch
 
-IGNORE = -100
 TOKEN_LABELS = "labels"
 """The key of a batch under which token labels are as transformers has them, until `place` moves them to `label`."""
 
@@ -38,7 +38,7 @@ def place(batch: Batch, student: nn.Module, shifted: bool | None = None) -> Batc
     labels: Tensor = batch.pop(TOKEN_LABELS)
     model = _unwrapped(student)
     if predicts_next(model) if shifted is None else shifted:
-        batch["label"] = torch.cat([labels[:, 1:], torch.full_like(labels[:, :1], IGNORE)], 1)
+        batch["label"] = torch.cat([labels[:, 1:], torch.full_like(labels[:, :1], IGNORED)], 1)
         return batch
     batch["label"] = labels
     make = getattr(model, "prepare_decoder_input_ids_from_labels", None)
@@ -64,7 +64,7 @@ def refuse_copies(batch: Batch, student: nn.Module) -> None:
     ids = given.get("input_ids") if isinstance(given, Mapping) else given
     if not are_of_tokens(label) or not are_of_tokens(ids) or ids.shape != label.shape:
         return
-    counts = label != IGNORE
+    counts = label != IGNORED
     copied = bool(((ids == label) | ~counts).all()) and bool(counts.any())
     if copied and bool(((ids[:, 1:] != ids[:, :-1]) & counts[:, :-1]).any()):
         raise UserError(

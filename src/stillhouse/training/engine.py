@@ -180,7 +180,7 @@ class _Fit:
         with nullcontext() if steps_now else self.accelerator.no_sync(self.wrapped):
             terms = self._backward(batch, self.batches.of_step(i))
         if steps_now:
-            if self.step_mean is not None and not has_tokens(batch):
+            if self.step_mean is not None and not has_positions(batch):
                 self.step_mean.finish(self._parameters(), self.batches.of_step(i))
             if hasattr(module, "before_update"):
                 self._unscale()
@@ -200,7 +200,7 @@ class _Fit:
         except ValueError as error:
             raise _batch_of_one(error, batch) from error
         loss = terms["loss"] if averaged == 1 else terms["loss"] / averaged
-        if self.step_mean is not None and not has_tokens(batch):  # tokens weigh alike by their batches' `token_count`
+        if self.step_mean is not None and not has_positions(batch):  # tokens weigh alike by their batches' `token_count`
             loss = self.step_mean.weigh(loss, samples(batch))
         self.accelerator.backward(loss) if self.accelerator.scaler is not None else loss.backward()
         return terms
