@@ -146,6 +146,8 @@ class DistillationModule(_lightning.LightningModule):  # type: ignore[misc, name
             self.distillation.begin_epoch(self._context)
             self.distillation.train()
         self._batch = as_batch(batch, self.student)
+        if not has_positions(self._batch):
+            self._batch["weighed"] = True  # by `_weighed`
         with self.trainer.precision_plugin.forward_context():
             self.distillation.before_step(self._batch, self._context)
 

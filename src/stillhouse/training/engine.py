@@ -195,12 +195,15 @@ class _Fit:
         return terms
 
     def _backward(self, batch: Batch, averaged: int) -> Mapping[str, Tensor]:
+        weighed = self.step_mean is not None and not has_positions(batch)  # positions weigh alike by their batches' `token_count`
+        if weighed:
+            batch["weighed"] = True
         try:
             terms: Mapping[str, Tensor] = self.wrapped(batch, self.progress)
         except ValueError as error:
             raise _batch_of_one(error, batch) from error
         loss = terms["loss"] if averaged == 1 else terms["loss"] / averaged
-        if self.step_mean is not None and not has_positions(batch):  # tokens weigh alike by their batches' `token_count`
+        if self.step_mean is not None and weighed:
             loss = self.step_mean.weigh(loss, samples(batch))
         self.accelerator.backward(loss) if self.accelerator.scaler is not None else loss.backward()
         return terms
