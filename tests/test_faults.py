@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import importlib.util
+import json
 import resource
 import signal
 import subprocess
@@ -22,6 +23,7 @@ from stillhouse.objectives.ce import CrossEntropy as CE
 from stillhouse.objectives.kd import KD
 from stillhouse.runs import recipe
 from stillhouse.runs.execution import execute
+from stillhouse.training.loop import loop
 
 ALONE = """
 data: {name: digits, size: 100, test_size: 50}
@@ -55,6 +57,78 @@ class Late(Objective):
     assert "step 9" in str(caught.value) and "late" in str(caught.value) and "ce = " in str(caught.value)
     saved = torch.load(tmp_path / "out" / "checkpoints" / "student.pt", weights_only=True)
     assert saved["done"] == 5 and all(torch.isfinite(v).all() for v in saved["state"]["module"].values() if isinstance(v, torch.Tensor))
+
+
+NAN_GRADIENT = '''
+"""A finite loss whose gradient is NaN at the eighth step, while the environment says so."""
+import os
+import torch
+from stillhouse.distillation.objective import Objective
+
+
+class Broken(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x.sum() * 0
+
+    @staticmethod
+    def backward(ctx, grad):
+        return torch.full((20, 10), float("nan"))
+
+
+class Late(Objective):
+    name = "late"
+
+    def forward(self, student, teacher, batch, progress):
+        broken = progress.step == 7 and "NAN_GRADIENT" in os.environ
+        return {"loss": Broken.apply(student.logits) if broken else student.logits.sum() * 0}
+'''
+
+
+@pytest.mark.parametrize(("when", "good"), [("a checkpoint", 5), ("an evaluation", 4), ("the end", 4)])
+def test_weights_are_checked_before_they_are_stored_and_a_lower_rate_continues(
+    recipe_file, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, when: str, good: int
+):
+    (tmp_path / "late.py").write_text(NAN_GRADIENT)
+    sets = [f"objectives=[ce, {{name: 'file:{tmp_path}/late.py'}}]"]
+    if when == "an evaluation":
+        sets += ["data.val=0.2", "train.best=accuracy", "train.log_every=4", "train.eval_every=1"]
+    elif when == "the end":
+        sets += ["train.epochs=1", "data.size=160", "train.log_every=4"]  # the eighth step is the last
+    else:
+        sets += ["train.log_every=4"]
+    path, folder = recipe_file(ALONE), tmp_path / "out"
+    monkeypatch.setenv("NAN_GRADIENT", "yes")
+    with pytest.raises(TrainingDiverged, match=rf"weights \(module\.student\..*not finite after step 8, though the loss was.*step {good} is good"):
+        run(path, folder, *sets)
+    saved = torch.load(folder / "checkpoints" / "student.pt", weights_only=True)
+    assert saved["done"] == good and not (folder / "product").exists()
+    with pytest.raises(TrainingDiverged):  # as it was, it diverges again
+        run(path, folder, *sets)
+    with pytest.raises(UserError, match=r"another recipe \(train\.batch_size: 20 there, 10 now\)"):
+        run(path, folder, *sets, "train.batch_size=10", "train.optimizer.lr=0.01")
+    monkeypatch.delenv("NAN_GRADIENT")
+    run(path, folder, *sets, "train.optimizer.lr=0.01", "train.clip=1.0")
+    with open(folder / "metrics.csv") as handle:
+        rates = [float(r["lr"]) for r in csv.DictReader(handle) if r["lr"]]
+    assert rates[0] > 0.01 >= rates[-1], "the first steps are those of before"
+    changes = json.loads((folder / "environment.json").read_text())["changed after divergence"]
+    assert changes == {"train.optimizer.lr": [0.05, 0.01], "train.clip": [None, 1.0]}
+    assert not list(folder.rglob("*.diverged"))
+
+
+def test_values_that_never_were_finite_do_not_stop_a_training(tmp_path: Path):
+    module = torch.nn.Linear(2, 2)
+    module.register_buffer("lowest", torch.tensor(float("inf")))
+    loop(tmp_path, "plain", {"module": module}, lambda i: {}, 2)
+    assert (tmp_path / "checkpoints" / "plain.pt").exists()
+
+
+def test_a_run_in_which_nothing_was_trained_takes_another_recipe(recipe_file, tmp_path: Path):
+    path, folder = recipe_file(ALONE), tmp_path / "out"
+    with pytest.raises(UserError, match="does not exist"):
+        run(path, folder, "student.checkpoint=/nowhere.pt")
+    assert run(path, folder)["accuracy"] > 0
 
 
 def test_a_full_disk_is_said_and_the_run_goes_on_when_there_is_room(recipe_file, tmp_path: Path):

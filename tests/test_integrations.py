@@ -180,6 +180,27 @@ def test_lightning_gives_what_a_plain_loop_gives(lightning: Any, tmp_path: Path)
     assert all_close(module.student, plain.student) and all_close(module.distillation.objectives, plain.objectives)
 
 
+@pytest.mark.parametrize("kind", ["samples", "tokens"])
+def test_accumulated_batches_of_unequal_size_are_one_batch_in_lightning(lightning: Any, tmp_path: Path, kind: str) -> None:
+    def trained(*batches: Any) -> Tensor:
+        torch.manual_seed(0)
+        student = nn.Linear(5, 3) if kind == "samples" else nn.Sequential(nn.Embedding(9, 4), nn.Linear(4, 9))
+        module = lightning_module(copy.deepcopy(student), student, ["ce"], lr=1.0)
+        options = {"max_epochs": 1, "accumulate_grad_batches": 4, "gradient_clip_val": 0.1, "enable_checkpointing": False}
+        lightning_trainer(lightning, tmp_path, **options).fit(module, DataLoader(batches, batch_size=None))
+        return torch.cat([p.detach().flatten() for p in student.parameters()])
+
+    torch.manual_seed(1)
+    if kind == "samples":
+        x, y = torch.randn(9, 5), torch.arange(9) % 3
+        few = [(x[:7], y[:7]), (x[7:8], y[7:8]), (x[8:], y[8:])]  # and fewer of them than are accumulated
+    else:
+        x, y = (torch.randint(9, (4, 12)) for _ in range(2))
+        y = y.masked_fill(torch.arange(12) >= torch.tensor([[3], [12], [7], [1]]), -100)
+        few = [(x[i : i + 1], y[i : i + 1]) for i in range(4)]
+    torch.testing.assert_close(trained(*few), trained((x, y)), atol=1e-6, rtol=0)
+
+
 def test_a_lightning_fit_resumes_with_what_objectives_and_teachers_learned(lightning: Any, tmp_path: Path) -> None:
     def fit(folder: Path, epochs: int, checkpoint: str | None = None) -> Any:
         module = lightning_module({"teacher": net(24, 0), "own": Momentum(0.5)}, net(8, 1), [CrossEntropy(), USKD(student_layer="layer1"), _own_kd()])

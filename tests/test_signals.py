@@ -96,7 +96,7 @@ def test_detached_signals_share_their_values_and_leave_autograd() -> None:
 def test_logits_are_found_in_what_libraries_return() -> None:
     x = torch.randn(2, 3)
     assert all(read_logits(given) is x for given in (x, {"out": x, "aux": x + 1}, {"logits": x}, (x, x + 1), [x]))
-    with pytest.raises(UserError, match="Could not find logits in the model's output of type dict"):
+    with pytest.raises(UserError, match="Could not find logits in the model's output, a dict with scores"):
         read_logits({"scores": x})
     named = call_model(_Named(), {"input": {"a": x, "b": x}})
     assert torch.equal(named, 2 * x)

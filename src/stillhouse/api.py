@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +13,12 @@ from torch import nn
 from stillhouse.config.messages import spell
 from stillhouse.config.specs import TrainSpec
 from stillhouse.distillation.distillation import Distillation
+from stillhouse.distillation.teachers import Teacher
 from stillhouse.distillation.weighted import Objectives
 from stillhouse.errors import UserError
 from stillhouse.training.display import Bars, Live
 from stillhouse.training.engine import fit
+from stillhouse.training.optimizers import trained_in_float32
 
 
 def distill(
@@ -31,12 +33,14 @@ def distill(
     seed: int = 0,
     progress: bool = True,
     evaluate: Callable[[nn.Module, torch.device], dict[str, float]] | None = None,
+    half_weights: bool = False,
 ) -> nn.Module:
     """Train `student` to carry what `teacher` knows, and return it (in evaluation mode, the same object).
 
     Args:
         teacher: any `nn.Module` that returns logits, a teacher of `stillhouse.distillation.teachers`, several by name, or None.
-        student: any `nn.Module` that returns logits (B, C).
+        student: any `nn.Module` that returns logits (B, C). One in half precision is trained in float32, as small updates of half-precision weights
+            round to nothing; see `half_weights`.
         train_loader: batches of (input, label), or mappings with `input`, `label` and, for objectives that need it, `index`; your `DataLoader`, or
             a `stillhouse.data.Loader`.
         objectives: names (`"kd"`), mappings (`{"name": "kd", "temperature": 2, "weight": 0.9}`), `Objective`s, or (Objective, weight) pairs.
@@ -44,6 +48,7 @@ def distill(
         train: options of `TrainSpec`, such as {"epochs": 30, "optimizer": {"name": "adamw", "lr": 1e-3}}.
         folder: metrics.csv and checkpoints go there, and a run that was cut off goes on from there; None: a temporary folder.
         evaluate: figures of your own, (student, device) -> {name: number}.
+        half_weights: train a half-precision student as it is.
 
     >>> import torch, stillhouse
     >>> data = [(torch.randn(8, 4), torch.randint(0, 3, (8,))) for _ in range(4)]
@@ -53,6 +58,8 @@ def distill(
     """
     from pydantic import ValidationError
 
+    _check_types(teacher, student, objectives)
+
     from stillhouse.data import Loader, adapt
     from stillhouse.evaluation.classification import evaluate_classifier
 
@@ -60,12 +67,14 @@ def distill(
         spec = train if isinstance(train, TrainSpec) else TrainSpec.model_validate(dict(train or {}))
     except ValidationError as error:
         raise spell(error, TrainSpec, "train") from None
-    loader = train_loader if isinstance(train_loader, Loader) else adapt(train_loader, seed=seed)
+    loader = train_loader if isinstance(train_loader, Loader) else adapt(train_loader, seed=seed, student=student)
     if evaluate is None and val_loader is not None:
-        check = val_loader if isinstance(val_loader, Loader) else adapt(val_loader, seed=seed)
+        check = val_loader if isinstance(val_loader, Loader) else adapt(val_loader, seed=seed, student=student)
         evaluate = lambda model, device: evaluate_classifier(model, check, device)  # noqa: E731
     if spec.best is not None and evaluate is None:
         raise UserError("train.best needs a val_loader, or an `evaluate` of your own.")
+    if not half_weights:
+        trained_in_float32(student)
     module = Distillation(student, teacher, objectives, seed=seed)
     with tempfile.TemporaryDirectory() as temporary:
         live = Bars() if progress else Live()
@@ -113,3 +122,23 @@ def run_recipe(
     config = load(recipe, variant, overrides or {})
     root = None if data_root is None else str(data_root)
     return execute(config, folder, data_root=root, live=Bars() if progress else Live(), overwrite=overwrite, cpu=cpu)
+
+
+def _check_types(teacher: Any, student: Any, objectives: Any) -> None:
+    """One sentence for what is no network and no list of objectives."""
+    by_name = "; a network by name is built by stillhouse.models.build(ModelSpec(model=…)), or comes from a recipe"
+    if not isinstance(student, nn.Module):
+        raise UserError(f"distill: the student must be an nn.Module; given: {_shown(student)}{by_name if isinstance(student, str) else ''}.")
+    named = teacher if isinstance(teacher, Mapping) else {} if teacher is None else {"teacher": teacher}
+    for name, one in named.items():
+        if not isinstance(one, nn.Module | Teacher):
+            hint = by_name if isinstance(one, str) else ", or None"
+            raise UserError(
+                f"distill: the teacher{f' {name!r}' if isinstance(teacher, Mapping) else ''} must be an nn.Module or a teacher of stillhouse; given: {_shown(one)}{hint}."
+            )
+    if isinstance(objectives, str | Mapping) or not isinstance(objectives, Sequence):
+        raise UserError(f'distill: objectives must be a list, such as ["ce", "kd"]; given: {_shown(objectives)}.')
+
+
+def _shown(value: Any) -> str:
+    return f"'{value}'" if isinstance(value, str) else f"a {type(value).__name__}"

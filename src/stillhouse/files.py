@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import errno
+import glob
 import hashlib
 import os
+import threading
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +26,12 @@ def written_beside(path: Path) -> Iterator[Path]:
         UserError: where the disk is full; the old file is kept.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
+    sweep(path)
     beside = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         yield beside
+        if beside.is_file():
+            os.chmod(beside, 0o666 & ~_umask())  # some libraries write files that only their owner can read
         os.replace(beside, path)
     except BaseException as error:
         beside.unlink(missing_ok=True)
@@ -34,6 +40,36 @@ def written_beside(path: Path) -> Iterator[Path]:
                 f"Could not write {path}: the disk is full (or over its quota). What was there before is kept; free some space and start again."
             ) from error
         raise
+
+
+def sweep(path: Path) -> None:
+    """Remove what writers of this file that were killed on this machine an hour ago or earlier have left."""
+    for left in path.parent.glob(f".{glob.escape(path.name)}.*.partial"):
+        owner = left.name.split(".")[-2]
+        with suppress(OSError):
+            if owner.isdigit() and not _alive(int(owner)) and time.time() - left.stat().st_mtime > 3600:
+                left.unlink()
+
+
+def _alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:
+        return True
+    return True
+
+
+def _umask() -> int:
+    """The user's mask of file modes, which can only be read by setting it."""
+    with _MASK:
+        mask = os.umask(0o077)
+        os.umask(mask)
+    return mask
+
+
+_MASK = threading.Lock()
 
 
 def is_full(error: BaseException) -> bool:

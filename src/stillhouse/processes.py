@@ -2,6 +2,37 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+
+from stillhouse.errors import UserError
+
+PATIENCE = timedelta(days=14)
+"""How long a process waits for another, which may train a network meanwhile."""
+
+
+@contextmanager
+def together(cpu: bool = False) -> Iterator[None]:
+    """Inside, this process is one of those that train together, and each waits for the others as long as they live.
+
+    Raises:
+        UserError: one of the others has ended.
+    """
+    import torch
+    from accelerate import PartialState
+
+    PartialState(cpu=cpu, timeout=PATIENCE)
+    try:
+        yield
+    except RuntimeError as error:
+        lost = isinstance(error, torch.distributed.DistError) or "Connection closed by peer" in str(error) or "Connection reset" in str(error)
+        if rank_world()[1] == 1 or not lost:
+            raise
+        raise UserError(
+            "Another process of this training has ended, so this one ends too; its own message says why. Start all of them again to resume."
+        ) from error
+
 
 def rank_world() -> tuple[int, int]:
     """This process's number, and how many there are."""

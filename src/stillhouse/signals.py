@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -117,9 +117,37 @@ class Signals:
 
 
 def call_model(model: nn.Module, batch: Batch) -> Any:
-    """Call a model on a batch: a tensor input goes in as it is, a mapping (`input_ids`, `attention_mask`, …) by keyword."""
-    x = batch["input"]
-    return model(**x) if isinstance(x, Mapping) else model(x)
+    """Call a model on a batch: a tensor input as it is, a mapping (`input_ids`, `attention_mask`, …) by keyword; in the model's own precision."""
+    x = _in_precision(batch["input"], model)
+    with own_precision(model):
+        return model(**x) if isinstance(x, Mapping) else model(x)
+
+
+HALF = frozenset({torch.float16, torch.bfloat16})
+PRECISIONS = HALF | {torch.float32, torch.float64}
+
+
+def _in_precision(x: Any, model: nn.Module) -> Any:
+    """Real-valued tensors as the model's first weights have them, so that a half-precision network takes the inputs of another; ids as they are."""
+    own = next((p.dtype for p in model.parameters() if p.dtype in PRECISIONS), None)
+    if own is None:
+        return x
+    if isinstance(x, Mapping):
+        return {k: v.to(own) if isinstance(v, Tensor) and v.dtype in PRECISIONS else v for k, v in x.items()}
+    return x.to(own) if isinstance(x, Tensor) and x.dtype in PRECISIONS else x
+
+
+def own_precision(model: nn.Module) -> AbstractContextManager[Any]:
+    """Without autocast for a network whose weights are all in half precision, which autocast would mix with another; else nothing."""
+    first = next(model.parameters(), None)
+    if first is None or first.dtype not in HALF or any(p.dtype != first.dtype for p in model.parameters()):
+        return nullcontext()
+    return torch.autocast(first.device.type, enabled=False)
+
+
+def in_float32(x: Tensor) -> Tensor:
+    """A half-precision tensor in float32, unless autocast is on; any other as it is."""
+    return x.float() if x.dtype in HALF and not torch.is_autocast_enabled(x.device.type) else x
 
 
 def image_size(batch: Batch) -> tuple[int, int] | None:
@@ -141,7 +169,17 @@ def read_logits(output: Any) -> Tensor:
             return value
     if isinstance(output, tuple | list) and output and isinstance(output[0], Tensor):
         return output[0]
-    raise UserError(f"Could not find logits in the model's output of type {type(output).__name__}; return a tensor, or an object with `.logits`.")
+    raise UserError(
+        f"Could not find logits in the model's output, {_described(output)}: it may be a network of another task, such as detection; a classifier returns "
+        "a tensor, or an object with `.logits`."
+    )
+
+
+def _described(output: Any) -> str:
+    """A type, with the keys of a mapping or of the first of a list of mappings."""
+    inner = output[0] if isinstance(output, tuple | list) and output else output
+    keys = f" with {', '.join(map(str, list(inner)[:5]))}" if isinstance(inner, Mapping) else ""
+    return f"a {type(output).__name__}{'' if inner is output else f' of {type(inner).__name__}'}{keys}"
 
 
 class Taps:

@@ -6,15 +6,25 @@ Importing this module loads neither torch nor any method.
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
 
 class Spec(BaseModel):
     """Base of all options: unknown keys are errors, values are coerced only where nothing is lost."""
 
     model_config = ConfigDict(extra="forbid", validate_default=False, protected_namespaces=())
+    later: ClassVar[frozenset[str]] = frozenset()
+    """Fields that came later: a dump leaves them out at their defaults, so that stages and run folders of before stay valid."""
+
+    @model_serializer(mode="wrap")
+    def _without_later_defaults(self, plain: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        out: dict[str, Any] = plain(self)
+        for name in self.later:
+            if name in out and getattr(self, name) == type(self).model_fields[name].default:
+                del out[name]
+        return out
 
 
 class DataSpec(Spec):
@@ -61,10 +71,20 @@ class ModelSpec(Spec):
 class OptimizerSpec(Spec):
     """An optimiser of torch.optim by name; further keys are its arguments."""
 
+    later = frozenset({"decay", "layer_decay"})
     model_config = ConfigDict(extra="allow")
     name: str = Field("sgd", description="Any class of torch.optim, in lower case: sgd, adamw, adam, rmsprop, …")
     lr: float = Field(0.05, gt=0, description="Learning rate; the schedule moves it.")
-    weight_decay: float = Field(5e-4, ge=0, description="Of all parameters, normalisation and biases too.")
+    weight_decay: float = Field(5e-4, ge=0, description="Of the parameters that `decay` names.")
+    decay: Literal["all", "matrices"] = Field(
+        "all", description="What weight decay is for: all parameters, or those of two axes or more, without norms, biases, tokens and positions."
+    )
+    layer_decay: float | None = Field(
+        None,
+        gt=0,
+        le=1,
+        description="The student's learning rate is multiplied by this once for each layer (or stage) that lies between it and the output.",
+    )
 
     def arguments(self) -> dict[str, Any]:
         """Keyword arguments for the optimiser's class; sgd has momentum 0.9 unless told."""
@@ -77,18 +97,23 @@ class OptimizerSpec(Spec):
 class LRSchedule(Spec):
     """Learning rate over training."""
 
-    name: Literal["cosine", "step", "linear", "constant"] = Field(
-        "cosine", description="cosine, linear: falling to min_lr at the end; step: by gamma at each milestone."
+    later = frozenset({"power"})
+    name: Literal["cosine", "step", "linear", "constant", "poly", "exponential", "onecycle"] = Field(
+        "cosine",
+        description="cosine, linear, poly: falling to min_lr at the end; step: by gamma at each milestone; exponential: by gamma after each epoch; "
+        "onecycle: rising from lr / 25 to lr over warmup_epochs (or 30 % of the training), then falling along a cosine.",
     )
     warmup_epochs: float = Field(0.0, ge=0, description="Linear from 0 over this many epochs, before the schedule.")
     milestones: list[float] = Field(default_factory=list, description="step: epochs at which the rate is multiplied by gamma.")
-    gamma: float = Field(0.1, gt=0, description="step: the factor.")
-    min_lr: float = Field(0.0, ge=0, description="cosine, linear: where the rate ends.")
+    gamma: float = Field(0.1, gt=0, description="step, exponential: the factor.")
+    min_lr: float = Field(0.0, ge=0, description="cosine, linear, poly, exponential, onecycle: where the rate ends.")
+    power: float = Field(0.9, gt=0, description="poly: the exponent of the share of training that is left.")
 
 
 class TrainSpec(Spec):
     """How one network (with its objectives) is fitted."""
 
+    later = frozenset({"channels_last"})
     epochs: int = Field(10, ge=1, description="Passes over the training split.")
     batch_size: int = Field(128, ge=1, description="Samples of one optimiser step over all processes, before accumulation.")
     optimizer: OptimizerSpec = Field(default_factory=OptimizerSpec, description="SGD with momentum 0.9, unless told.")
@@ -96,6 +121,7 @@ class TrainSpec(Spec):
     clip: float | None = Field(None, gt=0, description="Clip the gradient's norm.")
     accumulate: int = Field(1, ge=1, description="Batches whose gradients are averaged for one optimiser step.")
     precision: Literal["full", "bf16", "fp16"] = Field("full", description="bf16, fp16: mixed precision; losses stay in float32.")
+    channels_last: bool = Field(False, description="Keep images and networks in channels-last memory, which is faster on many devices.")
     compile: bool = Field(False, description="torch.compile the student and the live teachers.")
     ema: float | None = Field(None, gt=0, lt=1, description="Keep an exponential moving average of the student; it is what is evaluated and kept.")
     eval_every: int = Field(1, ge=0, description="Epochs between evaluations; 0: only at the end.")
@@ -118,7 +144,7 @@ class TrainSpec(Spec):
 
     def identity(self) -> dict[str, Any]:
         """What trained weights depend on, as JSON data: all but how often is logged and saved, where figures go, and compilation."""
-        return self.model_dump(mode="json", exclude={"log_every", "checkpoint_seconds", "trackers", "compile"})
+        return self.model_dump(mode="json", exclude={"log_every", "checkpoint_seconds", "trackers", "compile", "channels_last"})
 
 
 def _shorthand(key: str) -> BeforeValidator:
@@ -146,14 +172,36 @@ class StoreSpec(Spec):
         return self
 
 
+class InputSpec(Spec):
+    """A teacher's own input, made from the student's: pixels in [0, 1] again, pooled, resized, and normalised as the teacher knows them."""
+
+    size: int | tuple[int, int] | None = Field(None, description="Resize to this many pixels a side, or to [height, width].")
+    mean: tuple[float, ...] | None = Field(None, description="The teacher's mean per channel; default: as it was published, else the data's.")
+    std: tuple[float, ...] | None = Field(None, description="Its standard deviation per channel.")
+    pool: int | None = Field(None, ge=2, description="Average squares of this many pixels a side first.")
+
+    @model_validator(mode="after")
+    def _both_or_neither(self) -> InputSpec:
+        if (self.mean is None) != (self.std is None) or len(self.mean or ()) != len(self.std or ()):
+            raise ValueError("give mean and std together, with as many channels each")
+        if any(s <= 0 for s in self.std or ()) or any(s < 1 for s in ((self.size,) if isinstance(self.size, int) else self.size or ())):
+            raise ValueError("std and size must be above 0")
+        return self
+
+
 class TeacherSpec(Spec):
     """A source of knowledge. Exactly one of `model`, `ensemble`, `momentum`, `past_self`, `peer`, `store: PATH`."""
 
+    later = frozenset({"input"})
     model: str | None = Field(None, description="A live, frozen network by name.")
     checkpoint: str | None = Field(None, description="As of a student's model.")
     pretrained: bool = Field(False, description="As of a student's model.")
     options: dict[str, Any] = Field(default_factory=dict, description="As of a student's model.")
     embedding: str | None = Field(None, description="As of a student's model.")
+    input: InputSpec | None = Field(
+        None,
+        description="Of `model`: its own input, {size, mean, std, pool}. With pretrained and without train, its published normalisation is used by itself.",
+    )
     data: DataSpec | None = Field(None, description="What the teacher is trained on; default: the recipe's data. The classes must be the same.")
     train: TrainSpec | None = Field(
         None, description="Without a checkpoint: how the teacher is trained first (with pretrained: fine-tuned), once, kept by content."
@@ -175,6 +223,8 @@ class TeacherSpec(Spec):
         given += ["store"] if isinstance(self.store, str) else []
         if len(given) != 1:
             raise ValueError(f"give exactly one of model, ensemble, momentum, past_self, peer, store: PATH (given: {', '.join(given) or 'none'})")
+        if self.input is not None and self.model is None:
+            raise ValueError(f"input is for a teacher of `model`, not for {given[0]}")
         if self.store is not None and given[0] not in ("model", "ensemble", "store"):
             raise ValueError(f"{given[0]} changes as the student learns, so it cannot be stored")
         return self

@@ -7,11 +7,12 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from stillhouse.data.dataset import BatchKey
 from stillhouse.errors import UserError
+from stillhouse.models.token_labels import TOKEN_LABELS, are_of_tokens, place
 from stillhouse.randomness import key as keys
 from stillhouse.randomness import keyed, permutation
 from stillhouse.signals import Batch
@@ -67,6 +68,16 @@ class Loader:
     def labels(self) -> Tensor:
         """(count,) int64 labels in index order."""
         return self.dataset.labels()
+
+    @property
+    def usual_size(self) -> int:
+        """Samples of a full batch in one process."""
+        return self.batch_size // self.world
+
+    @property
+    def even(self) -> bool:
+        """Whether all batches, in all processes, hold equally many samples."""
+        return self.count % self.batch_size == 0 or (self.drop_last and self.count >= self.batch_size)
 
     def __len__(self) -> int:
         """Batches an epoch."""
@@ -152,11 +163,11 @@ def _as_made(batch: Any) -> Any:
     return batch
 
 
-def adapt(loader: Iterable[Any], seed: int = 0) -> Loader | AdaptedLoader:
+def adapt(loader: Iterable[Any], seed: int = 0, student: nn.Module | None = None) -> Loader | AdaptedLoader:
     """A user's own DataLoader, or any sized iterable of batches, with the interface of `Loader`.
 
     A batch may be a tuple (input, label), a tensor, or a mapping with `input` and `label` (and `index`), or one as transformers models take
-    (`pixel_values` or `input_ids`, …, `labels`).
+    (`pixel_values` or `input_ids`, …, `labels`; token labels need the `student`, see `as_batch`).
 
     Raises:
         UserError: something that cannot be iterated, or only once.
@@ -164,7 +175,7 @@ def adapt(loader: Iterable[Any], seed: int = 0) -> Loader | AdaptedLoader:
     >>> next(adapt([(torch.zeros(2, 3), torch.tensor([0, 1]))]).batches())["label"]
     tensor([0, 1])
     """
-    return loader if isinstance(loader, Loader | AdaptedLoader) else AdaptedLoader(loader, seed)
+    return loader if isinstance(loader, Loader | AdaptedLoader) else AdaptedLoader(loader, seed, student)
 
 
 class AdaptedLoader:
@@ -175,18 +186,21 @@ class AdaptedLoader:
     sampler hold are seeded anew every epoch.
     """
 
-    def __init__(self, loader: Iterable[Any], seed: int = 0) -> None:
+    def __init__(self, loader: Iterable[Any], seed: int = 0, student: nn.Module | None = None) -> None:
         if not isinstance(loader, Iterable) or isinstance(loader, str | bytes | Mapping):
             raise UserError(f"Training data must be a DataLoader or another iterable of batches; given: {type(loader).__name__}.")
         if isinstance(loader, Iterator):
             raise UserError(f"A {type(loader).__name__} can be read only once; give a DataLoader, or a list of batches.")
-        self.loader, self.seed = loader, seed
+        self.loader, self.seed, self.student = loader, seed, student
 
     def __len__(self) -> int:
         try:
             return len(self.loader)  # type: ignore[arg-type]
         except TypeError:
             raise UserError(f"The length of the {type(self.loader).__name__} is not known; give a loader with a length (batches an epoch).") from None
+
+    even = False  # not known
+    usual_size = 1
 
     @property
     def batch_size(self) -> int | None:
@@ -225,7 +239,7 @@ class AdaptedLoader:
                 if made is None:
                     break
                 if number >= batch:
-                    yield as_batch(made)
+                    yield as_batch(made, self.student)
                 number += 1
             if not number:
                 raise UserError("The data set holds no samples.")
@@ -241,13 +255,16 @@ class AdaptedLoader:
             set_epoch(epoch)
 
 
-def as_batch(made: Any) -> Batch:
+def as_batch(made: Any, student: nn.Module | None = None) -> Batch:
     """A batch as a mapping with `input` and, where there is one, `label`.
+
+    Token labels of a transformers batch, (B, L) under `labels`, depend on the student (see `stillhouse.models.token_labels`): without it they stay under
+    `labels` for `Distillation` to place.
 
     Raises:
         UserError: what cannot be read so, or (on the CPU) soft labels that are no probabilities, such as those of several classes at once.
     """
-    batch = _as_batch(made)
+    batch = _as_batch(made, student)
     label = batch.get("label")
     if isinstance(label, Tensor) and label.device.type == "cpu" and label.ndim == 2 and label.is_floating_point():
         sums = label.float().sum(1)
@@ -261,17 +278,25 @@ def as_batch(made: Any) -> Batch:
     return batch
 
 
-def _as_batch(made: Any) -> Batch:
+def _as_batch(made: Any, student: nn.Module | None) -> Batch:
     if isinstance(made, Mapping):
-        if "input" in made:
-            return dict(made)
-        rest = dict(made)
-        label = rest.pop("labels", rest.pop("label", None))
-        index = rest.pop("index", None)
-        return {"input": rest, **({} if label is None else {"label": label}), **({} if index is None else {"index": index})}
+        return _placed(dict(made) if "input" in made else _by_keyword(made), student)
     if isinstance(made, Tensor):
         return {"input": made}
     if isinstance(made, tuple | list) and 1 <= len(made) <= 2:
         return dict(zip(("input", "label"), made))
     what = f"{type(made).__name__} of {len(made)}" if isinstance(made, tuple | list) else type(made).__name__
     raise UserError(f"A batch must be (input, label), or a mapping with 'input' and 'label'; the loader gives a {what}.")
+
+
+def _by_keyword(made: Mapping[str, Any]) -> Batch:
+    """A batch as transformers models take it: what is no label and no index is passed by keyword."""
+    rest = dict(made)
+    label = rest.pop("labels", rest.pop("label", None))
+    index = rest.pop("index", None)
+    named = {TOKEN_LABELS if are_of_tokens(label) and "labels" in made else "label": label, "index": index}
+    return {"input": rest, **{key: value for key, value in named.items() if value is not None}}
+
+
+def _placed(batch: Batch, student: nn.Module | None) -> Batch:
+    return batch if student is None else place(batch, student)

@@ -13,6 +13,7 @@ from stillhouse.distillation.teachers import PLAIN, Frozen, Reader, Stored, Teac
 from stillhouse.distillation.weighted import Objectives, Weighted, objective_from_spec
 from stillhouse.errors import UserError, nearest
 from stillhouse.functional.counting import counted
+from stillhouse.models.token_labels import place, refuse_copies
 from stillhouse.randomness import keyed
 from stillhouse.signals import Batch, Signals, first_samples, to_device
 from stillhouse.tasks.base import Task
@@ -55,6 +56,7 @@ class Distillation(nn.Module):
         if not objectives:
             raise UserError("A distillation needs at least one objective.")
         self.student = student
+        self._frozen_norms = frozen_norms(student)
         self.seed = seed
         named = dict(teachers) if isinstance(teachers, Mapping) else ({} if teachers is None else {"teacher": teachers})
         wrapped: dict[str, Teacher] = {name: t if isinstance(t, Teacher) else Frozen(t, name=name) for name, t in named.items()}
@@ -106,6 +108,7 @@ class Distillation(nn.Module):
         """
         if self._built:
             return self
+        refuse_copies(place(batch, self.student), self.student)
         probe = first_samples(batch, 2)
         device = next(self.student.parameters()).device
         probe = to_device(probe, device)
@@ -117,6 +120,8 @@ class Distillation(nn.Module):
         mode = self.training
         try:
             self._probe(probe, teachers, device)
+            for name, teacher in teachers.items():
+                refuse_shared_state(self.student, teacher, name)
         except BaseException:
             self.close()
             raise
@@ -124,6 +129,17 @@ class Distillation(nn.Module):
             self.train(mode)
         self._built = True
         return self
+
+    def train(self, mode: bool = True) -> Distillation:
+        """As `nn.Module.train`, but batch norm that was frozen in the student stays as it is (see `frozen_norms`)."""
+        super().train(mode)
+        self.hold_frozen()
+        return self
+
+    def hold_frozen(self) -> None:
+        """Put the student's frozen batch norm into evaluation mode, for a loop that calls the student's own `train()`."""
+        for norm in self._frozen_norms:
+            norm.eval()
 
     def _probe(self, probe: Batch, teachers: Mapping[str, Any], device: torch.device) -> None:
         with torch.no_grad(), keyed("build", self.seed):
@@ -139,6 +155,8 @@ class Distillation(nn.Module):
             self._make_chunked(readers, probe)
             student = self._reader(probe)
             said = {name: teacher(probe, student) for name, teacher in teachers.items()}
+            for owner, signals in {"student": student, **{f"teacher '{name}'": s for name, s in said.items()}}.items():
+                refuse_another_task(owner, signals, probe)
             for entry in self.entries:
                 teacher_said = said.get(entry.objective.teacher, NOTHING)
                 self._check_classes(entry, student, teacher_said)
@@ -278,6 +296,7 @@ class Distillation(nn.Module):
         """Inner steps of objectives that have one; teachers that do not read the student answer here, once, for the step that follows too."""
         if not self._stepping:
             return
+        place(batch, self.student)
         said = batch.setdefault("_teachers", {})
         for entry in self._stepping:
             name = entry.objective.teacher
@@ -290,8 +309,14 @@ class Distillation(nn.Module):
             if name in self.learning:
                 del said[name]
 
+    def before_update(self, ctx: Context) -> None:
+        """Before each optimiser step, when the gradients are there: objectives may read or change them."""
+        for entry in self.entries:
+            entry.objective.before_update(ctx)
+
     def forward(self, batch: Batch, progress: Progress) -> dict[str, Tensor]:
         """`loss` (the weighted sum) and every term by name, unweighted: `ce`, `kd`, or `nkd.target`; scalars on the device."""
+        place(batch, self.student)
         said: dict[str, Signals] = dict(batch.get("_teachers") or {})
         for name in self._first:  # before the student, whose saved activations would lie under a teacher's working memory
             if name not in said:
@@ -358,6 +383,46 @@ class Distillation(nn.Module):
             for reader in teacher.readers():
                 out.setdefault(name, {}).update(reader.paths)
         return {k: v for k, v in out.items() if v}
+
+
+def frozen_norms(student: nn.Module) -> list[nn.Module]:
+    """The batch norm that the user froze: in evaluation mode inside a network in training mode, or with weights that are not to be trained.
+
+    Its running statistics must not move, but `train()` would switch it back to training mode.
+    """
+    norms = [m for m in student.modules() if isinstance(m, nn.modules.batchnorm._NormBase)]
+    return [m for m in norms if (student.training and not m.training) or (m.weight is not None and not any(p.requires_grad for p in m.parameters()))]
+
+
+def refuse_shared_state(student: nn.Module, teacher: Teacher, name: str) -> None:
+    """Raises `UserError` where a teacher holds weights, statistics or dropout of the student's: it would train along with it, and leave evaluation mode."""
+    mine = {p.untyped_storage().data_ptr(): n for n, p in student.named_parameters() if p.requires_grad}
+    for path, module in student.named_modules():
+        if isinstance(module, nn.modules.batchnorm._NormBase):
+            mine |= {b.untyped_storage().data_ptr(): f"{path}.{n}".lstrip(".") for n, b in module.named_buffers(recurse=False)}
+    mine.pop(0, None)  # tensors without storage
+    dropouts = {id(m): n for n, m in student.named_modules() if "drop" in type(m).__name__.lower()}
+    for network in (reader.model for reader in teacher.readers()):
+        tensors = [*network.parameters(), *network.buffers()]
+        shared = [mine[at] for t in tensors if (at := t.untyped_storage().data_ptr()) in mine]
+        shared += [dropouts[id(m)] for m in network.modules() if id(m) in dropouts]
+        if shared:
+            raise UserError(
+                f"The teacher '{name}' shares '{shared[0]}' with the student{f' (and {len(shared) - 1} more)' if shared[1:] else ''}, "
+                "so it would change as the student trains; give the teacher a copy of its own (copy.deepcopy)."
+            )
+
+
+def refuse_another_task(owner: str, signals: Signals, batch: Batch) -> None:
+    """Raises `UserError` where a network gives a score map or a sequence of scores for samples that have one class each."""
+    logits, label = signals.logits, batch.get("label")
+    if logits is None or label is None or logits.ndim == 2 or label.ndim > 2:
+        return
+    if label.ndim == 1 or label.is_floating_point():
+        raise UserError(
+            f"The {owner} gives scores of shape {tuple(logits.shape)} for {len(label)} samples that have one class each (labels {tuple(label.shape)}): it is "
+            "a network of another task, such as segmentation; take one that gives (B, C)."
+        )
 
 
 def _unlabelled(ctx: Context) -> int:

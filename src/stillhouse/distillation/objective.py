@@ -1,4 +1,4 @@
-"""`Objective`: one loss, or a loss with a few learned parts, with five hooks; and `WeightSchedule`, its weight over training."""
+"""`Objective`: one loss, or a loss with a few learned parts, with six hooks; and `WeightSchedule`, its weight over training."""
 
 from __future__ import annotations
 
@@ -51,6 +51,9 @@ class Objective(nn.Module):
 
     def before_step(self, batch: Batch, teacher: Signals, ctx: Context) -> None:
         """Before each training step: an inner (bilevel, adversarial) step with an optimiser of its own (see `keep_optimizer`)."""
+
+    def before_update(self, ctx: Context) -> None:
+        """Before each optimiser step: the gradients are there, reduced over processes and unscaled, not yet clipped. What it reads stays on the device."""
 
     def forward(self, student: Signals, teacher: Signals, batch: Batch, progress: Progress) -> dict[str, Tensor]:
         """Named terms, scalars on the device, whose sum is the loss. A key that starts with `log:` is logged, not summed."""

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal
 
@@ -14,8 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from stillhouse.distillation.objective import Progress
+from stillhouse.distillation.own_input import OwnInput
 from stillhouse.errors import UserError
-from stillhouse.signals import Batch, Signals, Taps, TopK, image_size
+from stillhouse.signals import Batch, Signals, Taps, TopK, image_size, in_float32, own_precision
 from stillhouse.tasks.base import Task
 
 PLAIN = Task()
@@ -33,11 +34,19 @@ class Reader:
         owner: what messages call it: "student", "teacher".
         embedding: the classifier submodule whose input is the embedding; None finds it.
         task: how the network is called and read; None: as the student's task says, and the plain way before that is known.
+        prepare: makes the network's own input from a batch; None: the batch's.
     """
 
-    def __init__(self, model: nn.Module, owner: str, embedding: str | None = None, task: Task | None = None) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        owner: str,
+        embedding: str | None = None,
+        task: Task | None = None,
+        prepare: Callable[[Batch], Batch] | None = None,
+    ) -> None:
         self.model, self.owner, self._classifier = model, owner, embedding
-        self.task = task
+        self.task, self.prepare = task, prepare
         self.losses = False  # whether the network's own losses are wanted, in training
         self._taps: Taps | None = None
         self._paths: dict[str, str] = {}  # name asked for -> tap of the model
@@ -46,6 +55,7 @@ class Reader:
     def attach(self, wanted: Iterable[str], probe: Batch) -> None:
         """Make the hooks for `embedding` and `tap:NAME` (a submodule, or `stage:N`), before any compilation."""
         self.close()
+        probe = self._prepared(probe)
         self._paths, self._channels_last = {}, None
         for name in sorted(set(wanted)):
             if name == "embedding":
@@ -79,13 +89,19 @@ class Reader:
         return dict(self._paths)
 
     def __call__(self, batch: Batch) -> Signals:
+        with own_precision(self.model):
+            return self._read(batch)
+
+    def _read(self, batch: Batch) -> Signals:
         task = self.task or PLAIN
         captured: AbstractContextManager[dict[str, Tensor]] = nullcontext({}) if self._taps is None else self._taps.capture()
         with captured as got:
-            output = task.call(self.model, batch, losses=self.losses and self.model.training)
+            own = self._prepared(batch)
+            output = task.call(self.model, own, losses=self.losses and self.model.training)
         signals = task.read(output, batch)
-        signals.image = image_size(batch)
-        found = self._channels_second(got, signals.image)
+        signals.logits = None if signals.logits is None else in_float32(signals.logits)
+        signals.image = image_size(own)
+        found = {path: in_float32(x) for path, x in self._channels_second(got, signals.image).items()}
         signals.taps |= {name: found[path] for name, path in self._paths.items() if name != "embedding"}
         if "embedding" in self._paths:
             from stillhouse.models.anatomy import embedding_from
@@ -101,6 +117,9 @@ class Reader:
             maps = {path for path, x in got.items() if x.ndim == 4}
             self._channels_last = frozenset(path for path in maps if has_channels_last(self.model, path, got[path].shape, image))
         return {path: x.movedim(-1, 1) if path in self._channels_last else x for path, x in got.items()}
+
+    def _prepared(self, batch: Batch) -> Batch:
+        return batch if self.prepare is None else self.prepare(batch)
 
     def compile(self, *args: Any, **kwargs: Any) -> None:
         """torch.compile in place what a call runs."""
@@ -156,15 +175,31 @@ class Teacher:
 
 
 class Frozen(Teacher):
-    """A live network that is not trained: evaluation mode, no autograd, at most one forward a batch. Its outputs are ordinary tensors, usable as targets."""
+    """A live network that is not trained: evaluation mode, no autograd, at most one forward a batch. Its outputs are ordinary tensors, usable as targets.
+
+    Args:
+        model: the network.
+        embedding: the classifier submodule whose input is the embedding; None finds it.
+        name: what messages call it.
+        task: its own; None: the student's.
+        prepare: makes its own input from a batch, such as an `OwnInput` or any function of yours; None: the student's input.
+    """
 
     gives = EVERYTHING
 
-    def __init__(self, model: nn.Module, *, embedding: str | None = None, name: str = "teacher", task: Task | None = None) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        embedding: str | None = None,
+        name: str = "teacher",
+        task: Task | None = None,
+        prepare: Callable[[Batch], Batch] | None = None,
+    ) -> None:
         self.model = model
         self._was_training = model.training
         model.eval()
-        self._reader = Reader(model, name, embedding, task)
+        self._reader = Reader(model, name, embedding, task, prepare)
 
     @property
     def task(self) -> Task | None:
@@ -188,8 +223,10 @@ class Frozen(Teacher):
         return self
 
     def fingerprint(self) -> str:
-        """A hash of the weights, recorded in place of the weights."""
+        """A hash of the weights, and of what is done to their input, recorded in place of the weights."""
         digest = hashlib.blake2b(digest_size=12)
+        if isinstance(self._reader.prepare, OwnInput):
+            digest.update(repr(self._reader.prepare).encode())
         for key, value in self.model.state_dict().items():
             digest.update(key.encode())
             digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())

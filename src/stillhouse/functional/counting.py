@@ -80,7 +80,8 @@ def counted_mean(values: Tensor, counts: Tensor | None = None, count: Tensor | f
 def step_count(batch: Batch, like: Tensor, counts: Tensor | None = None, share: bool = True) -> Tensor:
     """What the sum over a batch is divided by so that the mean is over all counted positions of the optimiser step.
 
-    `batch["token_count"]`, where a loop that accumulates gives it (see `weigh_positions_alike`); else the positions that count here.
+    `batch["token_count"]`, where a loop that accumulates gives it (see `weigh_positions_alike`); else the positions that count here. Where the loop
+    weighs the batch's loss by its size itself (`batch["weighed"]`), it is not shared over processes.
 
     Args:
         like: (...,) one value a position.
@@ -90,7 +91,7 @@ def step_count(batch: Batch, like: Tensor, counts: Tensor | None = None, share: 
     """
     given = batch.get("token_count", like.numel() if counts is None else counts.sum())
     count = torch.ones(1, device=like.device) * given
-    if share and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+    if share and not batch.get("weighed") and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
         dist.all_reduce(count)
         count = count / dist.get_world_size()
     return count[0].clamp_min(1)

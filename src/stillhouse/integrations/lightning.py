@@ -10,6 +10,7 @@ import importlib
 import math
 import sys
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +25,12 @@ from stillhouse.distillation.objective import Progress
 from stillhouse.distillation.teachers import Teacher
 from stillhouse.distillation.weighted import Objectives
 from stillhouse.errors import MissingExtra, UserError
+from stillhouse.functional.counting import IGNORED, counted, has_positions, step_count
 from stillhouse.integrations.context import LoaderContext
 from stillhouse.randomness import keyed
 from stillhouse.signals import Batch, call_model, read_logits
-from stillhouse.training.optimizers import make_optimizer
+from stillhouse.training.accumulation import StepMean, samples
+from stillhouse.training.optimizers import make_optimizer, trained_in_float32
 
 
 def _pytorch_lightning() -> Any:
@@ -52,7 +55,8 @@ class DistillationModule(_lightning.LightningModule):  # type: ignore[misc, name
     (class means) read your training loader as it is. Each call of `fit` makes the objectives' own layers anew, unless it restores a checkpoint.
 
     Args:
-        student: the model being trained; the same object holds the weights afterwards.
+        student: the model being trained; the same object holds the weights afterwards. One in half precision is trained in float32, unless the
+            Trainer's precision is `bf16-true` or `16-true`.
         teachers: one teacher (any module that gives logits, or a teacher of `stillhouse.distillation.teachers`), several by name, or None.
         objectives: names, mappings, `Objective`s or (Objective, weight) pairs, as in `stillhouse.distill`.
         optimizer: a function of the parameter groups that returns an optimiser (or whatever `configure_optimizers` may return), or options such as
@@ -84,6 +88,7 @@ class DistillationModule(_lightning.LightningModule):  # type: ignore[misc, name
         self._seed = seed
         self._ready = False
         self._batch: Batch = {}
+        self._mean: StepMean | None = None  # of the optimiser step in progress
 
     @property
     def student(self) -> nn.Module:
@@ -99,8 +104,9 @@ class DistillationModule(_lightning.LightningModule):  # type: ignore[misc, name
     def setup(self, stage: str) -> None:
         if stage != "fit":
             return
+        trained_in_float32(self.student)
         self.trainer.fit_loop.setup_data()
-        self._loader = AdaptedLoader(self.trainer.train_dataloader, self._seed)
+        self._loader = AdaptedLoader(self.trainer.train_dataloader, self._seed, self.student)
         self._progress = _progress(self.trainer)
         with keyed("probe", self._seed):
             probe = next(iter(self._loader))
@@ -113,7 +119,7 @@ class DistillationModule(_lightning.LightningModule):  # type: ignore[misc, name
     def configure_optimizers(self) -> Any:
         groups = self.distillation.param_groups()
         if isinstance(self._optimizer, OptimizerSpec):
-            return make_optimizer(groups, TrainSpec.model_validate({"optimizer": self._optimizer}))
+            return make_optimizer(groups, TrainSpec.model_validate({"optimizer": self._optimizer}), self.student)
         return self._optimizer(groups)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -140,7 +146,9 @@ class DistillationModule(_lightning.LightningModule):  # type: ignore[misc, name
         if batch_idx == 0:
             self.distillation.begin_epoch(self._context)
             self.distillation.train()
-        self._batch = as_batch(batch)
+        self._batch = as_batch(batch, self.student)
+        if not has_positions(self._batch):
+            self._batch["weighed"] = True  # by `_weighed`
         with self.trainer.precision_plugin.forward_context():
             self.distillation.before_step(self._batch, self._context)
 
@@ -148,19 +156,41 @@ class DistillationModule(_lightning.LightningModule):  # type: ignore[misc, name
         terms = self.distillation(self._batch, self._progress)
         if (self.trainer.global_step + 1) % max(self.trainer.log_every_n_steps, 1) == 0:
             self.log_dict({f"train/{name}": value.detach() for name, value in terms.items()})
-        loss: Tensor = terms["loss"]
-        return loss
+        return self._weighed(terms["loss"])
+
+    def _weighed(self, loss: Tensor) -> Tensor:
+        """The loss as its batch's share of the optimiser step: every sample, or counted token, weighs the same."""
+        if has_positions(self._batch):
+            label = self._batch["label"]
+            size: Tensor | int = step_count(self._batch, label, counted(self._batch, label.shape))
+            usual: Tensor | int = size
+        else:
+            size, usual = samples(self._batch), self._loader.batch_size or 1
+        if self._mean is None:
+            self._mean = StepMean(usual, self.trainer.world_size, partial(self.trainer.strategy.reduce, reduce_op="sum"))
+        return self._mean.weigh(loss, size)
+
+    def on_before_optimizer_step(self, optimizer: Any) -> None:
+        mean, self._mean = self._mean, None
+        if mean is not None and not self.trainer.strategy.handles_gradient_accumulation:
+            parameters = [p for group in optimizer.param_groups for p in group["params"]]
+            mean.finish(parameters, self.trainer.accumulate_grad_batches, shared=has_positions(self._batch))
+        self.distillation.before_update(self._context)
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         self.distillation.after_step(self._batch, self._progress, self.trainer.global_step > self._progress.step)
         self._batch = {}
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
-        """Accuracy and mean negative log-likelihood, for labels that are class ids."""
-        read = as_batch(batch)
-        logits, labels = self(read["input"]).float(), read["label"]
-        figures = {"val/accuracy": (logits.argmax(1) == labels).float().mean(), "val/nll": F.cross_entropy(logits, labels)}
-        self.log_dict(figures, batch_size=len(labels), sync_dist=True)
+        """Accuracy and mean negative log-likelihood, for labels that are ids of classes (B,) or of tokens (B, L)."""
+        read = as_batch(batch, self.student)
+        logits, labels = self(read["input"]).float().flatten(0, -2), read["label"].flatten()
+        counts = labels != IGNORED
+        figures = {
+            "val/accuracy": ((logits.argmax(-1) == labels) & counts).sum() / counts.sum(),
+            "val/nll": F.cross_entropy(logits, labels, ignore_index=IGNORED),
+        }
+        self.log_dict(figures, batch_size=int(counts.sum()), sync_dist=True)
 
     def predict_step(self, batch: Any, batch_idx: int) -> Tensor:
         """Logits."""

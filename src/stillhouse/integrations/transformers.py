@@ -19,15 +19,18 @@ from torch import Tensor, nn
 from stillhouse.data import AdaptedLoader
 from stillhouse.data.loader import as_batch
 from stillhouse.distillation.distillation import Distillation
-from stillhouse.distillation.objective import Progress
+from stillhouse.distillation.objective import Objective, Progress
 from stillhouse.distillation.teachers import Teacher
 from stillhouse.distillation.weighted import Objectives
 from stillhouse.errors import MissingExtra, UserError
 from stillhouse.files import written_beside
+from stillhouse.functional.counting import IGNORED
 from stillhouse.integrations.context import LoaderContext
+from stillhouse.models.token_labels import are_of_tokens, place, predicts_next
 from stillhouse.randomness import keyed
 from stillhouse.signals import Batch
 from stillhouse.tasks.tokens import Tokens
+from stillhouse.training.optimizers import trained_in_float32
 
 try:
     _transformers: Any = importlib.import_module("transformers")
@@ -35,7 +38,6 @@ except ImportError:
     raise MissingExtra("Training with the transformers Trainer", "text") from None
 
 STATE_FILE = "distillation.pt"
-IGNORE = -100
 _CAUSAL, _MASKED, _SEQ2SEQ = (getattr(_transformers, f"MODEL_FOR_{name}_MAPPING") for name in ("CAUSAL_LM", "MASKED_LM", "SEQ_TO_SEQ_CAUSAL_LM"))
 
 
@@ -56,6 +58,8 @@ class DistillationTrainer(_transformers.Trainer):  # type: ignore[misc]
         shift_labels: whether labels (B, L) name the input tokens, so that those of the next position are learned; default: for causal language models.
         vocabulary: how many tokens the tokenizer has, where teacher and student pad their embeddings to different sizes; default: those of
             `processing_class`, where that is a tokenizer.
+        half_weights: train a student in half precision as it is; else it is turned to float32, as small updates of half-precision weights round to
+            nothing. For speed there are the arguments `bf16` and `fp16`.
 
     >>> trainer = DistillationTrainer(student, args, train_dataset=data, teachers=teacher, objectives=["ce", "kd"])  # doctest: +SKIP
     >>> trainer.train()  # doctest: +SKIP
@@ -71,21 +75,19 @@ class DistillationTrainer(_transformers.Trainer):  # type: ignore[misc]
         embedding: str | None = None,
         shift_labels: bool | None = None,
         vocabulary: int | None = None,
+        half_weights: bool = False,
         **kwargs: Any,
     ) -> None:
         self.distillation: Distillation | None = None
         self._parts = (teachers, [Distillation.entry(o) for o in objectives], embedding)
+        self._half_weights = half_weights
         self._given_optimizer = (kwargs.get("optimizers") or (None,))[0] is not None
         self._resume_from: str | None = None
         self._sums: dict[str, Tensor] = {}
         self._counts: dict[str, int] = {}
         self._mean_size: Any = 1.0
         super().__init__(*args, **kwargs)
-        model = self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
-        self._shifts = type(model) in _CAUSAL.values() if shift_labels is None else shift_labels
-        self._starts = getattr(getattr(model, "config", None), "is_encoder_decoder", False) and hasattr(
-            model, "prepare_decoder_input_ids_from_labels"
-        )
+        self._shifts = predicts_next(self.model) if shift_labels is None else shift_labels
         tokens = self.processing_class
         self._vocabulary = vocabulary or (max(tokens.get_vocab().values()) + 1 if hasattr(tokens, "get_vocab") else None)
         self.model_accepts_loss_kwargs = False  # as above, for versions without `loss_is_scaled_for_ga`
@@ -122,6 +124,8 @@ class DistillationTrainer(_transformers.Trainer):  # type: ignore[misc]
         if self.distillation is not None:
             return self.optimizer
         teachers, entries, embedding = self._parts
+        if not self._half_weights:
+            trained_in_float32(self.model)
         task = Tokens("causal", self._vocabulary) if self._vocabulary is not None and self._of_tokens() else None
         self.distillation = Distillation(self.model, teachers, entries, seed=self.args.seed, embedding=embedding, task=task)
         self._build(self.distillation)
@@ -184,7 +188,7 @@ class DistillationTrainer(_transformers.Trainer):  # type: ignore[misc]
         return samples, items
 
     def _counted(self, labels: Tensor) -> Tensor:
-        return (labels[:, 1:] if self._shifts else labels) != IGNORE
+        return (labels[:, 1:] if self._shifts else labels) != IGNORED
 
     def _of_tokens(self) -> bool:
         """Whether the student predicts tokens."""
@@ -193,22 +197,28 @@ class DistillationTrainer(_transformers.Trainer):  # type: ignore[misc]
 
     def _as_batch(self, inputs: Any) -> Batch:
         """A batch of ours: labels of tokens stand where their predictions stand, and a decoder has its inputs."""
-        batch = as_batch(inputs)
-        if not _has_tokens(inputs):
-            return batch
-        label = batch["label"]
-        if self._shifts:
-            batch["label"] = torch.cat([label[:, 1:], torch.full_like(label[:, :1], IGNORE)], 1)
-        elif self._starts and "decoder_input_ids" not in batch["input"]:
-            model = self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
-            batch["input"] = {**batch["input"], "decoder_input_ids": model.prepare_decoder_input_ids_from_labels(labels=label)}
-        return batch
+        return place(as_batch(inputs), self.model, self._shifts)
 
     def training_step(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Tensor:
         loss: Tensor = super().training_step(model, inputs, *args, **kwargs)
         if self._own and self.accelerator.num_processes > 1 and self.accelerator.sync_gradients:
             average_gradients(self._own)
+        if self.distillation is not None and self.accelerator.sync_gradients:
+            self._before_update(self.distillation)
         return loss
+
+    def _before_update(self, distillation: Distillation) -> None:
+        """The hook of objectives that look at gradients; those of fp16 are shown to it without their scale."""
+        if not any(type(e.objective).before_update is not Objective.before_update for e in distillation.entries):
+            return
+        scaler = self.accelerator.scaler
+        gradients = [p.grad for p in distillation.parameters() if p.grad is not None]
+        scale = 1.0 if scaler is None else scaler.get_scale()
+        if scale != 1.0:
+            torch._foreach_div_(gradients, scale)
+        distillation.before_update(self._context)
+        if scale != 1.0:
+            torch._foreach_mul_(gradients, scale)
 
     def compute_loss(self, model: nn.Module, inputs: Any, return_outputs: bool = False, **kwargs: Any) -> Any:
         """In training, the weighted sum of the objectives' terms, a mean over the batch; in evaluation, the student's own loss."""
@@ -218,6 +228,7 @@ class DistillationTrainer(_transformers.Trainer):  # type: ignore[misc]
         self._batch: Batch = self._as_batch(inputs)
         if tokens:
             self._batch["token_count"] = torch.as_tensor(self._mean_size, device=inputs["labels"].device)
+        self.distillation.hold_frozen()  # the Trainer has put its model into training mode
         with self.accelerator.autocast():
             self.distillation.before_step(self._batch, self._context)
             self.distillation._reader.model = model
@@ -318,7 +329,14 @@ class _Loader(AdaptedLoader):
     def labels(self) -> Tensor:
         dataset = getattr(self.loader, "dataset", None)
         column = next((c for c in ("labels", "label") if c in (getattr(dataset, "column_names", None) or ())), None)
-        return super().labels() if dataset is None or column is None else torch.as_tensor(dataset[column][:]).to(torch.int64)
+        if dataset is None or column is None:
+            return super().labels()
+        if not hasattr(dataset, "__len__"):
+            raise UserError("The training data is a stream, so the class of each sample is not known beforehand.")
+        values = dataset[column][:]
+        if len(values) and hasattr(values[0], "__len__") and getattr(values[0], "ndim", 1):
+            raise UserError("The training data has many labels a sample, so there is no class of each sample.")
+        return torch.as_tensor(values).to(torch.int64)
 
 
 class _Read:
@@ -339,8 +357,7 @@ class _Read:
 
 def _has_tokens(inputs: Mapping[str, Any]) -> bool:
     """Whether the labels are of tokens, (B, L) ids."""
-    labels = inputs.get("labels")
-    return isinstance(labels, Tensor) and labels.ndim == 2 and not labels.is_floating_point()
+    return are_of_tokens(inputs.get("labels"))
 
 
 def average_gradients(parameters: list[nn.Parameter]) -> None:

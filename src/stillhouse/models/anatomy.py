@@ -52,6 +52,42 @@ def stages(model: nn.Module) -> list[str]:
     return _chain_stages(model, modules)
 
 
+def depths_of(model: nn.Module) -> dict[str, int]:
+    """Of each parameter by name, the number of its layer, counted from the input: what lies before the first layer is 0, the head is the deepest.
+
+    Of timm models the layers are those of `group_matcher`; else the blocks of the model's longest chain, or its stages.
+
+    Raises:
+        UserError: neither is found.
+    """
+    matcher = getattr(model, "group_matcher", None)
+    if callable(matcher):
+        from timm.models import group_parameters
+
+        layers: dict[str, int] = {name: int(n) for name, n in group_parameters(model, matcher(coarse=False), reverse=True).items()}
+        numbers = {n: i for i, n in enumerate(sorted(set(layers.values())))}
+        return {name: numbers[n] for name, n in layers.items()}
+    blocks = _blocks(model)
+    out: dict[str, int] = {}
+    reached = False
+    for name, _ in model.named_parameters():
+        inside = next((i for i, block in enumerate(blocks) if name.startswith(f"{block}.")), None)
+        reached = reached or inside is not None
+        out[name] = inside + 1 if inside is not None else (len(blocks) + 1 if reached else 0)
+    return out
+
+
+def _blocks(model: nn.Module) -> list[str]:
+    """Dotted names of the blocks that follow each other: of the longest chain, where it holds most of the model; else the stages."""
+    own = getattr(model, "stage_names", None)
+    modules = dict(model.named_modules())
+    sizes = {name: len(list(m.modules())) for name, m in modules.items() if isinstance(m, nn.Sequential | nn.ModuleList) and len(m) > 1}
+    chain = max(sizes, key=lambda name: sizes[name], default=None)
+    if own or chain is None or 2 * sizes[chain] < len(modules):
+        return stages(model)
+    return [f"{chain}.{name}".lstrip(".") for name, _ in modules[chain].named_children()]
+
+
 def quarters(depth: int) -> list[int]:
     """The last index of each quarter of 0 … depth-1 (all of them below four).
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import inspect
+import json
 import re
 import sys
 from collections.abc import Callable, Mapping
@@ -17,6 +18,7 @@ from typing import Any
 
 from torch import nn
 
+from stillhouse.config.specs import ModelSpec
 from stillhouse.errors import MissingExtra, UserError, nearest, unknown
 from stillhouse.models.class_names import label_maps
 
@@ -31,6 +33,8 @@ TASKS = {  # options.task: the Auto class, and its mapping from config classes t
     "seq2seq": ("AutoModelForSeq2SeqLM", "MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING"),
 }
 
+DTYPES = ("float32", "bfloat16", "float16", "auto")
+
 
 def check_timm(name: str) -> None:
     """Raises `UserError` for a name that timm does not know."""
@@ -38,6 +42,25 @@ def check_timm(name: str) -> None:
 
     if not timm.is_model(name):
         raise unknown("timm model", f"timm:{name}", [f"timm:{n}" for n in timm.list_models()])
+
+
+def published_normalisation(spec: ModelSpec, model: nn.Module) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
+    """Mean and standard deviation per channel that a network's published weights were trained with, where its library says them."""
+    kind, _, name = spec.model.partition(":")
+    found: tuple[Any, Any] = (None, None)
+    if kind == "timm":
+        facts = getattr(model, "pretrained_cfg", None) or {}
+        found = facts.get("mean"), facts.get("std")
+    elif kind == "torchvision":
+        from torchvision import models
+
+        transforms = models.get_model_weights(name).DEFAULT.transforms()
+        found = getattr(transforms, "mean", None), getattr(transforms, "std", None)
+    elif kind == "hf" and (Path(name).expanduser() / "preprocessor_config.json").is_file():
+        facts = json.loads((Path(name).expanduser() / "preprocessor_config.json").read_text())
+        found = facts.get("image_mean"), facts.get("image_std")
+    mean, std = found
+    return (tuple(mean), tuple(std)) if mean and std else None
 
 
 def check_torchvision(name: str) -> None:
@@ -108,7 +131,7 @@ def from_transformers(name: str, num_classes: int | None, input_shape: Shape | N
             config's; or, with `pretrained`, a repository of the Hugging Face hub.
         num_classes: labels of a classifier.
         input_shape: channels and image size of a fresh image model.
-        options: `task`, and arguments of the config.
+        options: `task`, `dtype` of the weights (float32 unless given; auto: as they were saved), and arguments of the config.
         pretrained: the name may be downloaded.
     """
     try:
@@ -119,6 +142,9 @@ def from_transformers(name: str, num_classes: int | None, input_shape: Shape | N
     task = arguments.pop("task", "image")
     if task not in TASKS:
         raise unknown("options.task", str(task), TASKS)
+    dtype = str(arguments.pop("dtype", "float32")).removeprefix("torch.")
+    if dtype not in DTYPES:
+        raise unknown("options.dtype", dtype, DTYPES)
     if num_classes is not None and task in ("image", "segmentation", "text"):
         arguments.setdefault("num_labels", num_classes)
     auto = getattr(transformers, TASKS[task][0])
@@ -134,7 +160,7 @@ def from_transformers(name: str, num_classes: int | None, input_shape: Shape | N
             if isinstance(getattr(plain, "image_size", None), int) and input_shape[1] == input_shape[2]:
                 arguments.setdefault("image_size", input_shape[1])
         _check_config(plain, arguments, owner)
-        return _from_config(auto, transformers.AutoConfig.for_model(kind, **arguments), task, owner)
+        return _from_config(auto, transformers.AutoConfig.for_model(kind, **arguments), task, owner, dtype)
     folder = Path(name).expanduser()
     if not (folder / "config.json").is_file() and not pretrained:
         raise UserError(
@@ -149,14 +175,14 @@ def from_transformers(name: str, num_classes: int | None, input_shape: Shape | N
     if unnamed:
         config.id2label, config.label2id = label_maps([f"LABEL_{i}" for i in range(config.num_labels)])
     if folder.is_dir() and not any(folder.glob("*.safetensors")) and not any(folder.glob("*.bin")):
-        return _from_config(auto, config, task, owner)
+        return _from_config(auto, config, task, owner, dtype)
     _model_class(config, task, owner)
-    return _load_folder(auto, source, config, owner, download=pretrained and not folder.is_dir())
+    return _load_folder(auto, source, config, owner, dtype, download=pretrained and not folder.is_dir())
 
 
-def _load_folder(auto: Any, source: str, config: Any, owner: str, download: bool) -> nn.Module:
+def _load_folder(auto: Any, source: str, config: Any, owner: str, dtype: str, download: bool) -> nn.Module:
     """A model with its weights. A classifier may be new (a folder of a bare encoder), but of another size, or with most weights absent, it is refused."""
-    options = {"config": config, "ignore_mismatched_sizes": True, "output_loading_info": True}
+    options = {"config": config, "dtype": dtype, "ignore_mismatched_sizes": True, "output_loading_info": True}
     model, info = _published(owner, download, lambda: auto.from_pretrained(source, **options))
     if info["mismatched_keys"]:
         name, given, ours = min(info["mismatched_keys"])
@@ -170,10 +196,10 @@ def _load_folder(auto: Any, source: str, config: Any, owner: str, download: bool
     return model
 
 
-def _from_config(auto: Any, config: Any, task: str, owner: str) -> nn.Module:
+def _from_config(auto: Any, config: Any, task: str, owner: str, dtype: str) -> nn.Module:
     model = _model_class(config, task, owner)
     config.architectures = config.architectures or [model.__name__]
-    return auto.from_config(config)
+    return auto.from_config(config) if dtype == "auto" else auto.from_config(config, dtype=dtype)
 
 
 def _model_class(config: Any, task: str, owner: str) -> type[nn.Module]:

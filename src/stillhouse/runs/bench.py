@@ -8,15 +8,19 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import statistics
 import subprocess
 import sys
+import threading
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import yaml
@@ -291,19 +295,46 @@ def _finished(todo: Sequence[Job], engine: str, jobs: int, live: Any) -> Iterato
     else:
         threads = str(max(1, (os.cpu_count() or 1) // jobs))
         environment = {**os.environ, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", threads)}
+        with _ending_children() as running, ThreadPoolExecutor(jobs) as pool:
 
-        def run(job: Job) -> Job:
-            _in_process(job, environment)
-            return job
+            def run(job: Job) -> Job:
+                _in_process(job, environment, running)
+                return job
 
-        with ThreadPoolExecutor(jobs) as pool:
-            yield from pool.map(run, todo)
+            try:
+                yield from pool.map(run, todo)
+            except KeyboardInterrupt:
+                pool.shutdown(wait=False, cancel_futures=True)
+                for process in list(running):
+                    process.terminate()
+                raise
 
 
-def _in_process(job: Job, environment: dict[str, str]) -> None:
-    done = subprocess.run(job.command(), env=environment, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise UserError(f"{job.folder.name} failed:\n{done.stderr.strip()[-2000:]}")
+@contextmanager
+def _ending_children() -> Iterator[set[subprocess.Popen[str]]]:
+    """A set for running processes; SIGTERM becomes KeyboardInterrupt inside, so that they are ended too."""
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        raise KeyboardInterrupt
+
+    in_main = threading.current_thread() is threading.main_thread()
+    before = signal.signal(signal.SIGTERM, interrupt) if in_main else None
+    try:
+        yield set()
+    finally:
+        if in_main:
+            signal.signal(signal.SIGTERM, before)
+
+
+def _in_process(job: Job, environment: dict[str, str], running: set[subprocess.Popen[str]]) -> None:
+    process = subprocess.Popen(job.command(), env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    running.add(process)
+    try:
+        _, errors = process.communicate()
+    finally:
+        running.discard(process)
+    if process.returncode:
+        raise UserError(f"{job.folder.name} failed:\n{errors.strip()[-2000:]}")
 
 
 def _on_ray(todo: Sequence[Job]) -> Iterator[Job]:

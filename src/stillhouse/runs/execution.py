@@ -8,6 +8,7 @@ import platform
 import shutil
 import sys
 import time
+from contextlib import nullcontext
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -18,10 +19,10 @@ import stillhouse
 from stillhouse import catalog
 from stillhouse.config.reading import dump
 from stillhouse.config.specs import MethodConfig
-from stillhouse.errors import UserError
 from stillhouse.files import written_beside
-from stillhouse.processes import rank_world, wait
+from stillhouse.processes import agreed, rank_world, together, wait
 from stillhouse.reporting.run_report import write_run_report
+from stillhouse.runs.folder import claim, held, lacks_report
 from stillhouse.runs.gallery import write_gallery
 from stillhouse.runs.method import Stage
 from stillhouse.runs.products import Student
@@ -56,75 +57,59 @@ def execute(
     Raises:
         UserError: a folder that holds a finished run (unless `overwrite`), or an unfinished run of another recipe.
     """
-    from accelerate import PartialState
-
     folder = Path(folder).expanduser()
-    PartialState(cpu=cpu)
+    try:
+        with together(cpu), held(folder) if rank_world()[0] == 0 else nullcontext():
+            return _executed(config, folder, data_root, live, overwrite, cpu)
+    finally:
+        if live is not None:
+            live.close()
+
+
+def _executed(config: MethodConfig, folder: Path, data_root: str | None, live: Live | None, overwrite: bool, cpu: bool) -> dict[str, float]:
     text = dump(config)
     main = rank_world()[0] == 0
-    if main:
-        _claim(folder, text, overwrite)
+    if agreed(main and not overwrite and lacks_report(folder, text)):
+        if main:
+            write_run_report(folder)
+        wait()
+        done: dict[str, float] = json.loads((folder / "evaluation.json").read_text())
+        return done
+    changes = claim(folder, text, overwrite) if main else {}
     wait()
     method = catalog.method(config.method)
     run = Run(folder, config, data_root=data_root, live=live, cpu=cpu)
     stages = method.plan(config, run)
     run.planned = {s.name for s in stages}
     started = time.monotonic()
-    try:
-        if main:
-            _write_json(
-                folder / "environment.json",
-                {
-                    "versions": versions(),
-                    "seed": config.seed,
-                    "device": _device_name(run.device),
-                    "processes": rank_world()[1],
-                    "command": " ".join(["stillhouse", *sys.argv[1:]]),
-                    "steps": {s.name: s.steps for s in stages if s.steps is not None},
-                },
-            )
-        product = method.run(config, run)
-        figures: dict[str, float] = dict(getattr(product, "figures", {}) or {})
-        if main:
-            _keep(product, folder / "product")
-            figures |= run.evaluated(product)
-            if isinstance(product, Student):
-                write_gallery(run, product)
-            figures.setdefault("run_seconds", time.monotonic() - started)
-            environment = json.loads((folder / "environment.json").read_text())
-            _write_json(folder / "environment.json", {**environment, **run.record})
-            _write_json(folder / "evaluation.json", figures)
-            write_run_report(folder)
-        wait()
-    finally:
-        if live is not None:
-            live.close()
-    return figures
-
-
-def _claim(folder: Path, text: str, overwrite: bool) -> None:
-    """Make the folder this run's, or refuse it: nothing that is not a run's is ever removed or written over."""
-    if folder.exists() and not folder.is_dir():
-        raise UserError(f"{folder} is a file; give a folder with --out.")
-    held = folder / "recipe.yaml"
-    there = {p.name for p in folder.iterdir()} if folder.exists() else set()
-    before = held.read_text() if "recipe.yaml" in there else None
-    ours = before is not None and ("environment.json" in there or len(there) == 1)  # not so where a user keeps a recipe.yaml among other files
-    if there and not ours and (overwrite or before != text):
-        left = "so --overwrite leaves it alone" if overwrite else "so it is left alone"
-        raise UserError(f"{folder} is not a run's folder (no recipe.yaml with an environment.json), {left}; choose another folder with --out.")
-    if overwrite and there:
-        shutil.rmtree(folder)
-    elif "evaluation.json" in there:
-        raise UserError(f"{folder} holds a finished run; choose another folder with --out, or start over with --overwrite.")
-    elif before is not None and before != text:
-        pairs = zip(before.splitlines(), text.splitlines())
-        line = next((f"'{a.strip()}' there, '{b.strip()}' now" for a, b in pairs if a != b), "their lengths differ")
-        raise UserError(
-            f"{folder} holds an unfinished run of another recipe ({line}); choose another folder with --out, or start over with --overwrite."
+    if main:
+        _write_json(
+            folder / "environment.json",
+            {
+                "versions": versions(),
+                "seed": config.seed,
+                "device": _device_name(run.device),
+                "processes": rank_world()[1],
+                "command": " ".join(["stillhouse", *sys.argv[1:]]),
+                "steps": {s.name: s.steps for s in stages if s.steps is not None},
+                **({"changed after divergence": changes} if changes else {}),
+            },
         )
-    with written_beside(held) as beside:
-        beside.write_text(text)
+    product = method.run(config, run)
+    figures: dict[str, float] = dict(getattr(product, "figures", {}) or {})
+    if main:
+        _keep(product, folder / "product")
+    figures |= run.evaluated(product)  # in every process, as the judges of some products train networks, together
+    if main:
+        if isinstance(product, Student):
+            write_gallery(run, product)
+        figures.setdefault("run_seconds", time.monotonic() - started)
+        environment = json.loads((folder / "environment.json").read_text())
+        _write_json(folder / "environment.json", {**environment, **run.record})
+        _write_json(folder / "evaluation.json", figures)
+        write_run_report(folder)
+    wait()
+    return figures
 
 
 def _keep(product: Any, folder: Path) -> None:

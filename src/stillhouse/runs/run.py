@@ -11,12 +11,14 @@ import torch
 from pydantic import BaseModel
 from torch import Tensor, nn
 
-from stillhouse.config.specs import DataSpec, MethodConfig, ModelSpec, TeacherSpec, TrainSpec
+from stillhouse.config.specs import DataSpec, InputSpec, MethodConfig, ModelSpec, TeacherSpec, TrainSpec
+from stillhouse.distillation.own_input import OwnInput
 from stillhouse.distillation.teachers import Frozen
 from stillhouse.errors import UserError
 from stillhouse.evaluation.judge import judge
 from stillhouse.files import cache_folder
 from stillhouse.models import class_names
+from stillhouse.models.sources import published_normalisation
 from stillhouse.processes import rank_world
 from stillhouse.randomness import keyed
 from stillhouse.runs.products import Student, state_on_cpu
@@ -236,17 +238,36 @@ class Run:
                 f"The teacher '{name}' is trained on the student's classes in another order ({', '.join(its.class_names[:6])}, not "
                 f"{', '.join(task.class_names[:6])}); give both data sets the same order."
             )
-        model = self.network(name, spec, data)
+        model = self.network(name, spec, data, as_saved=True)
+        prepare = self._own_input(spec, model, data)
         if type(its) is type(task):
             model, its = task.as_teacher(model, spec, its), task
-        teacher = Frozen(model, embedding=spec.embedding, name=name, task=its)
+        teacher = Frozen(model, embedding=spec.embedding, name=name, task=its, prepare=prepare)
         self.live_teachers.append(teacher)
         return teacher
 
-    def network(self, name: str, spec: TeacherSpec, data: DataSpec) -> nn.Module:
-        """The network of a live teacher with its weights, trained first where it has none."""
-        seed, data = spec.seed or 0, spec.data or data
-        model = self.model(spec.network, data, role="teacher", seed=seed)
+    def _own_input(self, spec: TeacherSpec, model: nn.Module, data: DataSpec) -> OwnInput | None:
+        """How the data's images become the teacher's: as its spec says; of a network with published weights, normalised as these were."""
+        wanted, given = spec.input or InputSpec(), self.data(data).task.normalisation
+        own = (wanted.mean, wanted.std) if wanted.mean is not None and wanted.std is not None else None
+        if own is None and spec.pretrained and spec.train is None:
+            own = published_normalisation(spec.network, model)
+        if spec.input is None and own in (None, given):
+            return None
+        size = (wanted.size, wanted.size) if isinstance(wanted.size, int) else wanted.size
+        return OwnInput(given, own or ((), ()), size, wanted.pool or 1)
+
+    def network(self, name: str, spec: TeacherSpec, data: DataSpec, as_saved: bool = False) -> nn.Module:
+        """The network of a live teacher with its weights, trained first where it has none.
+
+        Its weights are in float32, or with `as_saved`, where they are not trained here, in the precision that a transformers folder has them in.
+        """
+        if spec.input is not None and not as_saved:
+            raise UserError(f"The teacher '{name}' has an `input` of its own, but this method runs its network on the data's; leave it out.")
+        seed, data, own = spec.seed or 0, spec.data or data, spec.network
+        if as_saved and spec.train is None and own.model.startswith("hf:"):
+            own = own.model_copy(update={"options": {"dtype": "auto", **own.options}})
+        model = self.model(own, data, role="teacher", seed=seed)
         if spec.train is not None and spec.checkpoint is None:  # from published weights where it is pretrained: fine-tuned
             trained = self.trained("teacher", model, spec.network, spec.train, data, seed)
             model.load_state_dict(trained["weights"])

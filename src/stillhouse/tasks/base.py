@@ -52,6 +52,11 @@ class Task:
         """Names of the classes, in label order; () where there are none."""
         return ()
 
+    @property
+    def normalisation(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
+        """Mean and standard deviation per channel that inputs in [0, 1] were normalised with; () where they are used as they are."""
+        return (), ()
+
     # ---- a network ---------------------------------------------------------------------------------------------------
 
     def build(self, spec: ModelSpec) -> nn.Module:

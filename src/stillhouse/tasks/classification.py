@@ -39,6 +39,10 @@ class Classification(Task):
     def class_names(self) -> tuple[str, ...]:
         return self.classes
 
+    @property
+    def normalisation(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
+        return self.mean, self.std
+
     def build(self, spec: ModelSpec) -> nn.Module:
         model = build(spec, len(self.classes), self.input_shape)
         put_in_order(model, self.classes, spec.model, self.input_shape)

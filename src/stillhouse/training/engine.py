@@ -21,6 +21,7 @@ from stillhouse.evaluation.quantities import quantity
 from stillhouse.files import written_beside
 from stillhouse.functional.counting import has_positions, weigh_positions_alike
 from stillhouse.signals import Batch, to_device
+from stillhouse.training.accumulation import StepMean, samples
 from stillhouse.training.context import Progress, TrainingContext
 from stillhouse.training.display import Live
 from stillhouse.training.loop import Loop, Stateful
@@ -116,7 +117,9 @@ class _Fit:
             module.build(next(iter(train.batches(0, 0, 1))))
             module.to(self.device)
         _refuse_lonely_batch_norm(module, train)
-        self.optimizer: Any = make_optimizer(module.param_groups(), spec)
+        if spec.channels_last:
+            set_memory(module, torch.channels_last)
+        self.optimizer: Any = make_optimizer(module.param_groups(), spec, module.student)
         self.rates = [g["lr"] for g in self.optimizer.param_groups]
         self.ema = _average(module.student, spec)
         if spec.compile:
@@ -130,6 +133,10 @@ class _Fit:
             self.optimizer = accelerator.prepare(self.optimizer)  # elsewhere the wrapper does nothing, and costs 0.2 ms a step
         if spec.trackers and accelerator.is_main_process:
             accelerator.init_trackers(folder.name)
+        self._unscaled = False  # whether the gradients of this step lost the scale of fp16 already
+        self.step_mean = None
+        if (spec.accumulate > 1 or accelerator.num_processes > 1) and not getattr(train, "even", False):
+            self.step_mean = StepMean(getattr(train, "usual_size", 1), accelerator.num_processes, accelerator.reduce)
         self.loop = _FitLoop(self, folder, stage, seed, live)
         self.loop.restore()
         self.keeper = _Best(spec, folder, stage, self.loop)
@@ -146,6 +153,8 @@ class _Fit:
             self.keeper.load_into(self.module.student)
             extra["closed"] = True
             self.loop.save()
+        if self.spec.channels_last:
+            set_memory(self.module, torch.contiguous_format)
         if self.spec.trackers:
             self.accelerator.end_training()
         return Fitted(dict(extra.get("figures", {})), self.loop.seconds, math.ceil(self.loop.done / self.batches.per_epoch))
@@ -159,6 +168,8 @@ class _Fit:
             module.begin_epoch(self.ctx)
             module.train()
         batch = to_device(self.batches.fetch(i), self.device)
+        if self.spec.channels_last:
+            batch["input"] = channels_last(batch["input"])
         steps_now = (i + 1) % accumulate == 0 or i + 1 == self.batches.total
         factor = rate_factor(self.spec, i / self.batches.per_epoch)
         for group, rate in zip(self.optimizer.param_groups, self.rates):
@@ -169,8 +180,12 @@ class _Fit:
         with nullcontext() if steps_now else self.accelerator.no_sync(self.wrapped):
             terms = self._backward(batch, self.batches.of_step(i))
         if steps_now:
-            if self.spec.clip is not None:
-                self.accelerator.clip_grad_norm_(self.wrapped.parameters(), self.spec.clip)
+            if self.step_mean is not None and not has_positions(batch):
+                self.step_mean.finish(self._parameters(), self.batches.of_step(i))
+            if hasattr(module, "before_update"):
+                self._unscale()
+                module.before_update(self.ctx)
+            self._clip()
             self.optimizer.step()
             self.optimizer.zero_grad()
             if self.ema is not None:
@@ -180,19 +195,41 @@ class _Fit:
         return terms
 
     def _backward(self, batch: Batch, averaged: int) -> Mapping[str, Tensor]:
+        weighed = self.step_mean is not None and not has_positions(batch)  # positions weigh alike by their batches' `token_count`
+        if weighed:
+            batch["weighed"] = True
         try:
             terms: Mapping[str, Tensor] = self.wrapped(batch, self.progress)
         except ValueError as error:
             raise _batch_of_one(error, batch) from error
         loss = terms["loss"] if averaged == 1 else terms["loss"] / averaged
+        if self.step_mean is not None and weighed:
+            loss = self.step_mean.weigh(loss, samples(batch))
         self.accelerator.backward(loss) if self.accelerator.scaler is not None else loss.backward()
         return terms
+
+    def _unscale(self) -> None:
+        if self.accelerator.scaler is not None and not self._unscaled:
+            self.accelerator.unscale_gradients(self.optimizer)
+            self._unscaled = True
+
+    def _clip(self) -> None:
+        if self.spec.clip is not None:
+            if self._unscaled:  # which Accelerate would do a second time
+                nn.utils.clip_grad_norm_(self.wrapped.parameters(), self.spec.clip)
+            else:
+                self.accelerator.clip_grad_norm_(self.wrapped.parameters(), self.spec.clip)
+        self._unscaled = False
+
+    def _parameters(self) -> list[nn.Parameter]:
+        return [p for group in self.optimizer.param_groups for p in group["params"]]
 
     def boundary(self, done: int) -> bool:
         """Evaluate after an epoch, where it is time; True: training has waited long enough for a better one."""
         epoch, every = done // self.batches.per_epoch, self.spec.eval_every
         if self.evaluate is None or not (done == self.batches.total or (every and epoch % every == 0)):
             return False
+        self.loop.check()
         model = self.ema.module if self.ema is not None else self.module.student
         figures = self.evaluate(model, self.device)
         self.module.train()
@@ -297,6 +334,21 @@ class _Best:
             student.load_state_dict(torch.load(self.path, map_location="cpu", weights_only=True)["model"])
 
 
+def set_memory(module: nn.Module, layout: torch.memory_format) -> None:
+    """Lay out the weights of a module, and of the live teachers outside it, in memory."""
+    module.to(memory_format=layout)
+    for teacher in getattr(module, "teachers", {}).values():
+        for reader in teacher.readers():
+            reader.model.to(memory_format=layout)
+
+
+def channels_last(x: Any) -> Any:
+    """Images (B, C, H, W), alone or in a mapping, in channels-last memory; all else as it is."""
+    if isinstance(x, Mapping):
+        return {k: channels_last(v) for k, v in x.items()}
+    return x.contiguous(memory_format=torch.channels_last) if isinstance(x, Tensor) and x.ndim == 4 else x
+
+
 def _average(student: nn.Module, spec: TrainSpec) -> Any:
     """The exponential moving average of the student's weights and buffers, where it is asked for."""
     if spec.ema is None:
@@ -307,7 +359,8 @@ def _average(student: nn.Module, spec: TrainSpec) -> Any:
 
 
 def _refuse_lonely_batch_norm(module: nn.Module, train: Any) -> None:
-    if getattr(train, "batch_size", 2) == 1 and any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in module.modules()):
+    module.train()
+    if getattr(train, "batch_size", 2) == 1 and any(isinstance(m, nn.modules.batchnorm._BatchNorm) and m.training for m in module.modules()):
         raise UserError(
             "train.batch_size is 1, but the network has batch normalisation, which needs at least two samples a batch; use a larger batch."
         )

@@ -17,7 +17,7 @@ from types import FrameType
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from stillhouse.errors import TrainingDiverged, UserError
 from stillhouse.files import written_beside
@@ -79,9 +79,12 @@ class Loop:
         self._window_start = 0
         self._last_save = time.monotonic()
         self._interrupted = False
+        self._stopping = False
+        self._never_finite: set[str] = set()
 
     def restore(self) -> bool:
         """Load the checkpoint, if there is one; True if so."""
+        self._never_finite = set(self._not_finite())
         if not self.path.exists():
             if self.main:
                 self.metrics.keep(self.stage, 0)
@@ -98,8 +101,43 @@ class Loop:
             self.metrics.keep(self.stage, saved["rows"])
         return True
 
+    def check(self) -> None:
+        """Raises `TrainingDiverged` where weights, statistics or an optimiser's state have become NaN or infinite; waits for the device."""
+        names = self._not_finite() if self.main else []
+        broken = [n for n in names if n not in self._never_finite]
+        if self._agreed(bool(broken)):
+            which = f" ({broken[0]}{f' and {len(broken) - 1} more' if broken[1:] else ''})" if broken else ""
+            raise self._diverged(f"weights{which} are not finite after step {self.done}, though the loss was")
+
+    def _not_finite(self) -> list[str]:
+        """Names of the tensors that a checkpoint would hold and that are not finite."""
+        tensors: dict[str, Tensor] = {}
+        for name, item in self.state.items():
+            if isinstance(item, nn.Module):
+                tensors |= {f"{name}.{k}": v for k, v in item.state_dict().items() if isinstance(v, Tensor)}
+            elif isinstance(item, torch.optim.Optimizer):
+                states = item.state_dict()["state"].items()
+                tensors |= {f"{name}.{i}.{k}": v for i, state in states for k, v in state.items() if isinstance(v, Tensor)}
+        tensors = {k: v for k, v in tensors.items() if v.is_floating_point() and v.device.type != "meta"}
+        finite = torch.stack([v.isfinite().all() for v in tensors.values()]).tolist() if tensors else []
+        return [name for name, good in zip(tensors, finite) if not good]
+
+    def _diverged(self, what: str) -> TrainingDiverged:
+        """The error for a training that cannot go on, and a mark that lets a run with a lower rate continue from its last checkpoint."""
+        if self.path.exists():
+            step = torch.load(self.path, map_location="cpu", weights_only=True)["done"]
+            if self.main:
+                diverged_mark(self.path).touch()
+            then = f"the checkpoint of step {step} is good, and a start in the same folder with other values of these continues from it"
+        else:
+            then = "no checkpoint had been written yet"
+        return TrainingDiverged(
+            f"{self.stage}: {what}. Lower the learning rate (train.optimizer.lr) or the term's weight, or clip the gradient (train.clip); {then}."
+        )
+
     def save(self) -> None:
-        """Write a checkpoint now (the main process; the others wait)."""
+        """Write a checkpoint now (the main process; the others wait). Raises `TrainingDiverged` as `check` does: a stored checkpoint is good."""
+        self.check()
         if self.main:
             content = {
                 "state": {name: item.state_dict() for name, item in self.state.items()},
@@ -112,6 +150,7 @@ class Loop:
             }
             with written_beside(self.path) as beside:
                 torch.save(content, beside)
+            diverged_mark(self.path).unlink(missing_ok=True)
         if self.world > 1:
             self.accelerator.wait_for_everyone()
         self._last_save = time.monotonic()
@@ -134,13 +173,15 @@ class Loop:
                 at_end = self.ends_epoch(self.done)
                 if self.done % self.log_every == 0 or at_end or self.done == self.steps:
                     self._flush()
+                    self._stopping = self._stopping or self._any(self._interrupted)
                     if at_end and boundary is not None and boundary(self.done):
                         self.finished = True
                     now = time.monotonic()
                     self.seconds, clock = self.seconds + now - clock, now
                     if self.done < self.steps and not self.finished and self._due(now) and self.whole(self.done):
                         self.save()
-                if self._interrupted and self.whole(self.done):
+                stop = self._interrupted if self.world == 1 else self._stopping  # which all processes know of
+                if stop and self.whole(self.done):
                     self.seconds += time.monotonic() - clock
                     self.save()
                     raise KeyboardInterrupt
@@ -155,12 +196,23 @@ class Loop:
         return True
 
     def _due(self, now: float) -> bool:
-        due = now - self._last_save >= self.checkpoint_seconds
+        return self._agreed(now - self._last_save >= self.checkpoint_seconds)
+
+    def _any(self, value: bool) -> bool:
+        """Whether it is so in any process."""
         if self.world > 1:
-            flag = torch.tensor(int(due), device=self.accelerator.device)
+            flag = torch.tensor(int(value), device=self.accelerator.device)
+            torch.distributed.all_reduce(flag, torch.distributed.ReduceOp.MAX)
+            value = bool(flag.item())
+        return value
+
+    def _agreed(self, value: bool) -> bool:
+        """The main process's answer, in every process."""
+        if self.world > 1:
+            flag = torch.tensor(int(value), device=self.accelerator.device)
             torch.distributed.broadcast(flag, 0)
-            due = bool(flag.item())
-        return due
+            value = bool(flag.item())
+        return value
 
     def _collect(self, i: int, terms: Mapping[str, Tensor]) -> None:
         if not self._window:
@@ -187,15 +239,8 @@ class Loop:
             if bad:
                 at = self._window_start + offset
                 values = ", ".join(f"{n} = {v:.4g}" for n, v in zip(names, row))
-                kept = (
-                    f"the checkpoint of step {torch.load(self.path, weights_only=True)['done']} is kept"
-                    if self.path.exists()
-                    else "no checkpoint had been written yet"
-                )
                 self._window.clear()
-                raise TrainingDiverged(
-                    f"{self.stage}: {' and '.join(bad)} not finite at step {at + 1} ({values}); {kept}. Lower the learning rate or the term's weight, or clip the gradient (train.clip)."
-                )
+                raise self._diverged(f"{' and '.join(bad)} not finite at step {at + 1} ({values})")
             for n, v in zip(names, row):
                 sums.setdefault(n, []).append(v)
         self._window.clear()
@@ -234,6 +279,11 @@ class Loop:
         finally:
             for s, handler in before.items():
                 signal.signal(s, handler)
+
+
+def diverged_mark(checkpoint: Path) -> Path:
+    """The empty file that says of a checkpoint that the training after it diverged."""
+    return checkpoint.with_suffix(".diverged")
 
 
 def loop(

@@ -1,0 +1,61 @@
+"""A teacher's own input: the student's images as the teacher was trained to see them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from stillhouse.errors import UserError
+from stillhouse.signals import Batch
+
+
+@dataclass(frozen=True)
+class OwnInput:
+    """Turns a batch's images (B, C, H, W), normalised for the student, into the teacher's.
+
+    Attributes:
+        given: mean and standard deviation per channel that the images were normalised with; () where they are in [0, 1].
+        own: those of the teacher.
+        size: (height, width) to resize to; None: as they are.
+        pool: side of the squares that are averaged first; 1: none.
+
+    >>> grey = {"input": torch.zeros(1, 1, 4, 4)}
+    >>> OwnInput(given=((0.5,), (0.5,)), own=((0.5, 0.4, 0.3), (0.1, 0.1, 0.1)), size=(2, 2))(grey)["input"][0, :, 0, 0]
+    tensor([0.0000, 1.0000, 2.0000])
+    """
+
+    given: tuple[Sequence[float], Sequence[float]] = ((), ())
+    own: tuple[Sequence[float], Sequence[float]] = ((), ())
+    size: tuple[int, int] | None = None
+    pool: int = 1
+
+    def __call__(self, batch: Batch) -> Batch:
+        """The batch with the teacher's input; all else as it is. Raises `UserError` for what is no image."""
+        given = batch["input"]
+        if isinstance(given, Mapping):
+            return {**batch, "input": {**given, "pixel_values": self.image(given.get("pixel_values"))}}
+        return {**batch, "input": self.image(given)}
+
+    def image(self, x: Any) -> Tensor:
+        """(B, C, H, W) of the student -> (B, C', H', W') of the teacher; one channel becomes as many as the teacher has."""
+        if not isinstance(x, Tensor) or x.ndim != 4:
+            raise UserError("A teacher's own `input` is for images (B, C, H, W), which this data does not give.")
+        if self.pool > 1:
+            x = F.avg_pool2d(x, self.pool)
+        if self.size is not None and tuple(x.shape[2:]) != tuple(self.size):
+            x = F.interpolate(x, self.size, mode="bilinear", align_corners=False, antialias=True)
+        if not self.own[0]:
+            return x
+        if len(self.own[0]) not in (1, x.shape[1]) and x.shape[1] != 1:
+            raise UserError(f"The teacher's input has mean and std of {len(self.own[0])} channels, but the images have {x.shape[1]}.")
+        mean, std = (self._channels(x, values, empty) for values, empty in zip(self.given, (0.0, 1.0)))
+        own_mean, own_std = (self._channels(x, values, 0.0) for values in self.own)
+        return x * (std / own_std) + (mean - own_mean) / own_std
+
+    def _channels(self, x: Tensor, values: Sequence[float], empty: float) -> Tensor:
+        return torch.tensor(tuple(values) or (empty,), dtype=x.dtype, device=x.device)[:, None, None]
