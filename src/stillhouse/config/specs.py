@@ -27,13 +27,19 @@ class Spec(BaseModel):
         return out
 
 
-class DataSpec(Spec):
+class NamedSpec(Spec):
+    """Data by name, whatever its task."""
+
+    name: str = Field(description="A data set; what stands before a colon is the scheme, which settles the task.")
+    root: str | None = Field(None, description="Folder that holds the data; default: --data-root, then STILLHOUSE_DATA, then the user's cache.")
+
+
+class DataSpec(NamedSpec):
     """A data set by name, its splits, and its augmentation."""
 
     name: str = Field(
         description="digits | cifar10 | camvid | text:NAME | masks:PATH | imagefolder:PATH | torchvision:CLASS | hf:REPO | parquet:PATH | synthetic:PATH | file:PATH.py:FUNCTION"
     )
-    root: str | None = Field(None, description="Folder that holds the data; default: --data-root, then STILLHOUSE_DATA, then the user's cache.")
     size: int | None = Field(None, ge=1, description="Train on a class-balanced, seeded subset of this many samples (taken before the holdout).")
     test_size: int | None = Field(None, ge=1, description="Evaluate on a class-balanced, seeded subset of this many test samples.")
     holdout: float = Field(0.0, ge=0.0, lt=1.0, description="Share of the training samples kept out of training: steers what must not see test data.")

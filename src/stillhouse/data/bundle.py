@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 import numpy as np
 from torch import Tensor
 
-from stillhouse.config.specs import DataSpec
+from stillhouse.config.specs import DataSpec, NamedSpec
 from stillhouse.data.augment import transforms
 from stillhouse.data.dataset import IndexedDataset, ItemInputs, PixelInputs
 from stillhouse.data.source import SMALL, Samples, Source, find_root, measured, source
@@ -150,7 +150,7 @@ class _Rows:
         return self.images[row]
 
 
-def load(spec: DataSpec, data_root: str | Path | None = None) -> Any:
+def load(spec: NamedSpec, data_root: str | Path | None = None, seed: int = 0) -> Any:
     """The data set that a spec describes: a `DataBundle`, or of text a `stillhouse.data.text.TextBundle`.
 
     In this order: keep `classes`; without a test split, take a stratified fifth of the training samples as one; take the balanced subsets `size` and
@@ -158,11 +158,18 @@ def load(spec: DataSpec, data_root: str | Path | None = None) -> Any:
 
     Args:
         spec: the recipe's `data`.
+        seed: the run's, by which a graph's random split is drawn.
         data_root: the folder that holds the data, where the spec names none; default: STILLHOUSE_DATA, then the user's cache.
 
     Raises:
         UserError: what was asked for is not there or does not fit; the message says what and where.
     """
+    if not isinstance(spec, DataSpec):
+        from stillhouse.data import node_graphs
+
+        if not isinstance(spec, node_graphs.GraphSpec):
+            raise UserError(f"Data of a {type(spec).__name__} is read by its method alone.")
+        return node_graphs.load(spec, data_root, seed)
     other = OTHER_TASKS.get(spec.name.partition(":")[0])
     if other is not None:
         return importlib.import_module(other).load(spec, data_root)

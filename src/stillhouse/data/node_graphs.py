@@ -8,19 +8,24 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from pathlib import Path
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from stillhouse.config.specs import DataSpec, Spec
+from stillhouse.config.specs import NamedSpec, Spec
+from stillhouse.data.dataset import BatchKey
 from stillhouse.data.node_files import read_npz, read_planetoid, read_pyg
 from stillhouse.data.source import existing, find_root
 from stillhouse.errors import UserError, unknown
 from stillhouse.files import digest
+from stillhouse.functional.counting import IGNORED
 from stillhouse.randomness import key
+from stillhouse.signals import Batch
+from stillhouse.tasks.nodes import Nodes
 
 
 class SyntheticSpec(Spec):
@@ -34,11 +39,10 @@ class SyntheticSpec(Spec):
     noise: float = Field(2.0, ge=0, description="Standard deviation of a feature around its class's mean, in units of the spread of the means.")
 
 
-class GraphSpec(Spec):
+class GraphSpec(NamedSpec):
     """A graph by name, its features and its split."""
 
     name: str = Field(description="planetoid:Cora | cpf:cora | npz:PATH | pyg:PATH (a saved torch_geometric Data) | synthetic")
-    root: str | None = Field(None, description="Folder that holds the data; default: --data-root, then STILLHOUSE_DATA, then the user's cache.")
     features: Literal["raw", "rows"] = Field("raw", description="rows: each node's features divided by their sum, as Planetoid's own loader does.")
     component: Literal["all", "largest"] = Field("all", description="largest: keep the largest connected component alone.")
     split: Literal["public", "random"] | None = Field(None, description="public: the file's own; default: public where there is one.")
@@ -129,7 +133,62 @@ class NodeGraph:
         )
 
 
-def load_graph(spec: GraphSpec, seed: int = 0, data_root: str | None = None) -> NodeGraph:
+@dataclass
+class NodeBundle:
+    """A graph as the samples of a task: each split is one batch, the whole graph with the split's labels."""
+
+    graph: NodeGraph
+    evaluation_batch: ClassVar[int] = 1
+    flip: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        self.name, self.fingerprint = self.graph.name, self.graph.fingerprint
+        self.task = Nodes(tuple(str(c) for c in range(self.graph.num_classes)), self.graph.num_features)
+
+    def has(self, split: str) -> bool:
+        """Whether there is such a split. Raises `UserError` for a word that is no split's."""
+        if split not in ("train", "holdout", "val", "test"):
+            raise unknown("split", split, ("train", "val", "test"))
+        return split in self.graph.split
+
+    def dataset(self, split: str, *, train: bool) -> OneGraph:
+        """A split: the graph, with the labels of its nodes. Raises `UserError` for a split that is not there."""
+        if not self.has(split):
+            raise UserError(f"The graph '{self.name}' has no {split} split; it has: {', '.join(self.graph.split)}.")
+        return OneGraph(self.graph, split)
+
+
+@dataclass
+class OneGraph:
+    """The one sample of a split."""
+
+    graph: NodeGraph
+    split: str
+
+    def __len__(self) -> int:
+        return 1
+
+    def labels(self) -> Tensor:
+        """(N,) class ids, -100 outside the split."""
+        labels = torch.full_like(self.graph.labels, IGNORED)
+        nodes = self.graph.split[self.split]
+        labels[nodes] = self.graph.labels[nodes]
+        return labels
+
+    def batch(self, key: BatchKey, seed: int) -> Batch:
+        """`input` features (N, D), `edges` (2, E), `label` (N,), and `hidden` (N,): nodes that training must not see."""
+        hidden = torch.zeros_like(self.graph.labels, dtype=torch.bool)
+        hidden[self.graph.hidden] = True
+        graph = self.graph
+        return {"input": graph.x, "edges": graph.edges, "label": self.labels(), "hidden": hidden, "index": torch.zeros(1).long()}
+
+
+def load(spec: GraphSpec, data_root: str | Path | None = None, seed: int = 0) -> NodeBundle:
+    """The graph of a spec as a bundle (see `load_graph`)."""
+    return NodeBundle(load_graph(spec, seed, data_root))
+
+
+def load_graph(spec: GraphSpec, seed: int = 0, data_root: str | Path | None = None) -> NodeGraph:
     """The graph of a spec with its split.
 
     Args:
@@ -140,7 +199,7 @@ def load_graph(spec: GraphSpec, seed: int = 0, data_root: str | None = None) -> 
             too few nodes for the split.
     """
     kind, _, name = spec.name.partition(":")
-    root = find_root(DataSpec(name="graph", root=spec.root), data_root)
+    root = find_root(spec, data_root)
     masks: dict[str, np.ndarray] = {}
     if kind == "synthetic":
         x, labels, edges = synthetic(spec.synthetic, spec.seed)

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from stillhouse.config.specs import DataSpec
+from stillhouse.config.specs import DataSpec, NamedSpec
 from stillhouse.errors import UserError, nearest, unknown
 from stillhouse.files import cache_folder, digest
 
@@ -97,7 +97,7 @@ def _format(where: str) -> Callable[..., Source]:
     return function
 
 
-def find_root(spec: DataSpec, given: str | Path | None = None) -> Path:
+def find_root(spec: NamedSpec, given: str | Path | None = None) -> Path:
     """The folder that holds the data: the recipe's, else the one given, else STILLHOUSE_DATA, else `data` in the cache."""
     chosen = spec.root or given or os.environ.get("STILLHOUSE_DATA")
     return Path(chosen).expanduser() if chosen else cache_folder() / "data"

@@ -12,7 +12,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from stillhouse.config.specs import DataSpec
 from stillhouse.data import BatchKey
 from stillhouse.distillation.teachers import Frozen
 from stillhouse.runs.products import Student
@@ -35,12 +34,7 @@ class _Networks:
 
 
 def write_gallery(run: Run, product: Student) -> None:
-    """Write `pictures/` into the run's folder: PNG files and `pictures.json`; nothing for a task that draws none.
-
-    Nor where the recipe's data are not a `DataSpec`, such as a graph: their methods judge their products themselves.
-    """
-    if not isinstance(getattr(run.config, "data", None), DataSpec):
-        return
+    """Write `pictures/` into the run's folder: PNG files and `pictures.json`; nothing for a task that draws none."""
     spec, split = run.judging_data()
     task = product.task
     loader = run.loader(spec, split)

@@ -11,7 +11,7 @@ import torch
 from pydantic import BaseModel
 from torch import Tensor, nn
 
-from stillhouse.config.specs import DataSpec, InputSpec, MethodConfig, ModelSpec, TeacherSpec, TrainSpec
+from stillhouse.config.specs import DataSpec, InputSpec, MethodConfig, ModelSpec, NamedSpec, TeacherSpec, TrainSpec
 from stillhouse.distillation.own_input import OwnInput
 from stillhouse.distillation.teachers import Frozen
 from stillhouse.errors import UserError
@@ -65,7 +65,7 @@ class Run:
 
     # ---- data and models -------------------------------------------------------------------------------------------------------------------
 
-    def data(self, spec: DataSpec, of: type[Task] = Task) -> Any:
+    def data(self, spec: NamedSpec, of: type[Task] = Task) -> Any:
         """The data set of a spec (a `stillhouse.data.Bundle`), loaded once.
 
         Raises:
@@ -73,27 +73,27 @@ class Run:
         """
         from stillhouse.data import load
 
-        name = spec.model_dump_json()
+        name = spec.model_dump_json() + ("" if isinstance(spec, DataSpec) else f" of seed {self.seed}")
         if name not in self._bundles:
-            self._bundles[name] = load(spec, self.data_root)
+            self._bundles[name] = load(spec, self.data_root, self.seed)
         bundle = self._bundles[name]
         if not isinstance(bundle.task, of):
             raise UserError(f"This method is for {of.name}, but data.name '{spec.name}' is data for {bundle.task.name}.")
         return bundle
 
-    def loader(self, spec: DataSpec, split: str, batch_size: int | None = None, *, train: bool = False) -> Any:
+    def loader(self, spec: NamedSpec, split: str, batch_size: int | None = None, *, train: bool = False) -> Any:
         """A loader of a split, by default of batches that suit evaluation; `train=True`: shuffled and augmented as the run's seed says, sharded over processes."""
         from stillhouse.data import Loader
 
         bundle = self.data(spec)
         dataset = bundle.dataset(split, train=train)
-        if split == "train" and (train or spec.augment == "plain"):
+        if isinstance(spec, DataSpec) and split == "train" and (train or spec.augment == "plain"):
             from stillhouse.store import StoredDataset
 
             dataset = StoredDataset(dataset, self._stores.setdefault(spec.model_dump_json(), [])) if _reads_store(self.config) else dataset
         default: int = bundle.evaluation_batch
         rank, world = rank_world() if train else (0, 1)
-        workers = spec.workers if train else 0
+        workers = spec.workers if train and isinstance(spec, DataSpec) else 0
         return Loader(dataset, batch_size or default, seed=self.seed, shuffle=train, drop_last=train, workers=workers, rank=rank, world=world)
 
     def model(self, spec: ModelSpec, data: DataSpec, role: str = "student", seed: int | None = None) -> nn.Module:
@@ -120,14 +120,14 @@ class Run:
         check = self.validation(spec)
         return None if check is None else lambda model, device: self.figures(model, spec, check, device)
 
-    def judging_data(self) -> tuple[DataSpec, str]:
+    def judging_data(self) -> tuple[NamedSpec, str]:
         """The recipe's data, and the split of it that a product is judged on: test, or val or holdout where there is none.
 
         Raises:
             UserError: a recipe without `data`, or data without any of these splits.
         """
         spec = getattr(self.config, "data", None)
-        if not isinstance(spec, DataSpec):
+        if not isinstance(spec, NamedSpec):
             raise UserError("This recipe names no `data` to judge its product by; give it the data, or judge the product in its method.")
         split = next((s for s in ("test", "val", "holdout") if self.data(spec).has(s)), None)
         if split is None:

@@ -48,6 +48,7 @@ from stillhouse.methods.graphs.glnn import (
 )
 from stillhouse.models.graph import NodeMLP
 from stillhouse.runs.method import Method, Stage
+from stillhouse.runs.products import Student
 from stillhouse.runs.run import Run
 
 Term = Literal["low", "high", "soft"]
@@ -164,7 +165,7 @@ class FFG2M(Method[Config]):
             )
         return stages
 
-    def run(self, config: Config, run: Run) -> glnn.NodeStudent:
+    def run(self, config: Config, run: Run) -> Student:
         graph = graph_of(config, run)
         teacher = trained_teacher(run, config.teacher, graph)
         seen = graph.observed()

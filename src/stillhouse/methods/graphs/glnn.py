@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import torch
 from pydantic import Field
@@ -26,14 +26,12 @@ from torch.nn import functional as F
 
 from stillhouse.config.specs import LRSchedule, MethodConfig, ModelSpec, OptimizerSpec, Spec, TrainSpec
 from stillhouse.data import BatchKey, Loader
-from stillhouse.data.node_graphs import GraphSpec, NodeGraph, load_graph
+from stillhouse.data.node_graphs import GraphSpec, NodeBundle, NodeGraph
 from stillhouse.distillation.objective import Progress
-from stillhouse.evaluation import cost
 from stillhouse.functional import checks
 from stillhouse.functional.precision import full_precision
 from stillhouse.models.graph import GNN, Conv, NodeMLP
 from stillhouse.randomness import keyed
-from stillhouse.runs.evaluators import evaluates
 from stillhouse.runs.method import Method, Stage
 from stillhouse.runs.products import Student, state_on_cpu
 from stillhouse.runs.run import Run
@@ -125,7 +123,8 @@ class TrainedTeacher:
 
 def graph_of(config: NodeConfig, run: Run) -> NodeGraph:
     """The recipe's graph with the run's split, on the run's device."""
-    return load_graph(config.data, run.seed, run.data_root).to(run.device)
+    bundle: NodeBundle = run.data(config.data, Nodes)
+    return bundle.graph.to(run.device)
 
 
 class NodeFit(nn.Module):
@@ -284,29 +283,9 @@ class Config(NodeConfig):
     lamb: float = Field(0.0, ge=0, le=1, description="Weight of the labels; the distillation terms have 1 - lamb. 1 is the plain MLP.")
 
 
-class NodeStudent(Student):
-    """A perceptron that takes node features (B, D), dense or CSR, and gives logits (B, C)."""
-
-    kind: ClassVar[str] = "stillhouse.methods.graphs.glnn:NodeStudent"
-
-
-@evaluates(NodeStudent.kind)
-def judge(product: NodeStudent, run: Run) -> dict[str, float]:
-    """Accuracy on the test nodes, of which those that training did not see also alone, and what the student costs for
-    one node."""
-    assert isinstance(run.config, NodeConfig)
-    graph = graph_of(run.config, run)
-    with evaluating(product.module):
-        out = test_figures(product.module(graph.x), graph)
-    example = {"input": graph.rows(graph.split["test"][:1]).to_dense()}
-    out |= {"parameters": cost.parameters(product.module), "multiply_adds": cost.multiply_adds(product.module, example)}
-    return {**out, "latency_ms": cost.latency(product.module, example)["median"]}
-
-
-def node_student(module: NodeMLP, config: NodeConfig, graph: NodeGraph, figures: dict[str, float]) -> NodeStudent:
+def node_student(module: NodeMLP, config: NodeConfig, graph: NodeGraph, figures: dict[str, float]) -> Student:
     """A trained perceptron as the product of a run."""
-    task = Nodes(tuple(str(c) for c in range(graph.num_classes)), graph.num_features)
-    return NodeStudent(module, config.student.spec, task, figures)
+    return Student(module, config.student.spec, NodeBundle(graph).task, figures)
 
 
 class GraphLess(Method[Config]):
@@ -321,7 +300,7 @@ class GraphLess(Method[Config]):
             Stage("student", self.does(config), {"student": f"MLP, {s.layers} x {s.width}"}, steps=config.train.epochs),
         ]
 
-    def run(self, config: Config, run: Run) -> NodeStudent:
+    def run(self, config: Config, run: Run) -> Student:
         graph = graph_of(config, run)
         teacher = trained_teacher(run, config.teacher, graph)
         seen = graph.observed()

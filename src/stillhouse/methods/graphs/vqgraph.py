@@ -40,7 +40,6 @@ from stillhouse.functional import checks
 from stillhouse.functional.precision import full_precision
 from stillhouse.methods.graphs.glnn import (
     NodeConfig,
-    NodeStudent,
     NodeTrain,
     described,
     fit_nodes,
@@ -53,7 +52,7 @@ from stillhouse.methods.graphs.glnn import (
 from stillhouse.models.graph import NeighbourSampler, NodeMLP, convolutions, linear, propagation
 from stillhouse.randomness import keyed
 from stillhouse.runs.method import Method, Stage
-from stillhouse.runs.products import state_on_cpu
+from stillhouse.runs.products import Student, state_on_cpu
 from stillhouse.runs.run import Run
 from stillhouse.signals import Batch, evaluating
 
@@ -366,7 +365,7 @@ class VQGraph(Method[Config]):
             Stage("student", "distil codes and soft labels into the MLP", {"student": f"MLP, {s.layers} x {s.width}"}),
         ]
 
-    def run(self, config: Config, run: Run) -> NodeStudent:
+    def run(self, config: Config, run: Run) -> Student:
         graph = graph_of(config, run)
         seen = graph.observed()
         tokenizer, teacher_figures = self._tokenizer(config.tokenizer, run, graph, seen)
