@@ -26,7 +26,7 @@ FLOORS = (
     "objectives",
     "reporting",
     "runs",
-    "synthetic",
+    "pretraining synthetic",
     "methods",
     "api integrations",
     "demo",

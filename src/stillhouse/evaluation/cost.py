@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -120,6 +120,14 @@ def step_cost(module: Any, batch: Batch, ctx: Any, rounds: int = 5) -> dict[str,
     }
     student.load_state_dict(before)
     return found
+
+
+def times_in_turns(works: Mapping[str, Callable[[], Any]], device: torch.device, rounds: int = 7) -> dict[str, float]:
+    """Median seconds of each call by name, taken in turns after one untimed round; CPU time on a CPU, wall time on a GPU."""
+    for work in works.values():
+        work()
+    times = [{name: _seconds(work, device) for name, work in works.items()} for _ in range(rounds)]
+    return {name: statistics.median(taken[name] for taken in times) for name in works}
 
 
 def peak_of_tensors(work: Callable[[], Any], device: torch.device) -> int:
