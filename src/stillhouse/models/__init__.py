@@ -13,7 +13,7 @@ from torch import nn
 
 from stillhouse.config.specs import ModelSpec
 from stillhouse.errors import UserError, nearest
-from stillhouse.models import convnet, densenet, efficientnet, mobile, resnet, sources, transformer, vgg, wide_resnet  # noqa: F401 (the nets register themselves)
+from stillhouse.models import conv_vit, convnet, densenet, efficientnet, mobile, resnet, sources, transformer, vgg, wide_resnet  # noqa: F401 (the nets register themselves)
 from stillhouse.models.registry import build_own, check_own, names, register
 from stillhouse.models.weights import load_weights
 
