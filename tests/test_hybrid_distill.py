@@ -7,6 +7,7 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
+from stillhouse.distillation.own_input import OwnInput
 from stillhouse.errors import UserError
 from stillhouse.evaluation.attention import attention_distance, attention_figures, attention_nmi
 from stillhouse.methods.pretraining.hybrid_distill.losses import feature_loss, relations_loss
@@ -16,7 +17,7 @@ from stillhouse.methods.pretraining.hybrid_distill.pruning import (
     planned_counts,
     redundancy,
 )
-from stillhouse.methods.pretraining.hybrid_distill.training import Hybrid, InputSpec, Normaliser, Source, step_times
+from stillhouse.methods.pretraining.hybrid_distill.training import Hybrid, Source, step_times
 from stillhouse.nn.masked_vit import embed_patches, encode, fix_positions
 from stillhouse.training.context import Progress
 
@@ -28,7 +29,7 @@ def vit(width: int = 16, depth: int = 3, heads: int = 2) -> VisionTransformer:
 
 
 def source(width: int = 24, depth: int = 4, blocks: tuple[int, ...] = ()) -> Source:
-    return Source(vit(width, depth).eval().requires_grad_(False), Normaliser((0.5,) * 3, (0.2,) * 3, None), blocks)
+    return Source(vit(width, depth).eval().requires_grad_(False), OwnInput(), blocks)
 
 
 def images(count: int = 3) -> Tensor:
@@ -129,18 +130,6 @@ def test_both_teachers_teach_and_neither_learns() -> None:
 def test_what_does_not_fit_is_refused(options: dict[str, object], match: str) -> None:
     with pytest.raises(UserError, match=match):
         hybrid(**options)
-
-
-def test_a_teacher_sees_images_in_its_own_normalisation() -> None:
-    pixels = torch.rand(2, 3, 4, 4)
-    mean, std, own = (0.5, 0.4, 0.3), (0.2, 0.3, 0.25), InputSpec(mean=[0.1, 0.2, 0.3], std=[0.5, 0.6, 0.7])
-
-    def normalised(m: list[float], s: list[float]) -> Tensor:
-        return (pixels - torch.tensor(m).view(1, 3, 1, 1)) / torch.tensor(s).view(1, 3, 1, 1)
-
-    torch.testing.assert_close(Normaliser(mean, std, own)(normalised(mean, std)), normalised(own.mean, own.std))
-    with pytest.raises(UserError, match="one a channel"):
-        Normaliser(mean, std, InputSpec(mean=[0.5], std=[0.5]))
 
 
 def test_fewer_patches_cost_less() -> None:

@@ -7,11 +7,10 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from pydantic import Field
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from stillhouse.config.specs import Spec
+from stillhouse.distillation.own_input import OwnInput
 from stillhouse.errors import UserError
 from stillhouse.evaluation.cost import times_in_turns
 from stillhouse.functional.masking import take_tokens
@@ -27,64 +26,34 @@ from stillhouse.signals import Batch, Taps
 from stillhouse.training.context import Progress
 
 
-class InputSpec(Spec):
-    """A teacher's own normalisation of images; the student's is undone."""
-
-    mean: list[float] = Field(description="Of each channel.")
-    std: list[float] = Field(description="Of each channel.")
-
-
-class Normaliser(nn.Module):
-    """Images in one normalisation as another network takes them: x (s / s') + (m - m') / s'."""
-
-    scale: Tensor
-    shift: Tensor
-
-    def __init__(self, mean: Sequence[float], std: Sequence[float], own: InputSpec | None) -> None:
-        super().__init__()
-        given, wanted = (
-            torch.tensor([mean, std]),
-            torch.tensor([own.mean, own.std]) if own else torch.tensor([mean, std]),
-        )
-        if given.shape != wanted.shape:
-            raise UserError(f"input.mean and input.std need {len(mean)} numbers each, one a channel.")
-        self.same = own is None
-        self.register_buffer("scale", (given[1] / wanted[1]).view(1, -1, 1, 1))
-        self.register_buffer("shift", ((given[0] - wanted[0]) / wanted[1]).view(1, -1, 1, 1))
-
-    def forward(self, images: Tensor) -> Tensor:
-        return images if self.same else images * self.scale + self.shift
-
-
 class Source:
-    """A frozen teacher with its normalisation, which stays outside the module tree.
+    """A frozen teacher with its own input, which stays outside the module tree.
 
     Args:
         vit: in evaluation mode.
-        normaliser: of its images.
+        prepare: turns the student's images into the teacher's.
         blocks: whose queries, keys and values are read.
     """
 
-    def __init__(self, vit: VisionTransformer, normaliser: Normaliser, blocks: Sequence[int] = ()) -> None:
-        self.vit, self.normaliser, self.blocks = vit, normaliser, list(blocks)
+    def __init__(self, vit: VisionTransformer, prepare: OwnInput, blocks: Sequence[int] = ()) -> None:
+        self.vit, self.prepare, self.blocks = vit, prepare, list(blocks)
         self._taps = Taps(vit, [f"blocks.{b}.attn.qkv" for b in blocks], owner="teacher")
 
     @torch.no_grad()
     def tokens(self, images: Tensor) -> Tensor:
         """(B, 1 + L, D) after the final norm."""
-        return encode(self.vit, self.normaliser(images)).tokens
+        return encode(self.vit, self.prepare.image(images)).tokens
 
     @torch.no_grad()
     def queries_keys_values(self, images: Tensor) -> list[Tensor]:
         """(B, 1 + L, 3 D) of each block; the teacher runs no further than the last."""
         with self._taps.capture() as found:
-            encode(self.vit, self.normaliser(images), None, [max(self.blocks)], stop=True)
+            encode(self.vit, self.prepare.image(images), None, [max(self.blocks)], stop=True)
         return [found[name] for name in self._taps.names]
 
     def to(self, device: torch.device) -> None:
         """Move the teacher."""
         self.vit.to(device)
-        self.normaliser.to(device)
 
 
 class Hybrid(nn.Module):
