@@ -1,0 +1,114 @@
+"""`RunStages`: pieces of work kept on disk, fits and loops, all in a run's folder."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from stillhouse.config.specs import MethodConfig, TrainSpec
+from stillhouse.distillation.teachers import Frozen
+from stillhouse.errors import UserError
+from stillhouse.files import cache_folder
+from stillhouse.runs.data import RunData
+from stillhouse.runs.stages import kept
+from stillhouse.training.display import Live
+from stillhouse.training.engine import Fitted, fit
+from stillhouse.training.loop import loop
+
+T = TypeVar("T")
+
+
+class RunStages(RunData):
+    """Data, and work whose result is kept: stages, fits, loops.
+
+    Args:
+        folder: the run's own folder; None for a plan, which writes nothing.
+        config, data_root: of `RunData`.
+        live: the display.
+        cpu: stay on the CPU.
+    """
+
+    def __init__(
+        self, folder: Path | None, config: MethodConfig, *, data_root: str | None = None, live: Live | None = None, cpu: bool = False
+    ) -> None:
+        super().__init__(config, data_root)
+        self._folder, self.live, self.cpu = folder, live or Live(), cpu
+        self.planned: set[str] | None = None
+        self.record: dict[str, Any] = {}  # further facts for environment.json and the report
+        self.live_teachers: list[Frozen] = []  # for the pictures of the report
+
+    @property
+    def folder(self) -> Path:
+        assert self._folder is not None, "a plan writes nothing"
+        return self._folder
+
+    @property
+    def device(self) -> torch.device:
+        return torch.device("cuda" if torch.cuda.is_available() and not self.cpu else "cpu")
+
+    @contextmanager
+    def seeded(self, seed: int) -> Iterator[None]:
+        """Inside, the run's seed is another: that of a stage which runs with other seeds share."""
+        outer, self.seed = self.seed, seed
+        try:
+            yield
+        finally:
+            self.seed = outer
+
+    def stage(self, name: str, make: Callable[[], T], uses: Mapping[str, Any], *, shared: bool = True) -> T:
+        """The result of `make()`, kept on disk under a hash of `uses` and reused by every run that uses the same.
+
+        Inside `make`, `run.folder` is the stage's own folder, so that a fit that was cut off goes on. The result may be a mapping of tensors, plain
+        JSON data, or a mapping of those two. Two processes that want the same stage take turns.
+
+        Args:
+            name: one of the plan's stages (an index may follow a dot: `expert.3`).
+            uses: everything that the result depends on, as JSON data.
+            shared: keep it in the cache for other runs; False: in the run's folder.
+        """
+        if self.planned is not None and name.split(".")[0] not in self.planned:
+            raise UserError(f"The stage '{name}' is not in the method's plan ({', '.join(sorted(self.planned))}).")
+
+        def inside(folder: Path) -> T:
+            outer, self._folder = self._folder, folder
+            try:
+                return make()
+            finally:
+                self._folder = outer
+
+        return kept((cache_folder() if shared else self.folder) / "stages", name, inside, uses)
+
+    def fit(
+        self,
+        name: str,
+        module: Any,
+        train: Any,
+        spec: TrainSpec,
+        *,
+        evaluate: Callable[..., dict[str, float]] | None = None,
+        splits: Mapping[str, Any] | None = None,
+    ) -> Fitted:
+        """Train a module over a loader (see `stillhouse.training.engine.fit`) in this run's folder."""
+        return fit(
+            module, train, spec, folder=self.folder, stage=name, seed=self.seed, evaluate=evaluate, splits=splits, live=self.live, cpu=self.cpu
+        )
+
+    def last_step(self, module: Any, train: Any, spec: TrainSpec, splits: Mapping[str, Any]) -> tuple[Any, Any]:
+        """A batch on the device and the context of a fit's last epoch, to measure a further step by (see `evaluation.cost.step_cost`)."""
+        from stillhouse.distillation.objective import Progress
+        from stillhouse.signals import to_device
+        from stillhouse.training.context import TrainingContext
+
+        device = next(p.device for p in module.parameters())
+        progress = Progress(epoch=spec.epochs - 1, steps_per_epoch=len(train), epochs=spec.epochs)
+        batch = to_device(next(iter(train.batches(spec.epochs - 1, 0, spec.epochs))), device)
+        return batch, TrainingContext(module, progress, splits, self.seed, device, self.folder, train)
+
+    def loop(self, name: str, state: Mapping[str, Any], step: Callable[[int], Mapping[str, Tensor]], steps: int, **options: Any) -> float:
+        """The same loop where there is no loader (see `stillhouse.training.loop.loop`)."""
+        return loop(self.folder, name, state, step, steps, seed=self.seed, live=self.live, **options)
