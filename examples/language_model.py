@@ -1,7 +1,7 @@
 """Distil a causal language model into a smaller one of the same tokenizer, token by token.
 
-Take your own models, and batches in which `labels[b, t]` is the token that follows `input_ids[b, t]`, or -100 where
-none counts. Needs: pip install 'stillhouse[text]'.
+Take your own models, and batches as transformers' collators make them: `input_ids`, `labels` (shifted for you; -100 where
+none counts), `attention_mask`. Needs: pip install 'stillhouse[text]'.
 """
 
 import inspect
@@ -22,7 +22,7 @@ train_blocks, test_blocks = blocks[:1800], blocks[1800:]
 
 def collate(rows: list[torch.Tensor]) -> dict[str, torch.Tensor]:
     ids = torch.stack(rows)
-    return {"input_ids": ids[:, :-1], "labels": ids[:, 1:]}  # each position predicts the next token
+    return {"input_ids": ids, "labels": ids}
 
 
 def gpt2(width: int) -> GPT2LMHeadModel:
