@@ -39,8 +39,13 @@ _FACE = {
     "StoredDataset": "stillhouse.store",
     "Loader": "stillhouse.data",
     "Task": "stillhouse.tasks.base",
+    "Data": "stillhouse.config.specs",
     "MethodConfig": "stillhouse.config.specs",
+    "Model": "stillhouse.config.specs",
+    "Objectives": "stillhouse.config.specs",
     "Spec": "stillhouse.config.specs",
+    "TeacherSpec": "stillhouse.config.specs",
+    "TrainSpec": "stillhouse.config.specs",
     "Method": "stillhouse.runs.method",
     "Stage": "stillhouse.runs.method",
     "Run": "stillhouse.runs.run",
@@ -52,8 +57,13 @@ if TYPE_CHECKING:
     from stillhouse.api import distill as distill
     from stillhouse.api import run_recipe as run_recipe
     from stillhouse.catalog import list_methods as list_methods
+    from stillhouse.config.specs import Data as Data
     from stillhouse.config.specs import MethodConfig as MethodConfig
+    from stillhouse.config.specs import Model as Model
+    from stillhouse.config.specs import Objectives as Objectives
     from stillhouse.config.specs import Spec as Spec
+    from stillhouse.config.specs import TeacherSpec as TeacherSpec
+    from stillhouse.config.specs import TrainSpec as TrainSpec
     from stillhouse.data import Loader as Loader
     from stillhouse.distillation.distillation import Distillation as Distillation
     from stillhouse.distillation.objective import Objective as Objective
