@@ -31,7 +31,11 @@ def load_weights(model: nn.Module, path: str | Path, owner: str = "model") -> No
         UserError: a missing or unreadable file, or a checkpoint of another architecture.
     """
     path = Path(path)
-    given = _unwrap(_read(path, owner), path, owner)
+    load_state(model, _unwrap(_read(path, owner), path, owner), path, owner)
+
+
+def load_state(model: nn.Module, given: Mapping[str, Tensor], path: Path, owner: str = "model") -> None:
+    """Load a state dict that was read from `path` into a model, whole or not at all; of tied weights one is enough. Raises as `load_weights`."""
     ours = model.state_dict()
     if not _fits(given, ours):
         for pattern, name in getattr(model, "published_names", {}).items():

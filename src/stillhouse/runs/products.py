@@ -86,10 +86,14 @@ class Student(Product):
         """What the network finds in each input (see `Task.predict`)."""
         return self.task.predict(self.module, inputs)
 
-    def save(self, folder: Path) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
+    def write_weights(self, folder: Path) -> None:
+        """Write the network's weights; a subclass that stores them in another form has its own."""
         on_cpu = {p.device.type for p in self.module.parameters()} <= {"cpu"}
         self.task.save_module(self.module if on_cpu else _copy_to_cpu(self.module), folder)
+
+    def save(self, folder: Path) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self.write_weights(folder)
         spec = self.model.model_copy(update={"checkpoint": None, "pretrained": False, "model": _bring_along(self.model.model, folder, self.classes)})
         task = {"name": self.task.name, **self.task.facts(folder)}
         meta = {"kind": self.kind, "format": 2, "model": spec.model_dump(mode="json"), "task": task, **self.extras()}
