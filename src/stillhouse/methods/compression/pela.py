@@ -23,7 +23,7 @@ the decomposition, `train: null` the decomposition alone.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -40,15 +40,19 @@ from stillhouse.errors import UserError
 from stillhouse.evaluation import cost
 from stillhouse.functional.precision import full_precision
 from stillhouse.methods.distillation import describe
+from stillhouse.models import load_weights
 from stillhouse.models.anatomy import classifier
 from stillhouse.nn.low_rank import Replacement, decompose, repeated_blocks
 from stillhouse.objectives.ce import CrossEntropy
 from stillhouse.randomness import keyed
-from stillhouse.runs.evaluators import evaluates, student
+from stillhouse.runs.evaluators import evaluates
+from stillhouse.runs.judging import check_groups, figures_of
 from stillhouse.runs.method import Method, Stage
 from stillhouse.runs.products import Student
 from stillhouse.runs.run import Run
 from stillhouse.signals import Batch, Signals
+from stillhouse.tasks.base import Task
+from stillhouse.tasks.classification import Classification
 
 # ---- losses ----------------------------------------------------------------------------------------------------------
 
@@ -215,6 +219,7 @@ class Config(MethodConfig):
 
 class Pela(Method[Config]):
     def plan(self, config: Config, run: Run) -> list[Stage]:
+        check_groups(run.data(config.data, Classification).task, config.evaluate)
         original = run.model(config.teacher.network, config.data, "teacher", config.teacher.seed or 0)
         stages = []
         if config.teacher.train is not None and config.teacher.checkpoint is None:
@@ -233,7 +238,7 @@ class Pela(Method[Config]):
             does = f"repair the copy, {count} of whose layers are factorised"
             stages.append(Stage("student", does, network, steps=steps(run, config.data, config.train)))
         if config.finetune is not None:
-            does = f"fine-tune it on {run.data(config.finetune.data).name} with a new classifier"
+            does = f"fine-tune it on {run.data(config.finetune.data, Classification).name} with a new classifier"
             stages.append(
                 Stage("finetune", does, network, steps=steps(run, config.finetune.data, config.finetune.train)),
             )
@@ -263,7 +268,7 @@ class Pela(Method[Config]):
         if config.finetune is not None:
             network, figures["finetune_seconds"] = self.fine_tuned(config, config.finetune, run, network, shape)
         plain = run.student(network, config.teacher.network, config.judged, figures)
-        return LowRankStudent(**{f.name: getattr(plain, f.name) for f in fields(Student)}, shape=shape)
+        return LowRankStudent(plain.module, plain.model, plain.task, plain.figures, shape)
 
     def repaired(
         self,
@@ -276,7 +281,8 @@ class Pela(Method[Config]):
     ) -> dict[str, float]:
         """Train the low-rank copy in place; figures of before, and the seconds."""
         check = run.loader(config.data, "test")
-        before = run.figures(network.to(run.device), config.data, check, run.device, ["accuracy"])["accuracy"]
+        network.to(run.device)
+        before = run.figures(network, config.data, check, run.device, ["accuracy"])["accuracy"]
         blocks = repeated_blocks([r.name for r in replaced]) if config.blocks is None else config.blocks
         terms: list[tuple[Objective, float]] = [
             (CrossEntropy(), config.label_weight),
@@ -284,7 +290,7 @@ class Pela(Method[Config]):
             (LogitImitation(), config.logit_weight),
             (Perturbation(replaced, config.eps, config.hinge), config.perturbation_weight if replaced else 0.0),
         ]
-        module = Distillation(network, teacher, [(o, w) for o, w in terms if w], seed=run.seed)
+        module = Distillation(network, teacher, [(o, w) for o, w in terms if w], seed=run.seed, task=run.data(config.data).task)
         loader = run.loader(config.data, "train", spec.batch_size, train=True)
         fitted = run.fit(
             "student",
@@ -313,7 +319,7 @@ class Pela(Method[Config]):
         shape.applied(fresh, approximate=False)
         held = {k: v for k, v in network.state_dict().items() if k.rpartition(".")[0] not in shape.keep}
         fresh.load_state_dict(held, strict=False)
-        module = Distillation(fresh, None, [CrossEntropy()], seed=run.seed)
+        module = Distillation(fresh, None, [CrossEntropy()], seed=run.seed, task=run.data(spec.data).task)
         loader = run.loader(spec.data, "train", spec.train.batch_size, train=True)
         fitted = run.fit(
             "finetune",
@@ -358,18 +364,15 @@ class LowRankStudent(Student):
     kind: ClassVar[str] = "stillhouse.methods.compression.pela:LowRankStudent"
     shape: LowRankShape = field(default_factory=LowRankShape)
 
-    def facts(self) -> dict[str, Any]:
+    def extras(self) -> dict[str, Any]:
         return {"low_rank": self.shape.model_dump(mode="json")}
 
     @classmethod
-    def built(cls, spec: ModelSpec, meta: Mapping[str, Any]) -> nn.Module:
-        network = super().built(spec, meta)
-        LowRankShape.model_validate(meta["low_rank"]).applied(network, approximate=False)
-        return network
-
-    @classmethod
-    def further(cls, meta: Mapping[str, Any], folder: Path) -> dict[str, Any]:
-        return {"shape": LowRankShape.model_validate(meta["low_rank"])}
+    def rebuilt(cls, meta: Mapping[str, Any], spec: ModelSpec, task: Task, folder: Path) -> LowRankStudent:
+        shape, module = LowRankShape.model_validate(meta["low_rank"]), task.build(spec)
+        shape.applied(module, approximate=False)
+        load_weights(module, task.weights_file(folder), owner=f"model {spec.model}")
+        return cls(module.eval(), spec, task, shape=shape)
 
 
 @evaluates(LowRankStudent.kind)
@@ -378,10 +381,5 @@ def judge(product: LowRankStudent, run: Run) -> dict[str, float]:
     config = run.config
     assert isinstance(config, Config)
     loader = run.loader(config.judged, "test")
-    return student.evaluate_student(
-        product.module,
-        loader,
-        next(iter(loader)),
-        config.evaluate,
-        run.folder / "product" / "model.safetensors",
-    )
+    weights = product.task.weights_file(run.folder / "product")
+    return figures_of(product.module, product.task, loader, config.evaluate, weights)

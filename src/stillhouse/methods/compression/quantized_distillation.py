@@ -26,8 +26,8 @@ from __future__ import annotations
 
 import copy
 import heapq
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -35,9 +35,8 @@ from typing import Any, ClassVar, Literal
 import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from stillhouse.config.specs import Objectives, OptimizerSpec, Spec, TrainSpec
+from stillhouse.config.specs import ModelSpec, Objectives, OptimizerSpec, Spec, TrainSpec
 from stillhouse.distillation.distillation import Distillation
 from stillhouse.distillation.objective import Progress
 from stillhouse.distillation.teachers import Frozen
@@ -46,11 +45,13 @@ from stillhouse.methods import distillation as general
 from stillhouse.models.weights import load_state
 from stillhouse.nn import quantise
 from stillhouse.nn.quantise import Levels, PackedTensor, UniformLevels
-from stillhouse.runs.evaluators import evaluates, student
+from stillhouse.runs.evaluators import evaluates
+from stillhouse.runs.judging import evaluate
 from stillhouse.runs.method import Stage
 from stillhouse.runs.products import Student
 from stillhouse.runs.run import Run
-from stillhouse.signals import Batch, call_model, read_logits, to_device
+from stillhouse.signals import Batch, to_device
+from stillhouse.tasks.base import Task
 
 # ---- mathematics -----------------------------------------------------------------------------------------------------
 
@@ -320,7 +321,7 @@ class QuantizedDistillation(general.GeneralDistillation[Config]):
         uses = {
             "data": run.data(config.data).fingerprint,
             "augment": config.data.model_dump(mode="json", include={"augment", "mixup", "cutmix"}),
-            "teachers": {name: t.fingerprint() for name, t in teachers.items() if isinstance(t, Frozen)},
+            "teachers": {name: t.fingerprint() for name, t in teachers.items()},
             "recipe": config.model_dump(
                 mode="json",
                 include={"student", "objectives", "teacher", "teachers", "chunked"},
@@ -346,7 +347,7 @@ class QuantizedDistillation(general.GeneralDistillation[Config]):
         start, weights = config.levels.start, dict(student.named_parameters())
         quantise.attach(student, {n: LearnedLevels(weights[n], c, config.bucket, start) for n, c in counts.items()})
         objectives = [objective_from_spec(o) for o in config.levels.objectives]
-        module = LearningLevels(student, teacher, objectives, seed=run.seed, embedding=config.student.embedding)
+        module = LearningLevels(student, teacher, objectives, seed=run.seed, task=run.data(config.data).task)
         seconds = self.fitted("levels", module, config.levels.train, config, run)
         return packed_student(run, config, student, {**figures, "levels_seconds": seconds})
 
@@ -356,8 +357,8 @@ class QuantizedDistillation(general.GeneralDistillation[Config]):
         if config.allocate is None:
             return dict.fromkeys(names, 2**config.bits)
         loader = run.loader(config.data, "train", config.train.batch_size, train=True)
-        student.to(run.device).train()
-        norms = gradient_norms(student, islice(loader, config.allocate.batches), names, run.device)
+        batches = list(islice(loader, config.allocate.batches))
+        norms = gradient_norms(student, run.data(config.data).task, batches, names, run.device)
         counts = dict(zip(names, (max(c, 2) for c in allocate_levels(norms, 2**config.bits))))
         run.record["levels"] = counts
         return counts
@@ -379,19 +380,20 @@ class QuantizedDistillation(general.GeneralDistillation[Config]):
 
 def gradient_norms(
     student: nn.Module,
-    batches: Iterable[Batch],
+    task: Task,
+    batches: Sequence[Batch],
     names: Sequence[str],
     device: torch.device,
 ) -> list[float]:
-    """The norm of each tensor's cross-entropy gradient, averaged over batches; the network is left as it was."""
-    network = copy.deepcopy(student).to(device).train()
-    count = 0
-    for given in batches:
-        batch, count = to_device(given, device), count + 1
-        F.cross_entropy(read_logits(call_model(network, batch)).float(), batch["label"]).backward()
-    parameters = dict(network.named_parameters())
-    gradients = [parameters[n].grad for n in names]
-    return [0.0 if g is None else (g / count).norm().item() for g in gradients]
+    """The norm of each tensor's gradient of the task's supervised loss, averaged over batches; a copy is differentiated."""
+    network = copy.deepcopy(student).to(device)
+    module = Distillation(network, None, [objective_from_spec(o) for o in task.supervised], task=task)
+    module.build(batches[0]).train()
+    for batch in batches:
+        (module(to_device(batch, device), Progress())["loss"] / len(batches)).backward()
+    module.close()
+    gradients = [network.get_parameter(name).grad for name in names]
+    return [0.0 if g is None else g.norm().item() for g in gradients]
 
 
 # ---- the product -----------------------------------------------------------------------------------------------------
@@ -409,27 +411,24 @@ class QuantizedStudent(Student):
     kind: ClassVar[str] = "stillhouse.methods.compression.quantized_distillation:QuantizedStudent"
     codes: dict[str, PackedTensor] = field(default_factory=dict)
 
-    def write_weights(self, path: Path) -> None:
+    def write_weights(self, folder: Path) -> None:
+        super().write_weights(folder)  # with what else the task writes
         state = self.module.state_dict()
         places = {state[n].data_ptr() for n in self.codes}
         tied = {n for n, v in state.items() if v.numel() and v.data_ptr() in places}
         others = {n: v.detach().cpu() for n, v in state.items() if n not in self.codes and n not in tied}
-        quantise.save(self.codes, others, path)
+        quantise.save(self.codes, others, self.task.weights_file(folder))
 
     @classmethod
-    def read_weights(cls, module: nn.Module, path: Path, owner: str) -> None:
+    def rebuilt(cls, meta: Mapping[str, Any], spec: ModelSpec, task: Task, folder: Path) -> QuantizedStudent:
+        path, module = task.weights_file(folder), task.build(spec)
         codes, others = quantise.load(path)
-        load_state(module, {**others, **{name: code.unpack() for name, code in codes.items()}}, path, owner)
-
-    @classmethod
-    def further(cls, meta: Mapping[str, Any], folder: Path) -> dict[str, Any]:
-        return {"codes": quantise.load(folder / "model.safetensors")[0]}
+        weights = {name: code.unpack() for name, code in codes.items()}
+        load_state(module, {**others, **weights}, path, f"model {spec.model}")
+        return cls(module.eval(), spec, task, {}, codes)
 
 
-@evaluates(QuantizedStudent.kind)
-def judge(product: QuantizedStudent, run: Run) -> dict[str, float]:
-    """The figures of any student; the size of its file is that of codes and scales."""
-    return student.judge(product, run)
+evaluates(QuantizedStudent.kind)(evaluate)
 
 
 def packed_student(run: Run, config: Config, network: nn.Module, figures: Mapping[str, float]) -> QuantizedStudent:
@@ -441,7 +440,7 @@ def packed_student(run: Run, config: Config, network: nn.Module, figures: Mappin
         config.data,
         {**figures, **size_figures(codes, sum(p.numel() for p in network.parameters()))},
     )
-    return QuantizedStudent(**{f.name: getattr(plain, f.name) for f in fields(Student)}, codes=codes)
+    return QuantizedStudent(plain.module, plain.model, plain.task, plain.figures, codes)
 
 
 def size_figures(codes: Mapping[str, PackedTensor], parameters: int) -> dict[str, float]:
