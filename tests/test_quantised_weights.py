@@ -25,6 +25,7 @@ from stillhouse.nn.quantise import UniformLevels, quantise_uniform, scale
 from stillhouse.runs import recipe
 from stillhouse.runs.execution import execute
 from stillhouse.runs.products import load_product
+from stillhouse.training.loop import Loop
 
 SHAPES = [((7, 9), 16), ((5,), 64), ((3, 4, 3, 3), None), ((64,), 64), ((1,), 8), ((129,), 64)]
 
@@ -240,6 +241,41 @@ def test_the_product_is_small_loads_and_predicts_as_it_was_judged(mode: str, rec
             code.unpack(),
         )
     assert torch.isfinite(stillhouse.load(tmp_path / "run")(torch.randn(3, 1, 8, 8))).all()
+
+
+class Killed(Exception):
+    """Stands for a kill: nothing but the last checkpoint is left."""
+
+
+@pytest.mark.parametrize("mode", ["qd", "dq"])
+def test_a_run_that_was_killed_resumes_to_the_same_codes(mode: str, recipe_file, tmp_path: Path, monkeypatch):
+    text = RECIPE.replace("epochs: 1, batch_size: 50", "epochs: 2, batch_size: 50, log_every: 1, checkpoint_seconds: 0")
+    config = recipe.load(recipe_file(text + f"mode: {mode}\n"))
+    monkeypatch.setenv("STILLHOUSE_CACHE", str(tmp_path / "whole_cache"))
+    execute(config, tmp_path / "whole", cpu=True)
+    monkeypatch.setenv("STILLHOUSE_CACHE", str(tmp_path / "killed_cache"))
+    collect = Loop._collect
+
+    def die(self, i, terms):
+        if self.stage == ("student" if mode == "qd" else "levels") and i == 5:
+            raise Killed
+        collect(self, i, terms)
+
+    monkeypatch.setattr(Loop, "_collect", die)
+    with pytest.raises(Killed):
+        execute(config, tmp_path / "killed", cpu=True)
+    monkeypatch.setattr(Loop, "_collect", collect)
+    execute(config, tmp_path / "killed", cpu=True)
+    product = "product/model.safetensors"
+    assert (tmp_path / "killed" / product).read_bytes() == (tmp_path / "whole" / product).read_bytes()
+
+
+def test_a_tied_language_model_is_stored_once_and_speaks_as_before(recipe_file, tmp_path: Path, data_root):
+    path = Path(__file__).parents[1] / "recipes/compression/quantized_distillation_text.yaml"
+    figures = execute(recipe.load(path, "smoke"), tmp_path / "run", cpu=True)
+    product = load_product(tmp_path / "run")
+    assert product.module.lm_head.weight is product.module.transformer.wte.weight
+    assert figures["file_bytes"] < figures["parameters"]
 
 
 def test_options_that_would_do_nothing_are_refused(recipe_file):

@@ -13,6 +13,7 @@ from torch.optim.swa_utils import AveragedModel
 from torch.utils.checkpoint import checkpoint
 
 from stillhouse import Distillation, Ensemble, Frozen, Momentum, PastSelf, Progress, Signals, Taps
+from stillhouse.distillation.teachers import Reader
 from stillhouse.errors import UserError
 from stillhouse.objectives.ce import CrossEntropy
 from stillhouse.objectives.fitnet import FitNet
@@ -307,3 +308,12 @@ def test_a_build_that_fails_says_why_whatever_the_teacher() -> None:
     with pytest.raises(UserError, match="reads the teacher 'other'"):
         unbuilt.build(batch())
     unbuilt.close()
+
+
+def test_a_closed_reader_still_answers_without_taps():
+    reader = Reader(nn.Sequential(nn.Linear(4, 3), nn.ReLU()), "teacher")
+    batch = {"input": torch.ones(2, 4)}
+    reader.attach(["tap:0"], batch)
+    assert set(reader(batch).taps) == {"0"}
+    reader.close()
+    assert reader(batch).logits.shape == (2, 3) and not reader(batch).taps

@@ -56,7 +56,7 @@ class Reader:
         """Make the hooks for `embedding` and `tap:NAME` (a submodule, or `stage:N`), before any compilation."""
         self.close()
         probe = self._prepared(probe)
-        self._paths, self._channels_last = {}, None
+        self._channels_last = None
         for name in sorted(set(wanted)):
             if name == "embedding":
                 from stillhouse.models.anatomy import classifier
@@ -131,6 +131,7 @@ class Reader:
         if self._taps is not None:
             self._taps.remove()
             self._taps = None
+        self._paths = {}
 
 
 class Teacher:

@@ -133,6 +133,11 @@ _KNOWN = {
     ),
     "latency_ms": Quantity("Latency", "ms", 1, None, -1, "Median time of one prediction, one sample at a time (one CPU thread, or the GPU)."),
     "file_bytes": Quantity("File size", "B", 1, None, -1, "What the saved product takes on disk, in bytes.", prefixes=True),
+    "bits_per_weight": Quantity("Bits a weight", "", 1, 2, -1, "Length of a code of fixed length, mean over the quantised weights."),
+    "huffman_bits": Quantity("Bits, Huffman", "", 1, 2, -1, "Mean length of one Huffman code for all quantised weights."),
+    "compression": Quantity("Compression", "×", 1, 2, 1, "Size of the float32 weights over that of codes, scales and weights that are not quantised."),
+    "parameters_share": Quantity("Parameters, share", "%", 100, 1, -1, "Parameters over those of the network that it was made from."),
+    "perturbation": Quantity("Perturbation", "", 1, None, -1, "Largest change of an entry of a layer's weight, mean over the factorised layers."),
     "step_ms": Quantity("Step time", "ms", 1, None, -1, "Time of a training step (CPU time on a CPU; without the optimiser)."),
     "step_ratio": Quantity(
         "Step / plain", "×", 1, 2, -1, "Time of a training step over a plain cross-entropy step of the same student, taken in turns."
