@@ -195,7 +195,10 @@ teacher:
 ratio: 2
 train: {epochs: 1, batch_size: 50, optimizer: {name: adamw, lr: 0.001}}
 variants:
-  tuned: {finetune: {data: {name: digits, classes: [1, 3, 5], size: 60}, train: {epochs: 1, batch_size: 20}}}
+  tuned:
+    original: {name: digits, size: 200, test_size: 200}
+    data: {name: digits, classes: [1, 3, 5], size: 60}
+    finetune: {epochs: 1, batch_size: 20}
   dense: {ratio: null, train: null}
 """
 

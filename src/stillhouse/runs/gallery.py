@@ -38,7 +38,7 @@ def write_gallery(run: Run, product: Student) -> None:
     spec, split = run.judging_data()
     task = product.task
     loader = run.loader(spec, split)
-    teachers = [t for t in run.live_teachers if type(t.task) is type(task)]
+    teachers = [t for t in run.live_teachers if type(t.task) is type(task) and t.task.class_names == task.class_names]
     networks = _Networks(product, teachers[0] if teachers else None)
     with evaluating(product.module):
         device = next(product.module.parameters()).device

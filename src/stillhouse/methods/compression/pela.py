@@ -46,7 +46,7 @@ from stillhouse.nn.low_rank import Replacement, decompose, repeated_blocks
 from stillhouse.objectives.ce import CrossEntropy
 from stillhouse.randomness import keyed
 from stillhouse.runs.evaluators import evaluates
-from stillhouse.runs.judging import check_groups, figures_of
+from stillhouse.runs.judging import check_groups, evaluate
 from stillhouse.runs.method import Method, Stage
 from stillhouse.runs.products import Student
 from stillhouse.runs.run import Run
@@ -164,16 +164,11 @@ class LowRankShape(Spec):
         return decompose(network, self.ratio, self.omit, self.keep, self.min_outputs, self.pointwise, approximate)
 
 
-class FinetuneSpec(Spec):
-    """The small network's training on the data that it is for."""
-
-    data: Data
-    train: TrainSpec
-
-
 class Config(MethodConfig):
-    data: Data = Field(
-        description="What the original was trained for, or a part of it: the low-rank copy is repaired on it.",
+    data: Data = Field(description="What the small network is for.")
+    original: Data | None = Field(
+        None,
+        description="What the original was trained for, on which the copy is repaired; null: the same as data.",
     )
     teacher: Teacher = Field(description="The original network.")
     ratio: float | None = Field(
@@ -199,8 +194,8 @@ class Config(MethodConfig):
     eps: float = Field(1e-3, ge=0)
     hinge: bool = Field(False, description="Leave products alone that are nearer than eps.")
     train: TrainSpec | None = Field(default_factory=TrainSpec, description="The repair; null: the decomposition alone.")
-    finetune: FinetuneSpec | None = Field(None, description="Afterwards, on other data.")
-    evaluate: list[str] = Field(default_factory=lambda: ["accuracy", "calibration", "cost"])
+    finetune: TrainSpec | None = Field(None, description="Training on `data` with a new classifier, after the repair.")
+    evaluate: list[str] = Field(default_factory=lambda: ["quality", "cost"])
 
     @model_validator(mode="after")
     def _something_is_learned(self) -> Config:
@@ -209,65 +204,55 @@ class Config(MethodConfig):
             raise ValueError(
                 "all weights are 0: there is nothing to train on; set train: null for the decomposition alone",
             )
+        if self.original is not None and self.finetune is None:
+            raise ValueError("original is other data than `data`, so `finetune` must say how a new classifier is trained")
         return self
 
     @property
-    def judged(self) -> DataSpec:
-        """What the product is for."""
-        return self.data if self.finetune is None else self.finetune.data
+    def source(self) -> DataSpec:
+        """What the original was trained for, on which the copy is repaired."""
+        return self.original or self.data
 
 
 class Pela(Method[Config]):
     def plan(self, config: Config, run: Run) -> list[Stage]:
         check_groups(run.data(config.data, Classification).task, config.evaluate)
-        original = run.model(config.teacher.network, config.data, "teacher", config.teacher.seed or 0)
+        source, spec = config.source, config.teacher
+        original = run.model(spec.network, source, "teacher", spec.seed or 0)
         stages = []
-        if config.teacher.train is not None and config.teacher.checkpoint is None:
-            network = {"teacher": describe(config.teacher.network.model, original)}
-            stages.append(
-                Stage(
-                    "teacher",
-                    "train the original with cross-entropy (kept, shared)",
-                    network,
-                    steps=steps(run, config.teacher.data or config.data, config.teacher.train),
-                ),
-            )
+        if spec.train is not None and spec.checkpoint is None:
+            network = {"teacher": describe(spec.network.model, original)}
+            batches = steps(run, spec.data or source, spec.train)
+            stages.append(Stage("teacher", "train the original with cross-entropy (kept, shared)", network, steps=batches))
         count = len(shape_of(config, run, original).applied(original, approximate=False))
-        network = {"student": describe(config.teacher.network.model, original)}
+        network = {"student": describe(spec.network.model, original)}
         if config.train is not None:
-            does = f"repair the copy, {count} of whose layers are factorised"
-            stages.append(Stage("student", does, network, steps=steps(run, config.data, config.train)))
+            does = f"repair the copy on {run.data(source).name}, {count} of whose layers are factorised"
+            stages.append(Stage("student", does, network, steps=steps(run, source, config.train)))
         if config.finetune is not None:
-            does = f"fine-tune it on {run.data(config.finetune.data, Classification).name} with a new classifier"
-            stages.append(
-                Stage("finetune", does, network, steps=steps(run, config.finetune.data, config.finetune.train)),
-            )
+            does = f"fine-tune it on {run.data(config.data).name} with a new classifier"
+            stages.append(Stage("finetune", does, network, steps=steps(run, config.data, config.finetune)))
         return stages
 
     def run(self, config: Config, run: Run) -> LowRankStudent:
-        teacher = run.teacher("teacher", config.teacher, config.data)
+        teacher = run.teacher("teacher", config.teacher, config.source)
         if not isinstance(teacher, Frozen):
             raise UserError("pela: the teacher must be one network, which is made smaller.")
-        network = run.model(config.teacher.network, config.data)
+        network = run.model(config.teacher.network, config.source)
         network.load_state_dict(teacher.model.state_dict())
-        parameters = cost.parameters(network)
-        shape = shape_of(config, run, network)
+        parameters, shape = cost.parameters(network), shape_of(config, run, network)
         with keyed("factors", run.seed):
             replaced = shape.applied(network, approximate=config.start == "svd")
         figures = {"parameters_share": cost.parameters(network) / parameters}
         if config.train is not None:
             figures |= self.repaired(config, config.train, run, network, teacher, replaced)
         if replaced:
-            figures["perturbation"] = (
-                torch.stack(
-                    [largest_entry(r.layer.first, r.layer.second, r.weight.to(r.layer.first)) for r in replaced],
-                )
-                .mean()
-                .item()
-            )
+            largest = [largest_entry(r.layer.first, r.layer.second, r.weight.to(r.layer.first)) for r in replaced]
+            figures["perturbation"] = torch.stack(largest).mean().item()
         if config.finetune is not None:
             network, figures["finetune_seconds"] = self.fine_tuned(config, config.finetune, run, network, shape)
-        plain = run.student(network, config.teacher.network, config.judged, figures)
+        run.record["weights"] = {"teacher": teacher.fingerprint()}
+        plain = run.student(network, config.teacher.network, config.data, figures)
         return LowRankStudent(plain.module, plain.model, plain.task, plain.figures, shape)
 
     def repaired(
@@ -279,10 +264,12 @@ class Pela(Method[Config]):
         teacher: Frozen,
         replaced: Sequence[Replacement],
     ) -> dict[str, float]:
-        """Train the low-rank copy in place; figures of before, and the seconds."""
-        check = run.loader(config.data, "test")
-        network.to(run.device)
-        before = run.figures(network, config.data, check, run.device, ["accuracy"])["accuracy"]
+        """Train the low-rank copy in place; its accuracy before where there is a test split, and the seconds."""
+        source = config.source
+        bundle, figures = run.data(source), {}
+        if bundle.has("test"):
+            judged = run.figures(network.to(run.device), source, run.loader(source, "test"), run.device, ["accuracy"])
+            figures["accuracy_before"] = judged["accuracy"]
         blocks = repeated_blocks([r.name for r in replaced]) if config.blocks is None else config.blocks
         terms: list[tuple[Objective, float]] = [
             (CrossEntropy(), config.label_weight),
@@ -290,64 +277,45 @@ class Pela(Method[Config]):
             (LogitImitation(), config.logit_weight),
             (Perturbation(replaced, config.eps, config.hinge), config.perturbation_weight if replaced else 0.0),
         ]
-        module = Distillation(network, teacher, [(o, w) for o, w in terms if w], seed=run.seed, task=run.data(config.data).task)
-        loader = run.loader(config.data, "train", spec.batch_size, train=True)
-        fitted = run.fit(
-            "student",
-            module,
-            loader,
-            spec,
-            evaluate=run.validating(config.data),
-            splits=run.splits(config.data),
-        )
-        module.close()
-        return {"accuracy_before": before, "train_seconds": fitted.seconds}
+        module = Distillation(network, teacher, [(o, w) for o, w in terms if w], seed=run.seed, task=bundle.task)
+        return {**figures, "train_seconds": fitted("student", module, source, spec, run)}
 
     def fine_tuned(
         self,
         config: Config,
-        spec: FinetuneSpec,
+        spec: TrainSpec,
         run: Run,
         network: nn.Module,
         shape: LowRankShape,
     ) -> tuple[nn.Module, float]:
-        """The network with a new classifier, trained on other data, and the seconds."""
-        fresh = run.model(
-            config.teacher.network.model_copy(update={"checkpoint": None, "pretrained": False}),
-            spec.data,
-        )
+        """The network with a new classifier, trained on the data that it is for, and the seconds."""
+        plain = config.teacher.network.model_copy(update={"checkpoint": None, "pretrained": False})
+        fresh = run.model(plain, config.data)
         shape.applied(fresh, approximate=False)
         held = {k: v for k, v in network.state_dict().items() if k.rpartition(".")[0] not in shape.keep}
         fresh.load_state_dict(held, strict=False)
-        module = Distillation(fresh, None, [CrossEntropy()], seed=run.seed, task=run.data(spec.data).task)
-        loader = run.loader(spec.data, "train", spec.train.batch_size, train=True)
-        fitted = run.fit(
-            "finetune",
-            module,
-            loader,
-            spec.train,
-            evaluate=run.validating(spec.data),
-            splits=run.splits(spec.data),
-        )
-        module.close()
-        return fresh, fitted.seconds
+        module = Distillation(fresh, None, [CrossEntropy()], seed=run.seed, task=run.data(config.data).task)
+        return fresh, fitted("finetune", module, config.data, spec, run)
 
 
 def shape_of(config: Config, run: Run, network: nn.Module) -> LowRankShape:
     """Which layers of a network are factorised, and how much; the classifier never is."""
-    head = config.teacher.embedding or classifier(network, next(iter(run.loader(config.data, "train", 2))))
-    return LowRankShape(
-        ratio=config.ratio,
-        omit=config.omit,
-        keep=[head],
-        min_outputs=config.min_outputs,
-        pointwise=config.pointwise,
-    )
+    head = config.teacher.embedding or classifier(network, next(iter(run.loader(config.source, "train", 2))))
+    options = config.model_dump(include={"ratio", "omit", "min_outputs", "pointwise"})
+    return LowRankShape(keep=[head], **options)
 
 
 def steps(run: Run, data: DataSpec, spec: TrainSpec) -> int:
     """Batches of a training."""
     return spec.epochs * len(run.loader(data, "train", spec.batch_size, train=True))
+
+
+def fitted(name: str, module: Distillation, data: DataSpec, spec: TrainSpec, run: Run) -> float:
+    """Fit a module on a data set; the seconds it took."""
+    loader = run.loader(data, "train", spec.batch_size, train=True)
+    done = run.fit(name, module, loader, spec, evaluate=run.validating(data), splits=run.splits(data))
+    module.close()
+    return done.seconds
 
 
 # ---- the product -----------------------------------------------------------------------------------------------------
@@ -375,11 +343,4 @@ class LowRankStudent(Student):
         return cls(module.eval(), spec, task, shape=shape)
 
 
-@evaluates(LowRankStudent.kind)
-def judge(product: LowRankStudent, run: Run) -> dict[str, float]:
-    """The figures of any student, on the data that it was fine-tuned for."""
-    config = run.config
-    assert isinstance(config, Config)
-    loader = run.loader(config.judged, "test")
-    weights = product.task.weights_file(run.folder / "product")
-    return figures_of(product.module, product.task, loader, config.evaluate, weights)
+evaluates(LowRankStudent.kind)(evaluate)

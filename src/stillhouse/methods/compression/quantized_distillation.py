@@ -308,6 +308,7 @@ class QuantizedDistillation(general.GeneralDistillation[Config]):
         quantise.attach(student, grid)
         module = self.module(config, run, student, teachers)
         seconds = self.fitted("student", module, config.train, config, run)
+        run.record["weights"] = fingerprints(teachers)
         return packed_student(run, config, student, {"train_seconds": seconds})
 
     def in_full_precision(self, config: Config, run: Run) -> tuple[nn.Module, dict[str, float]]:
@@ -321,7 +322,7 @@ class QuantizedDistillation(general.GeneralDistillation[Config]):
         uses = {
             "data": run.data(config.data).fingerprint,
             "augment": config.data.model_dump(mode="json", include={"augment", "mixup", "cutmix"}),
-            "teachers": {name: t.fingerprint() for name, t in teachers.items()},
+            "teachers": fingerprints(teachers),
             "recipe": config.model_dump(
                 mode="json",
                 include={"student", "objectives", "teacher", "teachers", "chunked"},
@@ -330,6 +331,7 @@ class QuantizedDistillation(general.GeneralDistillation[Config]):
             "seed": run.seed,
         }
         held = run.stage("student", make, uses)
+        run.record["weights"] = fingerprints(teachers)
         student.load_state_dict(held["weights"])
         return student, dict(held["figures"])
 
@@ -378,6 +380,11 @@ class QuantizedDistillation(general.GeneralDistillation[Config]):
         return fitted.seconds
 
 
+def fingerprints(teachers: Mapping[str, Any]) -> dict[str, str]:
+    """A hash of each teacher's weights, by its name, where they are known."""
+    return {name: hashed for name, t in teachers.items() if (hashed := t.fingerprint()) is not None}
+
+
 def gradient_norms(
     student: nn.Module,
     task: Task,
@@ -385,7 +392,7 @@ def gradient_norms(
     names: Sequence[str],
     device: torch.device,
 ) -> list[float]:
-    """The norm of each tensor's gradient of the task's supervised loss, averaged over batches; a copy is differentiated."""
+    """The norm of each tensor's gradient of the task's supervised loss, averaged over batches."""
     network = copy.deepcopy(student).to(device)
     module = Distillation(network, None, [objective_from_spec(o) for o in task.supervised], task=task)
     module.build(batches[0]).train()
