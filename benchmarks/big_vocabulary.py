@@ -1,7 +1,9 @@
-"""Time and memory of losses from hidden states in chunks, beside the plain loss on full logits: `python benchmarks/big_vocabulary.py`.
+"""Time and memory of losses from hidden states in chunks, beside the plain loss on full logits: `python
+benchmarks/big_vocabulary.py`.
 
-Both sides compute loss and gradients of hidden states and output matrix, in turns in one process. Memory is the most that torch holds beyond hidden
-states and matrices; the gradients, which both sides must return, are in it. On a CPU with the sizes below it takes about six minutes.
+Both sides compute loss and gradients of hidden states and output matrix, in turns in one process. Memory is the most
+that torch holds beyond hidden states and matrices; the gradients, which both sides must return, are in it. On a CPU
+with the sizes below it takes about six minutes.
 """
 
 from __future__ import annotations
@@ -26,14 +28,21 @@ from stillhouse.signals import TopK
 Loss = Callable[[], Tensor]
 
 
-def losses(tokens: int, vocabulary: int, width: int, teacher_width: int, k: int, device: torch.device) -> tuple[Head, dict[str, tuple[Loss, Loss]]]:
-    """The student's hidden states and matrix, and {loss: (plain, in chunks)}. The plain divergences are written as anybody would with torch.nn."""
+def losses(
+    tokens: int, vocabulary: int, width: int, teacher_width: int, k: int, device: torch.device
+) -> tuple[Head, dict[str, tuple[Loss, Loss]]]:
+    """The student's hidden states and matrix, and {loss: (plain, in chunks)}. The plain divergences are written as
+    anybody would with torch.nn."""
     made = torch.Generator().manual_seed(0)
     random = lambda *shape: torch.randn(*shape, generator=made).to(device)  # noqa: E731
-    student = Head(random(tokens, width).requires_grad_(), (random(vocabulary, width) * 2 / width**0.5).requires_grad_())
+    student = Head(
+        random(tokens, width).requires_grad_(), (random(vocabulary, width) * 2 / width**0.5).requires_grad_()
+    )
     teacher = Head(random(tokens, teacher_width), random(vocabulary, teacher_width) * 3 / teacher_width**0.5)
     labels = torch.randint(vocabulary, (tokens,), generator=made).to(device)
-    log_probs, indices = torch.cat([torch.stack(_top(teacher, part, k)) for part in torch.arange(tokens, device=device).split(64)], dim=1)
+    log_probs, indices = torch.cat(
+        [torch.stack(_top(teacher, part, k)) for part in torch.arange(tokens, device=device).split(64)], dim=1
+    )
     top = TopK(log_probs, indices.long(), 1 - log_probs.exp().sum(-1))
 
     def plain_forward() -> Tensor:
@@ -55,7 +64,10 @@ def losses(tokens: int, vocabulary: int, width: int, teacher_width: int, k: int,
         return forward_kl_rows(coarse_logits(student.logits(), top.indices), coarse_log_probs(top, vocabulary)).mean()
 
     return student, {
-        "cross_entropy": (lambda: F.cross_entropy(student.logits(), labels), lambda: linear_cross_entropy(student, labels)),
+        "cross_entropy": (
+            lambda: F.cross_entropy(student.logits(), labels),
+            lambda: linear_cross_entropy(student, labels),
+        ),
         "forward_kl": (plain_forward, lambda: linear_divergence(student, teacher, beta=0.0)),
         "reverse_kl": (plain_reverse, lambda: linear_divergence(student, teacher, beta=1.0)),
         "jsd": (plain_jsd, lambda: linear_divergence(student, teacher, beta=0.5)),
@@ -130,7 +142,9 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     device = torch.device(options.device)
-    student, every = losses(options.tokens, options.vocabulary, options.width, options.teacher_width, options.top, device)
+    student, every = losses(
+        options.tokens, options.vocabulary, options.width, options.teacher_width, options.top, device
+    )
     rows = {}
     for name in options.only or every:
         rows[name] = compare(student, *every[name], options.rounds, device)

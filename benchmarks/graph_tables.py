@@ -1,6 +1,8 @@
-"""docs/graph-tables.md, written from evidence/*.json and results/graphs_*.json: our figures beside the published ones, and what inference costs.
+"""docs/graph-tables.md, written from evidence/*.json and results/graphs_*.json: our figures beside the published ones,
+and what inference costs.
 
-`python benchmarks/graph_tables.py` writes the page anew. Published: FF-G2M's summary of its Table 1 (no Citeseer figures at hand), VQGraph's Table 1.
+`python benchmarks/graph_tables.py` writes the page anew. Published: FF-G2M's summary of its Table 1 (no Citeseer
+figures at hand), VQGraph's Table 1.
 """
 
 from __future__ import annotations
@@ -16,13 +18,27 @@ TABLES: list[tuple[str, str, dict[str, str], dict[str, tuple[float, float | None
     (
         "ff_g2m",
         "FF-G2M on Cora (Planetoid, public split, GCN teacher)",
-        {"teacher": "GCN teacher", "mlp": "MLP", "glnn": "GLNN", "lfd": "LFD alone", "hfd": "HFD alone", "ff_g2m": "FF-G2M"},
+        {
+            "teacher": "GCN teacher",
+            "mlp": "MLP",
+            "glnn": "GLNN",
+            "lfd": "LFD alone",
+            "hfd": "HFD alone",
+            "ff_g2m": "FF-G2M",
+        },
         {"teacher": (82.2, None), "mlp": (59.7, None), "ff_g2m": (84.3, None)},
     ),
     (
         "ff_g2m_citeseer",
         "FF-G2M on Citeseer (Planetoid, public split, GCN teacher)",
-        {"teacher": "GCN teacher", "mlp": "MLP", "glnn": "GLNN", "lfd": "LFD alone", "hfd": "HFD alone", "ff_g2m_citeseer": "FF-G2M"},
+        {
+            "teacher": "GCN teacher",
+            "mlp": "MLP",
+            "glnn": "GLNN",
+            "lfd": "LFD alone",
+            "hfd": "HFD alone",
+            "ff_g2m_citeseer": "FF-G2M",
+        },
         {},
     ),
     (
@@ -87,19 +103,36 @@ def table(slug: str, title: str, rows: dict[str, str], published: dict[str, tupl
         difference = "" if known is None else f"{100 * statistics.mean(ours) - known[0]:+.2f}"
         high = f"{statistics.mean(metrics['high_kl']):.3f}" if "high_kl" in metrics and label != "teacher" else ""
         low = f"{statistics.mean(metrics['low_cosine']):.3f}" if "low_cosine" in metrics and label != "teacher" else ""
-        cells.append([name, spread(ours), spread(chosen) if chosen else "", said, difference, *([low, high] if slug.startswith("ff_g2m") else [])])
+        cells.append(
+            [
+                name,
+                spread(ours),
+                spread(chosen) if chosen else "",
+                said,
+                difference,
+                *([low, high] if slug.startswith("ff_g2m") else []),
+            ]
+        )
     seeds = found[slug]["seeds"]
     heads = ["", "ours", "chosen by test", "published", "difference"]
     heads += ["low-frequency cosine", "high-frequency KL"] if slug.startswith("ff_g2m") else []
-    return f"\n## {title}\n\n{markdown(heads, cells)}\n{len(seeds)} seeds ({seeds[0]} to {seeds[-1]}).{codes(found[slug]['metrics'])}\n"
+    return (
+        f"\n## {title}\n\n{markdown(heads, cells)}\n{len(seeds)} seeds ({seeds[0]} to "
+        f"{seeds[-1]}).{codes(found[slug]['metrics'])}\n"
+    )
 
 
 def codes(metrics: dict[str, list[float]]) -> str:
     """What the codebook holds, where there is one."""
     if "codes_used" not in metrics:
         return ""
-    used, told, control = (statistics.mean(metrics[k]) for k in ("codes_used", "code_information", "code_information_shuffled"))
-    return f" The tokenizers use {used:.0f} codes; a code tells {told:.2f} nats of a node's class and degree, a shuffled one {control:.2f}."
+    used, told, control = (
+        statistics.mean(metrics[k]) for k in ("codes_used", "code_information", "code_information_shuffled")
+    )
+    return (
+        f" The tokenizers use {used:.0f} codes; a code tells {told:.2f} nats of a node's class and degree, a shuffled "
+        f"one {control:.2f}."
+    )
 
 
 def speed() -> str:
@@ -108,18 +141,22 @@ def speed() -> str:
     if not path.is_file():
         return ""
     made = json.loads(path.read_text())
-    text = "\n## Inference\n\nCPU milliseconds of a batch, one thread. *ratio*: the GCN with its neighbours fetched, over the MLP of the same width and depth; "
+    text = (
+        "\n## Inference\n\nCPU milliseconds of a batch, one thread. *ratio*: the GCN with its neighbours fetched, "
+        "over the MLP of the same width and depth; "
+    )
     text += "*arithmetic*: without the fetching. Features are in memory; a graph in a store across a network is slower still.\n\n"
     found, large = made["figures"]["cora"], made["figures"]["large"]
     rows = [inference_row("Cora, all neighbours, 2 layers", size, f) for size, f in found.items()]
     for fans, sizes in large["fan_outs"].items():
-        rows += [inference_row(f"{large['nodes']:,} nodes, neighbours {fans.replace('-1', 'all')}", size, f) for size, f in sizes.items()]
+        rows += [
+            inference_row(f"{large['nodes']:,} nodes, neighbours {fans.replace('-1', 'all')}", size, f)
+            for size, f in sizes.items()
+        ]
     text += markdown(["graph", "nodes asked for", "MLP, ms", "GCN, ms", "ratio", "arithmetic", "nodes read"], rows)
     ratios = [f["ratio"] for sizes in (found, *large["fan_outs"].values()) for f in sizes.values()]
     text += f"\nThe ratio runs from {min(ratios):.1f} to {max(ratios):,.0f}: it is what a node's neighbourhood has more than the node. "
-    text += (
-        "Two orders of magnitude and more hold where many neighbours of several hops are read; one pass over a whole graph in memory gains nothing.\n"
-    )
+    text += "Two orders of magnitude and more hold where many neighbours of several hops are read; one pass over a whole graph in memory gains nothing.\n"
     return text + f"\n{made['date']}; {made['machine']}.\n"
 
 
@@ -129,7 +166,10 @@ def growth() -> str:
     if not path.is_file():
         return ""
     made = json.loads(path.read_text())
-    text = "\n## Growth\n\nCPU seconds of a training step on synthetic graphs of mean degree 10, 32 features, one thread; memory is the process's peak over its "
+    text = (
+        "\n## Growth\n\nCPU seconds of a training step on synthetic graphs of mean degree 10, 32 features, one "
+        "thread; memory is the process's peak over its "
+    )
     text += "start. The tokenizer's edge term draws 700 nodes.\n\n"
     heads = ["nodes", "edges (directed)", "GCN step", "tokenizer step", "FF-G2M step", "memory, MiB", "bytes an edge"]
     rows = [

@@ -1,7 +1,9 @@
-"""Perceptrons against the graph networks that taught them: inference on Cora and on a million nodes, and what training costs as a graph grows.
+"""Perceptrons against the graph networks that taught them: inference on Cora and on a million nodes, and what training
+costs as a graph grows.
 
-`python benchmarks/graphs.py` measures on one thread of the CPU, in CPU seconds, which a busy machine does not lengthen, and keeps
-benchmarks/results/graphs_inference.json and graphs_growth.json. Networks are untrained: what they compute costs the same. Each size of the curve is a process of its own.
+`python benchmarks/graphs.py` measures on one thread of the CPU, in CPU seconds, which a busy machine does not lengthen,
+and keeps benchmarks/results/graphs_inference.json and graphs_growth.json. Networks are untrained: what they compute
+costs the same. Each size of the curve is a process of its own.
 """
 
 from __future__ import annotations
@@ -50,7 +52,9 @@ def main() -> None:
     if "growth" in options.only:
         curve = []
         for size in [s for s in SIZES if s <= options.largest]:
-            done = subprocess.run([sys.executable, __file__, "--size", str(size)], check=True, capture_output=True, text=True)
+            done = subprocess.run(
+                [sys.executable, __file__, "--size", str(size)], check=True, capture_output=True, text=True
+            )
             curve.append(json.loads(done.stdout.splitlines()[-1]))
             print(curve[-1], flush=True)
         keep("graphs_growth", grown(curve), "cpu", 1)
@@ -58,11 +62,17 @@ def main() -> None:
 
 def grown(curve: list[dict[str, float]]) -> dict[str, Any]:
     """The curve with the exponents of its last tenfold growth."""
-    return {"curve": curve, "slopes": {name: slope(curve, name) for name in ("gcn_step", "tokenizer_step", "ff_g2m_step", "peak_mebibytes")}}
+    return {
+        "curve": curve,
+        "slopes": {
+            name: slope(curve, name) for name in ("gcn_step", "tokenizer_step", "ff_g2m_step", "peak_mebibytes")
+        },
+    }
 
 
 def cora() -> dict[str, Any]:
-    """CPU milliseconds for one node, a batch and the whole of Cora: the MLP, and a GCN over all neighbours of the nodes asked for."""
+    """CPU milliseconds for one node, a batch and the whole of Cora: the MLP, and a GCN over all neighbours of the nodes
+    asked for."""
     graph = load_graph(GraphSpec(name="planetoid:Cora"))
     graph = replace(graph, x=graph.x.to_dense())  # reading a sparse row takes longer than the MLP does
     mlp, gnn = networks(graph.num_features, graph.num_classes, LAYERS)
@@ -89,7 +99,8 @@ def large(nodes: int) -> dict[str, Any]:
 
 
 def growth(nodes: int) -> dict[str, float]:
-    """CPU seconds of a training step of the GCN, the tokenizer (sampled edge term) and FF-G2M's student, and the process's peak memory over its start."""
+    """CPU seconds of a training step of the GCN, the tokenizer (sampled edge term) and FF-G2M's student, and the
+    process's peak memory over its start."""
     mlp, gnn = networks(FEATURES, CLASSES, LAYERS)
     start = peak()
     graph = made(nodes)
@@ -107,7 +118,9 @@ def growth(nodes: int) -> dict[str, float]:
     def tokenizer_step() -> None:
         out = tokenizer(graph.x, along)
         terms = tokenizer.losses(out, graph.edges, 0.03, 0.001, sample=700)
-        (F.cross_entropy(out["logits"][train], graph.labels[train]) + torch.stack(list(terms.values())).sum()).backward()
+        (
+            F.cross_entropy(out["logits"][train], graph.labels[train]) + torch.stack(list(terms.values())).sum()
+        ).backward()
 
     def ff_g2m_step() -> None:
         given = mlp(graph.x)
@@ -118,8 +131,11 @@ def growth(nodes: int) -> dict[str, float]:
     return {"nodes": nodes, "edges": graph.edges.shape[1], **steps, "peak_mebibytes": peak() - start}
 
 
-def compare(graph: NodeGraph, mlp: NodeMLP, gnn: GNN, sampler: NeighbourSampler, size: int, repeats: int) -> dict[str, float]:
-    """CPU milliseconds of a batch of so many nodes: the MLP; the graph network with its neighbours fetched, and its arithmetic alone."""
+def compare(
+    graph: NodeGraph, mlp: NodeMLP, gnn: GNN, sampler: NeighbourSampler, size: int, repeats: int
+) -> dict[str, float]:
+    """CPU milliseconds of a batch of so many nodes: the MLP; the graph network with its neighbours fetched, and its
+    arithmetic alone."""
     draws = [torch.randint(graph.num_nodes, (size,)).unique() for _ in range(repeats + 2)]
     generator = np.random.default_rng(0)
 
@@ -134,11 +150,17 @@ def compare(graph: NodeGraph, mlp: NodeMLP, gnn: GNN, sampler: NeighbourSampler,
         "gnn_arithmetic": over(ready, lambda r: gnn(*r)),
     }
     reached = statistics.mean(len(x) for x, _ in ready)
-    return {**times, "ratio": times["gnn"] / times["mlp"], "ratio_arithmetic": times["gnn_arithmetic"] / times["mlp"], "nodes_read": reached}
+    return {
+        **times,
+        "ratio": times["gnn"] / times["mlp"],
+        "ratio_arithmetic": times["gnn_arithmetic"] / times["mlp"],
+        "nodes_read": reached,
+    }
 
 
 def over(items: list[Any], call: Callable[[Any], Any]) -> float:
-    """Median CPU milliseconds of a call over items; the first two warm up. Each time is over enough calls to be seen by the clock."""
+    """Median CPU milliseconds of a call over items; the first two warm up. Each time is over enough calls to be seen by
+    the clock."""
     times = []
     with torch.no_grad():
         for item in items:
@@ -165,7 +187,9 @@ def milliseconds(call: Callable[[], Any], repeats: int, warmup: int = 2) -> floa
 def networks(features: int, classes: int, layers: int) -> tuple[NodeMLP, GNN]:
     """An MLP and a GCN of the same width and depth, in evaluation mode."""
     torch.manual_seed(0)
-    return NodeMLP(WIDTH, layers, 0.5, classes, input_shape=(features,)).eval(), GNN("gcn", features, WIDTH, classes, layers).eval()
+    return NodeMLP(WIDTH, layers, 0.5, classes, input_shape=(features,)).eval(), GNN(
+        "gcn", features, WIDTH, classes, layers
+    ).eval()
 
 
 def made(nodes: int) -> NodeGraph:
@@ -181,10 +205,13 @@ def peak() -> float:
 
 
 def slope(curve: list[dict[str, float]], name: str) -> float:
-    """The exponent of a figure in the number of edges between the last size and one a tenth of it, or the first: 1 is linear growth."""
+    """The exponent of a figure in the number of edges between the last size and one a tenth of it, or the first: 1 is
+    linear growth."""
     last = curve[-1]
     first = min(curve[:-1], key=lambda c: abs(math.log(c["edges"] * 10 / last["edges"])), default=last)
-    return math.log(last[name] / first[name]) / math.log(last["edges"] / first["edges"]) if first is not last else math.nan
+    return (
+        math.log(last[name] / first[name]) / math.log(last["edges"] / first["edges"]) if first is not last else math.nan
+    )
 
 
 if __name__ == "__main__":

@@ -1,7 +1,10 @@
-"""One distillation step of a small pair of language models five ways: a hand-written loop, Stillhouse's `fit`, our and TRL's Trainer, NVIDIA Model Optimizer.
+"""One distillation step of a small pair of language models five ways: a hand-written loop, Stillhouse's `fit`, our and
+TRL's Trainer, NVIDIA Model Optimizer.
 
-Every side lowers the Jensen-Shannon divergence at beta 0.5 (Model Optimizer: its own KL of all tokens) on the same unpadded rows by AdamW. Each runs in
-processes of its own, taking turns: CPU seconds a step (a GPU is not used) and the most memory held beyond what was held before the first step.
+Every side lowers the Jensen-Shannon divergence at beta 0.5 (Model Optimizer: its own KL of all tokens) on the same
+unpadded rows by AdamW. Each runs in
+processes of its own, taking turns: CPU seconds a step (a GPU is not used) and the most memory held beyond what was held
+before the first step.
 """
 
 from __future__ import annotations
@@ -26,7 +29,8 @@ LR, BETA = 1e-3, 0.5
 
 
 def main() -> None:
-    """Measure every side in turn and write benchmarks/results/language.json; with `--side`, measure that one here and print it."""
+    """Measure every side in turn and write benchmarks/results/language.json; with `--side`, measure that one here and
+    print it."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--side", choices=SIDES, help="measure this one in this process")
     parser.add_argument("--rounds", type=int, default=3, help="processes of each side")
@@ -39,7 +43,11 @@ def main() -> None:
         print(json.dumps(measure(options)))
         return
     made: dict[str, list[dict[str, float]]] = {side: [] for side in SIDES}
-    arguments = [x for name in ("steps", "batch_size", "length", "vocabulary") for x in (f"--{name.replace('_', '-')}", str(getattr(options, name)))]
+    arguments = [
+        x
+        for name in ("steps", "batch_size", "length", "vocabulary")
+        for x in (f"--{name.replace('_', '-')}", str(getattr(options, name)))
+    ]
     for _ in range(options.rounds):
         for side in SIDES:
             done = subprocess.run(
@@ -52,11 +60,22 @@ def main() -> None:
             if done.returncode:
                 raise SystemExit(f"{side} failed:\n{done.stderr[-2000:]}")
             made[side].append(json.loads(done.stdout.strip().splitlines()[-1]))
-    rows = {side: {key: statistics.median(r[key] for r in runs) for key in runs[0]} | {"runs": runs} for side, runs in made.items()}
-    facts = {"versions": versions(), "machine": platform.machine(), "threads": 1, **{k: v for k, v in vars(options).items() if k != "side"}}
+    rows = {
+        side: {key: statistics.median(r[key] for r in runs) for key in runs[0]} | {"runs": runs}
+        for side, runs in made.items()
+    }
+    facts = {
+        "versions": versions(),
+        "machine": platform.machine(),
+        "threads": 1,
+        **{k: v for k, v in vars(options).items() if k != "side"},
+    }
     RESULT.write_text(json.dumps({"sides": rows, **facts}, indent=1) + "\n")
     for side, row in rows.items():
-        print(f"{side:20} {1 / row['seconds']:6.2f} steps/s   {row['bytes'] / 1e6:7.0f} MB   {row['seconds'] / rows['plain']['seconds']:.2f} x plain")
+        print(
+            f"{side:20} {1 / row['seconds']:6.2f} steps/s   {row['bytes'] / 1e6:7.0f} MB   "
+            f"{row['seconds'] / rows['plain']['seconds']:.2f} x plain"
+        )
 
 
 def measure(options: argparse.Namespace) -> dict[str, float]:
@@ -66,7 +85,13 @@ def measure(options: argparse.Namespace) -> dict[str, float]:
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     world = World(options)
-    run = {"plain": plain, "stillhouse": ours, "stillhouse_trainer": our_trainer, "trl": trl, "model_optimizer": model_optimizer}[options.side](world)
+    run = {
+        "plain": plain,
+        "stillhouse": ours,
+        "stillhouse_trainer": our_trainer,
+        "trl": trl,
+        "model_optimizer": model_optimizer,
+    }[options.side](world)
     before = memory("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
     run()
@@ -83,15 +108,31 @@ class World:
 
         def model(layers: int, width: int) -> Any:
             torch.manual_seed(0)
-            sizes = {"n_layer": layers, "n_head": 4, "n_embd": width, "vocab_size": options.vocabulary, "n_positions": options.length}
+            sizes = {
+                "n_layer": layers,
+                "n_head": 4,
+                "n_embd": width,
+                "vocab_size": options.vocabulary,
+                "n_positions": options.length,
+            }
             return GPT2LMHeadModel(
-                GPT2Config(**sizes, attn_pdrop=0.0, embd_pdrop=0.0, resid_pdrop=0.0, bos_token_id=1, eos_token_id=1, pad_token_id=0)
+                GPT2Config(
+                    **sizes,
+                    attn_pdrop=0.0,
+                    embd_pdrop=0.0,
+                    resid_pdrop=0.0,
+                    bos_token_id=1,
+                    eos_token_id=1,
+                    pad_token_id=0,
+                )
             )
 
         self.options, self.count = options, options.steps + 4
         self.teacher, self.student = model(4, 256).eval().requires_grad_(False), model(2, 128).train()
         made = torch.Generator().manual_seed(1)
-        self.rows = torch.randint(5, options.vocabulary, (self.count * options.batch_size, options.length), generator=made)
+        self.rows = torch.randint(
+            5, options.vocabulary, (self.count * options.batch_size, options.length), generator=made
+        )
         self.stamps: list[float] = []
 
     def stamp(self) -> None:
@@ -108,7 +149,9 @@ def jsd(student: Any, teacher: Any) -> Any:
 
     p, q = F.log_softmax(teacher, -1), F.log_softmax(student, -1)
     m = torch.logsumexp(torch.stack([p, q]), 0) - torch.log(torch.tensor(2.0))
-    rows = BETA * F.kl_div(m, p, reduction="none", log_target=True) + (1 - BETA) * F.kl_div(m, q, reduction="none", log_target=True)
+    rows = BETA * F.kl_div(m, p, reduction="none", log_target=True) + (1 - BETA) * F.kl_div(
+        m, q, reduction="none", log_target=True
+    )
     return rows.sum(-1).mean()
 
 
@@ -153,7 +196,9 @@ def ours(world: World) -> Any:
             world.stamp()
 
     optimizer = {"name": "adamw", "lr": LR, "weight_decay": 0.01}
-    spec = TrainSpec.model_validate({"epochs": 1, "batch_size": world.options.batch_size, "optimizer": optimizer, "schedule": {"name": "constant"}})
+    spec = TrainSpec.model_validate(
+        {"epochs": 1, "batch_size": world.options.batch_size, "optimizer": optimizer, "schedule": {"name": "constant"}}
+    )
     module = Distillation(world.student, world.teacher, [{"name": "gkd", "beta": BETA}])
     module.build(next(Rows().batches()))
     folder = tempfile.mkdtemp()
@@ -161,10 +206,30 @@ def ours(world: World) -> Any:
 
 
 def _arguments(cls: Any, world: World, **more: Any) -> Any:
-    shared = {"max_steps": world.count, "learning_rate": LR, "lr_scheduler_type": "constant", "weight_decay": 0.01, "optim": "adamw_torch"}
-    quiet = {"report_to": [], "use_cpu": True, "disable_tqdm": True, "save_strategy": "no", "logging_steps": 50, "remove_unused_columns": False}
+    shared = {
+        "max_steps": world.count,
+        "learning_rate": LR,
+        "lr_scheduler_type": "constant",
+        "weight_decay": 0.01,
+        "optim": "adamw_torch",
+    }
+    quiet = {
+        "report_to": [],
+        "use_cpu": True,
+        "disable_tqdm": True,
+        "save_strategy": "no",
+        "logging_steps": 50,
+        "remove_unused_columns": False,
+    }
     precise = {"bf16": False, "max_grad_norm": 0.0}
-    return cls(output_dir=tempfile.mkdtemp(), per_device_train_batch_size=world.options.batch_size, **shared, **quiet, **precise, **more)
+    return cls(
+        output_dir=tempfile.mkdtemp(),
+        per_device_train_batch_size=world.options.batch_size,
+        **shared,
+        **quiet,
+        **precise,
+        **more,
+    )
 
 
 def _collate(rows: list[dict[str, Any]]) -> dict[str, Any]:
@@ -209,7 +274,13 @@ def trl(world: World) -> Any:
 
     from stillhouse.models.tokenizer import tokenizer
 
-    options = {"beta": BETA, "lmbda": 0.0, "temperature": 1.0, "dataset_kwargs": {"skip_prepare_dataset": True}, "gradient_checkpointing": False}
+    options = {
+        "beta": BETA,
+        "lmbda": 0.0,
+        "temperature": 1.0,
+        "dataset_kwargs": {"skip_prepare_dataset": True},
+        "gradient_checkpointing": False,
+    }
     trainer = GKDTrainer(
         model=world.student,
         teacher_model=world.teacher,
@@ -227,7 +298,9 @@ def model_optimizer(world: World) -> Any:
     import torch
 
     loss = mtd.LogitsDistillationLoss(temperature=1.0, reduction="batchmean")
-    model = mtd.convert(world.student, mode=[("kd_loss", {"teacher_model": world.teacher, "criterion": {("lm_head", "lm_head"): loss}})])
+    model = mtd.convert(
+        world.student, mode=[("kd_loss", {"teacher_model": world.teacher, "criterion": {("lm_head", "lm_head"): loss}})]
+    )
     optimizer = torch.optim.AdamW(model.parameters(), lr=LR)
     model.train()
 

@@ -1,8 +1,9 @@
-"""Each objective's loss beside the authors' own code or a known port of it: `python benchmarks/losses.py [--mdistiller FOLDER …]`.
+"""Each objective's loss beside the authors' own code or a known port of it: `python benchmarks/losses.py [--mdistiller
+FOLDER …]`.
 
-Both sides get the same random signals (features of resnet32x4 and resnet8x4 at 32 px, logits of 100 classes), the same weights where there are any, and
-take turns in short blocks of forward and backward passes. torchdistill is an extra (`bench`); the other peers are imported from checkouts named on the
-command line.
+Both sides get the same random signals (features of resnet32x4 and resnet8x4 at 32 px, logits of 100 classes), the same
+weights where there are any, and take turns in short blocks of forward and backward passes. torchdistill is an extra
+(`bench`); the other peers are imported from checkouts named on the command line.
 """
 
 from __future__ import annotations
@@ -41,7 +42,9 @@ class Whole:
         return torch.Generator().manual_seed(0)
 
     def class_mean(self, what: str, of: str = "teacher") -> tuple[Tensor, Tensor]:
-        return torch.randn(CLASSES, SHAPES[-1][0], generator=self.generator()).relu(), torch.full((CLASSES,), TRAINING // CLASSES)
+        return torch.randn(CLASSES, SHAPES[-1][0], generator=self.generator()).relu(), torch.full(
+            (CLASSES,), TRAINING // CLASSES
+        )
 
 
 def random_signals(batch_size: int) -> Given:
@@ -52,14 +55,19 @@ def random_signals(batch_size: int) -> Given:
         draw = lambda *shape: torch.randn(batch_size, *shape, generator=generator)  # noqa: E731
         taps = {name: draw(*shape).relu().requires_grad_(learns) for name, shape in zip(LAST_STAGES, SHAPES)}
         logits, embedding = 3 * draw(CLASSES), draw(SHAPES[-1][0]).relu()
-        return Signals(logits=logits.requires_grad_(learns), embedding=embedding.requires_grad_(learns), taps={**taps, "stage:2": taps["stage:-2"]})
+        return Signals(
+            logits=logits.requires_grad_(learns),
+            embedding=embedding.requires_grad_(learns),
+            taps={**taps, "stage:2": taps["stage:-2"]},
+        )
 
     index = torch.randperm(TRAINING, generator=generator)[:batch_size]
     return Given(one(True), one(False), {"label": index % CLASSES, "index": index})
 
 
 def ours(name: str, on: Given) -> tuple[Objective, Loss]:
-    """An objective of the catalogue, built and prepared, and its loss: the sum of its terms, without the published weight."""
+    """An objective of the catalogue, built and prepared, and its loss: the sum of its terms, without the published
+    weight."""
     torch.manual_seed(0)
     objective = catalog.objective(name)()
     if name == "ofa_kd":  # the networks that it projects with are another matter
@@ -68,14 +76,19 @@ def ours(name: str, on: Given) -> tuple[Objective, Loss]:
     objective.prepare(Whole())  # type: ignore[arg-type]
 
     def loss() -> Tensor:
-        terms = [value for key, value in objective(on.student, on.teacher, on.batch, LATE).items() if not key.startswith("log:")]
+        terms = [
+            value
+            for key, value in objective(on.student, on.teacher, on.batch, LATE).items()
+            if not key.startswith("log:")
+        ]
         return reduce(torch.add, terms)
 
     return objective, loss
 
 
 def compare(name: str, peer: str, folder: Path | None, on: Given, rounds: int) -> dict[str, Any]:
-    """Our loss and a peer's in turns: milliseconds (medians), their ratio, peaks of memory, and how far the values are apart."""
+    """Our loss and a peer's in turns: milliseconds (medians), their ratio, peaks of memory, and how far the values are
+    apart."""
     objective, mine = ours(name, on)
     made, scale = PEERS[peer].make(name, on, objective, folder), PEERS[peer].losses[name]
     theirs = made if scale == 1 else lambda: scale * made()
@@ -119,7 +132,9 @@ def main() -> None:
     """Compare with every peer that is there, keep results/losses.json and write the page."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     for peer in (p for p in PEERS if p != "torchdistill"):
-        parser.add_argument(f"--{peer.replace('_', '-')}", type=Path, metavar="FOLDER", help=f"a checkout of {PEERS[peer].title}")
+        parser.add_argument(
+            f"--{peer.replace('_', '-')}", type=Path, metavar="FOLDER", help=f"a checkout of {PEERS[peer].title}"
+        )
     parser.add_argument("--only", nargs="+", help="objectives by name; default: all that a peer has")
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=9, help="blocks of each side")
@@ -138,13 +153,20 @@ def main() -> None:
             row = compare(name, peer, folder, on, options.rounds)
             rows.append(row)
             print(
-                f"{name:<22} {about.title:<13} {row['ms']:9.3f} ms {row['peer_ms']:9.3f} ms  x{row['ratio']:.3f} ({row['least']:.2f} to {row['most']:.2f})"
+                f"{name:<22} {about.title:<13} {row['ms']:9.3f} ms {row['peer_ms']:9.3f} ms  x{row['ratio']:.3f} "
+                f"({row['least']:.2f} to {row['most']:.2f})"
                 f"  {row['mebibytes']:.1f} MiB {row['peer_mebibytes']:.1f} MiB  apart {row['difference']:.0e}",
                 flush=True,
             )
     if not options.only:
         rows.sort(key=lambda row: (row["name"], row["peer"]))
-        figures = {"teacher": PAIR[0], "student": PAIR[1], "batch_size": options.batch_size, "classes": CLASSES, "losses": rows}
+        figures = {
+            "teacher": PAIR[0],
+            "student": PAIR[1],
+            "batch_size": options.batch_size,
+            "classes": CLASSES,
+            "losses": rows,
+        }
         keep("losses", figures, "cpu", options.threads)
         write_page(RESULTS)
 

@@ -1,7 +1,8 @@
 """Peak memory of a training step, ours and the hand-written loop's, each in processes of its own.
 
-What torch holds for tensors is the same every time; the process's resident size, interpreter and libraries included, depends on how the C library
-reuses what was freed, so it varies by some per cent. `python benchmarks/memory.py SIDE ...` is one of the processes and prints its figures.
+What torch holds for tensors is the same every time; the process's resident size, interpreter and libraries included,
+depends on how the C library reuses what was freed, so it varies by some per cent. `python benchmarks/memory.py SIDE
+...` is one of the processes and prints its figures.
 """
 
 from __future__ import annotations
@@ -18,7 +19,14 @@ from stillhouse.evaluation.cost import peak_of_tensors
 
 
 def compare_memory(
-    teacher: str, student: str, device: str, batch_size: int, steps: int, threads: int, sides: tuple[str, ...], rounds: int
+    teacher: str,
+    student: str,
+    device: str,
+    batch_size: int,
+    steps: int,
+    threads: int,
+    sides: tuple[str, ...],
+    rounds: int,
 ) -> dict[str, dict[str, list[float]]]:
     """{side: {what: mebibytes, one of each of `rounds` processes}}; the sides take turns."""
     peaks: dict[str, dict[str, list[float]]] = {side: {} for side in sides}
@@ -31,7 +39,9 @@ def compare_memory(
     return peaks
 
 
-def one_side(side: str, teacher: str, student: str, device: str, batch_size: int, steps: int, threads: int) -> dict[str, float]:
+def one_side(
+    side: str, teacher: str, student: str, device: str, batch_size: int, steps: int, threads: int
+) -> dict[str, float]:
     """Train `side` for `steps` steps in this process: its peaks in mebibytes, `tensors` and, on a CPU, `resident`."""
     import sides
     from turns import OURS, Turns
@@ -49,14 +59,19 @@ def one_side(side: str, teacher: str, student: str, device: str, batch_size: int
         for number in range(steps):
             step(dict(batches[number % len(batches)]))
 
-    before = [*networks[0].state_dict().values(), *networks[1].state_dict().values(), *(x for batch in batches for x in batch.values())]
+    before = [
+        *networks[0].state_dict().values(),
+        *networks[1].state_dict().values(),
+        *(x for batch in batches for x in batch.values()),
+    ]
     held = sum(x.nbytes for x in before) / 2**20
     found = {"tensors": held + peak_of_tensors(train, pair.device) / 2**20}
     return found if device == "cuda" else {**found, "resident": peak_resident()}
 
 
 def peak_resident() -> float:
-    """Mebibytes: peak resident size of this process. On Linux from /proc, as getrusage there starts from the size of the process that began this one."""
+    """Mebibytes: peak resident size of this process. On Linux from /proc, as getrusage there starts from the size of
+    the process that began this one."""
     status = Path("/proc/self/status")
     if status.exists():
         line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM"))

@@ -1,6 +1,8 @@
-"""Mirage's distillation beside one epoch of training on all graphs: `python benchmarks/mirage.py` (TU data under STILLHOUSE_DATA; a minute or two).
+"""Mirage's distillation beside one epoch of training on all graphs: `python benchmarks/mirage.py` (TU data under
+STILLHOUSE_DATA; a minute or two).
 
-Times are CPU seconds of one process, the least of `--rounds`. Also how skewed the trees are, and, with --plots, their curves as HTML.
+Times are CPU seconds of one process, the least of `--rounds`. Also how skewed the trees are, and, with --plots, their
+curves as HTML.
 """
 
 from __future__ import annotations
@@ -29,7 +31,9 @@ def main() -> None:
     """Measure, print and keep results/mirage.json."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", nargs="+", default=["tu:MUTAG", "tu:PROTEINS", "tu:NCI1"])
-    parser.add_argument("--skew", nargs="*", default=["tu:IMDB-BINARY", "tu:PTC_MR"], help="further sets whose trees are counted alone")
+    parser.add_argument(
+        "--skew", nargs="*", default=["tu:IMDB-BINARY", "tu:PTC_MR"], help="further sets whose trees are counted alone"
+    )
     parser.add_argument("--budget", type=float, default=0.19)
     parser.add_argument("--hops", type=int, default=2)
     parser.add_argument("--width", type=int, default=64)
@@ -62,16 +66,24 @@ def main() -> None:
 
 
 def compared(train: Any, options: argparse.Namespace) -> dict[str, float]:
-    """CPU seconds of the distillation, of its trees, and of one epoch of GIN over all graphs and over the distilled set."""
+    """CPU seconds of the distillation, of its trees, and of one epoch of GIN over all graphs and over the distilled
+    set."""
     made = distil(train, budget=options.budget, options=Options(hops=options.hops))
     network = GraphNetwork(
-        "gin", int(train.labels.max()) + 1, int(train.edge_labels.max()) + 1, train.num_classes, width=options.width, layers=options.hops
+        "gin",
+        int(train.labels.max()) + 1,
+        int(train.edge_labels.max()) + 1,
+        train.num_classes,
+        width=options.width,
+        layers=options.hops,
     )
     epoch(network, made.graphs, options.batch_size)  # warms up
     distilled = least(lambda: distil(train, budget=options.budget, options=Options(hops=options.hops)), options.rounds)
     known = least(lambda: distil(train, support=made.thresholds, options=Options(hops=options.hops)), options.rounds)
     counted = least(lambda: TreeClasses(train, options.hops), options.rounds)
-    full, small = (least(lambda g=g: epoch(network, g, options.batch_size), options.rounds) for g in (train, made.graphs))
+    full, small = (
+        least(lambda g=g: epoch(network, g, options.batch_size), options.rounds) for g in (train, made.graphs)
+    )
     return {
         "distil_seconds": distilled,
         "distil_known_support_seconds": known,

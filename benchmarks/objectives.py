@@ -1,7 +1,9 @@
 """What each objective of the catalogue costs, beside plain KD: `python benchmarks/objectives.py`.
 
-An objective is measured alone (forward and backward on signals that are already there) and in a whole training step (both networks, inner steps).
-It gets the kind of teacher that it asks for: a frozen network, one that trains along, the student's past, several at once, or none.
+An objective is measured alone (forward and backward on signals that are already there) and in a whole training step
+(both networks, inner steps).
+It gets the kind of teacher that it asks for: a frozen network, one that trains along, the student's past, several at
+once, or none.
 """
 
 from __future__ import annotations
@@ -39,7 +41,11 @@ VITS = (
 )
 TOKENS = ("proc_kd",)  # objectives of token students: they and their `kd` are measured on VITS
 OPTIONS: dict[str, dict[str, Any]] = {"ofa_kd": {"stages": [2, 3, 4]}}  # the last three: the pair has no more
-CLASSES, TRAINING, HERE = 100, 50_000, 128  # CIFAR-100's counts; of its samples, so many are here, enough for what reads a split
+CLASSES, TRAINING, HERE = (
+    100,
+    50_000,
+    128,
+)  # CIFAR-100's counts; of its samples, so many are here, enough for what reads a split
 
 
 class Samples:
@@ -73,7 +79,9 @@ class Trial:
         UserError: the objective cannot run with this teacher.
     """
 
-    def __init__(self, objective: Objective, kind: str, batch: Batch, device: torch.device, tokens: bool = False) -> None:
+    def __init__(
+        self, objective: Objective, kind: str, batch: Batch, device: torch.device, tokens: bool = False
+    ) -> None:
         torch.manual_seed(0)
         teacher, student = VITS if tokens else (ModelSpec(model=name) for name in PAIR)
         network = lambda spec: models.build(spec, CLASSES, (3, 32, 32)).to(device)  # noqa: E731
@@ -226,10 +234,18 @@ def main() -> None:
             continue
         beside = make("kd", "", batch, device, tokens=True)[0] if name in TOKENS else kd
         pair = "two ViTs" if name in TOKENS else "the pair"
-        row = {"name": name, "teacher": kind, "networks": pair, **measure(trial, beside, options.rounds, options.steps, device)}
+        row = {
+            "name": name,
+            "teacher": kind,
+            "networks": pair,
+            **measure(trial, beside, options.rounds, options.steps, device),
+        }
         trial.close()
         rows.append(row)
-        print(" ".join([f"{name:<24}", kind, *(f"{k} {v:.2f}" for k, v in row.items() if isinstance(v, float))]), flush=True)
+        print(
+            " ".join([f"{name:<24}", kind, *(f"{k} {v:.2f}" for k, v in row.items() if isinstance(v, float))]),
+            flush=True,
+        )
     if not options.only:
         rows.sort(key=lambda row: row["loss_ms"])
         figures = {

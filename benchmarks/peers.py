@@ -1,4 +1,5 @@
-"""The losses of other libraries and of papers' authors, on the same signals and with the weights of our objective, for benchmarks/losses.py.
+"""The losses of other libraries and of papers' authors, on the same signals and with the weights of our objective, for
+benchmarks/losses.py.
 
 Nothing of theirs is here: torchdistill is a package (extra `bench`), the others are imported from checkouts.
 """
@@ -55,7 +56,12 @@ def torchdistill(name: str, on: Given, objective: Any, folder: Path | None) -> L
     from torchdistill.losses import mid_level
 
     student, teacher = on.dictionaries
-    logits = {"student_module_path": "logits", "student_module_io": "output", "teacher_module_path": "logits", "teacher_module_io": "output"}
+    logits = {
+        "student_module_path": "logits",
+        "student_module_io": "output",
+        "teacher_module_path": "logits",
+        "teacher_module_io": "output",
+    }
     embeddings = {**logits, "student_module_path": "embedding", "teacher_module_path": "embedding"}
     paths = {"student_output_path": "embedding", "teacher_output_path": "embedding"}
     pair = lambda path: {"io": "output", "path": path}  # noqa: E731
@@ -74,7 +80,9 @@ def torchdistill(name: str, on: Given, objective: Any, folder: Path | None) -> L
         return lambda: module(student, teacher)
     if name == "fitnet":
         told = {"is_from_teacher": True, "module_path": "stage:-2", "io": "output"}
-        hint = mid_level.SimpleLossWrapper(nn.MSELoss(), input={"is_from_teacher": False, "module_path": "hint", "io": "output"}, target=told)
+        hint = mid_level.SimpleLossWrapper(
+            nn.MSELoss(), input={"is_from_teacher": False, "module_path": "hint", "io": "output"}, target=told
+        )
         return lambda: hint({"hint": {"output": objective.regressor(on.student.taps["stage:2"])}}, teacher, None)
     from torchdistill.models import wrapper
 
@@ -83,7 +91,9 @@ def torchdistill(name: str, on: Given, objective: Any, folder: Path | None) -> L
         regressors = [wrapper.Regressor4VID(c, c, c, objective.eps, objective.initial_variance) for c, _, _ in SHAPES]
         for theirs, mine in zip(regressors, objective.regressors):
             theirs.regressor.load_state_dict(mine.state_dict())
-        return lambda: losses({s: {"output": r(student[s]["output"])} for s, r in zip(LAST_STAGES, regressors)}, teacher)
+        return lambda: losses(
+            {s: {"output": r(student[s]["output"])} for s, r in zip(LAST_STAGES, regressors)}, teacher
+        )
     if name == "review_kd":
         fusions = _fusions(wrapper.AttentionBasedFusion, objective, "attention_conv")
         hcl = mid_level.HierarchicalContextLoss("f", "output", "f", "output")
@@ -91,7 +101,9 @@ def torchdistill(name: str, on: Given, objective: Any, folder: Path | None) -> L
 
         def review() -> Tensor:
             passed, terms = None, []
-            for fusion, x, t in reversed(list(zip(fusions, [*on.maps[0], on.student.embedding[:, :, None, None]], told_maps))):  # type: ignore[index]
+            for fusion, x, t in reversed(
+                list(zip(fusions, [*on.maps[0], on.student.embedding[:, :, None, None]], told_maps))
+            ):  # type: ignore[index]
                 predicted, passed = fusion(x, passed, x.shape[2])
                 terms.append(hcl({"f": {"output": (predicted, None)}}, {"f": {"output": t}}))
             return torch.stack(terms).sum()
@@ -102,7 +114,9 @@ def torchdistill(name: str, on: Given, objective: Any, folder: Path | None) -> L
 
 def mdistiller(name: str, on: Given, objective: Any, folder: Path | None) -> Loss:
     """MDistiller's functions; it is the authors' own code for DKD."""
-    module = importlib.import_module(f"mdistiller.distillers.{ {'review_kd': 'ReviewKD', 'fitnet': 'FitNet'}.get(name, name.upper()) }")
+    module = importlib.import_module(
+        f"mdistiller.distillers.{ {'review_kd': 'ReviewKD', 'fitnet': 'FitNet'}.get(name, name.upper()) }"
+    )
     (z, v), (f_s, f_t) = (on.student.logits, on.teacher.logits), on.maps
     e_s, e_t = on.student.embedding, on.teacher.embedding
     plain: dict[str, Loss] = {
@@ -150,7 +164,13 @@ def repdistiller(name: str, on: Given, objective: Any, folder: Path | None) -> L
         return lambda: torch.stack([c(s, t) for c, s, t in zip(criteria, f_s, f_t)]).sum()
     if name == "crd":
         options = types.SimpleNamespace(
-            s_dim=256, t_dim=256, feat_dim=objective.width, nce_k=objective.negatives, nce_t=0.07, nce_m=0.5, n_data=TRAINING
+            s_dim=256,
+            t_dim=256,
+            feat_dim=objective.width,
+            nce_k=objective.negatives,
+            nce_t=0.07,
+            nce_m=0.5,
+            n_data=TRAINING,
         )
         with _on_cpu():
             crd = importlib.import_module("crd.criterion").CRDLoss(options)
@@ -228,12 +248,31 @@ PEERS = {
     "torchdistill": Peer(
         "torchdistill",
         torchdistill,
-        {"kd": 16, "logit_standardisation": 4, "dist": 1, "fitnet": 1, "at": 1, "sp": 1, "rkd": 1, "pkt": 1, "vid": 1, "review_kd": 1},
+        {
+            "kd": 16,
+            "logit_standardisation": 4,
+            "dist": 1,
+            "fitnet": 1,
+            "at": 1,
+            "sp": 1,
+            "rkd": 1,
+            "pkt": 1,
+            "vid": 1,
+            "review_kd": 1,
+        },
     ),
     "mdistiller": Peer(
-        "MDistiller", mdistiller, dict.fromkeys(["kd", "dkd", "at", "nst", "sp", "rkd", "pkt", "vid", "crd", "review_kd"], 1), frozenset({"dkd"})
+        "MDistiller",
+        mdistiller,
+        dict.fromkeys(["kd", "dkd", "at", "nst", "sp", "rkd", "pkt", "vid", "crd", "review_kd"], 1),
+        frozenset({"dkd"}),
     ),
-    "repdistiller": Peer("RepDistiller", repdistiller, dict.fromkeys(["at", "nst", "sp", "rkd", "pkt", "vid", "crd"], 1), frozenset({"crd"})),
+    "repdistiller": Peer(
+        "RepDistiller",
+        repdistiller,
+        dict.fromkeys(["at", "nst", "sp", "rkd", "pkt", "vid", "crd"], 1),
+        frozenset({"crd"}),
+    ),
     "cls_kd": Peer("cls_KD", cls_kd, {"nkd": 1, "uskd": 1}, frozenset({"nkd", "uskd"})),
     "ofakd": Peer("OFAKD", ofakd, {"ofa_kd": 1}, frozenset({"ofa_kd"})),
     "nd": Peer("KD++", nd, {"nd": 1}, frozenset({"nd"})),
@@ -252,8 +291,12 @@ def _fusions(make: Callable[..., nn.Module], objective: Any, attention: str) -> 
 
 
 def _same_memories(contrast: Any, embed_s: Any, embed_t: Any, objective: Any, on: Given) -> tuple[Tensor, Tensor]:
-    """Our CRD's memories and embeddings into another's; the batch's indices, and candidates as ours draws after `torch.manual_seed(1)`."""
-    for theirs, mine in ((contrast.memory_v1, objective.memory_student), (contrast.memory_v2, objective.memory_teacher)):
+    """Our CRD's memories and embeddings into another's; the batch's indices, and candidates as ours draws after
+    `torch.manual_seed(1)`."""
+    for theirs, mine in (
+        (contrast.memory_v1, objective.memory_student),
+        (contrast.memory_v2, objective.memory_teacher),
+    ):
         theirs.copy_(mine)
     embed_s.linear.load_state_dict(objective.embed_student.state_dict())
     embed_t.linear.load_state_dict(objective.embed_teacher.state_dict())

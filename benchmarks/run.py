@@ -1,7 +1,8 @@
-"""`make bench`: Stillhouse's step, memory and start-up against a hand-written loop, torchdistill and NVIDIA Model Optimizer, measured in one run.
+"""`make bench`: Stillhouse's step, memory and start-up against a hand-written loop, torchdistill and NVIDIA Model
+Optimizer, measured in one run.
 
-Prints the figures, keeps them in benchmarks/results/ as JSON and writes docs/benchmarks.md. `--only` takes some of the parts, and the others'
-figures stay as they were; `python benchmarks/objectives.py` compares the objectives.
+Prints the figures, keeps them in benchmarks/results/ as JSON and writes docs/benchmarks.md. `--only` takes some of the
+parts, and the others' figures stay as they were; `python benchmarks/objectives.py` compares the objectives.
 """
 
 from __future__ import annotations
@@ -32,10 +33,19 @@ def main() -> None:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--threads", type=int, default=1, help="torch's threads; one gives the steadiest CPU time")
     parser.add_argument("--batch-size", type=int, default=128)
-    parser.add_argument("--blocks", type=int, default=24, help="blocks of two steps that each side runs on the imagenet_stem pair")
-    parser.add_argument("--cifar-blocks", type=int, default=5, help="blocks of one step on the cifar_stem pair, whose steps take seconds on a CPU")
+    parser.add_argument(
+        "--blocks", type=int, default=24, help="blocks of two steps that each side runs on the imagenet_stem pair"
+    )
+    parser.add_argument(
+        "--cifar-blocks",
+        type=int,
+        default=5,
+        help="blocks of one step on the cifar_stem pair, whose steps take seconds on a CPU",
+    )
     parser.add_argument("--free-blocks", type=int, default=60, help="blocks of 50 steps that cost nothing")
-    parser.add_argument("--memory-rounds", type=int, default=2, help="processes of each side whose peak memory is taken")
+    parser.add_argument(
+        "--memory-rounds", type=int, default=2, help="processes of each side whose peak memory is taken"
+    )
     parser.add_argument("--rounds", type=int, default=5, help="starts of each command")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
@@ -61,7 +71,16 @@ def measure(part: str, options: argparse.Namespace) -> dict[str, Any]:
         return start_up(options.rounds)
     if part == "memory":
         teacher, student = PAIRS["cifar_stem"]
-        peaks = compare_memory(teacher, student, options.device, options.batch_size, 2, options.threads, (HAND, OURS), options.memory_rounds)
+        peaks = compare_memory(
+            teacher,
+            student,
+            options.device,
+            options.batch_size,
+            2,
+            options.threads,
+            (HAND, OURS),
+            options.memory_rounds,
+        )
         return {"teacher": teacher, "student": student, "batch_size": options.batch_size, "mebibytes": peaks}
     long = part == "cifar_stem" and options.device == "cpu"
     blocks, size = (options.cifar_blocks, 1) if long else (options.blocks, 2 if options.device == "cpu" else 20)
@@ -70,7 +89,13 @@ def measure(part: str, options: argparse.Namespace) -> dict[str, Any]:
 
 def keep(part: str, figures: dict[str, Any], device: str, threads: int) -> None:
     """Write results/PART.json (results/PART.cuda.json on a GPU): figures, machine, versions, date."""
-    made = {"part": part, "date": datetime.date.today().isoformat(), "machine": machine(device, threads), "versions": versions(), "figures": figures}
+    made = {
+        "part": part,
+        "date": datetime.date.today().isoformat(),
+        "machine": machine(device, threads),
+        "versions": versions(),
+        "figures": figures,
+    }
     RESULTS.mkdir(exist_ok=True)
     path = RESULTS / f"{part}{'' if device == 'cpu' else '.' + device}.json"
     path.write_text(json.dumps(made, indent=1) + "\n")

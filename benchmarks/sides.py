@@ -1,7 +1,9 @@
-"""One distillation step four ways: a hand-written loop, Stillhouse, torchdistill and NVIDIA Model Optimizer, each used as its documentation shows.
+"""One distillation step four ways: a hand-written loop, Stillhouse, torchdistill and NVIDIA Model Optimizer, each used
+as its documentation shows.
 
-All lower 0.1 CE + 0.9 T^2 KL at T = 4 by SGD with momentum; the teacher is frozen, in evaluation mode and outside autograd; batches are in memory, and
-no side writes checkpoints. torchdistill leaves the teacher's mode to the user: without the `eval()` here it would train the teacher's batch norm.
+All lower 0.1 CE + 0.9 T^2 KL at T = 4 by SGD with momentum; the teacher is frozen, in evaluation mode and outside
+autograd; batches are in memory, and no side writes checkpoints. torchdistill leaves the teacher's mode to the user:
+without the `eval()` here it would train the teacher's batch norm.
 """
 
 from __future__ import annotations
@@ -73,7 +75,8 @@ def hand_written(teacher: nn.Module, student: nn.Module) -> Step:
 
 
 def torchdistill(teacher: nn.Module, student: nn.Module) -> Step:
-    """torchdistill's distillation box under its documented training loop (examples/torchvision/image_classification.py), logger included.
+    """torchdistill's distillation box under its documented training loop
+    (examples/torchvision/image_classification.py), logger included.
 
     Raises:
         ImportError: where torchdistill is not installed.
@@ -83,8 +86,21 @@ def torchdistill(teacher: nn.Module, student: nn.Module) -> Step:
 
     logging.getLogger("torchdistill").setLevel(logging.WARNING)
     device = next(student.parameters()).device
-    paths = {f"{who}_module_{what}": value for who in ("student", "teacher") for what, value in (("path", "."), ("io", "output"))}
-    loss = {"key": "KDLoss", "kwargs": {**paths, "temperature": TEMPERATURE, "alpha": CE_WEIGHT, "beta": KD_WEIGHT, "reduction": "batchmean"}}
+    paths = {
+        f"{who}_module_{what}": value
+        for who in ("student", "teacher")
+        for what, value in (("path", "."), ("io", "output"))
+    }
+    loss = {
+        "key": "KDLoss",
+        "kwargs": {
+            **paths,
+            "temperature": TEMPERATURE,
+            "alpha": CE_WEIGHT,
+            "beta": KD_WEIGHT,
+            "reduction": "batchmean",
+        },
+    }
     config = {
         "num_epochs": 1,
         "teacher": {"forward_proc": "forward_batch_only", "requires_grad": False},
@@ -119,7 +135,9 @@ def model_optimizer(teacher: nn.Module, student: nn.Module) -> Step:
         ImportError: where nvidia-modelopt, or something that it imports, is not installed.
     """
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of other libraries' versions, and a reminder of the student's loss, which `step` passes
+        warnings.simplefilter(
+            "ignore"
+        )  # of other libraries' versions, and a reminder of the student's loss, which `step` passes
         import modelopt.torch.distill as mtd
 
         config = {
@@ -156,12 +174,15 @@ def stillhouse(teacher: nn.Module, student: nn.Module, loader: Any) -> None:
 
 def options() -> TrainSpec:
     """Stillhouse's defaults, at the constant learning rate that all sides have, without checkpoints while it runs."""
-    return TrainSpec.model_validate({"epochs": 1, "optimizer": {"name": "sgd", **SGD}, "schedule": {"name": "constant"}, "checkpoint_seconds": 1e9})
+    return TrainSpec.model_validate(
+        {"epochs": 1, "optimizer": {"name": "sgd", **SGD}, "schedule": {"name": "constant"}, "checkpoint_seconds": 1e9}
+    )
 
 
 @torch.no_grad()
 def gap(student: nn.Module, reference: nn.Module) -> float:
-    """Relative distance of a student's parameters from the reference's: evidence that two sides did the same arithmetic."""
+    """Relative distance of a student's parameters from the reference's: evidence that two sides did the same
+    arithmetic."""
     mine, theirs = dict(student.named_parameters()), dict(reference.named_parameters())
     distances = torch.stack([(mine[name] - value).norm() for name, value in theirs.items()])
     return float(distances.norm() / torch.stack([value.norm() for value in theirs.values()]).norm())

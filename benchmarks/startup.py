@@ -14,14 +14,19 @@ STARTS: dict[str, list[str]] = {
     "python": [sys.executable, "-c", "pass"],
     "import torch": [sys.executable, "-c", "import torch"],
     "import torch, stillhouse": [sys.executable, "-c", "import torch, stillhouse"],
-    "import torch; from stillhouse import distill": [sys.executable, "-c", "import torch; from stillhouse import distill"],
+    "import torch; from stillhouse import distill": [
+        sys.executable,
+        "-c",
+        "import torch; from stillhouse import distill",
+    ],
     "stillhouse --help": [*_COMMAND, "--help"],
     "stillhouse methods": [*_COMMAND, "methods"],
 }
 
 
 def start_up(rounds: int) -> dict[str, dict[str, float]]:
-    """{start: median, least, most CPU seconds, and `over_torch`, the median difference to `import torch` in the same round}."""
+    """{start: median, least, most CPU seconds, and `over_torch`, the median difference to `import torch` in the same
+    round}."""
     seconds: dict[str, list[float]] = {name: [] for name in STARTS}
     for number in range(rounds + 1):
         for name, command in STARTS.items():

@@ -21,7 +21,8 @@ HAND = "hand_written"
 
 
 def pair_steps(pair: sides.Pair, batch_size: int, blocks: int, size: int) -> dict[str, Any]:
-    """Every side on one pair: {side: milliseconds, ratio, least, most} or {side: missing}, and `gap`, how far the students are apart after a block."""
+    """Every side on one pair: {side: milliseconds, ratio, least, most} or {side: missing}, and `gap`, how far the
+    students are apart after a block."""
     first = pair.make()
     networks = {OURS: first, HAND: sides.twin(first)}
     steps: dict[str, Step] = {HAND: sides.hand_written(*networks[HAND])}
@@ -40,7 +41,14 @@ def pair_steps(pair: sides.Pair, batch_size: int, blocks: int, size: int) -> dic
     turns = Turns(pair.data(batch_size), steps, blocks, size, after_warm_up)
     sides.stillhouse(*networks[OURS], turns)
     rows = {name: {**asdict(row), "gap": gaps.get(name)} for name, row in compare(turns.seconds, HAND).items()}
-    return {"teacher": pair.teacher, "student": pair.student, "batch_size": batch_size, "block_steps": size, "sides": rows, "missing": missing}
+    return {
+        "teacher": pair.teacher,
+        "student": pair.student,
+        "batch_size": batch_size,
+        "block_steps": size,
+        "sides": rows,
+        "missing": missing,
+    }
 
 
 class _One(nn.Module):
@@ -77,7 +85,8 @@ def _free_by_hand(teacher: nn.Module, student: nn.Module) -> Step:
 
 
 def free_step(device: torch.device, blocks: int, size: int = 50) -> dict[str, float]:
-    """Milliseconds a step of one-parameter networks: ours, by hand, and the difference, which is what Stillhouse's own work costs.
+    """Milliseconds a step of one-parameter networks: ours, by hand, and the difference, which is what Stillhouse's own
+    work costs.
 
     A block of 50 steps holds one log row, as in training.
     """

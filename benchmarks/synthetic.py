@@ -1,8 +1,10 @@
-"""An iteration of data-set distillation beside the authors' own loops: `python benchmarks/synthetic.py --datadam FOLDER --ncfm FOLDER --mtt FOLDER`.
+"""An iteration of data-set distillation beside the authors' own loops: `python benchmarks/synthetic.py --datadam FOLDER
+--ncfm FOLDER --mtt FOLDER`.
 
-Both sides take the same real images, network, batches and budget (the recipes' `paper` variants, with fewer classes, images or inner steps where the table says
-so) and run their whole loops in turns, an iteration at a time; memory is that of one iteration in a process of its own. `--growth` times ours alone over images
-per class and classes. Without a checkout a method is left out, with a sentence.
+Both sides take the same real images, network, batches and budget (the recipes' `paper` variants, with fewer classes,
+images or inner steps where the table says so) and run their whole loops in turns, an iteration at a time; memory is
+that of one iteration in a process of its own. `--growth` times ours alone over images per class and classes. Without a
+checkout a method is left out, with a sentence.
 """
 
 from __future__ import annotations
@@ -39,9 +41,17 @@ RECIPES = Path(__file__).parents[1] / "recipes" / "datasets"
 SETTINGS: dict[str, tuple[str, ...]] = {
     "datadam": ("data.size=2000",),
     "ncfm": ("data.size=2100", "data.classes=[0,1]", "pool.count=1", "pool.epochs=1", "fixed_real=true"),
-    "mtt": ("data.size=500", "zca=false", "experts.count=1", "experts.epochs=3", "experts.batch_size=100", "max_start=1"),
+    "mtt": (
+        "data.size=500",
+        "zca=false",
+        "experts.count=1",
+        "experts.epochs=3",
+        "experts.batch_size=100",
+        "max_start=1",
+    ),
 }
-"""What differs from the recipe's `paper` variant: fewer real images to draw from, fewer experts, and two classes of NCFM, which takes a step a class."""
+"""What differs from the recipe's `paper` variant: fewer real images to draw from, fewer experts, and two classes of
+NCFM, which takes a step a class."""
 CASES: dict[str, dict[str, int]] = {
     "datadam, ipc 1": {"ipc": 1},
     "datadam, ipc 10": {"ipc": 10},
@@ -71,8 +81,11 @@ class Stepped(Run):
         super().__init__(folder, config, cpu=True)
         self.begins = begins
 
-    def loop(self, name: str, state: Mapping[str, Any], step: Callable[[int], Any], steps: int, **options: Any) -> float:
-        """As the run's, with `begins` at each iteration (of NCFM: every step of every class); the experts' training goes through."""
+    def loop(
+        self, name: str, state: Mapping[str, Any], step: Callable[[int], Any], steps: int, **options: Any
+    ) -> float:
+        """As the run's, with `begins` at each iteration (of NCFM: every step of every class); the experts' training
+        goes through."""
         rounds = steps // ENDLESS
 
         def told(i: int) -> Any:
@@ -133,7 +146,9 @@ def theirs(config: Any, folder: Path, scratch: Path, begins: Begins) -> None:
     real, pool = RealImages.load(run, config.data), getattr(config, "experts", getattr(config, "pool", None))
     paths = [] if pool is None else experts(run, config.network, config.data, real, pool, config.augment)
     pixels = unnormalised(real.images, real.mean, real.std)
-    PEERS[config.method][0](config, Real(real.images, real.labels, pixels, len(real.classes), paths), folder, scratch, begins)
+    PEERS[config.method][0](
+        config, Real(real.images, real.labels, pixels, len(real.classes), paths), folder, scratch, begins
+    )
 
 
 def side(name: str, config: Any, folder: Path, scratch: Path) -> Callable[[Begins], None]:
@@ -159,7 +174,8 @@ def turns(config: Any, folder: Path, scratch: Path, rounds: int) -> list[tuple[f
 
 
 def peaks(loop: Callable[[Begins], None]) -> dict[str, float]:
-    """MiB of the third iteration: `tensors`, the most that torch holds beyond what it held before, and `resident`, the peak of the whole process."""
+    """MiB of the third iteration: `tensors`, the most that torch holds beyond what it held before, and `resident`, the
+    peak of the whole process."""
     profile = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True)
     begun, found = [0], {}
 
@@ -178,23 +194,45 @@ def peaks(loop: Callable[[Begins], None]) -> dict[str, float]:
         loop(begins)
     held = most = 0
     results: Any = profile.profiler
-    for event in sorted((e for e in results.kineto_results.events() if e.name() == "[memory]"), key=lambda e: e.start_ns()):
+    for event in sorted(
+        (e for e in results.kineto_results.events() if e.name() == "[memory]"), key=lambda e: e.start_ns()
+    ):
         held += event.nbytes()
         most = max(most, held)
     return {"tensors": most / 2**20, **found}
 
 
-def in_a_process(what: str, method: str, sets: tuple[str, ...], folder: Path | None, options: argparse.Namespace) -> Any:
-    """What this file prints when it is called with `--part`: modules of the peers have the same names, and memory is a process's."""
-    command = [sys.executable, "-W", "ignore", __file__, "--part", what, method, str(folder), json.dumps(sets), "--threads", str(options.threads)]
+def in_a_process(
+    what: str, method: str, sets: tuple[str, ...], folder: Path | None, options: argparse.Namespace
+) -> Any:
+    """What this file prints when it is called with `--part`: modules of the peers have the same names, and memory is a
+    process's."""
+    command = [
+        sys.executable,
+        "-W",
+        "ignore",
+        __file__,
+        "--part",
+        what,
+        method,
+        str(folder),
+        json.dumps(sets),
+        "--threads",
+        str(options.threads),
+    ]
     done = subprocess.run([*command, "--rounds", str(options.rounds)], check=True, stdout=subprocess.PIPE, text=True)
     return json.loads(done.stdout.splitlines()[-1])
 
 
 def part(what: str, method: str, sets: tuple[str, ...], folder: Path, rounds: int) -> Any:
-    """One process's figures: `turns`, `alone` (ours, CPU seconds of each iteration), or the peaks of `ours` or `theirs`."""
+    """One process's figures: `turns`, `alone` (ours, CPU seconds of each iteration), or the peaks of `ours` or
+    `theirs`."""
     config = config_of(method, sets)
-    with tempfile.TemporaryDirectory() as scratch, open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
+    with (
+        tempfile.TemporaryDirectory() as scratch,
+        open(os.devnull, "w") as nowhere,
+        contextlib.redirect_stdout(nowhere),
+    ):
         if what == "turns":
             return turns(config, folder, Path(scratch), rounds)
         if what != "alone":
@@ -232,18 +270,24 @@ def compare(name: str, folder: Path, options: argparse.Namespace) -> dict[str, A
 
 
 def growth(method: str, options: argparse.Namespace) -> list[dict[str, Any]]:
-    """Seconds of our iteration by images per class (10 classes) and by classes (10 images each), and the exponent at which they grow."""
+    """Seconds of our iteration by images per class (10 classes) and by classes (10 images each), and the exponent at
+    which they grow."""
     rows = []
     for axis, sizes in GROWTH.items():
         seconds = []
         for size in sizes:
             kept = [s for s in SETTINGS[method] if not s.startswith("data.")]
-            count = {"ipc": (f"ipc={size}",), "classes": ("ipc=10", f"data.classes={list(range(size))}".replace(" ", ""))}[axis]
+            count = {
+                "ipc": (f"ipc={size}",),
+                "classes": ("ipc=10", f"data.classes={list(range(size))}".replace(" ", "")),
+            }[axis]
             per_class = 100 * (size if axis == "classes" else 10)
             sets = (*kept, f"data.size={per_class}", "network.options={width: 32}", *SMALL[method], *count)
             seconds.append(statistics.median(in_a_process("alone", method, sets, None, options)))
             print(f"{method:<8} {axis} {size}: {seconds[-1]:.3f} s", flush=True)
-        rows.append({"name": method, "axis": axis, "sizes": sizes, "seconds": seconds, "exponent": slope(sizes, seconds)})
+        rows.append(
+            {"name": method, "axis": axis, "sizes": sizes, "seconds": seconds, "exponent": slope(sizes, seconds)}
+        )
     return rows
 
 
@@ -255,22 +299,38 @@ def slope(sizes: tuple[int, ...], seconds: list[float]) -> float:
 
 
 def kept(name: str) -> dict[tuple[str, Any], dict[str, Any]]:
-    """The rows of an earlier run, by method and by images per class or by axis; a run of some of them leaves the others as they were."""
+    """The rows of an earlier run, by method and by images per class or by axis; a run of some of them leaves the others
+    as they were."""
     path = RESULTS / f"{name}.json"
     rows = json.loads(path.read_text())["figures"]["rows"] if path.exists() else []
     return {(row["name"], row.get("axis", row.get("ipc"))): row for row in rows}
 
 
 def main() -> None:
-    """Compare with every peer that is there, keep results/synthetic.json (and, with --growth, results/synthetic_growth.json) and write the page."""
+    """Compare with every peer that is there, keep results/synthetic.json (and, with --growth,
+    results/synthetic_growth.json) and write the page."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     for method, (_, repository) in PEERS.items():
         parser.add_argument(
-            f"--{method}", type=Path, metavar="FOLDER", help=f"a checkout of {repository}; default: $STILLHOUSE_PEER_{method.upper()}"
+            f"--{method}",
+            type=Path,
+            metavar="FOLDER",
+            help=f"a checkout of {repository}; default: $STILLHOUSE_PEER_{method.upper()}",
         )
-    parser.add_argument("--only", nargs="+", choices=list(CASES), default=list(CASES), metavar="CASE", help="cases, such as 'mtt, ipc 1'")
     parser.add_argument(
-        "--growth", nargs="*", choices=list(PEERS), metavar="METHOD", help="how our cost grows, in the place of the comparison; default: all"
+        "--only",
+        nargs="+",
+        choices=list(CASES),
+        default=list(CASES),
+        metavar="CASE",
+        help="cases, such as 'mtt, ipc 1'",
+    )
+    parser.add_argument(
+        "--growth",
+        nargs="*",
+        choices=list(PEERS),
+        metavar="METHOD",
+        help="how our cost grows, in the place of the comparison; default: all",
     )
     parser.add_argument("--rounds", type=int, default=7, help="iterations of each side")
     parser.add_argument("--threads", type=int, default=1)
@@ -284,7 +344,9 @@ def main() -> None:
         print(json.dumps(part(what, method, tuple(json.loads(sets)), Path(folder), options.rounds)))
         return
     if options.growth is not None:
-        found = kept("synthetic_growth") | {(method, row["axis"]): row for method in options.growth or PEERS for row in growth(method, options)}
+        found = kept("synthetic_growth") | {
+            (method, row["axis"]): row for method in options.growth or PEERS for row in growth(method, options)
+        }
         keep("synthetic_growth", {"rows": [found[key] for key in sorted(found)]}, "cpu", options.threads)
         write_page(RESULTS)
         return
@@ -293,11 +355,15 @@ def main() -> None:
         method = name.partition(",")[0]
         given = getattr(options, method) or os.environ.get(f"STILLHOUSE_PEER_{method.upper()}")
         if not given:
-            print(f"{name}: left out, as the folder of {PEERS[method][1]} is not given (--{method}, or STILLHOUSE_PEER_{method.upper()}).")
+            print(
+                f"{name}: left out, as the folder of {PEERS[method][1]} is not given (--{method}, or "
+                f"STILLHOUSE_PEER_{method.upper()})."
+            )
             continue
         rows[method, CASES[name]["ipc"]] = row = compare(name, Path(given).resolve(), options)
         print(
-            f"{name:<16} {row['seconds']:8.3f} s {row['peer_seconds']:8.3f} s  x{row['ratio']:.3f} ({row['least']:.2f} to {row['most']:.2f})"
+            f"{name:<16} {row['seconds']:8.3f} s {row['peer_seconds']:8.3f} s  x{row['ratio']:.3f} "
+            f"({row['least']:.2f} to {row['most']:.2f})"
             f"  {row['mebibytes']['tensors']:.0f} MiB {row['peer_mebibytes']['tensors']:.0f} MiB",
             flush=True,
         )

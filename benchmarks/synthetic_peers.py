@@ -1,7 +1,9 @@
-"""The authors' own loops of DataDAM, NCFM and MTT, from checkouts, on images that they are given: each stops where an iteration begins.
+"""The authors' own loops of DataDAM, NCFM and MTT, from checkouts, on images that they are given: each stops where an
+iteration begins.
 
-Nothing of theirs is here. What their loops do beside an iteration (data sets from disk, evaluation, logging services) is taken out by names of their modules,
-NCFM's background threads load in the foreground so that their time counts, and libraries that they import and do not use here need not be installed.
+Nothing of theirs is here. What their loops do beside an iteration (data sets from disk, evaluation, logging services)
+is taken out by names of their modules, NCFM's background threads load in the foreground so that their time counts, and
+libraries that they import and do not use here need not be installed.
 """
 
 from __future__ import annotations
@@ -20,7 +22,15 @@ import torch
 from torch import Tensor, nn
 
 ENDLESS = 10**9
-UNUSED = ("kornia", "einops", "einops.layers", "einops.layers.torch", "efficientnet_pytorch", "matplotlib", "matplotlib.pyplot")
+UNUSED = (
+    "kornia",
+    "einops",
+    "einops.layers",
+    "einops.layers.torch",
+    "efficientnet_pytorch",
+    "matplotlib",
+    "matplotlib.pyplot",
+)
 Begins = Callable[[], None]
 """Called by a loop where an iteration begins."""
 
@@ -52,7 +62,13 @@ def datadam(config: Any, real: Real, folder: Path, scratch: Path, begins: Begins
     module.get_dataset = lambda *_: (3, real.size, real.classes, names, None, None, given, None, None, None)
     module.get_eval_pool = lambda *_: []
     module.get_network = _first(begins, module.get_network)
-    options = {"ipc": config.ipc, "batch_real": config.batch_real, "lr_img": config.lr, "dsa_strategy": config.augment.groups, "eval_mode": "none"}
+    options = {
+        "ipc": config.ipc,
+        "batch_real": config.batch_real,
+        "lr_img": config.lr,
+        "dsa_strategy": config.augment.groups,
+        "eval_mode": "none",
+    }
     options |= {"Iteration": ENDLESS, "data_path": scratch, "save_path": scratch}
     sys.argv = ["main_DataDAM.py", *(str(part) for name, value in options.items() for part in (f"--{name}", value))]
     module.main()
@@ -74,15 +90,52 @@ def mtt(config: Any, real: Real, folder: Path, scratch: Path, begins: Begins) ->
     module = _module(folder, "distill")
     given = list(zip(real.images, real.labels.tolist()))
     same = {c: c for c in range(real.classes)}
-    module.get_dataset = lambda *_, **__: (3, real.size, real.classes, list(same), None, None, given, None, None, None, same, same)
+    module.get_dataset = lambda *_, **__: (
+        3,
+        real.size,
+        real.classes,
+        list(same),
+        None,
+        None,
+        given,
+        None,
+        None,
+        None,
+        same,
+        same,
+    )
     module.get_eval_pool = lambda *_: []
-    like = list(importlib.import_module("networks").ConvNet(3, real.classes, 128, 3, "relu", "instancenorm", "avgpooling").parameters())
-    buffer = [[[p.view_as(q) for p, q in zip(row.split([q.numel() for q in like]), like)] for row in path] for path in real.experts]
+    like = list(
+        importlib.import_module("networks")
+        .ConvNet(3, real.classes, 128, 3, "relu", "instancenorm", "avgpooling")
+        .parameters()
+    )
+    buffer = [
+        [[p.view_as(q) for p, q in zip(row.split([q.numel() for q in like]), like)] for row in path]
+        for path in real.experts
+    ]
     kept = scratch / "CIFAR10_NO_ZCA" / "ConvNet"
     kept.mkdir(parents=True)
     torch.save(buffer, kept / "replay_buffer_0.pt")
-    published = Namespace(zca=False, texture=False, max_experts=None, max_files=None, dsa="True", dataset="CIFAR10", data_path="", batch_real=256)
-    published.__dict__ |= {"subset": "", "eval_mode": "S", "model": "ConvNet", "pix_init": "real", "load_all": True, "no_aug": False, "eval_it": -1}
+    published = Namespace(
+        zca=False,
+        texture=False,
+        max_experts=None,
+        max_files=None,
+        dsa="True",
+        dataset="CIFAR10",
+        data_path="",
+        batch_real=256,
+    )
+    published.__dict__ |= {
+        "subset": "",
+        "eval_mode": "S",
+        "model": "ConvNet",
+        "pix_init": "real",
+        "load_all": True,
+        "no_aug": False,
+        "eval_it": -1,
+    }
     published.__dict__ |= {
         "ipc": config.ipc,
         "batch_syn": config.batch_syn,
@@ -90,7 +143,11 @@ def mtt(config: Any, real: Real, folder: Path, scratch: Path, begins: Begins) ->
         "lr_lr": config.lr_lr,
         "lr_teacher": config.inner_lr,
     }
-    published.__dict__ |= {"dsa_strategy": config.augment.groups, "expert_epochs": config.expert_epochs, "syn_steps": config.inner_steps}
+    published.__dict__ |= {
+        "dsa_strategy": config.augment.groups,
+        "expert_epochs": config.expert_epochs,
+        "syn_steps": config.inner_steps,
+    }
     published.__dict__ |= {"max_start_epoch": config.max_start + 1, "Iteration": ENDLESS, "buffer_path": str(scratch)}
     module.main(published)
 
@@ -111,9 +168,29 @@ def ncfm(config: Any, real: Real, folder: Path, scratch: Path, begins: Begins) -
             nn.utils.vector_to_parameters(row, networks[0].parameters())
             torch.save(networks[0].state_dict(), scratch / f"premodel{number}_{what}.pth.tar")
     quiet = lambda *_, **__: None  # noqa: E731
-    args = Namespace(ipc=config.ipc, factor=config.factor, decode_type="single", batch_real=config.batch_real, device="cpu", logger=quiet, rank=1)
-    args.__dict__ |= {"class_list": list(range(real.classes)), "nclass": real.classes, "alpha_for_loss": config.alpha, "beta_for_loss": config.beta}
-    args.__dict__ |= {"sampling_net": False, "local_rank": 1, "niter": ENDLESS, "depth": 3, "iter_calib": 1, "calib_weight": config.calibration}
+    args = Namespace(
+        ipc=config.ipc,
+        factor=config.factor,
+        decode_type="single",
+        batch_real=config.batch_real,
+        device="cpu",
+        logger=quiet,
+        rank=1,
+    )
+    args.__dict__ |= {
+        "class_list": list(range(real.classes)),
+        "nclass": real.classes,
+        "alpha_for_loss": config.alpha,
+        "beta_for_loss": config.beta,
+    }
+    args.__dict__ |= {
+        "sampling_net": False,
+        "local_rank": 1,
+        "niter": ENDLESS,
+        "depth": 3,
+        "iter_calib": 1,
+        "calib_weight": config.calibration,
+    }
     args.__dict__ |= {
         "num_freqs": config.frequencies,
         "num_premodel": len(real.experts),
@@ -126,7 +203,12 @@ def ncfm(config: Any, real: Real, folder: Path, scratch: Path, begins: Begins) -
     condenser = module.Condenser(args, args.class_list, 3, *real.size, device="cpu")
     condenser.load_condensed_data(loader, "mix")
     optimiser = tools.get_optimizer(
-        optimizer="adamw", parameters=condenser.parameters(), lr=0.001, mom_img=0.5, weight_decay=config.weight_decay, logger=quiet
+        optimizer="adamw",
+        parameters=condenser.parameters(),
+        lr=0.001,
+        mom_img=0.5,
+        weight_decay=config.weight_decay,
+        logger=quiet,
     )
     aug, _ = importlib.import_module("utils.diffaug").diffaug(args, device="cpu")
     start, between, final = networks

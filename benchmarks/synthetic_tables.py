@@ -1,6 +1,8 @@
-"""docs/synthetic-tables.md, from evidence/cifar10*.json, fyi.json and ast.json: data-set distillation on CIFAR-10 and digits, method by method.
+"""docs/synthetic-tables.md, from evidence/cifar10*.json, fyi.json and ast.json: data-set distillation on CIFAR-10 and
+digits, method by method.
 
-`python benchmarks/synthetic_tables.py` writes the page anew; with `--runs runs`, where the benches left their products, also its picture.
+`python benchmarks/synthetic_tables.py` writes the page anew; with `--runs runs`, where the benches left their products,
+also its picture.
 """
 
 from __future__ import annotations
@@ -174,7 +176,9 @@ SAID = """
 def main() -> None:
     """Write the page, and the picture where the runs are given."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--runs", type=Path, help="folder with the benches' folders: also draw the picture from their products")
+    parser.add_argument(
+        "--runs", type=Path, help="folder with the benches' folders: also draw the picture from their products"
+    )
     runs = parser.parse_args().runs
     if runs is not None:
         picture(runs).save(ROOT / "docs" / "synthetic-sets.jpg", quality=85)
@@ -183,12 +187,20 @@ def main() -> None:
 
 def page(evidence: Path) -> str:
     """The page from a folder of evidence; rows that are missing are left out."""
-    hard, soft = read(evidence, "cifar10"), read(evidence, "cifar10_soft", "cifar10_cv_dd", "cifar10_nrr_dd", "cifar10_infer")
+    hard, soft = (
+        read(evidence, "cifar10"),
+        read(evidence, "cifar10_soft", "cifar10_cv_dd", "cifar10_nrr_dd", "cifar10_infer"),
+    )
     packed, transfer = read(evidence, "cifar10_pca"), read(evidence, "cifar10_krr_st")
     for group in transfer.values():
         group["scratch"] = untrained(group["random"])
     parts = [HEAD]
-    for text, rows, found in (("hard", HARD, hard), ("soft", SOFT, soft), ("pca", PACKED, packed), ("krr_st", TRANSFER, transfer)):
+    for text, rows, found in (
+        ("hard", HARD, hard),
+        ("soft", SOFT, soft),
+        ("pca", PACKED, packed),
+        ("krr_st", TRANSFER, transfer),
+    ):
         parts.append(TEXTS[text] + accuracies(rows, found) + bases(rows, found) + costs(rows, found))
     small, smooth = read(evidence, "fyi"), read(evidence, "ast")
     parts.append(TEXTS["fyi"] + accuracies(SMALL, small, "dm"))
@@ -211,7 +223,7 @@ def untrained(row: Mapping[str, Any]) -> dict[str, Any]:
     return {"label": "scratch", "seeds": row["seeds"], "metrics": {"accuracy": row["metrics"]["accuracy_scratch"]}}
 
 
-# ---- tables --------------------------------------------------------------------------------------------------------------------------------
+# ---- tables ----------------------------------------------------------------------------------------------------------
 
 
 def accuracies(rows: Sequence[Row], found: Found, over: str = "random") -> str:
@@ -230,7 +242,12 @@ def accuracies(rows: Sequence[Row], found: Found, over: str = "random") -> str:
 
 def seeds(rows: Sequence[Row], found: Found) -> str:
     """The seeds of most cells of a table, and the cells that have others."""
-    each = {(name, g): ", ".join(map(str, found[g][label]["seeds"])) for label, name, _ in rows for g in found if label in found[g]}
+    each = {
+        (name, g): ", ".join(map(str, found[g][label]["seeds"]))
+        for label, name, _ in rows
+        for g in found
+        if label in found[g]
+    }
     most = Counter(each.values()).most_common(1)[0][0]
     others = [f"{name}{' at ' + g if g else ''}: {s}" for (name, g), s in each.items() if s != most]
     return f"Seeds {most}" + (f" ({'; '.join(others)})." if others else ".")
@@ -239,12 +256,15 @@ def seeds(rows: Sequence[Row], found: Found) -> str:
 def accuracy(row: Mapping[str, Any], other: Mapping[str, Any] | None) -> str:
     """A cell: `24.6 ± 0.5 (+6.9 [+4.1, +9.7])`."""
     values = row["metrics"]["accuracy"]
-    own = f"{100 * statistics.fmean(values):.1f}" + (f" ± {100 * statistics.stdev(values):.1f}" if len(values) > 1 else "")
+    own = f"{100 * statistics.fmean(values):.1f}" + (
+        f" ± {100 * statistics.stdev(values):.1f}" if len(values) > 1 else ""
+    )
     return own if other is None or other is row else f"{own} ({difference(row, other)})"
 
 
 def difference(row: Mapping[str, Any], other: Mapping[str, Any]) -> str:
-    """Points of accuracy of a row over another, by the seeds that both have, with the interval; bold where it does not hold 0."""
+    """Points of accuracy of a row over another, by the seeds that both have, with the interval; bold where it does not
+    hold 0."""
     ours, theirs = ({s: v for s, v in zip(r["seeds"], r["metrics"]["accuracy"])} for r in (row, other))
     both = [s for s in ours if s in theirs]
     d = paired_difference([100 * ours[s] for s in both], [100 * theirs[s] for s in both])
@@ -261,7 +281,10 @@ def bases(rows: Sequence[Row], found: Found) -> str:
     cells = []
     for label, name, others in rows:
         for other in others:
-            each = [difference(found[g][label], found[g][other]) if {label, other} <= found[g].keys() else "" for g in groups]
+            each = [
+                difference(found[g][label], found[g][other]) if {label, other} <= found[g].keys() else ""
+                for g in groups
+            ]
             if any(each):
                 cells.append([f"{name} over {names[other]}", *each])
     return "\n" + markdown(["points over its base", *(groups if groups != [""] else ["gain"])], cells) if cells else ""
@@ -274,7 +297,10 @@ def costs(rows: Sequence[Row], found: Found) -> str:
     for label, name, _ in rows:
         there = [found[g][label]["metrics"] if label in found[g] else {} for g in groups]
         if any("stored_mb" in m for m in there):
-            seconds = [f"{statistics.median(m['distil_seconds']):.0f}" if any(m.get("distil_seconds", [0])) else "" for m in there]
+            seconds = [
+                f"{statistics.median(m['distil_seconds']):.0f}" if any(m.get("distil_seconds", [0])) else ""
+                for m in there
+            ]
             stored = [f"{statistics.fmean(m['stored_mb']):.2f}" if m else "" for m in there]
             cells.append([name, *seconds, *stored])
     if not cells:
@@ -289,10 +315,12 @@ def markdown(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     return "\n".join("| " + " | ".join(cells) + " |" for cells in lines) + "\n"
 
 
-# ---- the picture ---------------------------------------------------------------------------------------------------------------------------
+# ---- the picture -----------------------------------------------------------------------------------------------------
 
 
-def picture(runs: Path, columns: Sequence[tuple[str, str, str]] = COLUMNS, seed: int = 10, scale: int = 2) -> Image.Image:
+def picture(
+    runs: Path, columns: Sequence[tuple[str, str, str]] = COLUMNS, seed: int = 10, scale: int = 2
+) -> Image.Image:
     """The first image of each class of sets at one image a class, a row a class and a titled column a method.
 
     Args:
@@ -321,7 +349,9 @@ def picture(runs: Path, columns: Sequence[tuple[str, str, str]] = COLUMNS, seed:
         x = left + k * (side + gap)
         pen.text((x + (side - pen.textlength(title)) / 2, 3), title, fill="black")
         for c, image in enumerate(images):
-            sheet.paste(Image.fromarray(image).resize((side, side), Image.Resampling.NEAREST), (x, top + c * (side + gap)))
+            sheet.paste(
+                Image.fromarray(image).resize((side, side), Image.Resampling.NEAREST), (x, top + c * (side + gap))
+            )
     return sheet
 
 

@@ -1,8 +1,9 @@
-"""How sides are timed: they take turns in short blocks of steps in one process, so that a busy machine slows all of them alike.
+"""How sides are timed: they take turns in short blocks of steps in one process, so that a busy machine slows all of
+them alike.
 
-Stillhouse's own `fit` drives: it draws its batches from a `Turns`, which stamps the clock where a block of draws begins and ends, and between two
-blocks lets the other sides run theirs while Stillhouse's clock stands. On a CPU the clock is the process's CPU time; on a GPU it is wall time,
-synchronised at block ends only.
+Stillhouse's own `fit` drives: it draws its batches from a `Turns`, which stamps the clock where a block of draws begins
+and ends, and between two blocks lets the other sides run theirs while Stillhouse's clock stands. On a CPU the clock is
+the process's CPU time; on a GPU it is wall time, synchronised at block ends only.
 """
 
 from __future__ import annotations
@@ -21,7 +22,8 @@ Step = Callable[[Batch], None]
 
 
 class Turns:
-    """A loader of one epoch for `stillhouse.training.engine.fit`; the first block of each side warms up and is not kept.
+    """A loader of one epoch for `stillhouse.training.engine.fit`; the first block of each side warms up and is not
+    kept.
 
     Args:
         batches: what every side trains on, over and over, in this order.
@@ -32,11 +34,22 @@ class Turns:
     """
 
     def __init__(
-        self, batches: Sequence[Batch], others: Mapping[str, Step], blocks: int, size: int, after_warm_up: Callable[[], None] = lambda: None
+        self,
+        batches: Sequence[Batch],
+        others: Mapping[str, Step],
+        blocks: int,
+        size: int,
+        after_warm_up: Callable[[], None] = lambda: None,
     ) -> None:
         self.batch_size = len(batches[0]["label"])
         self.seconds: dict[str, list[float]] = {OURS: [], **{name: [] for name in others}}
-        self._batches, self._others, self._blocks, self._size, self._after = batches, others, blocks, size, after_warm_up
+        self._batches, self._others, self._blocks, self._size, self._after = (
+            batches,
+            others,
+            blocks,
+            size,
+            after_warm_up,
+        )
         self._cuda = batches[0]["input"].is_cuda
 
     def __len__(self) -> int:
@@ -47,7 +60,9 @@ class Turns:
         """The one epoch's batches."""
         names = list(self._others)
         for number in range(self._blocks + 1):
-            block = [self._batches[i % len(self._batches)] for i in range(number * self._size, (number + 1) * self._size)]
+            block = [
+                self._batches[i % len(self._batches)] for i in range(number * self._size, (number + 1) * self._size)
+            ]
             begin = self._clock()
             yield from map(dict, block)
             self._keep(OURS, number, self._clock() - begin)
@@ -74,7 +89,8 @@ class Turns:
 
 @dataclass(frozen=True)
 class Compared:
-    """A side against the hand-written loop: milliseconds a step (median), and the ratio of blocks run next to each other (median, least, most)."""
+    """A side against the hand-written loop: milliseconds a step (median), and the ratio of blocks run next to each
+    other (median, least, most)."""
 
     milliseconds: float
     ratio: float
@@ -88,5 +104,7 @@ def compare(seconds: Mapping[str, Sequence[float]], base: str) -> dict[str, Comp
     out = {}
     for name, took in seconds.items():
         ratios = [a / b for a, b in zip(took, seconds[base])]
-        out[name] = Compared(1000 * statistics.median(took), statistics.median(ratios), min(ratios), max(ratios), len(ratios))
+        out[name] = Compared(
+            1000 * statistics.median(took), statistics.median(ratios), min(ratios), max(ratios), len(ratios)
+        )
     return out

@@ -1,8 +1,11 @@
-"""Look-ups of one shared table beside separate `nn.EmbeddingBag` tables: `python benchmarks/unified_embedding.py` (under a minute).
+"""Look-ups of one shared table beside separate `nn.EmbeddingBag` tables: `python benchmarks/unified_embedding.py`
+(under a minute).
 
-Sides take turns in one process; a figure is the median over rounds, in million values a second (features times rows of a batch). `bags`: a table a
-feature, ids as they are; `hashed_bags`: the same with ids hashed into tables of the same rows in all; `unified`: hashing and one gather for all features;
-`unified_places`: the same where the loader has hashed already. `train` is a step with gradients and SGD on dense gradients.
+Sides take turns in one process; a figure is the median over rounds, in million values a second (features times rows of
+a batch). `bags`: a table a feature, ids as they are; `hashed_bags`: the same with ids hashed into tables of the same
+rows in all; `unified`: hashing and one gather for all features;
+`unified_places`: the same where the loader has hashed already. `train` is a step with gradients and SGD on dense
+gradients.
 """
 
 from __future__ import annotations
@@ -25,7 +28,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--features", type=int, nargs="+", default=[8, 26, 100])
     parser.add_argument("--values", type=int, default=4000, help="of each feature")
-    parser.add_argument("--share", type=float, default=0.1, help="rows of the shared and of the hashed tables, of all values")
+    parser.add_argument(
+        "--share", type=float, default=0.1, help="rows of the shared and of the hashed tables, of all values"
+    )
     parser.add_argument("--dim", type=int, default=16)
     parser.add_argument("--batch-size", type=int, default=512)
     parser.add_argument("--rounds", type=int, default=15)
@@ -47,7 +52,9 @@ def measured(count: int, options: argparse.Namespace) -> dict[str, float]:
     rows = round(options.share * options.values * count)
     table = UnifiedEmbedding([Feature(str(t)) for t in range(count)], rows, options.dim).to(device)
     bags = nn.ModuleList(nn.EmbeddingBag(options.values, options.dim, mode="sum") for _ in range(count)).to(device)
-    small = nn.ModuleList(nn.EmbeddingBag(max(1, rows // count), options.dim, mode="sum") for _ in range(count)).to(device)
+    small = nn.ModuleList(nn.EmbeddingBag(max(1, rows // count), options.dim, mode="sum") for _ in range(count)).to(
+        device
+    )
     salts = [torch.tensor(salt(t, 0), device=device) for t in range(count)]
     codes = torch.randint(options.values, (options.batch_size, count), device=device)
     places = table.places(codes[:, table.feature])
@@ -57,7 +64,10 @@ def measured(count: int, options: argparse.Namespace) -> dict[str, float]:
 
     sides: dict[str, tuple[nn.Module, Callable[[], Tensor]]] = {
         "bags": (bags, lambda: each(bags, list(codes.unbind(1)))),
-        "hashed_bags": (small, lambda: each(small, [bucket(c, s, max(1, rows // count)) for c, s in zip(codes.unbind(1), salts)])),
+        "hashed_bags": (
+            small,
+            lambda: each(small, [bucket(c, s, max(1, rows // count)) for c, s in zip(codes.unbind(1), salts)]),
+        ),
         "unified": (table, lambda: table(codes)),
         "unified_places": (table, lambda: table.read(places)),
     }

@@ -1,5 +1,5 @@
-"""Writes the generated pages: docs/recipes.md from the option types, docs/comparison.md, docs/claims.md, docs/catalogue.md and docs/methods/ from cards, options,
-recipes and evidence.
+"""Writes the generated pages: docs/recipes.md from the option types, docs/comparison.md, docs/claims.md,
+docs/catalogue.md and docs/methods/ from cards, options, recipes and evidence.
 
 `make docs` writes them anew; `python docs/build.py --check` writes nothing and exits 1 where one is stale.
 """
@@ -91,7 +91,7 @@ def main() -> int:
     return int(check and bool(changed))
 
 
-# ---- the catalogue -------------------------------------------------------------------------------------------------------------------------
+# ---- the catalogue ---------------------------------------------------------------------------------------------------
 
 
 def catalogue(found: list[Card]) -> str:
@@ -102,7 +102,10 @@ def catalogue(found: list[Card]) -> str:
         parts.append(f"## {heading}\n")
         for family in sorted({c.fields.get("family", "general") for c in mine}, key=str.casefold):
             rows = [catalogue_row(c) for c in mine if c.fields.get("family", "general") == family]
-            parts.append(f"### {family[0].upper() + family[1:]}\n\n" + table(("name", "what it does", "paper", "recipe", "evidence", "parity"), rows))
+            parts.append(
+                f"### {family[0].upper() + family[1:]}\n\n"
+                + table(("name", "what it does", "paper", "recipe", "evidence", "parity"), rows)
+            )
     return "\n".join(parts)
 
 
@@ -120,7 +123,9 @@ def catalogue_row(card: Card) -> tuple[str, ...]:
 
 def method_page(card: Card) -> str:
     """docs/methods/<slug>.md."""
-    facts = [(key, prose(value, in_table=True)) for key, value in card.fields.items() if key not in ("arxiv", "provides")]
+    facts = [
+        (key, prose(value, in_table=True)) for key, value in card.fields.items() if key not in ("arxiv", "provides")
+    ]
     facts += [("arXiv", paper_link(card))] if paper_link(card) else []
     if card.provides != (card.slug,):
         facts.append(("names in recipes", ", ".join(f"`{name}`" for name in card.provides)))
@@ -136,7 +141,9 @@ def method_page(card: Card) -> str:
         "## Parity\n",
         parity_section(card),
     ]
-    parts.append(f"Source: [{card.module}](../../{card.file.relative_to(ROOT).as_posix()}). [All methods](../catalogue.md).\n")
+    parts.append(
+        f"Source: [{card.module}](../../{card.file.relative_to(ROOT).as_posix()}). [All methods](../catalogue.md).\n"
+    )
     return "\n".join(part for part in parts if part)
 
 
@@ -154,7 +161,12 @@ def usage(card: Card) -> Iterator[str]:
         yield f"```yaml\n{file.read_text(encoding='utf-8').rstrip()}\n```\n"
     elif card.kind == "objective":
         entries = [
-            yaml.safe_dump({"name": n, **written(catalog.options(catalog.objective(n)))}, default_flow_style=True, sort_keys=False, width=10_000)
+            yaml.safe_dump(
+                {"name": n, **written(catalog.options(catalog.objective(n)))},
+                default_flow_style=True,
+                sort_keys=False,
+                width=10_000,
+            )
             for n in card.provides
         ]
         yield "It has no recipe of its own yet. Its line in any recipe, with its defaults:\n"
@@ -165,7 +177,10 @@ def usage(card: Card) -> Iterator[str]:
 
 def written(model: type[BaseModel]) -> dict[str, Any]:
     """An objective's options as a recipe would hold them; what must be given is shown as `…`."""
-    values = {name: "…" if field.is_required() else field.get_default(call_default_factory=True) for name, field in model.model_fields.items()}
+    values = {
+        name: "…" if field.is_required() else field.get_default(call_default_factory=True)
+        for name, field in model.model_fields.items()
+    }
     return {name: list(v) if isinstance(v, tuple) else v for name, v in values.items() if v is not None}
 
 
@@ -176,10 +191,18 @@ def options(card: Card) -> Iterator[str]:
             keys = catalog.options(cls)
             weight = f"Default `weight`: {cls.default_weight:g}."
             heading = f"Of `{name}`. " if len(card.provides) > 1 else ""
-            yield f"{heading}{weight} `teacher`, `label` and schedules of the weight are those of every objective ([ObjectiveSpec](../recipes.md#objectivespec)).\n"
+            yield (
+                f"{heading}{weight} `teacher`, `label` and schedules of the weight are those of every objective "
+                "([ObjectiveSpec](../recipes.md#objectivespec)).\n"
+            )
             words = argument_words(cls.__doc__ or "")
             rows = [
-                (f"`{n}`" + ("*" if f.is_required() else ""), kind(f), default(f), prose(words.get(n, ""), in_table=True))
+                (
+                    f"`{n}`" + ("*" if f.is_required() else ""),
+                    kind(f),
+                    default(f),
+                    prose(words.get(n, ""), in_table=True),
+                )
                 for n, f in keys.model_fields.items()
             ]
             yield table(("key", "type", "default", "what it is"), rows) if rows else "It has no options.\n"
@@ -187,7 +210,10 @@ def options(card: Card) -> Iterator[str]:
     config = catalog.method(card.slug).Config
     general = set(MethodConfig.model_fields)
     links = table_links(key_table(config, without=general))
-    yield f"Keys of a recipe with `method: {card.slug}`, beside `name`, `seed` and `variants`; the types that methods share are on [the recipe page](../recipes.md).\n"
+    yield (
+        f"Keys of a recipe with `method: {card.slug}`, beside `name`, `seed` and `variants`; the types that methods "
+        "share are on [the recipe page](../recipes.md).\n"
+    )
     yield links
     for own in own_types(config):
         yield f"### {own.__name__}\n\n{prose(' '.join((own.__doc__ or '').split()))}\n"
@@ -218,7 +244,7 @@ def leaves(annotation: Any) -> Iterator[type[BaseModel]]:
         yield from leaves(inner)
 
 
-# ---- claims --------------------------------------------------------------------------------------------------------------------------------
+# ---- claims ----------------------------------------------------------------------------------------------------------
 
 
 @cache
@@ -242,10 +268,17 @@ def claims_page(found: list[Card]) -> str:
     mine = [(card, claims_of()[card.slug]) for card in found if card.slug in claims_of()]
     every = {(name, v) for _, claims in mine for name, v in claims}
     counts = [
-        (f"[{card.slug}](#{card.slug})", *(str(sum(v.verdict == word for _, v in claims) or "") for word in MEANING), paper_link(card) or "–")
+        (
+            f"[{card.slug}](#{card.slug})",
+            *(str(sum(v.verdict == word for _, v in claims) or "") for word in MEANING),
+            paper_link(card) or "–",
+        )
         for card, claims in mine
     ]
-    parts = [f"{len(mine)} papers, {len(every)} claims: {counted(v for _, v in every)}.\n", table(("paper", *MEANING, "arXiv"), counts)]
+    parts = [
+        f"{len(mine)} papers, {len(every)} claims: {counted(v for _, v in every)}.\n",
+        table(("paper", *MEANING, "arXiv"), counts),
+    ]
     headers = ("claim", "expected", "measured", "verdict", "why", "recipe")
     for card, claims in mine:
         name = f"[{prose(summary(card), in_table=False)}](methods/{card.slug}.md)"
@@ -275,7 +308,8 @@ def claims_section(card: Card) -> str:
                 group = f" ({v.group})" if v.group else ""
                 measured = "" if v.mean is None else f" Measured: {v.measured}."
                 lines.append(
-                    f"- **{word[0].upper() + word[1:]}**{group}: {prose(v.says)} Expected: {prose(v.expected)}.{measured} {prose(v.why)}".rstrip()
+                    f"- **{word[0].upper() + word[1:]}**{group}: {prose(v.says)} Expected: "
+                    f"{prose(v.expected)}.{measured} {prose(v.why)}".rstrip()
                 )
     return "\n".join([*lines, "", where_to_start(claims), ""])
 
@@ -290,7 +324,10 @@ def where_to_start(claims: list[tuple[str, Verdict]]) -> str:
     if shown:
         return f"Where to start: {command}, the setting of the first claim that was shown."
     against = f" beside its baseline `{first.over}`" if first.over else ""
-    return f"Where to start: no claim was shown in these settings, so try {command}{against} on your own data before you rely on it."
+    return (
+        f"Where to start: no claim was shown in these settings, so try {command}{against} on your own data before you "
+        "rely on it."
+    )
 
 
 def evidence_section(card: Card) -> str:
@@ -315,12 +352,17 @@ def whole_comparison() -> str:
 
 
 def comparison(path: Path, heading: bool, of: Card) -> str:
-    """The table of an evidence file, how it was made, and a link to all its figures. Of a comparison of many methods: this one's rows and the baselines'."""
+    """The table of an evidence file, how it was made, and a link to all its figures. Of a comparison of many methods:
+    this one's rows and the baselines'."""
     found = json.loads(path.read_text(encoding="utf-8"))
     if path.stem != of.slug and len(found["rows"]) > 20:
         named = {found.get("baseline"), found.get("reference")}
         found["rows"] = [row for row in found["rows"] if row["label"] in named or names_of(row) & set(of.provides)]
-        whole = "data-set distillation](../synthetic-tables.md)" if path.stem.startswith("cifar10") else "all objectives](../comparison.md)"
+        whole = (
+            "data-set distillation](../synthetic-tables.md)"
+            if path.stem.startswith("cifar10")
+            else "all objectives](../comparison.md)"
+        )
         found["note"] = f"Of [the comparison of {whole}, the rows of this one and of the baselines."
     made = [
         f"`{re.sub(r' --(out|data-root)[= ][^ ]+', '', found['command'])}`" if found.get("command") else "",
@@ -330,7 +372,10 @@ def comparison(path: Path, heading: bool, of: Card) -> str:
     ]
     title = f"### {found.get('title') or path.stem}\n\n" if heading else ""
     note = f"{prose(str(found['note']))}\n\n" if found.get("note") else ""
-    return f"{title}{note}{comparison_markdown(without_idle_columns(found))}\n{', '.join(filter(None, made))}. All figures: [evidence/{path.name}](../../evidence/{path.name}).\n"
+    return (
+        f"{title}{note}{comparison_markdown(without_idle_columns(found))}\n{', '.join(filter(None, made))}. All "
+        f"figures: [evidence/{path.name}](../../evidence/{path.name}).\n"
+    )
 
 
 def without_idle_columns(found: dict[str, Any]) -> dict[str, Any]:
@@ -343,7 +388,11 @@ def without_idle_columns(found: dict[str, Any]) -> dict[str, Any]:
     def kept(row: dict[str, Any]) -> dict[str, Any]:
         return {**row, "metrics": {k: v for k, v in row["metrics"].items() if k not in idle}}
 
-    return {**found, "rows": [kept(row) for row in found["rows"]], "teacher": kept(found["teacher"]) if found.get("teacher") else None}
+    return {
+        **found,
+        "rows": [kept(row) for row in found["rows"]],
+        "teacher": kept(found["teacher"]) if found.get("teacher") else None,
+    }
 
 
 def parity_section(card: Card) -> str:
@@ -351,10 +400,12 @@ def parity_section(card: Card) -> str:
     if not kinds:
         return "There are no arrays of the authors' code that it is compared with.\n"
     count = "one kind" if len(kinds) == 1 else f"{len(kinds)} kinds"
-    return f"It is compared with arrays of the authors' code in {count} of case: {', '.join(f'`{k}`' for k in kinds)}.\n"
+    return (
+        f"It is compared with arrays of the authors' code in {count} of case: {', '.join(f'`{k}`' for k in kinds)}.\n"
+    )
 
 
-# ---- what is known of a card ---------------------------------------------------------------------------------------------------------------
+# ---- what is known of a card -----------------------------------------------------------------------------------------
 
 
 def recipe_of(card: Card) -> Path | None:
@@ -363,15 +414,19 @@ def recipe_of(card: Card) -> Path | None:
 
 
 def measured(card: Card) -> list[Path]:
-    """evidence/<slug>.json, and comparisons of several methods (files that are named after no method) in which it is a row."""
+    """evidence/<slug>.json, and comparisons of several methods (files that are named after no method) in which it is a
+    row."""
     folder = ROOT / "evidence"
     own = [p for p in (folder / f"{card.slug}.json",) if p.is_file()]
-    return own + [p for p in sorted(folder.glob("*.json")) if p.stem not in catalog.cards() and names_in(p) & set(card.provides)]
+    return own + [
+        p for p in sorted(folder.glob("*.json")) if p.stem not in catalog.cards() and names_in(p) & set(card.provides)
+    ]
 
 
 @cache
 def names_in(path: Path) -> frozenset[str]:
-    """The objectives and methods that the rows of an evidence file ran, as their recipes say; `ce` alone is in all and left out."""
+    """The objectives and methods that the rows of an evidence file ran, as their recipes say; `ce` alone is in all and
+    left out."""
     return frozenset(name for row in json.loads(path.read_text(encoding="utf-8"))["rows"] for name in names_of(row))
 
 
@@ -380,7 +435,10 @@ def names_of(row: dict[str, Any]) -> set[str]:
     names: set[str] = set()
     for file in (ROOT / "recipes").rglob(str(row.get("recipe"))):
         tree = recipe.resolve(recipe.read_yaml(file), row.get("variant"))
-        names |= {tree.get("method", "distillation"), *(o if isinstance(o, str) else o["name"] for o in tree.get("objectives") or [])}
+        names |= {
+            tree.get("method", "distillation"),
+            *(o if isinstance(o, str) else o["name"] for o in tree.get("objectives") or []),
+        }
     return names - {"ce", "distillation"}
 
 

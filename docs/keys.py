@@ -1,4 +1,5 @@
-"""Option types as tables of keys: name, type in words, default, description; and the Markdown that all generated pages are made of."""
+"""Option types as tables of keys: name, type in words, default, description; and the Markdown that all generated pages
+are made of."""
 
 from __future__ import annotations
 
@@ -39,7 +40,12 @@ def recipe_reference() -> str:
 def key_table(model: type[BaseModel], without: Iterable[str] = ()) -> str:
     """A table of a model's keys: name, type, default, description."""
     rows = [
-        (f"`{name}`" + ("*" if field.is_required() else ""), kind(field), default(field), prose(field.description or "", in_table=True))
+        (
+            f"`{name}`" + ("*" if field.is_required() else ""),
+            kind(field),
+            default(field),
+            prose(field.description or "", in_table=True),
+        )
         for name, field in model.model_fields.items()
         if name not in without
     ]
@@ -55,13 +61,25 @@ def kind(field: FieldInfo) -> str:
         "Lt": ("lt", "below"),
         "MinLen": ("min_length", "length at least"),
     }
-    bounds = [f"{word} {getattr(m, key):g}" for m in field.metadata for name, (key, word) in words.items() if type(m).__name__ == name]
+    bounds = [
+        f"{word} {getattr(m, key):g}"
+        for m in field.metadata
+        for name, (key, word) in words.items()
+        if type(m).__name__ == name
+    ]
     return ", ".join([in_words(field.annotation), *bounds])
 
 
 def in_words(annotation: Any) -> str:
     """A type as a user reads it: `float | None` is "number", a shared type is a link to its section."""
-    plain = {str: "text", int: "whole number", float: "number", bool: "true or false", NoneType: "null", Any: "anything"}
+    plain = {
+        str: "text",
+        int: "whole number",
+        float: "number",
+        bool: "true or false",
+        NoneType: "null",
+        Any: "anything",
+    }
     if annotation in plain:
         return plain[annotation]
     origin, inner = get_origin(annotation), get_args(annotation)

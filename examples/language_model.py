@@ -1,6 +1,7 @@
 """Distil a causal language model into a smaller one of the same tokenizer, token by token.
 
-Take your own models, and batches as transformers' collators make them: `input_ids`, `labels` (shifted for you; -100 where
+Take your own models, and batches as transformers' collators make them: `input_ids`, `labels` (shifted for you; -100
+where
 none counts), `attention_mask`. Needs: pip install 'stillhouse[text]'.
 """
 

@@ -24,7 +24,9 @@ train_rows, test_rows = [row() for _ in range(1000)], [row() for _ in range(300)
 
 
 def bert(width: int) -> AutoModelForSequenceClassification:
-    config = BertConfig(vocab_size=64, hidden_size=width, intermediate_size=2 * width, num_hidden_layers=1, num_attention_heads=2)
+    config = BertConfig(
+        vocab_size=64, hidden_size=width, intermediate_size=2 * width, num_hidden_layers=1, num_attention_heads=2
+    )
     return AutoModelForSequenceClassification.from_config(config)
 
 

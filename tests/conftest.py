@@ -46,7 +46,9 @@ def recipe_file(tmp_path: Path):
 
 
 @pytest.fixture
-def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Callable[..., tuple[int, str, str]]:
+def command(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> Callable[..., tuple[int, str, str]]:
     """Run the command in this process, in an empty folder; (exit code, stdout, stderr)."""
     from stillhouse import cli
 

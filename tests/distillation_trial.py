@@ -1,7 +1,8 @@
-"""Run by test_killed_distillation.py in a process of its own: one unbroken distillation, then ones that are killed with SIGKILL and started again.
+"""Run by test_killed_distillation.py in a process of its own: one unbroken distillation, then ones that are killed with
+SIGKILL and started again.
 
-Prints one JSON line: for each moment, whether the run was killed and went on where it was, and whether its files are the unbroken run's to the byte. Children are forked, so that
-importing torch is paid once.
+Prints one JSON line: for each moment, whether the run was killed and went on where it was, and whether its files are
+the unbroken run's to the byte. Children are forked, so that importing torch is paid once.
 """
 
 from __future__ import annotations
@@ -34,7 +35,8 @@ FILES = ("product/images.safetensors", "metrics.csv", "evaluation.json")
 
 
 def child(work: Path, name: str, moment: str | None) -> int:
-    """Fork, distil, and die at the moment: `step:N` (after the N-th step), `save:N` (while the N-th checkpoint is being written); the exit status."""
+    """Fork, distil, and die at the moment: `step:N` (after the N-th step), `save:N` (while the N-th checkpoint is being
+    written); the exit status."""
     pid = os.fork()
     if pid:
         return os.waitpid(pid, 0)[1]
@@ -59,7 +61,9 @@ def child(work: Path, name: str, moment: str | None) -> int:
                 os.kill(os.getpid(), signal.SIGKILL)
 
         loop.Loop._collect, torch.save = collected, torn  # type: ignore[method-assign, assignment]
-        loop.loop.__kwdefaults__["checkpoint_seconds"] = 0.0  # at every log point: a distillation has one every 10 steps
+        loop.loop.__kwdefaults__["checkpoint_seconds"] = (
+            0.0  # at every log point: a distillation has one every 10 steps
+        )
         execute(validate(RECIPE), work / name, cpu=True)
         (work / f"{name}.steps").write_text(str(seen["step"]))
     except BaseException:

@@ -1,7 +1,8 @@
-"""Run by test_resume.py in a process of its own: one unbroken run, then runs that are killed with SIGKILL at given moments and started again.
+"""Run by test_resume.py in a process of its own: one unbroken run, then runs that are killed with SIGKILL at given
+moments and started again.
 
-Prints one JSON line: for each moment, whether the weights and the metrics are the unbroken run's to the byte. Children are forked, so that
-importing torch is paid once.
+Prints one JSON line: for each moment, whether the weights and the metrics are the unbroken run's to the byte. Children
+are forked, so that importing torch is paid once.
 """
 
 from __future__ import annotations
@@ -26,7 +27,8 @@ from stillhouse.training import engine
 RECIPE = """
 data: {{name: digits, size: 200, val: 0.2, workers: {workers}, mixup: 0.2}}
 teachers:
-  teacher: {{model: stillhouse:mlp, options: {{widths: [32]}}, train: {{epochs: 2, batch_size: 20, checkpoint_seconds: 0, log_every: 3}}}}
+  teacher: {{model: stillhouse:mlp, options: {{widths: [32]}}, 
+    train: {{epochs: 2, batch_size: 20, checkpoint_seconds: 0, log_every: 3}}}}
   average: {{momentum: 0.9}}
   past: {{past_self: true}}
 student: {{model: stillhouse:mlp, options: {{widths: [24]}}}}
@@ -36,11 +38,12 @@ objectives:
   - {{name: kd, label: from_average, teacher: average, weight: 0.3}}
   - {{name: kd, label: from_past, teacher: past, weight: 0.3}}
   - {{name: "file:{inner}"}}
-train: {{epochs: 4, batch_size: 20, optimizer: {{lr: 0.1}}, ema: 0.9, best: accuracy, log_every: 3, checkpoint_seconds: 0, accumulate: 2}}
+train: {{epochs: 4, batch_size: 20, optimizer: {{lr: 0.1}}, ema: 0.9, best: accuracy, log_every: 3,
+  checkpoint_seconds: 0, accumulate: 2}}
 """
 
 INNER = '''
-"""An objective with layers and an optimiser of its own, stepped before each training step, and with draws of its own."""
+"""An objective with layers and an optimiser of its own, stepped before each step, and with draws of its own."""
 import torch
 from torch.nn import functional as F
 from stillhouse.distillation.objective import Objective
@@ -73,7 +76,8 @@ class Inner(Objective):
 
 
 def child(work: Path, folder: Path, cache: Path, workers: int, moment: str | None) -> int:
-    """Fork, run, and die at the moment: `step:N`, `save:N` (while the N-th checkpoint is being written), `eval:N`; returns the exit status."""
+    """Fork, run, and die at the moment: `step:N`, `save:N` (while the N-th checkpoint is being written), `eval:N`;
+    returns the exit status."""
     pid = os.fork()
     if pid:
         return os.waitpid(pid, 0)[1]
@@ -122,7 +126,14 @@ def main(work: Path, workers: int, moments: list[str]) -> None:
         folder, cache = work / moment.replace(":", "-"), work / f"cache-{moment.replace(':', '-')}"
         first = child(work, folder, cache, workers, moment)
         second = child(work, folder, cache, workers, None)
-        same = {f: (folder / f).read_bytes() == (whole / f).read_bytes() for f in ("product/model.safetensors", "metrics.csv")} if second == 0 else {}
+        same = (
+            {
+                f: (folder / f).read_bytes() == (whole / f).read_bytes()
+                for f in ("product/model.safetensors", "metrics.csv")
+            }
+            if second == 0
+            else {}
+        )
         out[moment] = {"killed": os.WIFSIGNALED(first), "finished": second == 0, **same}
     print(json.dumps(out))
 

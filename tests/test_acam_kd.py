@@ -1,4 +1,5 @@
-"""ACAM-KD: the identities of masks, fusion and terms, on maps of classifiers, segmenters and transformers, and the errors a user meets."""
+"""ACAM-KD: the identities of masks, fusion and terms, on maps of classifiers, segmenters and transformers, and the
+errors a user meets."""
 
 from __future__ import annotations
 
@@ -25,7 +26,10 @@ def net(name: str, **options: object) -> nn.Module:
 
 
 def batch() -> dict[str, Tensor]:
-    return {"input": torch.randn(4, *SHAPE, generator=torch.Generator().manual_seed(0)), "label": torch.tensor([0, 1, 2, 4])}
+    return {
+        "input": torch.randn(4, *SHAPE, generator=torch.Generator().manual_seed(0)),
+        "label": torch.tensor([0, 1, 2, 4]),
+    }
 
 
 def maps(channels: int = 6, other: int | None = None) -> tuple[Tensor, Tensor]:
@@ -85,7 +89,9 @@ def test_constant_keys_fuse_the_mean_so_that_spatial_masks_are_flat() -> None:
     with torch.no_grad():
         level.to_key.weight.zero_()
     fused = level.fuse(student, teacher)
-    torch.testing.assert_close(fused, level.to_value(student).mean((2, 3), keepdim=True).expand_as(fused), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        fused, level.to_value(student).mean((2, 3), keepdim=True).expand_as(fused), rtol=1e-4, atol=1e-5
+    )
     spatial, _ = level.masks(fused)
     torch.testing.assert_close(spatial, spatial[..., :1].expand_as(spatial))
 
@@ -115,7 +121,11 @@ def test_gradients_are_those_of_finite_differences() -> None:
 
     def total(student: Tensor) -> Tensor:
         spatial, channel = level.masks(level.fuse(student, teacher))
-        return sum(masked_losses((teacher - student).flatten(2), spatial, channel)) + mask_overlap(spatial) + mask_overlap(channel)
+        return (
+            sum(masked_losses((teacher - student).flatten(2), spatial, channel))
+            + mask_overlap(spatial)
+            + mask_overlap(channel)
+        )
 
     assert torch.autograd.gradcheck(total, torch.randn(1, 4, 3, 3, dtype=torch.float64, requires_grad=True))
 

@@ -1,4 +1,5 @@
-"""AST: smooth experts, a loss that is MTT's when all is switched off, representative images, and faults in a sentence."""
+"""AST: smooth experts, a loss that is MTT's when all is switched off, representative images, and faults in a
+sentence."""
 
 from __future__ import annotations
 
@@ -64,7 +65,9 @@ def test_without_momentum_factor_and_middle_terms_it_is_mtt():
     path = momentum_path(flat.gradient, start, batches(x, 4), lr, momentum=0)
     end = unroll(flat.gradient, start, batches(x, 4), lr)
     weights = torch.tensor(path_weights(2, "none"))
-    assert torch.allclose((weights * path_distances(path, targets)).sum(), trajectory_distance(end, start, targets[-1]), rtol=1e-5)
+    assert torch.allclose(
+        (weights * path_distances(path, targets)).sum(), trajectory_distance(end, start, targets[-1]), rtol=1e-5
+    )
 
 
 @pytest.mark.parametrize(("middle", "total"), [("none", 1.0), ("agg", 3.0), ("adaptive", 2.0)])
@@ -73,7 +76,9 @@ def test_a_student_that_stands_still_loses_one_for_every_target(middle: str, tot
     start = flat.vector()
     targets = start + normal(3, flat.size, seed=1)
     path = momentum_path(flat.gradient, start, batches(normal(3, 3, 8, 8), 6), torch.tensor(0.0))
-    assert (torch.tensor(path_weights(3, middle)) * path_distances(path, targets)).sum().item() == pytest.approx(total, rel=1e-5)
+    assert (torch.tensor(path_weights(3, middle)) * path_distances(path, targets)).sum().item() == pytest.approx(
+        total, rel=1e-5
+    )
 
 
 def test_momentum_is_that_of_sgd():
@@ -145,7 +150,9 @@ def test_centres_give_their_nearest_rows_in_turn_and_a_row_once():
         nearest_in_turn(features, torch.zeros(1, 1), 6)
 
 
-@pytest.mark.parametrize("options", [{"middle": "adaptive", "unroll": "last", "inner_steps": 10}, {"ipc": 2, "batch_syn": 7}])
+@pytest.mark.parametrize(
+    "options", [{"middle": "adaptive", "unroll": "last", "inner_steps": 10}, {"ipc": 2, "batch_syn": 7}]
+)
 def test_options_run_and_the_set_brings_a_rate_to_train_with(options: dict, tmp_path: Path):
     execute(validate({**DIGITS, **options}), tmp_path / "run", cpu=True)
     made = load_product(tmp_path / "run")

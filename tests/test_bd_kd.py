@@ -41,8 +41,12 @@ def test_the_divergences_match_a_hand_calculation() -> None:
     assert forward.item() == pytest.approx(0.8 * math.log(4 / 3) + 0.2 * math.log(1 / 2), abs=1e-6)
     assert reverse.item() == pytest.approx(0.6 * math.log(3 / 4) + 0.4 * math.log(2), abs=1e-6)
     assert not surer(student, teacher).item()
-    assert balanced_divergence(student, teacher, temperature=1.0, delta=2.0).item() == pytest.approx(0.3008155, abs=1e-6)
-    assert balanced_divergence(student, teacher, 1.0, 2.0, rule="swap").item() == pytest.approx(2 * 0.0915162 + 0.1046496, abs=1e-6)
+    assert balanced_divergence(student, teacher, temperature=1.0, delta=2.0).item() == pytest.approx(
+        0.3008155, abs=1e-6
+    )
+    assert balanced_divergence(student, teacher, 1.0, 2.0, rule="swap").item() == pytest.approx(
+        2 * 0.0915162 + 0.1046496, abs=1e-6
+    )
 
 
 def test_equal_predictions_teach_nothing() -> None:
@@ -96,7 +100,11 @@ def test_a_certain_teacher_gives_a_finite_reverse_term() -> None:
 def test_neither_side_sends_gradient_into_the_other(batch: Batch) -> None:
     trained = module(batch)
     peer = trained.teachers["teacher"].model
-    for term, learns, rests in (("student", trained.student, peer), ("peer", peer, trained.student), ("peer_ce", peer, trained.student)):
+    for term, learns, rests in (
+        ("student", trained.student, peer),
+        ("peer", peer, trained.student),
+        ("peer_ce", peer, trained.student),
+    ):
         trained.zero_grad()
         trained(batch, Progress())["bd_kd." + term].backward()
         assert all(p.grad.abs().sum() > 0 for p in learns.parameters()), term
@@ -126,4 +134,8 @@ def test_a_frozen_teacher_a_shared_network_and_wrong_options_get_a_sentence(batc
     same = nn.Linear(6, 5)
     shared = Distillation(same, CoTrained(same), [BDKD()]).build(batch)
     with pytest.raises(UserError, match="one and the same"):
-        shared.prepare(TrainingContext(shared, Progress(), {}, 0, torch.device("cpu"), tmp_path, DataLoader(TensorDataset(torch.zeros(4)))))
+        shared.prepare(
+            TrainingContext(
+                shared, Progress(), {}, 0, torch.device("cpu"), tmp_path, DataLoader(TensorDataset(torch.zeros(4)))
+            )
+        )

@@ -1,4 +1,5 @@
-"""The catalogue: cards are read as text from files and from folders with `method.py`; what has no complete card is refused, not passed over."""
+"""The catalogue: cards are read as text from files and from folders with `method.py`; what has no complete card is
+refused, not passed over."""
 
 from __future__ import annotations
 
@@ -14,7 +15,10 @@ from stillhouse.catalog.finding import scan
 from stillhouse.errors import UserError
 from stillhouse.runs.products import KINDS, Product
 
-CARD = '"""Short: one sentence.\n\npaper: On Something\narxiv: 1234.56789\n\nProse.\n"""\n\nraise RuntimeError("imported")\n'
+CARD = (
+    '"""Short: one sentence.\n\npaper: On Something\narxiv: 1234.56789\n\nProse.\n"""\n\n'
+    'raise RuntimeError("imported")\n'
+)
 
 
 def write(folder: Path, **files: str) -> Path:
@@ -63,7 +67,9 @@ def test_a_paper_is_a_file_or_a_folder_whose_other_files_are_no_cards(tmp_path: 
     ],
     ids=["no paper", "no docstring", "no title", "folder", "card in __init__", "helpers without method.py"],
 )
-def test_what_has_no_complete_card_is_refused_by_its_file_and_what_it_lacks(tmp_path: Path, files: dict[str, str], named: str, missing: str):
+def test_what_has_no_complete_card_is_refused_by_its_file_and_what_it_lacks(
+    tmp_path: Path, files: dict[str, str], named: str, missing: str
+):
     with pytest.raises(UserError) as error:
         found(write(tmp_path, graphs___whole=CARD, **files))
     assert f"{named} " in str(error.value) and missing in str(error.value)
@@ -86,7 +92,11 @@ def test_reading_the_cards_imports_no_torch():
 def test_a_product_names_the_module_of_its_card_which_gives_its_class(slug: str):
     entry = catalog.card(slug)
     importlib.import_module(entry.module)
-    kinds = {c.kind: c for c in subclasses(Product) if f"{c.__module__}.".startswith(f"{entry.module}.") and vars(c).get("kind", c.kind) not in KINDS}
+    kinds = {
+        c.kind: c
+        for c in subclasses(Product)
+        if f"{c.__module__}.".startswith(f"{entry.module}.") and vars(c).get("kind", c.kind) not in KINDS
+    }
     for kind, cls in kinds.items():
         module, _, name = kind.partition(":")
         assert module == entry.module and getattr(sys.modules[module], name) is cls

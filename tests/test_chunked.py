@@ -1,4 +1,5 @@
-"""Losses in chunks equal the plain loss on full logits, in value and gradient, and never make a full tensor of logits."""
+"""Losses in chunks equal the plain loss on full logits, in value and gradient, and never make a full tensor of
+logits."""
 
 from __future__ import annotations
 
@@ -35,7 +36,8 @@ class World:
         return TopK(log_probs, indices, 1 - log_probs.exp().sum(-1))
 
     def same(self, mine: Tensor, plain: Tensor, rtol: float = 1e-5) -> None:
-        """Equal values, and equal gradients with respect to hidden states, matrix and bias, each of 3 times the loss."""
+        """Equal values, and equal gradients with respect to hidden states, matrix and bias, each of 3 times the
+        loss."""
         torch.testing.assert_close(mine, plain, rtol=rtol, atol=1e-6)
         for a, b in zip(torch.autograd.grad(3 * mine, self.leaves), torch.autograd.grad(3 * plain, self.leaves)):
             assert (a - b).abs().max() <= rtol * b.abs().max()
@@ -63,7 +65,9 @@ def test_divergences_in_chunks_are_the_plain_ones(beta: float, given: str) -> No
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
 def test_a_top_k_teacher_in_chunks_is_the_plain_one(beta: float, temperature: float) -> None:
     world, top = World(), World().top()
-    rows = jsd_rows(coarse_logits(world.student.logits(), top.indices, temperature), coarse_log_probs(top, V, temperature), beta)
+    rows = jsd_rows(
+        coarse_logits(world.student.logits(), top.indices, temperature), coarse_log_probs(top, V, temperature), beta
+    )
     mine = linear_divergence(world.student, top, beta=beta, temperature=temperature, mask=world.mask, rows=4)
     world.same(mine, counted_mean(rows, world.mask))
 
@@ -72,12 +76,17 @@ def test_a_top_k_teacher_in_chunks_is_the_plain_one(beta: float, temperature: fl
 def test_a_row_that_names_fewer_than_k_tokens_is_the_row_of_those_tokens(beta: float) -> None:
     shorter, world = World(), World()
     top = world.top()
-    fewer = TopK(top.log_probs[..., :2], top.indices[..., :2], (1 - top.log_probs[..., :2].exp().sum(-1)).clamp_min(1e-6))
+    fewer = TopK(
+        top.log_probs[..., :2], top.indices[..., :2], (1 - top.log_probs[..., :2].exp().sum(-1)).clamp_min(1e-6)
+    )
     padded_probs, padded_indices = top.log_probs.clone(), top.indices.clone()
     padded_probs[..., 2:], padded_indices[..., 2:] = -math.inf, top.indices[..., :1]
     padded = TopK(padded_probs, padded_indices, fewer.tail)
     # the tail's share of the other classes does not matter at temperature 1
-    a, b = linear_divergence(world.student, padded, beta=beta, rows=4), linear_divergence(shorter.student, fewer, beta=beta, rows=4)
+    a, b = (
+        linear_divergence(world.student, padded, beta=beta, rows=4),
+        linear_divergence(shorter.student, fewer, beta=beta, rows=4),
+    )
     torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
     a.backward(), b.backward()
     torch.testing.assert_close(world.student.weight.grad, shorter.student.weight.grad, rtol=1e-4, atol=1e-6)
@@ -90,7 +99,9 @@ def test_a_top_k_teacher_that_leaves_one_class_out_is_the_full_teacher() -> None
     top = TopK(log_probs, indices, (logits.log_softmax(-1).exp().amin(-1)))
     for temperature in (1.0, 3.0):
         exact = linear_divergence(world.student, logits, temperature=temperature)
-        torch.testing.assert_close(linear_divergence(world.student, top, temperature=temperature), exact, rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(
+            linear_divergence(world.student, top, temperature=temperature), exact, rtol=1e-4, atol=1e-6
+        )
 
 
 def test_a_teacher_without_tail_or_with_masked_tokens_gives_finite_gradients() -> None:
@@ -161,13 +172,16 @@ def test_a_second_backward_is_refused_instead_of_wrong() -> None:
 
 
 def test_no_full_logits_are_held() -> None:
-    """4,096 rows of 2,000 tokens are 31 MiB; the chunks, the gradient of the matrix and of the hidden states together are under an eighth."""
+    """4,096 rows of 2,000 tokens are 31 MiB; the chunks, the gradient of the matrix and of the hidden states together
+    are under an eighth."""
     student = Head(torch.randn(4096, 8, requires_grad=True), torch.randn(2000, 8, requires_grad=True))
     teacher = Head(torch.randn(4096, 8), torch.randn(2000, 8))
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         linear_divergence(student, teacher, rows=64).backward()
     held = most = 0
-    for event in sorted((e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"), key=lambda e: e.start_ns()):
+    for event in sorted(
+        (e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"), key=lambda e: e.start_ns()
+    ):
         held += event.nbytes()
         most = max(most, held)
     assert 0 < most < 4096 * 2000 * 4 / 8

@@ -1,4 +1,5 @@
-"""Losses in chunks from a recipe: the terms and weights of all logits at once, without a tensor of them; and teachers known by their top k."""
+"""Losses in chunks from a recipe: the terms and weights of all logits at once, without a tensor of them; and teachers
+known by their top k."""
 
 from __future__ import annotations
 
@@ -28,7 +29,12 @@ from stillhouse.tasks.tokens import Tokens
 
 pytest.importorskip("transformers", reason="transformers is not installed")
 GPT2 = {"n_layer": 1, "n_head": 2, "n_embd": 16, "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
-ALL = [{"name": "gkd", "beta": 0.5}, {"name": "taid", "label": "taid"}, {"name": "seq_kd", "weight": 0.5}, {"name": "ce", "weight": 0.5}]
+ALL = [
+    {"name": "gkd", "beta": 0.5},
+    {"name": "taid", "label": "taid"},
+    {"name": "seq_kd", "weight": 0.5},
+    {"name": "ce", "weight": 0.5},
+]
 STEPS = Progress(steps_per_epoch=4, epochs=1)
 
 
@@ -39,7 +45,11 @@ def spec(tmp_path: Path) -> dict[str, Any]:
     (tmp_path / "pairs.jsonl").write_text("\n".join(map(json.dumps, lines)))
     return {
         "data": {"name": f"text:{tmp_path / 'pairs.jsonl'}", "options": {"tokenizer": "bytes", "context": 40}},
-        "teacher": {"model": "hf:config:gpt2", "options": {**GPT2, "n_embd": 24, "vocab_size": 300}, "train": {"epochs": 1, "batch_size": 4}},
+        "teacher": {
+            "model": "hf:config:gpt2",
+            "options": {**GPT2, "n_embd": 24, "vocab_size": 300},
+            "train": {"epochs": 1, "batch_size": 4},
+        },
         "student": {"model": "hf:config:gpt2", "options": {**GPT2, "vocab_size": 320}},
         "objectives": ALL,
         "train": {"epochs": 2, "batch_size": 4, "log_every": 1, "optimizer": {"name": "sgd", "lr": 0.1}},
@@ -54,7 +64,8 @@ def trained(spec: dict[str, Any], folder: Path, **changes: Any) -> tuple[list[di
     execute(recipe.validate({**spec, **changes}), folder, cpu=True)
     with (folder / "metrics.csv").open() as handle:
         rows = [
-            {k: float(v) for k, v in r.items() if k.split(".")[0] in ("loss", "gkd", "taid", "seq_kd", "ce") and v} for r in csv.DictReader(handle)
+            {k: float(v) for k, v in r.items() if k.split(".")[0] in ("loss", "gkd", "taid", "seq_kd", "ce") and v}
+            for r in csv.DictReader(handle)
         ]
     return [r for r in rows if r], load_file(folder / "product" / "model" / "model.safetensors")
 
@@ -70,7 +81,8 @@ def built(spec: dict[str, Any], **changes: Any) -> tuple[Any, Any]:
 
 
 class Largest(TorchDispatchMode):
-    """Notes the most numbers in a tensor whose last dimension is a vocabulary, padded or not, in a forward or backward pass."""
+    """Notes the most numbers in a tensor whose last dimension is a vocabulary, padded or not, in a forward or backward
+    pass."""
 
     def __init__(self, *widths: int) -> None:
         super().__init__()
@@ -101,13 +113,21 @@ def test_a_step_in_chunks_makes_no_tensor_of_all_tokens_and_the_vocabulary(spec,
         with Largest(300, 320, module.task.vocabulary) as largest:
             module(batch, STEPS)["loss"].backward()
         rows[how] = largest.rows
-    assert rows[False] == batch["label"].numel() > 2 * 24 and rows[True] <= 24  # which is the width of the teacher's matrix, transposed
+    assert (
+        rows[False] == batch["label"].numel() > 2 * 24 and rows[True] <= 24
+    )  # which is the width of the teacher's matrix, transposed
 
 
-def test_a_vocabulary_is_chunked_by_itself_only_where_it_is_big_and_everything_can(spec, monkeypatch: pytest.MonkeyPatch):
+def test_a_vocabulary_is_chunked_by_itself_only_where_it_is_big_and_everything_can(
+    spec, monkeypatch: pytest.MonkeyPatch
+):
     assert not built(spec)[0]._reader.task.without_head
     monkeypatch.setattr("stillhouse.functional.heads.BIG_VOCABULARY", 200)
-    for objectives, expected in ((ALL, True), ([{"name": "kd"}], False), ([{"name": "ce", "label_smoothing": 0.1}], False)):
+    for objectives, expected in (
+        (ALL, True),
+        ([{"name": "kd"}], False),
+        ([{"name": "ce", "label_smoothing": 0.1}], False),
+    ):
         assert built(spec, objectives=objectives)[0]._reader.task.without_head is expected, objectives
 
 
@@ -142,7 +162,11 @@ def test_a_compiled_step_in_chunks_runs_the_compiled_bodies_of_both_networks(spe
 @pytest.mark.parametrize(
     ("changes", "sentence"),
     [
-        ({"objectives": ["kd"]}, "the objective 'kd' reads logits, not hidden states as gkd, taid, seq_kd, and ce without label smoothing can"),
+        (
+            {"objectives": ["kd"]},
+            "the objective 'kd' reads logits, not hidden states as gkd, taid, seq_kd, and ce without label smoothing "
+            "can",
+        ),
         ({"objectives": [{"name": "ce", "label_smoothing": 0.1}]}, "the objective 'ce' reads logits"),
         (
             {
@@ -176,18 +200,22 @@ def test_a_teacher_that_numbers_its_tokens_otherwise_teaches_in_chunks_as_it_doe
 
     def net(seed: int, size: int) -> Any:
         torch.manual_seed(seed)
-        return transformers.GPT2LMHeadModel(transformers.GPT2Config(vocab_size=size, bos_token_id=0, eos_token_id=0, **GPT2))
+        return transformers.GPT2LMHeadModel(
+            transformers.GPT2Config(vocab_size=size, bos_token_id=0, eos_token_id=0, **GPT2)
+        )
 
     ids = torch.randint(20, (3, 6), generator=torch.Generator().manual_seed(0))
     batch, terms = {"input": {"input_ids": ids}, "label": ids, "index": torch.arange(3)}, {}
     for how in (False, True):
-        teacher = OtherIds(net(1, 50), Mapped(torch.randperm(50, generator=torch.Generator().manual_seed(1))[:20], False))
+        teacher = OtherIds(
+            net(1, 50), Mapped(torch.randperm(50, generator=torch.Generator().manual_seed(1))[:20], False)
+        )
         module = Distillation(net(0, 20), teacher, ["gkd"], task=Tokens("causal", 20), chunked=how).build(batch)
         terms[how] = module(batch, STEPS)["gkd"]
     torch.testing.assert_close(terms[True], terms[False], rtol=1e-5, atol=1e-6)
 
 
-# ---- teachers that are known by their top k ------------------------------------------------------------------------------------------------
+# ---- teachers that are known by their top k --------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("chunked", [False, True])
@@ -211,7 +239,10 @@ def test_a_row_that_names_fewer_than_k_counts_what_it_names_and_one_that_names_n
     loss.backward()
     alone = [
         GKD(beta)(
-            Signals(logits=student[r : r + 1]), Signals(top=TopK(values[r : r + 1, :k], indices[r : r + 1, :k], top.tail[r : r + 1])), {}, STEPS
+            Signals(logits=student[r : r + 1]),
+            Signals(top=TopK(values[r : r + 1, :k], indices[r : r + 1, :k], top.tail[r : r + 1])),
+            {},
+            STEPS,
         )["loss"]
         for r, k in ((0, 3), (1, 2))
     ]
@@ -219,7 +250,7 @@ def test_a_row_that_names_fewer_than_k_counts_what_it_names_and_one_that_names_n
     assert torch.isfinite(student.grad).all() and not student.grad[2].any()
 
 
-# ---- which labels count --------------------------------------------------------------------------------------------------------------------
+# ---- which labels count ----------------------------------------------------------------------------------------------
 
 
 def test_cross_entropy_counts_the_mask_and_divides_by_the_tokens_of_the_whole_step():
@@ -231,4 +262,6 @@ def test_cross_entropy_counts_the_mask_and_divides_by_the_tokens_of_the_whole_st
     batch = {"label": label, "mask": mask}
     for signals in (Signals(logits=logits), Signals(parts={"hidden": logits, "output_weight": torch.eye(9)})):
         torch.testing.assert_close(CrossEntropy()(signals, Signals(), batch, STEPS)["loss"], expected / 4)
-        torch.testing.assert_close(CrossEntropy()(signals, Signals(), {**batch, "token_count": 10}, STEPS)["loss"], expected / 10)
+        torch.testing.assert_close(
+            CrossEntropy()(signals, Signals(), {**batch, "token_count": 10}, STEPS)["loss"], expected / 10
+        )

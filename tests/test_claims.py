@@ -18,7 +18,12 @@ from stillhouse.runs.claims import judge, read_claims
 from stillhouse.runs.evidence import Library, recipe_hash
 from stillhouse.runs.sources import source_files, source_hash
 
-TREE: dict[str, Any] = {"data": "digits", "student": "stillhouse:mlp", "objectives": ["ce"], "variants": {"kd": {"seed": 1}, "same": {}}}
+TREE: dict[str, Any] = {
+    "data": "digits",
+    "student": "stillhouse:mlp",
+    "objectives": ["ce"],
+    "variants": {"kd": {"seed": 1}, "same": {}},
+}
 
 
 def claim(**keys: Any) -> dict[str, Any]:
@@ -27,7 +32,14 @@ def claim(**keys: Any) -> dict[str, Any]:
 
 def row(variant: str | None, values: list[float], figure: str = "accuracy", **facts: Any) -> dict[str, Any]:
     seeds = list(range(len(values)))
-    return {"label": variant or "x", "recipe": "x.yaml", "variant": variant, "seeds": seeds, "metrics": {figure: values}, **facts}
+    return {
+        "label": variant or "x",
+        "recipe": "x.yaml",
+        "variant": variant,
+        "seeds": seeds,
+        "metrics": {figure: values},
+        **facts,
+    }
 
 
 def verdict(given: dict[str, Any], *rows: dict[str, Any], tree: dict[str, Any] = TREE) -> Verdict:
@@ -54,11 +66,19 @@ def test_a_verdict_is_where_the_paired_interval_lies(seed: int) -> None:
 
 def test_a_figure_of_which_less_is_better_turns_the_difference() -> None:
     lower, upper = [1.0, 1.1, 1.05], [1.5, 1.62, 1.54]
-    assert verdict(claim(figure="nll", over="base"), row("kd", lower, "nll"), row(None, upper, "nll")).verdict == "shown"
-    assert verdict(claim(figure="nll", over="base"), row("kd", upper, "nll"), row(None, lower, "nll")).verdict == "contradicted"
+    assert (
+        verdict(claim(figure="nll", over="base"), row("kd", lower, "nll"), row(None, upper, "nll")).verdict == "shown"
+    )
+    assert (
+        verdict(claim(figure="nll", over="base"), row("kd", upper, "nll"), row(None, lower, "nll")).verdict
+        == "contradicted"
+    )
     own = claim(figure="my_figure", over="base", better="higher")
     assert verdict(own, row("kd", upper, "my_figure"), row(None, lower, "my_figure")).verdict == "shown"
-    assert verdict({**own, "better": "lower"}, row("kd", upper, "my_figure"), row(None, lower, "my_figure")).verdict == "contradicted"
+    assert (
+        verdict({**own, "better": "lower"}, row("kd", upper, "my_figure"), row(None, lower, "my_figure")).verdict
+        == "contradicted"
+    )
 
 
 def test_amounts_are_in_the_unit_of_the_reports() -> None:
@@ -91,7 +111,10 @@ def test_a_bound_is_compared_with_the_interval_of_the_mean(bound: float) -> None
 def test_without_rows_nothing_is_measured_and_one_seed_has_no_interval() -> None:
     assert verdict(claim(over="base"), row(None, [0.8, 0.8])).verdict == "not measured"
     assert verdict(claim(at_least=3)).verdict == "not measured"
-    assert verdict(claim(figure="nll", over="base"), row("kd", [0.8, 0.8]), row(None, [0.8, 0.8])).verdict == "not measured", "no such figure"
+    assert (
+        verdict(claim(figure="nll", over="base"), row("kd", [0.8, 0.8]), row(None, [0.8, 0.8])).verdict
+        == "not measured"
+    ), "no such figure"
     one = verdict(claim(over="base"), row("kd", [0.9]), row(None, [0.8]))
     assert (one.verdict, one.low, one.note) == ("not shown", None, "No interval: one seed")
     why = verdict(claim(over="base", because="It takes 40 hours on two cores.")).why
@@ -133,7 +156,10 @@ def test_rows_of_unequal_data_or_steps_or_networks_get_no_interval() -> None:
         assert (found.verdict, found.low) == ("not shown", None) and words in found.why
         note = compare({"baseline": "x", "rows": [{**ours, **facts}, {**theirs, **other}]}).note
         assert words in note and "No interval" in note
-    assert verdict(claim(over="base"), {**ours, "steps": {"student": 101}}, {**theirs, "steps": {"student": 100}}).verdict == "shown"
+    assert (
+        verdict(claim(over="base"), {**ours, "steps": {"student": 101}}, {**theirs, "steps": {"student": 100}}).verdict
+        == "shown"
+    )
     ours["metrics"]["parameters"] = [10, 20, 10]
     assert "10 to 20 parameters" in verdict(claim(over="base"), ours, theirs).why
     assert verdict(claim(over="base"), {**ours, "searches": True}, theirs).verdict == "shown"
@@ -144,7 +170,10 @@ def test_rows_of_unequal_data_or_steps_or_networks_get_no_interval() -> None:
     [
         (claim(over="bse"), r"claims.0.over: no row 'bse'; did you mean 'base'\?"),
         (claim(of="teacher", at_least=1), "claims.0.of: no row 'teacher'; there are: base, kd, same"),
-        (claim(figure="acuracy", over="base"), r"claims.0.figure: There is no figure 'acuracy'; did you mean 'accuracy'"),
+        (
+            claim(figure="acuracy", over="base"),
+            r"claims.0.figure: There is no figure 'acuracy'; did you mean 'accuracy'",
+        ),
         (claim(figure="accuracy_random", over="base"), "no direction that is better"),
         (claim(), "give exactly one of over, at_least, at_most"),
         (claim(over="base", at_least=3), "give exactly one of"),
@@ -211,7 +240,12 @@ def project(command: Any) -> Any:
     """The command, in a folder with a recipe and its evidence."""
     Path("recipes").mkdir()
     Path("recipes/quick.yaml").write_text(json.dumps(QUICK))
-    assert command("bench", "recipes/quick.yaml", "--seeds", "0,1", "--cpu", "--out", "b", "--evidence", "evidence/quick.json")[0] == 0
+    assert (
+        command(
+            "bench", "recipes/quick.yaml", "--seeds", "0,1", "--cpu", "--out", "b", "--evidence", "evidence/quick.json"
+        )[0]
+        == 0
+    )
     return command
 
 
@@ -231,14 +265,18 @@ def test_a_bench_judges_claims_and_its_evidence_goes_stale(project: Any) -> None
     assert len(json.loads(path.read_text())["claims"]) == 1
     assert "quick.json" not in project("evidence", "--verdicts")[1], "the same again changes nothing"
 
-    Path("recipes/quick.yaml").write_text(json.dumps({**QUICK, "variants": {**QUICK["variants"], "other": {"seed": 4}}}))  # type: ignore[dict-item]
+    Path("recipes/quick.yaml").write_text(
+        json.dumps({**QUICK, "variants": {**QUICK["variants"], "other": {"seed": 4}}})
+    )  # type: ignore[dict-item]
     code, out, _ = project("evidence", "--check")
     assert code == 1 and "quick.json: the recipe has changed: other" in out and "longer" not in out
     results["rows"][0]["source_hash"] = "0" * 16
     del results["rows"][1]["recipe_hash"], results["rows"][2]["recipe_hash"]
     path.write_text(json.dumps(results))
     code, out, _ = project("evidence", "--check")
-    assert code == 1 and "the code has changed: quick" in out and "unknown: recorded before rows had hashes: quick" in out
+    assert (
+        code == 1 and "the code has changed: quick" in out and "unknown: recorded before rows had hashes: quick" in out
+    )
     code, out, _ = project("evidence", "quick", "--report", "claims.html")
     assert code == 0 and "It learns." in Path("claims.html").read_text()
     assert project("evidence", "quik")[0] == 2
@@ -264,10 +302,15 @@ def test_a_row_of_several_networks_is_refused(project: Any) -> None:
 
 
 def test_a_verdict_survives_its_record() -> None:
-    made = Verdict("It helps.", "accuracy", "kd", "shown", over="base", by=1, mean=2.0, low=0.0, high=3.0, seeds=3, because="So.")
+    made = Verdict(
+        "It helps.", "accuracy", "kd", "shown", over="base", by=1, mean=2.0, low=0.0, high=3.0, seeds=3, because="So."
+    )
     record = json.loads(json.dumps(made.record()))
     assert Verdict.from_record({**record, "later": 1}) == made
-    assert "better than base by more than 1 point" in made.expected and made.measured == "+2.00 [+0.00, +3.00] points, 3 seeds"
+    assert (
+        "better than base by more than 1 point" in made.expected
+        and made.measured == "+2.00 [+0.00, +3.00] points, 3 seeds"
+    )
     assert len(verdict_lines([made])) == 3
 
 

@@ -29,13 +29,23 @@ def test_a_run_leaves_a_folder_with_a_working_product(command, recipe_file, tmp_
     code, out, _ = command("run", recipe_file(QUICK), "--cpu")
     folder = tmp_path / "runs" / "recipe-s0"
     assert code == 0 and "accuracy" in out and str(Path("runs/recipe-s0/report.html")) in out
-    assert {"recipe.yaml", "environment.json", "metrics.csv", "checkpoints", "product", "evaluation.json", "report.html"} <= {
-        p.name for p in folder.iterdir()
-    }
+    assert {
+        "recipe.yaml",
+        "environment.json",
+        "metrics.csv",
+        "checkpoints",
+        "product",
+        "evaluation.json",
+        "report.html",
+    } <= {p.name for p in folder.iterdir()}
     model = stillhouse.load(folder)
     assert not model.training and model(torch.zeros(3, 1, 8, 8)).shape == (3, 10)
     environment = json.loads((folder / "environment.json").read_text())
-    assert environment["seed"] == 0 and environment["versions"]["torch"] == torch.__version__.partition("+")[0] and environment["weights"]["teacher"]
+    assert (
+        environment["seed"] == 0
+        and environment["versions"]["torch"] == torch.__version__.partition("+")[0]
+        and environment["weights"]["teacher"]
+    )
 
 
 def test_a_finished_run_is_refused_unless_told_and_another_recipe_is_refused(command, recipe_file):
@@ -70,7 +80,14 @@ def test_dry_run_prints_the_recipe_and_the_plan_and_writes_nothing(command, reci
 
 
 @pytest.mark.parametrize(
-    "arguments", [["run", "nothing.yaml"], ["methods", "kdd"], ["export", "nowhere"], ["report", "nowhere"], ["bench", "nothing.yaml"]]
+    "arguments",
+    [
+        ["run", "nothing.yaml"],
+        ["methods", "kdd"],
+        ["export", "nowhere"],
+        ["report", "nowhere"],
+        ["bench", "nothing.yaml"],
+    ],
 )
 def test_a_mistake_exits_2_with_one_sentence(command, arguments: list[str]):
     code, _, err = command(*arguments)
@@ -91,7 +108,17 @@ def test_methods_lists_and_shows_pages(command):
 
 
 def test_bench_compares_resumes_and_writes_evidence(command, recipe_file):
-    arguments = ["bench", recipe_file(QUICK), "--seeds", "0,1", "--cpu", "--out", "b", "--evidence", "evidence/quick.json"]
+    arguments = [
+        "bench",
+        recipe_file(QUICK),
+        "--seeds",
+        "0,1",
+        "--cpu",
+        "--out",
+        "b",
+        "--evidence",
+        "evidence/quick.json",
+    ]
     code, _, err = command(*arguments)
     assert code == 0 and "[4/4]" in err
     results = json.loads(Path("evidence/quick.json").read_text())
@@ -101,11 +128,16 @@ def test_bench_compares_resumes_and_writes_evidence(command, recipe_file):
     code, _, err = command(*arguments)
     assert code == 0 and "[1/" not in err, "what is done is kept"
     assert command("report", "b")[0] == 0
-    assert command("report", "evidence/quick.json")[0] == 0 and Path("quick.html").is_file(), "the page is in the working folder"
+    assert command("report", "evidence/quick.json")[0] == 0 and Path("quick.html").is_file(), (
+        "the page is in the working folder"
+    )
 
 
 def test_bench_runs_every_variant_in_every_group_and_compares_within_it(command, recipe_file):
-    small, large = {"model": "stillhouse:mlp", "options": {"widths": [4]}}, {"model": "stillhouse:mlp", "options": {"widths": [64]}}
+    small, large = (
+        {"model": "stillhouse:mlp", "options": {"widths": [4]}},
+        {"model": "stillhouse:mlp", "options": {"widths": [64]}},
+    )
     recipe = yaml.safe_load(QUICK)
     recipe |= {"groups": {"student": {"small": small, "large": large}}, "evaluate": ["accuracy", "cost", "step"]}
     recipe["variants"] = {"kd": {}, "alone": {"teacher": None, "objectives": ["ce"]}}
@@ -118,7 +150,9 @@ def test_bench_runs_every_variant_in_every_group_and_compares_within_it(command,
     assert rows["kd", "large"]["parameters"] > rows["kd", "small"]["parameters"]
     for group in ("small", "large"):
         of_kd = rows["kd", group]
-        assert sum(of_kd["step_relative"]) == pytest.approx(2.0), "the reference is its own unit: two seeds around their median"
+        assert sum(of_kd["step_relative"]) == pytest.approx(2.0), (
+            "the reference is its own unit: two seeds around their median"
+        )
         assert rows["alone", group]["step_memory_relative"][0] == pytest.approx(
             rows["alone", group]["step_bytes"][0] / of_kd["step_bytes"][0], rel=0.2
         )
@@ -137,9 +171,17 @@ def test_bench_on_ray_gives_the_figures_of_one_process(command, recipe_file):
 
 
 def test_help_and_methods_do_not_import_torch_and_answer_in_time():
-    code = "import sys; sys.argv = ['stillhouse', {0!r}]\nfrom stillhouse.cli import main\ntry: main()\nexcept SystemExit: pass\nassert not {{'torch', 'numpy', 'yaml'}} & set(sys.modules), 'heavy imports'"
+    code = (
+        "import sys; sys.argv = ['stillhouse', {0!r}]\nfrom stillhouse.cli import main\ntry: main()\nexcept "
+        "SystemExit: pass\nassert not {{'torch', 'numpy', 'yaml'}} & set(sys.modules), 'heavy imports'"
+    )
     for argument in ("--help", "methods"):
         started = time.monotonic()
-        done = subprocess.run([sys.executable, "-c", code.format(argument)], capture_output=True, text=True, env={**os.environ, "COLUMNS": "100"})
+        done = subprocess.run(
+            [sys.executable, "-c", code.format(argument)],
+            capture_output=True,
+            text=True,
+            env={**os.environ, "COLUMNS": "100"},
+        )
         assert done.returncode == 0, done.stderr
         assert time.monotonic() - started < 10, "seconds, on a machine however busy; benchmarks/ holds the real figure"

@@ -1,4 +1,5 @@
-"""Objectives side by side in one distillation: any of them together, each saying what it says alone; and a sentence where they cannot."""
+"""Objectives side by side in one distillation: any of them together, each saying what it says alone; and a sentence
+where they cannot."""
 
 from __future__ import annotations
 
@@ -49,7 +50,11 @@ def network(seed: int) -> torch.nn.Module:
 
 def batch() -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(0)
-    return {"input": torch.randn(6, 3, 16, 16, generator=generator), "label": torch.tensor([0, 1, 2, 3, 4, 4]), "index": torch.arange(6)}
+    return {
+        "input": torch.randn(6, 3, 16, 16, generator=generator),
+        "label": torch.tensor([0, 1, 2, 3, 4, 4]),
+        "index": torch.arange(6),
+    }
 
 
 class Whole:
@@ -64,7 +69,9 @@ class Whole:
 
 def terms(names: list[str]) -> dict[str, torch.Tensor]:
     objectives = [catalog.objective(n)(**OPTIONS.get(n, {})) for n in names]
-    module = Distillation(network(1), {"teacher": Frozen(network(0))}, [Weighted(o, 1.0, n) for o, n in zip(objectives, names)])
+    module = Distillation(
+        network(1), {"teacher": Frozen(network(0))}, [Weighted(o, 1.0, n) for o, n in zip(objectives, names)]
+    )
     module.build(batch())
     module.prepare(Whole())
     module.train()
@@ -111,13 +118,17 @@ def test_an_objective_that_needs_labels_is_refused_over_unlabelled_samples(name:
     labels = torch.tensor([0, 1, -1, 3, -1, 4])
     loader = DataLoader(TensorDataset(data["input"], labels), batch_size=6)
     with pytest.raises(UserError, match=f"'{name}' needs labels, but 2 training samples have none"):
-        stillhouse.distill(network(0), network(1), loader, ["kd", name], train={"epochs": 1}, folder=tmp_path, progress=False)
+        stillhouse.distill(
+            network(0), network(1), loader, ["kd", name], train={"epochs": 1}, folder=tmp_path, progress=False
+        )
 
 
 def test_objectives_without_labels_train_on_unlabelled_samples(tmp_path: Path) -> None:
     data = batch()
     loader = DataLoader(TensorDataset(data["input"], torch.full((6,), -1)), batch_size=6)
-    stillhouse.distill(network(0), network(1), loader, ["kd", "rkd", "fitnet"], train={"epochs": 1}, folder=tmp_path, progress=False)
+    stillhouse.distill(
+        network(0), network(1), loader, ["kd", "rkd", "fitnet"], train={"epochs": 1}, folder=tmp_path, progress=False
+    )
     assert "kd" in (tmp_path / "metrics.csv").read_text()
 
 

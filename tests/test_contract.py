@@ -1,4 +1,5 @@
-"""What every objective of the catalogue promises: it runs on what it says it needs, trains the student and not the teacher, saves its state, and waits for no device.
+"""What every objective of the catalogue promises: it runs on what it says it needs, trains the student and not the
+teacher, saves its state, and waits for no device.
 
 The objectives are found, not listed: a new file under `objectives/` is tested by being there.
 """
@@ -35,7 +36,8 @@ CPU, META = torch.device("cpu"), torch.device("meta")
 
 
 def network(seed: int, device: torch.device = CPU) -> nn.Module:
-    """A small transformer: it has stages, tokens that fold to maps, a class token, an embedding, a final norm and a head."""
+    """A small transformer: it has stages, tokens that fold to maps, a class token, an embedding, a final norm and a
+    head."""
     torch.manual_seed(seed)
     spec = ModelSpec(model="stillhouse:vit", options={"patch": 2, "dim": 16, "depth": 4, "heads": 4})
     return build(spec, 10, (1, 8, 8)).to(device)
@@ -63,7 +65,9 @@ def leaf(signals: Signals) -> Signals:
     """The same values, each with a gradient of its own."""
     free = lambda x: None if x is None else x.detach().clone().requires_grad_()  # noqa: E731
     taps = {k: free(v) for k, v in signals.taps.items()}
-    return Signals(free(signals.logits), free(signals.probs), embedding=free(signals.embedding), taps=taps, image=signals.image)
+    return Signals(
+        free(signals.logits), free(signals.probs), embedding=free(signals.embedding), taps=taps, image=signals.image
+    )
 
 
 def tensors(signals: Signals) -> list[Tensor]:
@@ -134,7 +138,12 @@ def test_its_own_layers_are_optimised_and_receive_a_gradient(name: str) -> None:
     given = world(name)
     total(given.objective(*given.signals(), given.batch, SPAN)).backward()
     listed = {id(p) for group in given.objective.param_groups() for p in group["params"]}
-    own = {id(p) for o in given.objective.__dict__.get("_own_optimizers", {}).values() for g in o.param_groups for p in g["params"]}
+    own = {
+        id(p)
+        for o in given.objective.__dict__.get("_own_optimizers", {}).values()
+        for g in o.param_groups
+        for p in g["params"]
+    }
     assert listed | own == {id(p) for p in given.objective.parameters() if p.requires_grad} and not listed & own
     assert all(p.grad is not None and p.grad.isfinite().all() for p in given.objective.parameters() if id(p) in listed)
 
@@ -160,7 +169,9 @@ def test_half_precision_signals_are_computed_in_float32(name: str) -> None:
     with torch.autocast("cpu", dtype=torch.bfloat16):
         found = total(given.objective(*halves, given.batch, SPAN))
     assert found.dtype == torch.float32
-    learned = any(True for _ in given.objective.parameters())  # own layers run in half precision under autocast, as the networks do
+    learned = any(
+        True for _ in given.objective.parameters()
+    )  # own layers run in half precision under autocast, as the networks do
     torch.testing.assert_close(found, expected, rtol=0.05 if learned else 1e-5, atol=0.05 if learned else 1e-5)
 
 
@@ -187,14 +198,18 @@ def test_its_card_names_its_paper_and_its_options_are_recipe_keys(name: str) -> 
     card = CARDS[name]
     assert card.title.count(": ") == 1 and card.title.endswith(".")
     assert {"task", "family", "use when", "needs"} <= set(card.fields)
-    assert card.fields["family"] == "supervision" or "arXiv" in card.text or {"paper", "venue", "arxiv"} <= set(card.fields)
+    assert (
+        card.fields["family"] == "supervision"
+        or "arXiv" in card.text
+        or {"paper", "venue", "arxiv"} <= set(card.fields)
+    )
     cls = catalog.objective(name)
     options = catalog.options(cls)().model_dump()
     cls(**options)
     json.dumps(options)
 
 
-# ---- a step waits for no device ------------------------------------------------------------------------------------
+# ---- a step waits for no device --------------------------------------------------------------------------------------
 
 
 def step(given: World) -> None:
@@ -209,7 +224,8 @@ def step(given: World) -> None:
 
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_a_step_reads_nothing_back_and_mixes_no_devices(name: str) -> None:
-    """Tensors of the meta device have no values: `.item()`, `bool()`, boolean masks and tensors of another device raise."""
+    """Tensors of the meta device have no values: `.item()`, `bool()`, boolean masks and tensors of another device
+    raise."""
     given = world(name, META)
     if given.objective.host_step is None:
         step(given)
@@ -224,7 +240,18 @@ def test_a_step_of_fit_reads_nothing_back(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr(accelerator.state, "device", META)
     bundle = load(DataSpec(name="digits", size=60, test_size=20))
     module = Distillation(network(0, META), Frozen(network(1, META)), ["ce", "kd", "at"])
-    made = _Fit(module, Loader(bundle.dataset("train", train=True), 8), spec, accelerator, tmp_path, "student", 0, None, {}, None)
+    made = _Fit(
+        module,
+        Loader(bundle.dataset("train", train=True), 8),
+        spec,
+        accelerator,
+        tmp_path,
+        "student",
+        0,
+        None,
+        {},
+        None,
+    )
     module.train()
     for i in range(4):
         terms = made.step(i)

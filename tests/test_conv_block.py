@@ -1,4 +1,5 @@
-"""The ConvNets' block is torch's in values and in first and second derivatives, and stands back where something listens, compiles or casts."""
+"""The ConvNets' block is torch's in values and in first and second derivatives, and stands back where something
+listens, compiles or casts."""
 
 from __future__ import annotations
 
@@ -17,17 +18,27 @@ from stillhouse.models.convnet import ConvNet
 def blocks(**options: nn.Module) -> tuple[Block, nn.Sequential]:
     """Ours, and torch's with the same weights, in double precision."""
     torch.manual_seed(0)
-    parts = {"conv": Convolution(2, 3, 3, padding=1), "norm": InstanceNorm(3), "act": nn.ReLU(), "pool": nn.AvgPool2d(2), **options}
+    parts = {
+        "conv": Convolution(2, 3, 3, padding=1),
+        "norm": InstanceNorm(3),
+        "act": nn.ReLU(),
+        "pool": nn.AvgPool2d(2),
+        **options,
+    }
     ours = Block(OrderedDict(parts)).double()
     for p in ours.parameters():
         nn.init.normal_(p)
-    plain = nn.Sequential(OrderedDict(conv=nn.Conv2d(2, 3, 3, padding=1), norm=nn.GroupNorm(3, 3), act=nn.ReLU(), pool=nn.AvgPool2d(2))).double()
+    plain = nn.Sequential(
+        OrderedDict(conv=nn.Conv2d(2, 3, 3, padding=1), norm=nn.GroupNorm(3, 3), act=nn.ReLU(), pool=nn.AvgPool2d(2))
+    ).double()
     plain.load_state_dict(ours.state_dict())
     return ours, plain
 
 
 def images(count: int = 3, height: int = 6, width: int = 5) -> Tensor:
-    return torch.randn(count, 2, height, width, dtype=torch.double, generator=torch.Generator().manual_seed(1), requires_grad=True)
+    return torch.randn(
+        count, 2, height, width, dtype=torch.double, generator=torch.Generator().manual_seed(1), requires_grad=True
+    )
 
 
 def derivatives(block: nn.Module, x: Tensor) -> list[Tensor]:
@@ -40,7 +51,9 @@ def derivatives(block: nn.Module, x: Tensor) -> list[Tensor]:
 
 @pytest.mark.parametrize("listens", [False, True])
 @pytest.mark.parametrize("at_once", [40, 10**6])
-def test_the_block_is_torchs_in_value_and_both_derivatives(monkeypatch: pytest.MonkeyPatch, listens: bool, at_once: int):
+def test_the_block_is_torchs_in_value_and_both_derivatives(
+    monkeypatch: pytest.MonkeyPatch, listens: bool, at_once: int
+):
     monkeypatch.setattr(conv_block, "AT_ONCE", at_once)  # one image at a time, or all
     ours, plain = blocks()
     if listens:

@@ -1,4 +1,5 @@
-"""What counts: one rule in every loss of positions, for any number of axes; a refusal in a sentence elsewhere; finite values where nothing counts or is there."""
+"""What counts: one rule in every loss of positions, for any number of axes; a refusal in a sentence elsewhere; finite
+values where nothing counts or is there."""
 
 from __future__ import annotations
 
@@ -56,7 +57,7 @@ def named(spec: dict[str, object]) -> str:
     return "-".join(map(str, spec.values()))
 
 
-# ---- one rule ------------------------------------------------------------------------------------------------------
+# ---- one rule --------------------------------------------------------------------------------------------------------
 
 
 def test_labels_of_minus_100_and_what_a_mask_leaves_out_count_for_nothing() -> None:
@@ -83,7 +84,9 @@ def test_the_mean_over_nothing_is_zero() -> None:
 @pytest.mark.parametrize("leading", LEADING, ids=str)
 @pytest.mark.parametrize("by", ["label", "mask"])
 @pytest.mark.parametrize("spec", SPECS, ids=named)
-def test_what_does_not_count_changes_no_loss_and_gets_no_gradient(spec: dict[str, object], by: str, leading: tuple[int, ...]) -> None:
+def test_what_does_not_count_changes_no_loss_and_gets_no_gradient(
+    spec: dict[str, object], by: str, leading: tuple[int, ...]
+) -> None:
     student, teacher = torch.randn(*leading, C, requires_grad=True), torch.randn(*leading, C)
     label, counts = torch.randint(0, C, leading), torch.rand(leading) < 0.6
     batch = {"label": label.masked_fill(~counts, -100)} if by == "label" else {"label": label, "mask": counts}
@@ -117,7 +120,10 @@ def test_of_a_top_k_teacher_what_counts_is_known_and_counted() -> None:
     counts = (label != -100) & (torch.arange(10).view(2, 5) != 8)
     for name in ("kd", "gkd"):
         alone = Signals(top=TopK(log_probs[counts], indices[counts], top.tail[counts]))
-        found, expected = term(name, student, Signals(top=top), {"label": label}), term(name, student[counts], alone, {})
+        found, expected = (
+            term(name, student, Signals(top=top), {"label": label}),
+            term(name, student[counts], alone, {}),
+        )
         torch.testing.assert_close(found, expected)
 
 
@@ -150,7 +156,7 @@ def test_accumulated_batches_weigh_every_position_alike(leading: tuple[int, ...]
     assert batches[0]["token_count"] == (whole["label"] != -100).sum() / 2
 
 
-# ---- the class axis is the last ------------------------------------------------------------------------------------
+# ---- the class axis is the last --------------------------------------------------------------------------------------
 
 
 def test_pixels_are_compared_over_their_classes() -> None:
@@ -164,20 +170,26 @@ def test_pixels_are_compared_over_their_classes() -> None:
     torch.testing.assert_close(term("ce", s, t, {"label": label}), F.cross_entropy(student, label))
     torch.testing.assert_close(cross_entropy(student, label), F.cross_entropy(student, label))
     soft = torch.rand(2, 6, 8, 4).softmax(-1)
-    torch.testing.assert_close(cross_entropy(s, soft, 0.1), F.cross_entropy(student, soft.movedim(-1, 1), label_smoothing=0.1))
+    torch.testing.assert_close(
+        cross_entropy(s, soft, 0.1), F.cross_entropy(student, soft.movedim(-1, 1), label_smoothing=0.1)
+    )
 
 
 def test_a_network_whose_classes_come_second_is_refused_when_it_is_built() -> None:
     data = [(torch.randn(2, 3, 6, 8), torch.randint(0, 4, (2, 6, 8)))]
     with pytest.raises(UserError, match=r"`logits.movedim\(1, -1\)`"):
-        stillhouse.distill(nn.Conv2d(3, 4, 1), nn.Conv2d(3, 4, 1), data, ["ce", "kd"], train={"epochs": 1}, progress=False)
+        stillhouse.distill(
+            nn.Conv2d(3, 4, 1), nn.Conv2d(3, 4, 1), data, ["ce", "kd"], train={"epochs": 1}, progress=False
+        )
 
 
 @pytest.mark.parametrize("shape", [(2, 5), (2, 3, 4)], ids=str)
 @pytest.mark.parametrize("name", ["dkd", "nkd", "dist", "pld", "dml"])
 def test_objectives_of_samples_refuse_positions_when_they_are_built(name: str, shape: tuple[int, ...]) -> None:
     batch = {"input": torch.randn(*shape, 5), "label": torch.randint(0, C, shape), "index": torch.arange(2)}
-    with pytest.raises(UserError, match=rf"'{name}' takes one prediction a sample, \(B, C\), but the student's logits have shape"):
+    with pytest.raises(
+        UserError, match=rf"'{name}' takes one prediction a sample, \(B, C\), but the student's logits have shape"
+    ):
         Distillation(nn.Linear(5, C), nn.Linear(5, C), [name]).build(batch)
     with pytest.raises(UserError, match="leave the mask out"):
         Distillation(nn.Linear(5, C), nn.Linear(5, C), [name]).build(
@@ -189,7 +201,9 @@ def test_objectives_of_samples_refuse_positions_when_they_are_built(name: str, s
 def test_their_losses_refuse_positions_too(name: str) -> None:
     label = torch.randint(0, C, (2, 5))
     with pytest.raises(UserError, match=r"takes one prediction a sample, logits \(B, C\); given"):
-        term(name, torch.randn(2, 5, C), torch.randn(2, 5, C), {"input": label, "label": label, "index": torch.arange(2)})
+        term(
+            name, torch.randn(2, 5, C), torch.randn(2, 5, C), {"input": label, "label": label, "index": torch.arange(2)}
+        )
 
 
 @pytest.mark.parametrize("name", OF_SAMPLES)
@@ -197,7 +211,7 @@ def test_objectives_of_samples_say_so(name: str) -> None:
     assert not catalog.objective(name).positions
 
 
-# ---- nothing to count, nothing there -------------------------------------------------------------------------------
+# ---- nothing to count, nothing there ---------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("leading", LEADING, ids=str)
@@ -217,10 +231,16 @@ def test_training_goes_through_a_batch_without_labels() -> None:
     assert all(p.isfinite().all() for p in student.parameters())
 
 
-MASKED = [*SPECS, {"name": "gkd", "beta": 0.5}, *({"name": name} for name in ("dkd", "nkd", "pld", "dist", "bd_kd", "dml", "tgeo_kd"))]
+MASKED = [
+    *SPECS,
+    {"name": "gkd", "beta": 0.5},
+    *({"name": name} for name in ("dkd", "nkd", "pld", "dist", "bd_kd", "dml", "tgeo_kd")),
+]
 
 
-@pytest.mark.parametrize("spec", [*MASKED, {"name": "dkd", "standardise": True}, {"name": "nkd", "standardise": True}], ids=named)
+@pytest.mark.parametrize(
+    "spec", [*MASKED, {"name": "dkd", "standardise": True}, {"name": "nkd", "standardise": True}], ids=named
+)
 def test_a_class_that_both_sides_mask_is_as_if_it_were_not_there(spec: dict[str, object]) -> None:
     student, teacher, label = torch.randn(5, 8), torch.randn(5, 8), torch.randint(0, 6, (5,))
     student[:, 7] = teacher[:, 7] = -math.inf
@@ -248,7 +268,7 @@ def test_the_values_of_masked_classes() -> None:
     assert (standardise(student)[:, 7] == -math.inf).all()
 
 
-# ---- epsilons ------------------------------------------------------------------------------------------------------
+# ---- epsilons --------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("heat", [1.0, 4.0])
@@ -281,7 +301,11 @@ def test_a_class_of_probability_zero_gets_no_mass_at_a_high_temperature(classes:
 
 def test_kd_has_one_way_for_every_teacher() -> None:
     student, teacher = torch.randn(6, C), torch.randn(6, C)
-    for given in (Signals(logits=teacher), Signals(probs=teacher.softmax(-1)), Signals(members=(Signals(logits=teacher),))):
+    for given in (
+        Signals(logits=teacher),
+        Signals(probs=teacher.softmax(-1)),
+        Signals(members=(Signals(logits=teacher),)),
+    ):
         torch.testing.assert_close(term("kd", student, given, {}), kd_loss(student, teacher))
     with pytest.raises(UserError, match="knows only the top k"):
         log_probs, indices = teacher.log_softmax(-1).topk(2)

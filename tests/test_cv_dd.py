@@ -1,4 +1,5 @@
-"""CV-DD: votes are softmax of percents, one voter is SRe2L, labels see the batch and leave the networks alone, and a run measures its priors once."""
+"""CV-DD: votes are softmax of percents, one voter is SRe2L, labels see the batch and leave the networks alone, and a
+run measures its priors once."""
 
 from __future__ import annotations
 
@@ -44,7 +45,11 @@ def small(width: int = 4, seed: int = 0) -> nn.Module:
 
 def tree(**given) -> dict:
     def net(width: int) -> dict:
-        return {"model": "stillhouse:convnet2", "options": {"width": width, "norm": "batch"}, "train": {"epochs": 1, "batch_size": 50}}
+        return {
+            "model": "stillhouse:convnet2",
+            "options": {"width": width, "norm": "batch"},
+            "train": {"epochs": 1, "batch_size": 50},
+        }
 
     return {
         "method": "cv_dd",
@@ -71,7 +76,9 @@ def test_votes_are_a_softmax_of_percents_and_do_not_care_for_a_constant():
 
 def test_each_image_has_its_pair():
     turns = [chosen(s, 5, 2, "in_turn", [1.0] * 5, 0) for s in range(11)]
-    assert turns[:5] == [(0, 1), (0, 2), (0, 3), (0, 4), (1, 2)] and len(set(turns[:10])) == 10 and turns[10] == turns[0]
+    assert (
+        turns[:5] == [(0, 1), (0, 2), (0, 3), (0, 4), (1, 2)] and len(set(turns[:10])) == 10 and turns[10] == turns[0]
+    )
     assert chosen(7, 3, 2, "best", [40, 70, 60], 0) == (1, 2) and chosen(3, 3, 1, "in_turn", [1, 2, 3], 0) == (0,)
     assert {chosen(s, 3, 2, "random", [1, 1, 1], 0) for s in range(30)} == {(0, 1), (0, 2), (1, 2)}
 
@@ -95,9 +102,13 @@ def test_labels_see_the_statistics_of_their_half_and_leave_the_network_as_it_was
     network, x = small(), torch.randn(6, 1, 8, 8) * 3 + 1
     before = {k: v.clone() for k, v in network.state_dict().items()}
     said = batch_labels([network], [1.0], torch.cat([x, x]))
-    assert torch.allclose(said[:6], said[6:], atol=1e-6) and not torch.allclose(said[:6], running_logits(network, x), atol=1e-2)
+    assert torch.allclose(said[:6], said[6:], atol=1e-6) and not torch.allclose(
+        said[:6], running_logits(network, x), atol=1e-2
+    )
     after = network.state_dict()
-    assert not network.training and list(after) == list(before) and all(torch.equal(after[k], before[k]) for k in before)
+    assert (
+        not network.training and list(after) == list(before) and all(torch.equal(after[k], before[k]) for k in before)
+    )
     reference = small().train()
     assert torch.allclose(said[:6], reference(x), atol=1e-5)
     assert batch_labels([network], [1.0], x[:1]).shape == (1, 3)
@@ -129,7 +140,11 @@ def test_images_begin_as_real_crops_of_the_wanted_difficulty(how: str, first: fl
     real = RealImages(torch.cat([grey, -grey]), torch.arange(2).repeat_interleave(10), ["a", "b"], (0.5,), (0.5,))
     spec = RecoverSpec(init=how, crops=2, factor=1)
     x = begin(real, Brightness(), spec, 3, generator("test"))
-    assert x.shape == (3, 2, 1, 4, 4) and torch.allclose(x[0, 0], torch.full((1, 4, 4), first)) and torch.allclose(x[0, 1], -x[0, 0])
+    assert (
+        x.shape == (3, 2, 1, 4, 4)
+        and torch.allclose(x[0, 0], torch.full((1, 4, 4), first))
+        and torch.allclose(x[0, 1], -x[0, 0])
+    )
     mosaic = begin(real, Brightness(), RecoverSpec(init="easy", crops=1, factor=2), 2, generator("test"))
     assert mosaic[0, 0, 0, ::2, ::2].flatten().tolist() == pytest.approx([0.9, 0.8, 0.7, 0.6])
     with pytest.raises(UserError, match="40 real images of each class are needed"):
@@ -173,7 +188,10 @@ def test_labels_by_the_batch_and_by_the_running_statistics_are_compared_over_vie
     halves = images[torch.cat(ViewLabels(Views(epochs=1, batch_size=40), torch.zeros(0)).order(40, 0))].split(20)
     batch = torch.cat([small().train()(half) for half in halves])
     running = torch.cat([running_logits(network, half) for half in halves])
-    assert told["views_agreement"] == pytest.approx(float((batch.argmax(1) == running.argmax(1)).double().mean())) and told["views_agreement"] > 0.3
+    assert (
+        told["views_agreement"] == pytest.approx(float((batch.argmax(1) == running.argmax(1)).double().mean()))
+        and told["views_agreement"] > 0.3
+    )
     assert told["confidence_batch"] == pytest.approx(float(batch.softmax(1).amax(1).mean()), abs=1e-5)
 
 
@@ -192,8 +210,14 @@ def test_a_run_measures_priors_and_keeps_images_with_labels_of_their_views(tmp_p
     assert made.views.logits.shape == (2, 20, 10) and made.labels.tolist() == [c for c in range(10) for _ in range(2)]
     assert all(0 <= found[f"prior_{m}"] <= 100 for m in range(3)) and found["out_of_range_pixels"] == 0
     assert found["distil_iterations"] == 6 and found["distil_peak_mb"] > 0 and found["distil_seconds_per_iteration"] > 0
-    assert 0 <= found["views_agreement"] <= 1 and found["bn_outside_1"] > 0 and "bn_outside_0" not in found  # pairs (0, 1) and (0, 2)
-    execute(validate(tree(priors=[60, 62, 64], recover={"iterations": 0, "init": "noise"}, statistics="running")), tmp_path / "given", cpu=True)
+    assert (
+        0 <= found["views_agreement"] <= 1 and found["bn_outside_1"] > 0 and "bn_outside_0" not in found
+    )  # pairs (0, 1) and (0, 2)
+    execute(
+        validate(tree(priors=[60, 62, 64], recover={"iterations": 0, "init": "noise"}, statistics="running")),
+        tmp_path / "given",
+        cpu=True,
+    )
     other = load_product(tmp_path / "given")
     assert not torch.equal(other.images, made.images) and not torch.equal(other.views.logits, made.views.logits)
 

@@ -40,11 +40,21 @@ def make_images(folder: Path, counts: dict[str, int], size: tuple[int, int] = (4
     for name, count in counts.items():
         (folder / name).mkdir(parents=True)
         for i in range(count):
-            Image.fromarray(rng.integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)).save(folder / name / f"{i}.{kind}")
+            Image.fromarray(rng.integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)).save(
+                folder / name / f"{i}.{kind}"
+            )
     return folder
 
 
-def write_parquet(path: Path, labels: list, *, size: int = 12, image: str = "img", label: str = "label", names: list[str] | None = None) -> Path:
+def write_parquet(
+    path: Path,
+    labels: list,
+    *,
+    size: int = 12,
+    image: str = "img",
+    label: str = "label",
+    names: list[str] | None = None,
+) -> Path:
     import io
 
     import pyarrow as pa
@@ -57,7 +67,9 @@ def write_parquet(path: Path, labels: list, *, size: int = 12, image: str = "img
         rows.append({"bytes": out.getvalue(), "path": None})
     table = pa.table({image: rows, label: labels})
     if names:
-        table = table.replace_schema_metadata({"huggingface": json.dumps({"info": {"features": {label: {"names": names}}}})})
+        table = table.replace_schema_metadata(
+            {"huggingface": json.dumps({"info": {"features": {label: {"names": names}}}})}
+        )
     path.parent.mkdir(parents=True, exist_ok=True)
     pq.write_table(table, path)
     return path
@@ -71,7 +83,12 @@ def same(a: dict, b: dict) -> bool:
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"mixup": 0.4, "cutmix": 1.0}, {"augment": [{"RandomCrop": {"size": 8, "padding": 2}}, "RandomHorizontalFlip"]}]
+    "options",
+    [
+        {},
+        {"mixup": 0.4, "cutmix": 1.0},
+        {"augment": [{"RandomCrop": {"size": 8, "padding": 2}}, "RandomHorizontalFlip"]},
+    ],
 )
 def test_two_workers_and_a_start_in_mid_epoch_give_the_same_batches_to_the_bit(options):
     data = digits(size=100, **options).dataset("train", train=True)
@@ -124,7 +141,12 @@ def test_a_batch_size_that_the_processes_do_not_divide_is_an_error():
 
 def test_the_last_partial_batch_is_dropped_only_if_told_and_not_alone():
     data = digits(size=50).dataset("train", train=False)
-    for size, drop, lengths in [(20, False, [20, 20, 10]), (20, True, [20, 20]), (64, True, [50]), (25, False, [25, 25])]:
+    for size, drop, lengths in [
+        (20, False, [20, 20, 10]),
+        (20, True, [20, 20]),
+        (64, True, [50]),
+        (25, False, [25, 25]),
+    ]:
         loader = Loader(data, size, drop_last=drop)
         assert [len(b["label"]) for b in loader] == lengths and len(loader) == len(lengths)
 
@@ -138,8 +160,13 @@ def test_an_empty_data_set_and_a_start_beyond_the_epoch_are_errors(tmp_path):
     for stream in (lambda: Loader(empty, 8).batches(), lambda: iter(Loader(empty, 8, workers=1))):
         with pytest.raises(UserError, match="holds no samples"):
             stream()
-    (tmp_path / "none.py").write_text("def none(split):\n    return []\n\ndef one(split):\n    return [(1.0, 0)] if split == 'train' else None\n")
-    for function, message in [("none", "holds no samples"), ("one", "has no test split, and one training sample is too few")]:
+    (tmp_path / "none.py").write_text(
+        "def none(split):\n    return []\n\ndef one(split):\n    return [(1.0, 0)] if split == 'train' else None\n"
+    )
+    for function, message in [
+        ("none", "holds no samples"),
+        ("one", "has no test split, and one training sample is too few"),
+    ]:
         with pytest.raises(UserError, match=message):
             load(DataSpec(name=f"file:{tmp_path}/none.py:{function}"))
 
@@ -160,7 +187,9 @@ def test_mixed_labels_sum_to_one_and_say_what_is_in_the_image(options):
     for batch in Loader(data, 32, shuffle=True).batches(epochs=2):
         assert torch.allclose(batch["label"].sum(1), torch.ones(len(batch["label"])))
         own = data.labels()[batch["index"]]
-        assert (batch["label"].gather(1, own[:, None]) >= batch["label"].min()).all() and ((batch["label"] > 0).sum(1) <= 2).all()
+        assert (batch["label"].gather(1, own[:, None]) >= batch["label"].min()).all() and (
+            (batch["label"] > 0).sum(1) <= 2
+        ).all()
 
 
 def test_cutmix_keeps_the_share_of_pixels_that_the_label_says():
@@ -208,7 +237,9 @@ def test_digits_shift_but_never_flip_and_evaluation_is_untouched():
 
 
 def test_a_subset_is_balanced_stable_and_nested():
-    small, again, large, other = (digits(size=n, seed=s)._splits["train"] for n, s in [(100, 0), (100, 0), (205, 0), (100, 1)])
+    small, again, large, other = (
+        digits(size=n, seed=s)._splits["train"] for n, s in [(100, 0), (100, 0), (205, 0), (100, 1)]
+    )
     assert np.bincount(small.labels).tolist() == [10] * 10
     assert (small.positions == again.positions).all() and set(small.positions) <= set(large.positions)
     assert set(np.bincount(large.labels)) == {20, 21}
@@ -335,7 +366,13 @@ def test_a_transform_that_does_not_fit_the_images_is_told(workers):
 
 
 def test_a_list_of_transforms_is_applied_to_training_only():
-    bundle = digits(size=50, augment=[{"RandomHorizontalFlip": {"p": 1.0}}, {"RandomApply": {"transforms": ["RandomVerticalFlip"], "p": 0.0}}])
+    bundle = digits(
+        size=50,
+        augment=[
+            {"RandomHorizontalFlip": {"p": 1.0}},
+            {"RandomApply": {"transforms": ["RandomVerticalFlip"], "p": 0.0}},
+        ],
+    )
     train, plain = (next(iter(Loader(bundle.dataset("train", train=t), 50)))["input"] for t in (True, False))
     assert torch.equal(train, plain.flip(-1))
 
@@ -369,7 +406,9 @@ def test_a_subset_of_a_decoded_set_has_the_pixels_of_those_samples(tmp_path):
     whole_bundle = load(spec.model_copy(update={"size": None}))
     whole = next(iter(Loader(whole_bundle.dataset("train", train=False), 40)))
     positions = load(spec)._splits["train"].positions
-    assert torch.equal(subset["input"], whole["input"][positions]) and len(whole_bundle.dataset("test", train=False)) == 10
+    assert (
+        torch.equal(subset["input"], whole["input"][positions]) and len(whole_bundle.dataset("test", train=False)) == 10
+    )
     assert whole["input"].mean().abs() < 0.01 and whole_bundle.input_shape == (3, 12, 12)
     from_whole_cache = next(iter(Loader(load(spec).dataset("train", train=False), 6)))
     assert same(subset, from_whole_cache)
@@ -426,7 +465,10 @@ def test_a_lone_val_folder_is_the_test_split_and_flat_folders_give_a_fifth(tmp_p
     make_images(tmp_path / "a" / "train", {"x": 5, "y": 5})
     make_images(tmp_path / "a" / "val", {"x": 2, "y": 1})
     make_images(tmp_path / "flat", {"x": 10, "y": 5})
-    lone, flat = load(DataSpec(name="imagefolder:a"), tmp_path), load(DataSpec(name="imagefolder:flat", val=0.25), tmp_path)
+    lone, flat = (
+        load(DataSpec(name="imagefolder:a"), tmp_path),
+        load(DataSpec(name="imagefolder:flat", val=0.25), tmp_path),
+    )
     assert len(lone.dataset("test", train=False)) == 3 and not lone.has("val")
     assert flat.dataset("test", train=False).labels().bincount().tolist() == [2, 1]
     assert len(flat.dataset("val", train=False)) == 3 and lone.input_shape == (3, 224, 224)
@@ -470,7 +512,9 @@ def test_missing_and_empty_folders_are_told(tmp_path):
             load(DataSpec(name=f"imagefolder:{name}"))
     make_images(tmp_path / "split" / "train", {"cat": 2})
     make_images(tmp_path / "split" / "test", {"cats": 2})
-    with pytest.raises(UserError, match="test/cats' is a class that the training set does not have; did you mean 'cat'"):
+    with pytest.raises(
+        UserError, match="test/cats' is a class that the training set does not have; did you mean 'cat'"
+    ):
         load(DataSpec(name=f"imagefolder:{tmp_path}/split"))
 
 
@@ -492,7 +536,10 @@ def test_a_wrong_name_is_told_with_the_nearest(name, message):
 
 
 def test_torchvision_data_sets_take_their_options(tmp_path):
-    bundle = load(DataSpec(name="torchvision:FakeData", options={"size": 40, "image_size": [3, 16, 16], "num_classes": 4}), tmp_path)
+    bundle = load(
+        DataSpec(name="torchvision:FakeData", options={"size": 40, "image_size": [3, 16, 16], "num_classes": 4}),
+        tmp_path,
+    )
     assert bundle.input_shape == (3, 16, 16) and bundle.num_classes == 4
     assert len(bundle.dataset("train", train=True)) == 32 and len(bundle.dataset("test", train=False)) == 8
     assert next(iter(Loader(bundle.dataset("train", train=True), 4)))["input"].shape == (4, 3, 16, 16)
@@ -506,7 +553,9 @@ def test_torchvision_sets_in_memory_take_the_fast_path(tmp_path):
     rng = np.random.default_rng(0)
     for part, count in [("train", 30), ("t10k", 10)]:
         pixels = rng.integers(0, 256, (count, 28, 28), dtype=np.uint8)
-        (raw / f"{part}-images-idx3-ubyte").write_bytes(b"\0\0\x08\x03" + np.array(pixels.shape, ">i4").tobytes() + pixels.tobytes())
+        (raw / f"{part}-images-idx3-ubyte").write_bytes(
+            b"\0\0\x08\x03" + np.array(pixels.shape, ">i4").tobytes() + pixels.tobytes()
+        )
         (raw / f"{part}-labels-idx1-ubyte").write_bytes(
             b"\0\0\x08\x01" + np.array([count], ">i4").tobytes() + (np.arange(count) % 10).astype(np.uint8).tobytes()
         )
@@ -572,7 +621,10 @@ def test_a_users_own_function_gives_vectors_images_or_mappings(tmp_path):
     assert images.input_shape == (1, 9, 9)
     assert next(iter(Loader(images.dataset("train", train=True), 4, workers=2)))["input"].shape == (4, 1, 9, 9)
     tokens = next(iter(Loader(load(DataSpec(name="file:own.py:tokens"), tmp_path).dataset("train", train=True), 3)))
-    assert tokens["input"]["input_ids"].tolist()[2] == [2, 3, 4, 5] and tokens["input"]["attention_mask"].dtype == torch.float32
+    assert (
+        tokens["input"]["input_ids"].tolist()[2] == [2, 3, 4, 5]
+        and tokens["input"]["attention_mask"].dtype == torch.float32
+    )
 
 
 @pytest.mark.parametrize(
@@ -587,7 +639,9 @@ def test_a_users_own_function_gives_vectors_images_or_mappings(tmp_path):
 def test_what_a_users_function_gets_wrong_is_told(tmp_path, function, message):
     (tmp_path / "own.py").write_text(OWN)
     with pytest.raises(UserError, match=message):
-        list(Loader(load(DataSpec(name=f"file:{tmp_path}/own.py:{function}")).dataset("train", train=True), 4, workers=1))
+        list(
+            Loader(load(DataSpec(name=f"file:{tmp_path}/own.py:{function}")).dataset("train", train=True), 4, workers=1)
+        )
 
 
 def test_options_that_need_images_are_refused_for_vectors(tmp_path):
@@ -614,7 +668,9 @@ def test_a_users_loader_gives_the_same_stream_again_and_from_mid_epoch(generator
     data = Noisy(torch.arange(10.0)[:, None], torch.arange(10) % 3)
 
     def stream(**where):
-        made = DataLoader(data, 4, shuffle=True, generator=generator and torch.Generator().manual_seed(torch.seed() % 1000))
+        made = DataLoader(
+            data, 4, shuffle=True, generator=generator and torch.Generator().manual_seed(torch.seed() % 1000)
+        )
         out = []
         for batch in adapt(made, seed=7).batches(**where, epochs=3):
             out.append(batch)

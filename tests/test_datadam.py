@@ -1,4 +1,5 @@
-"""DataDAM: attention maps are bounded, invariant where they should be, blind to order, and without them the method is DM."""
+"""DataDAM: attention maps are bounded, invariant where they should be, blind to order, and without them the method is
+DM."""
 
 from __future__ import annotations
 
@@ -37,14 +38,18 @@ def images(n: int, seed: int = 0) -> torch.Tensor:
 
 def test_nothing_is_lost_where_synthetic_images_are_the_real_ones():
     found = losses(network(), images(6), images(6), 3, 1, 0.01)
-    assert torch.allclose(found["attention"], torch.zeros(2), atol=1e-8) and found["features"].item() == pytest.approx(0, abs=1e-6)
+    assert torch.allclose(found["attention"], torch.zeros(2), atol=1e-8) and found["features"].item() == pytest.approx(
+        0, abs=1e-6
+    )
 
 
 def test_the_order_of_images_within_a_class_does_not_matter():
     x = images(6, 1)
     swapped = x.view(3, 2, 3, 16, 16).flip(1).flatten(0, 1)
     a, b = (losses(network(), images(12), s, 3, 4, 0.01) for s in (x, swapped))
-    assert torch.allclose(a["attention"], b["attention"], rtol=1e-4) and torch.allclose(a["features"], b["features"], rtol=1e-4)
+    assert torch.allclose(a["attention"], b["attention"], rtol=1e-4) and torch.allclose(
+        a["features"], b["features"], rtol=1e-4
+    )
 
 
 @pytest.mark.parametrize("power", [1, 4])

@@ -1,4 +1,5 @@
-"""The parts of data-set distillation: augmentation, whitening, matching, recovery, scores, real images, and runs that go on after an interruption."""
+"""The parts of data-set distillation: augmentation, whitening, matching, recovery, scores, real images, and runs that
+go on after an interruption."""
 
 from __future__ import annotations
 
@@ -45,7 +46,7 @@ def images(n: int = 6, side: int = 8, seed: int = 0) -> torch.Tensor:
     return torch.randn(n, 3, side, side, generator=drawn(seed))
 
 
-# ---- augmentation ----------------------------------------------------------------------------------------------------------------------------
+# ---- augmentation ----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("group", EVERY)
@@ -121,18 +122,20 @@ def test_a_strategy_is_read_and_a_wrong_one_refused():
         apply(images(), all_of(["flip"], 4, (8, 8), drawn()))
 
 
-# ---- whitening -------------------------------------------------------------------------------------------------------------------------------
+# ---- whitening -------------------------------------------------------------------------------------------------------
 
 
 def test_whitening_gives_the_shrunk_spectrum_and_inverts():
     x = images(200, 3).cumsum(-1)
     whiten = fit_whitening(x, 0.1)
     spectrum = torch.linalg.eigvalsh(torch.cov(x.flatten(1).T))
-    assert torch.allclose(torch.linalg.eigvalsh(torch.cov(whiten(x).flatten(1).T)), (spectrum / (spectrum + 0.1)).sort()[0], atol=1e-4)
+    assert torch.allclose(
+        torch.linalg.eigvalsh(torch.cov(whiten(x).flatten(1).T)), (spectrum / (spectrum + 0.1)).sort()[0], atol=1e-4
+    )
     assert torch.allclose(whiten.invert(whiten(x)), x, atol=1e-4)
 
 
-# ---- matching --------------------------------------------------------------------------------------------------------------------------------
+# ---- matching --------------------------------------------------------------------------------------------------------
 
 
 def test_features_of_equal_batches_are_at_distance_zero_whatever_the_order():
@@ -146,7 +149,9 @@ def test_features_of_equal_batches_are_at_distance_zero_whatever_the_order():
 def test_classes_in_one_forward_match_as_one_by_one():
     network, real, syn = ConvNet(4, 2, input_shape=(3, 8, 8)), images(12), images(6, seed=1)
     together = feature_mean_distance(network.embed(real), network.embed(syn), 3)
-    alone = sum(feature_mean_distance(network.embed(r), network.embed(s), 1) for r, s in zip(real.chunk(3), syn.chunk(3)))
+    alone = sum(
+        feature_mean_distance(network.embed(r), network.embed(s), 1) for r, s in zip(real.chunk(3), syn.chunk(3))
+    )
     assert torch.allclose(together, alone, rtol=1e-4)
 
 
@@ -197,7 +202,7 @@ def test_trajectories_refuse_networks_with_buffers_and_vectors_of_others():
         Flat(ConvNet(4, 2, input_shape=(3, 8, 8)))(torch.zeros(5), images())
 
 
-# ---- recovery --------------------------------------------------------------------------------------------------------------------------------
+# ---- recovery --------------------------------------------------------------------------------------------------------
 
 
 def test_a_batch_that_the_network_remembers_exactly_is_at_distance_zero_with_a_finite_gradient():
@@ -226,10 +231,12 @@ def test_recovery_says_what_it_needs():
 def test_clamped_pixels_are_pixels():
     x = 10 * images()
     clamp_to_pixels(x, (0.5, 0.4, 0.3), (0.2, 0.2, 0.2))
-    assert x.amin((0, 2, 3)).tolist() == pytest.approx([-2.5, -2.0, -1.5]) and x.amax((0, 2, 3)).tolist() == pytest.approx([2.5, 3.0, 3.5])
+    assert x.amin((0, 2, 3)).tolist() == pytest.approx([-2.5, -2.0, -1.5]) and x.amax(
+        (0, 2, 3)
+    ).tolist() == pytest.approx([2.5, 3.0, 3.5])
 
 
-# ---- scores ----------------------------------------------------------------------------------------------------------------------------------
+# ---- scores ----------------------------------------------------------------------------------------------------------
 
 
 def test_label_robust_score_is_one_and_zero_at_its_ends_and_refuses_percents():
@@ -240,7 +247,7 @@ def test_label_robust_score_is_one_and_zero_at_its_ends_and_refuses_percents():
         scores.label_robust_score(20.0, 5.0)
 
 
-# ---- real images, and how synthetic ones begin -----------------------------------------------------------------------------------------------
+# ---- real images, and how synthetic ones begin -----------------------------------------------------------------------
 
 
 def real_images(per_class: int = 12) -> RealImages:
@@ -282,13 +289,15 @@ def test_mixed_images_decode_to_the_small_real_images_they_were_made_of():
     assert torch.allclose(again, enlarged, atol=1e-6)
 
 
-# ---- selection -------------------------------------------------------------------------------------------------------------------------------
+# ---- selection -------------------------------------------------------------------------------------------------------
 
 
 def test_herding_follows_the_mean_better_than_chance_and_never_repeats():
     x = torch.randn(40, 6, generator=drawn())
     chosen = herding(x, 8)
-    chance = torch.stack([x[torch.randperm(40, generator=drawn(s))[:8]].mean(0).sub(x.mean(0)).norm() for s in range(20)])
+    chance = torch.stack(
+        [x[torch.randperm(40, generator=drawn(s))[:8]].mean(0).sub(x.mean(0)).norm() for s in range(20)]
+    )
     assert len(set(chosen.tolist())) == 8
     assert x[chosen].mean(0).sub(x.mean(0)).norm() < chance.min()
 
@@ -303,7 +312,7 @@ def test_k_center_covers_better_than_chance_and_takes_duplicates_last():
     assert sorted(k_center(torch.zeros(4, 2), 4).tolist()) == [0, 1, 2, 3]
 
 
-# ---- whole runs ------------------------------------------------------------------------------------------------------------------------------
+# ---- whole runs ------------------------------------------------------------------------------------------------------
 
 
 def tree(method: str, **given: Any) -> dict[str, Any]:
@@ -318,9 +327,15 @@ def tree(method: str, **given: Any) -> dict[str, Any]:
 
 @pytest.mark.parametrize(
     ("method", "options"),
-    [("dm", {}), ("dsa", {"outer": 2, "iterations": 3}), ("mtt", {"inner_steps": 2, "experts": {"count": 1, "epochs": 2}, "max_start": 0})],
+    [
+        ("dm", {}),
+        ("dsa", {"outer": 2, "iterations": 3}),
+        ("mtt", {"inner_steps": 2, "experts": {"count": 1, "epochs": 2}, "max_start": 0}),
+    ],
 )
-def test_an_interrupted_distillation_goes_on_to_the_same_images(method: str, options: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_an_interrupted_distillation_goes_on_to_the_same_images(
+    method: str, options: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     from stillhouse.synthetic.synthesis import Synthesis
 
     config = validate(tree(method, **{"iterations": 6, "batch_real": 5, **options}))
@@ -345,11 +360,21 @@ def test_soft_and_hard_labels_are_protocols_of_their_own(tmp_path: Path):
     with pytest.raises(UserError, match="dm gives its images hard labels"):
         validate(tree("dm", evaluate={"protocol": "soft"}))
     with pytest.raises(UserError, match="holds no soft labels"):
-        execute(validate(tree("selection", evaluate={"protocol": "soft", "networks": 1, "epochs": 1})), tmp_path / "soft", cpu=True)
+        execute(
+            validate(tree("selection", evaluate={"protocol": "soft", "networks": 1, "epochs": 1})),
+            tmp_path / "soft",
+            cpu=True,
+        )
 
 
 def test_scores_come_with_the_accuracies_they_are_made_of(tmp_path: Path):
-    evaluate = {"networks": 1, "epochs": 2, "scores": True, "full_epochs": 1, "cross": [{"model": "stillhouse:mlp", "options": {"widths": [8]}}]}
+    evaluate = {
+        "networks": 1,
+        "epochs": 2,
+        "scores": True,
+        "full_epochs": 1,
+        "cross": [{"model": "stillhouse:mlp", "options": {"widths": [8]}}],
+    }
     found = execute(validate(tree("selection", evaluate=evaluate)), tmp_path / "run", cpu=True)
     assert found["hlr"] == pytest.approx(found["accuracy_full"] - found["accuracy"])
     assert found["ior"] == pytest.approx(found["accuracy"] - found["accuracy_random"])
@@ -359,7 +384,11 @@ def test_scores_come_with_the_accuracies_they_are_made_of(tmp_path: Path):
 
 
 def test_what_learning_costs_is_told(tmp_path: Path):
-    found = execute(validate(tree("mtt", iterations=2, inner_steps=2, experts={"count": 1, "epochs": 2}, max_start=0)), tmp_path / "run", cpu=True)
+    found = execute(
+        validate(tree("mtt", iterations=2, inner_steps=2, experts={"count": 1, "epochs": 2}, max_start=0)),
+        tmp_path / "run",
+        cpu=True,
+    )
     assert found["distil_seconds_per_iteration"] > 0 and found["distil_peak_mb"] > 0
     assert load_product(tmp_path / "run").lr == pytest.approx(found["inner_lr"])
 
@@ -388,7 +417,11 @@ def test_mistakes_are_answered_in_a_sentence(given: dict[str, Any], words: str, 
 
 SRE2L = {
     "network": {"model": "stillhouse:convnet2", "options": {"width": 4, "norm": "batch"}},
-    "teacher": {"model": "stillhouse:convnet2", "options": {"width": 4, "norm": "batch"}, "train": {"epochs": 1, "batch_size": 50}},
+    "teacher": {
+        "model": "stillhouse:convnet2",
+        "options": {"width": 4, "norm": "batch"},
+        "train": {"epochs": 1, "batch_size": 50},
+    },
     "ipc": 2,
     "recover": {"iterations": 4, "jitter": 1},
     "relabel": {"epochs": 2, "batch_size": 8, "augment": "resized_crop"},

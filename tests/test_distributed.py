@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-# Equal widths: where they differ, the adapter of nd has batch normalisation and dropout, which see one process's share only.
+# Equal widths: where they differ, the adapter of nd has batch normalisation and dropout, which see one process's share
+# only.
 RECIPE = """
 data: {name: digits, size: 200, augment: plain, val: 0.2}
 teachers:
@@ -64,7 +65,9 @@ def start(world: int, arguments: list[str], cache: Path, die_at: int | None = No
                 "MASTER_ADDR": "127.0.0.1",
                 "MASTER_PORT": str(port),
             }
-        processes.append(subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True))
+        processes.append(
+            subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        )
     outputs = [p.communicate(timeout=300)[0] for p in processes]
     if die_at is None:
         assert [p.returncode for p in processes] == [0] * world, "\n".join(outputs)
@@ -73,7 +76,12 @@ def start(world: int, arguments: list[str], cache: Path, die_at: int | None = No
 
 def curve(folder: Path) -> list[tuple[str, str, float]]:
     with open(folder / "metrics.csv", newline="") as handle:
-        return [(r["step"], name, float(r[name])) for r in csv.DictReader(handle) for name in r if name not in ("stage", "epoch", "step") and r[name]]
+        return [
+            (r["step"], name, float(r[name]))
+            for r in csv.DictReader(handle)
+            for name in r
+            if name not in ("stage", "epoch", "step") and r[name]
+        ]
 
 
 @pytest.fixture(scope="module")
@@ -100,4 +108,6 @@ def test_two_processes_killed_together_resume_to_the_same_bits(two: tuple[Path, 
     assert -9 in codes
     start(2, arguments, work / "cache-again")
     assert (work / "again" / "metrics.csv").read_bytes() == (folder / "metrics.csv").read_bytes()
-    assert (work / "again" / "product" / "model.safetensors").read_bytes() == (folder / "product" / "model.safetensors").read_bytes()
+    assert (work / "again" / "product" / "model.safetensors").read_bytes() == (
+        folder / "product" / "model.safetensors"
+    ).read_bytes()

@@ -1,4 +1,5 @@
-"""DisWOT: what its distances mean, that scores are a function of keys, and that the search finds the best within its budget."""
+"""DisWOT: what its distances mean, that scores are a function of keys, and that the search finds the best within its
+budget."""
 
 from __future__ import annotations
 
@@ -45,15 +46,21 @@ def gradients(seed: int, classes: int = 6, width: int = 12) -> torch.Tensor:
 def test_the_closed_form_is_the_distance_of_the_outer_products():
     s, t = gradients(0), gradients(1)
     outer = lambda g: F.normalize(g[:, :, None] * g[:, None, :], dim=-1)  # noqa: E731
-    assert float(semantic_distance(s, t)) == pytest.approx(float((outer(s) - outer(t)).square().sum() / s.numel()), rel=1e-5)
+    assert float(semantic_distance(s, t)) == pytest.approx(
+        float((outer(s) - outer(t)).square().sum() / s.numel()), rel=1e-5
+    )
     tiny = 1e-8 * gradients(2)  # rows shorter than the published 1e-12
-    assert float(semantic_distance(tiny, t)) == pytest.approx(float((outer(tiny) - outer(t)).square().sum() / t.numel()), rel=1e-5)
+    assert float(semantic_distance(tiny, t)) == pytest.approx(
+        float((outer(tiny) - outer(t)).square().sum() / t.numel()), rel=1e-5
+    )
 
 
 def test_distances_are_zero_for_the_same_network_and_symmetric():
     s, t = gradients(0), gradients(1)
     x, y = torch.randn(6, 4, 3, 3), torch.randn(6, 4, 2, 5)
-    assert semantic_distance(s, s) == pytest.approx(0, abs=1e-6) and relation_distance(x, x) == channel_distance(x, x) == 0
+    assert (
+        semantic_distance(s, s) == pytest.approx(0, abs=1e-6) and relation_distance(x, x) == channel_distance(x, x) == 0
+    )
     assert semantic_distance(s, t) == pytest.approx(float(semantic_distance(t, s)), rel=1e-6)
     assert relation_distance(x, y) == pytest.approx(float(relation_distance(y, x)), rel=1e-6)
 
@@ -109,14 +116,31 @@ def test_the_default_space_is_s1_and_builds_its_members():
 
 @pytest.mark.parametrize(("how", "evaluations"), [("evolution", 40), ("all", 1)])
 def test_search_finds_the_best_and_scores_nothing_twice(how: str, evaluations: int):
-    found, best = search(SPACE, toy_score, np.random.default_rng(0), how=how, evaluations=evaluations, population=8, initial=6, combine="semantic")
+    found, best = search(
+        SPACE,
+        toy_score,
+        np.random.default_rng(0),
+        how=how,
+        evaluations=evaluations,
+        population=8,
+        initial=6,
+        combine="semantic",
+    )
     assert best == (2, 2, 2) and len(set(found.encodings)) == len(found.encodings) == (40 if how == "evolution" else 64)
 
 
 def test_evolution_beats_random_search_at_the_same_number_of_scores():
     def value(how: str, seed: int) -> float:
         found, best = search(
-            SPACE, toy_score, np.random.default_rng(seed), how=how, evaluations=16, population=6, initial=5, parents=3, combine="semantic"
+            SPACE,
+            toy_score,
+            np.random.default_rng(seed),
+            how=how,
+            evaluations=16,
+            population=6,
+            initial=5,
+            parents=3,
+            combine="semantic",
         )
         return found.semantic[found.encodings.index(best)]
 
@@ -142,7 +166,9 @@ def test_broken_scores_rank_last_and_ranks_weigh_both_metrics_alike():
 
 
 def test_other_genes_than_depths_can_be_searched():
-    space = Space(SpaceSpec(model="stillhouse:mlp", options={}, genes={"widths": [[8], [16, 8]], "model": ["stillhouse:mlp"]}))
+    space = Space(
+        SpaceSpec(model="stillhouse:mlp", options={}, genes={"widths": [[8], [16, 8]], "model": ["stillhouse:mlp"]})
+    )
     assert len(space) == 2 and space.model((1, 0)).options == {"widths": [16, 8]}
     assert space.mutate((0, 0), np.random.default_rng(0), 2) == (1, 0)
 
@@ -150,10 +176,16 @@ def test_other_genes_than_depths_can_be_searched():
 @pytest.mark.parametrize("student", ["stillhouse:resnet8", "stillhouse:resnet8x4"])
 def test_the_metrics_teach_a_student_whatever_its_last_width(student: str):
     teacher = build(ModelSpec(model="stillhouse:resnet14"), 10, (1, 8, 8))
-    module = Distillation(build(ModelSpec(model=student), 10, (1, 8, 8)), teacher, [SimilarityDistillation()]).build(BATCH).train()
+    module = (
+        Distillation(build(ModelSpec(model=student), 10, (1, 8, 8)), teacher, [SimilarityDistillation()])
+        .build(BATCH)
+        .train()
+    )
     terms = module(BATCH, Progress())
     terms["loss"].backward()
-    assert {"diswot.relation", "diswot.semantic"} <= set(terms) and module.student.layer1[0].conv1.weight.grad.abs().sum() > 0
+    assert {"diswot.relation", "diswot.semantic"} <= set(terms) and module.student.layer1[
+        0
+    ].conv1.weight.grad.abs().sum() > 0
     module.close()
 
 
@@ -163,7 +195,10 @@ def recipe(**changes: object) -> dict:
         "method": "diswot",
         "data": {"name": "digits", "size": 64, "augment": "plain"},
         "teacher": {"model": "stillhouse:resnet8", "train": quick},
-        "space": {"options": {"stem": 4, "widths": [4, 8, 64], "depths": [1, 1, 1]}, "genes": {"depths.0": [1, 2], "widths.0": [4, 8]}},
+        "space": {
+            "options": {"stem": 4, "widths": [4, 8, 64], "depths": [1, 1, 1]},
+            "genes": {"depths.0": [1, 2], "widths.0": [4, 8]},
+        },
         "score": {"batch": 32, "repeats": 1},
         "search": {"name": "all"},
         "train": quick,
@@ -178,7 +213,9 @@ def test_a_run_keeps_its_student_and_the_ranking(tmp_path: Path, monkeypatch: py
     product = load_product(tmp_path / "run")
     scores = [c["score"] for c in product.candidates]
     assert len(scores) == 4 and scores == sorted(scores, reverse=True)
-    assert product.model.options["depths"][0] == product.candidates[0]["depths.0"] and product.module(torch.zeros(1, 1, 8, 8)).shape == (1, 10)
+    assert product.model.options["depths"][0] == product.candidates[0]["depths.0"] and product.module(
+        torch.zeros(1, 1, 8, 8)
+    ).shape == (1, 10)
     assert figures["trained"] == 3 and figures["regret"] >= 0 and figures["accuracy"] == figures["test_accuracy"]
 
 
@@ -206,10 +243,17 @@ def test_the_score_ranks_s1_as_published_distilled_accuracy_does():
         batch = {**next(iter(Loader(images, 64, seed=seed, shuffle=True))), "label": labels}
 
         def seen(name: str, options: dict, batch: dict = batch, seed: int = seed) -> View:
-            return view(lambda: build(ModelSpec(model=name, options=options), 100, (1, 8, 8)), batch, seed, name, str(options))
+            return view(
+                lambda: build(ModelSpec(model=name, options=options), 100, (1, 8, 8)), batch, seed, name, str(options)
+            )
 
         teacher = seen("stillhouse:resnet56", {})
-        students = [seen("stillhouse:resnet_stages", {"stem": 16, "widths": [16, 32, 64], "depths": list(d)}) for d in depths]
-        scores = [-float(semantic_distance(s.gradient, teacher.gradient) + relation_distance(s.feature, teacher.feature)) for s in students]
+        students = [
+            seen("stillhouse:resnet_stages", {"stem": 16, "widths": [16, 32, 64], "depths": list(d)}) for d in depths
+        ]
+        scores = [
+            -float(semantic_distance(s.gradient, teacher.gradient) + relation_distance(s.feature, teacher.feature))
+            for s in students
+        ]
         taus.append(kendall_tau(scores, [accuracy[d] for d in depths]))
     assert np.mean(taus) >= 0.35

@@ -1,7 +1,8 @@
-"""The documentation does what it says: its code blocks run in order, its links resolve, its generated pages are what the code says.
+"""The documentation does what it says: its code blocks run in order, its links resolve, its generated pages are what
+the code says.
 
-A block that begins with `# file: NAME` is saved under that name; other `python` blocks run, as do the lines of `bash` blocks that begin with
-`stillhouse` or `pytest`.
+A block that begins with `# file: NAME` is saved under that name; other `python` blocks run, as do the lines of `bash`
+blocks that begin with `stillhouse` or `pytest`.
 Blocks marked `no-run` are only read, and so are those marked with a library that is not installed.
 """
 
@@ -83,7 +84,9 @@ def follow(page: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> dict[st
                 if line.startswith("stillhouse "):
                     command(line, monkeypatch)
                 elif line.startswith("pytest "):
-                    done = subprocess.run([sys.executable, "-m", *line.split()], cwd=folder, capture_output=True, text=True, check=False)
+                    done = subprocess.run(
+                        [sys.executable, "-m", *line.split()], cwd=folder, capture_output=True, text=True, check=False
+                    )
                     assert not done.returncode, done.stdout + done.stderr
     return names
 
@@ -93,22 +96,30 @@ def accuracy(run: Path) -> float:
     return float(json.loads((run / "evaluation.json").read_text())["accuracy"])
 
 
-def test_the_readme_can_be_followed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+def test_the_readme_can_be_followed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
     names = follow(ROOT / "README.md", tmp_path, monkeypatch)
     right = (names["student"].cpu()(names["x"]).argmax(1) == names["y"]).float().mean()
     assert right > 0.8, "the student of the README learned little"
-    assert (tmp_path / "runs" / "digits-s0" / "report.html").is_file() and (tmp_path / "runs" / "digits-alone-s0" / "product").is_dir()
+    assert (tmp_path / "runs" / "digits-s0" / "report.html").is_file() and (
+        tmp_path / "runs" / "digits-alone-s0" / "product"
+    ).is_dir()
     learned, random = (accuracy(tmp_path / "runs" / name) for name in ("small-s0", "small-random-s0"))
     assert learned > random + 0.1 and (tmp_path / "runs" / "small-s0" / "product" / "sheet.png").is_file()
 
 
-def test_the_quick_start_can_be_followed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+def test_the_quick_start_can_be_followed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
     follow(ROOT / "docs" / "quick-start.md", tmp_path, monkeypatch)
     shown = capsys.readouterr().out
     assert "1. teacher" in shown and "2. student" in shown and "Options of nkd" in shown
     for name in re.findall(r"^\| `([\w.]+)/?` \|", (ROOT / "docs" / "quick-start.md").read_text(), re.MULTILINE):
         assert (tmp_path / "runs" / "first-s0" / name).exists(), f"the run left no {name}"
-    assert (tmp_path / "student.safetensors").is_file() and (tmp_path / "runs" / "bench-first" / "report.html").is_file()
+    assert (tmp_path / "student.safetensors").is_file() and (
+        tmp_path / "runs" / "bench-first" / "report.html"
+    ).is_file()
 
 
 def photos(folder: Path) -> None:
@@ -124,7 +135,9 @@ def photos(folder: Path) -> None:
             Image.fromarray(pixels.numpy()).save(path)
 
 
-def test_the_page_on_your_own_model_and_data_can_be_followed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+def test_the_page_on_your_own_model_and_data_can_be_followed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
     photos(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
     names = follow(ROOT / "docs" / "your-own.md", tmp_path, monkeypatch)
@@ -137,13 +150,17 @@ def test_the_page_on_your_own_model_and_data_can_be_followed(tmp_path: Path, mon
     assert not names["student"].training
 
 
-def test_the_page_on_synthetic_sets_can_be_followed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+def test_the_page_on_synthetic_sets_can_be_followed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
     names = follow(ROOT / "docs" / "synthetic-sets.md", tmp_path, monkeypatch)
     shown = capsys.readouterr().out
     assert names["made"].images.shape == (20, 1, 8, 8)
     assert "lrs" in shown and "accuracy_mlp" in shown and "Gain over random" in re.sub(r"\s+", " ", shown)
     assert "Wrote 20 images of 10 classes: small\n" in shown and (tmp_path / "small.parquet").is_file()
-    assert (tmp_path / "runs" / "student-s0" / "product").is_dir() and (tmp_path / "runs" / "from-files-s0" / "product").is_dir()
+    assert (tmp_path / "runs" / "student-s0" / "product").is_dir() and (
+        tmp_path / "runs" / "from-files-s0" / "product"
+    ).is_dir()
 
 
 @pytest.fixture
@@ -155,7 +172,9 @@ def added(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def test_the_page_on_adding_a_method_can_be_followed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+def test_the_page_on_adding_a_method_can_be_followed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
     follow(ROOT / "docs" / "adding-a-method.md", tmp_path, monkeypatch)
     shown = capsys.readouterr().out
     assert "sure_kd.sureness" in (tmp_path / "runs" / "sure-s0" / "metrics.csv").read_text().splitlines()[0]
@@ -165,7 +184,9 @@ def test_the_page_on_adding_a_method_can_be_followed(tmp_path: Path, monkeypatch
     learned, random = (row["metrics"]["accuracy"][0] for row in results["rows"])
     assert learned > random + 0.05 and "Gain over random" in re.sub(r"\s+", " ", shown)
     assert stillhouse.load(tmp_path / "runs" / "assistant-s0")(torch.zeros(2, 1, 8, 8)).shape == (2, 10)
-    assert not (tmp_path / "runs" / "assistant-s0" / "stages").exists(), "the assistant's stage is shared, and so in the cache"
+    assert not (tmp_path / "runs" / "assistant-s0" / "stages").exists(), (
+        "the assistant's stage is shared, and so in the cache"
+    )
 
 
 def test_the_code_of_the_page_on_adding_a_method_passes_our_lint(added: Path):
@@ -175,7 +196,9 @@ def test_the_code_of_the_page_on_adding_a_method_passes_our_lint(added: Path):
     project.unlink()  # that of the plug-in, which has no rules of its own
     options = ["--config", str(config), "--config", f"src = ['{ROOT / 'src'}']", "--no-cache", str(added)]
     for words in (["check"], ["format", "--check"]):
-        done = subprocess.run([sys.executable, "-m", "ruff", *words, *options], capture_output=True, text=True, check=False)
+        done = subprocess.run(
+            [sys.executable, "-m", "ruff", *words, *options], capture_output=True, text=True, check=False
+        )
         assert not done.returncode, done.stdout + done.stderr
 
 
@@ -205,7 +228,12 @@ def test_an_installed_plug_in_is_found_by_its_entry_points(added: Path):
     (info / "entry_points.txt").write_text(
         "".join(f"[{group}]\n" + "".join(f"{k} = {v}\n" for k, v in points.items()) + "\n" for group, points in groups)
     )
-    recipe = (added / "assistant.yaml").read_text().replace("file:assistant.py", "assistant").replace("kd]", "{name: sure_kd, temperature: 2}]")
+    recipe = (
+        (added / "assistant.yaml")
+        .read_text()
+        .replace("file:assistant.py", "assistant")
+        .replace("kd]", "{name: sure_kd, temperature: 2}]")
+    )
     assert "method: assistant\n" in recipe and "sure_kd" in recipe
     (added / "by_name.yaml").write_text(recipe)
 
@@ -229,20 +257,28 @@ def test_an_installed_plug_in_is_found_by_its_entry_points(added: Path):
     assert "2. assistant" in planned and "temperature: 2.0" in planned
 
 
-def test_the_page_on_integrations_can_be_followed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+def test_the_page_on_integrations_can_be_followed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
     names = follow(ROOT / "docs" / "integrations.md", tmp_path, monkeypatch)
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in names["teacher"].modules())
     assert "trainer" not in names or (tmp_path / "student" / "model.safetensors").is_file()
 
 
-def test_the_page_on_the_store_can_be_followed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+def test_the_page_on_the_store_can_be_followed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
     follow(ROOT / "docs" / "store.md", tmp_path, monkeypatch)
     shown = capsys.readouterr().out
     assert "300 samples, 6 views: logits; fp16" in shown and "torch.Size([3, 10])" in shown
-    assert all(accuracy(tmp_path / "runs" / name) > 0.7 for name in ("stored-s0", "both")), "the page's students learned little"
+    assert all(accuracy(tmp_path / "runs" / name) > 0.7 for name in ("stored-s0", "both")), (
+        "the page's students learned little"
+    )
 
 
-def test_the_page_on_recipes_can_be_followed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+def test_the_page_on_recipes_can_be_followed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
     follow(ROOT / "docs" / "recipes.md", tmp_path, monkeypatch)
     assert "from_own" in (tmp_path / "runs" / "warmer-s0" / "metrics.csv").read_text().splitlines()[0]
 
@@ -250,7 +286,10 @@ def test_the_page_on_recipes_can_be_followed(tmp_path: Path, monkeypatch: pytest
 def anchors(page: Path) -> set[str]:
     """What a link may name after `#`: headings as a page of Markdown shows them."""
     text = FENCE.sub("", page.read_text(encoding="utf-8"))
-    return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in re.findall(r"^#+ (.+)$", text, re.MULTILINE)}
+    return {
+        re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-")
+        for title in re.findall(r"^#+ (.+)$", text, re.MULTILINE)
+    }
 
 
 @pytest.mark.parametrize("page", EVERY, ids=lambda p: p.relative_to(ROOT).as_posix())
@@ -261,7 +300,9 @@ def test_every_relative_link_resolves(page: Path):
         name, _, anchor = target.partition("#")
         there = (page.parent / name).resolve() if name else page
         assert there.exists(), f"{page.name} links to {target}, which is not there"
-        assert not anchor or anchor in anchors(there), f"{page.name} links to {target}, but {there.name} has no such heading"
+        assert not anchor or anchor in anchors(there), (
+            f"{page.name} links to {target}, but {there.name} has no such heading"
+        )
 
 
 @pytest.fixture(scope="module")
@@ -291,7 +332,9 @@ def test_every_method_has_a_page_that_lists_its_options_and_says_what_is_missing
             else catalog.method(card.slug).Config.model_fields
         )
         for key in keys:
-            assert f"| `{key}`" in text or key in MethodConfig.model_fields, f"the page of {card.slug} does not list {key}"
+            assert f"| `{key}`" in text or key in MethodConfig.model_fields, (
+                f"the page of {card.slug} does not list {key}"
+            )
 
 
 def test_every_claim_is_on_the_page_of_claims_and_on_its_methods_page(build: ModuleType):
@@ -301,8 +344,12 @@ def test_every_claim_is_on_the_page_of_claims_and_on_its_methods_page(build: Mod
         own = pages[ROOT / "docs" / "methods" / f"{slug}.md"]
         assert f"## {slug}\n" in page and "Where to start: " in own
         for name, verdict in claims:
-            rows = [line for line in page.splitlines() if line.startswith(f"| {build.prose(verdict.says, in_table=True)}")]
-            assert any(build.prose(verdict.measured, in_table=True) in row and verdict.verdict in row for row in rows), (name, verdict.says)
+            rows = [
+                line for line in page.splitlines() if line.startswith(f"| {build.prose(verdict.says, in_table=True)}")
+            ]
+            assert any(
+                build.prose(verdict.measured, in_table=True) in row and verdict.verdict in row for row in rows
+            ), (name, verdict.says)
             assert build.prose(verdict.says) in own
 
 
@@ -317,26 +364,36 @@ def test_a_stale_page_is_told_and_mended(build: ModuleType, tmp_path: Path):
     assert build.stale(wanted, page.parent) == []
 
 
-def test_the_page_on_checkpoints_can_be_followed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+def test_the_page_on_checkpoints_can_be_followed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
     names = follow(ROOT / "docs" / "checkpoint.md", tmp_path, monkeypatch)
-    assert accuracy(tmp_path / "runs" / "renamed") == accuracy(tmp_path / "runs" / "small-s0"), "the renamed weights are others"
+    assert accuracy(tmp_path / "runs" / "renamed") == accuracy(tmp_path / "runs" / "small-s0"), (
+        "the renamed weights are others"
+    )
     assert names["teacher"](torch.zeros(2, 1, 8, 8)).shape == (2, 3) and (tmp_path / "three.pt").is_file()
 
 
-def test_the_page_on_text_classifiers_can_be_followed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+def test_the_page_on_text_classifiers_can_be_followed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
     pytest.importorskip("transformers")
     names = follow(ROOT / "docs" / "text-classifier.md", tmp_path, monkeypatch)
     assert names["student"].classes == ["bad", "good"] and accuracy(tmp_path / "runs" / "reviews-s0") > 0.8
     assert "good" in capsys.readouterr().out and (tmp_path / "runs" / "named" / "product").is_dir()
 
 
-def test_the_page_on_shipping_can_be_followed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+def test_the_page_on_shipping_can_be_followed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
     names = follow(ROOT / "docs" / "ship.md", tmp_path, monkeypatch)
     x = torch.randn(3, 1, 8, 8)
     for student in (names["student"], names["program"]):
         torch.testing.assert_close(student(x), names["network"](x), rtol=1e-4, atol=1e-5)
 
 
-def test_the_page_on_gpus_can_be_followed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+def test_the_page_on_gpus_can_be_followed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
     follow(ROOT / "docs" / "gpus.md", tmp_path, monkeypatch)
     assert "runs take: " in capsys.readouterr().out

@@ -96,4 +96,8 @@ def test_the_home_folder_is_not_shown(monkeypatch: pytest.MonkeyPatch, tmp_path:
 
 def test_gpus_are_listed_as_torch_sees_them() -> None:
     lines = list(devices())
-    assert [line for line in lines if line.startswith("cuda:")] if torch.cuda.is_available() else any("cuda: none" in line for line in lines)
+    assert (
+        [line for line in lines if line.startswith("cuda:")]
+        if torch.cuda.is_available()
+        else any("cuda: none" in line for line in lines)
+    )

@@ -34,7 +34,10 @@ def text(counts: list[int]) -> Batch:
     """Rows of ten tokens, of which so many count."""
     draws = torch.Generator().manual_seed(sum(counts))
     ids, label = (torch.randint(TOKENS, (len(counts), 10), generator=draws) for _ in range(2))
-    return {"input": ids, "label": torch.stack([row.where(torch.arange(10) < n, torch.tensor(-100)) for row, n in zip(label, counts)])}
+    return {
+        "input": ids,
+        "label": torch.stack([row.where(torch.arange(10) < n, torch.tensor(-100)) for row, n in zip(label, counts)]),
+    }
 
 
 def together(*batches: Batch) -> Batch:
@@ -71,7 +74,7 @@ def test_a_masks_tokens_are_those_that_count(tmp_path: Path, accumulate: int) ->
     torch.testing.assert_close(trained(batches, tmp_path / "given", accumulate=accumulate), expected)
 
 
-# ---- samples and tokens weigh the same, however a step's batches cut them ------------------------------------------------------------------
+# ---- samples and tokens weigh the same, however a step's batches cut them --------------------------------------------
 
 LENGTHS = [3, 50, 7, 1]
 SIZES = [8, 1, 3]
@@ -95,7 +98,8 @@ def points(sizes: list[int]) -> list[tuple[Tensor, Tensor]]:
 
 
 def one_step(batches: list[Any], kind: str) -> Tensor:
-    """The weights after one optimiser step over all these batches, clipped as many trainings are, so that the gradient's size matters."""
+    """The weights after one optimiser step over all these batches, clipped as many trainings are, so that the
+    gradient's size matters."""
     torch.manual_seed(0)
     student, teacher = (net(0), net(1)) if kind == "tokens" else (nn.Linear(5, 3), nn.Linear(5, 3))
     train = {

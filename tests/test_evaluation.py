@@ -41,7 +41,9 @@ def test_classifier_figures_match_torchmetrics_and_scikit_learn():
     probs = logits.softmax(-1)
     assert got["accuracy"] == pytest.approx(accuracy_score(labels, probs.argmax(-1)))
     assert got["accuracy_top5"] == pytest.approx(top_k_accuracy_score(labels, probs, k=5))
-    assert got["nll"] == pytest.approx(log_loss(labels, probs.double() / probs.double().sum(-1, keepdim=True)), rel=1e-5)
+    assert got["nll"] == pytest.approx(
+        log_loss(labels, probs.double() / probs.double().sum(-1, keepdim=True)), rel=1e-5
+    )
     assert got["brier"] == pytest.approx(((probs.numpy() - np.eye(8)[labels]) ** 2).sum(1).mean(), rel=1e-5)
     for bins in (10, 15):
         expected = multiclass_calibration_error(probs, labels, num_classes=8, n_bins=bins).item()
@@ -90,8 +92,13 @@ def test_kendall_tau_matches_scipy_over_the_classes_that_are_not_the_label():
     from scipy.stats import kendalltau
 
     student, labels = outputs(n=20, classes=7)
-    teacher = (student + torch.randn(student.shape, generator=torch.Generator().manual_seed(1))).round()  # rounded: ties
-    expected = [kendalltau(np.delete(s, y), np.delete(t, y)).statistic for s, t, y in zip(student.numpy(), teacher.numpy(), labels)]
+    teacher = (
+        student + torch.randn(student.shape, generator=torch.Generator().manual_seed(1))
+    ).round()  # rounded: ties
+    expected = [
+        kendalltau(np.delete(s, y), np.delete(t, y)).statistic
+        for s, t, y in zip(student.numpy(), teacher.numpy(), labels)
+    ]
     assert C.kendall_tau(student, teacher, labels) == pytest.approx(np.mean(expected), rel=1e-5)
     assert C.kendall_tau(student, teacher, labels, chunk=100) == pytest.approx(np.mean(expected), rel=1e-5)
     assert C.kendall_tau(student, -student, labels) == pytest.approx(-1)
@@ -114,7 +121,10 @@ def test_inputs_by_keyword_are_evaluated():
         def forward(self, input_ids: torch.Tensor, scale: torch.Tensor) -> dict:
             return {"logits": nn.functional.one_hot(input_ids, 3) * scale}
 
-    batch = {"input": {"input_ids": torch.tensor([0, 1, 2]), "scale": torch.tensor(2.0)}, "label": torch.tensor([0, 1, 1])}
+    batch = {
+        "input": {"input_ids": torch.tensor([0, 1, 2]), "scale": torch.tensor(2.0)},
+        "label": torch.tensor([0, 1, 1]),
+    }
     assert C.evaluate_classifier(Text(), [batch], groups=["accuracy"]) == {"accuracy": pytest.approx(2 / 3)}
 
 
@@ -145,7 +155,11 @@ def test_an_empty_loader_gets_a_sentence():
         (nn.Conv2d(8, 8, 3, groups=8), (2, 8, 6, 6), 8 * 4 * 4 * 9),
         (nn.Linear(7, 5), (4, 7), 35),
         (nn.LSTM(8, 16, batch_first=True), (3, 5, 8), 5 * 4 * 16 * (8 + 16)),
-        (nn.TransformerEncoderLayer(16, 2, 32, batch_first=True), (3, 5, 16), 5 * (16 * 48 + 16 * 16 + 2 * 16 * 32) + 2 * 5 * 5 * 16),
+        (
+            nn.TransformerEncoderLayer(16, 2, 32, batch_first=True),
+            (3, 5, 16),
+            5 * (16 * 48 + 16 * 16 + 2 * 16 * 32) + 2 * 5 * 5 * 16,
+        ),
     ],
     ids=lambda v: type(v).__name__ if isinstance(v, nn.Module) else None,
 )

@@ -44,7 +44,9 @@ def test_an_example_runs_and_its_student_learns(
         os.environ.clear()
         os.environ.update(before[1])
     shown = capsys.readouterr().out
-    accuracies = [float(n) for line in re.findall(r"^accuracy: (.*)$", shown, re.MULTILINE) for n in re.findall(r"\d\.\d+", line)]
+    accuracies = [
+        float(n) for line in re.findall(r"^accuracy: (.*)$", shown, re.MULTILINE) for n in re.findall(r"\d\.\d+", line)
+    ]
     perplexities = [float(n) for n in re.findall(r"\d+\.\d+", shown.partition("perplexity")[2])]
     assert accuracies or perplexities, f"{script.name} prints no figure:\n{shown}"
     assert all(a > 0.6 for a in accuracies) and all(p < 25 for p in perplexities), shown

@@ -1,4 +1,5 @@
-"""Exported students answer as the student does, for any batch size; synthetic sets leave as pictures, and train other recipes."""
+"""Exported students answer as the student does, for any batch size; synthetic sets leave as pictures, and train other
+recipes."""
 
 from __future__ import annotations
 
@@ -27,7 +28,10 @@ from stillhouse.tasks.classification import Classification
 NETS = {
     "stillhouse:mlp": ({"widths": [8]}, (1, 8, 8)),
     "timm:test_resnet": ({}, (3, 32, 32)),
-    "hf:config:vit": ({"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 8, "patch_size": 8}, (3, 16, 16)),
+    "hf:config:vit": (
+        {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 8, "patch_size": 8},
+        (3, 16, 16),
+    ),
 }
 EXTRAS = ("onnx", "onnxscript", "onnxruntime")
 HAS_ONNX = all(importlib.util.find_spec(m) for m in EXTRAS)
@@ -107,7 +111,13 @@ def test_a_folder_without_a_product_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_student_of_several_inputs_exports_its_weights_alone(tmp_path: Path) -> None:
-    sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 8, "vocab_size": 16}
+    sizes = {
+        "hidden_size": 8,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "intermediate_size": 8,
+        "vocab_size": 16,
+    }
     spec = ModelSpec(model="hf:config:bert", options={"task": "text", **sizes})
     Student(build(spec, 2, ()), spec, Classification(("0", "1"), ())).save(tmp_path)
     with pytest.raises(UserError, match="use the format safetensors"):
@@ -115,7 +125,7 @@ def test_a_student_of_several_inputs_exports_its_weights_alone(tmp_path: Path) -
     assert len(load_file(export(tmp_path, "safetensors"))) == len(stillhouse.load(tmp_path).state_dict())
 
 
-# ---- synthetic sets ----------------------------------------------------------------------------------------------------------------------------
+# ---- synthetic sets --------------------------------------------------------------------------------------------------
 
 
 def digits_set(folder: Path, **given: object) -> SyntheticSet:
@@ -124,7 +134,13 @@ def digits_set(folder: Path, **given: object) -> SyntheticSet:
     batch = bundle.dataset("train", train=False).batch(BatchKey(0, np.arange(600), 0, 600), 0)
     rows = torch.cat([(batch["label"] == c).nonzero()[:2, 0] for c in range(10)])
     made = SyntheticSet(
-        batch["input"][rows] * 1.2, batch["label"][rows], bundle.classes, bundle.mean, bundle.std, made_by={"data": {"name": "digits"}}, **given
+        batch["input"][rows] * 1.2,
+        batch["label"][rows],
+        bundle.classes,
+        bundle.mean,
+        bundle.std,
+        made_by={"data": {"name": "digits"}},
+        **given,
     )
     made.save(folder)
     return made
@@ -158,7 +174,12 @@ def test_a_saved_set_trains_with_its_own_pixels_and_the_judges_test_images(tmp_p
     assert len(inputs(bundle, "test")[1]) == 50 and not bundle.flip
     moved = bundle.dataset("train", train=True).batch(BatchKey(1, np.arange(20), 0, 20), 0)["input"]
     assert moved.shape == x.shape and not torch.allclose(moved, x), "training augmentation moves them"
-    assert inputs(load(DataSpec(name=f"synthetic:{tmp_path / 'set'}", image_size=16)), "train")[0].shape == (20, 1, 16, 16)
+    assert inputs(load(DataSpec(name=f"synthetic:{tmp_path / 'set'}", image_size=16)), "train")[0].shape == (
+        20,
+        1,
+        16,
+        16,
+    )
 
 
 def test_real_images_are_whitened_beside_a_set_that_is(tmp_path: Path) -> None:
@@ -212,7 +233,11 @@ def test_a_synthetic_set_that_does_not_fit_is_refused_in_a_sentence(tmp_path: Pa
         (set_, {"reel": "digits"}, "did you mean 'real'"),
         (set_, {"real": {"name": "digits", "siz": 3}}, "unknown key 'siz'"),
         (set_, {"real": {"name": "digits", "classes": [0, 1]}}, "the set has 10 classes, not 2"),
-        (set_, {"real": {"name": "digits", "image_size": 16}}, r"shape \(1, 8, 8\), but those of 'digits' \(1, 16, 16\)"),
+        (
+            set_,
+            {"real": {"name": "digits", "image_size": 16}},
+            r"shape \(1, 8, 8\), but those of 'digits' \(1, 16, 16\)",
+        ),
         (f"synthetic:{tmp_path / 'sett'}", {}, "did you mean"),
         (f"synthetic:{product(tmp_path / 'student')}", {}, "kind 'student', not a synthetic set"),
     ]

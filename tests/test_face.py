@@ -1,4 +1,5 @@
-"""The public face: what `import stillhouse` promises is there, is what type checkers see, and costs nothing until it is used."""
+"""The public face: what `import stillhouse` promises is there, is what type checkers see, and costs nothing until it is
+used."""
 
 from __future__ import annotations
 
@@ -21,7 +22,12 @@ from stillhouse.store import cache
 def test_every_name_is_there_and_is_the_one_that_type_checkers_see() -> None:
     tree = ast.parse(Path(stillhouse.__file__).read_text())
     block = next(node for node in tree.body if isinstance(node, ast.If))
-    seen = {alias.asname: f"{node.module}.{alias.name}" for node in block.body if isinstance(node, ast.ImportFrom) for alias in node.names}
+    seen = {
+        alias.asname: f"{node.module}.{alias.name}"
+        for node in block.body
+        if isinstance(node, ast.ImportFrom)
+        for alias in node.names
+    }
     assert {"__version__", *seen} == set(stillhouse.__all__) <= set(dir(stillhouse))
     for name, path in seen.items():
         module, _, attribute = path.rpartition(".")
@@ -40,5 +46,7 @@ def test_a_store_teaches_through_the_face(tmp_path: Path) -> None:
     store = stillhouse.Store(tmp_path / "store")
     loader = stillhouse.Loader(stillhouse.StoredDataset(data, [store]), 8, shuffle=True)
     before = student[1].weight.detach().clone()
-    stillhouse.distill(stillhouse.Stored(store), student, loader, ["kd"], train={"epochs": 2, "optimizer": {"lr": 0.5}}, progress=False)
+    stillhouse.distill(
+        stillhouse.Stored(store), student, loader, ["kd"], train={"epochs": 2, "optimizer": {"lr": 0.5}}, progress=False
+    )
     assert (student[1].weight - teacher[1].weight).norm() < (before - teacher[1].weight).norm()

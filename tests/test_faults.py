@@ -37,7 +37,9 @@ def run(path: Path, folder: Path, *sets: str) -> dict[str, float]:
     return execute(recipe.load(path, sets=sets), folder, cpu=True)
 
 
-def test_a_loss_that_is_not_finite_stops_with_the_step_and_the_terms_and_keeps_the_last_good_checkpoint(recipe_file, tmp_path: Path):
+def test_a_loss_that_is_not_finite_stops_with_the_step_and_the_terms_and_keeps_the_last_good_checkpoint(
+    recipe_file, tmp_path: Path
+):
     (tmp_path / "late.py").write_text(
         '''
 """Becomes NaN at the ninth step."""
@@ -56,7 +58,9 @@ class Late(Objective):
         run(recipe_file(ALONE), tmp_path / "out", f"objectives=[ce, {{name: 'file:{tmp_path}/late.py'}}]")
     assert "step 9" in str(caught.value) and "late" in str(caught.value) and "ce = " in str(caught.value)
     saved = torch.load(tmp_path / "out" / "checkpoints" / "student.pt", weights_only=True)
-    assert saved["done"] == 5 and all(torch.isfinite(v).all() for v in saved["state"]["module"].values() if isinstance(v, torch.Tensor))
+    assert saved["done"] == 5 and all(
+        torch.isfinite(v).all() for v in saved["state"]["module"].values() if isinstance(v, torch.Tensor)
+    )
 
 
 NAN_GRADIENT = '''
@@ -99,7 +103,10 @@ def test_weights_are_checked_before_they_are_stored_and_a_lower_rate_continues(
         sets += ["train.log_every=4"]
     path, folder = recipe_file(ALONE), tmp_path / "out"
     monkeypatch.setenv("NAN_GRADIENT", "yes")
-    with pytest.raises(TrainingDiverged, match=rf"weights \(module\.student\..*not finite after step 8, though the loss was.*step {good} is good"):
+    with pytest.raises(
+        TrainingDiverged,
+        match=rf"weights \(module\.student\..*not finite after step 8, though the loss was.*step {good} is good",
+    ):
         run(path, folder, *sets)
     saved = torch.load(folder / "checkpoints" / "student.pt", weights_only=True)
     assert saved["done"] == good and not (folder / "product").exists()
@@ -135,7 +142,12 @@ def test_a_full_disk_is_said_and_the_run_goes_on_when_there_is_room(recipe_file,
     path = recipe_file(ALONE.replace("widths: [8]", "widths: [128]"))
     command = [sys.executable, "-m", "stillhouse", "run", str(path), "--out", str(tmp_path / "out"), "--cpu"]
     limit = 30_000  # bytes a file: room for the recipe and the metrics, not for a checkpoint
-    done = subprocess.run(command, capture_output=True, text=True, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)))
+    done = subprocess.run(
+        command,
+        capture_output=True,
+        text=True,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)),
+    )
     assert done.returncode == 2 and "the disk is full" in done.stderr and "student.pt" in done.stderr, done.stderr
     assert not list((tmp_path / "out").rglob("*.partial")), "no torn file is left"
     figures = run(path, tmp_path / "out")
@@ -168,7 +180,12 @@ def test_a_batch_of_one_with_batch_norm_is_refused(recipe_file, tmp_path: Path):
 
 def test_an_early_stop_stops_and_keeps_the_best(recipe_file, tmp_path: Path):
     folder = tmp_path / "out"
-    run(recipe_file(ALONE), folder, "data.val=0.3", "train={epochs: 40, batch_size: 20, best: accuracy, patience: 2, optimizer: {lr: 0.5}}")
+    run(
+        recipe_file(ALONE),
+        folder,
+        "data.val=0.3",
+        "train={epochs: 40, batch_size: 20, best: accuracy, patience: 2, optimizer: {lr: 0.5}}",
+    )
     with open(folder / "metrics.csv") as handle:
         rows = [r for r in csv.DictReader(handle) if r.get("val/accuracy")]
     figures = [float(r["val/accuracy"]) for r in rows]
@@ -188,7 +205,7 @@ def test_best_without_validation_data_is_refused(recipe_file, tmp_path: Path):
         run(recipe_file(ALONE), tmp_path / "out", "train.best=accuracy")
 
 
-# ---- wiring faults of a distillation -------------------------------------------------------------------------------------------------------
+# ---- wiring faults of a distillation ---------------------------------------------------------------------------------
 
 
 class Net(nn.Module):
@@ -196,7 +213,12 @@ class Net(nn.Module):
 
     def __init__(self, classes: int = 3) -> None:
         super().__init__()
-        self.stem, self.body, self.fc, self.unused = nn.Linear(4, 5), nn.Linear(5, 5), nn.Linear(5, classes), nn.Linear(5, 5)
+        self.stem, self.body, self.fc, self.unused = (
+            nn.Linear(4, 5),
+            nn.Linear(5, 5),
+            nn.Linear(5, classes),
+            nn.Linear(5, 5),
+        )
         self.stem.requires_grad_(False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -290,7 +312,10 @@ def test_ctrl_c_is_answered_at_once_and_the_next_start_goes_on(recipe_file, tmp_
     assert running.returncode == 130 and "start again to go on" in err and "Traceback" not in err, err
     done = torch.load(folder / "checkpoints" / "student.pt", weights_only=True)["done"]
     again = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    while torch.load(folder / "checkpoints" / "student.pt", weights_only=True)["done"] <= done and time.monotonic() < deadline + 120:
+    while (
+        torch.load(folder / "checkpoints" / "student.pt", weights_only=True)["done"] <= done
+        and time.monotonic() < deadline + 120
+    ):
         time.sleep(0.2)
     again.send_signal(signal.SIGINT)
     _, err = again.communicate(timeout=30)

@@ -1,4 +1,5 @@
-"""Maps of every network have their channels second, and tokens fold to the grid of the image that the network saw, or are refused."""
+"""Maps of every network have their channels second, and tokens fold to the grid of the image that the network saw, or
+are refused."""
 
 from __future__ import annotations
 
@@ -28,12 +29,18 @@ def convnext(**options: object) -> nn.Module:
 NETS = {
     "timm swin": (swin, (64, 64), [24, 48, 96, 192]),
     "timm swin, wide": (lambda: swin((64, 96)), (64, 96), [24, 48, 96, 192]),
-    "timm swin, as many channels as pixels": (lambda: swin(32, embed_dim=8, num_heads=(1, 2, 2, 2)), (32, 32), [8, 16, 32, 64]),
+    "timm swin, as many channels as pixels": (
+        lambda: swin(32, embed_dim=8, num_heads=(1, 2, 2, 2)),
+        (32, 32),
+        [8, 16, 32, 64],
+    ),
     "timm convnext": (convnext, (64, 64), [8, 16, 24, 32]),
     "timm convnext, wide": (convnext, (64, 96), [8, 16, 24, 32]),
     "timm convnext by linear layers": (lambda: convnext(conv_mlp=False), (64, 64), [8, 16, 24, 32]),
     "torchvision swin": (
-        lambda: torchvision.models.swin_transformer.SwinTransformer([4, 4], 24, [1, 1, 1, 1], [1, 2, 3, 4], [4, 4], num_classes=5),
+        lambda: torchvision.models.swin_transformer.SwinTransformer(
+            [4, 4], 24, [1, 1, 1, 1], [1, 2, 3, 4], [4, 4], num_classes=5
+        ),
         (64, 64),
         [24, 48, 96, 192],
     ),
@@ -91,7 +98,7 @@ def test_feature_objectives_train_these_networks(name: str, student: str) -> Non
         assert module.objectives[0].weak.in_features == NETS[student][2][2]
 
 
-# ---- tokens --------------------------------------------------------------------------------------------------------
+# ---- tokens ----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -133,7 +140,9 @@ def test_tokens_without_a_class_token_are_averaged() -> None:
 @pytest.mark.parametrize("name", ["at", "fitnet"])
 def test_a_transformer_on_wide_images_follows_a_convolutional_teacher(name: str) -> None:
     torch.manual_seed(0)
-    student = timm.create_model("vit_tiny_patch16_224", img_size=(64, 144), patch_size=4, embed_dim=24, num_heads=2, depth=4, num_classes=5)
+    student = timm.create_model(
+        "vit_tiny_patch16_224", img_size=(64, 144), patch_size=4, embed_dim=24, num_heads=2, depth=4, num_classes=5
+    )
     batch = {"input": torch.randn(2, 3, 64, 144), "label": torch.arange(2)}  # 16 x 36 patches, as many as 24 x 24
     module = Distillation(student, convnext(), [name]).build(batch)
     module(batch, Progress())["loss"].backward()

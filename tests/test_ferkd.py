@@ -1,4 +1,5 @@
-"""FerKD: labels restored and adapted as its card says, regions replayed exactly, stores that refuse what they are not of."""
+"""FerKD: labels restored and adapted as its card says, regions replayed exactly, stores that refuse what they are not
+of."""
 
 from __future__ import annotations
 
@@ -17,7 +18,14 @@ from stillhouse.methods.classification.ferkd.labels import adapt, bands, compres
 from stillhouse.methods.classification.ferkd.method import Config, count_bands
 from stillhouse.methods.classification.ferkd.regions import RegionStore, draw_regions, replay
 
-FACTS = {"crops": 6, "label_type": "marginal_smoothing", "top": 3, "num_classes": 10, "precision": "float32", "data": "digits"}
+FACTS = {
+    "crops": 6,
+    "label_type": "marginal_smoothing",
+    "top": 3,
+    "num_classes": 10,
+    "precision": "float32",
+    "data": "digits",
+}
 
 
 def filled(folder: Path, images: int, **facts: object) -> RegionStore:
@@ -30,7 +38,9 @@ def filled(folder: Path, images: int, **facts: object) -> RegionStore:
     return store
 
 
-def replayed(store: RegionStore, thresholds: Thresholds | None = None, how: str = "none", epochs: int = 8) -> RegionReplay:
+def replayed(
+    store: RegionStore, thresholds: Thresholds | None = None, how: str = "none", epochs: int = 8
+) -> RegionReplay:
     dataset = load(DataSpec(name="digits", size=len(store))).dataset("train", train=False)
     return RegionReplay(dataset, store, 20, epochs, 4, thresholds or Thresholds(), MixSpec(how))  # type: ignore[arg-type]
 
@@ -41,7 +51,9 @@ def test_restored_labels_sum_to_one_and_are_never_negative(kind: str, precision:
     probs = torch.softmax(torch.randn(50, 12) * 8, -1)
     values, classes = compress(probs, kind, 3)
     restored = restore(values.to(precision), classes, kind, 12)
-    torch.testing.assert_close(restored.sum(-1), torch.ones(50), atol=1e-3 if precision == torch.float16 and kind == "ori" else 1e-5, rtol=0)
+    torch.testing.assert_close(
+        restored.sum(-1), torch.ones(50), atol=1e-3 if precision == torch.float16 and kind == "ori" else 1e-5, rtol=0
+    )
     assert restored.min() >= 0
     assert torch.equal(restored.argmax(-1), probs.argmax(-1))
 
@@ -91,7 +103,10 @@ def test_regions_have_the_range_of_area_and_shape_that_was_asked_for() -> None:
 def test_selfmix_of_equal_crops_changes_nothing_and_stays_within_images() -> None:
     partner = within_images(3, 2, torch.tensor([1, 2, 0]))
     assert partner.tolist() == [1, 2, 0, 4, 5, 3]
-    x, soft = torch.randn(2, 1, 3, 8, 8).expand(2, 3, 3, 8, 8).flatten(0, 1), torch.softmax(torch.randn(2, 1, 5), -1).expand(2, 3, 5).flatten(0, 1)
+    x, soft = (
+        torch.randn(2, 1, 3, 8, 8).expand(2, 3, 3, 8, 8).flatten(0, 1),
+        torch.softmax(torch.randn(2, 1, 5), -1).expand(2, 3, 5).flatten(0, 1),
+    )
     mixed, labels = cutmix(x, soft, 0.4, (2, 5), partner)
     torch.testing.assert_close(mixed, x)
     torch.testing.assert_close(labels, soft)
@@ -116,9 +131,13 @@ def test_batches_are_the_same_from_the_middle_and_in_shares(tmp_path: Path, how:
     assert torch.equal(later["input"], whole[7]["input"]) and torch.equal(later["stored"], whole[7]["stored"])
     torch.testing.assert_close(later["stored"].sum(-1), torch.ones(20))
     if how == "none":
-        parts = [next(Loader(replayed(store), 40, seed=4, drop_last=True, rank=r, world=2).batches(0, 0, 8)) for r in range(2)]
+        parts = [
+            next(Loader(replayed(store), 40, seed=4, drop_last=True, rank=r, world=2).batches(0, 0, 8))
+            for r in range(2)
+        ]
         assert torch.equal(
-            torch.cat([p["input"] for p in parts]), next(Loader(replayed(store), 40, seed=4, drop_last=True).batches(0, 0, 8))["input"]
+            torch.cat([p["input"] for p in parts]),
+            next(Loader(replayed(store), 40, seed=4, drop_last=True).batches(0, 0, 8))["input"],
         )
 
 
@@ -156,11 +175,15 @@ def test_every_type_of_label_survives_the_store(tmp_path: Path, kind: str) -> No
 
 
 def test_adapting_raises_the_accuracy_of_the_labels(tmp_path: Path) -> None:
-    found = count_bands(filled(tmp_path, 50), Thresholds(0.15, 0.4, 1.0), torch.arange(50) % 10, [str(c) for c in range(10)])
+    found = count_bands(
+        filled(tmp_path, 50), Thresholds(0.15, 0.4, 1.0), torch.arange(50) % 10, [str(c) for c in range(10)]
+    )
     figures = found["figures"]
     assert figures["adapted_label_accuracy"] > figures["region_label_accuracy"]
     assert figures["regions_kept"] + figures["regions_hardened"] + figures["regions_dropped"] == pytest.approx(1)
-    nothing = count_bands(filled(tmp_path, 50), Thresholds(1.1, 1.1, 1.1), torch.arange(50) % 10, [str(c) for c in range(10)])
+    nothing = count_bands(
+        filled(tmp_path, 50), Thresholds(1.1, 1.1, 1.1), torch.arange(50) % 10, [str(c) for c in range(10)]
+    )
     assert nothing["lost"] == [str(c) for c in range(10)]
 
 
@@ -175,7 +198,9 @@ def test_adapting_raises_the_accuracy_of_the_labels(tmp_path: Path) -> None:
 )
 def test_settings_that_cannot_be_are_refused(change: dict[str, object], says: str) -> None:
     with pytest.raises(ValueError, match=says):
-        Config.model_validate({"method": "ferkd", "data": "digits", "teacher": "stillhouse:mlp", "student": "stillhouse:mlp", **change})
+        Config.model_validate(
+            {"method": "ferkd", "data": "digits", "teacher": "stillhouse:mlp", "student": "stillhouse:mlp", **change}
+        )
 
 
 def test_the_loader_hands_over_the_images_own_labels(tmp_path: Path) -> None:

@@ -36,7 +36,9 @@ def test_low_frequency_is_the_mean_over_edges_and_self_loops(graph: tuple[Tensor
     assert torch.allclose(low_frequency_loss(student, teacher, edges), by_edge, rtol=1e-6)
 
 
-def test_a_student_equal_to_its_teacher_has_no_high_but_a_low_frequency_loss(graph: tuple[Tensor, Tensor, Tensor]) -> None:
+def test_a_student_equal_to_its_teacher_has_no_high_but_a_low_frequency_loss(
+    graph: tuple[Tensor, Tensor, Tensor],
+) -> None:
     _, teacher, edges = graph
     assert high_frequency_loss(teacher, teacher, edges).abs() < 1e-7
     assert low_frequency_loss(teacher, teacher, edges) > 0.1
@@ -66,7 +68,9 @@ def test_without_edges_low_is_glnn_and_high_is_zero(graph: tuple[Tensor, Tensor,
 def test_one_direction_of_each_edge_is_enough_for_high_frequency(graph: tuple[Tensor, Tensor, Tensor]) -> None:
     student, teacher, edges = graph
     once = edges[:, edges[0] < edges[1]]
-    assert torch.allclose(high_frequency_loss(student, teacher, once), high_frequency_loss(student, teacher, edges), rtol=1e-5)
+    assert torch.allclose(
+        high_frequency_loss(student, teacher, once), high_frequency_loss(student, teacher, edges), rtol=1e-5
+    )
 
 
 def test_equal_ends_of_an_edge_get_a_finite_gradient(graph: tuple[Tensor, Tensor, Tensor]) -> None:
@@ -79,7 +83,9 @@ def test_equal_ends_of_an_edge_get_a_finite_gradient(graph: tuple[Tensor, Tensor
 def test_half_precision_logits_lose_nothing_but_their_own_rounding(graph: tuple[Tensor, Tensor, Tensor]) -> None:
     student, teacher, edges = graph
     half = high_frequency_loss(student.bfloat16(), teacher, edges)
-    assert half.dtype == torch.float32 and torch.allclose(half, high_frequency_loss(student.bfloat16().float(), teacher, edges))
+    assert half.dtype == torch.float32 and torch.allclose(
+        half, high_frequency_loss(student.bfloat16().float(), teacher, edges)
+    )
     assert LowFrequency.of(teacher.half(), edges).received.dtype == torch.float32
 
 
@@ -118,7 +124,9 @@ def test_the_product_predicts_from_features_alone_and_beats_the_plain_mlp(tmp_pa
 
 def test_hidden_nodes_are_scored_on_their_own_and_alone(tmp_path: Path) -> None:
     figures = run(tmp_path / "run", data={"name": "synthetic", "synthetic": {"nodes": 300}, "hide": 0.2}, method="glnn")
-    assert figures["accuracy"] == pytest.approx(0.8 * figures["accuracy_observed"] + 0.2 * figures["accuracy_hidden"], abs=1e-9)
+    assert figures["accuracy"] == pytest.approx(
+        0.8 * figures["accuracy_observed"] + 0.2 * figures["accuracy_hidden"], abs=1e-9
+    )
     assert "teacher_accuracy_hidden" in figures
 
 
@@ -140,7 +148,9 @@ def test_teachers_are_kept_and_shared_by_their_setting(tmp_path: Path) -> None:
     again = run(tmp_path / "b", data={"name": "synthetic"}, train={"epochs": 2}, terms=["soft"])
     other = run(tmp_path / "c", train={"epochs": 2}, teacher={"conv": "gat", "width": 16, "train": {"epochs": 60}})
     assert first["teacher_seconds"] == again["teacher_seconds"] != other["teacher_seconds"]
-    assert json.loads((tmp_path / "a" / "product" / "product.json").read_text())["model"]["model"] == "stillhouse:node_mlp"
+    assert (
+        json.loads((tmp_path / "a" / "product" / "product.json").read_text())["model"]["model"] == "stillhouse:node_mlp"
+    )
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,5 @@
-"""The rooms of the package lie on floors: imports point down only, those inside functions and under TYPE_CHECKING included, and no files import in a circle."""
+"""The rooms of the package lie on floors: imports point down only, those inside functions and under TYPE_CHECKING
+included, and no files import in a circle."""
 
 from __future__ import annotations
 
@@ -39,7 +40,8 @@ MODULES_AT_THE_ROOT = 12
 
 
 def imports() -> dict[str, set[str]]:
-    """Module -> modules of ours that it imports anywhere in its file; the package's face (`stillhouse` itself) is left out, as it loads names when used."""
+    """Module -> modules of ours that it imports anywhere in its file; the package's face (`stillhouse` itself) is left
+    out, as it loads names when used."""
     files: dict[str, Path] = {}
     for path in PACKAGE.rglob("*.py"):
         parts = ("stillhouse", *path.relative_to(PACKAGE).with_suffix("").parts)

@@ -1,4 +1,5 @@
-"""FYI: mirror images join before augmentation, are not stored, leave symmetric sets as they were, and go with every host."""
+"""FYI: mirror images join before augmentation, are not stored, leave symmetric sets as they were, and go with every
+host."""
 
 from __future__ import annotations
 
@@ -70,13 +71,27 @@ def recipe(host: str, **given: Any) -> dict[str, Any]:
     options: dict[str, Any] = {
         "dsa": {"outer": 2},
         "mtt": {"experts": {"count": 1, "epochs": 2}, "max_start": 0, "inner_steps": 2, "unroll": "steps"},
-        "ast": {"experts": {"count": 1, "epochs": 2, "batch_size": 100}, "expert_epochs": 2, "max_start": 0, "inner_steps": 2},
+        "ast": {
+            "experts": {"count": 1, "epochs": 2, "batch_size": 100},
+            "expert_epochs": 2,
+            "max_start": 0,
+            "inner_steps": 2,
+        },
         "ncfm": {"pool": {"count": 1, "epochs": 1, "batch_size": 100}, "frequencies": 8},
     }.get(host, {})
-    shape = {"network": {"model": "stillhouse:convnet2", "options": {"width": 4}}, "evaluate": {"networks": 1, "epochs": 2}}
+    shape = {
+        "network": {"model": "stillhouse:convnet2", "options": {"width": 4}},
+        "evaluate": {"networks": 1, "epochs": 2},
+    }
     sizes = {"batch_real": 5, "iterations": 2}
     data = {"name": "digits", "augment": "plain", "size": 200, "test_size": 100}
-    return {"method": "fyi", "data": data, "handed": True, "host": {"method": host, **shape, **sizes, **options}, **given}
+    return {
+        "method": "fyi",
+        "data": data,
+        "handed": True,
+        "host": {"method": host, **shape, **sizes, **options},
+        **given,
+    }
 
 
 @pytest.mark.parametrize("host", ["dm", "datadam", "mtt", "dsa", "ast", "ncfm"])
@@ -102,4 +117,10 @@ def test_mirrored_digits_need_a_word_and_hosts_must_learn_pixels(tmp_path: Path)
     with pytest.raises(UserError, match="does not learn pixels"):
         validate({"method": "fyi", "data": "digits", "host": {"method": "selection", "network": "stillhouse:convnet2"}})
     with pytest.raises(UserError, match="batch_reel"):
-        validate({"method": "fyi", "data": "digits", "host": {"method": "dm", "network": "stillhouse:convnet2", "batch_reel": 3}})
+        validate(
+            {
+                "method": "fyi",
+                "data": "digits",
+                "host": {"method": "dm", "network": "stillhouse:convnet2", "batch_reel": 3},
+            }
+        )

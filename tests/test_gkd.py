@@ -1,4 +1,5 @@
-"""GKD and sequence-level KD: the ends of beta, which tokens count, and the same loss from logits, top k and hidden states."""
+"""GKD and sequence-level KD: the ends of beta, which tokens count, and the same loss from logits, top k and hidden
+states."""
 
 from __future__ import annotations
 
@@ -38,7 +39,9 @@ class World:
 def test_its_ends_are_the_forward_and_the_reverse_kl() -> None:
     world = World()
     log_q, log_p = world.logits.log_softmax(-1), world.teacher.log_softmax(-1)
-    forward, reverse = (F.kl_div(a, b, log_target=True, reduction="none").sum(-1).mean() for a, b in ((log_q, log_p), (log_p, log_q)))
+    forward, reverse = (
+        F.kl_div(a, b, log_target=True, reduction="none").sum(-1).mean() for a, b in ((log_q, log_p), (log_p, log_q))
+    )
     torch.testing.assert_close(gkd_loss(world.logits, world.teacher, 0.0), forward)
     torch.testing.assert_close(gkd_loss(world.logits, world.teacher, 1.0), reverse)
     torch.testing.assert_close(gkd_loss(world.logits, world.teacher, 1e-4) / 1e-4, forward, rtol=1e-2, atol=0)
@@ -83,7 +86,12 @@ def test_accumulated_micro_batches_give_the_gradient_of_the_whole_batch() -> Non
     objective = GKD()
     whole = objective(Signals(logits=world.logits), Signals(logits=world.teacher), {"label": world.label}, SPAN)["loss"]
     parts = [
-        objective(Signals(logits=world.logits[i]), Signals(logits=world.teacher[i]), {"mask": mask[i], "token_count": mask.sum()}, SPAN)["loss"]
+        objective(
+            Signals(logits=world.logits[i]),
+            Signals(logits=world.teacher[i]),
+            {"mask": mask[i], "token_count": mask.sum()},
+            SPAN,
+        )["loss"]
         for i in range(B)
     ]
     torch.testing.assert_close(torch.stack(parts).sum(), whole)
@@ -110,7 +118,9 @@ def test_sequence_level_kd_is_the_likelihood_of_the_teachers_tokens() -> None:
     token = SeqKD()(Signals(logits=world.logits), Signals(), {"label": world.label}, SPAN)["loss"]
     torch.testing.assert_close(token, F.cross_entropy(world.logits.flatten(0, 1), world.label.flatten()))
     sequence = SeqKD("sequence")(Signals(logits=world.logits), Signals(), {"label": world.label}, SPAN)["loss"]
-    torch.testing.assert_close(sequence, F.cross_entropy(world.logits.flatten(0, 1), world.label.flatten(), reduction="sum") / B)
+    torch.testing.assert_close(
+        sequence, F.cross_entropy(world.logits.flatten(0, 1), world.label.flatten(), reduction="sum") / B
+    )
     for average, plain in (("token", token), ("sequence", sequence)):
         chunked = SeqKD(average)(world.headless, Signals(), {"label": world.label}, SPAN)["loss"]
         torch.testing.assert_close(chunked, plain)

@@ -13,13 +13,27 @@ from stillhouse.distillation.teachers import Frozen
 from stillhouse.errors import UserError
 from stillhouse.methods.classification.hard.augmentors import LearnedAffine, LearnedMix, RandomAffine
 from stillhouse.methods.classification.hard.game import Game, augmentor_loss, balanced, disagreement
-from stillhouse.methods.classification.hard.vae import VAE, VAEAugmentor, VAEFit, draw_pixels, gaussian_kl, pixel_nll, spread
+from stillhouse.methods.classification.hard.vae import (
+    VAE,
+    VAEAugmentor,
+    VAEFit,
+    draw_pixels,
+    gaussian_kl,
+    pixel_nll,
+    spread,
+)
 
 SHAPE = (1, 8, 8)
 
 
 def net(batch_norm: bool = True) -> nn.Module:
-    layers = [nn.Conv2d(1, 4, 3, padding=1), nn.BatchNorm2d(4) if batch_norm else nn.Identity(), nn.ReLU(), nn.Flatten(), nn.Linear(256, 5)]
+    layers = [
+        nn.Conv2d(1, 4, 3, padding=1),
+        nn.BatchNorm2d(4) if batch_norm else nn.Identity(),
+        nn.ReLU(),
+        nn.Flatten(),
+        nn.Linear(256, 5),
+    ]
     return nn.Sequential(*layers)
 
 
@@ -83,7 +97,9 @@ def test_a_student_equal_to_its_teacher_gives_the_augmentor_nothing_to_learn() -
 def test_a_teacher_that_does_not_mind_adds_nothing() -> None:
     t = torch.randn(4, 5)
     s, clean = torch.randn(4, 5), torch.randn(4, 5)
-    assert augmentor_loss("B", s, t, clean, t, lambda_teacher=7).item() == pytest.approx(-disagreement(clean, s).item(), rel=1e-6)
+    assert augmentor_loss("B", s, t, clean, t, lambda_teacher=7).item() == pytest.approx(
+        -disagreement(clean, s).item(), rel=1e-6
+    )
 
 
 @pytest.mark.parametrize("form", ["A", "B"])
@@ -124,9 +140,17 @@ def test_an_augmentor_step_lowers_its_loss_on_the_same_noise_and_touches_nothing
 def test_a_whole_step_moves_the_student_by_its_optimiser_and_the_augmentor_by_its_own_only() -> None:
     module, batch = game()
     optimizer = torch.optim.SGD(module.param_groups(), lr=0.1)
-    augmentor, teacher, statistics = state(module.augmentor), state(module._teacher[0].model), module.student[1].running_mean.clone()
+    augmentor, teacher, statistics = (
+        state(module.augmentor),
+        state(module._teacher[0].model),
+        module.student[1].running_mean.clone(),
+    )
     module.before_step(batch, None)
-    assert not same(augmentor, state(module.augmentor)) and torch.equal(statistics, module.student[1].running_mean) and module.student.training
+    assert (
+        not same(augmentor, state(module.augmentor))
+        and torch.equal(statistics, module.student[1].running_mean)
+        and module.student.training
+    )
     augmentor = state(module.augmentor)
     terms = module(batch, Progress())
     terms["loss"].backward()
@@ -183,13 +207,17 @@ def test_the_pixel_mixture_is_a_distribution_over_grey_levels() -> None:
     weights, means, scales = torch.randn(1, 3, 1, 1), torch.randn(1, 3, 1, 1, 1), spread(torch.randn(1, 3, 1, 1, 1) - 2)
     total = torch.exp(-pixel_nll(levels, *(v.expand(256, *v.shape[1:]) for v in (weights, means, scales)))).sum()
     assert total.item() == pytest.approx(1, abs=1e-3)
-    drawn = draw_pixels(weights.expand(4000, -1, -1, -1), means.expand(4000, -1, -1, -1, -1), scales.expand(4000, -1, -1, -1, -1))
+    drawn = draw_pixels(
+        weights.expand(4000, -1, -1, -1), means.expand(4000, -1, -1, -1, -1), scales.expand(4000, -1, -1, -1, -1)
+    )
     assert drawn.min() >= -1 and drawn.max() <= 1 and drawn.std() > 0
 
 
 def test_the_divergence_of_gaussians_is_torchs() -> None:
     m_q, m_p, s_q, s_p = torch.randn(9), torch.randn(9), torch.rand(9) + 0.1, torch.rand(9) + 0.1
-    expected = torch.distributions.kl_divergence(torch.distributions.Normal(m_q, s_q), torch.distributions.Normal(m_p, s_p))
+    expected = torch.distributions.kl_divergence(
+        torch.distributions.Normal(m_q, s_q), torch.distributions.Normal(m_p, s_p)
+    )
     torch.testing.assert_close(gaussian_kl(m_q, s_q, m_p, s_p), expected)
 
 

@@ -83,7 +83,8 @@ def coloured(mode: str) -> Image.Image:
 
 
 @pytest.mark.parametrize(
-    ("mode", "kind"), [("RGB", "PNG"), ("RGB", "JPEG"), ("RGB", "BMP"), ("RGB", "WEBP"), ("P", "PNG"), ("P", "GIF"), ("CMYK", "JPEG"), ("CMYK", "TIFF"),
+    ("mode", "kind"), [("RGB", "PNG"), ("RGB", "JPEG"), ("RGB", "BMP"), ("RGB", "WEBP"), ("P", "PNG"),
+     ("P", "GIF"), ("CMYK", "JPEG"), ("CMYK", "TIFF"),
                        ("RGBA", "PNG"), ("YCbCr", "JPEG")],
 )  # fmt: skip
 def test_red_is_red_in_every_mode(mode: str, kind: str) -> None:
@@ -105,7 +106,8 @@ def half_clear(mode: str) -> Image.Image:
 
 
 @pytest.mark.parametrize(
-    ("mode", "kind", "options"), [("RGBA", "PNG", {}), ("LA", "PNG", {}), ("RGBA", "WEBP", {"lossless": True}), ("RGBA", "GIF", {})]
+    ("mode", "kind", "options"),
+    [("RGBA", "PNG", {}), ("LA", "PNG", {}), ("RGBA", "WEBP", {"lossless": True}), ("RGBA", "GIF", {})],
 )
 def test_what_is_transparent_is_white(mode: str, kind: str, options: dict[str, bool]) -> None:
     read = np.asarray(open_image(encoded(half_clear(mode), kind, **options), "here").convert("L"))
@@ -146,7 +148,11 @@ def test_a_mask_is_read_as_the_ids_that_it_holds(tmp_path: Path) -> None:
     ids = (np.arange(64).reshape(8, 8) % 11).astype(np.uint8)
     palette = Image.fromarray(ids)
     palette.putpalette([*range(255, -1, -1)] * 3)
-    for name, image in {"grey": Image.fromarray(ids), "palette": palette, "deep": Image.fromarray(ids.astype(np.uint16))}.items():
+    for name, image in {
+        "grey": Image.fromarray(ids),
+        "palette": palette,
+        "deep": Image.fromarray(ids.astype(np.uint16)),
+    }.items():
         image.save(tmp_path / f"{name}.png")
         assert np.array_equal(open_mask(tmp_path / f"{name}.png"), ids)
     Image.new("RGB", (8, 8)).save(tmp_path / "colour.png")
@@ -224,7 +230,9 @@ def pixels(bundle: DataBundle) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("write", SOURCES)
-def test_every_source_reads_sixteen_bits_palettes_and_transparency_alike(tmp_path: Path, write: Callable[[Path, list[Image.Image]], str]) -> None:
+def test_every_source_reads_sixteen_bits_palettes_and_transparency_alike(
+    tmp_path: Path, write: Callable[[Path, list[Image.Image]], str]
+) -> None:
     images = [Image.fromarray(ramp(65535)), coloured("P"), half_clear("RGBA"), Image.new("L", (32, 32), 128)] * 5
     name = write(tmp_path / "x", images)
     bundle = load(DataSpec(name=name, augment="plain", image_size=32), tmp_path / "x")
@@ -276,12 +284,22 @@ def word(split):
 
 def test_files_of_the_system_are_no_samples(tmp_path: Path) -> None:
     write_folder(tmp_path, [Image.new("RGB", (8, 8))] * 10)
-    for name in ("a/._00.png", "a/.DS_Store", "a/Thumbs.db", "b/.thumbnails/x.png", "__MACOSX/a/._00.png", ".git/x.png", "a/@eaDir/x.png"):
+    for name in (
+        "a/._00.png",
+        "a/.DS_Store",
+        "a/Thumbs.db",
+        "b/.thumbnails/x.png",
+        "__MACOSX/a/._00.png",
+        ".git/x.png",
+        "a/@eaDir/x.png",
+    ):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_bytes(b"no image")
     bundle = load(DataSpec(name=f"imagefolder:{tmp_path}"))
     assert bundle.classes == ["a", "b"] and len(bundle.dataset("train", train=False)) == 8
-    assert [Path(p).name for p in image_files(tmp_path)] == [f"{i:02d}.png" for i in (*range(0, 10, 2), *range(1, 10, 2))]
+    assert [Path(p).name for p in image_files(tmp_path)] == [
+        f"{i:02d}.png" for i in (*range(0, 10, 2), *range(1, 10, 2))
+    ]
 
 
 def test_parquet_files_of_the_system_are_left_out(tmp_path: Path) -> None:
@@ -303,7 +321,9 @@ def bomb() -> bytes:
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
 
     head = struct.pack(">IIBBBBB", 60_000, 60_000, 8, 2, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", zlib.compress(b"\0" * 1000)) + chunk(b"IEND", b"")
+    return (
+        b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", zlib.compress(b"\0" * 1000)) + chunk(b"IEND", b"")
+    )
 
 
 HOSTILE = {
@@ -412,7 +432,15 @@ def test_a_folder_of_boxes_or_masks_is_recognised_and_not_read_as_classes(tmp_pa
 
 
 def test_folders_of_classes_with_telling_names_are_read(tmp_path: Path) -> None:
-    tree(tmp_path, [f"{split}/{c}/{i}.jpg" for split in ("train", "test") for c in ("mask", "no_mask", "train_station") for i in range(3)])
+    tree(
+        tmp_path,
+        [
+            f"{split}/{c}/{i}.jpg"
+            for split in ("train", "test")
+            for c in ("mask", "no_mask", "train_station")
+            for i in range(3)
+        ],
+    )
     assert load(DataSpec(name=f"imagefolder:{tmp_path}")).classes == ["mask", "no_mask", "train_station"]
 
 

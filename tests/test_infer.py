@@ -1,4 +1,5 @@
-"""INFER: the budget holds, one tensor serves every class, labels mix as images do, and the set is kept in the space that it claims."""
+"""INFER: the budget holds, one tensor serves every class, labels mix as images do, and the set is kept in the space
+that it claims."""
 
 from __future__ import annotations
 
@@ -26,7 +27,11 @@ def small() -> nn.Module:
 
 
 def tree(**given) -> dict:
-    net = {"model": "stillhouse:convnet2", "options": {"width": 4, "norm": "batch"}, "train": {"epochs": 1, "batch_size": 50}}
+    net = {
+        "model": "stillhouse:convnet2",
+        "options": {"width": 4, "norm": "batch"},
+        "train": {"epochs": 1, "batch_size": 50},
+    }
     other = {**net, "options": {"width": 6, "norm": "batch"}}
     return {
         "method": "infer",
@@ -42,7 +47,8 @@ def tree(**given) -> dict:
 
 
 @pytest.mark.parametrize(
-    ("ipc", "networks", "classes", "natural"), [(10, 4, 100, 9), (10, 4, 10, 7), (50, 4, 100, 48), (1, 4, 1000, 0), (1, 0, 3, 1)]
+    ("ipc", "networks", "classes", "natural"),
+    [(10, 4, 100, 9), (10, 4, 10, 7), (50, 4, 100, 48), (1, 4, 1000, 0), (1, 0, 3, 1)],
 )
 def test_the_budget_counts_images_and_compensators(ipc: int, networks: int, classes: int, natural: int):
     if not natural:
@@ -66,7 +72,9 @@ def test_the_gradient_of_a_compensator_is_that_of_its_images_rolled_back_and_sum
 def test_a_network_that_says_nothing_teaches_a_compensator_nothing():
     network, u = small(), torch.randn(1, 1, 8, 8, requires_grad=True)
     nn.init.zeros_(network.fc.weight)
-    compensation_loss(network, BatchNormStatistics(network), torch.randn(5, 1, 8, 8), u, torch.arange(5), (1, 0), 0.0)["loss"].backward()
+    compensation_loss(network, BatchNormStatistics(network), torch.randn(5, 1, 8, 8), u, torch.arange(5), (1, 0), 0.0)[
+        "loss"
+    ].backward()
     assert not u.grad.any()
 
 
@@ -93,11 +101,17 @@ def test_a_run_keeps_natural_images_compensators_and_one_vector_an_image(tmp_pat
     found = execute(validate(tree()), tmp_path / "run", cpu=True)
     made = load_product(tmp_path / "run")
     assert isinstance(made, CompensatedSet) and isinstance(made.views, StaticLabels)
-    assert made.natural.shape == (2, 10, 1, 8, 8) and made.compensators.shape == (2, 2, 1, 8, 8) and made.images.shape == (60, 1, 8, 8)
+    assert (
+        made.natural.shape == (2, 10, 1, 8, 8)
+        and made.compensators.shape == (2, 2, 1, 8, 8)
+        and made.images.shape == (60, 1, 8, 8)
+    )
     assert made.views.logits.shape == (1, 60, 10) and found["stored_images"] == len(made) == 24 <= 30
     assert made.bytes == 2 * 10 * 64 * 4 + 4 * 64 * 2 + 600 * 2 and found["label_mb"] == pytest.approx(600 * 2 / 1e6)
     assert made.labels.tolist() == [c for c in range(10) for _ in range(6)] and found["out_of_range_pixels"] == 0
-    assert found["bn_compensated"] < found["bn_natural"] and torch.equal(made.compensators != 0, torch.ones_like(made.compensators).bool())
+    assert found["bn_compensated"] < found["bn_natural"] and torch.equal(
+        made.compensators != 0, torch.ones_like(made.compensators).bool()
+    )
 
 
 def test_dynamic_labels_are_of_views_and_no_iterations_repeat_the_natural_images(tmp_path: Path):

@@ -70,7 +70,7 @@ def all_close(a: nn.Module, b: nn.Module, tolerance: float = 1e-6) -> bool:
     return ours.keys() == theirs.keys() and all(torch.allclose(ours[k], theirs[k], atol=tolerance) for k in ours)
 
 
-# ---- a loop of your own --------------------------------------------------------------------------------------------------------------------
+# ---- a loop of your own ----------------------------------------------------------------------------------------------
 
 
 def test_a_plain_loop_uses_one_loss_as_a_function() -> None:
@@ -112,7 +112,7 @@ def test_a_plain_loop_uses_a_distillation() -> None:
     assert hooks(student, teacher) == 0
 
 
-# ---- Lightning -----------------------------------------------------------------------------------------------------------------------------
+# ---- Lightning -------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -124,20 +124,30 @@ def lightning() -> Any:
         yield module
 
 
-def lightning_trainer(lightning: Any, folder: Path, rows: list[tuple[int, dict[str, float]]] | None = None, **options: Any) -> Any:
+def lightning_trainer(
+    lightning: Any, folder: Path, rows: list[tuple[int, dict[str, float]]] | None = None, **options: Any
+) -> Any:
     class Rows(lightning.loggers.logger.DummyLogger):
         def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
             if rows is not None:
                 rows.append((step or 0, metrics))
 
-    quiet = {"accelerator": "cpu", "enable_progress_bar": False, "enable_model_summary": False, "logger": Rows(), "default_root_dir": str(folder)}
+    quiet = {
+        "accelerator": "cpu",
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "logger": Rows(),
+        "default_root_dir": str(folder),
+    }
     return lightning.Trainer(**{**quiet, **options})
 
 
 def lightning_module(teacher: nn.Module, student: nn.Module, objectives: Any, lr: float = 0.05, **options: Any) -> Any:
     from stillhouse.integrations.lightning import DistillationModule
 
-    return DistillationModule(student, teacher, objectives, optimizer=lambda groups: torch.optim.SGD(groups, lr=lr), **options)
+    return DistillationModule(
+        student, teacher, objectives, optimizer=lambda groups: torch.optim.SGD(groups, lr=lr), **options
+    )
 
 
 def loader(shuffle: bool = True) -> DataLoader[Any]:
@@ -148,7 +158,9 @@ def test_lightning_trains_the_student_and_leaves_the_teacher_alone(lightning: An
     teacher, student, rows = taught(24, 0), net(8, 1).eval(), []
     before = state(teacher)
     module = lightning_module(teacher, student, ["ce", "kd", {"name": "nd", "adapter_dropout": 0.0}])
-    lightning_trainer(lightning, tmp_path, rows, max_epochs=10, log_every_n_steps=5).fit(module, loader(), loader(shuffle=False))
+    lightning_trainer(lightning, tmp_path, rows, max_epochs=10, log_every_n_steps=5).fit(
+        module, loader(), loader(shuffle=False)
+    )
     logged = [(step, r) for step, r in rows if "train/loss" in r]
     assert [step for step, _ in logged] == [4, 9, 14, 19, 24, 29]
     assert {"train/ce", "train/kd", "train/nd", "train/nd.norm_ratio"} <= logged[0][1].keys()
@@ -166,7 +178,9 @@ def test_lightning_trains_the_student_and_leaves_the_teacher_alone(lightning: An
 def test_lightning_gives_what_a_plain_loop_gives(lightning: Any, tmp_path: Path) -> None:
     (x, y), teacher = images(), net(24, 0)
     module = lightning_module(teacher, net(8, 1), ["ce", "kd", {"name": "uskd", "student_layer": "layer1"}], seed=3)
-    trainer = lightning_trainer(lightning, tmp_path, max_epochs=2, enable_checkpointing=False, accumulate_grad_batches=3)
+    trainer = lightning_trainer(
+        lightning, tmp_path, max_epochs=2, enable_checkpointing=False, accumulate_grad_batches=3
+    )
     trainer.fit(module, loader(shuffle=False))
     plain = Distillation(net(8, 1), teacher, [CrossEntropy(), KD(), USKD(student_layer="layer1")], seed=3)
     plain.build({"input": x, "label": y})
@@ -181,12 +195,19 @@ def test_lightning_gives_what_a_plain_loop_gives(lightning: Any, tmp_path: Path)
 
 
 @pytest.mark.parametrize("kind", ["samples", "tokens"])
-def test_accumulated_batches_of_unequal_size_are_one_batch_in_lightning(lightning: Any, tmp_path: Path, kind: str) -> None:
+def test_accumulated_batches_of_unequal_size_are_one_batch_in_lightning(
+    lightning: Any, tmp_path: Path, kind: str
+) -> None:
     def trained(*batches: Any) -> Tensor:
         torch.manual_seed(0)
         student = nn.Linear(5, 3) if kind == "samples" else nn.Sequential(nn.Embedding(9, 4), nn.Linear(4, 9))
         module = lightning_module(copy.deepcopy(student), student, ["ce"], lr=1.0)
-        options = {"max_epochs": 1, "accumulate_grad_batches": 4, "gradient_clip_val": 0.1, "enable_checkpointing": False}
+        options = {
+            "max_epochs": 1,
+            "accumulate_grad_batches": 4,
+            "gradient_clip_val": 0.1,
+            "enable_checkpointing": False,
+        }
         lightning_trainer(lightning, tmp_path, **options).fit(module, DataLoader(batches, batch_size=None))
         return torch.cat([p.detach().flatten() for p in student.parameters()])
 
@@ -203,9 +224,15 @@ def test_accumulated_batches_of_unequal_size_are_one_batch_in_lightning(lightnin
 
 def test_a_lightning_fit_resumes_with_what_objectives_and_teachers_learned(lightning: Any, tmp_path: Path) -> None:
     def fit(folder: Path, epochs: int, checkpoint: str | None = None) -> Any:
-        module = lightning_module({"teacher": net(24, 0), "own": Momentum(0.5)}, net(8, 1), [CrossEntropy(), USKD(student_layer="layer1"), _own_kd()])
+        module = lightning_module(
+            {"teacher": net(24, 0), "own": Momentum(0.5)},
+            net(8, 1),
+            [CrossEntropy(), USKD(student_layer="layer1"), _own_kd()],
+        )
         keep = lightning.callbacks.ModelCheckpoint(dirpath=folder, save_last=True)
-        lightning_trainer(lightning, folder, max_epochs=epochs, callbacks=[keep]).fit(module, loader(shuffle=False), ckpt_path=checkpoint)
+        lightning_trainer(lightning, folder, max_epochs=epochs, callbacks=[keep]).fit(
+            module, loader(shuffle=False), ckpt_path=checkpoint
+        )
         return module
 
     unbroken = fit(tmp_path / "whole", 4)
@@ -255,9 +282,14 @@ def test_a_lightning_training_without_an_end_is_refused(lightning: Any, tmp_path
 
 @pytest.mark.parametrize(
     ("module", "blocked", "extra"),
-    [("lightning", ["lightning.pytorch", "pytorch_lightning"], "lightning"), ("transformers", ["transformers"], "text")],
+    [
+        ("lightning", ["lightning.pytorch", "pytorch_lightning"], "lightning"),
+        ("transformers", ["transformers"], "text"),
+    ],
 )
-def test_a_missing_library_is_named_with_its_extra(module: str, blocked: list[str], extra: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_library_is_named_with_its_extra(
+    module: str, blocked: list[str], extra: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     for name in blocked:
         monkeypatch.setitem(sys.modules, name, None)
     monkeypatch.delitem(sys.modules, f"stillhouse.integrations.{module}", raising=False)
@@ -265,7 +297,7 @@ def test_a_missing_library_is_named_with_its_extra(module: str, blocked: list[st
         importlib.import_module(f"stillhouse.integrations.{module}")
 
 
-# ---- transformers --------------------------------------------------------------------------------------------------------------------------
+# ---- transformers ----------------------------------------------------------------------------------------------------
 
 
 class Examples(Dataset[dict[str, Any]]):
@@ -291,23 +323,59 @@ def transformers() -> Iterator[Any]:
 
 def vit(width: int, seed: int) -> nn.Module:
     torch.manual_seed(seed)
-    sizes = {"hidden_size": width, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": width, "patch_size": 4}
+    sizes = {
+        "hidden_size": width,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "intermediate_size": width,
+        "patch_size": 4,
+    }
     dropout = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
     return build(ModelSpec(model="hf:config:vit", options={**sizes, **dropout}), CLASSES, (1, 8, 8))
 
 
-def hf_trainer(folder: Path, student: nn.Module, teachers: Any, objectives: Any, data: Any = None, evaluated: Any = None, **options: Any) -> Any:
+def hf_trainer(
+    folder: Path,
+    student: nn.Module,
+    teachers: Any,
+    objectives: Any,
+    data: Any = None,
+    evaluated: Any = None,
+    **options: Any,
+) -> Any:
     from transformers import TrainingArguments
 
     from stillhouse.integrations.transformers import DistillationTrainer
 
-    quiet = {"output_dir": str(folder), "report_to": [], "disable_tqdm": True, "use_cpu": True, "save_strategy": "no", "seed": 3}
-    plain = {"optim": "sgd", "learning_rate": 0.05, "lr_scheduler_type": "constant", "max_grad_norm": 0.0, "per_device_train_batch_size": 16}
+    quiet = {
+        "output_dir": str(folder),
+        "report_to": [],
+        "disable_tqdm": True,
+        "use_cpu": True,
+        "save_strategy": "no",
+        "seed": 3,
+    }
+    plain = {
+        "optim": "sgd",
+        "learning_rate": 0.05,
+        "lr_scheduler_type": "constant",
+        "max_grad_norm": 0.0,
+        "per_device_train_batch_size": 16,
+    }
     arguments = TrainingArguments(**{**quiet, **plain, **options})
-    return DistillationTrainer(student, arguments, train_dataset=data or Examples(), eval_dataset=evaluated, teachers=teachers, objectives=objectives)
+    return DistillationTrainer(
+        student,
+        arguments,
+        train_dataset=data or Examples(),
+        eval_dataset=evaluated,
+        teachers=teachers,
+        objectives=objectives,
+    )
 
 
-def test_the_transformers_trainer_trains_the_student_and_leaves_the_teacher_alone(transformers: Any, tmp_path: Path) -> None:
+def test_the_transformers_trainer_trains_the_student_and_leaves_the_teacher_alone(
+    transformers: Any, tmp_path: Path
+) -> None:
     teacher, student = vit(16, 0), vit(8, 1)
     before = state(teacher)
     options = {
@@ -338,13 +406,20 @@ def test_the_transformers_trainer_trains_the_student_and_leaves_the_teacher_alon
 
 
 @pytest.mark.parametrize(("n", "size"), [(48, 16), (40, 16)], ids=["equal batches", "a smaller last batch"])
-def test_accumulated_batches_train_as_one_batch_and_as_a_plain_loop(transformers: Any, tmp_path: Path, n: int, size: int) -> None:
-    """One optimiser step is over all samples, so their order in it does not matter; the objective's own layer counts too, through four steps."""
+def test_accumulated_batches_train_as_one_batch_and_as_a_plain_loop(
+    transformers: Any, tmp_path: Path, n: int, size: int
+) -> None:
+    """One optimiser step is over all samples, so their order in it does not matter; the objective's own layer counts
+    too, through four steps."""
     objectives = ["ce", "kd", {"name": "uskd", "student_layer": "vit.layers.0"}]
     teacher = vit(16, 0)
     trained = []
     for batch, accumulate in [(n, 1), (size, 3)]:
-        options = {"per_device_train_batch_size": batch, "gradient_accumulation_steps": accumulate, "num_train_epochs": 4}
+        options = {
+            "per_device_train_batch_size": batch,
+            "gradient_accumulation_steps": accumulate,
+            "num_train_epochs": 4,
+        }
         trainer = hf_trainer(tmp_path, vit(8, 1), teacher, copy.deepcopy(objectives), Examples(n), **options)
         trainer.train()
         trained.append(trainer)
@@ -358,14 +433,27 @@ def test_accumulated_batches_train_as_one_batch_and_as_a_plain_loop(transformers
         optimizer.step()
     plain.close()
     for trainer in trained:
-        assert all_close(trainer.model, plain.student, 1e-5) and all_close(trainer.distillation.objectives, plain.objectives, 1e-5)
+        assert all_close(trainer.model, plain.student, 1e-5) and all_close(
+            trainer.distillation.objectives, plain.objectives, 1e-5
+        )
 
 
-def test_a_transformers_run_resumes_with_what_objectives_and_teachers_learned(transformers: Any, tmp_path: Path) -> None:
+def test_a_transformers_run_resumes_with_what_objectives_and_teachers_learned(
+    transformers: Any, tmp_path: Path
+) -> None:
     def train(folder: Path, steps: int, resume: bool = False) -> Any:
         teachers = {"teacher": vit(16, 0), "own": Momentum(0.5)}
         objectives = [CrossEntropy(), KD(), USKD(student_layer="vit.layers.0"), (_own_kd(), 0.5)]
-        trainer = hf_trainer(folder, vit(8, 1), teachers, objectives, max_steps=steps, save_strategy="steps", save_steps=2, logging_steps=1)
+        trainer = hf_trainer(
+            folder,
+            vit(8, 1),
+            teachers,
+            objectives,
+            max_steps=steps,
+            save_strategy="steps",
+            save_steps=2,
+            logging_steps=1,
+        )
         trainer.train(resume_from_checkpoint=resume)
         return trainer
 
@@ -375,7 +463,9 @@ def test_a_transformers_run_resumes_with_what_objectives_and_teachers_learned(tr
     assert same(state(unbroken.distillation), state(resumed.distillation))
     (tmp_path / "part" / "checkpoint-2" / "distillation.pt").unlink()
     with pytest.raises(UserError, match=r"holds no distillation\.pt"):
-        trainer = hf_trainer(tmp_path / "part", vit(8, 1), vit(16, 0), [USKD(student_layer="vit.layers.0")], max_steps=5)
+        trainer = hf_trainer(
+            tmp_path / "part", vit(8, 1), vit(16, 0), [USKD(student_layer="vit.layers.0")], max_steps=5
+        )
         trainer.train(resume_from_checkpoint=str(tmp_path / "part" / "checkpoint-2"))
 
 
@@ -384,7 +474,13 @@ def test_a_text_classifier_learns_from_an_ensemble_and_its_past_self(transformer
 
     def bert(width: int, seed: int) -> nn.Module:
         torch.manual_seed(seed)
-        sizes = {"hidden_size": width, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": width, "vocab_size": 32}
+        sizes = {
+            "hidden_size": width,
+            "num_hidden_layers": 1,
+            "num_attention_heads": 2,
+            "intermediate_size": width,
+            "vocab_size": 32,
+        }
         return build(ModelSpec(model="hf:config:bert", options={"task": "text", **sizes}), 2, None)
 
     torch.manual_seed(0)
@@ -404,7 +500,16 @@ def test_a_text_classifier_learns_from_an_ensemble_and_its_past_self(transformer
     from_past.teacher, from_past.name = "past", "from_past"
     student = bert(8, 2)
     teachers = {"teacher": Ensemble([Frozen(bert(16, 0)), Frozen(bert(16, 1))]), "past": past}
-    trainer = hf_trainer(tmp_path, student, teachers, [CrossEntropy(), KD(), (from_past, 0.3)], data, data, num_train_epochs=2, logging_steps=1)
+    trainer = hf_trainer(
+        tmp_path,
+        student,
+        teachers,
+        [CrossEntropy(), KD(), (from_past, 0.3)],
+        data,
+        data,
+        num_train_epochs=2,
+        logging_steps=1,
+    )
     trainer.train()
     assert past.table is not None and past.table.max() < 1, "it starts as one-hot labels, so no prediction was written"
     assert trainer.predict(data.remove_columns("label")).predictions.shape == (32, 2)
@@ -417,7 +522,9 @@ def test_the_transformers_trainer_refuses_what_it_would_ignore(transformers: Any
 
 
 def test_a_second_train_starts_objectives_and_optimiser_anew(transformers: Any, tmp_path: Path) -> None:
-    trainer = hf_trainer(tmp_path, vit(8, 1), vit(16, 0), [CrossEntropy(), USKD(student_layer="vit.layers.0")], num_train_epochs=1)
+    trainer = hf_trainer(
+        tmp_path, vit(8, 1), vit(16, 0), [CrossEntropy(), USKD(student_layer="vit.layers.0")], num_train_epochs=1
+    )
     trainer.train()
     first = trainer.optimizer
     trainer.train()

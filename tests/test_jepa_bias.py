@@ -1,4 +1,5 @@
-"""JEPA bias: the published times and gains, gradients and conserved quantities of the networks, and studies that are kept, resumed and refused."""
+"""JEPA bias: the published times and gains, gradients and conserved quantities of the networks, and studies that are
+kept, resumed and refused."""
 
 from __future__ import annotations
 
@@ -31,7 +32,15 @@ from stillhouse.methods.pretraining.jepa_bias.linear import (
 from stillhouse.methods.pretraining.jepa_bias.method import Simulation
 from stillhouse.methods.pretraining.jepa_bias.nonlinear import Learner, NonlinearSpec, knn
 from stillhouse.methods.pretraining.jepa_bias.sources import ContentSpec, pairs_of
-from stillhouse.methods.pretraining.jepa_bias.theory import KINDS, critical_time, encoder_gain, fixed_point, reaching_time, trajectory, velocity
+from stillhouse.methods.pretraining.jepa_bias.theory import (
+    KINDS,
+    critical_time,
+    encoder_gain,
+    fixed_point,
+    reaching_time,
+    trajectory,
+    velocity,
+)
 from stillhouse.runs.execution import execute
 from stillhouse.runs.products import load
 from stillhouse.runs.recipe import validate
@@ -84,7 +93,10 @@ def test_one_layer_mae_has_the_logarithmic_closed_form():
 
 
 def test_at_equal_covariance_the_gap_grows_with_small_starts_for_jepa_and_stays_for_mae():
-    gaps = {kind: [np.diff(critical_time(1.0, np.array([0.9, 0.3]), 2, s, kind))[0] for s in (0.02, 0.01, 0.005)] for kind in KINDS}
+    gaps = {
+        kind: [np.diff(critical_time(1.0, np.array([0.9, 0.3]), 2, s, kind))[0] for s in (0.02, 0.01, 0.005)]
+        for kind in KINDS
+    }
     assert np.ptp(gaps["mae"]) < 0.02 * abs(gaps["mae"][0])
     expected = [(1 / 0.3 - 1 / 0.9) / (2 * s**2) for s in (0.02, 0.01, 0.005)]
     assert gaps["jepa"][-1] == pytest.approx(expected[-1], rel=0.05)
@@ -93,7 +105,9 @@ def test_at_equal_covariance_the_gap_grows_with_small_starts_for_jepa_and_stays_
 
 def test_covariance_scales_time_and_a_feature_without_it_is_never_learned():
     for kind in KINDS:
-        assert critical_time(3.0, PAIR, 2, 0.05, kind) == pytest.approx(critical_time(1.0, PAIR, 2, 0.05, kind) / 3, rel=1e-12)
+        assert critical_time(3.0, PAIR, 2, 0.05, kind) == pytest.approx(
+            critical_time(1.0, PAIR, 2, 0.05, kind) / 3, rel=1e-12
+        )
         never = critical_time(np.array([0.0, -1.0, 1.0]), np.array([0.0, -0.5, 0.5]), 2, 0.05, kind)
         assert np.isinf(never[:2]).all() and np.isfinite(never[2])
         assert np.isnan(trajectory(np.array([1.0]), np.array([-1.0]), np.array([-0.5]), 2, 0.05, kind)).all()
@@ -110,7 +124,9 @@ def test_covariance_scales_time_and_a_feature_without_it_is_never_learned():
         ("mae", 2, 6, (0.9289, 0.5392, 0.2247, 0.0797)),
     ],
 )
-def test_trained_matrices_have_the_published_gains_whatever_the_rotation(kind: str, depth: int, time: float, expected: tuple):
+def test_trained_matrices_have_the_published_gains_whatever_the_rotation(
+    kind: str, depth: int, time: float, expected: tuple
+):
     closed = trajectory(np.array([float(time)]), LAM.numpy(), RHO.numpy(), depth, 0.2, kind)[0] ** depth
     assert closed == pytest.approx(expected, rel=1e-3)  # they were printed from Euler steps
     for basis in (torch.eye(4, dtype=torch.float64), orthogonal(4, "test")):
@@ -127,7 +143,10 @@ def test_closed_form_gradients_are_those_of_autograd_with_the_stop_gradient(kind
     g = torch.Generator().manual_seed(0)
     weights = [torch.randn(4, 4, generator=g, dtype=torch.float64).requires_grad_() for _ in range(4)]
     x = torch.randn(50, 4, generator=g, dtype=torch.float64)
-    moments = Moments.of_samples(x, x @ torch.randn(4, 4, generator=g, dtype=torch.float64) + torch.randn(50, 4, generator=g, dtype=torch.float64))
+    moments = Moments.of_samples(
+        x,
+        x @ torch.randn(4, 4, generator=g, dtype=torch.float64) + torch.randn(50, 4, generator=g, dtype=torch.float64),
+    )
     loss(weights, moments, kind).backward()
     with torch.no_grad():
         for w, closed in zip(weights, gradients(weights, moments, kind), strict=True):
@@ -154,7 +173,9 @@ def test_a_cleaner_feature_takes_the_place_of_a_noisier_one_that_jepa_learned_be
     own = float(critical_time(0.5, 0.9, 3, 0.13, "jepa"))
     basis = orthogonal(2, "takeover")
     moments = Moments.of_features(lam, rho, basis)
-    weights, _, _ = flow(balanced_start(basis, 3, 0.13, "jepa"), lambda w: gradients(w, moments, "jepa"), 0.9 * own, 1e-6, 0.01)
+    weights, _, _ = flow(
+        balanced_start(basis, 3, 0.13, "jepa"), lambda w: gradients(w, moments, "jepa"), 0.9 * own, 1e-6, 0.01
+    )
     closed = trajectory(np.array([0.9 * own]), lam.numpy(), rho.numpy(), 3, 0.13, "jepa")[0] ** 3
     assert closed[1] < 0.02 and gains(weights, basis)[1] == pytest.approx(0.9**3, rel=1e-3)
 
@@ -162,8 +183,14 @@ def test_a_cleaner_feature_takes_the_place_of_a_noisier_one_that_jepa_learned_be
 def test_generative_models_have_the_moments_that_the_theory_assumes():
     variance = torch.tensor([1.0, 2.0], dtype=torch.float64)
     for (lam, rho), (x, y) in (
-        (static_features(variance, torch.tensor([0.5, 3.0])), sample_static(40000, variance, torch.tensor([0.5, 3.0], dtype=torch.float64), 0)),
-        (temporal_features(variance, torch.tensor([0.9, 0.2])), sample_temporal(40000, variance, torch.tensor([0.9, 0.2], dtype=torch.float64), 0)),
+        (
+            static_features(variance, torch.tensor([0.5, 3.0])),
+            sample_static(40000, variance, torch.tensor([0.5, 3.0], dtype=torch.float64), 0),
+        ),
+        (
+            temporal_features(variance, torch.tensor([0.9, 0.2])),
+            sample_temporal(40000, variance, torch.tensor([0.9, 0.2], dtype=torch.float64), 0),
+        ),
     ):
         exact, measured = Moments.of_features(lam, rho), Moments.of_samples(x, y)
         for name in ("xx", "yx", "yy"):
@@ -174,7 +201,11 @@ def test_features_are_found_again_under_a_rotation_and_measured_by_the_commutato
     basis = orthogonal(4, "find")
     moments = Moments.of_features(LAM, RHO, basis)
     found, lam, rho = moments.features()
-    assert moments.commutator() < 1e-14 and torch.allclose(lam, LAM) and sorted(rho.tolist()) == pytest.approx(sorted(RHO.tolist()))
+    assert (
+        moments.commutator() < 1e-14
+        and torch.allclose(lam, LAM)
+        and sorted(rho.tolist()) == pytest.approx(sorted(RHO.tolist()))
+    )
     assert torch.allclose((found.T @ moments.xx @ found).diagonal(), lam / rho)
     assert torch.allclose(moments.generalised_rho().sort().values, RHO.sort().values)
     skewed = Moments(moments.xx, moments.yx + torch.diag(torch.ones(3, dtype=torch.float64), 1), moments.yy)
@@ -193,7 +224,9 @@ def test_fixed_points_on_digits_tell_content_from_nuisance_as_published():
             a = encoder_gain(rho, depth, kind)
             energy = lam / rho * a**2
             assert energy[30:].sum() / energy.sum() == pytest.approx(share, abs=0.02)
-            accuracy[kind] = knn(x.numpy() * a, held.labels["train"].numpy(), t.numpy() * a, held.labels["test"].numpy(), 5)
+            accuracy[kind] = knn(
+                x.numpy() * a, held.labels["train"].numpy(), t.numpy() * a, held.labels["test"].numpy(), 5
+            )
         assert depth == 5 or accuracy["jepa"] > accuracy["mae"]
 
 
@@ -206,7 +239,11 @@ def test_the_target_of_the_nonlinear_jepa_is_detached():
 
 def study(folder: Path, **changes: object) -> dict[str, float]:
     features = {"lam": [1.0, 0.8], "rho": [0.3, 0.9]}
-    return execute(validate({"method": "jepa_bias", "features": features, "scale": 0.12, "points": 40, **changes}), folder, cpu=True)
+    return execute(
+        validate({"method": "jepa_bias", "features": features, "scale": 0.12, "points": 40, **changes}),
+        folder,
+        cpu=True,
+    )
 
 
 def test_a_study_is_kept_with_its_curves_and_a_page(tmp_path: Path):
@@ -220,7 +257,9 @@ def test_a_study_is_kept_with_its_curves_and_a_page(tmp_path: Path):
 
 
 def test_orders_swap_between_jepa_and_mae_where_the_strong_feature_is_noisy(tmp_path: Path):
-    figures = study(tmp_path / "run", features={"lam": [1.0, 0.8], "rho": [0.2, 0.9]}, depth=3, scale=0.05, simulate="modes")
+    figures = study(
+        tmp_path / "run", features={"lam": [1.0, 0.8], "rho": [0.2, 0.9]}, depth=3, scale=0.05, simulate="modes"
+    )
     kept = load(tmp_path / "run")
     assert figures["order_swaps"] == 1 and kept.order("jepa") == [1, 0] and kept.order("mae") == [0, 1]
     assert kept.simulated == {}
@@ -229,7 +268,9 @@ def test_orders_swap_between_jepa_and_mae_where_the_strong_feature_is_noisy(tmp_
 def test_a_simulation_that_was_cut_off_goes_on_to_the_same_gains():
     config = validate({"method": "jepa_bias", "features": {"lam": [1.0, 0.8], "rho": [0.3, 0.9]}, "depth": 2})
     moments, grid = Moments.of_features(LAM, RHO), np.linspace(0, 30, 7)
-    whole, first, second = (Simulation(moments, torch.eye(4, dtype=torch.float64), grid, config, "mae") for _ in range(3))
+    whole, first, second = (
+        Simulation(moments, torch.eye(4, dtype=torch.float64), grid, config, "mae") for _ in range(3)
+    )
     for i in range(6):
         whole.step(i)
         (first if i < 3 else second).step(i)

@@ -1,4 +1,5 @@
-"""The judge of synthetic sets: training protocols, continual learning, architecture search, scores over rates, and trainings that a product brings."""
+"""The judge of synthetic sets: training protocols, continual learning, architecture search, scores over rates, and
+trainings that a product brings."""
 
 from __future__ import annotations
 
@@ -47,7 +48,7 @@ def hard(spec: EvaluateSpec, images: Tensor, labels: Tensor) -> HardTraining:
     return HardTraining.of(images, labels, spec, PLAIN, None, ("test",))
 
 
-# ---- protocols -------------------------------------------------------------------------------------------------------------------------------
+# ---- protocols -------------------------------------------------------------------------------------------------------
 
 
 class Shares(nn.Module):
@@ -70,7 +71,9 @@ def test_a_mixed_image_costs_each_label_by_its_share(mix: str):
     mixed = []
     for i in range(8):
         loss = hard(EvaluateSpec(**{mix: 1.0}), images, labels).loss(network, i)
-        assert torch.allclose(loss, F.cross_entropy(network.seen, network.seen), atol=1e-5)  # the shares of an image's classes are its logits
+        assert torch.allclose(
+            loss, F.cross_entropy(network.seen, network.seen), atol=1e-5
+        )  # the shares of an image's classes are its logits
         mixed.append(bool((network.seen.amax(1) < 1).any()))
     assert any(mixed)
 
@@ -86,7 +89,9 @@ def test_as_many_batches_are_mixed_as_asked_for():
 
 def test_the_rate_falls_as_the_protocol_says_and_by_default_once_with_a_new_momentum():
     images, labels = torch.randn(4, 3, 8, 8), torch.arange(4) % 3
-    steps = EvaluateSpec(epochs=10, lr=0.1, optimizer="adamw", schedule={"name": "step", "milestones": [2, 4], "gamma": 0.5})
+    steps = EvaluateSpec(
+        epochs=10, lr=0.1, optimizer="adamw", schedule={"name": "step", "milestones": [2, 4], "gamma": 0.5}
+    )
     plain, stepped = hard(EvaluateSpec(epochs=10, lr=0.1), images, labels), hard(steps, images, labels)
     assert [stepped.rate(e) for e in (0, 1, 2, 3, 4, 9)] == [1, 1, 0.5, 0.5, 0.25, 0.25]
     assert [plain.rate(e) for e in (0, 6, 7, 9)] == [1, 1, 0.1, 0.1]
@@ -96,7 +101,9 @@ def test_the_rate_falls_as_the_protocol_says_and_by_default_once_with_a_new_mome
     for i in range(8):
         before = network.scale.detach().clone()
         plain.step(network, sgd, i)
-    assert torch.allclose(sgd.state[network.scale]["momentum_buffer"] * -0.01, network.scale.detach() - before, rtol=1e-3)  # of epoch 7 alone
+    assert torch.allclose(
+        sgd.state[network.scale]["momentum_buffer"] * -0.01, network.scale.detach() - before, rtol=1e-3
+    )  # of epoch 7 alone
     assert sgd.state[network.scale]["momentum_buffer"].abs() < 1
 
 
@@ -108,7 +115,13 @@ def test_the_best_epoch_is_told_beside_the_last(tmp_path: Path):
 def test_other_architectures_have_a_mean_and_a_spread_each(tmp_path: Path):
     cross = [{"model": "stillhouse:mlp", "options": {"widths": [w]}} for w in (4, 8)] + ["stillhouse:convnet2"]
     found = judged(tmp_path / "run", {"cross": cross, "cross_networks": 2})
-    assert {"accuracy_mlp_1", "accuracy_mlp_1_std", "accuracy_mlp_2", "accuracy_convnet2", "accuracy_convnet2_std"} <= set(found)
+    assert {
+        "accuracy_mlp_1",
+        "accuracy_mlp_1_std",
+        "accuracy_mlp_2",
+        "accuracy_convnet2",
+        "accuracy_convnet2_std",
+    } <= set(found)
 
 
 def test_scores_take_the_best_of_the_rates_for_every_network(tmp_path: Path):
@@ -120,7 +133,7 @@ def test_scores_take_the_best_of_the_rates_for_every_network(tmp_path: Path):
     assert found["hlr"] == pytest.approx(found["accuracy_full"] - found["accuracy_tried"])
 
 
-# ---- a product's own training ----------------------------------------------------------------------------------------------------------------
+# ---- a product's own training ----------------------------------------------------------------------------------------
 
 
 def test_a_product_brings_its_own_training_with_soft_labels_and_only_those(tmp_path: Path):
@@ -132,7 +145,9 @@ def test_a_product_brings_its_own_training_with_soft_labels_and_only_those(tmp_p
     learned = judge(made, run)["accuracy"]
     still = judge(made, run, lambda plain: replace(plain, lr=1e-9))["accuracy"]
     assert learned > still + 0.1
-    hard_run = Run(tmp_path / "hard", config.model_copy(update={"evaluate": EvaluateSpec(networks=1, epochs=2)}), cpu=True)
+    hard_run = Run(
+        tmp_path / "hard", config.model_copy(update={"evaluate": EvaluateSpec(networks=1, epochs=2)}), cpu=True
+    )
     assert judge(made, hard_run) == judge(made, hard_run, lambda plain: replace(plain, lr=1e-9))
 
 
@@ -149,19 +164,35 @@ def test_soft_labels_of_images_may_be_mixed_and_those_of_views_not(tmp_path: Pat
         SoftTraining.of(made, spec, PLAIN, torch.device("cpu"), ("test",))
 
 
-# ---- continual learning ----------------------------------------------------------------------------------------------------------------------
+# ---- continual learning ----------------------------------------------------------------------------------------------
 
 
 def test_beside_soft_labels_the_hard_protocol_keeps_its_own_optimiser(tmp_path: Path):
-    soft = {"protocol": "soft", "optimizer": "adam", "lr": 1e-4, "weight_decay": 0.3, "schedule": {"name": "cosine"}, "batch_size": 7}
-    relabel = {"teacher": {"model": "stillhouse:convnet2", "options": {"width": 4, "norm": "batch"}, "train": {"epochs": 1}}, "recover": None}
+    soft = {
+        "protocol": "soft",
+        "optimizer": "adam",
+        "lr": 1e-4,
+        "weight_decay": 0.3,
+        "schedule": {"name": "cosine"},
+        "batch_size": 7,
+    }
+    relabel = {
+        "teacher": {"model": "stillhouse:convnet2", "options": {"width": 4, "norm": "batch"}, "train": {"epochs": 1}},
+        "recover": None,
+    }
     config = validate(tree(soft, method="sre2l", **relabel))
     run = Run(tmp_path / "run", config, cpu=True)
     execute(config, tmp_path / "run", cpu=True)
     judging = Judging(load_product(tmp_path / "run"), run)
     for learns in (judging.hard_labels(PLAIN), judging.all_real()):
         made = learns(config.evaluate, 0)
-        assert (made.optimizer, made.lr, made.weight_decay, made.schedule, made.batch_size > 7) == ("sgd", 0.01, 5e-4, None, True)
+        assert (made.optimizer, made.lr, made.weight_decay, made.schedule, made.batch_size > 7) == (
+            "sgd",
+            0.01,
+            5e-4,
+            None,
+            True,
+        )
 
 
 def test_classes_are_renumbered_in_the_order_they_came():
@@ -174,7 +205,10 @@ def test_continual_learning_tells_every_step_and_their_mean_and_each_seed_has_an
     steps = [found[f"continual_step{i}"] for i in range(1, 6)]
     assert found["continual_accuracy"] == pytest.approx(sum(steps) / 5)
     assert steps[0] > 0.6 > steps[-1]  # two classes are easier than ten
-    assert all(math.isclose(a * n % 1, 0, abs_tol=1e-6) or math.isclose(a * n % 1, 1, abs_tol=1e-6) for a, n in zip(steps, range(20, 101, 20)))
+    assert all(
+        math.isclose(a * n % 1, 0, abs_tol=1e-6) or math.isclose(a * n % 1, 1, abs_tol=1e-6)
+        for a, n in zip(steps, range(20, 101, 20))
+    )
     other = judged(tmp_path / "b", **given, seed=1)
     assert [other[f"continual_step{i}"] for i in range(1, 6)] != steps
 
@@ -183,7 +217,7 @@ def test_a_step_a_class_begins_with_what_is_always_right(tmp_path: Path):
     assert judged(tmp_path / "ten", {"continual": {"steps": 10}})["continual_step1"] == 1.0
 
 
-# ---- architecture search ---------------------------------------------------------------------------------------------------------------------
+# ---- architecture search ---------------------------------------------------------------------------------------------
 
 
 def test_a_search_names_its_choice_and_what_that_is_worth(tmp_path: Path):
@@ -194,7 +228,9 @@ def test_a_search_names_its_choice_and_what_that_is_worth(tmp_path: Path):
     chosen = max(table, key=lambda row: row["proxy"])
     assert record["search_choice"] == {k: chosen[k] for k in TWO} and found["search_accuracy"] == chosen["full"]
     assert found["search_best"] == max(row["full"] for row in table) >= found["search_mean"]
-    assert found["search_spearman"] == pytest.approx(rank_correlation([r["proxy"] for r in table], [r["full"] for r in table]))
+    assert found["search_spearman"] == pytest.approx(
+        rank_correlation([r["proxy"] for r in table], [r["full"] for r in table])
+    )
     assert found["search_full_seconds"] > 0 and found["search_seconds"] > 0
 
 
@@ -212,7 +248,11 @@ def test_training_on_all_data_is_shared_between_methods_and_seeds(tmp_path: Path
 
 
 def test_proxies_choose_by_validation_data_where_there_is_some(tmp_path: Path):
-    judged(tmp_path / "run", {"search": {"grid": TWO}}, data={"name": "digits", "augment": "plain", "size": 200, "val": 0.2, "test_size": 33})
+    judged(
+        tmp_path / "run",
+        {"search": {"grid": TWO}},
+        data={"name": "digits", "augment": "plain", "size": 200, "val": 0.2, "test_size": 33},
+    )
     table = json.loads((tmp_path / "run" / "environment.json").read_text())["search"]
     assert all(abs(row["proxy"] * 40 - round(row["proxy"] * 40)) < 1e-6 for row in table)  # 40 validation samples
     assert all(abs(row["full"] * 33 - round(row["full"] * 33)) < 1e-6 for row in table)
@@ -223,7 +263,7 @@ def test_ranks_agree_or_not_whatever_the_values():
     assert rank_correlation([1, 1, 1], [1, 2, 3]) == 0
 
 
-# ---- mistakes --------------------------------------------------------------------------------------------------------------------------------
+# ---- mistakes --------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,5 @@
-"""KD^3: which images it selects, its losses' identities, batches that follow the selection, and a product that holds all it needs."""
+"""KD^3: which images it selects, its losses' identities, batches that follow the selection, and a product that holds
+all it needs."""
 
 from __future__ import annotations
 
@@ -18,7 +19,13 @@ from stillhouse.data.joined import Joined, unlabelled
 from stillhouse.distillation.objective import Progress
 from stillhouse.distillation.teachers import Frozen
 from stillhouse.errors import UserError
-from stillhouse.methods.classification.kd3.alignment import contrast, disagreement_weights, mix_distribution, select, teacher_share
+from stillhouse.methods.classification.kd3.alignment import (
+    contrast,
+    disagreement_weights,
+    mix_distribution,
+    select,
+    teacher_share,
+)
 from stillhouse.methods.classification.kd3.method import AlignmentTraining, Config, at_least, pool_logits
 from stillhouse.methods.classification.kd3.pool import PoolPart, SelectedBatches, pool_images
 from stillhouse.methods.classification.kd3.student import SharedStudent, last_map, make_shared
@@ -76,7 +83,10 @@ def test_a_rare_class_has_a_lower_threshold_and_an_absent_one_does_no_harm() -> 
 def test_too_few_selected_images_are_filled_up_by_the_most_confident_with_a_warning() -> None:
     confidence, said = torch.rand(50), []
     mask = at_least(torch.zeros(50, dtype=torch.bool), confidence, 8, said.append)
-    assert set(mask.nonzero()[:, 0].tolist()) == set(confidence.topk(8).indices.tolist()) and "fewer than a batch" in said[0]
+    assert (
+        set(mask.nonzero()[:, 0].tolist()) == set(confidence.topk(8).indices.tolist())
+        and "fewer than a batch" in said[0]
+    )
 
 
 def test_equal_logits_weigh_one_half_and_far_ones_nearly_one_outside_autograd() -> None:
@@ -139,7 +149,9 @@ def test_a_step_trains_backbone_and_transfer_and_never_the_teachers_classifier()
     student, teacher = module.student, module._teacher[0].model
     assert student.cls.weight.grad is None and torch.equal(student.cls.weight, teacher.fc.weight)
     assert all(
-        p.grad is not None and p.grad.abs().sum() > 0 for n, p in student.named_parameters() if n.endswith("conv1.weight") or "transfer.0" in n
+        p.grad is not None and p.grad.abs().sum() > 0
+        for n, p in student.named_parameters()
+        if n.endswith("conv1.weight") or "transfer.0" in n
     )
     assert all(p.grad is None for p in teacher.parameters()) and not teacher.training
     assert "contrast" not in sharing(contrast_weight=0)[0](batch, Progress())
@@ -153,7 +165,9 @@ def test_selection_is_made_before_an_epoch_and_is_part_of_the_state() -> None:
 
     module.begin_epoch(Now())
     module.train()
-    assert module.history[0]["alpha"] == pytest.approx(teacher_share(96)) and sum(module.history[0]["classes"]) == int(module.selected.sum())
+    assert module.history[0]["alpha"] == pytest.approx(teacher_share(96)) and sum(module.history[0]["classes"]) == int(
+        module.selected.sum()
+    )
     other, _ = sharing()
     other.load_state_dict(copy.deepcopy(module.state_dict()))
     assert torch.equal(other.selected, module.selected) and other.history == module.history
@@ -204,7 +218,11 @@ def test_a_styled_pool_keeps_each_images_style_over_epochs(tmp_path: Path) -> No
 def test_the_product_brings_all_three_parts_back(tmp_path: Path) -> None:
     module, batch = sharing()
     x, student = batch["input"], module.student.eval()
-    product = SharedStudent(student, ModelSpec(model="stillhouse:resnet8"), Classification(tuple(map(str, range(10))), SHAPE, (0.3,), (0.4,)))
+    product = SharedStudent(
+        student,
+        ModelSpec(model="stillhouse:resnet8"),
+        Classification(tuple(map(str, range(10))), SHAPE, (0.3,), (0.4,)),
+    )
     product.save(tmp_path / "product")
     loaded = load_run(tmp_path)
     assert torch.equal(loaded(x), student(x)) and torch.equal(copy.deepcopy(loaded)(x), student(x))
@@ -213,5 +231,11 @@ def test_the_product_brings_all_three_parts_back(tmp_path: Path) -> None:
 def test_the_baseline_cannot_select_by_a_student_that_shares_no_classifier() -> None:
     with pytest.raises(ValueError, match="selection: all or teacher"):
         Config.model_validate(
-            {"data": "digits", "pool": [{"name": "digits"}], "teacher": "stillhouse:resnet8", "student": "stillhouse:resnet8", "loss": "kd"}
+            {
+                "data": "digits",
+                "pool": [{"name": "digits"}],
+                "teacher": "stillhouse:resnet8",
+                "student": "stillhouse:resnet8",
+                "loss": "kd",
+            }
         )

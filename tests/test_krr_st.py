@@ -1,4 +1,5 @@
-"""KRR-ST: its ridge regression is exact in both forms, the pool restarts and heals, gradients stay off the network, and the set pre-trains a backbone."""
+"""KRR-ST: its ridge regression is exact in both forms, the pool restarts and heals, gradients stay off the network, and
+the set pre-trains a backbone."""
 
 from __future__ import annotations
 
@@ -25,7 +26,13 @@ def tree(**given) -> dict:
         "method": "krr_st",
         "data": {"name": "digits", "augment": "plain", "size": 200, "test_size": 100},
         "network": net,
-        "target": {"network": net, "epochs": 1, "batch_size": 50, "projector": 8, "augment": {"groups": "", "always": "crop"}},
+        "target": {
+            "network": net,
+            "epochs": 1,
+            "batch_size": 50,
+            "projector": 8,
+            "augment": {"groups": "", "always": "crop"},
+        },
         "images": 12,
         "iterations": 6,
         "batch_real": 20,
@@ -71,7 +78,12 @@ def test_the_outer_gradient_is_that_of_finite_differences_with_the_ridge_held():
         along = torch.randn_like(leaf)
         step = 1e-5 * along / along.norm()
         with torch.no_grad():
-            sides = [outer_loss(network, x + (s * step if leaf is x else 0), y + (s * step if leaf is y else 0), real, wanted, 1e-6) for s in (1, -1)]
+            sides = [
+                outer_loss(
+                    network, x + (s * step if leaf is x else 0), y + (s * step if leaf is y else 0), real, wanted, 1e-6
+                )
+                for s in (1, -1)
+            ]
             slope = (sides[0]["loss"] - sides[1]["loss"]) / 2
         assert torch.allclose((grad * step).sum(), slope, rtol=1e-2)
 
@@ -113,13 +125,18 @@ def test_a_pool_goes_on_from_its_saved_state():
     for pool in (one, other):
         pool.learn(0, x, y)
     assert one.steps == other.steps and one.generations == other.generations
-    assert all(torch.equal(a, b) for a, b in zip(one.networks[0].state_dict().values(), other.networks[0].state_dict().values()))
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(one.networks[0].state_dict().values(), other.networks[0].state_dict().values())
+    )
 
 
 def test_the_classifier_of_any_network_is_cut_off():
     assert net().features == 16 and net()(torch.zeros(2, 3, 8, 8)).shape == (2, 3)
     deep = Regressor(ResNet(8, (8, 12), (1, 1), num_classes=7), (3, 32, 32), 5)
-    assert deep.embed(torch.zeros(2, 3, 32, 32)).shape == (2, deep.features) and deep(torch.zeros(2, 3, 32, 32)).shape == (2, 5)
+    assert deep.embed(torch.zeros(2, 3, 32, 32)).shape == (2, deep.features) and deep(
+        torch.zeros(2, 3, 32, 32)
+    ).shape == (2, 5)
 
 
 def test_the_published_backbone_widens_by_stage():
@@ -143,7 +160,9 @@ def test_a_run_learns_the_set_reports_scratch_beside_it_and_loads(tmp_path: Path
     figures = execute(validate(tree(evaluate={**tree()["evaluate"], "targets": targets})), tmp_path / "run", cpu=True)
     made = load_product(tmp_path / "run")
     assert isinstance(made, RepresentationSet) and made.images.shape == (12, 1, 8, 8) and made.targets.shape == (12, 36)
-    assert {"accuracy", "accuracy_digits0", "accuracy_scratch_digits1", "gain_over_scratch", "test_loss"} <= set(figures)
+    assert {"accuracy", "accuracy_digits0", "accuracy_scratch_digits1", "gain_over_scratch", "test_loss"} <= set(
+        figures
+    )
     execute(validate(tree(iterations=0)), tmp_path / "start", cpu=True)
     start = load_product(tmp_path / "start")
     assert (made.images - start.images).abs().max() > 1e-5 and (made.targets - start.targets).abs().max() > 1e-5
@@ -189,4 +208,8 @@ def test_sets_that_do_not_fit_and_too_many_images_are_refused(tmp_path: Path):
         execute(validate(tree(images=500)), tmp_path / "run", cpu=True)
     with pytest.raises(UserError, match="set image_size: 8"):
         targets = [{"name": "digits", "image_size": 16}]
-        execute(validate(tree(iterations=0, evaluate={**tree()["evaluate"], "targets": targets})), tmp_path / "other", cpu=True)
+        execute(
+            validate(tree(iterations=0, evaluate={**tree()["evaluate"], "targets": targets})),
+            tmp_path / "other",
+            cpu=True,
+        )

@@ -111,7 +111,9 @@ def test_parquet_columns_of_labels_that_are_no_classes_are_refused(tmp_path: Pat
 
 @pytest.mark.parametrize("label", ["torch.rand(3)", "0.5", "None", "[0, 1]", "torch.tensor(0.5)"])
 def test_labels_of_a_users_function_that_are_no_classes_are_refused(tmp_path: Path, label: str) -> None:
-    (tmp_path / "own.py").write_text(f"import torch\n\ndef pairs(split):\n    return [(torch.zeros(2), {label}) for _ in range(9)]\n")
+    (tmp_path / "own.py").write_text(
+        f"import torch\n\ndef pairs(split):\n    return [(torch.zeros(2), {label}) for _ in range(9)]\n"
+    )
     with pytest.raises(UserError, match=r"real number|no label|several values"):
         load(DataSpec(name=f"file:{tmp_path}/own.py:pairs"))
 
@@ -159,7 +161,9 @@ def test_a_hugging_face_set_keeps_the_order_of_its_classes(tmp_path: Path) -> No
     datasets = pytest.importorskip("datasets")
     names = ["zebra", "ant", "mule"]
     features = datasets.Features({"text": datasets.Value("string"), "label": datasets.ClassLabel(names=names)})
-    made = datasets.Dataset.from_dict({"text": [f"line {i}" for i in range(24)], "label": [i % 3 for i in range(24)]}, features=features)
+    made = datasets.Dataset.from_dict(
+        {"text": [f"line {i}" for i in range(24)], "label": [i % 3 for i in range(24)]}, features=features
+    )
     none = datasets.Dataset.from_dict({"text": ["x"] * 4, "label": [-1] * 4}, features=features)
     (tmp_path / "set").mkdir()
     made.to_parquet(str(tmp_path / "set" / "train.parquet"))
@@ -169,13 +173,22 @@ def test_a_hugging_face_set_keeps_the_order_of_its_classes(tmp_path: Path) -> No
         bundle = load(DataSpec(name=name, options=options))
         assert bundle.classes == names
         assert [int(c) for c in bundle.dataset("train").labels().unique()] == [0, 1, 2]
-    assert len(load(DataSpec(name=f"text:hf:{tmp_path}/set", options=options)).splits["test"].inputs) == 2  # a tenth: its own has no labels
+    assert (
+        len(load(DataSpec(name=f"text:hf:{tmp_path}/set", options=options)).splits["test"].inputs) == 2
+    )  # a tenth: its own has no labels
 
 
 # ---- text files ------------------------------------------------------------------------------------------------------
 
 LONG = "x" * 300_000
-AWKWARD = ["first\u2028second\u0085third\x0b", 'café, “quoted” "text"', "two\nlines", "tab\there", LONG, "ends with a comma,"]
+AWKWARD = [
+    "first\u2028second\u0085third\x0b",
+    'café, “quoted” "text"',
+    "two\nlines",
+    "tab\there",
+    LONG,
+    "ends with a comma,",
+]
 CLASSES = ["a", "b"] * 3
 
 
@@ -196,8 +209,11 @@ FILES = {
     "semicolons.csv": table(";").encode("utf-8-sig"),
     "excel.csv": table("\t").encode("utf-16"),
     "spreadsheet.tsv": codecs.BOM_UTF16_LE + table("\t").encode("utf-16-le"),
-    "lines.jsonl": b"\n".join(json.dumps({"text": t, "label": c}, ensure_ascii=False).encode() for t, c in zip(AWKWARD, CLASSES)),
-    "windows.jsonl": codecs.BOM_UTF8 + b"\r\n".join(json.dumps({"text": t, "label": c}).encode() for t, c in zip(AWKWARD, CLASSES)),
+    "lines.jsonl": b"\n".join(
+        json.dumps({"text": t, "label": c}, ensure_ascii=False).encode() for t, c in zip(AWKWARD, CLASSES)
+    ),
+    "windows.jsonl": codecs.BOM_UTF8
+    + b"\r\n".join(json.dumps({"text": t, "label": c}).encode() for t, c in zip(AWKWARD, CLASSES)),
     "list.json": codecs.BOM_UTF8 + json.dumps([{"text": t, "label": c} for t, c in zip(AWKWARD, CLASSES)]).encode(),
 }
 
@@ -210,7 +226,10 @@ def test_text_survives_the_file_that_a_tool_wrote(text: Any, name: str) -> None:
 
 def test_another_encoding_is_read_when_it_is_named(text: Any) -> None:
     raw = b"text;label\n" + "café;gut\nthé;schlecht\n".encode("latin-1") * 4
-    with pytest.raises(UserError, match=r"is not UTF-8 text \(byte 14, line 2\); name its encoding in data.options.encoding, such as latin-1"):
+    with pytest.raises(
+        UserError,
+        match=r"is not UTF-8 text \(byte 14, line 2\); name its encoding in data.options.encoding, such as latin-1",
+    ):
         text(raw, "rows.csv")
     assert texts(text(raw, "rows.csv", encoding="latin-1")) == ["café"] * 4 + ["thé"] * 4
     with pytest.raises(UserError, match="there is no encoding 'latn'"):
@@ -227,7 +246,11 @@ def test_another_encoding_is_read_when_it_is_named(text: Any) -> None:
         ("mixed.jsonl", b'{"text": "a", "label": "x"}\n[1, 2]', "record 1 is a list"),
         ("half.jsonl", b'{"text": "a\\ud800", "label": "x"}', "record 0: 'text' holds half a character"),
         ("short.csv", b"text,label\na,x\nb", "line 3, has 1 fields for 2 columns; was the file cut off"),
-        ("comma.csv", b"text,label\na,x\none, two,y\n", "line 3, has 3 fields for 2 columns; put a field that holds a separator into quotes"),
+        (
+            "comma.csv",
+            b"text,label\na,x\none, two,y\n",
+            "line 3, has 3 fields for 2 columns; put a field that holds a separator into quotes",
+        ),
         ("quote.csv", b'text,label\n"a,x\nb,y\n', "is not CSV: unexpected end of data"),
         ("empty.csv", b"", "holds no text"),
         ("nothing.parquet", b"PAR1", "parquet: cannot read"),
@@ -243,7 +266,9 @@ def test_quotes_of_a_table_with_tabs_are_only_characters_where_they_do_not_pair(
     assert texts(text(raw, "rows.tsv")) == ['"good" film', '"never ends', "last", "plain"]
 
 
-def test_a_small_parquet_file_that_holds_more_than_fits_is_refused(text: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_small_parquet_file_that_holds_more_than_fits_is_refused(
+    text: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     import os
 
     import pyarrow as pa
@@ -276,7 +301,9 @@ def saved(folder: Path, kind: str, names: list[str], **options: Any) -> Any:
     labels = {"id2label": dict(enumerate(names)), "label2id": {n: i for i, n in enumerate(names)}}
     vocabulary = {"vocab_size": 261} if kind in ("bert", "roberta", "gpt2") else {}
     config = transformers.AutoConfig.for_model(kind, **{**HEADS[kind], **vocabulary, **options}, **labels)
-    auto = transformers.AutoModelForSequenceClassification if vocabulary else transformers.AutoModelForImageClassification
+    auto = (
+        transformers.AutoModelForSequenceClassification if vocabulary else transformers.AutoModelForImageClassification
+    )
     torch.manual_seed(0)
     model = auto.from_config(config).eval()
     model.save_pretrained(folder)
@@ -305,12 +332,18 @@ def pairs(split):
 
 
 @pytest.mark.parametrize("kind", HEADS)
-@pytest.mark.parametrize("names", [["World", "sports", "Business"], [str(i) for i in (3, 0, 2, 1)], [f"c{i}" for i in range(15, -1, -1)]])
+@pytest.mark.parametrize(
+    "names", [["World", "sports", "Business"], [str(i) for i in (3, 0, 2, 1)], [f"c{i}" for i in range(15, -1, -1)]]
+)
 def test_a_classifier_gets_the_order_of_the_data(tmp_path: Path, bundle: Any, kind: str, names: list[str]) -> None:
     theirs = saved(tmp_path / "model", kind, names)
     data = bundle(kind, sorted(n.lower() for n in names))
     ours = data.task.build(ModelSpec(model=f"hf:{tmp_path}/model")).eval()
-    sample = {"input_ids": torch.tensor([[5, 9, 30]])} if kind in ("bert", "roberta", "gpt2") else {"pixel_values": torch.randn(1, 1, 8, 8)}
+    sample = (
+        {"input_ids": torch.tensor([[5, 9, 30]])}
+        if kind in ("bert", "roberta", "gpt2")
+        else {"pixel_values": torch.randn(1, 1, 8, 8)}
+    )
     with torch.no_grad():
         before, after = theirs(**sample).logits[0], ours(**sample).logits[0]
     for name, score in zip(names, before):
@@ -333,11 +366,16 @@ def teach(tmp_path: Path, **teacher: Any) -> dict[str, float]:
     return execute(read(tmp_path / "recipe.yaml"), tmp_path / "out", cpu=True)
 
 
-def test_a_teacher_of_other_classes_is_refused_unless_the_user_vouches(tmp_path: Path, text: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_teacher_of_other_classes_is_refused_unless_the_user_vouches(
+    tmp_path: Path, text: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("STILLHOUSE_CACHE", str(tmp_path / "cache"))
     saved(tmp_path / "model", "bert", ["entailment", "contradiction"])
     text(records(["yes", "no"] * 10), context=16)
-    with pytest.raises(UserError, match=r"are 'entailment', 'contradiction', but those of the data are 'no', 'yes'; .*options.id2label: null"):
+    with pytest.raises(
+        UserError,
+        match=r"are 'entailment', 'contradiction', but those of the data are 'no', 'yes'; .*options.id2label: null",
+    ):
         teach(tmp_path)
     import shutil
 
@@ -353,7 +391,11 @@ def test_numbers_and_missing_names_leave_a_model_as_it_is(tmp_path: Path, bundle
     names = [f"LABEL_{i}" for i in range(3)]
     theirs = saved(tmp_path / "model", "bert", names)
     ours = bundle("bert", ["c", "a", "b"]).task.build(ModelSpec(model=f"hf:{tmp_path}/model"))
-    assert torch.equal(ours.classifier.weight, theirs.classifier.weight) and ours.config.id2label == {0: "a", 1: "b", 2: "c"}
+    assert torch.equal(ours.classifier.weight, theirs.classifier.weight) and ours.config.id2label == {
+        0: "a",
+        1: "b",
+        2: "c",
+    }
 
 
 def test_a_product_of_images_holds_the_names_of_its_classes(tmp_path: Path, bundle: Any) -> None:

@@ -1,4 +1,5 @@
-"""Language models as teachers and students: what a recipe trains and leaves, the student's own writing, the teacher's, and judging by tokens."""
+"""Language models as teachers and students: what a recipe trains and leaves, the student's own writing, the teacher's,
+and judging by tokens."""
 
 from __future__ import annotations
 
@@ -69,7 +70,9 @@ def bundle_of(name: str, **options: Any) -> TextBundle:
 def net(bundle: TextBundle, seed: int = 0, **options: Any) -> nn.Module:
     torch.manual_seed(seed)
     kind = "t5" if bundle.task.kind == "seq2seq" else "gpt2"
-    return bundle.task.build(ModelSpec(model=f"hf:config:{kind}", options={**(T5 if kind == "t5" else GPT2), **options})).eval()
+    return bundle.task.build(
+        ModelSpec(model=f"hf:config:{kind}", options={**(T5 if kind == "t5" else GPT2), **options})
+    ).eval()
 
 
 def first_batch(bundle: TextBundle, count: int = 4) -> Any:
@@ -78,7 +81,11 @@ def first_batch(bundle: TextBundle, count: int = 4) -> Any:
 
 def writer(bundle: TextBundle, **how: Any) -> Writer:
     return Writer(
-        bundle.task.tokenizer, bundle.task.kind, bundle.task.context, Generation(**{"max_new_tokens": 6, **how}), size(bundle.task.tokenizer)
+        bundle.task.tokenizer,
+        bundle.task.kind,
+        bundle.task.context,
+        Generation(**{"max_new_tokens": 6, **how}),
+        size(bundle.task.tokenizer),
     )
 
 
@@ -93,7 +100,7 @@ class Forward(stillhouse.Objective):
         return {"loss": rows[batch["label"] != IGNORE].mean()}
 
 
-# ---- recipes -------------------------------------------------------------------------------------------------------------------------------
+# ---- recipes ---------------------------------------------------------------------------------------------------------
 
 
 def run(tmp_path: Path, data: Any, **keys: Any) -> tuple[dict[str, float], Any]:
@@ -120,11 +127,17 @@ def test_a_recipe_leaves_a_language_model_that_transformers_loads_too(file: Any,
     assert figures["perplexity"] == pytest.approx(math.exp(figures["nll"])) and 0 <= figures["accuracy"] <= 1
     place = tmp_path / "run" / "product" / "model"
     assert (place / "model.safetensors").exists() and not list(place.rglob("*.bin"))
-    theirs, tokens = transformers.AutoModelForCausalLM.from_pretrained(place), transformers.AutoTokenizer.from_pretrained(place)
+    theirs, tokens = (
+        transformers.AutoModelForCausalLM.from_pretrained(place),
+        transformers.AutoTokenizer.from_pretrained(place),
+    )
     ids = torch.tensor([tokens("roses")["input_ids"]])
     assert torch.allclose(theirs(ids).logits, product.module(ids).logits)
     told = product.task.generate(product.module, ["roses are", "", "x" * 100], max_new_tokens=5, do_sample=False)
-    assert len(told) == 3 and told[0] == product.task.generate(product.module, ["roses are"], max_new_tokens=5, do_sample=False)[0]
+    assert (
+        len(told) == 3
+        and told[0] == product.task.generate(product.module, ["roses are"], max_new_tokens=5, do_sample=False)[0]
+    )
     assert list(product.predict(["a rose"])[0]) == ["text"]
 
 
@@ -144,11 +157,16 @@ def test_a_text_classifier_predicts_by_name(file: Any, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "task, kind, options", [("masked", "bert", {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}), ("seq2seq", "t5", T5)]
+    "task, kind, options",
+    [("masked", "bert", {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}), ("seq2seq", "t5", T5)],
 )
-def test_masked_models_and_encoder_decoders_are_distilled(file: Any, tmp_path: Path, task: str, kind: str, options: dict[str, Any]) -> None:
+def test_masked_models_and_encoder_decoders_are_distilled(
+    file: Any, tmp_path: Path, task: str, kind: str, options: dict[str, Any]
+) -> None:
     model = {"model": f"hf:config:{kind}", "options": options}
-    figures, product = run(tmp_path, text_data(file(questions()), task=task), teacher={**model, "train": FAST}, student=model)
+    figures, product = run(
+        tmp_path, text_data(file(questions()), task=task), teacher={**model, "train": FAST}, student=model
+    )
     assert figures["perplexity"] > 1 and product.task.kind == task
     if task == "seq2seq":
         assert isinstance(product.task.generate(product.module, ["roses"], max_new_tokens=4)[0], str)
@@ -161,12 +179,16 @@ def test_a_teacher_of_a_folder_teaches(file: Any, tmp_path: Path) -> None:
     published = {"model": f"hf:{folder}", "pretrained": True}
     run(tmp_path / "as it is", data, teacher=published)
     run(tmp_path / "tuned", data, teacher={**published, "train": FAST})
-    facts = {name: json.loads((tmp_path / name / "run" / "environment.json").read_text()) for name in ("as it is", "tuned")}
+    facts = {
+        name: json.loads((tmp_path / name / "run" / "environment.json").read_text()) for name in ("as it is", "tuned")
+    }
     assert facts["as it is"]["weights"] != facts["tuned"]["weights"] and "teachers" in facts["tuned"]
 
 
 @pytest.mark.parametrize("kept", [{}, {"top": 250}])
-def test_a_stored_teacher_teaches_rows_of_unequal_length_as_a_live_one(file: Any, tmp_path: Path, kept: dict[str, Any]) -> None:
+def test_a_stored_teacher_teaches_rows_of_unequal_length_as_a_live_one(
+    file: Any, tmp_path: Path, kept: dict[str, Any]
+) -> None:
     data, objectives = text_data(file(questions())), [{"name": "gkd", "beta": 0.0}]
     teacher = {"model": "hf:config:gpt2", "options": GPT2, "train": FAST}
     live, _ = run(tmp_path / "live", data, teacher=teacher, objectives=objectives)
@@ -174,7 +196,7 @@ def test_a_stored_teacher_teaches_rows_of_unequal_length_as_a_live_one(file: Any
     assert stored["nll"] == pytest.approx(live["nll"], abs=0.05 if kept else 1e-5)
 
 
-# ---- judging -------------------------------------------------------------------------------------------------------------------------------
+# ---- judging ---------------------------------------------------------------------------------------------------------
 
 
 def test_perplexity_is_over_tokens_whatever_the_batches(file: Any) -> None:
@@ -184,18 +206,21 @@ def test_perplexity_is_over_tokens_whatever_the_batches(file: Any) -> None:
     for i in range(len(data)):
         batch = data.batch(BatchKey(0, np.array([i]), 0, 1), 0)
         kept = batch["label"] != IGNORE
-        losses.append(F.cross_entropy(read_logits(call_model(model, batch))[kept], batch["label"][kept], reduction="none"))
+        losses.append(
+            F.cross_entropy(read_logits(call_model(model, batch))[kept], batch["label"][kept], reduction="none")
+        )
     expected = torch.cat(losses).mean().item()
     for count in (1, 5):
         batches = [
-            data.batch(BatchKey(0, np.arange(i, min(i + count, len(data))), 0, min(count, len(data) - i)), 0) for i in range(0, len(data), count)
+            data.batch(BatchKey(0, np.arange(i, min(i + count, len(data))), 0, min(count, len(data) - i)), 0)
+            for i in range(0, len(data), count)
         ]
         assert judge(bundle.task, model, batches)["nll"] == pytest.approx(expected, abs=1e-5)
     with pytest.raises(UserError, match="no token"):
         judge(bundle.task, model, [{**batch, "label": torch.full_like(batch["label"], IGNORE)}])
 
 
-# ---- the student's own writing -------------------------------------------------------------------------------------------------------------
+# ---- the student's own writing ---------------------------------------------------------------------------------------
 
 
 def test_the_students_writing_is_what_it_writes_for_each_prompt_alone(file: Any) -> None:
@@ -207,12 +232,19 @@ def test_the_students_writing_is_what_it_writes_for_each_prompt_alone(file: Any)
         given = int((label != IGNORE).int().argmax()) + 1
         prompt = batch["input"]["input_ids"][i, :given]
         alone = model.generate(
-            input_ids=prompt[None], max_new_tokens=6, do_sample=False, pad_token_id=0, eos_token_id=bundle.task.tokenizer.eos_token_id
+            input_ids=prompt[None],
+            max_new_tokens=6,
+            do_sample=False,
+            pad_token_id=0,
+            eos_token_id=bundle.task.tokenizer.eos_token_id,
         )[0]
         counted = made["label"][i] != IGNORE
         assert torch.equal(made["label"][i][counted], alone[given:])
         read = made["input"]["attention_mask"][i].bool()
-        assert torch.equal(made["input"]["input_ids"][i][read][: len(alone) - 1], alone[:-1]) and int(counted.int().argmax()) == given - 1
+        assert (
+            torch.equal(made["input"]["input_ids"][i][read][: len(alone) - 1], alone[:-1])
+            and int(counted.int().argmax()) == given - 1
+        )
 
 
 def test_what_follows_the_end_token_does_not_count(file: Any) -> None:
@@ -229,7 +261,9 @@ def test_what_follows_the_end_token_does_not_count(file: Any) -> None:
     with torch.no_grad():
         together = read_logits(call_model(model, made))
         for i, read in enumerate(made["input"]["attention_mask"].bool()):
-            assert torch.allclose(model(made["input"]["input_ids"][i, read][None]).logits[0], together[i, read], atol=1e-5)
+            assert torch.allclose(
+                model(made["input"]["input_ids"][i, read][None]).logits[0], together[i, read], atol=1e-5
+            )
 
 
 def test_an_encoder_decoder_reads_back_what_it_wrote(file: Any) -> None:
@@ -243,7 +277,9 @@ def test_an_encoder_decoder_reads_back_what_it_wrote(file: Any) -> None:
 
 
 def on_policy(bundle: TextBundle, lmbda: float, objectives: Any = None, **options: Any) -> OnPolicyDistillation:
-    module = OnPolicyDistillation(net(bundle, 1), net(bundle), objectives or [Forward()], writer=writer(bundle), lmbda=lmbda, **options)
+    module = OnPolicyDistillation(
+        net(bundle, 1), net(bundle), objectives or [Forward()], writer=writer(bundle), lmbda=lmbda, **options
+    )
     return module.build(first_batch(bundle))  # type: ignore[return-value]
 
 
@@ -286,7 +322,10 @@ def test_a_student_is_never_taught_its_own_writing_as_the_truth(file: Any) -> No
     on_policy(bundle, 0.0, ["ce", Forward()])
     with pytest.raises(UserError, match="is read from a store"):
         OnPolicyDistillation(
-            net(bundle), Stored(type("Store", (), {"gives": frozenset({"logits"}), "folder": "f"})()), [Forward()], writer=writer(bundle)
+            net(bundle),
+            Stored(type("Store", (), {"gives": frozenset({"logits"}), "folder": "f"})()),
+            [Forward()],
+            writer=writer(bundle),
         )
     with pytest.raises(UserError, match=r"set data.options.pack: false"):
         packed = bundle_of(file(questions()), pack=True)
@@ -306,22 +345,31 @@ def test_writing_stays_inside_the_context_and_the_vocabulary(file: Any) -> None:
     assert again["label"].shape[1] <= 14 and bool((again["label"] != IGNORE).any(1).all())
 
 
-# ---- the teacher's writing -----------------------------------------------------------------------------------------------------------------
+# ---- the teacher's writing -------------------------------------------------------------------------------------------
 
 
 def test_the_teachers_text_becomes_the_students_completions(file: Any) -> None:
     bundle = bundle_of(file(questions()))
     teacher = net(bundle)
-    made = written(teacher, bundle.task.tokenizer, bundle, Generation(temperature=0.0, max_new_tokens=5), 3, torch.device("cpu"))
+    made = written(
+        teacher, bundle.task.tokenizer, bundle, Generation(temperature=0.0, max_new_tokens=5), 3, torch.device("cpu")
+    )
     prompts = given(bundle, 16)
     assert len(made) == len(prompts) == len(bundle.dataset("train"))
-    again = written(teacher, bundle.task.tokenizer, bundle, Generation(temperature=1.0, max_new_tokens=5), 3, torch.device("cpu"))
-    assert again == written(teacher, bundle.task.tokenizer, bundle, Generation(temperature=1.0, max_new_tokens=5), 3, torch.device("cpu"))
+    again = written(
+        teacher, bundle.task.tokenizer, bundle, Generation(temperature=1.0, max_new_tokens=5), 3, torch.device("cpu")
+    )
+    assert again == written(
+        teacher, bundle.task.tokenizer, bundle, Generation(temperature=1.0, max_new_tokens=5), 3, torch.device("cpu")
+    )
     rows = rewritten_rows(bundle, [("new words", True)] * len(made), 16)
     assert rows.labels is not None
     for i, prompt in enumerate(prompts):
         ids, label = (r.values[r.starts[i] : r.starts[i + 1]] for r in (rows.inputs, rows.labels))
-        assert ids[: len(prompt)].tolist() == prompt and bundle.task.tokenizer.decode(label[label != IGNORE]) == "new words<eos>"
+        assert (
+            ids[: len(prompt)].tolist() == prompt
+            and bundle.task.tokenizer.decode(label[label != IGNORE]) == "new words<eos>"
+        )
     both = rewritten_rows(bundle, made, 16, originals=True)
     assert len(both.inputs) == len(prompts) + sum(bool(t) or e for t, e in made)
     with pytest.raises(UserError, match="wrote nothing"):
@@ -330,7 +378,12 @@ def test_the_teachers_text_becomes_the_students_completions(file: Any) -> None:
 
 def test_a_teacher_with_another_tokenizer_teaches_by_what_it_writes(file: Any, tmp_path: Path) -> None:
     data = text_data(file(questions()))
-    teacher = {"model": "hf:config:gpt2", "options": GPT2, "train": FAST, "data": text_data(data["name"], tokenizer="bpe:280")}
+    teacher = {
+        "model": "hf:config:gpt2",
+        "options": GPT2,
+        "train": FAST,
+        "data": text_data(data["name"], tokenizer="bpe:280"),
+    }
     with pytest.raises(UserError, match=r"student has 261 tokens and the teacher|tokens do not correspond"):
         run(tmp_path / "kd", {**data, "options": {**data["options"], "tokenizer": "characters"}}, teacher=teacher)
     figures, _ = run(
@@ -345,7 +398,10 @@ def test_a_teacher_with_another_tokenizer_teaches_by_what_it_writes(file: Any, t
     facts = json.loads((tmp_path / "run" / "environment.json").read_text())["written"]
     assert math.isfinite(figures["perplexity"]) and facts["samples"] == 15
     own, _ = run(tmp_path / "own", data, method="sequence_kd", teacher=teacher, objectives=["ce"], learn="originals")
-    assert own["perplexity"] != figures["perplexity"] and "written" not in (tmp_path / "own" / "run" / "environment.json").read_text()
+    assert (
+        own["perplexity"] != figures["perplexity"]
+        and "written" not in (tmp_path / "own" / "run" / "environment.json").read_text()
+    )
 
 
 def test_padded_rows_of_the_vocabulary_teach_nothing(file: Any) -> None:

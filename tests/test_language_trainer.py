@@ -1,4 +1,5 @@
-"""Language models inside the transformers Trainer: labels shifted once, tokens that weigh the same in accumulated batches, adapters, vocabularies."""
+"""Language models inside the transformers Trainer: labels shifted once, tokens that weigh the same in accumulated
+batches, adapters, vocabularies."""
 
 from __future__ import annotations
 
@@ -53,7 +54,9 @@ def transformers() -> Iterator[Any]:
 def gpt2(transformers: Any, seed: int, words: int = WORDS) -> Any:
     torch.manual_seed(seed)
     dropout = {"attn_pdrop": 0.0, "embd_pdrop": 0.0, "resid_pdrop": 0.0}
-    return transformers.GPT2LMHeadModel(transformers.GPT2Config(n_layer=1, n_head=2, n_embd=16, vocab_size=words, pad_token_id=PAD, **dropout))
+    return transformers.GPT2LMHeadModel(
+        transformers.GPT2Config(n_layer=1, n_head=2, n_embd=16, vocab_size=words, pad_token_id=PAD, **dropout)
+    )
 
 
 def trained(transformers: Any, folder: Path, model: Any, cls: Any = None, data: Any = None, **options: Any) -> Any:
@@ -84,11 +87,15 @@ def trained(transformers: Any, folder: Path, model: Any, cls: Any = None, data: 
 
 
 def all_close(a: nn.Module, b: nn.Module) -> bool:
-    return all(torch.allclose(x, y, atol=2e-6) for x, y in zip(a.state_dict().values(), b.state_dict().values(), strict=True))
+    return all(
+        torch.allclose(x, y, atol=2e-6) for x, y in zip(a.state_dict().values(), b.state_dict().values(), strict=True)
+    )
 
 
 @pytest.mark.parametrize("size, accumulate", [(4, 1), (2, 2), (1, 4)])
-def test_the_labels_alone_train_as_the_trainer_itself_does(transformers: Any, tmp_path: Path, size: int, accumulate: int) -> None:
+def test_the_labels_alone_train_as_the_trainer_itself_does(
+    transformers: Any, tmp_path: Path, size: int, accumulate: int
+) -> None:
     start = gpt2(transformers, 0)
     options = {"per_device_train_batch_size": size, "gradient_accumulation_steps": accumulate}
     ours = trained(transformers, tmp_path, copy.deepcopy(start), teachers=None, objectives=["ce"], **options)
@@ -99,7 +106,11 @@ def test_the_labels_alone_train_as_the_trainer_itself_does(transformers: Any, tm
 
 def test_accumulated_batches_of_unequal_tokens_train_as_one(transformers: Any, tmp_path: Path) -> None:
     start, teacher = gpt2(transformers, 0), gpt2(transformers, 1)
-    objectives = [{"name": "ce", "weight": 0.3}, {"name": "kd", "weight": 0.3, "temperature": 2}, {"name": "gkd", "beta": 0.5, "weight": 0.4}]
+    objectives = [
+        {"name": "ce", "weight": 0.3},
+        {"name": "kd", "weight": 0.3, "temperature": 2},
+        {"name": "gkd", "beta": 0.5, "weight": 0.4},
+    ]
     one, two = (
         trained(
             transformers,
@@ -119,10 +130,24 @@ def test_accumulated_batches_of_unequal_tokens_train_as_one(transformers: Any, t
 def test_an_encoder_decoder_learns_without_decoder_inputs(transformers: Any, tmp_path: Path) -> None:
     torch.manual_seed(0)
     config = transformers.T5Config(
-        vocab_size=WORDS, d_model=16, d_kv=8, d_ff=32, num_layers=1, num_heads=2, dropout_rate=0.0, decoder_start_token_id=0, pad_token_id=0
+        vocab_size=WORDS,
+        d_model=16,
+        d_kv=8,
+        d_ff=32,
+        num_layers=1,
+        num_heads=2,
+        dropout_rate=0.0,
+        decoder_start_token_id=0,
+        pad_token_id=0,
     )
     start = transformers.T5ForConditionalGeneration(config)
-    ours = trained(transformers, tmp_path, copy.deepcopy(start), teachers=copy.deepcopy(start), objectives=["ce", {"name": "gkd", "weight": 0.0}])
+    ours = trained(
+        transformers,
+        tmp_path,
+        copy.deepcopy(start),
+        teachers=copy.deepcopy(start),
+        objectives=["ce", {"name": "gkd", "weight": 0.0}],
+    )
     theirs = trained(transformers, tmp_path, copy.deepcopy(start), transformers.Trainer)
     assert all_close(ours.model, theirs.model)
 
@@ -130,7 +155,9 @@ def test_an_encoder_decoder_learns_without_decoder_inputs(transformers: Any, tmp
 def test_labels_of_a_masked_model_stay_where_they_are(transformers: Any, tmp_path: Path) -> None:
     torch.manual_seed(0)
     dropout = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
-    config = transformers.BertConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32, vocab_size=WORDS, **dropout)
+    config = transformers.BertConfig(
+        hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32, vocab_size=WORDS, **dropout
+    )
     start = transformers.BertForMaskedLM(config)
     ours = trained(transformers, tmp_path, copy.deepcopy(start), teachers=None, objectives=["ce"])
     theirs = trained(transformers, tmp_path, copy.deepcopy(start), transformers.Trainer)
@@ -142,7 +169,10 @@ def test_adapters_learn_and_the_student_they_are_on_does_not(transformers: Any, 
     start, teacher = gpt2(transformers, 0), gpt2(transformers, 1)
     with torch.no_grad():
         teacher.lm_head.weight *= 20.0
-    adapted = peft.get_peft_model(copy.deepcopy(start), peft.LoraConfig(r=2, target_modules=["c_attn"], task_type="CAUSAL_LM", fan_in_fan_out=True))
+    adapted = peft.get_peft_model(
+        copy.deepcopy(start),
+        peft.LoraConfig(r=2, target_modules=["c_attn"], task_type="CAUSAL_LM", fan_in_fan_out=True),
+    )
     trainer = trained(
         transformers,
         tmp_path,
@@ -170,7 +200,9 @@ def test_padded_vocabularies_need_the_tokenizer(transformers: Any, tmp_path: Pat
     student, teacher, data = gpt2(transformers, 0, 264), gpt2(transformers, 1, 272), Texts(words=261)
     with pytest.raises(UserError, match="272 classes and the student 264"):
         trained(transformers, tmp_path, student, data=data, teachers=teacher, objectives=["gkd"])
-    trainer = trained(transformers, tmp_path, student, data=data, teachers=teacher, objectives=["gkd"], processing_class=tokens)
+    trainer = trained(
+        transformers, tmp_path, student, data=data, teachers=teacher, objectives=["gkd"], processing_class=tokens
+    )
     assert trainer.state.log_history[0]["loss"] > 0
 
 
@@ -184,6 +216,8 @@ def test_a_model_of_ones_own_is_shifted_where_asked(transformers: Any, tmp_path:
             return self.inner(input_ids=input_ids, attention_mask=attention_mask).logits
 
     start = gpt2(transformers, 0)
-    own = trained(transformers, tmp_path, Own(copy.deepcopy(start)), teachers=None, objectives=["ce"], shift_labels=True)
+    own = trained(
+        transformers, tmp_path, Own(copy.deepcopy(start)), teachers=None, objectives=["ce"], shift_labels=True
+    )
     theirs = trained(transformers, tmp_path, copy.deepcopy(start), teachers=None, objectives=["ce"])
     assert all_close(own.model.inner, theirs.model)

@@ -16,7 +16,13 @@ from stillhouse.distillation.objective import Progress
 from stillhouse.errors import UserError
 from stillhouse.methods.classification.makd.aspects import AspectsSpec, aspect_probs, read_answers
 from stillhouse.methods.classification.makd.image_text import ImageText
-from stillhouse.methods.classification.makd.method import AspectClassifier, Aspects, WidenedClassifier, aspect_loss, strip_aspects
+from stillhouse.methods.classification.makd.method import (
+    AspectClassifier,
+    Aspects,
+    WidenedClassifier,
+    aspect_loss,
+    strip_aspects,
+)
 from stillhouse.models import build
 from stillhouse.objectives.ce import CrossEntropy, cross_entropy
 from stillhouse.runs import recipe
@@ -24,7 +30,11 @@ from stillhouse.runs.execution import execute
 from stillhouse.runs.products import load_product
 from stillhouse.runs.run import Run
 
-ANSWERS = {"Does it hold a loop?": [0, 6, 8, 9], "Is it open to the left?": [2, 3, 5, 7], "Is it a number?": list(range(10))}
+ANSWERS = {
+    "Does it hold a loop?": [0, 6, 8, 9],
+    "Is it open to the left?": [2, 3, 5, 7],
+    "Is it a number?": list(range(10)),
+}
 SHAPE = (1, 8, 8)
 
 
@@ -72,9 +82,9 @@ def test_class_losses_see_the_class_logits_alone() -> None:
     network = build(ModelSpec(model="stillhouse:mlp", options={"widths": [8]}), 5 + 7, SHAPE)
     batch = {"input": torch.randn(4, *SHAPE), "label": torch.tensor([0, 1, 2, 4]), "index": torch.tensor([3, 0, 2, 5])}
     answers = torch.rand(6, 7)
-    terms = Distillation(WidenedClassifier(network, 5), None, [CrossEntropy(), (Aspects(answers), 20.0)], embedding="network.fc").build(batch)(
-        batch, Progress()
-    )
+    terms = Distillation(
+        WidenedClassifier(network, 5), None, [CrossEntropy(), (Aspects(answers), 20.0)], embedding="network.fc"
+    ).build(batch)(batch, Progress())
     out = network(batch["input"])
     torch.testing.assert_close(terms["ce"], cross_entropy(out[:, :5], batch["label"]))
     torch.testing.assert_close(terms["loss"], terms["ce"] + 20 * aspect_loss(out[:, 5:], answers[batch["index"]]))
@@ -104,7 +114,13 @@ def test_a_run_leaves_a_plain_student_or_one_that_answers(tmp_path: Path) -> Non
 
 def test_a_small_image_and_text_model_answers_in_place_of_a_large_one(tmp_path: Path) -> None:
     train = {"epochs": 3, "batch_size": 64, "optimizer": {"name": "adamw", "lr": 1e-2}}
-    source = {"answers": ANSWERS, "network": {"model": "stillhouse:mlp", "options": {"widths": [32]}}, "dim": 16, "train": train, "data": "digits"}
+    source = {
+        "answers": ANSWERS,
+        "network": {"model": "stillhouse:mlp", "options": {"widths": [32]}},
+        "dim": 16,
+        "train": train,
+        "data": "digits",
+    }
     valid = recipe.validate(config(trained=source))
     execute(valid, tmp_path / "run", cpu=True)
     record = json.loads((tmp_path / "run" / "environment.json").read_text())
@@ -140,7 +156,9 @@ def test_answers_are_read_from_json_and_safetensors_alike(tmp_path: Path) -> Non
     yes_no = torch.randn(3, 2, 2)
     save_file({"yes_no": yes_no}, str(tmp_path / "a.safetensors"))
     (tmp_path / "a.json").write_text(json.dumps({str(i): row for i, row in enumerate(aspect_probs(yes_no).tolist())}))
-    torch.testing.assert_close(read_answers(str(tmp_path / "a.json"), 3, 2), read_answers(str(tmp_path / "a.safetensors"), 3, 2))
+    torch.testing.assert_close(
+        read_answers(str(tmp_path / "a.json"), 3, 2), read_answers(str(tmp_path / "a.safetensors"), 3, 2)
+    )
 
 
 @pytest.mark.parametrize(
@@ -185,15 +203,24 @@ def test_a_vision_language_model_on_disk_answers_by_its_first_token(tmp_path: Pa
         hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2, image_size=16, patch_size=8
     )
     text = transformers.LlamaConfig(
-        vocab_size=len(words), hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, pad_token_id=1
+        vocab_size=len(words),
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        pad_token_id=1,
     )
-    llava = transformers.LlavaConfig(vision_config=sight, text_config=text, image_token_index=2, vision_feature_layer=-1)
+    llava = transformers.LlavaConfig(
+        vision_config=sight, text_config=text, image_token_index=2, vision_feature_layer=-1
+    )
     transformers.LlavaForConditionalGeneration(llava).save_pretrained(tmp_path / "vlm")
     images = transformers.CLIPImageProcessor(size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16})
     options = {"patch_size": 8, "vision_feature_select_strategy": "default", "num_additional_image_tokens": 1}
     transformers.LlavaProcessor(images, tokenizer, **options).save_pretrained(tmp_path / "vlm")
 
-    valid = recipe.validate({**config(questions=["Does it hold a loop?", "Is it open?"], vision_language={"path": str(tmp_path / "vlm")})})
+    valid = recipe.validate(
+        {**config(questions=["Does it hold a loop?", "Is it open?"], vision_language={"path": str(tmp_path / "vlm")})}
+    )
     execute(valid, tmp_path / "run", cpu=True)
     record = json.loads((tmp_path / "run" / "environment.json").read_text())["aspects"]
     assert 0 < record["Is it open?"]["mean"] < 1 and record["Is it open?"] != record["Does it hold a loop?"]

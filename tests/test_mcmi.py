@@ -1,4 +1,5 @@
-"""MCMI: what the conditional information is, what its centroids do, and that fine-tuning, few-shot and omitted classes run as the recipe says."""
+"""MCMI: what the conditional information is, what its centroids do, and that fine-tuning, few-shot and omitted classes
+run as the recipe says."""
 
 from __future__ import annotations
 
@@ -13,7 +14,13 @@ from stillhouse.data import DataBundle, Loader, load
 from stillhouse.data.subset import Subset
 from stillhouse.distillation.distillation import Distillation
 from stillhouse.errors import UserError
-from stillhouse.methods.classification.mcmi import MCMI, OutputStatistics, conditional_information, mcmi_loss, updated_centroids
+from stillhouse.methods.classification.mcmi import (
+    MCMI,
+    OutputStatistics,
+    conditional_information,
+    mcmi_loss,
+    updated_centroids,
+)
 from stillhouse.models import build
 from stillhouse.runs.execution import execute
 from stillhouse.runs.recipe import validate
@@ -36,7 +43,9 @@ def test_information_at_the_class_means_is_what_entropy_the_mean_adds():
     entropy = lambda x: -(x * x.log()).sum(-1)  # noqa: E731
     expected = sum((y == LABELS).sum() * (entropy(q[y]) - entropy(p[y == LABELS]).mean()) for y in range(5)) / 60
     assert seen.information() == pytest.approx(float(expected), rel=1e-5)
-    assert float(conditional_information(LOGITS, LABELS, seen.centroids())) == pytest.approx(seen.information(), rel=1e-5)
+    assert float(conditional_information(LOGITS, LABELS, seen.centroids())) == pytest.approx(
+        seen.information(), rel=1e-5
+    )
 
 
 def test_no_other_centroids_give_less_information():
@@ -88,7 +97,14 @@ def tuned(digits: DataBundle, folder: Path, **options: object) -> OutputStatisti
     objective = MCMI(images=plain, guard=1.0, **options)
     train = TrainSpec(epochs=8, batch_size=32, optimizer={"name": "adam", "lr": 3e-3, "weight_decay": 0})
     module = Distillation(network, None, [objective])
-    fit(module, Loader(plain, 32, shuffle=True, drop_last=True), train, folder=folder, splits={"train": Loader(plain, 256)}, cpu=True)
+    fit(
+        module,
+        Loader(plain, 32, shuffle=True, drop_last=True),
+        train,
+        folder=folder,
+        splits={"train": Loader(plain, 256)},
+        cpu=True,
+    )
     seen = OutputStatistics(10)
     for batch in Loader(plain, 256):
         seen.add(network(batch["input"]).detach(), batch["label"])
@@ -111,7 +127,14 @@ def test_a_runaway_teacher_stops_with_a_sentence(digits: DataBundle, tmp_path: P
         TrainSpec(epochs=9, batch_size=32, optimizer={"lr": 0.1}),
     )
     splits = {"train": Loader(plain, 256)}
-    fit(Distillation(network, None, [MCMI(lam=0.0)]), Loader(plain, 32, shuffle=True), alone, folder=tmp_path / "a", splits=splits, cpu=True)
+    fit(
+        Distillation(network, None, [MCMI(lam=0.0)]),
+        Loader(plain, 32, shuffle=True),
+        alone,
+        folder=tmp_path / "a",
+        splits=splits,
+        cpu=True,
+    )
     with pytest.raises(UserError, match=r"ran away: training accuracy fell from .*lam 2"):
         fit(
             Distillation(network, None, [MCMI(lam=2.0, centroids="once")]),
@@ -128,7 +151,12 @@ def recipe(**changes: object) -> dict:
     return {
         "method": "mcmi",
         "data": {"name": "digits", "size": 200},
-        "teacher": {"model": "stillhouse:mlp", "options": {"widths": [16]}, "data": {"name": "digits", "val": 0.1}, "train": quick},
+        "teacher": {
+            "model": "stillhouse:mlp",
+            "options": {"widths": [16]},
+            "data": {"name": "digits", "val": 0.1},
+            "train": quick,
+        },
         "fine_tune": {"train": quick},
         "student": {"model": "stillhouse:mlp", "options": {"widths": [8]}},
         "objectives": ["ce", "kd"],
@@ -141,7 +169,13 @@ def recipe(**changes: object) -> dict:
 def test_the_omitted_class_is_never_seen_but_judged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("STILLHOUSE_CACHE", str(tmp_path / "cache"))
     figures = execute(
-        validate(recipe(omit=[3], objectives=["ce"], train={"epochs": 15, "batch_size": 32, "optimizer": {"name": "adam", "lr": 1e-2}})),
+        validate(
+            recipe(
+                omit=[3],
+                objectives=["ce"],
+                train={"epochs": 15, "batch_size": 32, "optimizer": {"name": "adam", "lr": 1e-2}},
+            )
+        ),
         tmp_path / "run",
         cpu=True,
     )
@@ -159,7 +193,10 @@ def test_a_subset_is_numbered_anew_and_keeps_its_samples(digits: DataBundle):
     rows = [5, 3, 250]
     batch = next(iter(Loader(Subset(whole, rows), 8)))
     assert batch["index"].tolist() == [0, 1, 2]
-    assert all(torch.equal(batch["input"][i], whole[r]["input"]) and batch["label"][i] == whole[r]["label"] for i, r in enumerate(rows))
+    assert all(
+        torch.equal(batch["input"][i], whole[r]["input"]) and batch["label"][i] == whole[r]["label"]
+        for i, r in enumerate(rows)
+    )
     soft = torch.eye(10)[[1, 2, 3]]
     assert torch.equal(next(iter(Loader(Subset(whole, rows, soft), 8)))["label"], soft)
     with pytest.raises(UserError, match="rows must be from 0 to 299"):

@@ -24,14 +24,20 @@ def logits(seed: int, n: int = 6, classes: int = 16) -> Tensor:
 
 def terms(objective: MealV2, z: Tensor, teachers: list[Tensor], batch: Batch | None = None) -> dict[str, Tensor]:
     torch.manual_seed(3)
-    said = Signals(members=tuple(Signals(logits=t) for t in teachers)) if len(teachers) > 1 else Signals(logits=teachers[0])
+    said = (
+        Signals(members=tuple(Signals(logits=t) for t in teachers))
+        if len(teachers) > 1
+        else Signals(logits=teachers[0])
+    )
     objective.build(Signals(logits=z), said, {})
     return objective(Signals(logits=z), said, batch or {}, Progress())
 
 
 def test_probabilities_are_averaged_and_not_logits() -> None:
     target, mean = averaged(torch.tensor([[[10.0, 0.0]], [[0.0, 2.0]]]))
-    torch.testing.assert_close(target[0, 0], (torch.sigmoid(torch.tensor(10.0)) + torch.sigmoid(torch.tensor(-2.0))) / 2)
+    torch.testing.assert_close(
+        target[0, 0], (torch.sigmoid(torch.tensor(10.0)) + torch.sigmoid(torch.tensor(-2.0))) / 2
+    )
     torch.testing.assert_close(mean, torch.tensor([[5.0, 1.0]]))
 
 
@@ -102,7 +108,9 @@ def test_the_discriminator_is_trained_beside_the_student() -> None:
 def test_teachers_with_other_classes_or_without_logits_get_a_sentence() -> None:
     batch = {"input": torch.randn(4, 5)}
     with pytest.raises(UserError, match="same classes"):
-        Distillation(nn.Linear(5, 8), Ensemble([Frozen(nn.Linear(5, 8)), Frozen(nn.Linear(5, 7))]), [MealV2()]).build(batch)
+        Distillation(nn.Linear(5, 8), Ensemble([Frozen(nn.Linear(5, 8)), Frozen(nn.Linear(5, 7))]), [MealV2()]).build(
+            batch
+        )
     with pytest.raises(UserError, match="9 classes"):
         Distillation(nn.Linear(5, 8), nn.Linear(5, 9), [MealV2()]).build(batch)
     known = Signals(probs=logits(1).softmax(1))
@@ -113,7 +121,13 @@ def test_teachers_with_other_classes_or_without_logits_get_a_sentence() -> None:
 
 
 def test_fine_tuning_decays_no_weight_unless_told() -> None:
-    tree = {"method": "meal_v2", "data": "digits", "teacher": "stillhouse:mlp", "student": "stillhouse:mlp", "train": {"epochs": 2}}
+    tree = {
+        "method": "meal_v2",
+        "data": "digits",
+        "teacher": "stillhouse:mlp",
+        "student": "stillhouse:mlp",
+        "train": {"epochs": 2},
+    }
     config = validate(tree)
     assert isinstance(config, Config)
     assert (config.train.optimizer.lr, config.train.optimizer.weight_decay) == (0.01, 0.0)

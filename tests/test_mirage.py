@@ -1,4 +1,5 @@
-"""Mirage: trees are told apart exactly, roots of trees see what their nodes saw, mining is complete, and one small set trains all networks."""
+"""Mirage: trees are told apart exactly, roots of trees see what their nodes saw, mining is complete, and one small set
+trains all networks."""
 
 from __future__ import annotations
 
@@ -23,7 +24,8 @@ from stillhouse.runs.recipe import validate
 
 
 def graphs(count: int = 12, seed: int = 0, directed: bool = False) -> Graphs:
-    """Random graphs with 3 node and 2 edge labels; class 1 has more edges. Self-loops, isolated nodes and graphs of one node are among them."""
+    """Random graphs with 3 node and 2 edge labels; class 1 has more edges. Self-loops, isolated nodes and graphs of one
+    node are among them."""
     r = np.random.default_rng(seed)
     labels, edges, kinds, sizes = [], [], [], [0]
     for g in range(count):
@@ -37,7 +39,13 @@ def graphs(count: int = 12, seed: int = 0, directed: bool = False) -> Graphs:
         kinds += kind
         sizes.append(sizes[-1] + n)
     joined = torch.from_numpy(np.concatenate(edges, 1).astype(np.int64))
-    return Graphs(torch.tensor(labels), joined, torch.tensor(kinds, dtype=torch.int64), torch.tensor(sizes), torch.arange(count) % 2)
+    return Graphs(
+        torch.tensor(labels),
+        joined,
+        torch.tensor(kinds, dtype=torch.int64),
+        torch.tensor(sizes),
+        torch.arange(count) % 2,
+    )
 
 
 def tuples(g: Graphs, v: int, hops: int) -> tuple:
@@ -45,7 +53,9 @@ def tuples(g: Graphs, v: int, hops: int) -> tuple:
     if not hops:
         return (int(g.labels[v]), ())
     into = (g.edges[1] == v).nonzero().flatten().tolist()
-    return int(g.labels[v]), tuple(sorted((int(g.edge_labels[e]), tuples(g, int(g.edges[0, e]), hops - 1)) for e in into))
+    return int(g.labels[v]), tuple(
+        sorted((int(g.edge_labels[e]), tuples(g, int(g.edges[0, e]), hops - 1)) for e in into)
+    )
 
 
 @pytest.mark.parametrize("directed", [False, True])
@@ -84,7 +94,10 @@ def test_gcn_roots_come_close_where_degrees_at_the_leaves_differ():
     torch.manual_seed(0)
     network = GraphNetwork("gcn", 3, 2, 2, width=8, layers=2).double().eval()
     made = union([[trees.expand(c) for c in trees.of_node.tolist()]], [0], [1.0])
-    here, there = network.nodes(g.labels, g.edges, g.edge_labels), network.nodes(made.labels, made.edges, made.edge_labels)[made.roots]
+    here, there = (
+        network.nodes(g.labels, g.edges, g.edge_labels),
+        network.nodes(made.labels, made.edges, made.edge_labels)[made.roots],
+    )
     assert torch.corrcoef(torch.stack([here.flatten(), there.flatten()]))[0, 1] > 0.8
 
 
@@ -129,7 +142,9 @@ def test_a_budget_is_kept_and_every_class_has_patterns():
     made = distil(g, budget=0.5, options=Options(hops=1))
     assert made.graphs.num_nodes <= 0.5 * g.num_nodes and set(made.graphs.y.tolist()) == {0, 1}
     same = distil(g, support=made.thresholds, options=Options(hops=1))
-    assert torch.equal(same.graphs.labels, made.graphs.labels) and same.graphs.weight.min() >= min(made.thresholds.values())
+    assert torch.equal(same.graphs.labels, made.graphs.labels) and same.graphs.weight.min() >= min(
+        made.thresholds.values()
+    )
     assert (made.graphs.nodes.diff() > 1).all(), "single nodes are skipped"
 
 
@@ -246,7 +261,10 @@ def test_graphs_of_torch_geometric_come_in_and_go_out(tmp_path: Path):
         Graphs.from_pyg([data.Data(edge_index=edge, num_nodes=2)])
     with pytest.raises(UserError, match="bins"):
         Graphs.from_pyg([data.Data(x=torch.rand(5000, 1), edge_index=edge, y=torch.tensor([0]))])
-    assert Graphs.from_pyg([data.Data(x=torch.rand(5000, 1), edge_index=edge, y=torch.tensor([0]))], bins=4).labels.max() == 3
+    assert (
+        Graphs.from_pyg([data.Data(x=torch.rand(5000, 1), edge_index=edge, y=torch.tensor([0]))], bins=4).labels.max()
+        == 3
+    )
     with pytest.raises(UserError, match="differ in whether they have"):
         Graphs.from_pyg([listed[0], data.Data(edge_index=edge, num_nodes=2, y=torch.tensor([0]))])
 
@@ -268,12 +286,25 @@ def small_recipe(path: Path, **changes: object) -> dict:
     g = graphs(80)
     np.savez(path, labels=g.labels, edges=g.edges, edge_labels=g.edge_labels, nodes=g.nodes, y=g.y)
     train = {"epochs": 2, "batch_size": 16, "optimizer": {"name": "adam", "lr": 1e-3, "weight_decay": 0}, "best": "auc"}
-    return {"method": "mirage", "data": {"name": f"npz:{path}"}, "hops": 2, "budget": 0.3, "train": train, "runs": 1, "keep": 1, **changes}
+    return {
+        "method": "mirage",
+        "data": {"name": f"npz:{path}"},
+        "hops": 2,
+        "budget": 0.3,
+        "train": train,
+        "runs": 1,
+        "keep": 1,
+        **changes,
+    }
 
 
 def test_a_run_leaves_a_small_set_that_loads_and_trains_three_networks(tmp_path: Path):
     figures = execute(validate(small_recipe(tmp_path / "g.npz")), tmp_path / "run", cpu=True)
-    assert figures["node_share"] <= 0.3 and {"auc_gin", "auc_gcn", "auc_gat"} <= set(figures) and (tmp_path / "run" / "trees.html").exists()
+    assert (
+        figures["node_share"] <= 0.3
+        and {"auc_gin", "auc_gcn", "auc_gat"} <= set(figures)
+        and (tmp_path / "run" / "trees.html").exists()
+    )
     held = load_product(tmp_path / "run")
     assert held.graphs.num_nodes == figures["nodes"] and held.graphs.roots.any() and held.hops == 2
     assert (tmp_path / "run" / "product" / "graphs.safetensors").stat().st_size < 20_000
@@ -288,4 +319,8 @@ def test_recipes_that_contradict_themselves_are_refused(tmp_path: Path, change: 
 
 def test_a_split_without_a_class_is_refused_before_anything_is_trained(tmp_path: Path):
     with pytest.raises(UserError, match="lacks a class"):
-        execute(validate(small_recipe(tmp_path / "g.npz", data={"name": f"npz:{tmp_path / 'g.npz'}", "test": 0.0125})), tmp_path / "run", cpu=True)
+        execute(
+            validate(small_recipe(tmp_path / "g.npz", data={"name": f"npz:{tmp_path / 'g.npz'}", "test": 0.0125})),
+            tmp_path / "run",
+            cpu=True,
+        )

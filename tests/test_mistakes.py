@@ -1,4 +1,5 @@
-"""What a user gets wrong on the command line and in a recipe is answered by a sentence that names it, before anything long begins, and nothing is lost."""
+"""What a user gets wrong on the command line and in a recipe is answered by a sentence that names it, before anything
+long begins, and nothing is lost."""
 
 from __future__ import annotations
 
@@ -52,16 +53,28 @@ def refused(command, *arguments: str) -> str:
         ("zca=treu", "'zca' must be true or false; given: 'treu'."),
         ("init=reel", "'init' must be 'noise', 'real', 'representative' or 'mix'; given: 'reel'. Did you mean 'real'?"),
         ("augment=crop_flip", "'augment' must be a mapping with keys such as groups, always; given: 'crop_flip'."),
-        ("augment.groups=crop_colour", "augment.groups: There is no augmentation group 'colour'; did you mean 'color'?\n"),
+        (
+            "augment.groups=crop_colour",
+            "augment.groups: There is no augmentation group 'colour'; did you mean 'color'?\n",
+        ),
         ("data.augment=none", "'data.augment' must be 'standard' or 'plain' or a list; given: 'none'."),
         ("data.augment=[3]", "'data.augment.0' must be text or a mapping of keys to values; given: 3."),
         ("iteratons=10", "unknown key 'iteratons'; did you mean 'iterations'?"),
         ("objectives=[kd]", "unknown key 'objectives'; valid keys there: method, name,"),
         ("evaluate.cross=stillhouse:mlp", "'evaluate.cross' must be a list; given: 'stillhouse:mlp'."),
-        ("evaluate.cross=[stillhouse:mlp2]", "evaluate.cross.0: There is no net 'stillhouse:mlp2'; did you mean 'stillhouse:mlp'?"),
-        ("evaluate.network=timm:resnt18", "evaluate.network: There is no timm model 'timm:resnt18'; did you mean 'timm:resnet18'"),
+        (
+            "evaluate.cross=[stillhouse:mlp2]",
+            "evaluate.cross.0: There is no net 'stillhouse:mlp2'; did you mean 'stillhouse:mlp'?",
+        ),
+        (
+            "evaluate.network=timm:resnt18",
+            "evaluate.network: There is no timm model 'timm:resnt18'; did you mean 'timm:resnet18'",
+        ),
         ("network.model=convnet3", "network: There is no model 'convnet3'"),
-        ("network.options.widht=8", "network: There is no option 'options.widht' of 'stillhouse:convnet2'; did you mean 'options.width'"),
+        (
+            "network.options.widht=8",
+            "network: There is no option 'options.widht' of 'stillhouse:convnet2'; did you mean 'options.width'",
+        ),
         ("evaluate.protocol=soft", "evaluate.protocol is soft, but dm gives its images hard labels; take hard."),
         ("method=dmm", "set.yaml: method: There is no method 'dmm'; did you mean 'dm'"),
     ],
@@ -88,7 +101,9 @@ def test_what_does_not_suit_the_images_is_told_before_any_is_learned(command, ke
 
 def test_options_whose_names_begin_like_a_type_keep_their_path(command):
     given = "objectives=[ce, {name: fitnet, student_layer: 3, teacher_layer: fc}]"
-    assert "'objectives.1.student_layer' must be text; given: 3." in refused(command, "run", "student.yaml", "--set", given)
+    assert "'objectives.1.student_layer' must be text; given: 3." in refused(
+        command, "run", "student.yaml", "--set", given
+    )
 
 
 @pytest.mark.parametrize(
@@ -110,7 +125,9 @@ def test_what_is_no_recipe_leads_to_one(command, name: str, says: str):
 def test_a_key_given_twice_is_refused_and_a_merged_one_is_not(command):
     Path("twice.yaml").write_text("data: digits\ndata: cifar10\n")
     assert "line 2, column 1: the key 'data' is given twice." in refused(command, "run", "twice.yaml")
-    Path("merged.yaml").write_text(SET.partition("variants:")[0] + "variants:\n  small: &small {ipc: 2}\n  again: {<<: *small, ipc: 3}\n")
+    Path("merged.yaml").write_text(
+        SET.partition("variants:")[0] + "variants:\n  small: &small {ipc: 2}\n  again: {<<: *small, ipc: 3}\n"
+    )
     assert "ipc: 3" in command("run", "merged.yaml", "--variant", "again", "--dry-run")[1]
 
 
@@ -133,7 +150,9 @@ def test_a_place_that_cannot_be_used_is_told_first(command, arguments: list[str]
 
 def test_a_cache_that_cannot_be_written_is_told_before_the_run(command, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("STILLHOUSE_CACHE", "afile")
-    assert "Cannot write in the cache folder (STILLHOUSE_CACHE), 'afile': it is a file" in refused(command, "run", "set.yaml", "--out", "x")
+    assert "Cannot write in the cache folder (STILLHOUSE_CACHE), 'afile': it is a file" in refused(
+        command, "run", "set.yaml", "--out", "x"
+    )
 
 
 @pytest.mark.parametrize("seeds", ["a,b", "", "0-2", "0,0"])
@@ -143,7 +162,20 @@ def test_seeds_are_numbers_each_once(command, seeds: str):
 
 
 def test_a_comparison_checks_all_its_recipes_before_it_runs_the_first(command):
-    says = refused(command, "bench", "student.yaml", "set.yaml", "--variants", "base", "--set", "train.epochs=1", "--seeds", "0", "--out", "b")
+    says = refused(
+        command,
+        "bench",
+        "student.yaml",
+        "set.yaml",
+        "--variants",
+        "base",
+        "--set",
+        "train.epochs=1",
+        "--seeds",
+        "0",
+        "--out",
+        "b",
+    )
     assert "set.yaml: unknown key 'train'" in says and not list(Path("b").iterdir())
 
 
@@ -174,16 +206,24 @@ def test_a_folder_that_is_not_a_runs_is_never_emptied(command):
     for more in ([], ["--overwrite"]):
         assert "is not a run's folder" in refused(command, "run", "project/recipe.yaml", "--out", "project", *more)
         assert "is not a demo's folder" in refused(command, "demo", "--out", "project", "--overwrite")
-    assert Path("project/thesis.txt").read_text() == "years of work" and Path("project/recipe.yaml").read_text() == STUDENT
+    assert (
+        Path("project/thesis.txt").read_text() == "years of work" and Path("project/recipe.yaml").read_text() == STUDENT
+    )
 
 
 def test_a_warning_of_ours_is_a_sentence(command, recwarn: pytest.WarningsRecorder):
     Path("packed.yaml").write_text(
-        "method: pca\ndata: {name: digits, augment: plain, size: 20, test_size: 20}\nnetwork: {model: stillhouse:convnet2, options: {width: 4}}\n"
+        "method: pca\ndata: {name: digits, augment: plain, size: 20, test_size: 20}\nnetwork: "
+        "{model: stillhouse:convnet2, options: {width: 4}}\n"
         "ipc: 3\nscorer: {train: {epochs: 1, batch_size: 10}}\nevaluate: {networks: 1, epochs: 1, random: false}\n"
     )
     code, _, err = command("run", "packed.yaml", "--cpu")
-    assert code == 0 and "stillhouse: pca: 12 images of each class are wanted" in err and "UserWarning" not in err and ".py" not in err
+    assert (
+        code == 0
+        and "stillhouse: pca: 12 images of each class are wanted" in err
+        and "UserWarning" not in err
+        and ".py" not in err
+    )
 
 
 def test_rows_of_different_kinds_are_compared_with_a_word_of_caution(command):

@@ -1,4 +1,5 @@
-"""Models by name: the published architectures, other libraries' models, checkpoints that do not fit, stages and the classifier of any of them."""
+"""Models by name: the published architectures, other libraries' models, checkpoints that do not fit, stages and the
+classifier of any of them."""
 
 from __future__ import annotations
 
@@ -42,11 +43,17 @@ PUBLISHED = {
     "efficientnet_b0": 4.14,  # as torchvision's
     "densenet121": 7.05,
 }
-SMALL = {"vit": {"dim": 24, "depth": 4}, "mixer": {"dim": 24, "depth": 4}, "resnet_stages": {"stem": 8, "widths": [8, 16, 16], "depths": [1, 2, 1]}}
+SMALL = {
+    "vit": {"dim": 24, "depth": 4},
+    "mixer": {"dim": 24, "depth": 4},
+    "resnet_stages": {"stem": 8, "widths": [8, 16, 16], "depths": [1, 2, 1]},
+}
 VISION = {"hidden_size": 16, "num_hidden_layers": 4, "num_attention_heads": 2, "intermediate_size": 16}
 
 
-def make(name: str, classes: int | None = 7, shape: tuple[int, ...] | None = (3, 32, 32), **options: object) -> nn.Module:
+def make(
+    name: str, classes: int | None = 7, shape: tuple[int, ...] | None = (3, 32, 32), **options: object
+) -> nn.Module:
     torch.manual_seed(0)
     return build(ModelSpec(model=name, options=options), classes, shape)
 
@@ -85,7 +92,9 @@ def test_parameter_counts_are_the_published_ones(name: str) -> None:
         ("densenet121", {}, 6.96),
     ],
 )
-def test_nets_of_small_images_have_statistics_to_the_last_norm(name: str, options: dict[str, object], millions: float) -> None:
+def test_nets_of_small_images_have_statistics_to_the_last_norm(
+    name: str, options: dict[str, object], millions: float
+) -> None:
     model = make(f"stillhouse:{name}", 10, **options).eval()
     maps: list[int] = []
     for module in model.modules():
@@ -105,7 +114,14 @@ def test_sizes_that_a_shufflenet_does_not_have_are_refused() -> None:
 
 def test_the_digits_fit_every_kind_of_own_net() -> None:
     x = torch.randn(2, 1, 8, 8)
-    for name, options in [("resnet8", {}), ("wrn_16_1", {}), ("vgg8", {}), ("mobilenet_v2", {}), ("shufflenet_v2", {}), ("convnet2", {"width": 8})]:
+    for name, options in [
+        ("resnet8", {}),
+        ("wrn_16_1", {}),
+        ("vgg8", {}),
+        ("mobilenet_v2", {}),
+        ("shufflenet_v2", {}),
+        ("convnet2", {"width": 8}),
+    ]:
         assert make(f"stillhouse:{name}", shape=(1, 8, 8), **options)(x).shape == (2, 7)
     for name in ("vit", "mixer"):
         assert make(f"stillhouse:{name}", shape=(1, 8, 8), patch=2, dim=24, depth=2)(x).shape == (2, 7)
@@ -119,7 +135,9 @@ def test_the_convnet_computes_what_the_published_one_does(case: str) -> None:
         pytest.skip(f"no oracle {case}")
     oracle = np.load(ORACLES / case)
     params = json.loads(str(oracle["params"]))
-    model = make("stillhouse:convnet", params["num_classes"], oracle["x"].shape[1:], width=params["width"], depth=params["depth"])
+    model = make(
+        "stillhouse:convnet", params["num_classes"], oracle["x"].shape[1:], width=params["width"], depth=params["depth"]
+    )
     weights = {k[2:]: torch.tensor(v) for k, v in oracle.items() if k.startswith("w:")}
     parts = {0: "conv", 1: "norm"}
     ours = {}
@@ -158,7 +176,13 @@ def _changed_outputs(model: nn.Module, x: torch.Tensor) -> list[str]:
     [
         ("timm:resnet18", {"channels": [8, 16, 24, 32]}, "fc", 32, "layer1 layer2 layer3 layer4"),
         ("timm:vit_tiny_patch16_224", {"embed_dim": 24, "depth": 8}, "head", 24, "blocks.1 blocks.3 blocks.5 blocks.7"),
-        ("timm:deit_tiny_distilled_patch16_224", {"embed_dim": 24, "depth": 4}, "head_dist", 24, "blocks.0 blocks.1 blocks.2 blocks.3"),
+        (
+            "timm:deit_tiny_distilled_patch16_224",
+            {"embed_dim": 24, "depth": 4},
+            "head_dist",
+            24,
+            "blocks.0 blocks.1 blocks.2 blocks.3",
+        ),
         ("timm:mixer_s32_224", {}, "head", 512, "blocks.1 blocks.3 blocks.5 blocks.7"),
         ("timm:convnext_atto", {"dims": [8, 8, 8, 16]}, "head.fc", 16, "stages.0 stages.1 stages.2 stages.3"),
         ("timm:efficientnet_lite0", {}, "classifier", 1280, "blocks.1 blocks.2 blocks.4 blocks.6"),
@@ -172,7 +196,13 @@ def _changed_outputs(model: nn.Module, x: torch.Tensor) -> list[str]:
         ),
         ("torchvision:resnet18", {}, "fc", 512, "layer1 layer2 layer3 layer4"),
         ("torchvision:squeezenet1_1", {}, "classifier.1", 512, "features.1 features.4 features.7 features.12"),
-        ("torchvision:mobilenet_v2", {"width_mult": 0.25}, "classifier.1", 1280, "features.3 features.6 features.13 features.18"),
+        (
+            "torchvision:mobilenet_v2",
+            {"width_mult": 0.25},
+            "classifier.1",
+            1280,
+            "features.3 features.6 features.13 features.18",
+        ),
         ("torchvision:shufflenet_v2_x0_5", {}, "fc", 1024, "stage2 stage3 stage4"),
     ],
 )
@@ -185,7 +215,13 @@ def test_stages_and_classifier_are_found(name: str, options: dict, head: str, em
     ("kind", "options", "head", "embedding", "stages"),
     [
         ("vit", {**VISION, "patch_size": 8}, "classifier", 16, None),
-        ("resnet", {"embedding_size": 8, "hidden_sizes": [8, 8, 16, 16], "depths": [1, 1, 1, 1], "layer_type": "basic"}, "classifier.1", 16, None),
+        (
+            "resnet",
+            {"embedding_size": 8, "hidden_sizes": [8, 8, 16, 16], "depths": [1, 1, 1, 1], "layer_type": "basic"},
+            "classifier.1",
+            16,
+            None,
+        ),
         (
             "bert",
             {**VISION, "task": "text", "vocab_size": 60},
@@ -195,20 +231,32 @@ def test_stages_and_classifier_are_found(name: str, options: dict, head: str, em
         ),
         (
             "gpt2",
-            {"task": "causal", "n_embd": 16, "n_layer": 2, "n_head": 2, "vocab_size": 60, "bos_token_id": 1, "eos_token_id": 1},
+            {
+                "task": "causal",
+                "n_embd": 16,
+                "n_layer": 2,
+                "n_head": 2,
+                "vocab_size": 60,
+                "bos_token_id": 1,
+                "eos_token_id": 1,
+            },
             "lm_head",
             16,
             None,
         ),
     ],
 )
-def test_transformers_are_built_from_a_config_and_understood(kind: str, options: dict, head: str, embedding: int, stages: str | None) -> None:
+def test_transformers_are_built_from_a_config_and_understood(
+    kind: str, options: dict, head: str, embedding: int, stages: str | None
+) -> None:
     pytest.importorskip("transformers")
     task = options.get("task", "image")
     model = make(f"hf:config:{kind}", 5, (1, 32, 32) if task == "image" else None, **options)
     tokens = {"input_ids": torch.randint(3, 50, (2, 9)), "attention_mask": torch.ones(2, 9, dtype=torch.long)}
     batch = {"input": torch.randn(2, 1, 32, 32) if task == "image" else tokens}
-    _check_anatomy(model, batch, head, embedding, stages or " ".join(anatomy.stages(model)), 60 if task == "causal" else 5)
+    _check_anatomy(
+        model, batch, head, embedding, stages or " ".join(anatomy.stages(model)), 60 if task == "causal" else 5
+    )
 
 
 def _check_anatomy(model: nn.Module, batch: dict, head: str, embedding: int, stages: str, classes: int) -> None:
@@ -246,7 +294,15 @@ def test_a_model_without_a_linear_classifier_asks_for_the_embedding() -> None:
 
 def test_a_plain_sequential_has_stages_where_its_resolution_falls() -> None:
     conv = lambda i, o, s: nn.Sequential(nn.Conv2d(i, o, 3, s, 1), nn.ReLU())  # noqa: E731
-    net = nn.Sequential(conv(3, 4, 1), conv(4, 4, 1), conv(4, 8, 2), conv(8, 8, 2), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 3))
+    net = nn.Sequential(
+        conv(3, 4, 1),
+        conv(4, 4, 1),
+        conv(4, 8, 2),
+        conv(8, 8, 2),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(8, 3),
+    )
     assert anatomy.stages(net) == ["1", "2", "3"]
 
 
@@ -297,7 +353,8 @@ def test_wrong_data_or_weights_for_a_library_get_a_sentence() -> None:
 def test_a_class_in_a_file_is_a_model(tmp_path: Path) -> None:
     file = tmp_path / "net.py"
     file.write_text(
-        "from torch import nn\nclass Net(nn.Linear):\n    def __init__(self, num_classes, width=4):\n        super().__init__(width, num_classes)\n"
+        "from torch import nn\nclass Net(nn.Linear):\n    def __init__(self, num_classes, width=4):\n        "
+        "super().__init__(width, num_classes)\n"
     )
     model = make(f"file:{file}:Net", width=6)
     assert (model.in_features, model.out_features) == (6, 7)
@@ -315,7 +372,12 @@ def test_a_class_in_a_file_is_a_model(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "wrap", [lambda s: s, lambda s: {"model": s, "epoch": 3}, lambda s: {"state_dict": {f"module.{k}": v for k, v in s.items()}}]
+    "wrap",
+    [
+        lambda s: s,
+        lambda s: {"model": s, "epoch": 3},
+        lambda s: {"state_dict": {f"module.{k}": v for k, v in s.items()}},
+    ],
 )
 def test_checkpoints_load_whatever_wraps_them(tmp_path: Path, wrap) -> None:
     source = make("stillhouse:resnet8")
@@ -351,7 +413,10 @@ def test_a_checkpoint_that_does_not_fit_leaves_the_model_and_gets_a_sentence(tmp
         assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
 
     torch.save(make("stillhouse:resnet8", classes=9).state_dict(), path)
-    refuses(r"54 of its 56 tensors match; the first that differs is 'fc\.weight': \(9, 64\) in the checkpoint, \(7, 64\) in the student")
+    refuses(
+        r"54 of its 56 tensors match; the first that differs is 'fc\.weight': \(9, 64\) in the checkpoint, \(7, 64\) "
+        r"in the student"
+    )
     torch.save(make("stillhouse:resnet14").state_dict(), path)
     refuses(r"56 of its 56 tensors match; the model has no 'layer1\.1\.conv1\.weight'")
     torch.save({k: v for k, v in before.items() if k != "bn1.weight"}, path)
@@ -408,5 +473,11 @@ def test_a_transformers_folder_loads_with_its_weights(tmp_path: Path) -> None:
 
 
 def test_building_an_own_net_loads_no_other_library() -> None:
-    code = "import sys; from stillhouse.models import build; from stillhouse.runs.recipe import ModelSpec; build(ModelSpec(model='stillhouse:resnet8')); print([m for m in ('timm', 'torchvision', 'transformers') if m in sys.modules])"
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
+    code = (
+        "import sys; from stillhouse.models import build; from stillhouse.runs.recipe import ModelSpec; "
+        "build(ModelSpec(model='stillhouse:resnet8')); print([m for m in ('timm', 'torchvision', 'transformers') if "
+        "m in sys.modules])"
+    )
+    assert (
+        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
+    )

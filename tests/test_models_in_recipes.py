@@ -1,4 +1,5 @@
-"""Models of other libraries, and of the user's own file, through whole recipes: teacher and student, taps, the product and its loading."""
+"""Models of other libraries, and of the user's own file, through whole recipes: teacher and student, taps, the product
+and its loading."""
 
 from __future__ import annotations
 
@@ -47,13 +48,20 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def run(tree: dict[str, Any], folder: Path, data_root: Path | None = None) -> dict[str, float]:
-    config = recipe.validate({"train": {"epochs": 1, "batch_size": 8, "optimizer": {"lr": 0.01}}, "evaluate": ["accuracy"], **tree})
+    config = recipe.validate(
+        {"train": {"epochs": 1, "batch_size": 8, "optimizer": {"lr": 0.01}}, "evaluate": ["accuracy"], **tree}
+    )
     return execute(config, folder, data_root=None if data_root is None else str(data_root), cpu=True)
 
 
 def on_pictures(root: Path, teacher: str, student: dict[str, Any] | str, objectives: list[Any]) -> dict[str, Any]:
     trained = {"model": teacher, "train": {"epochs": 1, "batch_size": 8}}
-    return {"data": {"name": f"imagefolder:{root}", "image_size": 32}, "teacher": trained, "student": student, "objectives": objectives}
+    return {
+        "data": {"name": f"imagefolder:{root}", "image_size": 32},
+        "teacher": trained,
+        "student": student,
+        "objectives": objectives,
+    }
 
 
 def answer(folder: Path, shape: tuple[int, ...], **options: Any) -> torch.Tensor:
@@ -69,7 +77,9 @@ def answer(folder: Path, shape: tuple[int, ...], **options: Any) -> torch.Tensor
     ],
     ids=["to a cnn", "to a vit"],
 )
-def test_timm_teaches_timm_on_a_folder_of_images(student: str, objectives: list[Any], pictures: Path, tmp_path: Path) -> None:
+def test_timm_teaches_timm_on_a_folder_of_images(
+    student: str, objectives: list[Any], pictures: Path, tmp_path: Path
+) -> None:
     figures = run(on_pictures(pictures, "timm:test_resnet", student, objectives), tmp_path / "run")
     assert 0 <= figures["accuracy"] <= 1
     assert answer(tmp_path / "run", (3, 32, 32)).shape == (3, 2)
@@ -77,21 +87,33 @@ def test_timm_teaches_timm_on_a_folder_of_images(student: str, objectives: list[
 
 
 def test_a_tap_that_the_teacher_lacks_is_told_by_name(pictures: Path, tmp_path: Path) -> None:
-    tree = on_pictures(pictures, "timm:test_vit", "timm:test_resnet", ["ce", {"name": "fitnet", "teacher_layer": "block.1"}])
+    tree = on_pictures(
+        pictures, "timm:test_vit", "timm:test_resnet", ["ce", {"name": "fitnet", "teacher_layer": "block.1"}]
+    )
     with pytest.raises(UserError, match=r"The teacher has no submodule 'block\.1' to tap; nearest: blocks\.1"):
         run(tree, tmp_path / "run")
 
 
 def test_a_plan_shows_which_submodules_are_tapped(pictures: Path) -> None:
-    tree = on_pictures(pictures, "timm:test_vit", "timm:test_resnet", ["ce", "nd", {"name": "fitnet", "student_layer": "stage:1"}])
+    tree = on_pictures(
+        pictures, "timm:test_vit", "timm:test_resnet", ["ce", "nd", {"name": "fitnet", "student_layer": "stage:1"}]
+    )
     (_, student) = plan(recipe.validate(tree))
-    assert student.taps == {"student embedding": "fc:in", "student stage:1": "layer1", "teacher embedding": "head:in", "teacher stage:2": "blocks.2"}
+    assert student.taps == {
+        "student embedding": "fc:in",
+        "student stage:1": "layer1",
+        "teacher embedding": "head:in",
+        "teacher stage:2": "blocks.2",
+    }
     assert student.models["student"].startswith("timm:test_resnet, 3")
 
 
 def test_torchvision_teaches_a_transformers_model(pictures: Path, tmp_path: Path) -> None:
     objectives = ["ce", "kd", "nd", {"name": "uskd", "student_layer": "stage:1"}]
-    run(on_pictures(pictures, "torchvision:shufflenet_v2_x0_5", {"model": "hf:config:vit", "options": VIT}, objectives), tmp_path / "run")
+    run(
+        on_pictures(pictures, "torchvision:shufflenet_v2_x0_5", {"model": "hf:config:vit", "options": VIT}, objectives),
+        tmp_path / "run",
+    )
     assert answer(tmp_path / "run", (3, 32, 32)).shape == (3, 2)
 
 
@@ -112,7 +134,9 @@ def test_a_users_own_file_trains_and_loads_only_when_trusted(tmp_path: Path, dat
     assert model.head.in_features == 6 and model(torch.zeros(3, 1, 8, 8))["out"].shape == (3, 10)
 
 
-def test_two_recipes_with_one_teacher_train_it_once(pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_two_recipes_with_one_teacher_train_it_once(
+    pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("STILLHOUSE_CACHE", str(tmp_path / "cache"))
     first = on_pictures(pictures, "timm:test_efficientnet", "timm:test_resnet", ["ce", "kd"])
     run(first, tmp_path / "first")

@@ -1,4 +1,5 @@
-"""MRDD: masks hide what they say, the bound of the information bounds it, c stays frozen, and the product is loaded and judged."""
+"""MRDD: masks hide what they say, the bound of the information bounds it, c stays frozen, and the product is loaded and
+judged."""
 
 from __future__ import annotations
 
@@ -47,7 +48,8 @@ def test_a_mask_hides_exactly_its_share_of_whole_patches_and_leaves_the_image_al
 
 
 @pytest.mark.parametrize(
-    ("shape", "patch", "ratio", "says"), [((9, 8), 2, 0.5, "do not tile"), ((8, 8), 2, 1.0, "below 1"), ((8, 8), 2, -0.1, "below 1")]
+    ("shape", "patch", "ratio", "says"),
+    [((9, 8), 2, 0.5, "do not tile"), ((8, 8), 2, 1.0, "below 1"), ((8, 8), 2, -0.1, "below 1")],
 )
 def test_masks_that_do_not_fit_are_refused(shape: tuple[int, int], patch: int, ratio: float, says: str):
     with pytest.raises(UserError, match=says):
@@ -91,7 +93,11 @@ def test_reconstruction_is_summed_as_published_or_averaged_over_the_batch():
     rebuilt = [torch.zeros_like(v) for v in x]
     total, averaged = (variational_loss(x, rebuilt, mean, mean, kl_weight=0.5, reduction=r) for r in ("sum", "sample"))
     assert total["reconstruction"].item() == pytest.approx(4 * averaged["reconstruction"].item())
-    assert total["kl"].item() == pytest.approx(0.5 * kl_per_dimension(mean, mean).sum().item()) == pytest.approx(averaged["kl"].item())
+    assert (
+        total["kl"].item()
+        == pytest.approx(0.5 * kl_per_dimension(mean, mean).sum().item())
+        == pytest.approx(averaged["kl"].item())
+    )
     zero = torch.zeros(2, 3)
     assert kl_per_dimension(zero, zero).tolist() == [0, 0, 0]
 
@@ -153,7 +159,10 @@ def test_clusters_are_matched_to_classes_one_to_one():
 def test_redundancy_is_one_for_a_function_of_s_and_none_for_noise():
     g = np.random.default_rng(0)
     s, t = g.normal(size=(400, 3)), g.normal(size=(200, 3))
-    copied, noise = redundancy(s, s[:, :2], t, t[:, :2]), redundancy(s, g.normal(size=(400, 2)), t, g.normal(size=(200, 2)))
+    copied, noise = (
+        redundancy(s, s[:, :2], t, t[:, :2]),
+        redundancy(s, g.normal(size=(400, 2)), t, g.normal(size=(200, 2))),
+    )
     assert min(copied.values()) > 0.9 and noise["redundancy_linear"] < 0.05
     bent = redundancy(s, s[:, :1] ** 2, t, t[:, :1] ** 2)
     assert bent["redundancy_linear"] < 0.1 < 0.6 < bent["redundancy_kernel"]
@@ -174,7 +183,9 @@ def recipe(**changes: object) -> dict:
 def test_a_run_leaves_encoders_that_load_and_give_the_same_codes(tmp_path: Path):
     config = validate(recipe())
     figures = execute(config, tmp_path / "run", cpu=True)
-    assert figures["accuracy"] > 0.3 and {"nmi_c", "ari_s", "cluster_acc", "redundancy_kernel", "error_edge"} <= set(figures)
+    assert figures["accuracy"] > 0.3 and {"nmi_c", "ari_s", "cluster_acc", "redundancy_kernel", "error_edge"} <= set(
+        figures
+    )
     product = load(tmp_path / "run")
     again = load(tmp_path / "run" / "product")
     run = Run(tmp_path, config, cpu=True)
@@ -207,7 +218,9 @@ def test_the_estimators_optimiser_is_part_of_the_checkpoint():
     network, shape, views = NetworkSpec(kind="dense", hidden=[8]), (1, 8, 8), ViewMaker(("image", "edge"))
     torch.manual_seed(0)
     frozen = ConsistencyEncoder(network, 2, shape, 3)
-    whole, second = (SpecificTraining(SpecificSpec(dim=4), network, views, 0, shape, frozen, 3, "sample") for _ in range(2))
+    whole, second = (
+        SpecificTraining(SpecificSpec(dim=4), network, views, 0, shape, frozen, 3, "sample") for _ in range(2)
+    )
     batch = {"input": torch.rand(6, 1, 8, 8)}
     for i in range(2):
         for module in (whole, second)[: i + 1]:

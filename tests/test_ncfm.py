@@ -10,7 +10,13 @@ import torch
 
 from stillhouse.errors import UserError
 from stillhouse.functional.matching import feature_mean_distance
-from stillhouse.methods.datasets.ncfm import SamplingNetwork, between, characteristic_distance, characteristic_terms, corrected_logits
+from stillhouse.methods.datasets.ncfm import (
+    SamplingNetwork,
+    between,
+    characteristic_distance,
+    characteristic_terms,
+    corrected_logits,
+)
 from stillhouse.runs import recipe
 from stillhouse.runs.execution import execute
 from stillhouse.runs.products import load_product
@@ -119,7 +125,9 @@ def test_a_stored_image_is_four_training_images_and_stays_a_picture(tmp_path: Pa
         validate(soft)
 
 
-@pytest.mark.parametrize("options", [{"sampler": "learned"}, {"optimiser": "sgd", "lr": 0.1}, {"calibration": 0, "fixed_real": True}])
+@pytest.mark.parametrize(
+    "options", [{"sampler": "learned"}, {"optimiser": "sgd", "lr": 0.1}, {"calibration": 0, "fixed_real": True}]
+)
 def test_every_option_moves_the_images(options: dict, tmp_path: Path):
     made = []
     for name, iterations in (("begun", 0), ("learned", 1)):
@@ -134,12 +142,22 @@ def test_the_paper_variant_judges_by_the_published_protocol():
     training = HardTraining.of(images, torch.arange(256) % 10, spec, spec.augment, None, ("test",))
     network = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(192, 10))
     assert isinstance(training.optimiser(network), torch.optim.AdamW) and training.steps_per_epoch == 2
-    assert [training.lr * training.rate(e) for e in (0, 399, 400, 1600, 1999)] == pytest.approx([1e-3, 1e-3, 5e-4, 6.25e-5, 6.25e-5])
-    assert (training.epochs, training.cutmix, training.mix_probability, training.align_corners, spec.best_every) == (2000, 1, 0.5, False, 100)
+    assert [training.lr * training.rate(e) for e in (0, 399, 400, 1600, 1999)] == pytest.approx(
+        [1e-3, 1e-3, 5e-4, 6.25e-5, 6.25e-5]
+    )
+    assert (training.epochs, training.cutmix, training.mix_probability, training.align_corners, spec.best_every) == (
+        2000,
+        1,
+        0.5,
+        False,
+        100,
+    )
     assert training.step(network, training.optimiser(network), 0).isfinite()
 
 
-def test_a_run_that_was_cut_off_within_an_iteration_goes_on_to_the_same_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_run_that_was_cut_off_within_an_iteration_goes_on_to_the_same_images(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     given = {**DIGITS, "sampler": "learned", "iterations": 2}
     execute(validate(given), tmp_path / "whole", cpu=True)
     collect = Loop._collect

@@ -1,4 +1,5 @@
-"""Graphs for node classification: what is read, what is put right, what is refused; and the networks and sampler that run on them."""
+"""Graphs for node classification: what is read, what is put right, what is refused; and the networks and sampler that
+run on them."""
 
 from __future__ import annotations
 
@@ -79,7 +80,10 @@ def test_hidden_nodes_take_their_edges_along_and_the_rest_keep_their_features() 
     graph = load_graph(GraphSpec(name="synthetic", hide=0.3), 0)
     seen = graph.observed()
     kept = torch.tensor(sorted(set(range(600)) - set(graph.hidden.tolist())))
-    assert len(graph.hidden) == round(0.3 * len(graph.split["test"])) and not torch.isin(graph.hidden, graph.split["train"]).any()
+    assert (
+        len(graph.hidden) == round(0.3 * len(graph.split["test"]))
+        and not torch.isin(graph.hidden, graph.split["train"]).any()
+    )
     assert torch.equal(seen.x, graph.x[kept]) and torch.equal(seen.labels, graph.labels[kept])
     assert {(kept[a].item(), kept[b].item()) for a, b in pairs(seen.edges)} == {
         (a, b) for a, b in pairs(graph.edges) if not {a, b} & set(graph.hidden.tolist())
@@ -95,7 +99,10 @@ def test_sparse_features_do_what_dense_ones_do() -> None:
     rows = torch.tensor([7, 3, 3, 49])
     assert torch.equal(take_rows(graph.x, rows).to_dense(), x[rows])
     assert torch.allclose(rows_to_one(graph.x).to_dense(), rows_to_one(x)) and rows_to_one(x)[7].abs().sum() == 0
-    for network, more in ((NodeMLP(8, 2, 0.0, 2, input_shape=(80,)), ()), (GNN("gcn", 80, 8, 2), (propagation(graph.edges, 50, "gcn"),))):
+    for network, more in (
+        (NodeMLP(8, 2, 0.0, 2, input_shape=(80,)), ()),
+        (GNN("gcn", 80, 8, 2), (propagation(graph.edges, 50, "gcn"),)),
+    ):
         sparse, dense = network.eval()(graph.x, *more), network(x, *more)
         assert torch.allclose(sparse, dense, atol=1e-6)
 
@@ -110,7 +117,10 @@ def test_the_planetoid_files_give_the_published_graphs(data_root: Path) -> None:
 
 
 def test_the_cpf_files_give_the_components_of_the_published_table(data_root: Path) -> None:
-    sizes = [load_graph(GraphSpec(name=f"cpf:{n}", component="largest"), data_root=str(data_root)).num_nodes for n in ("cora", "citeseer")]
+    sizes = [
+        load_graph(GraphSpec(name=f"cpf:{n}", component="largest"), data_root=str(data_root)).num_nodes
+        for n in ("cora", "citeseer")
+    ]
     assert sizes == [2485, 2110]
 
 
@@ -174,7 +184,9 @@ def test_with_all_neighbours_drawn_a_sampled_graph_gives_the_whole_graph_s_answe
     network = GNN("sage", 32, 8, 4).eval()
     whole = network(graph.x, network.propagation(graph.edges, 600))[[5, 9]]
     for fan_out in ((1000, 1000), (-1, -1)):
-        nodes, edges = NeighbourSampler(graph.edges, 600, fan_out).sample(torch.tensor([5, 9]), np.random.default_rng(0))
+        nodes, edges = NeighbourSampler(graph.edges, 600, fan_out).sample(
+            torch.tensor([5, 9]), np.random.default_rng(0)
+        )
         part = network(graph.x[nodes], network.propagation(edges, len(nodes)))
         assert len(nodes) < 300 and torch.allclose(part[:2], whole, atol=1e-5)
 

@@ -1,4 +1,5 @@
-"""NRR-DD: critical pixels never move, maps are class activation maps, patches are hard but right, and two numbers a view teach."""
+"""NRR-DD: critical pixels never move, maps are class activation maps, patches are hard but right, and two numbers a
+view teach."""
 
 from __future__ import annotations
 
@@ -41,7 +42,11 @@ def tree(**given) -> dict:
         "method": "nrr_dd",
         "data": {"name": "digits", "augment": "plain", "size": 200, "test_size": 100},
         "network": {"model": "stillhouse:convnet2", "options": {"width": 4}},
-        "teacher": {"model": "stillhouse:convnet2", "options": {"width": 8, "norm": "batch"}, "train": {"epochs": 3, "batch_size": 25}},
+        "teacher": {
+            "model": "stillhouse:convnet2",
+            "options": {"width": 8, "norm": "batch"},
+            "train": {"epochs": 3, "batch_size": 25},
+        },
         "ipc": 2,
         "discover": {"crops": 2, "keep": 0.8, "area": 0.6},
         "refine": {"iterations": 8, "lr": 0.2, "jitter": 1},
@@ -55,7 +60,11 @@ def tree(**given) -> dict:
 def test_the_mean_of_a_map_and_the_bias_are_the_logit(pooled: bool):
     torch.manual_seed(0)
     features = nn.Sequential(nn.Conv2d(1, 5, 3, padding=1), nn.ReLU())
-    head = [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(5, 3)] if pooled else [nn.AvgPool2d(2), nn.Flatten(), nn.Linear(5 * 16, 3)]
+    head = (
+        [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(5, 3)]
+        if pooled
+        else [nn.AvgPool2d(2), nn.Flatten(), nn.Linear(5 * 16, 3)]
+    )
     network = nn.Sequential(features, *head).eval().requires_grad_(False)
     x, y = torch.randn(4, 1, 8, 8), torch.tensor([0, 2, 1, 1])
     found = activation_map(network, Taps(network, ["0"]), x, y)
@@ -66,7 +75,9 @@ def test_the_mean_of_a_map_and_the_bias_are_the_logit(pooled: bool):
 
 
 def test_a_map_runs_from_0_to_1_and_a_flat_one_is_nowhere_critical():
-    c = critical(torch.stack([torch.arange(16.0).view(4, 4) - 3, torch.full((4, 4), 2.0), torch.full((4, 4), -1.0)]), (8, 8))
+    c = critical(
+        torch.stack([torch.arange(16.0).view(4, 4) - 3, torch.full((4, 4), 2.0), torch.full((4, 4), -1.0)]), (8, 8)
+    )
     assert c.shape == (3, 1, 8, 8) and float(c[0].min()) == 0 and float(c[0].max()) == 1 and not c[1:].any()
 
 
@@ -129,7 +140,15 @@ class Bright(nn.Module):
 def patches_of(values: list[float], wanted: int, **given) -> list[float]:
     network = Bright()
     images = torch.tensor(values).view(-1, 1, 1, 1).expand(-1, 1, 4, 4)
-    how = {"factor": 1, "crops": 1, "keep": 1.0, "area": 1.0, "choose": "low", "drawn": torch.Generator().manual_seed(0), **given}
+    how = {
+        "factor": 1,
+        "crops": 1,
+        "keep": 1.0,
+        "area": 1.0,
+        "choose": "low",
+        "drawn": torch.Generator().manual_seed(0),
+        **given,
+    }
     return discover(network, Taps(network, ["features"]), images, 0, wanted, **how).mean((1, 2, 3)).tolist()
 
 
@@ -157,7 +176,11 @@ def test_distances_ignore_a_constant_are_log_c_where_nothing_is_known_and_never_
 
 
 def test_the_loss_is_0_only_where_both_probabilities_are_the_teachers_and_its_gradient_is_the_papers():
-    z, own, partner = torch.randn(6, 4, requires_grad=True), torch.tensor([0, 1, 2, 3, 0, 1]), torch.tensor([1, 2, 3, 0, 2, 0])
+    z, own, partner = (
+        torch.randn(6, 4, requires_grad=True),
+        torch.tensor([0, 1, 2, 3, 0, 1]),
+        torch.tensor([1, 2, 3, 0, 2, 0]),
+    )
     mixed = torch.ones(6, dtype=torch.bool)
     mine = distances(z, own, partner)
     assert float(distance_loss(mine, mine.detach(), mixed).detach()) == 0
@@ -191,13 +214,25 @@ def test_the_share_of_own_pixels_is_what_is_in_the_picture(mix: str):
 def test_a_run_keeps_two_numbers_a_view_and_refines_toward_the_network(tmp_path: Path):
     found = execute(validate(tree()), tmp_path / "run", cpu=True)
     made = load_product(tmp_path / "run")
-    assert isinstance(made, DistanceSet) and isinstance(made.views, DistanceLabels) and made.views.logits.shape == (2, 20, 2)
-    assert found["label_mb"] == 2 * 20 * 2 * 2 / 1e6 and found["out_of_range_pixels"] == 0 and 0 < found["critical_pixels"] < 1
+    assert (
+        isinstance(made, DistanceSet)
+        and isinstance(made.views, DistanceLabels)
+        and made.views.logits.shape == (2, 20, 2)
+    )
+    assert (
+        found["label_mb"] == 2 * 20 * 2 * 2 / 1e6
+        and found["out_of_range_pixels"] == 0
+        and 0 < found["critical_pixels"] < 1
+    )
     assert found["ce_refined"] + 0.1 * found["bn_refined"] < found["ce_initial"] + 0.1 * found["bn_initial"]
     execute(validate(tree(refine=None, labels="soft")), tmp_path / "initial", cpu=True)
     initial = load_product(tmp_path / "initial")
     still = (initial.images == made.images).double().mean()
-    assert initial.views.logits.shape == (2, 20, 10) and float(still) >= found["critical_pixels"] - 1e-9 and float(still) < 1
+    assert (
+        initial.views.logits.shape == (2, 20, 10)
+        and float(still) >= found["critical_pixels"] - 1e-9
+        and float(still) < 1
+    )
 
 
 def test_wrong_recipes_are_refused_with_a_sentence(tmp_path: Path):

@@ -1,4 +1,5 @@
-"""What every objective promises: it builds and runs on what it says it needs, trains the student and not the teacher, and keeps its paper's identities."""
+"""What every objective promises: it builds and runs on what it says it needs, trains the student and not the teacher,
+and keeps its paper's identities."""
 
 from __future__ import annotations
 
@@ -42,7 +43,8 @@ def _seeded() -> None:
 
 
 class Training:
-    """The training set that `prepare` asks about: N samples with labels, and the teacher's mean embedding of each class."""
+    """The training set that `prepare` asks about: N samples with labels, and the teacher's mean embedding of each
+    class."""
 
     def __init__(self, width: int, labels: Tensor | None = None) -> None:
         self.known = torch.arange(N) % C if labels is None else labels
@@ -59,7 +61,8 @@ class Training:
 
 
 def said(needs: frozenset[str], who: str, width: int, device: str = "cpu") -> Signals:
-    """Random signals of a network (maps of three stages at 8, 4 and 2 pixels), holding exactly what `needs` names for it, with gradient."""
+    """Random signals of a network (maps of three stages at 8, 4 and 2 pixels), holding exactly what `needs` names for
+    it, with gradient."""
     made = lambda *shape: torch.randn(*shape, device=device).requires_grad_()  # noqa: E731
     out = Signals()
     for need in needs:
@@ -93,7 +96,7 @@ def total(terms: dict[str, Tensor]) -> Tensor:
     return torch.stack([v for k, v in terms.items() if not k.startswith("log:")]).sum()
 
 
-# ---- options -----------------------------------------------------------------------------------------------------------------------
+# ---- options ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -113,7 +116,7 @@ def test_an_option_out_of_range_is_named(name: str, options: dict[str, object], 
         catalog.objective(name)(**options)
 
 
-# ---- labels and shapes ---------------------------------------------------------------------------------------------------------------------
+# ---- labels and shapes -----------------------------------------------------------------------------------------------
 
 
 def test_logits_of_other_classes_are_refused_with_both_shapes() -> None:
@@ -159,7 +162,7 @@ def test_without_classes_keeps_the_order_of_the_rest() -> None:
     assert without_classes(x, torch.tensor([[4, 1], [2, 3]])).tolist() == [[0, 2, 3, 5], [6, 7, 10, 11]]
 
 
-# ---- kd, standardisation, dkd, dist, dml ---------------------------------------------------------------------------------------------------
+# ---- kd, standardisation, dkd, dist, dml -----------------------------------------------------------------------------
 
 
 def test_kd_of_equal_logits_is_zero_and_an_ensemble_teaches_its_mean_probabilities() -> None:
@@ -222,7 +225,7 @@ def test_dml_trains_both_networks_and_refuses_a_frozen_teacher() -> None:
         DML()(Signals(logits=z), Signals(logits=v.detach()), {"label": LABELS}, SPAN)
 
 
-# ---- nkd and uskd --------------------------------------------------------------------------------------------------------------------------
+# ---- nkd and uskd ----------------------------------------------------------------------------------------------------
 
 
 def test_nkd_does_not_change_with_a_constant_per_row() -> None:
@@ -234,7 +237,9 @@ def test_nkd_does_not_change_with_a_constant_per_row() -> None:
 def test_nkd_non_target_part_does_not_depend_on_the_target_logits() -> None:
     z, v = torch.randn(B, C), torch.randn(B, C)
     moved = F.one_hot(LABELS, C) * torch.randn(B, 1) * 4
-    torch.testing.assert_close(nkd_loss(z + moved, v - moved, LABELS)["non_target"], nkd_loss(z, v, LABELS)["non_target"])
+    torch.testing.assert_close(
+        nkd_loss(z + moved, v - moved, LABELS)["non_target"], nkd_loss(z, v, LABELS)["non_target"]
+    )
 
 
 def test_nkd_of_two_classes_has_no_non_target_part() -> None:
@@ -278,7 +283,11 @@ def test_uskd_of_one_hot_soft_labels_is_finite_and_drops_a_second_class() -> Non
 
 
 def test_uskd_ranks_on_probabilities_as_the_paper_or_on_logs_as_the_code() -> None:
-    z, u, y = torch.log(torch.tensor([[0.4, 0.35, 0.25]])), torch.log(torch.tensor([[0.3, 0.2, 0.5]])), torch.tensor([0])
+    z, u, y = (
+        torch.log(torch.tensor([[0.4, 0.35, 0.25]])),
+        torch.log(torch.tensor([[0.3, 0.2, 0.5]])),
+        torch.tensor([0]),
+    )
     log_s = z.log_softmax(1)[0]
     score = {"probabilities": z.exp()[0] / (1 - 0.4), "logs": log_s / (1 - log_s[0])}
     for rank_on, final in score.items():
@@ -296,7 +305,7 @@ def test_uskd_reads_tokens_and_maps() -> None:
         assert total(objective(student, Signals(), {"label": LABELS}, SPAN)).isfinite()
 
 
-# ---- pld -----------------------------------------------------------------------------------------------------------------------------------
+# ---- pld -------------------------------------------------------------------------------------------------------------
 
 
 def test_pld_gradient_is_its_closed_form_and_its_rows_sum_to_0() -> None:
@@ -344,7 +353,7 @@ def test_pld_refuses_soft_labels_and_breaks_ties_by_class() -> None:
     torch.testing.assert_close(pld_loss(z, torch.zeros(1, 3), torch.tensor([1])), expected)
 
 
-# ---- nd ------------------------------------------------------------------------------------------------------------------------------------
+# ---- nd --------------------------------------------------------------------------------------------------------------
 
 
 def test_nd_identities() -> None:
@@ -413,11 +422,13 @@ def test_nd_adapter_refuses_to_train_on_one_sample() -> None:
 
 def test_nd_makes_no_adapter_where_widths_agree() -> None:
     objective = ND()
-    objective.build(Signals(logits=torch.randn(2, C), embedding=torch.randn(2, 6)), Signals(embedding=torch.randn(2, 6)), {})
+    objective.build(
+        Signals(logits=torch.randn(2, C), embedding=torch.randn(2, 6)), Signals(embedding=torch.randn(2, 6)), {}
+    )
     assert objective.adapter is None and not objective.param_groups()
 
 
-# ---- features and relations ----------------------------------------------------------------------------------------------------------------
+# ---- features and relations ------------------------------------------------------------------------------------------
 
 
 def test_tokens_fold_to_a_map_without_the_class_token() -> None:
@@ -441,7 +452,9 @@ def test_maps_of_other_sizes_are_averaged_to_the_smaller() -> None:
 @pytest.mark.parametrize("name", ["fitnet", "at", "nst", "vid", "review_kd"])
 def test_feature_losses_accept_a_token_student_and_a_convolutional_teacher(name: str) -> None:
     objective, student, teacher, batch = ready(name)
-    tokens = Signals(embedding=student.embedding, taps={k: torch.randn(B, 17, 12, requires_grad=True) for k in student.taps})
+    tokens = Signals(
+        embedding=student.embedding, taps={k: torch.randn(B, 17, 12, requires_grad=True) for k in student.taps}
+    )
     objective.build(tokens, teacher, batch)
     total(objective(tokens, teacher, batch, SPAN)).backward()
     assert all(x.grad.isfinite().all() for x in tokens.taps.values())
@@ -477,7 +490,7 @@ def test_review_kd_fuses_from_the_embedding_upwards() -> None:
     assert {f.conv1[0].out_channels for f in ready("review_kd", max_width=3)[0].fusions} == {3}
 
 
-# ---- crd -----------------------------------------------------------------------------------------------------------------------------------
+# ---- crd -------------------------------------------------------------------------------------------------------------
 
 
 def test_crd_negatives_are_of_another_class_and_reach_all_of_them() -> None:
@@ -516,7 +529,7 @@ def test_crd_needs_as_much_memory_as_there_are_training_samples() -> None:
         objective.prepare(Training(6, labels=torch.zeros(40, dtype=torch.long)))
 
 
-# ---- many processes ------------------------------------------------------------------------------------------------------------------------
+# ---- many processes --------------------------------------------------------------------------------------------------
 
 
 def _rank(rank: int, folder: str, world: int) -> None:
@@ -527,7 +540,8 @@ def _rank(rank: int, folder: str, world: int) -> None:
 
 
 def _gradients(rank: int, world: int) -> dict[str, Tensor]:
-    """The gradient of the input layer of a student, averaged over ranks as DDP does, for each loss with statistics over the batch."""
+    """The gradient of the input layer of a student, averaged over ranks as DDP does, for each loss with statistics over
+    the batch."""
     draw = torch.Generator().manual_seed(7)
     x, first = torch.randn(B, 8, generator=draw), torch.randn(8, 4 + C + 4, generator=draw)
     f_t, v_t = torch.randn(B, 6, generator=draw), torch.randn(B, C, generator=draw)
@@ -540,7 +554,11 @@ def _gradients(rank: int, world: int) -> dict[str, Tensor]:
         out = x[mine] @ weight
         layers = {n.partition(":")[2]: out[:, -4:] for n in objective.needs if n.startswith("student.tap")}
         student = Signals(logits=out[:, 4 : 4 + C], embedding=out[:, :4], taps=layers)
-        teacher = Signals(logits=v_t[mine], embedding=f_t[mine], taps={n.partition(":")[2]: f_t[mine] for n in objective.needs if "teacher.tap" in n})
+        teacher = Signals(
+            logits=v_t[mine],
+            embedding=f_t[mine],
+            taps={n.partition(":")[2]: f_t[mine] for n in objective.needs if "teacher.tap" in n},
+        )
         objective.build(student, teacher, {})
         total(objective(student, teacher, {"label": LABELS[mine]}, SPAN)).backward()
         if world > 1:
@@ -555,5 +573,9 @@ def test_two_processes_take_the_step_of_one(tmp_path: Path) -> None:
     for rank in range(2):
         for name, gradient in torch.load(tmp_path / f"{rank}.pt", weights_only=True).items():
             torch.testing.assert_close(
-                gradient, alone[name], rtol=1e-4, atol=1e-4 * float(alone[name].abs().max()), msg=lambda m, n=name: f"{n}: {m}"
+                gradient,
+                alone[name],
+                rtol=1e-4,
+                atol=1e-4 * float(alone[name].abs().max()),
+                msg=lambda m, n=name: f"{n}: {m}",
             )

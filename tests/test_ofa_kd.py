@@ -22,7 +22,10 @@ def net(name: str, **options: object) -> nn.Module:
 
 
 def batch() -> dict[str, Tensor]:
-    return {"input": torch.randn(4, *SHAPE, generator=torch.Generator().manual_seed(0)), "label": torch.tensor([0, 1, 2, 4])}
+    return {
+        "input": torch.randn(4, *SHAPE, generator=torch.Generator().manual_seed(0)),
+        "label": torch.tensor([0, 1, 2, 4]),
+    }
 
 
 def logits(*key: int) -> Tensor:
@@ -68,7 +71,10 @@ def test_every_family_of_student_learns_from_all_its_branches(name: str) -> None
     options, sizes = STUDENTS[name]
     student, teacher = (
         net(name, **sizes),
-        net("resnet8" if name in ("vit", "mixer") else "mixer", **({} if name in ("vit", "mixer") else {"dim": 16, "depth": 2})),
+        net(
+            "resnet8" if name in ("vit", "mixer") else "mixer",
+            **({} if name in ("vit", "mixer") else {"dim": 16, "depth": 2}),
+        ),
     )
     module = Distillation(student, teacher, [OFAKD(**options)]).build(batch())
     plain = set(net(name, **sizes).state_dict())

@@ -39,7 +39,9 @@ def optimizer(student: nn.Module, extra: list[dict[str, Any]] | None = None, **o
 
 def settings(made: torch.optim.Optimizer, student: nn.Module) -> dict[str, tuple[float, float]]:
     names = {id(p): n for n, p in student.named_parameters()}
-    return {names[id(p)]: (g["lr"], g["weight_decay"]) for g in made.param_groups for p in g["params"] if id(p) in names}
+    return {
+        names[id(p)]: (g["lr"], g["weight_decay"]) for g in made.param_groups for p in g["params"] if id(p) in names
+    }
 
 
 def test_decay_of_matrices_leaves_norms_biases_and_positions_out() -> None:
@@ -49,7 +51,13 @@ def test_decay_of_matrices_leaves_norms_biases_and_positions_out() -> None:
     made = optimizer(student, [{"params": list(own.parameters()), "weight_decay": 0.5}], decay="matrices")
     decay = {n: d for n, (_, d) in settings(made, student).items()}
     assert decay["blocks.0.attn.qkv.weight"] == 0.05 and decay["head.weight"] == 0.05
-    assert decay["blocks.0.attn.qkv.bias"] == decay["blocks.0.norm1.weight"] == decay["pos_embed"] == decay["cls_token"] == 0
+    assert (
+        decay["blocks.0.attn.qkv.bias"]
+        == decay["blocks.0.norm1.weight"]
+        == decay["pos_embed"]
+        == decay["cls_token"]
+        == 0
+    )
     assert {g["weight_decay"] for g in made.param_groups for p in g["params"] if p is own.weight} == {0.5}
     assert {g["weight_decay"] for g in made.param_groups for p in g["params"] if p is own.bias} == {0}
     assert len(optimizer(student).param_groups) == 1, "as it is unless asked for"
@@ -83,7 +91,9 @@ def networks() -> dict[str, tuple[nn.Module, list[str]]]:
 def test_layer_decay_lowers_the_rate_towards_the_input(kind: str) -> None:
     student, path = networks()[kind]
     depth = depths_of(student)
-    assert [depth[n] for n in path] == list(range(len(path))) and set(depth) == {n for n, _ in student.named_parameters()}
+    assert [depth[n] for n in path] == list(range(len(path))) and set(depth) == {
+        n for n, _ in student.named_parameters()
+    }
     rates = {n: r for n, (r, _) in settings(optimizer(student, layer_decay=0.5), student).items()}
     deepest = max(depth.values())
     assert all(rates[n] == pytest.approx(0.1 * 0.5 ** (deepest - depth[n])) for n in depth)
@@ -131,7 +141,10 @@ def test_one_cycle_is_that_of_torch() -> None:
 def test_what_is_stored_of_a_training_stays_valid_with_later_options() -> None:
     assert "decay" not in TrainSpec().identity()["optimizer"] and "power" not in TrainSpec().identity()["schedule"]
     changed = TrainSpec.model_validate({"optimizer": {"decay": "matrices", "layer_decay": 0.5}})
-    assert {k: changed.identity()["optimizer"][k] for k in ("decay", "layer_decay")} == {"decay": "matrices", "layer_decay": 0.5}
+    assert {k: changed.identity()["optimizer"][k] for k in ("decay", "layer_decay")} == {
+        "decay": "matrices",
+        "layer_decay": 0.5,
+    }
 
 
 def test_channels_last_trains_to_the_same_weights() -> None:
@@ -139,7 +152,9 @@ def test_channels_last_trains_to_the_same_weights() -> None:
         torch.manual_seed(0)
         student, teacher = Net(), Net()
         seen: list[bool] = []
-        student.stem.register_forward_pre_hook(lambda m, x: seen.append(x[0].is_contiguous(memory_format=torch.channels_last)))
+        student.stem.register_forward_pre_hook(
+            lambda m, x: seen.append(x[0].is_contiguous(memory_format=torch.channels_last))
+        )
         stillhouse.distill(teacher, student, DATA, ["ce", "kd"], train={"epochs": 1, **options}, progress=False)
         assert all(seen[-3:]) == ("channels_last" in options)
         return student
@@ -150,7 +165,7 @@ def test_channels_last_trains_to_the_same_weights() -> None:
     assert all(p.is_contiguous() for p in other.parameters())
 
 
-# ---- before_update -------------------------------------------------------------------------------------------------------------------------
+# ---- before_update ---------------------------------------------------------------------------------------------------
 
 
 class Watching(Objective):
@@ -192,18 +207,40 @@ def test_gradients_are_seen_and_changed_before_clipping_once_an_update(trainer: 
             lightning = pytest.importorskip("lightning.pytorch")
             from stillhouse.integrations.lightning import DistillationModule
 
-            quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "enable_checkpointing": False}
+            quiet = {
+                "logger": False,
+                "enable_progress_bar": False,
+                "enable_model_summary": False,
+                "enable_checkpointing": False,
+            }
             module = DistillationModule(student, None, [objective], optimizer={"lr": 0.1})
             fitted = lightning.Trainer(
-                accelerator="cpu", max_epochs=2, accumulate_grad_batches=3, gradient_clip_val=0.1, default_root_dir=str(tmp_path), **quiet
+                accelerator="cpu",
+                max_epochs=2,
+                accumulate_grad_batches=3,
+                gradient_clip_val=0.1,
+                default_root_dir=str(tmp_path),
+                **quiet,
             )
             fitted.fit(module, torch.utils.data.DataLoader(DATA, batch_size=None))
         else:
             transformers = pytest.importorskip("transformers")
             from stillhouse.integrations.transformers import DistillationTrainer
 
-            options = {"report_to": [], "disable_tqdm": True, "use_cpu": True, "save_strategy": "no", "max_grad_norm": 0.1, "weight_decay": 0}
-            sizes = {"per_device_train_batch_size": 8, "gradient_accumulation_steps": 3, "num_train_epochs": 2, "learning_rate": 0.1}
+            options = {
+                "report_to": [],
+                "disable_tqdm": True,
+                "use_cpu": True,
+                "save_strategy": "no",
+                "max_grad_norm": 0.1,
+                "weight_decay": 0,
+            }
+            sizes = {
+                "per_device_train_batch_size": 8,
+                "gradient_accumulation_steps": 3,
+                "num_train_epochs": 2,
+                "learning_rate": 0.1,
+            }
             arguments = transformers.TrainingArguments(str(tmp_path), **options, **sizes)
             rows = [{"pixel_values": x, "labels": int(y)} for batch in DATA for x, y in zip(*batch)]
             DistillationTrainer(student, arguments, train_dataset=rows, teachers=None, objectives=[objective]).train()

@@ -51,17 +51,27 @@ class Tokens(nn.Module):
 @pytest.mark.parametrize(
     ("other", "message"),
     [
-        (Segmenter, r"gives scores of shape \(2, 21, 16, 16\) for 2 samples that have one class each.*another task, such as segmentation"),
+        (
+            Segmenter,
+            r"gives scores of shape \(2, 21, 16, 16\) for 2 samples that have one class each.*another task, such as "
+            r"segmentation",
+        ),
         (Detector, "a list of dict with boxes, scores: it may be a network of another task, such as detection"),
         (Tokens, r"gives scores of shape \(2, 256, 3\)"),
     ],
 )
 def test_another_task_is_refused_as_teacher_and_as_student(other: type[nn.Module], message: str) -> None:
-    for objectives, teacher, student in [(["ce"], None, other()), (["ce", "kd"], other(), Classifier()), (["kd"], Classifier(), other())]:
+    for objectives, teacher, student in [
+        (["ce"], None, other()),
+        (["ce", "kd"], other(), Classifier()),
+        (["kd"], Classifier(), other()),
+    ]:
         with pytest.raises(UserError, match=message):
             stillhouse.distill(teacher, student, DATA, objectives, train={"epochs": 1}, progress=False)
 
 
 def test_soft_labels_say_as_much() -> None:
     with pytest.raises(UserError, match="another task"):
-        stillhouse.distill(None, Segmenter(), [(DATA[0][0], torch.full((4, 3), 1 / 3))], ["ce"], train={"epochs": 1}, progress=False)
+        stillhouse.distill(
+            None, Segmenter(), [(DATA[0][0], torch.full((4, 3), 1 / 3))], ["ce"], train={"epochs": 1}, progress=False
+        )

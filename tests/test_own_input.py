@@ -83,24 +83,47 @@ def run(tmp_path: Path) -> Run:
 
 
 @pytest.mark.parametrize("kind", ["timm", "torchvision", "hf"])
-def test_published_normalisation_is_used_for_published_weights(kind: str, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_published_normalisation_is_used_for_published_weights(
+    kind: str, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The weights themselves are not at hand: what is tried is which normalisation a network gets that has them."""
     names = {"timm": "timm:vit_tiny_patch16_224", "torchvision": "torchvision:resnet18", "hf": f"hf:{tmp_path}/folder"}
-    expected = {"timm": ((0.5,) * 3, (0.5,) * 3), "torchvision": IMAGENET, "hf": ((0.1, 0.2, 0.3), (0.4, 0.5, 0.6))}[kind]
+    expected = {"timm": ((0.5,) * 3, (0.5,) * 3), "torchvision": IMAGENET, "hf": ((0.1, 0.2, 0.3), (0.4, 0.5, 0.6))}[
+        kind
+    ]
     if kind == "hf":
         transformers = pytest.importorskip("transformers")
-        sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 8, "patch_size": 8, "image_size": 32}
-        transformers.ViTForImageClassification(transformers.ViTConfig(**sizes, num_labels=10)).save_pretrained(tmp_path / "folder")
-        (tmp_path / "folder" / "preprocessor_config.json").write_text('{"image_mean": [0.1, 0.2, 0.3], "image_std": [0.4, 0.5, 0.6]}')
+        sizes = {
+            "hidden_size": 8,
+            "num_hidden_layers": 1,
+            "num_attention_heads": 2,
+            "intermediate_size": 8,
+            "patch_size": 8,
+            "image_size": 32,
+        }
+        transformers.ViTForImageClassification(transformers.ViTConfig(**sizes, num_labels=10)).save_pretrained(
+            tmp_path / "folder"
+        )
+        (tmp_path / "folder" / "preprocessor_config.json").write_text(
+            '{"image_mean": [0.1, 0.2, 0.3], "image_std": [0.4, 0.5, 0.6]}'
+        )
     else:
         pytest.importorskip(kind)
         name = f"from_{kind}"
         fresh = getattr(sources, name)
-        monkeypatch.setattr(sources, name, lambda model, classes, shape, given, pretrained: fresh(model, classes, shape, given, False))
+        monkeypatch.setattr(
+            sources, name, lambda model, classes, shape, given, pretrained: fresh(model, classes, shape, given, False)
+        )
     made = teacher_of(run, {"model": names[kind], "pretrained": True})
     prepare = made.readers()[0].prepare
-    assert isinstance(prepare, OwnInput) and prepare.own == expected and prepare.given == run.data(run.config.data).task.normalisation
-    given = teacher_of(run, {"model": names[kind], "pretrained": True, "input": {"mean": [0, 0, 0], "std": [1, 1, 1], "size": 16}})
+    assert (
+        isinstance(prepare, OwnInput)
+        and prepare.own == expected
+        and prepare.given == run.data(run.config.data).task.normalisation
+    )
+    given = teacher_of(
+        run, {"model": names[kind], "pretrained": True, "input": {"mean": [0, 0, 0], "std": [1, 1, 1], "size": 16}}
+    )
     assert given.readers()[0].prepare == OwnInput(prepare.given, ((0, 0, 0), (1, 1, 1)), (16, 16))
 
 

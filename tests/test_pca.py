@@ -1,4 +1,5 @@
-"""PCA: easy images by brute force, tiles that come back as they went in, crops that never see two images, and a random subset beside every set."""
+"""PCA: easy images by brute force, tiles that come back as they went in, crops that never see two images, and a random
+subset beside every set."""
 
 from __future__ import annotations
 
@@ -38,7 +39,9 @@ def seeded(seed: int = 0) -> torch.Generator:
 
 def test_el2n_is_zero_where_right_root_two_where_wrong_and_between_at_chance():
     sure = torch.tensor([[50.0, 0, 0, 0], [0, 50.0, 0, 0], [0, 0, 0, 0]])
-    assert torch.allclose(el2n(sure, torch.zeros(3).long()), torch.tensor([0, math.sqrt(2), math.sqrt(1 - 1 / 4)]), atol=1e-6)
+    assert torch.allclose(
+        el2n(sure, torch.zeros(3).long()), torch.tensor([0, math.sqrt(2), math.sqrt(1 - 1 / 4)]), atol=1e-6
+    )
     a, b = torch.randn(5, 4), torch.randn(5, 4)
     labels = torch.arange(5) % 4
     assert torch.allclose(el2n(torch.stack([a, b]), labels), (el2n(a, labels) + el2n(b, labels)) / 2)
@@ -65,7 +68,9 @@ def test_coverage_leaves_the_hardest_out_and_spreads_over_the_range_of_scores():
     got = ranked[at]
     assert len(at.unique()) == 20 and got.max() <= 9 and (at.diff() > 0).all()
     assert (got > 1).sum() >= 8, "of 20 at random from these scores, about 3 would lie above 1"
-    assert len(covering(ranked, 98, 0.5, 10, seeded()).unique()) == 98, "the budget is met even where the cutoff leaves less"
+    assert len(covering(ranked, 98, 0.5, 10, seeded()).unique()) == 98, (
+        "the budget is met even where the cutoff leaves less"
+    )
     assert len(covering(torch.zeros(9), 4, 0.0, 5, seeded()).unique()) == 4
 
 
@@ -80,7 +85,11 @@ def test_selection_is_the_smallest_or_largest_of_each_class(hardness: str, sign:
 
 
 def test_the_order_of_the_data_does_not_change_what_is_selected():
-    scores, labels, order = torch.rand(40, generator=seeded()), torch.arange(40) % 2, torch.randperm(40, generator=seeded(1))
+    scores, labels, order = (
+        torch.rand(40, generator=seeded()),
+        torch.arange(40) % 2,
+        torch.randperm(40, generator=seeded(1)),
+    )
     first = select(scores, [(labels == c).nonzero().flatten() for c in range(2)], 3)
     moved = select(scores[order], [(labels[order] == c).nonzero().flatten() for c in range(2)], 3)
     assert torch.equal(first, order[moved])
@@ -106,7 +115,9 @@ def test_a_class_with_too_few_images_repeats_them_and_counts_stay_equal():
 def test_cutting_what_was_combined_gives_the_small_images_back(size: tuple[int, int]):
     images = torch.rand(2 * 4 * 3, 3, *size, generator=seeded())  # 2 classes, 12 ranks, 3 stored images each
     tiles = cut(combine(images, 3, 2), 2)
-    expected = resized(images, 2).view(2, 4, 3, 3, -(-size[0] // 2), -(-size[1] // 2))  # class, tile, image: rank = tile * 3 + image
+    expected = resized(images, 2).view(
+        2, 4, 3, 3, -(-size[0] // 2), -(-size[1] // 2)
+    )  # class, tile, image: rank = tile * 3 + image
     assert torch.equal(tiles.view(2, 3, 4, *tiles.shape[2:]), expected.transpose(1, 2))
     with pytest.raises(UserError, match="cannot be stored"):
         combine(images[:-1], 3, 2)
@@ -137,7 +148,9 @@ def test_crop_boxes_lie_inside_with_the_areas_and_ratios_that_were_asked_for():
 
 def test_a_crop_of_everything_is_the_image_and_mirroring_mirrors():
     x = torch.rand(1, 2, 6, 6).repeat(8, 1, 1, 1)
-    whole = views(x, 1, (6, 6), seeded(), area=1.0, flip=0.0)  # an area of all of it fits only where the ratio is near 1; else the whole is taken
+    whole = views(
+        x, 1, (6, 6), seeded(), area=1.0, flip=0.0
+    )  # an area of all of it fits only where the ratio is near 1; else the whole is taken
     assert any(torch.allclose(v, x[0], atol=1e-4) for v in whole)
     plain, mirrored = (views(x, 1, (6, 6), seeded(), flip=f) for f in (0.0, 1.0))
     assert torch.allclose(plain.flip(-1), mirrored, atol=1e-5)
@@ -147,8 +160,14 @@ def test_mixing_leaves_the_clean_batch_alone_and_top_k_labels_are_probabilities(
     x = torch.rand(4, 3, 8, 8)
     kept = x.clone()
     out = cutmix(x, torch.tensor([1, 2, 3, 0]), (2, 3, 5, 8))
-    assert torch.equal(x, kept) and torch.equal(out[0, :, 2:5, 3:8], x[1, :, 2:5, 3:8]) and torch.equal(out[0, :, :2], x[0, :, :2])
-    assert torch.equal(mixed(x, "cutmix", None, "k", 1), mixed(x, "cutmix", None, "k", 1)) and torch.equal(mixed(x, "none", None, "k"), x)
+    assert (
+        torch.equal(x, kept)
+        and torch.equal(out[0, :, 2:5, 3:8], x[1, :, 2:5, 3:8])
+        and torch.equal(out[0, :, :2], x[0, :, :2])
+    )
+    assert torch.equal(mixed(x, "cutmix", None, "k", 1), mixed(x, "cutmix", None, "k", 1)) and torch.equal(
+        mixed(x, "none", None, "k"), x
+    )
     z = 100 * torch.randn(5, 6)
     assert torch.allclose(top_k_labels(z, 2).sum(-1), torch.ones(5)) and torch.equal(top_k_labels(z, 6), z.softmax(-1))
     logits = torch.randn(5, 6, requires_grad=True)
@@ -167,7 +186,9 @@ def test_a_run_stores_equal_classes_and_reports_the_random_subset(tmp_path: Path
     assert torch.bincount(made.labels).tolist() == [2] * 10 and made.bounded
     images, labels = made.training_images()
     assert images.shape == (80, 1, 8, 8) and torch.equal(labels[:4], made.labels[:1].expand(4))
-    assert {"accuracy_random", "improvement_over_random", "class_count_spread"} <= set(figures) and figures["class_count_spread"] == 0
+    assert {"accuracy_random", "improvement_over_random", "class_count_spread"} <= set(figures) and figures[
+        "class_count_spread"
+    ] == 0
     assert made.made_by["hardness"] == "easy"
 
 
@@ -185,7 +206,9 @@ def test_scores_over_epochs_choose_easier_images_than_average(score: str, tmp_pa
 def test_a_scoring_that_was_cut_off_ends_with_the_same_margins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     from stillhouse.methods.datasets.pca import scores
 
-    config = validate(tree(scorer={"score": "aum", "train": {"epochs": 4, "batch_size": 50, "checkpoint_seconds": 0, "log_every": 1}}))
+    config = validate(
+        tree(scorer={"score": "aum", "train": {"epochs": 4, "batch_size": 50, "checkpoint_seconds": 0, "log_every": 1}})
+    )
     monkeypatch.setenv("STILLHOUSE_CACHE", str(tmp_path / "one"))
     execute(config, tmp_path / "whole", cpu=True)
 
@@ -207,7 +230,11 @@ def test_a_scoring_that_was_cut_off_ends_with_the_same_margins(tmp_path: Path, m
 
 @pytest.mark.filterwarnings("ignore:pca")
 def test_random_and_ungridded_is_the_baseline_itself(tmp_path: Path):
-    figures = execute(validate(tree(hardness="random", grid=1, evaluate={"networks": 1, "epochs": 2, "batch_size": 10})), tmp_path / "run", cpu=True)
+    figures = execute(
+        validate(tree(hardness="random", grid=1, evaluate={"networks": 1, "epochs": 2, "batch_size": 10})),
+        tmp_path / "run",
+        cpu=True,
+    )
     assert figures["stored_images"] == 20 and 0 <= figures["accuracy"] <= 1
 
 

@@ -1,4 +1,5 @@
-"""Half-precision checkpoints: students train in float32, frozen teachers stay as they are and teach students of any precision."""
+"""Half-precision checkpoints: students train in float32, frozen teachers stay as they are and teach students of any
+precision."""
 
 from __future__ import annotations
 
@@ -44,7 +45,9 @@ def moved(before: dict[str, Tensor], after: dict[str, Tensor]) -> float:
 def test_a_half_precision_teacher_teaches_by_logits_and_features(half: torch.dtype, precision: str) -> None:
     teacher, student = Conv(8).to(half), Conv(4)
     objectives = ["ce", "kd", "nd", {"name": "fitnet"}, {"name": "rkd"}]
-    stillhouse.distill(teacher, student, IMAGES, objectives, train={"epochs": 1, "precision": precision}, progress=False)
+    stillhouse.distill(
+        teacher, student, IMAGES, objectives, train={"epochs": 1, "precision": precision}, progress=False
+    )
     assert {p.dtype for p in teacher.parameters()} == {half}
     assert all(p.isfinite().all() and p.dtype == torch.float32 for p in student.parameters())
 
@@ -72,18 +75,30 @@ def test_inputs_of_another_precision_are_read(tmp_path: Path) -> None:
         stillhouse.distill(Conv(8), Conv(4), data, ["ce", "kd"], val_loader=data, train={"epochs": 1}, progress=False)
 
 
-# ---- recipes -------------------------------------------------------------------------------------------------------------------------------
+# ---- recipes ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(params=HALF, ids=str)
 def saved(request: Any, tmp_path: Path) -> tuple[Path, Path]:
-    """A transformers folder and a state dict as timm and torch save it, both in half precision, of networks for the digits."""
+    """A transformers folder and a state dict as timm and torch save it, both in half precision, of networks for the
+    digits."""
     transformers = pytest.importorskip("transformers")
     torch.manual_seed(0)
-    sizes = {"hidden_size": 8, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 16, "patch_size": 4, "image_size": 8}
-    vit = transformers.ViTForImageClassification(transformers.ViTConfig(**sizes, num_channels=1, num_labels=10)).to(request.param)
+    sizes = {
+        "hidden_size": 8,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "intermediate_size": 16,
+        "patch_size": 4,
+        "image_size": 8,
+    }
+    vit = transformers.ViTForImageClassification(transformers.ViTConfig(**sizes, num_channels=1, num_labels=10)).to(
+        request.param
+    )
     vit.save_pretrained(tmp_path / "folder")
-    mlp = stillhouse.models.build(stillhouse.config.specs.ModelSpec(model="stillhouse:mlp", options={"widths": [12]}), 10, (1, 8, 8))
+    mlp = stillhouse.models.build(
+        stillhouse.config.specs.ModelSpec(model="stillhouse:mlp", options={"widths": [12]}), 10, (1, 8, 8)
+    )
     torch.save({"state_dict": mlp.to(request.param).state_dict()}, tmp_path / "weights.pt")
     return tmp_path / "folder", tmp_path / "weights.pt"
 
@@ -91,7 +106,13 @@ def saved(request: Any, tmp_path: Path) -> tuple[Path, Path]:
 def run(folder: Path, **tree: Any) -> Any:
     train = {"epochs": 1, "batch_size": 32, "optimizer": ADAMW}
     config = recipe.validate(
-        {"data": {"name": "digits", "size": 128}, "objectives": ["ce", "kd", "nd"], "evaluate": ["accuracy"], "train": train, **tree}
+        {
+            "data": {"name": "digits", "size": 128},
+            "objectives": ["ce", "kd", "nd"],
+            "evaluate": ["accuracy"],
+            "train": train,
+            **tree,
+        }
     )
     execute(config, folder, cpu=True)
     return load_product(folder).module
@@ -111,7 +132,9 @@ def test_saved_students_train_in_float32_and_saved_teachers_teach(saved: tuple[P
 def test_a_recipe_may_ask_for_a_students_precision(saved: tuple[Path, Path], tmp_path: Path) -> None:
     folder, weights = saved
     teacher = {"model": "stillhouse:mlp", "options": {"widths": [12]}, "checkpoint": str(weights)}
-    product = run(tmp_path / "run", teacher=teacher, student={"model": f"hf:{folder}", "options": {"dtype": "bfloat16"}})
+    product = run(
+        tmp_path / "run", teacher=teacher, student={"model": f"hf:{folder}", "options": {"dtype": "bfloat16"}}
+    )
     assert {p.dtype for p in product.parameters()} == {torch.bfloat16}
     with pytest.raises(UserError, match=r"options\.dtype 'bfloat'.*did you mean 'bfloat16'"):
         run(tmp_path / "other", teacher=teacher, student={"model": f"hf:{folder}", "options": {"dtype": "bfloat"}})
@@ -123,7 +146,7 @@ def _state(folder: Path) -> dict[str, Tensor]:
     return AutoModelForImageClassification.from_pretrained(folder).state_dict()
 
 
-# ---- language models and other trainers ----------------------------------------------------------------------------------------------------
+# ---- language models and other trainers ------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("half", HALF, ids=str)
@@ -132,14 +155,16 @@ def test_a_half_precision_language_model_teaches(half: torch.dtype, chunked: boo
     transformers = pytest.importorskip("transformers")
 
     def gpt(width: int) -> nn.Module:
-        return transformers.GPT2LMHeadModel(transformers.GPT2Config(vocab_size=50, n_embd=width, n_layer=1, n_head=2, n_positions=32))
+        return transformers.GPT2LMHeadModel(
+            transformers.GPT2Config(vocab_size=50, n_embd=width, n_layer=1, n_head=2, n_positions=32)
+        )
 
     ids = torch.randint(50, (4, 9))
     batch = {"input": {"input_ids": ids[:, :-1]}, "label": ids[:, 1:]}
     student, teacher = gpt(8), gpt(16).to(half)
-    module = stillhouse.Distillation(student, teacher, ["ce", {"name": "gkd", "weight": 1.0}], task=Tokens("causal", 50), chunked=chunked).build(
-        batch
-    )
+    module = stillhouse.Distillation(
+        student, teacher, ["ce", {"name": "gkd", "weight": 1.0}], task=Tokens("causal", 50), chunked=chunked
+    ).build(batch)
     terms = module.train()(batch, stillhouse.Progress())
     terms["loss"].backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in student.parameters())
@@ -156,13 +181,20 @@ def test_other_trainers_train_half_precision_students_in_float32(tmp_path: Path)
             return {"logits": super().forward(pixel_values)}
 
     student = Named(4).to(torch.bfloat16)
-    quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "enable_checkpointing": False}
+    quiet = {
+        "logger": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "enable_checkpointing": False,
+    }
     loader = torch.utils.data.DataLoader(IMAGES, batch_size=None)
     module = DistillationModule(student, Conv(8).to(torch.bfloat16), optimizer={"lr": 1e-5})
     lightning.Trainer(accelerator="cpu", max_epochs=1, default_root_dir=str(tmp_path), **quiet).fit(module, loader)
     assert {p.dtype for p in student.parameters()} == {torch.float32}
     student = Named(4).to(torch.float16)
-    arguments = transformers.TrainingArguments(str(tmp_path), report_to=[], disable_tqdm=True, use_cpu=True, save_strategy="no", num_train_epochs=1)
+    arguments = transformers.TrainingArguments(
+        str(tmp_path), report_to=[], disable_tqdm=True, use_cpu=True, save_strategy="no", num_train_epochs=1
+    )
     rows = [{"pixel_values": x, "labels": int(y)} for batch in IMAGES for x, y in zip(*batch)]
     DistillationTrainer(student, arguments, train_dataset=rows, teachers=Named(8).to(torch.float16)).train()
     assert all(p.dtype == torch.float32 and p.isfinite().all() for p in student.parameters())

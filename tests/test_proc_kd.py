@@ -23,7 +23,10 @@ def vit(classes: int, dim: int = 16, depth: int = 3, patch: int = 4) -> nn.Modul
 
 
 def batch() -> dict[str, Tensor]:
-    return {"input": torch.randn(4, *SHAPE, generator=torch.Generator().manual_seed(0)), "label": torch.tensor([0, 1, 2, 4])}
+    return {
+        "input": torch.randn(4, *SHAPE, generator=torch.Generator().manual_seed(0)),
+        "label": torch.tensor([0, 1, 2, 4]),
+    }
 
 
 def built(student: nn.Module, teacher: nn.Module, **options: object) -> Distillation:

@@ -1,4 +1,5 @@
-"""Processes that train together stop together, and what a run leaves behind when it is stopped, killed or started twice."""
+"""Processes that train together stop together, and what a run leaves behind when it is stopped, killed or started
+twice."""
 
 from __future__ import annotations
 
@@ -39,10 +40,21 @@ def start(world: int, arguments: list[str], cache: Path) -> list[subprocess.Pope
         port = s.getsockname()[1]
     started = []
     for rank in range(world):
-        launcher = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port} if world > 1 else {}
-        environment = {**os.environ, "STILLHOUSE_CACHE": str(cache), "OMP_NUM_THREADS": "1", **{k: str(v) for k, v in launcher.items()}}
+        launcher = (
+            {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+            if world > 1
+            else {}
+        )
+        environment = {
+            **os.environ,
+            "STILLHOUSE_CACHE": str(cache),
+            "OMP_NUM_THREADS": "1",
+            **{k: str(v) for k, v in launcher.items()},
+        }
         command = [sys.executable, "-m", "stillhouse", *arguments]
-        started.append(subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True))
+        started.append(
+            subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        )
     return started
 
 
@@ -71,10 +83,17 @@ def test_a_signal_to_one_process_ends_all(what: signal.Signals, recipe_file: Any
     processes[1].send_signal(what)
     (code, text), (other, _) = ended(processes, 60)
     if what == signal.SIGKILL:
-        assert (code, other) == (2, -9) and "Another process of this training has ended" in text and "Traceback" not in text
+        assert (
+            (code, other) == (2, -9)
+            and "Another process of this training has ended" in text
+            and "Traceback" not in text
+        )
     else:
         assert code == other == 130, text
-    assert torch.load(folder / "checkpoints" / "student.pt", weights_only=True)["done"] > 0 and not (folder / ".lock").exists()
+    assert (
+        torch.load(folder / "checkpoints" / "student.pt", weights_only=True)["done"] > 0
+        and not (folder / ".lock").exists()
+    )
 
 
 def test_products_whose_judge_trains_are_judged_by_two_processes(tmp_path: Path) -> None:
@@ -110,7 +129,9 @@ def test_a_folder_that_is_refused_is_left_as_it_was(recipe_file: Any, tmp_path: 
     assert [p.name for p in (tmp_path / "mine").iterdir()] == ["notes.txt"]
 
 
-def test_a_finished_run_whose_report_failed_makes_its_report(recipe_file: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_finished_run_whose_report_failed_makes_its_report(
+    recipe_file: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     config, folder = recipe.load(recipe_file(SHORT)), tmp_path / "run"
 
     def fails(folder: Path) -> None:
@@ -137,7 +158,11 @@ def test_files_have_the_users_mode_and_leftovers_are_swept(tmp_path: Path) -> No
     assert stat.S_IMODE((tmp_path / "a.safetensors").stat().st_mode) == 0o640
     gone = subprocess.Popen([sys.executable, "-c", ""])
     gone.wait()
-    names = {"old": f".b.txt.{gone.pid}.partial", "young": f".b.txt.{gone.pid + 100000}.partial", "alive": f".b.txt.{os.getppid()}.partial"}
+    names = {
+        "old": f".b.txt.{gone.pid}.partial",
+        "young": f".b.txt.{gone.pid + 100000}.partial",
+        "alive": f".b.txt.{os.getppid()}.partial",
+    }
     for name in names.values():
         (tmp_path / name).touch()
     for name in (names["old"], names["alive"]):
@@ -174,6 +199,10 @@ def test_a_comparison_ends_its_children(recipe_file: Any, tmp_path: Path) -> Non
     ],
 )
 def test_wrong_types_get_a_sentence(given: dict[str, Any], message: str) -> None:
-    right = {"teacher": nn.Linear(4, 3), "student": nn.Linear(4, 3), "train_loader": [(torch.ones(2, 4), torch.tensor([0, 1]))]}
+    right = {
+        "teacher": nn.Linear(4, 3),
+        "student": nn.Linear(4, 3),
+        "train_loader": [(torch.ones(2, 4), torch.tensor([0, 1]))],
+    }
     with pytest.raises(UserError, match=message):
         stillhouse.distill(**{**right, **given}, progress=False)

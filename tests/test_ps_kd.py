@@ -66,7 +66,9 @@ def test_the_gradient_is_prediction_less_target() -> None:
     logits = torch.randn(6, 4, requires_grad=True)
     labels, past = torch.arange(6) % 4, torch.softmax(torch.randn(6, 4), 1)
     ps_kd_loss(logits, labels, past, 0.6).backward()
-    torch.testing.assert_close(logits.grad, (torch.softmax(logits, 1) - refined_targets(labels, past, 0.6)).detach() / 6)
+    torch.testing.assert_close(
+        logits.grad, (torch.softmax(logits, 1) - refined_targets(labels, past, 0.6)).detach() / 6
+    )
 
 
 def test_the_first_epoch_trains_on_labels_and_the_second_on_what_training_said() -> None:
@@ -108,7 +110,8 @@ def test_the_snapshot_is_the_network_of_the_last_epoch() -> None:
     sgd = torch.optim.SGD(module.student.parameters(), 0.1)
     objective.begin_epoch(Here(module.student))
     torch.testing.assert_close(
-        epoch(module, sgd, batch, 0, 2), F.cross_entropy(nn.functional.linear(batch["input"], *objective.snapshot.parameters()), batch["label"])
+        epoch(module, sgd, batch, 0, 2),
+        F.cross_entropy(nn.functional.linear(batch["input"], *objective.snapshot.parameters()), batch["label"]),
     )
     objective.begin_epoch(Here(module.student))
     epoch(module, sgd, batch, 1, 3)  # a step inside the epoch leaves the snapshot alone
@@ -127,7 +130,9 @@ def test_mixed_labels_and_wrong_options_get_a_sentence() -> None:
     with pytest.raises(UserError, match=r"alpha.*1\.2"):
         PSKD(1.2)
     with pytest.raises(UserError, match="index"):
-        Distillation(nn.Linear(5, 4), module.teachers["teacher"], [PSKD()]).build({k: v for k, v in batch.items() if k != "index"})
+        Distillation(nn.Linear(5, 4), module.teachers["teacher"], [PSKD()]).build(
+            {k: v for k, v in batch.items() if k != "index"}
+        )
 
 
 def test_a_perfect_ranking_has_no_excess_risk() -> None:

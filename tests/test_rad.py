@@ -1,4 +1,5 @@
-"""RAD: the closed form is the game's optimum, batches keep its guarantee, the rules see only what they may, and the loop spends its budget exactly."""
+"""RAD: the closed form is the game's optimum, batches keep its guarantee, the rules see only what they may, and the
+loop spends its budget exactly."""
 
 from __future__ import annotations
 
@@ -12,7 +13,15 @@ from scipy.optimize import linprog
 from stillhouse.config.specs import DataSpec, ModelSpec
 from stillhouse.data import load
 from stillhouse.errors import UserError
-from stillhouse.methods.classification.rad.game import draw, exact_marginals, gains, guaranteed, marginals, solve, solve_relative
+from stillhouse.methods.classification.rad.game import (
+    draw,
+    exact_marginals,
+    gains,
+    guaranteed,
+    marginals,
+    solve,
+    solve_relative,
+)
 from stillhouse.methods.classification.rad.method import BudgetedTeacher, least_sure_shuffled
 from stillhouse.methods.classification.rad.queries import RULES, Pool
 from stillhouse.models import build
@@ -66,7 +75,9 @@ def test_the_adversary_is_indifferent_on_the_support_and_no_other_sampling_does_
     assert products == pytest.approx(products[0], rel=1e-12) and found.support == len(products) > 20
     assert found.probs.sum() == pytest.approx(1, abs=1e-12)
     r = np.random.default_rng(1)
-    others = [r.dirichlet(np.ones(60)) for _ in range(50)] + [0.95 * found.probs + 0.05 * r.dirichlet(np.ones(60)) for _ in range(50)]
+    others = [r.dirichlet(np.ones(60)) for _ in range(50)] + [
+        0.95 * found.probs + 0.05 * r.dirichlet(np.ones(60)) for _ in range(50)
+    ]
     assert max(guaranteed(p, g, 40) for p in others) < found.value
 
 
@@ -81,7 +92,9 @@ def test_limits_of_a_perfect_teacher_equal_gains_and_a_hopeless_teacher():
 def test_the_solution_does_not_depend_on_scale_or_order():
     g, order = drawn(), np.random.default_rng(2).permutation(60)
     found = solve(g, 40)
-    assert solve(3 * g, 40).probs == pytest.approx(found.probs) and solve(3 * g, 40).value == pytest.approx(3 * found.value)
+    assert solve(3 * g, 40).probs == pytest.approx(found.probs) and solve(3 * g, 40).value == pytest.approx(
+        3 * found.value
+    )
     assert solve(g[order], 40).probs == pytest.approx(found.probs[order])
 
 
@@ -95,12 +108,20 @@ def test_zero_gains_neither_explode_nor_are_asked_about():
 def test_ties_are_broken_by_the_seed_and_not_by_the_order_of_the_data():
     g = np.ones(50)
     assert len({solve(g, 50, np.random.default_rng(s)).probs.argmax() for s in range(8)}) > 1
-    assert solve(g, 50, np.random.default_rng(0)).probs.argmax() == solve(g, 50, np.random.default_rng(0)).probs.argmax()
+    assert (
+        solve(g, 50, np.random.default_rng(0)).probs.argmax() == solve(g, 50, np.random.default_rng(0)).probs.argmax()
+    )
 
 
 @pytest.mark.parametrize(
     ("gain", "correct", "says"),
-    [(-G, 2, "not negative"), (G * np.nan, 2, "finite"), (G, 0, "between 1 and 5"), (G, 6, "between 1 and 5"), (np.zeros(0), 1, "at least one")],
+    [
+        (-G, 2, "not negative"),
+        (G * np.nan, 2, "finite"),
+        (G, 0, "between 1 and 5"),
+        (G, 6, "between 1 and 5"),
+        (np.zeros(0), 1, "at least one"),
+    ],
 )
 def test_impossible_games_are_refused(gain: np.ndarray, correct: int, says: str):
     with pytest.raises(UserError, match=says):
@@ -160,7 +181,10 @@ def test_margin_takes_the_largest_gains_and_the_coreset_spreads():
     view, r = pool(), np.random.default_rng(0)
     taken = RULES["margin"](view, 15, r, "margin", False).points
     assert gains(view.probs)[taken].min() >= np.sort(gains(view.probs))[-15]
-    spread, chance = (np.linalg.norm(view.embedding[RULES[n](view, 15, r, "margin", False).points], axis=1).mean() for n in ("coreset", "uniform"))
+    spread, chance = (
+        np.linalg.norm(view.embedding[RULES[n](view, 15, r, "margin", False).points], axis=1).mean()
+        for n in ("coreset", "uniform")
+    )
     assert spread > chance
 
 
@@ -200,7 +224,9 @@ def recipe(**changes: object) -> dict:
 
 
 @pytest.mark.parametrize("query", ["rad", "unixkd", "coreset"])
-def test_a_run_asks_each_question_once_and_keeps_them_with_its_student(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, query: str):
+def test_a_run_asks_each_question_once_and_keeps_them_with_its_student(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, query: str
+):
     monkeypatch.setenv("STILLHOUSE_CACHE", str(tmp_path / "cache"))
     figures = execute(validate(recipe(query=query, corrupt=0.2)), tmp_path / "run", cpu=True)
     product = load_product(tmp_path / "run")

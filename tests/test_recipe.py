@@ -94,7 +94,9 @@ def test_a_missing_file_and_broken_yaml_are_one_sentence(recipe_file, tmp_path: 
 
 def test_the_schema_knows_every_objective_and_its_options():
     schema = recipe_schema()
-    shapes = {s["properties"]["name"]["const"]: s for s in schema["$defs"]["ObjectiveSpec"]["anyOf"] if "properties" in s}
+    shapes = {
+        s["properties"]["name"]["const"]: s for s in schema["$defs"]["ObjectiveSpec"]["anyOf"] if "properties" in s
+    }
     assert "temperature" in shapes["kd"]["properties"] and "weight" in shapes["kd"]["properties"]
     assert {"ce", "kd", "nkd", "uskd", "pld", "nd"} <= set(shapes)
     assert shapes["kd"]["additionalProperties"] is False

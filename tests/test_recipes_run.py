@@ -1,4 +1,5 @@
-"""Every recipe in recipes/ validates in all its variants, and its smoke variant runs end to end and leaves a product that loads."""
+"""Every recipe in recipes/ validates in all its variants, and its smoke variant runs end to end and leaves a product
+that loads."""
 
 from __future__ import annotations
 
@@ -31,7 +32,9 @@ def test_all_variants_validate(path: Path):
 @pytest.mark.parametrize("path", RECIPES, ids=lambda p: p.stem)
 def test_the_smoke_variant_runs_and_leaves_a_product_that_loads(path: Path, tmp_path: Path):
     config = recipe.load(path, "smoke")
-    needs_files = [name for name in ("cifar10", "tu:", "planetoid:", "cpf:", "sst2", "shakespeare") if name in recipe.dump(config)]
+    needs_files = [
+        name for name in ("cifar10", "tu:", "planetoid:", "cpf:", "sst2", "shakespeare") if name in recipe.dump(config)
+    ]
     if needs_files and not os.environ.get("STILLHOUSE_DATA"):
         pytest.skip(f"STILLHOUSE_DATA is not set: no {needs_files[0].rstrip(':')} here")
     figures = execute(config, tmp_path / "run", cpu=True)

@@ -1,4 +1,5 @@
-"""What SRe2L and its kin share: descents along a cosine that a second start does not repeat, one draw a batch, and real images read only when asked for."""
+"""What SRe2L and its kin share: descents along a cosine that a second start does not repeat, one draw a batch, and real
+images read only when asked for."""
 
 from __future__ import annotations
 
@@ -18,7 +19,11 @@ from stillhouse.synthetic.real import RealImages, RealRows
 DIGITS = {
     "data": {"name": "digits", "augment": "plain", "size": 200, "test_size": 100},
     "network": {"model": "stillhouse:convnet2", "options": {"width": 4}},
-    "teacher": {"model": "stillhouse:convnet2", "options": {"width": 4, "norm": "batch"}, "train": {"epochs": 1, "batch_size": 50}},
+    "teacher": {
+        "model": "stillhouse:convnet2",
+        "options": {"width": 4, "norm": "batch"},
+        "train": {"epochs": 1, "batch_size": 50},
+    },
     "ipc": 2,
     "evaluate": {"protocol": "soft", "networks": 1, "epochs": 1},
 }
@@ -57,7 +62,12 @@ def test_a_descent_that_is_done_is_not_repeated(tmp_path: Path):
 
 def test_costs_add_up_and_the_largest_iteration_counts():
     figures = (Cost(2.0, 10, 3_000_000) + Cost(1.0, 5, 1_000_000)).figures()
-    assert figures == {"distil_seconds": 3, "distil_iterations": 15, "distil_peak_mb": 3, "distil_seconds_per_iteration": 0.2}
+    assert figures == {
+        "distil_seconds": 3,
+        "distil_iterations": 15,
+        "distil_peak_mb": 3,
+        "distil_seconds_per_iteration": 0.2,
+    }
     assert "distil_seconds_per_iteration" not in Cost().figures()
 
 
@@ -84,7 +94,9 @@ def test_a_draw_reads_no_image_but_its_own():
 def test_images_read_when_asked_for_are_those_in_memory(tmp_path: Path):
     run = Run(tmp_path, CONFIG, cpu=True)
     rows, images = RealRows.of(run, CONFIG.data), RealImages.load(run, CONFIG.data)
-    assert images.images.shape == (200, 1, 8, 8) and torch.equal(rows.draw(3, generator("draw")), images.draw(3, generator("draw")))
+    assert images.images.shape == (200, 1, 8, 8) and torch.equal(
+        rows.draw(3, generator("draw")), images.draw(3, generator("draw"))
+    )
     assert torch.equal(rows.labels, images.labels) and rows.shape == images.shape == (1, 8, 8)
 
 

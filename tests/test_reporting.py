@@ -37,14 +37,24 @@ RESULTS = {
             "recipe": "kd.yaml",
             "variant": "ce",
             "seeds": [0, 1, 2],
-            "metrics": {"accuracy": [0.70, 0.72, 0.71], "ece": [0.1, 0.11, 0.12], "parameters": [272474] * 3, "train_seconds": [10, 11, 12]},
+            "metrics": {
+                "accuracy": [0.70, 0.72, 0.71],
+                "ece": [0.1, 0.11, 0.12],
+                "parameters": [272474] * 3,
+                "train_seconds": [10, 11, 12],
+            },
         },
         {
             "label": "KD",
             "recipe": "kd.yaml",
             "variant": None,
             "seeds": [0, 1, 2],
-            "metrics": {"accuracy": [0.72, 0.75, 0.72], "ece": [0.05, 0.04, 0.06], "parameters": [272474] * 3, "train_seconds": [13, 14, 15]},
+            "metrics": {
+                "accuracy": [0.72, 0.75, 0.72],
+                "ece": [0.05, 0.04, 0.06],
+                "parameters": [272474] * 3,
+                "train_seconds": [13, 14, 15],
+            },
         },
     ],
     "teacher": {"label": "big", "metrics": {"accuracy": 0.8, "parameters": 1e6, "ece": None}},
@@ -109,7 +119,10 @@ def test_one_seed_is_said_to_prove_little():
         ({"rows": []}, "no rows"),
         ({"baseline": "ce"}, "no row for the baseline 'ce'"),
         ({"primary": "acuracy"}, "did you mean 'accuracy'"),
-        ({"rows": [{"label": "CE", "seeds": [0, 1], "metrics": {"accuracy": [0.5]}}]}, "'accuracy' has 1 values for 2 seeds"),
+        (
+            {"rows": [{"label": "CE", "seeds": [0, 1], "metrics": {"accuracy": [0.5]}}]},
+            "'accuracy' has 1 values for 2 seeds",
+        ),
         ({"rows": [{"label": "CE", "seeds": [0], "metrics": {"accuracy": [None]}}]}, "no figure"),
     ],
 )
@@ -133,7 +146,9 @@ def test_names_are_shown_as_they_are_never_run(tmp_path: Path):
     evil = "</script><script>alert(1)</script><b>KD</b>"
     rows = copy.deepcopy(RESULTS["rows"])
     rows[1]["label"] = evil
-    html = html_of(write_comparison_report(results(rows=rows, title=evil, command=evil, device=evil), tmp_path / "c.html"))
+    html = html_of(
+        write_comparison_report(results(rows=rows, title=evil, command=evil, device=evil), tmp_path / "c.html")
+    )
     assert "<script>alert" not in html
     assert "<b>" not in html
     assert "&lt;script&gt;alert(1)&lt;/script&gt;" in html
@@ -148,7 +163,9 @@ def test_figures_of_other_tasks_are_compared_by_what_there_is(tmp_path: Path):
 
 def write_run(folder: Path) -> Path:
     (folder / "product").mkdir(parents=True)
-    (folder / "recipe.yaml").write_text("name: small <run>\nmethod: distillation\nseed: 3\nstudent: {model: stillhouse:resnet20}\n", encoding="utf-8")
+    (folder / "recipe.yaml").write_text(
+        "name: small <run>\nmethod: distillation\nseed: 3\nstudent: {model: stillhouse:resnet20}\n", encoding="utf-8"
+    )
     (folder / "environment.json").write_text(
         json.dumps(
             {
@@ -159,7 +176,9 @@ def write_run(folder: Path) -> Path:
             }
         )
     )
-    (folder / "evaluation.json").write_text(json.dumps({"accuracy": 0.7012, "parameters": 272474, "peer": {"accuracy": 0.5}}))
+    (folder / "evaluation.json").write_text(
+        json.dumps({"accuracy": 0.7012, "parameters": 272474, "peer": {"accuracy": 0.5}})
+    )
     (folder / "product" / "product.json").write_text(json.dumps({"kind": "student"}))
     (folder / "metrics.csv").write_text(
         "stage,epoch,step,loss,ce,kd,lr,val/accuracy\n"
@@ -243,10 +262,26 @@ def test_figures_are_shown_in_the_unit_a_reader_expects(name: str, value: float,
 def test_the_report_of_a_synthetic_set_shows_its_images_what_they_teach_and_what_they_cost(tmp_path: Path):
     folder = write_run(tmp_path / "run")
     classes = [f"kind{i}" for i in range(3)]
-    made = SyntheticSet(torch.randn(6, 3, 8, 8), torch.arange(3).repeat_interleave(2), classes, (0.5,) * 3, (0.2,) * 3, made_by={"method": "dm"})
+    made = SyntheticSet(
+        torch.randn(6, 3, 8, 8),
+        torch.arange(3).repeat_interleave(2),
+        classes,
+        (0.5,) * 3,
+        (0.2,) * 3,
+        made_by={"method": "dm"},
+    )
     made.save(folder / "product")
-    figures = {"accuracy": 0.4, "accuracy_std": 0.02, "accuracy_ResNet18": 0.25, "distil_seconds": 7.0, "distil_peak_mb": 24.0, "stored_images": 6.0}
-    (folder / "evaluation.json").write_text(json.dumps({**figures, "stored_mb": made.bytes / 1e6, "label_agreement": 0.9}))
+    figures = {
+        "accuracy": 0.4,
+        "accuracy_std": 0.02,
+        "accuracy_ResNet18": 0.25,
+        "distil_seconds": 7.0,
+        "distil_peak_mb": 24.0,
+        "stored_images": 6.0,
+    }
+    (folder / "evaluation.json").write_text(
+        json.dumps({**figures, "stored_mb": made.bytes / 1e6, "label_agreement": 0.9})
+    )
     html = html_of(write_run_report(folder))
     sheet = re.search(r'<img src="data:image/png;base64,([^"]+)"', html)
     assert base64.b64decode(sheet[1]) == (folder / "product" / "sheet.png").read_bytes()

@@ -19,7 +19,12 @@ MOMENTS = {
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_killed_run_resumes_to_the_same_weights_and_metrics(tmp_path: Path, workers: int):
-    done = subprocess.run([sys.executable, str(TRIAL), str(tmp_path), str(workers), MOMENTS[workers]], capture_output=True, text=True, timeout=600)
+    done = subprocess.run(
+        [sys.executable, str(TRIAL), str(tmp_path), str(workers), MOMENTS[workers]],
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
     log = (tmp_path / "log.txt").read_text() if (tmp_path / "log.txt").exists() else ""
     assert done.returncode == 0, done.stderr + log
     results = json.loads(done.stdout.splitlines()[-1])

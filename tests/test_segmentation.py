@@ -1,4 +1,5 @@
-"""Segmentation: images with masks as data, networks of two libraries read on the label's grid, judged by counts, shown, exported."""
+"""Segmentation: images with masks as data, networks of two libraries read on the label's grid, judged by counts, shown,
+exported."""
 
 from __future__ import annotations
 
@@ -67,7 +68,9 @@ def first(bundle, split: str, train: bool, count: int = 4):
 
 
 def test_image_and_mask_move_together(folder: Path):
-    bundle = load(scenes(folder, augment=[{"RandomCrop": {"size": [12, 16]}}, "RandomHorizontalFlip"], image_size=[12, 16]))
+    bundle = load(
+        scenes(folder, augment=[{"RandomCrop": {"size": [12, 16]}}, "RandomHorizontalFlip"], image_size=[12, 16])
+    )
     batch = first(bundle, "train", True)
     assert batch["input"].shape == (4, 3, 12, 16) and batch["label"].shape == (4, 12, 16)
     # a pixel's colour says its class: thing is the reddest, sky the bluest
@@ -82,7 +85,10 @@ def test_a_batch_is_a_function_of_its_key(folder: Path):
     key = BatchKey(3, np.array([5, 1, 6, 2]), 1, 3)
     alone = [data.batch(BatchKey(3, np.array([i]), 0, 1), 7) for i in (1, 6)]
     together = data.batch(key, 7)
-    assert torch.equal(together["input"], torch.cat([b["input"] for b in alone])) and together["index"].tolist() == [1, 6]
+    assert torch.equal(together["input"], torch.cat([b["input"] for b in alone])) and together["index"].tolist() == [
+        1,
+        6,
+    ]
     assert not torch.equal(together["input"], data.batch(BatchKey(4, key.indices, 1, 3), 7)["input"])
 
 
@@ -103,7 +109,9 @@ def test_classes_never_appear_by_resizing(folder: Path):
     ],
 )
 def test_mistakes_get_a_sentence(folder: Path, change: dict, sentence: str):
-    spec = DataSpec.model_validate({"name": f"masks:{folder}", "options": {"classes": CLASSES, "ignore": 255}, **change})
+    spec = DataSpec.model_validate(
+        {"name": f"masks:{folder}", "options": {"classes": CLASSES, "ignore": 255}, **change}
+    )
     with pytest.raises(UserError, match=sentence):
         first(load(spec), "train", False)
 
@@ -139,14 +147,18 @@ def test_the_meter_counts_as_torchmetrics_does():
     meter, right, total = SegmentationMeter(CLASSES, GROUPS), 0, 0
     for _ in range(3):
         logits = torch.randn(2, 6, 7, 3, generator=draw)
-        label = torch.randint(0, 3, (2, 6, 7), generator=draw).masked_fill(torch.rand(2, 6, 7, generator=draw) < 0.3, IGNORE)
+        label = torch.randint(0, 3, (2, 6, 7), generator=draw).masked_fill(
+            torch.rand(2, 6, 7, generator=draw) < 0.3, IGNORE
+        )
         meter.add({"label": label}, Signals(logits=logits))
         theirs.update(logits.argmax(-1), label)
         right, total = right + int((logits.argmax(-1) == label).sum()), total + int((label != IGNORE).sum())
     figures = meter.figures()
     per_class = [figures[f"iou_{c}"] for c in CLASSES]
     assert per_class == pytest.approx(theirs.compute().tolist(), abs=1e-6)
-    assert figures["miou"] == pytest.approx(sum(per_class) / 3) and figures["pixel_accuracy"] == pytest.approx(right / total)
+    assert figures["miou"] == pytest.approx(sum(per_class) / 3) and figures["pixel_accuracy"] == pytest.approx(
+        right / total
+    )
 
 
 def test_a_class_that_never_occurs_does_not_count():
@@ -171,7 +183,11 @@ def run(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
                 "train": {"epochs": 1, "batch_size": 4, "optimizer": {"name": "adamw", "lr": 1e-3}},
             },
             "student": {"model": "hf:config:segformer", "options": SEGFORMER},
-            "objectives": ["ce", "kd", {"name": "fitnet", "student_layer": "stage:2", "teacher_layer": "stage:2", "weight": 1}],
+            "objectives": [
+                "ce",
+                "kd",
+                {"name": "fitnet", "student_layer": "stage:2", "teacher_layer": "stage:2", "weight": 1},
+            ],
             "train": {"epochs": 2, "batch_size": 4, "optimizer": {"name": "adamw", "lr": 1e-3}},
         }
     )

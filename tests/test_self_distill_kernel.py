@@ -1,4 +1,5 @@
-"""Kernel self-distillation: recursion, spectral form and limit agree, the best weight is the best, and both kinds of chain run from a recipe."""
+"""Kernel self-distillation: recursion, spectral form and limit agree, the best weight is the best, and both kinds of
+chain run from a recipe."""
 
 from __future__ import annotations
 
@@ -27,7 +28,20 @@ from stillhouse.runs.recipe import validate
 
 X = torch.linspace(0, 1, 11, dtype=torch.float64)[:, None]
 Y = torch.tensor(
-    [0.384766, 1.233397, 1.332322, 0.692016, -0.297561, -0.241893, -0.796448, -0.961648, -0.496725, -0.346907, 0.558951], dtype=torch.float64
+    [
+        0.384766,
+        1.233397,
+        1.332322,
+        0.692016,
+        -0.297561,
+        -0.241893,
+        -0.796448,
+        -0.961648,
+        -0.496725,
+        -0.346907,
+        0.558951,
+    ],
+    dtype=torch.float64,
 )
 GRID = torch.linspace(0, 1, 101, dtype=torch.float64)[:, None]
 
@@ -140,7 +154,11 @@ def test_duplicate_points_and_one_dimensional_targets_come_back_as_they_are():
 
 def test_the_loss_between_labels_and_teacher_is_linear_in_the_weight():
     g = torch.Generator().manual_seed(0)
-    logits, before, labels = torch.randn(6, 5, generator=g), torch.randn(6, 5, generator=g).softmax(-1), torch.arange(6) % 5
+    logits, before, labels = (
+        torch.randn(6, 5, generator=g),
+        torch.randn(6, 5, generator=g).softmax(-1),
+        torch.arange(6) % 5,
+    )
     zero, one, half = (weighted_targets_loss(logits, labels, before, a) for a in (0.0, 1.0, 0.5))
     assert half.item() == pytest.approx((zero + one).item() / 2)
     assert torch.equal(one, weighted_targets_loss(logits, labels, None, 0.3)) and zero.item() == pytest.approx(

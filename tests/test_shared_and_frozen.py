@@ -88,7 +88,9 @@ def test_frozen_batch_norm_stays_frozen(freeze: Callable[[nn.Module], None]) -> 
     freeze(student.body[1])
     before, moved = student.body[1].running_mean.clone(), student.body[3].running_mean.clone()
     validation = [(torch.randn(4, 5), torch.arange(4) % 3)]  # evaluation and training mode take turns
-    stillhouse.distill(Net(body()), student, DATA, ["ce", "kd"], val_loader=validation, train={**TRAIN, "epochs": 3}, progress=False)
+    stillhouse.distill(
+        Net(body()), student, DATA, ["ce", "kd"], val_loader=validation, train={**TRAIN, "epochs": 3}, progress=False
+    )
     assert torch.equal(student.body[1].running_mean, before)
     assert not torch.equal(student.body[3].running_mean, moved)
 
@@ -103,7 +105,9 @@ def test_a_student_in_evaluation_mode_is_trained() -> None:
 def test_frozen_batch_norm_takes_batches_of_one() -> None:
     student = Net(body())
     student.body[1].requires_grad_(False)
-    loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(torch.randn(4, 5), torch.arange(4) % 3), batch_size=1)
+    loader = torch.utils.data.DataLoader(
+        torch.utils.data.TensorDataset(torch.randn(4, 5), torch.arange(4) % 3), batch_size=1
+    )
     stillhouse.distill(Net(body()), student, loader, ["ce", "kd"], train=TRAIN, progress=False)
 
 
@@ -124,9 +128,16 @@ def test_frozen_batch_norm_stays_frozen_under_other_trainers(tmp_path: Path) -> 
             warnings.simplefilter("ignore")
             if use == "lightning":
                 module = DistillationModule(student, Net(body()), optimizer={"lr": 0.1})
-                quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "enable_checkpointing": False}
+                quiet = {
+                    "logger": False,
+                    "enable_progress_bar": False,
+                    "enable_model_summary": False,
+                    "enable_checkpointing": False,
+                }
                 loader = torch.utils.data.DataLoader(DATA, batch_size=None)
-                lightning.Trainer(accelerator="cpu", max_epochs=2, default_root_dir=str(tmp_path), **quiet).fit(module, loader, loader)
+                lightning.Trainer(accelerator="cpu", max_epochs=2, default_root_dir=str(tmp_path), **quiet).fit(
+                    module, loader, loader
+                )
             else:
                 arguments = transformers.TrainingArguments(
                     str(tmp_path), report_to=[], disable_tqdm=True, use_cpu=True, save_strategy="no", num_train_epochs=2

@@ -1,4 +1,5 @@
-"""What networks say: probabilities in every form, taps that fire once or complain, and hooks that survive compilation, checkpointing and copies."""
+"""What networks say: probabilities in every form, taps that fire once or complain, and hooks that survive compilation,
+checkpointing and copies."""
 
 from __future__ import annotations
 
@@ -46,7 +47,7 @@ def hooks(*models: nn.Module) -> int:
     return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for model in models for m in model.modules())
 
 
-# ---- probabilities -------------------------------------------------------------------------------------------------------------------------
+# ---- probabilities ---------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 4.0])
@@ -108,7 +109,7 @@ class _Named(nn.Module):
         return a + b
 
 
-# ---- taps ----------------------------------------------------------------------------------------------------------------------------------
+# ---- taps ------------------------------------------------------------------------------------------------------------
 
 
 def test_a_tap_is_what_its_module_returns_and_in_is_what_it_gets() -> None:
@@ -168,7 +169,9 @@ def test_a_module_that_returns_several_things_is_tapped_at_its_first_tensor() ->
         first_tensor({"a": 1})
 
 
-@pytest.mark.parametrize("copy_of", [copy.deepcopy, lambda net: AveragedModel(net).module], ids=["deepcopy", "moving average"])
+@pytest.mark.parametrize(
+    "copy_of", [copy.deepcopy, lambda net: AveragedModel(net).module], ids=["deepcopy", "moving average"]
+)
 def test_a_copy_of_a_tapped_model_stays_silent(copy_of: Callable[[nn.Module], nn.Module]) -> None:
     net = Net()
     taps = Taps(net, ["layer1", "fc:in"])
@@ -180,7 +183,7 @@ def test_a_copy_of_a_tapped_model_stays_silent(copy_of: Callable[[nn.Module], nn
     assert got["layer1"] is mine and len(got["fc:in"]) == 8
 
 
-# ---- distillation with taps: compiled, checkpointed, closed --------------------------------------------------------------------------------
+# ---- distillation with taps: compiled, checkpointed, closed ----------------------------------------------------------
 
 
 def distillation(student: nn.Module, teacher: nn.Module) -> Distillation:
@@ -252,7 +255,9 @@ def test_timms_own_gradient_checkpointing_trains_a_tapped_block() -> None:
 
 def test_closing_leaves_no_hook_and_the_teachers_mode_as_it_was() -> None:
     student, teacher, other = Net(), Net(9, seed=1).train(), Net(9, seed=2).eval()
-    module = Distillation(student, {"teacher": Ensemble([Frozen(other)]), "wide": teacher}, [CrossEntropy(), KD(), _reading(ND(), "wide")])
+    module = Distillation(
+        student, {"teacher": Ensemble([Frozen(other)]), "wide": teacher}, [CrossEntropy(), KD(), _reading(ND(), "wide")]
+    )
     module.build(batch())
     assert not teacher.training and hooks(student) == 1 and hooks(teacher) == 1
     module.close()
@@ -269,7 +274,9 @@ def test_frozen_teachers_are_outside_the_module_and_learning_ones_inside() -> No
     before = {k: v.clone() for k, v in teacher.state_dict().items()}
     kd = KD(temperature=2.0)
     kd.teacher = kd.name = "own"
-    module = Distillation(student, {"teacher": teacher, "own": Momentum(0.5)}, [CrossEntropy(), KD(), kd]).build(batch())
+    module = Distillation(student, {"teacher": teacher, "own": Momentum(0.5)}, [CrossEntropy(), KD(), kd]).build(
+        batch()
+    )
     module.train()
     assert not teacher.training and not module.learning["own"].training
     assert {k.split(".")[0] for k in module.state_dict()} == {"student", "learning", "objectives"}
@@ -279,13 +286,17 @@ def test_frozen_teachers_are_outside_the_module_and_learning_ones_inside() -> No
     start = module.learning["own"].model.fc.weight.clone()
     module.after_step(batch(), Progress(), stepped=True)
     assert torch.allclose(module.learning["own"].model.fc.weight, (start + student.fc.weight) / 2)
-    assert all(torch.equal(before[k], v) for k, v in teacher.state_dict().items()) and all(p.grad is None for p in teacher.parameters())
+    assert all(torch.equal(before[k], v) for k, v in teacher.state_dict().items()) and all(
+        p.grad is None for p in teacher.parameters()
+    )
 
 
 def test_a_distillation_calls_each_network_once_a_batch() -> None:
     calls = []
     student, teacher = Net(), Net(9, seed=1)
-    module = Distillation(student, teacher, [CrossEntropy(), KD(), ND(), (FitNet("layer2", "layer2"), 1.0)]).build(batch())
+    module = Distillation(student, teacher, [CrossEntropy(), KD(), ND(), (FitNet("layer2", "layer2"), 1.0)]).build(
+        batch()
+    )
     for name, net in (("student", student), ("teacher", teacher)):
         net.register_forward_hook(lambda *_, name=name: calls.append(name))
     module(batch(), Progress())
@@ -302,7 +313,9 @@ def test_unlike_class_counts_are_told_before_training() -> None:
 def test_a_build_that_fails_says_why_whatever_the_teacher() -> None:
     past = PastSelf()
     past.start(batch()["label"], 4)
-    with pytest.raises(UserError, match="past-self teacher needs `index` in every batch, but the data gives only: input, label"):
+    with pytest.raises(
+        UserError, match="past-self teacher needs `index` in every batch, but the data gives only: input, label"
+    ):
         Distillation(Net(), past, [CrossEntropy(), KD()]).build(batch())
     unbuilt = Distillation(Net(), Momentum(0.9), [_reading(ND(), "other")])
     with pytest.raises(UserError, match="reads the teacher 'other'"):

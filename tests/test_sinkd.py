@@ -46,7 +46,9 @@ def test_a_large_epsilon_gives_the_mean_cost(logits) -> None:
     torch.testing.assert_close(plan, torch.full((N, N), 1 / N), rtol=1e-4, atol=1e-6)
 
 
-def test_logarithms_give_the_plan_of_the_plain_form_and_stand_a_tiny_epsilon(logits, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_logarithms_give_the_plan_of_the_plain_form_and_stand_a_tiny_epsilon(
+    logits, monkeypatch: pytest.MonkeyPatch
+) -> None:
     cost = sinkhorn_cost(logits[0].softmax(1), logits[1].softmax(1))
     plain = sinkhorn_plan(cost, 0.1)
     monkeypatch.setattr("stillhouse.objectives.sinkd.LOG_DOMAIN", 1.0)
@@ -146,7 +148,8 @@ def test_mistakes_are_said(logits) -> None:
 
 
 def test_training_with_the_term_brings_predictions_of_other_batches_nearer() -> None:
-    """Digits: a student with KD and the term against one with KD alone, by the distance from the teacher on images that neither saw."""
+    """Digits: a student with KD and the term against one with KD alone, by the distance from the teacher on images that
+    neither saw."""
     from sklearn.datasets import load_digits
 
     pixels, labels = load_digits(return_X_y=True)
@@ -173,6 +176,8 @@ def test_training_with_the_term_brings_predictions_of_other_batches_nearer() -> 
             return sum(objective(Signals(logits=z), Signals(logits=teacher(x[part])), {}, Progress()).values())
 
         student = trained([8], loss, 12)
-        return sum(sinkhorn_distance(student(x[part]), teacher(x[part])).item() for part in torch.arange(1000, 1768).split(64))
+        return sum(
+            sinkhorn_distance(student(x[part]), teacher(x[part])).item() for part in torch.arange(1000, 1768).split(64)
+        )
 
     assert distance(1.0) < 0.95 * distance(0.0)

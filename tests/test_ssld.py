@@ -89,7 +89,9 @@ def test_the_highest_scores_of_every_class_stay() -> None:
 
 def test_copies_and_mirrored_copies_of_test_images_are_found_and_others_are_not() -> None:
     images = torch.rand(40, 3, 16, 16)
-    pool = torch.cat([images[:3] * 0.9 + 0.05, images[3:5].flip(-1), torch.rand(20, 3, 16, 16), torch.full((1, 3, 16, 16), 0.5)])
+    pool = torch.cat(
+        [images[:3] * 0.9 + 0.05, images[3:5].flip(-1), torch.rand(20, 3, 16, 16), torch.full((1, 3, 16, 16), 0.5)]
+    )
     assert near_duplicates(pool, thumbnails(images), 0.98).tolist() == [True] * 5 + [False] * 21
 
 
@@ -97,9 +99,18 @@ def test_a_pool_is_normalised_as_the_target_is_and_gives_no_labels() -> None:
     target = load(DataSpec(name="digits", size=50))
     pool = load(DataSpec(name="digits", size=80, seed=3))
     pool.mean, pool.std = (0.5,), (0.2,)
-    joined = Joined([Part(target.dataset("train", train=False), np.arange(50), labelled=True), unlabelled(pool, target, train=False)])
+    joined = Joined(
+        [
+            Part(target.dataset("train", train=False), np.arange(50), labelled=True),
+            unlabelled(pool, target, train=False),
+        ]
+    )
     batch = next(iter(Loader(joined, 130)))
-    assert batch["label"][50:].eq(-1).all() and batch["label"][:50].ge(0).all() and torch.equal(batch["label"], joined.labels())
+    assert (
+        batch["label"][50:].eq(-1).all()
+        and batch["label"][:50].ge(0).all()
+        and torch.equal(batch["label"], joined.labels())
+    )
     grey = batch["input"] * 0.3762 + 0.3055
     assert grey.min() >= -1e-3 and grey.max() <= 1.001
     assert torch.equal(batch["index"], torch.arange(130))
@@ -108,7 +119,9 @@ def test_a_pool_is_normalised_as_the_target_is_and_gives_no_labels() -> None:
 def test_a_shuffled_join_gives_every_sample_once() -> None:
     target = load(DataSpec(name="digits", size=50))
     rows = np.array([4, 9, 11])
-    joined = Joined([Part(target.dataset("train", train=False), np.arange(50)), unlabelled(target, target, rows, train=False)])
+    joined = Joined(
+        [Part(target.dataset("train", train=False), np.arange(50)), unlabelled(target, target, rows, train=False)]
+    )
     alone = next(iter(Loader(joined, 53)))["input"]
     batches = list(Loader(joined, 10, seed=2, shuffle=True))
     index = torch.cat([b["index"] for b in batches])
@@ -151,4 +164,12 @@ def test_the_second_stage_has_a_hundredth_of_the_rate() -> None:
 
 def test_labels_with_a_pool_are_refused() -> None:
     with pytest.raises(ValueError, match="no labels for a pool"):
-        Config.model_validate({"data": "digits", "pool": "digits", "loss": "labels", "teacher": "stillhouse:mlp", "student": "stillhouse:mlp"})
+        Config.model_validate(
+            {
+                "data": "digits",
+                "pool": "digits",
+                "loss": "labels",
+                "teacher": "stillhouse:mlp",
+                "student": "stillhouse:mlp",
+            }
+        )

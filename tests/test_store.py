@@ -1,4 +1,5 @@
-"""A teacher's signals on disk: what is kept, that students learn from it as from the live teacher, and that nothing whole is lost or made twice."""
+"""A teacher's signals on disk: what is kept, that students learn from it as from the live teacher, and that nothing
+whole is lost or made twice."""
 
 from __future__ import annotations
 
@@ -68,13 +69,15 @@ FACTS: dict[str, Any] = {
 }
 
 
-def written(folder: Path, net: Net | None = None, data: Any = None, *, rank: int = 0, world: int = 1, **spec: Any) -> Store:
+def written(
+    folder: Path, net: Net | None = None, data: Any = None, *, rank: int = 0, world: int = 1, **spec: Any
+) -> Store:
     keep = StoreSpec(**{"shard_rows": 16, **spec})
     cache(Frozen(net or Net()), data or dataset(), folder, keep, batch_size=8, rank=rank, world=world, **FACTS)
     return Store(folder)
 
 
-# ---- what is kept --------------------------------------------------------------------------------------------------------------------------
+# ---- what is kept ----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("precision", "bound"), [("fp32", 0.0), ("fp16", 4e-3), ("bf16", 4e-2), ("int8", 0.04)])
@@ -165,7 +168,7 @@ def test_batches_replay_the_view_whatever_the_runs_seed_and_the_workers(tmp_path
             assert torch.equal(batch["stored"][store.id]["logits"], store.read(rows, epoch % 3)["logits"])
 
 
-# ---- nothing lost, nothing made twice ------------------------------------------------------------------------------------------------------
+# ---- nothing lost, nothing made twice --------------------------------------------------------------------------------
 
 
 def test_a_write_that_was_cut_off_makes_only_what_is_missing(tmp_path: Path):
@@ -249,7 +252,7 @@ def test_a_folder_of_another_store_or_of_other_files_is_refused(tmp_path: Path):
         Store(tmp_path / "nowhere")
 
 
-# ---- the objective of a teacher that is known by its top k ---------------------------------------------------------------------------------
+# ---- the objective of a teacher that is known by its top k -----------------------------------------------------------
 
 
 def scores(rows: int = 12, classes: int = 9, seed: int = 0) -> tuple[Tensor, Tensor]:
@@ -260,7 +263,9 @@ def scores(rows: int = 12, classes: int = 9, seed: int = 0) -> tuple[Tensor, Ten
 def test_kd_of_all_but_one_class_is_kd():
     student, teacher = scores()
     for temperature in (1.0, 4.0):
-        torch.testing.assert_close(kd_top_loss(student, TopK(*top_k(teacher, 8)), temperature), kd_loss(student, teacher, temperature))
+        torch.testing.assert_close(
+            kd_top_loss(student, TopK(*top_k(teacher, 8)), temperature), kd_loss(student, teacher, temperature)
+        )
 
 
 @pytest.mark.parametrize("k", [1, 3, 6])
@@ -279,13 +284,19 @@ def test_rows_of_which_less_is_known_count_for_what_is_known():
     short = TopK(values.clone(), indices.clone(), tail.clone())
     short.log_probs[0, 2], short.indices[0, 2] = -math.inf, indices[0, 0]
     short.tail[0] = 1 - values[0, :2].exp().sum()
-    expected = (kd_top_loss(student[:1], TopK(*top_k(teacher[:1], 2)), 2.0) + kd_top_loss(student[1:], TopK(*top_k(teacher[1:], 3)), 2.0)) / 2
+    expected = (
+        kd_top_loss(student[:1], TopK(*top_k(teacher[:1], 2)), 2.0)
+        + kd_top_loss(student[1:], TopK(*top_k(teacher[1:], 3)), 2.0)
+    ) / 2
     unknown = TopK(*(torch.cat([a, b]) for a, b in zip((short.log_probs, short.indices, short.tail), nothing(3))))
     leaf = torch.cat([student, torch.randn(1, 9)]).requires_grad_()
     loss = kd_top_loss(leaf, unknown, 2.0)
     # at T = 2 the tail of a shorter row is spread over fewer classes: compared where that does not matter
     loss_1 = kd_top_loss(leaf, unknown, 1.0)
-    expected_1 = (kd_top_loss(student[:1], TopK(*top_k(teacher[:1], 2)), 1.0) + kd_top_loss(student[1:], TopK(*top_k(teacher[1:], 3)), 1.0)) / 2
+    expected_1 = (
+        kd_top_loss(student[:1], TopK(*top_k(teacher[:1], 2)), 1.0)
+        + kd_top_loss(student[1:], TopK(*top_k(teacher[1:], 3)), 1.0)
+    ) / 2
     torch.testing.assert_close(loss_1, expected_1)
     torch.testing.assert_close(loss, expected, rtol=0.1, atol=0.05)
     loss.backward()
@@ -296,7 +307,7 @@ def nothing(k: int) -> tuple[Tensor, Tensor, Tensor]:
     return torch.full((1, k), -math.inf), torch.zeros(1, k, dtype=torch.int64), torch.ones(1)
 
 
-# ---- recipes -------------------------------------------------------------------------------------------------------------------------------
+# ---- recipes ---------------------------------------------------------------------------------------------------------
 
 RECIPE = """
 data: {name: digits, size: 120, test_size: 100}
@@ -323,13 +334,33 @@ def test_a_student_of_the_store_is_that_of_the_live_teacher_to_the_bit(recipe_fi
 
 def test_the_command_writes_a_store_that_recipes_name(recipe_file, tmp_path: Path):
     path, store = recipe_file(RECIPE), tmp_path / "store"
-    command = [sys.executable, "-m", "stillhouse", "cache", str(path), "--out", str(store), "--top", "3", "--precision", "int8", "--cpu"]
+    command = [
+        sys.executable,
+        "-m",
+        "stillhouse",
+        "cache",
+        str(path),
+        "--out",
+        str(store),
+        "--top",
+        "3",
+        "--precision",
+        "int8",
+        "--cpu",
+    ]
     done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stderr
-    assert "120 samples, 1 view: top 3 of 10 classes and the tail; int8" in done.stdout and "rounding of top: at most" in done.stdout
+    assert (
+        "120 samples, 1 view: top 3 of 10 classes and the tail; int8" in done.stdout
+        and "rounding of top: at most" in done.stdout
+    )
     run(path, tmp_path / "run", f"teacher={{store: {store}}}")
     manifest = json.loads((store / "manifest.json").read_text())
-    assert manifest["teacher"]["weights"] and manifest["data"]["fingerprint"] and manifest["data"]["transform"]["augment"] == "standard"
+    assert (
+        manifest["teacher"]["weights"]
+        and manifest["data"]["fingerprint"]
+        and manifest["data"]["transform"]["augment"] == "standard"
+    )
 
 
 @pytest.fixture(scope="module")
@@ -380,7 +411,11 @@ def test_a_teacher_that_learns_cannot_be_stored(recipe_file):
 
 def test_a_taught_ensemble_and_two_stores_of_other_views(recipe_file, tmp_path: Path):
     one = "{model: 'stillhouse:convnet3', options: {width: 4}, train: {epochs: 1, batch_size: 40}"
-    run(recipe_file(RECIPE), tmp_path / "ensemble", f"teacher={{ensemble: [{one}, seed: 1}}, {one}, seed: 2}}], store: {{views: 3}}}}")
+    run(
+        recipe_file(RECIPE),
+        tmp_path / "ensemble",
+        f"teacher={{ensemble: [{one}, seed: 1}}, {one}, seed: 2}}], store: {{views: 3}}}}",
+    )
     two = f"teachers={{teacher: {one}, store: {{views: 2}}}}, other: {one}, store: {{views: 3}}}}}}"
     with pytest.raises(UserError, match="one view at a time"):
         run(recipe_file(RECIPE), tmp_path / "two", "teacher=null", two)
@@ -389,10 +424,15 @@ def test_a_taught_ensemble_and_two_stores_of_other_views(recipe_file, tmp_path: 
 def test_embeddings_and_taps_teach_from_a_store(recipe_file, tmp_path: Path):
     path = recipe_file(RECIPE)
     keep = "teacher.store={logits: false, embedding: true, taps: ['stage:2'], precision: bf16}"
-    run(path, tmp_path / "run", keep, "objectives=[ce, rkd, {name: at, teacher_layers: ['stage:2'], student_layers: ['stage:2']}]")
+    run(
+        path,
+        tmp_path / "run",
+        keep,
+        "objectives=[ce, rkd, {name: at, teacher_layers: ['stage:2'], student_layers: ['stage:2']}]",
+    )
 
 
-# ---- several processes ---------------------------------------------------------------------------------------------------------------------
+# ---- several processes -----------------------------------------------------------------------------------------------
 
 DYING = """
 import os, signal, sys
@@ -426,7 +466,9 @@ def started(recipe: Path, out: Path, *more: str, world: int = 1, die_at: int | N
                 "MASTER_ADDR": "127.0.0.1",
                 "MASTER_PORT": str(port),
             }
-        processes.append(subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL))
+        processes.append(
+            subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        )
     return [p.wait(120) for p in processes]
 
 
@@ -453,13 +495,14 @@ def test_ray_workers_write_the_store_of_one_process(held, tmp_path: Path):
         assert shard.read_bytes() == (tmp_path / "ray/shards" / shard.name).read_bytes()
 
 
-# ---- rows of tokens ------------------------------------------------------------------------------------------------------------------------
+# ---- rows of tokens --------------------------------------------------------------------------------------------------
 
 LANGUAGE = """
 data:
   name: "text:{file}"
   options: {{tokenizer: bytes, context: 48}}
-teacher: {{model: "hf:config:gpt2", options: {{n_layer: 1, n_head: 2, n_embd: 16}}, train: {{epochs: 1, batch_size: 8}}}}
+teacher: {{model: "hf:config:gpt2", options: {{n_layer: 1, n_head: 2, n_embd: 16}}, 
+  train: {{epochs: 1, batch_size: 8}}}}
 student: {{model: "hf:config:gpt2", options: {{n_layer: 1, n_head: 2, n_embd: 8}}}}
 objectives: [kd]
 train: {{epochs: 2, batch_size: 8, optimizer: {{name: adamw, lr: 0.003}}}}
@@ -474,7 +517,12 @@ def test_token_rows_of_different_lengths_teach_as_the_live_teacher_does(recipe_f
     live = run(path, tmp_path / "live")
     full = run(path, tmp_path / "full", "teacher.store={views: 1, shard_rows: 10}")
     assert all(torch.allclose(live[k], full[k], atol=1e-5) for k in live)
-    top = run(path, tmp_path / "top", "teacher.store={top: 32, precision: fp16, shard_rows: 10}", "objectives=[{name: kd, temperature: 1}]")
+    top = run(
+        path,
+        tmp_path / "top",
+        "teacher.store={top: 32, precision: fp16, shard_rows: 10}",
+        "objectives=[{name: kd, temperature: 1}]",
+    )
     assert all(torch.isfinite(v).all() for v in top.values())
 
 
@@ -497,7 +545,9 @@ class Tagger(nn.Module):
     """Says of each token which it is."""
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        return torch.nn.functional.one_hot(input_ids, 30).float() * 9 * attention_mask[..., None] + 1e-3 * torch.arange(30)
+        return torch.nn.functional.one_hot(input_ids, 30).float() * 9 * attention_mask[..., None] + 1e-3 * torch.arange(
+            30
+        )
 
 
 def test_a_sample_longer_than_the_teachers_context_is_named_and_what_was_written_stays(tmp_path: Path):

@@ -1,4 +1,5 @@
-"""A teacher behind a real HTTP server on loopback, which fails in every way that servers do: the store holds what it knows, and nothing is asked twice."""
+"""A teacher behind a real HTTP server on loopback, which fails in every way that servers do: the store holds what it
+knows, and nothing is asked twice."""
 
 from __future__ import annotations
 
@@ -35,7 +36,8 @@ NAMES = Vocabulary({f"<{i}>": i for i in range(VOCABULARY)})
 
 
 class Teacher:
-    """A bigram model behind HTTP. `faults` are what it does instead of answering, in this order: a status, or a function of the handler."""
+    """A bigram model behind HTTP. `faults` are what it does instead of answering, in this order: a status, or a
+    function of the handler."""
 
     def __init__(self, vocabulary: int = VOCABULARY, context: int = CONTEXT) -> None:
         generator = torch.Generator().manual_seed(0)
@@ -53,17 +55,32 @@ class Teacher:
             last, content = int(asked["messages"][-1]["content"]), []
             for _ in range(min(self.length, asked["max_tokens"])):
                 values, indices = self.log_probs[last].topk(asked["top_logprobs"])
-                tops = [{"token": f"<{i}>", "logprob": v, "bytes": None} for i, v in zip(indices.tolist(), values.tolist())]
+                tops = [
+                    {"token": f"<{i}>", "logprob": v, "bytes": None} for i, v in zip(indices.tolist(), values.tolist())
+                ]
                 content.append({**tops[0], "top_logprobs": tops})
                 last = int(indices[0])
             text = "".join(c["token"] for c in content)
-            return 200, {"choices": [{"message": {"content": text}, "logprobs": {"content": content} if self.with_log_probs else None}]}
+            return 200, {
+                "choices": [
+                    {"message": {"content": text}, "logprobs": {"content": content} if self.with_log_probs else None}
+                ]
+            }
         ids = asked["prompt"]
         if len(ids) > self.context:
-            return 400, {"error": {"message": f"This model's maximum context length is {self.context} tokens, however you requested {len(ids)}."}}
+            return 400, {
+                "error": {
+                    "message": f"This model's maximum context length is {self.context} tokens, however you requested "
+                    f"{len(ids)}."
+                }
+            }
         tops = [None, *(self.top(i, asked["logprobs"]) for i in ids)]
         names = [f"token_id:{i}" for i in ids] + ["token_id:0"]
-        return 200, {"choices": [{"text": "…", "logprobs": {"tokens": names, "top_logprobs": tops} if self.with_log_probs else None}]}
+        return 200, {
+            "choices": [
+                {"text": "…", "logprobs": {"tokens": names, "top_logprobs": tops} if self.with_log_probs else None}
+            ]
+        }
 
 
 @contextmanager
@@ -108,7 +125,9 @@ class Text:
     """Samples of 2 to 6 tokens; the first token is a prompt."""
 
     def __init__(self, count: int = 12, longest: int = 0) -> None:
-        self.rows = [torch.randint(0, VOCABULARY, (2 + i % 5,), generator=torch.Generator().manual_seed(i)) for i in range(count)]
+        self.rows = [
+            torch.randint(0, VOCABULARY, (2 + i % 5,), generator=torch.Generator().manual_seed(i)) for i in range(count)
+        ]
         if longest:
             self.rows[3] = torch.arange(longest)
 
@@ -126,11 +145,30 @@ class Text:
         return {"input": {"input_ids": ids, "attention_mask": mask}, "label": label, "index": torch.from_numpy(own)}
 
 
-def asked(url: str, folder: Path, data: Text | None = None, *, top: int = 4, too_long: Any = "refuse", workers: int = 2, **options: Any) -> Store:
+def asked(
+    url: str,
+    folder: Path,
+    data: Text | None = None,
+    *,
+    top: int = 4,
+    too_long: Any = "refuse",
+    workers: int = 2,
+    **options: Any,
+) -> Store:
     facts = {"fingerprint": "f", "split": "train", "spec": {}, "transform": {}}
     server = Server(url, "teacher", top=top, **{"timeout": 5.0, "retries": 3, "backoff": 0.01, **options})
     keep = StoreSpec(shard_rows=5)
-    score(server, data or Text(), folder, keep, NAMES, data_facts=facts, classes=VOCABULARY, workers=workers, too_long=too_long)
+    score(
+        server,
+        data or Text(),
+        folder,
+        keep,
+        NAMES,
+        data_facts=facts,
+        classes=VOCABULARY,
+        workers=workers,
+        too_long=too_long,
+    )
     return Store(folder)
 
 
@@ -204,7 +242,9 @@ def test_a_server_that_stays_away_is_said_and_nothing_is_asked_twice(tmp_path: P
     teacher, data = Teacher(), Text()
     with serving(teacher) as url:
         teacher.faults = [None] * 7 + [500] * 100
-        with pytest.raises(UserError, match=r"gave no answer in 2 tries \(the last: 500: busy\); what it answered before is kept"):
+        with pytest.raises(
+            UserError, match=r"gave no answer in 2 tries \(the last: 500: busy\); what it answered before is kept"
+        ):
             asked(url, tmp_path / "s", workers=1, retries=1)
         before = list(teacher.prompts[:7])
         teacher.faults, teacher.prompts = [], []
@@ -264,7 +304,9 @@ def test_fewer_log_probabilities_than_asked_leave_the_rest_to_the_tail(tmp_path:
     held, tokens = kept(store, data, 4)
     values, indices = teacher.log_probs[tokens].topk(2)
     torch.testing.assert_close(held["top"][:, :2], values)
-    assert torch.isinf(held["top"][:, 2:]).all() and torch.equal(held["top.indices"][:, 2:], indices[:, :1].expand(-1, 2))
+    assert torch.isinf(held["top"][:, 2:]).all() and torch.equal(
+        held["top.indices"][:, 2:], indices[:, :1].expand(-1, 2)
+    )
     torch.testing.assert_close(held["top.tail"], 1 - values.exp().sum(1), atol=1e-5, rtol=1e-4)
     logits = torch.randn(len(tokens), VOCABULARY, requires_grad=True)
     kd_top_loss(logits, TopK(held["top"], held["top.indices"], held["top.tail"]), 1.0).backward()

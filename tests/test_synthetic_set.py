@@ -26,7 +26,13 @@ MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.25, 0.3)
 def small(**given: Any) -> SyntheticSet:
     pixels = torch.rand(6, 3, 8, 8, generator=torch.Generator().manual_seed(0))
     m, s = (torch.tensor(v).view(1, 3, 1, 1) for v in (MEAN, STD))
-    plain = {"images": (pixels - m) / s, "labels": torch.arange(3).repeat_interleave(2), "classes": ["cat", "dog", "a/b"], "mean": MEAN, "std": STD}
+    plain = {
+        "images": (pixels - m) / s,
+        "labels": torch.arange(3).repeat_interleave(2),
+        "classes": ["cat", "dog", "a/b"],
+        "mean": MEAN,
+        "std": STD,
+    }
     return SyntheticSet(**{**plain, "bounded": True, **given})
 
 

@@ -1,4 +1,5 @@
-"""The page of tables of data-set distillation: its rows are what they are called, gains are paired by seed, and its picture shows what the runs made."""
+"""The page of tables of data-set distillation: its rows are what they are called, gains are paired by seed, and its
+picture shows what the runs made."""
 
 from __future__ import annotations
 
@@ -28,7 +29,12 @@ def tables() -> ModuleType:
 
 def evidence(folder: Path, accuracies: dict[str, dict[int, float]]) -> None:
     rows = [
-        {"label": label, "group": "1", "seeds": list(given), "metrics": {"accuracy": list(given.values()), "stored_mb": [0.1] * len(given)}}
+        {
+            "label": label,
+            "group": "1",
+            "seeds": list(given),
+            "metrics": {"accuracy": list(given.values()), "stored_mb": [0.1] * len(given)},
+        }
         for label, given in accuracies.items()
     ]
     (folder / "cifar10.json").write_text(json.dumps({"rows": rows}))
@@ -46,7 +52,9 @@ def test_a_row_called_fyi_is_what_fyi_makes_of_its_host(host: str):
 def test_all_rows_with_hard_labels_have_one_judge():
     names = [v for v in recipe.read_yaml(HARD)["variants"] if v != "smoke"]
     loaded = [recipe.load(HARD, v) for v in names]
-    assert len(loaded) > 8 and all(c.evaluate == loaded[0].evaluate and c.network == loaded[0].network and c.data == loaded[0].data for c in loaded)
+    assert len(loaded) > 8 and all(
+        c.evaluate == loaded[0].evaluate and c.network == loaded[0].network and c.data == loaded[0].data for c in loaded
+    )
 
 
 def test_gains_are_paired_by_the_seeds_that_both_rows_have(tables: ModuleType, tmp_path: Path):
@@ -62,7 +70,9 @@ def test_a_gain_whose_interval_holds_0_is_not_bold(tables: ModuleType, tmp_path:
 
 def test_the_picture_has_a_row_a_class_and_a_column_a_method(tables: ModuleType, tmp_path: Path):
     for label, value in (("random", 0.0), ("dm", 7.0)):
-        made = SyntheticSet(torch.full((2, 3, 8, 8), value), torch.tensor([1, 0]), ["cat", "dog"], (0.5,) * 3, (0.25,) * 3)
+        made = SyntheticSet(
+            torch.full((2, 3, 8, 8), value), torch.tensor([1, 0]), ["cat", "dog"], (0.5,) * 3, (0.25,) * 3
+        )
         made.save(tmp_path / "bench-cifar10" / f"{label}-1-s10" / "product")
     sheet = tables.picture(tmp_path, scale=2)
     assert sheet.size == (70 + 2 * 20, 18 + 2 * 20)

@@ -30,7 +30,12 @@ def steps(taid: TAID, losses: int, teacher: torch.Tensor, batch: dict | None = N
     seen = []
     for step in range(losses):
         student = teacher * (0.2 + 0.6 * step / losses)
-        taid(Signals(logits=student), Signals(logits=teacher), batch or {}, Progress(step=step, batch=step, steps_per_epoch=losses))
+        taid(
+            Signals(logits=student),
+            Signals(logits=teacher),
+            batch or {},
+            Progress(step=step, batch=step, steps_per_epoch=losses),
+        )
         seen.append(taid.t.item())
     return seen
 
@@ -119,7 +124,8 @@ def test_only_tokens_that_count_are_in_the_mean(logits) -> None:
 
 
 def test_the_target_of_one_bump_starts_at_the_student_and_ends_at_forward_kl() -> None:
-    """A teacher of two modes and a student of one (mean and width): along t the same training goes from no gradient to the moments of the teacher."""
+    """A teacher of two modes and a student of one (mean and width): along t the same training goes from no gradient to
+    the moments of the teacher."""
     places = torch.arange(60.0)
     teacher = torch.logaddexp(-((places - 15) ** 2) / 18, -((places - 45) ** 2) / 18)
     shape = torch.tensor([0.0, 1.5], requires_grad=True)  # of the mean in units of 10 around 30, and of the log width
@@ -152,7 +158,9 @@ def test_hidden_states_give_the_loss_gradient_and_t_of_logits(value: str) -> Non
         for source in (teacher, logits):
             b = chunked.eval()(Signals(parts={"hidden": hidden, "output_weight": weight}), source, batch, at)["loss"]
             torch.testing.assert_close(b, a)
-            for x, y in zip(torch.autograd.grad(b, leaves, retain_graph=True), torch.autograd.grad(a, leaves, retain_graph=True)):
+            for x, y in zip(
+                torch.autograd.grad(b, leaves, retain_graph=True), torch.autograd.grad(a, leaves, retain_graph=True)
+            ):
                 torch.testing.assert_close(x, y, rtol=1e-5, atol=1e-6)
         chunked.train()(Signals(parts={"hidden": hidden, "output_weight": weight}), teacher, batch, at)
         torch.testing.assert_close(chunked.t, plain.t)
@@ -188,7 +196,9 @@ def test_mistakes_are_said(logits) -> None:
     with pytest.raises(UserError, match="vocabulary has 7 tokens but the teacher's 9"):
         TAID()(Signals(logits=logits[0]), Signals(logits=torch.randn(B, L, 9)), {}, Progress())
     with pytest.raises(UserError, match="mask has shape"):
-        TAID()(Signals(logits=logits[0]), Signals(logits=logits[1]), {"mask": torch.ones(B, dtype=torch.bool)}, Progress())
+        TAID()(
+            Signals(logits=logits[0]), Signals(logits=logits[1]), {"mask": torch.ones(B, dtype=torch.bool)}, Progress()
+        )
     with pytest.raises(UserError, match="did you mean 'reverse'"):
         TokenDivergence("revers")  # type: ignore[arg-type]
     with pytest.raises(UserError, match="share is between 0 and 1"):

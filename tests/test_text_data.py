@@ -1,4 +1,5 @@
-"""Text as batches: tokenizers, labels where predictions stand, padding and packing that change nothing, and what is refused."""
+"""Text as batches: tokenizers, labels where predictions stand, padding and packing that change nothing, and what is
+refused."""
 
 from __future__ import annotations
 
@@ -85,7 +86,7 @@ def alone(model: nn.Module, ids: list[int], given: int) -> Tensor:
     return F.cross_entropy(logits, x[0, 1:], reduction="none")[max(given - 1, 0) :]
 
 
-# ---- tokenizers ----------------------------------------------------------------------------------------------------------------------------
+# ---- tokenizers ------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["bytes", "characters", "bpe:300"])
@@ -98,11 +99,16 @@ def test_a_tokenizer_gives_back_the_text(name: str) -> None:
 def test_learned_pairs_are_kept_and_shorten_the_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("STILLHOUSE_CACHE", str(tmp_path))
     first, plain = tokenizer("bpe:300", LINES), tokenizer("bytes")
-    assert tokenizer("bpe:300", LINES).get_vocab() == first.get_vocab() and len(list((tmp_path / "tokenizers").iterdir())) == 1
+    assert (
+        tokenizer("bpe:300", LINES).get_vocab() == first.get_vocab()
+        and len(list((tmp_path / "tokenizers").iterdir())) == 1
+    )
     assert len(encode(first, LINES)[0]) < len(encode(plain, LINES)[0])
 
 
-@pytest.mark.parametrize("name, said", [("bpe:20", "at least 261"), ("byte", "bytes"), ("hf:/no/such/place", "could not get")])
+@pytest.mark.parametrize(
+    "name, said", [("bpe:20", "at least 261"), ("byte", "bytes"), ("hf:/no/such/place", "could not get")]
+)
 def test_a_tokenizer_that_cannot_be_is_refused(name: str, said: str) -> None:
     with pytest.raises(UserError, match=said):
         tokenizer(name, LINES)
@@ -120,12 +126,20 @@ def made(folder: Path, single: str | None, **special: str) -> str:
         built.post_processor = processors.TemplateProcessing(single=single, special_tokens=[("<bos>", 1), ("<eos>", 2)])
     built.enable_padding(length=64)
     built.enable_truncation(3)
-    PreTrainedTokenizerFast(tokenizer_object=built, pad_token="<pad>", unk_token="<unk>", **special).save_pretrained(folder)
+    PreTrainedTokenizerFast(tokenizer_object=built, pad_token="<pad>", unk_token="<unk>", **special).save_pretrained(
+        folder
+    )
     return f"hf:{folder}"
 
 
 BOTH = {"bos_token": "<bos>", "eos_token": "<eos>"}
-TEMPLATES = {"<bos> $A": ([1], []), "$A <eos>": ([], [2]), "<bos> $A <eos>": ([1], [2]), "<bos> <bos> $A": ([1, 1], []), "$A": ([], [])}
+TEMPLATES = {
+    "<bos> $A": ([1], []),
+    "$A <eos>": ([], [2]),
+    "<bos> $A <eos>": ([1], [2]),
+    "<bos> <bos> $A": ([1, 1], []),
+    "$A": ([], []),
+}
 
 
 @pytest.mark.parametrize("single", TEMPLATES)
@@ -146,7 +160,9 @@ def test_rows_have_the_special_tokens_that_transformers_gives(text: Any, tmp_pat
     assert ids + label[-1:] == before + own[len(before) :][:5] + close and own[: len(before)] == before
     assert label == [IGNORE] * (len(before) - 1) + ids[max(len(before), 1) :] + close
     ids, own, label = first(pairs, "causal")
-    assert ids == before + own[len(before) :][:2] + [10, 11] and label == [IGNORE] * (len(before) + 1) + [10, 11] + close
+    assert (
+        ids == before + own[len(before) :][:2] + [10, 11] and label == [IGNORE] * (len(before) + 1) + [10, 11] + close
+    )
     ids, own, label = first(pairs, "seq2seq")
     assert ids == own and label == [*before, 10, 11, *close]
     ids, own, _ = first([{**r, "label": i % 2} for i, r in enumerate(plain)], "classify")
@@ -166,7 +182,9 @@ def test_a_plain_text_is_cut_into_rows_with_the_special_tokens_of_a_text(text: A
     for single, task in [("<bos> $A", "causal"), ("<bos> <bos> $A", "causal"), ("$A", "causal")]:
         bundle = text(words, tokenizer=made(tmp_path / single, single, **BOTH), context=10, task=task)
         rows = [whole(bundle, split) for split in ("train", "test")]
-        ids, labels = (torch.cat(x).tolist() for x in ([r["input"]["input_ids"] for r in rows], [r["label"] for r in rows]))
+        ids, labels = (
+            torch.cat(x).tolist() for x in ([r["input"]["input_ids"] for r in rows], [r["label"] for r in rows])
+        )
         before = TEMPLATES[single][0]
         assert all(row[: len(before)] == before and len(row) == 10 for row in ids)
         learned = [i for row in labels for i in row if i != IGNORE]
@@ -190,10 +208,17 @@ def test_a_tokenizer_that_was_saved_with_padding_does_not_pad(data_root: Path) -
     once = encode(tokens, ["hello there"])
     tokens("hello there", padding="max_length", max_length=40, truncation=True)
     assert once == encode(tokens, ["hello there"]) == [[7592, 2045]] and marks(tokens) == ([101], [102])
-    bundle = load(DataSpec(name="text:sst2", size=20, options={"tokenizer": f"hf:{data_root}/pretrained/all-minilm-l6-v2"}), data_root)
-    sentence = bundle.task.tokenizer.decode(bundle.splits["train"].inputs.values[: bundle.splits["train"].inputs.starts[1]], skip_special_tokens=True)
+    bundle = load(
+        DataSpec(name="text:sst2", size=20, options={"tokenizer": f"hf:{data_root}/pretrained/all-minilm-l6-v2"}),
+        data_root,
+    )
+    sentence = bundle.task.tokenizer.decode(
+        bundle.splits["train"].inputs.values[: bundle.splits["train"].inputs.starts[1]], skip_special_tokens=True
+    )
     first = bundle.dataset("train")[0]["input"]
-    assert first["input_ids"].tolist() == bundle.task.tokenizer(sentence).input_ids and bool(first["attention_mask"].all())
+    assert first["input_ids"].tolist() == bundle.task.tokenizer(sentence).input_ids and bool(
+        first["attention_mask"].all()
+    )
 
 
 def test_a_classifier_of_our_own_tokenizer_is_saved_with_its_rule(text: Any, tmp_path: Path) -> None:
@@ -205,7 +230,7 @@ def test_a_classifier_of_our_own_tokenizer_is_saved_with_its_rule(text: Any, tmp
     assert again("to be").input_ids == [1, *encode(again, ["to be"])[0], 2]
 
 
-# ---- padding, packing, prompts -------------------------------------------------------------------------------------------------------------
+# ---- padding, packing, prompts ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", SMALL)
@@ -276,7 +301,7 @@ def test_padding_does_not_move_an_encoders_answer(text: Any) -> None:
     assert bundle.task.kind == "classify" and list(bundle.task.classes) == ["0", "1"] and model.config.num_labels == 2
 
 
-# ---- real data and users' files ------------------------------------------------------------------------------------------------------------
+# ---- real data and users' files --------------------------------------------------------------------------------------
 
 
 def test_shakespeare_in_blocks_loses_no_token(data_root: Path) -> None:
@@ -332,27 +357,39 @@ def test_a_hugging_face_data_set_keeps_its_splits_and_class_names(tmp_path: Path
     folder = tmp_path / "reviews"
     folder.mkdir()
     for split in ("train", "validation", "test"):
-        (folder / f"{split}.jsonl").write_text("\n".join(json.dumps({"text": t, "label": str(len(t) % 2)}) for t in LINES))
+        (folder / f"{split}.jsonl").write_text(
+            "\n".join(json.dumps({"text": t, "label": str(len(t) % 2)}) for t in LINES)
+        )
     datasets.config.HF_DATASETS_CACHE = tmp_path / "cache"
     bundle = load(DataSpec(name=f"text:hf:{folder}", options={"tokenizer": "bytes"}))
-    assert {s: len(r.inputs) for s, r in bundle.splits.items()} == {"train": 8, "val": 8, "test": 8} and list(bundle.task.classes) == ["0", "1"]
+    assert {s: len(r.inputs) for s, r in bundle.splits.items()} == {"train": 8, "val": 8, "test": 8} and list(
+        bundle.task.classes
+    ) == ["0", "1"]
 
 
-# ---- faults --------------------------------------------------------------------------------------------------------------------------------
+# ---- faults ----------------------------------------------------------------------------------------------------------
 
 
 def test_a_sample_longer_than_the_context_is_refused_cut_or_dropped(text: Any) -> None:
     records = [{"text": t} for t in LINES]
-    with pytest.raises(UserError, match=r"sample 3 is longer than data.options.context 20 \(the longest has 43 tokens\)"):
+    with pytest.raises(
+        UserError, match=r"sample 3 is longer than data.options.context 20 \(the longest has 43 tokens\)"
+    ):
         text(records, context=20)
     cut, dropped = text(records, context=20, too_long="cut"), text(records, context=20, too_long="drop")
     assert whole(cut)["label"].shape[1] == 20
-    assert sum(len(r.inputs) for r in cut.splits.values()) == 8 and sum(len(r.inputs) for r in dropped.splits.values()) == 7
+    assert (
+        sum(len(r.inputs) for r in cut.splits.values()) == 8
+        and sum(len(r.inputs) for r in dropped.splits.values()) == 7
+    )
 
 
 def test_a_cut_takes_the_beginning_of_a_prompt_and_never_its_completion(text: Any) -> None:
     bundle = text(
-        [{"prompt": "x" * 30, "completion": "answer"}, {"prompt": "y" * 10, "completion": "answer"}], context=20, too_long="cut", test_size=1
+        [{"prompt": "x" * 30, "completion": "answer"}, {"prompt": "y" * 10, "completion": "answer"}],
+        context=20,
+        too_long="cut",
+        test_size=1,
     )
     for split in ("train", "test"):
         label = whole(bundle, split)["label"]

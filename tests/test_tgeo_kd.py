@@ -22,7 +22,12 @@ class Here:
     """The part of a training context that the objective reads: one held-out batch, and known class means."""
 
     def __init__(self, module: Distillation, held_out: Batch, holdout: bool = True) -> None:
-        self.progress, self.student, self.held_out, self.has = Progress(steps_per_epoch=10), module.student, held_out, holdout
+        self.progress, self.student, self.held_out, self.has = (
+            Progress(steps_per_epoch=10),
+            module.student,
+            held_out,
+            holdout,
+        )
         self.asked: list[int] = []
 
     def labels(self, split: str) -> Tensor:
@@ -87,7 +92,11 @@ def test_ratio_one_is_distillation_and_zero_is_cross_entropy() -> None:
     torch.testing.assert_close(module(b, Progress())["loss"], F.cross_entropy(logits, b["label"]))
 
 
-@pytest.mark.parametrize("student", [nn.Linear(6, C), nn.Sequential(nn.Linear(6, 7), nn.Tanh(), nn.Linear(7, C))], ids=["linear", "two layers"])
+@pytest.mark.parametrize(
+    "student",
+    [nn.Linear(6, C), nn.Sequential(nn.Linear(6, 7), nn.Tanh(), nn.Linear(7, C))],
+    ids=["linear", "two layers"],
+)
 def test_the_hypergradient_is_that_of_finite_differences(student: nn.Module) -> None:
     module, objective = distillation(copy.deepcopy(student))
     module.double()
@@ -137,7 +146,11 @@ def test_the_fusion_network_moves_and_all_else_stays() -> None:
     module.train()
     before = copy.deepcopy(module.state_dict())
     module.before_step(batch(1), ctx)
-    changed = {name for name, value in module.state_dict().items() if isinstance(value, Tensor) and not torch.equal(value, before[name])}
+    changed = {
+        name
+        for name, value in module.state_dict().items()
+        if isinstance(value, Tensor) and not torch.equal(value, before[name])
+    }
     assert changed == {name for name in before if ".fusion." in name}
     assert net[3].training and all(p.grad is None for p in module.parameters())
     held = copy.deepcopy(objective.fusion.state_dict())
@@ -156,7 +169,9 @@ def test_the_student_sees_ratios_as_numbers() -> None:
     fused_loss(ratio, 4 * kl, ce).backward()
     torch.testing.assert_close(module.student.weight.grad, logits.grad.T @ b["input"])
     assert all(p.grad is None for p in objective.fusion.parameters())
-    assert all(id(p) not in {id(q) for q in objective.fusion.parameters()} for g in module.param_groups() for p in g["params"])
+    assert all(
+        id(p) not in {id(q) for q in objective.fusion.parameters()} for g in module.param_groups() for p in g["params"]
+    )
 
 
 def test_joint_training_gives_the_fusion_network_to_the_students_optimiser() -> None:

@@ -24,7 +24,9 @@ VOCABULARY = 50
 def gpt(width: int = 16) -> nn.Module:
     torch.manual_seed(width)
     off = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
-    return transformers.GPT2LMHeadModel(transformers.GPT2Config(vocab_size=VOCABULARY, n_embd=width, n_layer=1, n_head=2, n_positions=32, **off))
+    return transformers.GPT2LMHeadModel(
+        transformers.GPT2Config(vocab_size=VOCABULARY, n_embd=width, n_layer=1, n_head=2, n_positions=32, **off)
+    )
 
 
 def texts(n: int = 4, length: int = 9) -> dict[str, Tensor]:
@@ -51,21 +53,42 @@ def test_a_causal_student_learns_the_next_token_under_every_trainer(trainer: str
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         if trainer == "distill":
-            stillhouse.distill(None, student, [batch], ["ce"], train={"epochs": steps, "optimizer": {"name": "adamw", "lr": 1e-2}}, progress=False)
+            stillhouse.distill(
+                None,
+                student,
+                [batch],
+                ["ce"],
+                train={"epochs": steps, "optimizer": {"name": "adamw", "lr": 1e-2}},
+                progress=False,
+            )
         elif trainer == "lightning":
             lightning = pytest.importorskip("lightning.pytorch")
             from stillhouse.integrations.lightning import DistillationModule
 
             module = DistillationModule(student, None, ["ce"], optimizer={"name": "adamw", "lr": 1e-2})
-            quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "enable_checkpointing": False}
+            quiet = {
+                "logger": False,
+                "enable_progress_bar": False,
+                "enable_model_summary": False,
+                "enable_checkpointing": False,
+            }
             loader = torch.utils.data.DataLoader([batch], batch_size=None)
             fitted = lightning.Trainer(accelerator="cpu", max_epochs=steps, default_root_dir=str(tmp_path), **quiet)
             fitted.fit(module, loader, loader)
-            assert float(fitted.callback_metrics["val/nll"]) == pytest.approx(next_token_loss(student.eval(), batch), abs=1e-4)
+            assert float(fitted.callback_metrics["val/nll"]) == pytest.approx(
+                next_token_loss(student.eval(), batch), abs=1e-4
+            )
         else:
             from stillhouse.integrations.transformers import DistillationTrainer
 
-            options = {"report_to": [], "disable_tqdm": True, "use_cpu": True, "save_strategy": "no", "learning_rate": 1e-2, "max_steps": steps}
+            options = {
+                "report_to": [],
+                "disable_tqdm": True,
+                "use_cpu": True,
+                "save_strategy": "no",
+                "learning_rate": 1e-2,
+                "max_steps": steps,
+            }
             arguments = transformers.TrainingArguments(str(tmp_path), per_device_train_batch_size=4, **options)
             rows = [{k: v[i] for k, v in batch.items()} for i in range(4)]
             DistillationTrainer(student, arguments, train_dataset=rows, teachers=None, objectives=["ce"]).train()
@@ -83,17 +106,27 @@ def test_labels_that_repeat_the_input_are_refused(student: str) -> None:
     with pytest.raises(UserError, match=r"learn to repeat its input.*label\[:, i\] is input_ids\[:, i \+ 1\]"):
         stillhouse.distill(None, model, [batch], ["ce"], train={"epochs": 1}, progress=False)
     same = torch.full((4, 9), 7)
-    Distillation(model, None, ["ce"]).build({**batch, "input": {"input_ids": same} if student == "transformers" else same, "label": same}).close()
+    Distillation(model, None, ["ce"]).build(
+        {**batch, "input": {"input_ids": same} if student == "transformers" else same, "label": same}
+    ).close()
 
 
 def test_labels_of_masked_models_and_decoders_stay_where_they_are() -> None:
-    small = {"vocab_size": VOCABULARY, "hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 8}
+    small = {
+        "vocab_size": VOCABULARY,
+        "hidden_size": 8,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "intermediate_size": 8,
+    }
     bert = transformers.BertForMaskedLM(transformers.BertConfig(**small))
     labels = texts()["labels"].masked_fill(torch.arange(9) % 3 > 0, -100)
     read = as_batch({"input_ids": texts()["input_ids"], "labels": labels}, bert)
     assert torch.equal(read["label"], labels) and "labels" not in read
     sizes = {"d_model": 8, "d_kv": 4, "d_ff": 8, "num_layers": 1, "num_heads": 2}
-    t5 = transformers.T5ForConditionalGeneration(transformers.T5Config(vocab_size=VOCABULARY, decoder_start_token_id=0, **sizes))
+    t5 = transformers.T5ForConditionalGeneration(
+        transformers.T5Config(vocab_size=VOCABULARY, decoder_start_token_id=0, **sizes)
+    )
     read = as_batch({"input_ids": texts()["input_ids"], "labels": labels}, t5)
     assert torch.equal(read["label"], labels)
     assert torch.equal(read["input"]["decoder_input_ids"], t5.prepare_decoder_input_ids_from_labels(labels=labels))
@@ -124,8 +157,12 @@ def test_the_transformers_trainer_takes_token_labels_of_any_length_and_streams(k
         return {k: nn.utils.rnn.pad_sequence(v, batch_first=True, padding_value=fill[k]) for k, v in padded.items()}
 
     made = datasets.Dataset.from_list(rows)
-    data = {"list": rows, "datasets": made, "stream": made.to_iterable_dataset(), "tensors": made.with_format("torch")}[kind]
+    data = {"list": rows, "datasets": made, "stream": made.to_iterable_dataset(), "tensors": made.with_format("torch")}[
+        kind
+    ]
     options = {"report_to": [], "use_cpu": True, "disable_tqdm": True, "save_strategy": "no"}
     arguments = transformers.TrainingArguments(str(tmp_path), max_steps=2, per_device_train_batch_size=4, **options)
-    trainer = DistillationTrainer(gpt(), arguments, train_dataset=data, teachers=gpt(32), objectives=["ce", "kd"], data_collator=collate)
+    trainer = DistillationTrainer(
+        gpt(), arguments, train_dataset=data, teachers=gpt(32), objectives=["ce", "kd"], data_collator=collate
+    )
     assert trainer.train().global_step == 2

@@ -1,4 +1,5 @@
-"""Unified Embedding: hashes are even, independent and the same everywhere; one table serves all features; collisions are as counted; models save and load."""
+"""Unified Embedding: hashes are even, independent and the same everywhere; one table serves all features; collisions
+are as counted; models save and load."""
 
 from __future__ import annotations
 
@@ -42,8 +43,13 @@ def test_salts_of_features_and_chunks_are_independent():
 
 
 def test_words_and_numbers_get_the_same_codes_in_every_process():
-    code = "from stillhouse.methods.compression.unified_embedding.hashing import *; import torch; c = encode(['a', 'é', 7, -1, None]); print(c.tolist(), bucket(c, torch.tensor(salt(2, 1)), 1000).tolist())"
-    first = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env={"PYTHONHASHSEED": "1"}, check=True).stdout
+    code = (
+        "from stillhouse.methods.compression.unified_embedding.hashing import *; import torch; c = encode(['a', 'é', "
+        "7, -1, None]); print(c.tolist(), bucket(c, torch.tensor(salt(2, 1)), 1000).tolist())"
+    )
+    first = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env={"PYTHONHASHSEED": "1"}, check=True
+    ).stdout
     codes = encode(["a", "é", 7, -1, None])
     assert first.strip() == f"{codes.tolist()} {bucket(codes, torch.tensor(salt(2, 1)), 1000).tolist()}"
     assert codes[2:].tolist() == [7, -1, MISSING] and bucket(codes, torch.tensor(0), 3).min() >= 0
@@ -51,7 +57,9 @@ def test_words_and_numbers_get_the_same_codes_in_every_process():
         encode([1, 0.5])
 
 
-def table(scheme: str = "hash", shared: bool = True, rows: int = 60, chunks: tuple[int, ...] = (1, 2, 1), tables: int = 1) -> UnifiedEmbedding:
+def table(
+    scheme: str = "hash", shared: bool = True, rows: int = 60, chunks: tuple[int, ...] = (1, 2, 1), tables: int = 1
+) -> UnifiedEmbedding:
     torch.manual_seed(0)
     features = [Feature(n, c, s) for n, c, s in zip("abc", chunks, (50, 20, 5))]
     return UnifiedEmbedding(features, rows, 8, scheme=scheme, shared=shared, tables=tables)
@@ -99,7 +107,9 @@ def test_without_collisions_one_feature_is_an_ordinary_embedding():
     t = UnifiedEmbedding([Feature("a", 1, 12)], 12, 4, scheme="exact")
     codes = torch.randint(12, (30, 1))
     assert torch.equal(t(codes), F.embedding(codes[:, 0], t.weight))
-    assert torch.equal(t(torch.tensor([[12], [-5]])), t.weight[:1].expand(2, 4)), "an unknown value reads row 0, not another feature's"
+    assert torch.equal(t(torch.tensor([[12], [-5]])), t.weight[:1].expand(2, 4)), (
+        "an unknown value reads row 0, not another feature's"
+    )
 
 
 def test_equal_ids_of_two_features_and_the_chunks_of_one_do_not_read_the_same_rows():
@@ -167,7 +177,9 @@ def test_training_turns_features_that_share_a_small_table_apart():
 @pytest.mark.parametrize(("shared", "tables"), [(True, 1), (True, 2), (False, 1)])
 def test_collisions_are_counted_as_random_hashing_predicts(shared: bool, tables: int):
     sizes = {"a": 4000, "b": 1000, "c": 2000}
-    t = UnifiedEmbedding([Feature(n, 2 if n == "b" else 1, s) for n, s in sizes.items()], 1400, 4, shared=shared, tables=tables)
+    t = UnifiedEmbedding(
+        [Feature(n, 2 if n == "b" else 1, s) for n, s in sizes.items()], 1400, 4, shared=shared, tables=tables
+    )
     found = collisions(t, {n: torch.arange(s) for n, s in sizes.items()})
     for name, n in sizes.items():
         f = found[name]
@@ -177,7 +189,10 @@ def test_collisions_are_counted_as_random_hashing_predicts(shared: bool, tables:
     if shared:
         assert found["a"]["same_expected"] == pytest.approx(3999 / 1400)
     else:
-        assert found["a"]["same_expected"] == pytest.approx(3999 / 800) and found["a"]["other"] == found["a"]["other_expected"] == 0
+        assert (
+            found["a"]["same_expected"] == pytest.approx(3999 / 800)
+            and found["a"]["other"] == found["a"]["other_expected"] == 0
+        )
 
 
 @pytest.mark.parametrize(
@@ -224,7 +239,10 @@ def shop(path: Path, rows: int = 300) -> Path:
     bought = (r.normal(size=30)[user] + r.normal(size=12)[item] + 0.3 * (price - 5) > 0).astype(int)
     lines = [
         "user,item,price,bought",
-        *(f"{'' if i % 50 == 0 else f'u{u}'},{j},{p:.2f},{'yes' if b else 'no'}" for i, (u, j, p, b) in enumerate(zip(user, item, price, bought))),
+        *(
+            f"{'' if i % 50 == 0 else f'u{u}'},{j},{p:.2f},{'yes' if b else 'no'}"
+            for i, (u, j, p, b) in enumerate(zip(user, item, price, bought))
+        ),
     ]
     path.write_text("\n".join(lines))
     return path
@@ -260,7 +278,11 @@ def test_a_csv_becomes_a_model_that_loads_and_tells_new_rows(tmp_path: Path, sch
 
 def test_the_curve_of_schemes_and_budgets_is_drawn(tmp_path: Path):
     path = shop(tmp_path / "shop.csv", 120)
-    figures = execute(validate(recipe(path, pareto={"shares": [1, 0.2], "schemes": ["unified", "hashing"]})), tmp_path / "run", cpu=True)
+    figures = execute(
+        validate(recipe(path, pareto={"shares": [1, 0.2], "schemes": ["unified", "hashing"]})),
+        tmp_path / "run",
+        cpu=True,
+    )
     assert {"auc_unified_1", "auc_unified_0.2", "auc_hashing_1", "table_parameters_hashing_0.2"} <= set(figures)
     assert (tmp_path / "run" / "pareto.html").stat().st_size > 10_000
 
@@ -299,7 +321,9 @@ def test_a_tenth_of_the_rows_costs_a_shared_table_little_and_split_tables_much()
 
     for scheme in ("unified", "hashing"):
         torch.manual_seed(0)
-        network = build_network(features, EmbeddingSpec(scheme=scheme, share=0.03), HeadSpec(), round(0.03 * sum(map(len, words))), 0, 10)
+        network = build_network(
+            features, EmbeddingSpec(scheme=scheme, share=0.03), HeadSpec(), round(0.03 * sum(map(len, words))), 0, 10
+        )
         train, test = (data.part(s, lambda c: c) for s in ("train", "test"))
         optimizer = torch.optim.Adam(network.parameters(), lr=5e-3)
         for _ in range(3):

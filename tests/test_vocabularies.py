@@ -34,7 +34,9 @@ def test_tokens_are_matched_by_their_strings() -> None:
 
 def test_a_token_that_the_teacher_lacks_is_named_with_both_sizes() -> None:
     with pytest.raises(
-        UserError, match=r"student has 3 tokens and the teacher 2, and 2 of the student's are not the teacher's \('y', 'z'\).*sequence_kd"
+        UserError,
+        match=r"student has 3 tokens and the teacher 2, and 2 of the student's are not the teacher's \('y', "
+        r"'z'\).*sequence_kd",
     ):
         mapped({"x": 0, "y": 1, "z": 2}, {"x": 0, "w": 1})
 

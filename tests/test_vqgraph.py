@@ -28,7 +28,9 @@ def test_codes_are_read_before_they_move_and_pass_the_gradient_unchanged() -> No
     (quantized * weight).sum().backward()
     assert torch.equal(x.grad, weight)
     used = torch.bincount(index, minlength=8) > 0
-    assert not torch.equal(book.codes[used], before[used]) and torch.allclose(book.codes[~used], before[~used], atol=1e-6)
+    assert not torch.equal(book.codes[used], before[used]) and torch.allclose(
+        book.codes[~used], before[~used], atol=1e-6
+    )
 
 
 def test_the_codebook_is_saved_but_not_trained_and_stays_in_evaluation() -> None:
@@ -114,7 +116,12 @@ def run(folder: Path, **changes: object) -> dict[str, float]:
     tree = {
         "method": "vqgraph",
         "data": {"name": "synthetic", "synthetic": {"nodes": 400, "noise": 4}},
-        "tokenizer": {"codes": 32, "width": 16, "edge_sample": 100, "train": {"epochs": 60, "optimizer": {"name": "adam", "lr": 5e-3}}},
+        "tokenizer": {
+            "codes": 32,
+            "width": 16,
+            "edge_sample": 100,
+            "train": {"epochs": 60, "optimizer": {"name": "adam", "lr": 5e-3}},
+        },
         "student": {"width": 32},
         "train": {"epochs": 30, "batch_size": 128},
         **changes,
@@ -138,7 +145,9 @@ def test_the_inductive_protocol_with_sampled_neighbours_scores_hidden_nodes(tmp_
         tokenizer={"codes": 16, "width": 16, "edge_sample": 50, "fan_out": [5, 5], "train": {"epochs": 10}},
         student_scores="cosine",
     )
-    assert figures["accuracy"] == pytest.approx(0.8 * figures["accuracy_observed"] + 0.2 * figures["accuracy_hidden"], abs=1e-9)
+    assert figures["accuracy"] == pytest.approx(
+        0.8 * figures["accuracy_observed"] + 0.2 * figures["accuracy_hidden"], abs=1e-9
+    )
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,8 @@
-"""Two-digit numbers, 100 classes, each image two real scans of handwritten digits side by side; and questions about the shapes of both digits.
+"""Two-digit numbers, 100 classes, each image two real scans of handwritten digits side by side; and questions about the
+shapes of both digits.
 
-A fine-grained task whose classes share aspects. Training and test numbers are put together from the training and test scans of `digits`.
+A fine-grained task whose classes share aspects. Training and test numbers are put together from the training and test
+scans of `digits`.
 """
 
 from __future__ import annotations
@@ -61,7 +63,8 @@ def numbers(split: str, each: int = 40) -> Numbers | None:
 
 
 def answers() -> dict[str, list[str]]:
-    """Question -> the numbers for which the answer is yes, as a language model would write them from the class names."""
+    """Question -> the numbers for which the answer is yes, as a language model would write them from the class
+    names."""
     sides = {"left": lambda number: number // 10, "right": lambda number: number % 10}
     return {
         f"Does the {side} digit {shape}?": [CLASSES[n] for n in range(100) if digit(n) in digits]

@@ -1,4 +1,5 @@
-"""A table as data for recipes: scikit-learn's breast-cancer measurements, 30 features scaled to [0, 1] by the training samples, two classes."""
+"""A table as data for recipes: scikit-learn's breast-cancer measurements, 30 features scaled to [0, 1] by the training
+samples, two classes."""
 
 from __future__ import annotations
 
@@ -29,7 +30,9 @@ def tumours(split: str) -> Table | None:
     if split == "val":
         return None
     rows, labels = load_breast_cancer(return_X_y=True)
-    train, test, train_labels, test_labels = train_test_split(rows, labels, test_size=170, stratify=labels, random_state=0)
+    train, test, train_labels, test_labels = train_test_split(
+        rows, labels, test_size=170, stratify=labels, random_state=0
+    )
     low, high = train.min(0), train.max(0)
     chosen, chosen_labels = (train, train_labels) if split == "train" else (test, test_labels)
     return Table(torch.from_numpy((chosen - low) / (high - low)).float(), [int(y) for y in chosen_labels])

@@ -1,4 +1,5 @@
-"""Tables for recipes: handwritten digits as categorical columns, and made-up interactions of users and items with ids as skewed as real ones."""
+"""Tables for recipes: handwritten digits as categorical columns, and made-up interactions of users and items with ids
+as skewed as real ones."""
 
 from __future__ import annotations
 
@@ -6,7 +7,8 @@ import numpy as np
 
 
 def digits() -> dict[str, np.ndarray]:
-    """scikit-learn's 1,797 digits as 72 categorical columns: 56 pairs of a pixel and its right neighbour, and 16 pixels cut to 3 levels; 10 classes."""
+    """scikit-learn's 1,797 digits as 72 categorical columns: 56 pairs of a pixel and its right neighbour, and 16 pixels
+    cut to 3 levels; 10 classes."""
     from sklearn.datasets import load_digits
 
     images, labels = load_digits(return_X_y=True)
@@ -17,7 +19,8 @@ def digits() -> dict[str, np.ndarray]:
 
 
 def interactions(rows: int = 40_000, users: int = 4000, items: int = 2000, seed: int = 0) -> dict[str, np.ndarray]:
-    """Synthetic clicks: users and items by a Zipf law, an item's category, the hour; the odds of a click come from latent factors of all four."""
+    """Synthetic clicks: users and items by a Zipf law, an item's category, the hour; the odds of a click come from
+    latent factors of all four."""
     r = np.random.default_rng(seed)
 
     def zipf(n: int) -> np.ndarray:

@@ -1,7 +1,7 @@
 """Stillhouse: knowledge distillation under one roof.
 
-Five lines distil a model: `stillhouse.distill(teacher, student, train_loader, objectives=["ce", "kd"])`. `run_recipe` runs what a
-recipe describes. Names are loaded when they are used.
+Five lines distil a model: `stillhouse.distill(teacher, student, train_loader, objectives=["ce", "kd"])`. `run_recipe`
+runs what a recipe describes. Names are loaded when they are used.
 """
 
 from __future__ import annotations

@@ -38,21 +38,25 @@ def distill(
     """Train `student` to carry what `teacher` knows, and return it (in evaluation mode, the same object).
 
     Args:
-        teacher: any `nn.Module` that returns logits, a teacher of `stillhouse.distillation.teachers`, several by name, or None.
-        student: any `nn.Module` that returns logits (B, C). One in half precision is trained in float32, as small updates of half-precision weights
-            round to nothing; see `half_weights`.
-        train_loader: batches of (input, label), or mappings with `input`, `label` and, for objectives that need it, `index`; your `DataLoader`, or
-            a `stillhouse.data.Loader`.
-        objectives: names (`"kd"`), mappings (`{"name": "kd", "temperature": 2, "weight": 0.9}`), `Objective`s, or (Objective, weight) pairs.
+        teacher: any `nn.Module` that returns logits, a teacher of `stillhouse.distillation.teachers`, several by name,
+            or None.
+        student: any `nn.Module` that returns logits (B, C). One in half precision is trained in float32, as small
+            updates of half-precision weights round to nothing; see `half_weights`.
+        train_loader: batches of (input, label), or mappings with `input`, `label` and, for objectives that need it,
+            `index`; your `DataLoader`, or a `stillhouse.data.Loader`.
+        objectives: names (`"kd"`), mappings (`{"name": "kd", "temperature": 2, "weight": 0.9}`), `Objective`s, or
+            (Objective, weight) pairs.
         val_loader: evaluated at the end of epochs (accuracy and calibration).
         train: options of `TrainSpec`, such as {"epochs": 30, "optimizer": {"name": "adamw", "lr": 1e-3}}.
-        folder: metrics.csv and checkpoints go there, and a run that was cut off goes on from there; None: a temporary folder.
+        folder: metrics.csv and checkpoints go there, and a run that was cut off goes on from there; None: a temporary
+            folder.
         evaluate: figures of your own, (student, device) -> {name: number}.
         half_weights: train a half-precision student as it is.
 
     >>> import torch, stillhouse
     >>> data = [(torch.randn(8, 4), torch.randint(0, 3, (8,))) for _ in range(4)]
-    >>> student = stillhouse.distill(torch.nn.Linear(4, 3), torch.nn.Linear(4, 3), data, ["ce", "kd"], train={"epochs": 2}, progress=False)
+    >>> teacher, small = torch.nn.Linear(4, 3), torch.nn.Linear(4, 3)
+    >>> student = stillhouse.distill(teacher, small, data, ["ce", "kd"], train={"epochs": 2}, progress=False)
     >>> student(torch.randn(2, 4)).shape
     torch.Size([2, 3])
     """
@@ -98,7 +102,8 @@ def run_recipe(
     progress: bool = True,
     cpu: bool = False,
 ) -> dict[str, float]:
-    """Run a recipe as `stillhouse run` does, and return the figures of its product; `stillhouse.load(folder)` gives the product.
+    """Run a recipe as `stillhouse run` does, and return the figures of its product; `stillhouse.load(folder)` gives the
+    product.
 
     Args:
         recipe: a YAML file, or a mapping with the same keys.
@@ -128,13 +133,17 @@ def _check_types(teacher: Any, student: Any, objectives: Any) -> None:
     """One sentence for what is no network and no list of objectives."""
     by_name = "; a network by name is built by stillhouse.models.build(ModelSpec(model=…)), or comes from a recipe"
     if not isinstance(student, nn.Module):
-        raise UserError(f"distill: the student must be an nn.Module; given: {_shown(student)}{by_name if isinstance(student, str) else ''}.")
+        raise UserError(
+            "distill: the student must be an nn.Module; given: "
+            f"{_shown(student)}{by_name if isinstance(student, str) else ''}."
+        )
     named = teacher if isinstance(teacher, Mapping) else {} if teacher is None else {"teacher": teacher}
     for name, one in named.items():
         if not isinstance(one, nn.Module | Teacher):
             hint = by_name if isinstance(one, str) else ", or None"
             raise UserError(
-                f"distill: the teacher{f' {name!r}' if isinstance(teacher, Mapping) else ''} must be an nn.Module or a teacher of stillhouse; given: {_shown(one)}{hint}."
+                f"distill: the teacher{f' {name!r}' if isinstance(teacher, Mapping) else ''} must be an nn.Module or "
+                f"a teacher of stillhouse; given: {_shown(one)}{hint}."
             )
     if isinstance(objectives, str | Mapping) or not isinstance(objectives, Sequence):
         raise UserError(f'distill: objectives must be a list, such as ["ce", "kd"]; given: {_shown(objectives)}.')

@@ -1,4 +1,5 @@
-"""The command: parses, calls, prints. Exit codes: 0 done, 2 the user's mistake, 1 ours. `--help` and `methods` import no torch."""
+"""The command: parses, calls, prints. Exit codes: 0 done, 2 the user's mistake, 1 ours. `--help` and `methods` import
+no torch."""
 
 from __future__ import annotations
 
@@ -15,7 +16,8 @@ if TYPE_CHECKING:
 
 app = typer.Typer(
     name="stillhouse",
-    help="Knowledge distillation under one roof: make a small model carry what a big one knows.\n\nStart with: stillhouse demo",
+    help="Knowledge distillation under one roof: make a small model carry what a big one knows.\n\nStart with: "
+    "stillhouse demo",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
@@ -23,8 +25,13 @@ app = typer.Typer(
 )
 
 Recipe = Annotated[Path, typer.Argument(help="A recipe file (YAML).", metavar="RECIPE")]
-Sets = Annotated[list[str] | None, typer.Option("--set", help="Override a key: train.epochs=3. May be given several times.", metavar="KEY=VALUE")]
-DataRoot = Annotated[str | None, typer.Option(help="Folder that holds the data sets; default: STILLHOUSE_DATA.", metavar="FOLDER")]
+Sets = Annotated[
+    list[str] | None,
+    typer.Option("--set", help="Override a key: train.epochs=3. May be given several times.", metavar="KEY=VALUE"),
+]
+DataRoot = Annotated[
+    str | None, typer.Option(help="Folder that holds the data sets; default: STILLHOUSE_DATA.", metavar="FOLDER")
+]
 Cpu = Annotated[bool, typer.Option("--cpu", help="Use no GPU.")]
 
 
@@ -37,7 +44,11 @@ def _version(value: bool) -> None:
 
 
 @app.callback()
-def _root(version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")] = False) -> None:
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
     pass
 
 
@@ -45,10 +56,16 @@ def _root(version: Annotated[bool, typer.Option("--version", callback=_version, 
 def run(
     recipe: Recipe,
     set_: Sets = None,
-    variant: Annotated[str | None, typer.Option(help="One of the recipe's variants, such as paper.", metavar="NAME")] = None,
-    out: Annotated[Path | None, typer.Option(help="The run's folder; default: runs/NAME-sSEED.", metavar="FOLDER")] = None,
+    variant: Annotated[
+        str | None, typer.Option(help="One of the recipe's variants, such as paper.", metavar="NAME")
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="The run's folder; default: runs/NAME-sSEED.", metavar="FOLDER")
+    ] = None,
     data_root: DataRoot = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the resolved recipe and the plan; train nothing.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print the resolved recipe and the plan; train nothing.")
+    ] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Start over in a folder that holds a run.")] = False,
     cpu: Cpu = False,
 ) -> None:
@@ -80,7 +97,9 @@ def run(
 def _print_plan(stages: list[Stage]) -> None:
     typer.echo("Plan:")
     for number, stage in enumerate(stages, 1):
-        typer.echo(f"  {number}. {stage.name}: {stage.does}" + (f", {stage.steps:,} steps" if stage.steps is not None else ""))
+        typer.echo(
+            f"  {number}. {stage.name}: {stage.does}" + (f", {stage.steps:,} steps" if stage.steps is not None else "")
+        )
         for role, text in stage.models.items():
             typer.echo(f"     {role}: {text}")
         for name, path in stage.taps.items():
@@ -89,7 +108,9 @@ def _print_plan(stages: list[Stage]) -> None:
 
 @app.command(epilog="Example: stillhouse methods nkd_uskd")
 def methods(
-    name: Annotated[str | None, typer.Argument(help="A method or an objective; without it, all are listed.", metavar="NAME")] = None,
+    name: Annotated[
+        str | None, typer.Argument(help="A method or an objective; without it, all are listed.", metavar="NAME")
+    ] = None,
 ) -> None:
     """List methods and objectives, or show one."""
     from stillhouse import catalog
@@ -110,27 +131,42 @@ def methods(
 
 @app.command(epilog="Example: stillhouse bench recipes/classification/digits.yaml --variants alone,kd --seeds 0,1,2")
 def bench(
-    recipe: Annotated[list[Path], typer.Argument(help="Recipes (YAML); each of them and each of its variants is a row.", metavar="RECIPE")],
+    recipe: Annotated[
+        list[Path],
+        typer.Argument(help="Recipes (YAML); each of them and each of its variants is a row.", metavar="RECIPE"),
+    ],
     variants: Annotated[
         str | None,
-        typer.Option(help="Variants, comma separated; base is the recipe itself. Default: base and all but paper… and smoke.", metavar="NAMES"),
+        typer.Option(
+            help="Variants, comma separated; base is the recipe itself. Default: base and all but paper… and smoke.",
+            metavar="NAMES",
+        ),
     ] = None,
     seeds: Annotated[str, typer.Option(help="Seeds, comma separated.", metavar="NUMBERS")] = "0,1,2",
     baseline: Annotated[
-        str | None, typer.Option(help="The row that the others are compared with; default: alone, ce, random, or the first.", metavar="ROW")
+        str | None,
+        typer.Option(
+            help="The row that the others are compared with; default: alone, ce, random, or the first.", metavar="ROW"
+        ),
     ] = None,
     reference: Annotated[
         str | None,
         typer.Option(
-            help="The row whose training step is the unit of cost, where recipes measure it (evaluate: [step]); default: kd, or the baseline.",
+            help="The row whose training step is the unit of cost, where recipes measure it (evaluate: [step]); "
+            "default: kd, or the baseline.",
             metavar="ROW",
         ),
     ] = None,
     primary: Annotated[
         str | None,
-        typer.Option(help="The figure that rows are compared by, such as nll; default: accuracy, or the first that there is.", metavar="FIGURE"),
+        typer.Option(
+            help="The figure that rows are compared by, such as nll; default: accuracy, or the first that there is.",
+            metavar="FIGURE",
+        ),
     ] = None,
-    out: Annotated[Path | None, typer.Option(help="Folder of the runs; default: runs/bench-NAME.", metavar="FOLDER")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder of the runs; default: runs/bench-NAME.", metavar="FOLDER")
+    ] = None,
     evidence: Annotated[Path | None, typer.Option(help="Also write the results as JSON here.", metavar="FILE")] = None,
     set_: Sets = None,
     data_root: DataRoot = None,
@@ -138,7 +174,8 @@ def bench(
     jobs: Annotated[int, typer.Option("--jobs", "-j", min=1, help="Runs at the same time.", metavar="N")] = 1,
     cpu: Cpu = False,
 ) -> None:
-    """Compare recipes and variants over seeds, and judge the recipes' claims. Finished runs of the same recipe and code are reused."""
+    """Compare recipes and variants over seeds, and judge the recipes' claims. Finished runs of the same recipe and code
+    are reused."""
     import json
 
     from rich.console import Console
@@ -185,12 +222,20 @@ def bench(
 @app.command(epilog="Example: stillhouse evidence acam_kd pld")
 def evidence(
     names: Annotated[list[str] | None, typer.Argument(help="Recipes by name; default: all.", metavar="NAME")] = None,
-    check: Annotated[bool, typer.Option("--check", help="List the evidence that is out of date; exit 1 where there is any.")] = False,
+    check: Annotated[
+        bool, typer.Option("--check", help="List the evidence that is out of date; exit 1 where there is any.")
+    ] = False,
     missing: Annotated[bool, typer.Option("--missing", help="List the methods without claims.")] = False,
-    verdicts: Annotated[bool, typer.Option("--verdicts", help="Judge all claims again, from the recorded rows, and write the verdicts.")] = False,
-    report: Annotated[Path | None, typer.Option(help="Write the claims as an HTML page whose table can be sorted.", metavar="FILE")] = None,
+    verdicts: Annotated[
+        bool, typer.Option("--verdicts", help="Judge all claims again, from the recorded rows, and write the verdicts.")
+    ] = False,
+    report: Annotated[
+        Path | None, typer.Option(help="Write the claims as an HTML page whose table can be sorted.", metavar="FILE")
+    ] = None,
     recipes: Annotated[Path, typer.Option(help="Folder of the recipes.", metavar="FOLDER")] = Path("recipes"),
-    evidence: Annotated[Path, typer.Option(help="Folder of the recorded comparisons.", metavar="FOLDER")] = Path("evidence"),
+    evidence: Annotated[Path, typer.Option(help="Folder of the recorded comparisons.", metavar="FOLDER")] = Path(
+        "evidence"
+    ),
 ) -> None:
     """Show the recipes' claims with their verdicts, or what evidence is stale or missing. Runs nothing."""
     from stillhouse.errors import unknown
@@ -249,12 +294,16 @@ def _seeds(text: str) -> list[int]:
 
 
 def _ready(folder: Path, data_root: str | None = None, *others: Path) -> None:
-    """Raises `UserError`, before anything long begins, where the folder of a run, or the cache, cannot be written, or the data root is not there."""
+    """Raises `UserError`, before anything long begins, where the folder of a run, or the cache, cannot be written, or
+    the data root is not there."""
     from stillhouse.errors import UserError
     from stillhouse.files import cache_folder
 
     _check_data_root(data_root)
-    for what, path in (*(("", p) for p in (folder, *others)), ("the cache folder (STILLHOUSE_CACHE), ", cache_folder())):
+    for what, path in (
+        *(("", p) for p in (folder, *others)),
+        ("the cache folder (STILLHOUSE_CACHE), ", cache_folder()),
+    ):
         try:
             path.mkdir(parents=True, exist_ok=True)
             problem = "" if os.access(path, os.W_OK | os.X_OK) else "permission denied"
@@ -271,30 +320,55 @@ def _check_data_root(data_root: str | None) -> None:
         raise UserError(f"--data-root: there is no folder '{data_root}'.")
 
 
-@app.command(epilog="Example: stillhouse cache recipes/classification/store_digits.yaml --out stores/digits --top 5 --precision fp16 --views 5")
+@app.command(
+    epilog="Example: stillhouse cache recipes/classification/store_digits.yaml --out stores/digits --top 5 "
+    "--precision fp16 --views 5"
+)
 def cache(
     recipe: Recipe,
     out: Annotated[Path, typer.Option(help="The store's folder; one that was cut off goes on.", metavar="FOLDER")],
-    top: Annotated[int | None, typer.Option(help="Keep the K most probable classes and the mass of the others; default: all.", metavar="K")] = None,
-    precision: Annotated[str | None, typer.Option(help="fp32, fp16, bf16 or int8; default: fp32.", metavar="TYPE")] = None,
+    top: Annotated[
+        int | None,
+        typer.Option(help="Keep the K most probable classes and the mass of the others; default: all.", metavar="K"),
+    ] = None,
+    precision: Annotated[
+        str | None, typer.Option(help="fp32, fp16, bf16 or int8; default: fp32.", metavar="TYPE")
+    ] = None,
     views: Annotated[int | None, typer.Option(help="Augmented views of each sample; default: 1.", metavar="N")] = None,
     embedding: Annotated[bool, typer.Option("--embedding", help="Keep the embedding too.")] = False,
-    tap: Annotated[list[str] | None, typer.Option(help="Keep this tap too. May be given several times.", metavar="LAYER")] = None,
+    tap: Annotated[
+        list[str] | None, typer.Option(help="Keep this tap too. May be given several times.", metavar="LAYER")
+    ] = None,
     teacher: Annotated[str, typer.Option(help="Which of the recipe's teachers.", metavar="NAME")] = "teacher",
     set_: Sets = None,
     variant: Annotated[str | None, typer.Option(help="One of the recipe's variants.", metavar="NAME")] = None,
     data_root: DataRoot = None,
-    engine: Annotated[str, typer.Option(help="local (under torchrun: every process takes its share), or ray.", metavar="NAME")] = "local",
+    engine: Annotated[
+        str, typer.Option(help="local (under torchrun: every process takes its share), or ray.", metavar="NAME")
+    ] = "local",
     jobs: Annotated[
-        int, typer.Option("--jobs", "-j", min=1, help="Workers, with --engine ray; requests at the same time, with --server.", metavar="N")
+        int,
+        typer.Option(
+            "--jobs",
+            "-j",
+            min=1,
+            help="Workers, with --engine ray; requests at the same time, with --server.",
+            metavar="N",
+        ),
     ] = 2,
     server: Annotated[
         str | None,
-        typer.Option(help="Ask an OpenAI-compatible server instead, such as http://localhost:8000/v1 (key: STILLHOUSE_SERVER_KEY).", metavar="URL"),
+        typer.Option(
+            help="Ask an OpenAI-compatible server instead, such as http://localhost:8000/v1 (key: "
+            "STILLHOUSE_SERVER_KEY).",
+            metavar="URL",
+        ),
     ] = None,
     server_model: Annotated[str, typer.Option(help="The model's name there.", metavar="NAME")] = "default",
     rate: Annotated[float | None, typer.Option(help="Requests a second, at most.", metavar="N")] = None,
-    skip_long: Annotated[bool, typer.Option("--skip-long", help="Pass over samples that the server's context does not hold.")] = False,
+    skip_long: Annotated[
+        bool, typer.Option("--skip-long", help="Pass over samples that the server's context does not hold.")
+    ] = False,
     cpu: Cpu = False,
 ) -> None:
     """Keep what a recipe's teacher says of its data. Students then train from the store: teacher: {store: FOLDER}."""
@@ -310,7 +384,16 @@ def cache(
 
         kept = store_spec({k: v for k, v in given.items() if v is not None})
         asked_of = Server(server, server_model, top=top or 20, rate=rate)
-        make_from_server(config, asked_of, kept, out, workers=jobs, too_long="skip" if skip_long else "refuse", data_root=data_root, live=Bars())
+        make_from_server(
+            config,
+            asked_of,
+            kept,
+            out,
+            workers=jobs,
+            too_long="skip" if skip_long else "refuse",
+            data_root=data_root,
+            live=Bars(),
+        )
         typer.echo(describe(out))
         return
     spec = asked(config, teacher, {k: v for k, v in given.items() if v is not None})
@@ -326,12 +409,17 @@ def export(
         str | None,
         typer.Option(
             help="A student: onnx (default), torch (torch.export, .pt2) or safetensors (weights alone). "
-            "A synthetic set: folder (default; an ImageFolder, OUT/train/CLASS/*.png) or parquet (one file, as Hugging Face reads it).",
+            "A synthetic set: folder (default; an ImageFolder, OUT/train/CLASS/*.png) or parquet (one file, as "
+            "Hugging Face reads it).",
             metavar="FORMAT",
         ),
     ] = None,
-    out: Annotated[Path | None, typer.Option(help="The file or folder to write; default: beside the product.", metavar="PATH")] = None,
-    trust_code: Annotated[bool, typer.Option("--trust-code", help="Allow a model that your own Python file builds.")] = False,
+    out: Annotated[
+        Path | None, typer.Option(help="The file or folder to write; default: beside the product.", metavar="PATH")
+    ] = None,
+    trust_code: Annotated[
+        bool, typer.Option("--trust-code", help="Allow a model that your own Python file builds.")
+    ] = False,
 ) -> None:
     """Write a student or a synthetic set for other programs to load."""
     from stillhouse.runs.export import export as write
@@ -341,10 +429,18 @@ def export(
 
 @app.command(epilog="Example: stillhouse predict runs/segmentation-s0 street.jpg --out found")
 def predict(
-    folder: Annotated[Path, typer.Argument(help="A finished run's folder, or a product folder.", metavar="RUN_OR_PRODUCT")],
-    inputs: Annotated[list[str], typer.Argument(help="Images (files, or folders of them), or texts.", metavar="INPUT…")],
-    out: Annotated[Path | None, typer.Option(help="Write predictions.jsonl and pictures here.", metavar="FOLDER")] = None,
-    trust_code: Annotated[bool, typer.Option("--trust-code", help="Allow a model that your own Python file builds.")] = False,
+    folder: Annotated[
+        Path, typer.Argument(help="A finished run's folder, or a product folder.", metavar="RUN_OR_PRODUCT")
+    ],
+    inputs: Annotated[
+        list[str], typer.Argument(help="Images (files, or folders of them), or texts.", metavar="INPUT…")
+    ],
+    out: Annotated[
+        Path | None, typer.Option(help="Write predictions.jsonl and pictures here.", metavar="FOLDER")
+    ] = None,
+    trust_code: Annotated[
+        bool, typer.Option("--trust-code", help="Allow a model that your own Python file builds.")
+    ] = False,
 ) -> None:
     """Show what a student finds in images or texts: labels with probabilities, overlays, boxes, text."""
     from stillhouse.runs.prediction import predict as predictions
@@ -357,7 +453,10 @@ def predict(
 def report(
     folder: Annotated[
         Path,
-        typer.Argument(help="A run's folder, finished or not, a comparison's, or a comparison's JSON, such as those in evidence/.", metavar="RUN"),
+        typer.Argument(
+            help="A run's folder, finished or not, a comparison's, or a comparison's JSON, such as those in evidence/.",
+            metavar="RUN",
+        ),
     ],
 ) -> None:
     """Write a run's or comparison's report anew."""
@@ -371,7 +470,9 @@ def report(
     if (folder / "recipe.yaml").is_file():
         path = write_run_report(folder)
         if not (folder / "evaluation.json").is_file():
-            typer.echo("The run has not finished (the command that started it goes on with it); this is what there is so far.")
+            typer.echo(
+                "The run has not finished (the command that started it goes on with it); this is what there is so far."
+            )
     elif results.is_file():
         path = results.with_name("report.html") if results.name == "results.json" else Path(f"{results.stem}.html")
         try:
@@ -385,7 +486,9 @@ def report(
 
 
 @app.command(epilog="Example: stillhouse schema dm > dm.schema.json")
-def schema(method: Annotated[str, typer.Argument(help="A method of the catalogue.", metavar="METHOD")] = "distillation") -> None:
+def schema(
+    method: Annotated[str, typer.Argument(help="A method of the catalogue.", metavar="METHOD")] = "distillation",
+) -> None:
     """Print the JSON schema of recipes, for editors."""
     import json
 
@@ -409,7 +512,8 @@ def demo(
     seeds: Annotated[str, typer.Option(help="Seeds, comma separated.", metavar="NUMBERS")] = "0,1,2",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Start over.")] = False,
 ) -> None:
-    """See distillation work on handwritten digits. A teacher and four students (alone, KD, NKD, PLD) in minutes, with no data to fetch."""
+    """See distillation work on handwritten digits. A teacher and four students (alone, KD, NKD, PLD) in minutes, with
+    no data to fetch."""
     from stillhouse.demo import demo as show
 
     numbers = _seeds(seeds)
@@ -433,22 +537,46 @@ def main() -> None:
         except OSError as error:
             if error.errno not in _OF_PLACES or error.filename is None:
                 raise
-            typer.echo(f"stillhouse: Cannot read or write '{error.filename}': {str(error.strerror).lower()}. What was done before is kept.", err=True)
+            typer.echo(
+                f"stillhouse: Cannot read or write '{error.filename}': {str(error.strerror).lower()}. What was done "
+                "before is kept.",
+                err=True,
+            )
             sys.exit(2)
         except KeyboardInterrupt:
             typer.echo("stillhouse: stopped; start the same command again to go on.", err=True)
             sys.exit(130)
 
 
-_OF_PLACES = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENOSPC, errno.EDQUOT, errno.ENAMETOOLONG)
+_OF_PLACES = (
+    errno.EACCES,
+    errno.EPERM,
+    errno.EROFS,
+    errno.ENOTDIR,
+    errno.EISDIR,
+    errno.EEXIST,
+    errno.ENOSPC,
+    errno.EDQUOT,
+    errno.ENAMETOOLONG,
+)
 
 
-def _show_warning(message: Warning | str, category: type[Warning], filename: str, lineno: int, file: Any = None, line: str | None = None) -> None:
+def _show_warning(
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    file: Any = None,
+    line: str | None = None,
+) -> None:
     """Our own warnings as one sentence, without the line of code that gave them."""
     import warnings
 
     own = Path(filename).is_relative_to(Path(__file__).parent) and issubclass(category, UserWarning)
-    typer.echo(f"stillhouse: {message}" if own else warnings.formatwarning(message, category, filename, lineno, line).rstrip(), err=True)
+    typer.echo(
+        f"stillhouse: {message}" if own else warnings.formatwarning(message, category, filename, lineno, line).rstrip(),
+        err=True,
+    )
 
 
 if __name__ == "__main__":

@@ -22,7 +22,8 @@ class TrainingDiverged(UserError):
 
 
 def nearest(name: str, valid: Iterable[str], count: int = 3) -> list[str]:
-    """The valid names closest in spelling to `name`, best first (at most `count`; may be empty). What all begin with, as `timm:`, does not count.
+    """The valid names closest in spelling to `name`, best first (at most `count`; may be empty). What all begin with,
+    as `timm:`, does not count.
 
     >>> nearest("kind:corp", ["kind:crop", "kind:scale"])
     ['kind:crop']
@@ -34,7 +35,11 @@ def nearest(name: str, valid: Iterable[str], count: int = 3) -> list[str]:
             return [same + v for v in nearest(name.removeprefix(same), [v.removeprefix(same) for v in names], count)]
     close = difflib.get_close_matches(name, names, n=count, cutoff=0.65)
     lowered = name.lower()
-    close += [v for v in names if v not in close and ((len(lowered) > 1 and lowered in v.lower()) or (len(v) > 2 and v.lower() in lowered))]
+    close += [
+        v
+        for v in names
+        if v not in close and ((len(lowered) > 1 and lowered in v.lower()) or (len(v) > 2 and v.lower() in lowered))
+    ]
     return close[:count]
 
 

@@ -20,7 +20,8 @@ from stillhouse.errors import UserError
 
 @contextmanager
 def written_beside(path: Path) -> Iterator[Path]:
-    """A path to write to, renamed to `path` when the block ends well: readers see the old file or the new one, never a torn one.
+    """A path to write to, renamed to `path` when the block ends well: readers see the old file or the new one, never a
+    torn one.
 
     Raises:
         UserError: where the disk is full; the old file is kept.
@@ -37,7 +38,8 @@ def written_beside(path: Path) -> Iterator[Path]:
         beside.unlink(missing_ok=True)
         if is_full(error):
             raise UserError(
-                f"Could not write {path}: the disk is full (or over its quota). What was there before is kept; free some space and start again."
+                f"Could not write {path}: the disk is full (or over its quota). What was there before is kept; free "
+                "some space and start again."
             ) from error
         raise
 
@@ -73,7 +75,8 @@ _MASK = threading.Lock()
 
 
 def is_full(error: BaseException) -> bool:
-    """Whether an error of any library says that nothing more can be written: no space, a quota, or a limit on file size."""
+    """Whether an error of any library says that nothing more can be written: no space, a quota, or a limit on file
+    size."""
     number = getattr(error, "errno", None)
     text = str(error)
     return number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) or any(

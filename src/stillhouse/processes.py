@@ -1,4 +1,5 @@
-"""The processes that train together: which of them this is, what all of them take for true, and waiting for each other."""
+"""The processes that train together: which of them this is, what all of them take for true, and waiting for each
+other."""
 
 from __future__ import annotations
 
@@ -26,11 +27,16 @@ def together(cpu: bool = False) -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        lost = isinstance(error, torch.distributed.DistError) or "Connection closed by peer" in str(error) or "Connection reset" in str(error)
+        lost = (
+            isinstance(error, torch.distributed.DistError)
+            or "Connection closed by peer" in str(error)
+            or "Connection reset" in str(error)
+        )
         if rank_world()[1] == 1 or not lost:
             raise
         raise UserError(
-            "Another process of this training has ended, so this one ends too; its own message says why. Start all of them again to resume."
+            "Another process of this training has ended, so this one ends too; its own message says why. Start all of "
+            "them again to resume."
         ) from error
 
 

@@ -1,6 +1,8 @@
-"""One way to be random: every draw is a function of keys, so nothing random is ever saved and any point can be replayed.
+"""One way to be random: every draw is a function of keys, so nothing random is ever saved and any point can be
+replayed.
 
-Order of samples: (seed, "order", epoch). Augmentation: (seed, "augment", epoch, index). A training step: (seed, stage, epoch, batch, rank).
+Order of samples: (seed, "order", epoch). Augmentation: (seed, "augment", epoch, index). A training step: (seed, stage,
+epoch, batch, rank).
 """
 
 from __future__ import annotations
@@ -31,7 +33,8 @@ def permutation(n: int, *parts: int | str) -> list[int]:
 
 
 def seed_step(*parts: int | str) -> None:
-    """Seed torch's default generators (CPU and, where one is in use, the current GPU) for one training step; microseconds, no device sync."""
+    """Seed torch's default generators (CPU and, where one is in use, the current GPU) for one training step;
+    microseconds, no device sync."""
     value = key(*parts)
     torch.default_generator.manual_seed(value)
     if torch.cuda.is_available() and torch.cuda.is_initialized():
@@ -56,12 +59,15 @@ def keyed(*parts: int | str) -> Iterator[None]:
 
 
 def uniforms(seed: int, indices: np.ndarray, draws: int) -> np.ndarray:
-    """Uniform numbers in [0, 1), shape (len(indices), draws), each a function of (seed, index, draw) alone (splitmix64, vectorised).
+    """Uniform numbers in [0, 1), shape (len(indices), draws), each a function of (seed, index, draw) alone (splitmix64,
+    vectorised).
 
     For augmentation of a whole batch at once: a sample gets the same numbers whatever batch it is in.
     """
     with np.errstate(over="ignore"):
-        x = np.asarray(indices, dtype=np.uint64)[:, None] * np.uint64(0x9E3779B97F4A7C15) + np.uint64(seed & 0xFFFFFFFFFFFFFFFF)
+        x = np.asarray(indices, dtype=np.uint64)[:, None] * np.uint64(0x9E3779B97F4A7C15) + np.uint64(
+            seed & 0xFFFFFFFFFFFFFFFF
+        )
         x = x + (np.arange(1, draws + 1, dtype=np.uint64) * np.uint64(0xD1B54A32D192ED03))[None, :]
         for shift, multiplier in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
             x = (x ^ (x >> np.uint64(shift))) * np.uint64(multiplier)

@@ -1,4 +1,5 @@
-"""What a network says about a batch (`Signals`), and how inner tensors are captured in its one forward pass (`Taps`)."""
+"""What a network says about a batch (`Signals`), and how inner tensors are captured in its one forward pass
+(`Taps`)."""
 
 from __future__ import annotations
 
@@ -14,13 +15,15 @@ from torch import Tensor, nn
 from stillhouse.errors import UserError, nearest
 
 Batch = dict[str, Any]
-"""`input` (tensor, or mapping of tensors passed by keyword), `label` (B,) or (B, C) soft, `index` (B,), and a task's own keys."""
+"""`input` (tensor, or mapping of tensors passed by keyword), `label` (B,) or (B, C) soft, `index` (B,), and a task's
+own keys."""
 
 
 def log_softmax(logits: Tensor) -> Tensor:
     """Log-probabilities of logits (..., C), over the last axis.
 
-    Dense logits (B, H, W, C) are views of what a network gives as (B, C, H, W): over the second axis of that, no copy is made (about three times faster).
+    Dense logits (B, H, W, C) are views of what a network gives as (B, C, H, W): over the second axis of that, no copy
+    is made (about three times faster).
     """
     if logits.ndim > 3:
         return logits.movedim(-1, 1).log_softmax(1).movedim(1, -1)
@@ -45,27 +48,36 @@ class Signals:
     top: TopK | None = None
     embedding: Tensor | None = None  # (B, D), pooled, before the classifier
     taps: dict[str, Tensor] = field(default_factory=dict)  # maps are (B, C, H, W), whatever the network
-    members: tuple[Signals, ...] = ()  # of an ensemble; without `logits`, its output is the mean of the members' probabilities
+    members: tuple[
+        Signals, ...
+    ] = ()  # of an ensemble; without `logits`, its output is the mean of the members' probabilities
     parts: dict[str, Tensor] = field(default_factory=dict)  # what else its task's networks give, by name (`Task.parts`)
     losses: dict[str, Tensor] = field(default_factory=dict)  # a network's own, where they are wanted, in training
     image: tuple[int, int] | None = None  # height and width of the images that the network saw
 
     def require(self, signal: str) -> Tensor:
-        """A signal that must be there, in the words of `Objective.needs`: `logits`, `embedding`, `tap:NAME` or `part:NAME`.
+        """A signal that must be there, in the words of `Objective.needs`: `logits`, `embedding`, `tap:NAME` or
+        `part:NAME`.
 
         Raises:
             UserError: it is not there; the message lists what is.
 
         >>> Signals(logits=torch.zeros(2, 5)).require("embedding")
         Traceback (most recent call last):
-        stillhouse.errors.UserError: There is no `embedding` among these signals, only logits; an objective captures what its `needs` names.
+        stillhouse.errors.UserError: There is no `embedding` among these signals, only logits; an objective captures
+            what its `needs` names.
         """
         there = {"logits": self.logits, "embedding": self.embedding}
-        there |= {f"tap:{name}": x for name, x in self.taps.items()} | {f"part:{name}": x for name, x in self.parts.items()}
+        there |= {f"tap:{name}": x for name, x in self.taps.items()} | {
+            f"part:{name}": x for name, x in self.parts.items()
+        }
         found = there.get(signal)
         if found is None:
             names = ", ".join(name for name, x in there.items() if x is not None)
-            raise UserError(f"There is no `{signal}` among these signals, only {names or 'none'}; an objective captures what its `needs` names.")
+            raise UserError(
+                f"There is no `{signal}` among these signals, only {names or 'none'}; an objective captures what its "
+                "`needs` names."
+            )
         return found
 
     @property
@@ -76,9 +88,10 @@ class Signals:
     def log_probs(self, temperature: float = 1.0) -> Tensor:
         """Log-probabilities at a temperature, float32, shape as the logits.
 
-        Works for logits, for probabilities (p ** (1/T), renormalised, is exactly softmax(logits / T)) and for an ensemble (the mean over its
-        members of the probabilities at that temperature). As they equal the logits up to a constant per row, objectives that rank or
-        renormalise may use `log_probs()` wherever a paper writes the teacher's logits.
+        Works for logits, for probabilities (p ** (1/T), renormalised, is exactly softmax(logits / T)) and for an
+        ensemble (the mean over its members of the probabilities at that temperature). As they equal the logits up to a
+        constant per row, objectives that rank or renormalise may use `log_probs()` wherever a paper writes the
+        teacher's logits.
 
         Raises:
             UserError: where only the top k are known, or nothing.
@@ -95,7 +108,8 @@ class Signals:
             return log_p.clamp_min(math.log(torch.finfo(torch.float32).tiny))
         if self.top is not None:
             raise UserError(
-                "This objective needs the probabilities of all classes, but its teacher knows only the top k; store full logits or use a top-k objective."
+                "This objective needs the probabilities of all classes, but its teacher knows only the top k; store "
+                "full logits or use a top-k objective."
             )
         raise UserError("This objective needs class probabilities, but its teacher gives none.")
 
@@ -117,7 +131,8 @@ class Signals:
 
 
 def call_model(model: nn.Module, batch: Batch) -> Any:
-    """Call a model on a batch: a tensor input as it is, a mapping (`input_ids`, `attention_mask`, …) by keyword; in the model's own precision."""
+    """Call a model on a batch: a tensor input as it is, a mapping (`input_ids`, `attention_mask`, …) by keyword; in the
+    model's own precision."""
     x = _in_precision(batch["input"], model)
     with own_precision(model):
         return model(**x) if isinstance(x, Mapping) else model(x)
@@ -128,7 +143,8 @@ PRECISIONS = HALF | {torch.float32, torch.float64}
 
 
 def _in_precision(x: Any, model: nn.Module) -> Any:
-    """Real-valued tensors as the model's first weights have them, so that a half-precision network takes the inputs of another; ids as they are."""
+    """Real-valued tensors as the model's first weights have them, so that a half-precision network takes the inputs of
+    another; ids as they are."""
     own = next((p.dtype for p in model.parameters() if p.dtype in PRECISIONS), None)
     if own is None:
         return x
@@ -138,7 +154,8 @@ def _in_precision(x: Any, model: nn.Module) -> Any:
 
 
 def own_precision(model: nn.Module) -> AbstractContextManager[Any]:
-    """Without autocast for a network whose weights are all in half precision, which autocast would mix with another; else nothing."""
+    """Without autocast for a network whose weights are all in half precision, which autocast would mix with another;
+    else nothing."""
     first = next(model.parameters(), None)
     if first is None or first.dtype not in HALF or any(p.dtype != first.dtype for p in model.parameters()):
         return nullcontext()
@@ -151,7 +168,8 @@ def in_float32(x: Tensor) -> Tensor:
 
 
 def image_size(batch: Batch) -> tuple[int, int] | None:
-    """Height and width of a batch's images (B, C, H, W): of its input, or of a mapping of inputs (`pixel_values`); None where it has none."""
+    """Height and width of a batch's images (B, C, H, W): of its input, or of a mapping of inputs (`pixel_values`); None
+    where it has none."""
     x = batch["input"]
     for value in x.values() if isinstance(x, Mapping) else (x,):
         if isinstance(value, Tensor) and value.ndim == 4:
@@ -160,7 +178,8 @@ def image_size(batch: Batch) -> tuple[int, int] | None:
 
 
 def read_logits(output: Any) -> Tensor:
-    """The logits in whatever a classifier returns: a tensor, an object or mapping with `logits` (transformers) or `out` (torchvision), or a tuple led by them."""
+    """The logits in whatever a classifier returns: a tensor, an object or mapping with `logits` (transformers) or `out`
+    (torchvision), or a tuple led by them."""
     if isinstance(output, Tensor):
         return output
     for name in ("logits", "out"):
@@ -170,7 +189,8 @@ def read_logits(output: Any) -> Tensor:
     if isinstance(output, tuple | list) and output and isinstance(output[0], Tensor):
         return output[0]
     raise UserError(
-        f"Could not find logits in the model's output, {_described(output)}: it may be a network of another task, such as detection; a classifier returns "
+        f"Could not find logits in the model's output, {_described(output)}: it may be a network of another task, "
+        "such as detection; a classifier returns "
         "a tensor, or an object with `.logits`."
     )
 
@@ -185,8 +205,10 @@ def _described(output: Any) -> str:
 class Taps:
     """Captures the outputs of named submodules during a forward pass.
 
-    A name is a dotted submodule (`layer3`, `blocks.5.attn`): its output is captured; with `:in` at the end (`fc:in`), its first input.
-    Hooks are made once, here: make a `Taps` BEFORE `torch.compile` sees the model, as hooks made later never fire. They write only inside
+    A name is a dotted submodule (`layer3`, `blocks.5.attn`): its output is captured; with `:in` at the end (`fc:in`),
+        its first input.
+    Hooks are made once, here: make a `Taps` BEFORE `torch.compile` sees the model, as hooks made later never fire. They
+        write only inside
     `capture()`, only for the module they were made on (a deep copy's hooks stay silent), and go with `remove()`.
 
     Args:
@@ -254,7 +276,8 @@ class Taps:
         for name in self.names:
             if name not in got:
                 raise UserError(
-                    f"The forward pass of the {self._owner} never reached the tap '{name}' (fused attention and unused branches skip inner modules); tap a module that runs."
+                    f"The forward pass of the {self._owner} never reached the tap '{name}' (fused attention and "
+                    "unused branches skip inner modules); tap a module that runs."
                 )
 
     def remove(self) -> None:
@@ -305,7 +328,8 @@ def to_device(value: Any, device: torch.device | str) -> Any:
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Inside, the model is in evaluation mode and nothing is recorded for gradients; afterwards each submodule has its own mode back.
+    """Inside, the model is in evaluation mode and nothing is recorded for gradients; afterwards each submodule has its
+    own mode back.
 
     `no_grad`, not inference mode: tensors made inside may be used in training later.
     """

@@ -1,4 +1,5 @@
-"""One oracle file: arrays of the authors' own code as tensors, its options and weights, and comparisons with what we compute."""
+"""One oracle file: arrays of the authors' own code as tensors, its options and weights, and comparisons with what we
+compute."""
 
 from __future__ import annotations
 
@@ -22,8 +23,9 @@ def oracle_folder() -> Path:
 class Case:
     """The arrays of one `.npz` file.
 
-    `case["name"]` is an array as a tensor (made once, so that its `.grad` is where `close_grad` looks), `case.leaf("name")` the same with a gradient,
-    `case.params` the options, `case.weights` the arrays `w:*` by name, `"name" in case` whether it is there. `close` and `close_grad` compare.
+    `case["name"]` is an array as a tensor (made once, so that its `.grad` is where `close_grad` looks),
+    `case.leaf("name")` the same with a gradient, `case.params` the options, `case.weights` the arrays `w:*` by name,
+    `"name" in case` whether it is there. `close` and `close_grad` compare.
     """
 
     def __init__(self, path: Path) -> None:
@@ -62,7 +64,8 @@ class Case:
         return self[name].requires_grad_()
 
     def load(self, module: nn.Module, prefix: str = "") -> nn.Module:
-        """The module with the weights of the file whose names start with `prefix`, in their precision; every weight must fit."""
+        """The module with the weights of the file whose names start with `prefix`, in their precision; every weight
+        must fit."""
         weights = {k.removeprefix(prefix): v for k, v in self.weights.items() if k.startswith(prefix)}
         module.to(next((v.dtype for v in weights.values() if v.is_floating_point()), None)).load_state_dict(weights)
         return module
@@ -72,14 +75,19 @@ class Case:
         """The first array of images; their last three axes are (C, H, W)."""
         return next(self[name] for name in ("x", "x_syn", "x_syn0", "x0") if name in self)
 
-    def close(self, name: str, value: Any, *, rtol: float = 1e-5, atol: float | None = None, where: Tensor | None = None) -> None:
+    def close(
+        self, name: str, value: Any, *, rtol: float = 1e-5, atol: float | None = None, where: Tensor | None = None
+    ) -> None:
         """Assert that `value` is the array `name`: same shape, each entry within rtol of it, or within atol.
 
-        atol is for rounding near 0, by default 1e-6 of the largest entry where that is above 1. `where` (bool, same shape) leaves entries out.
+        atol is for rounding near 0, by default 1e-6 of the largest entry where that is above 1. `where` (bool, same
+        shape) leaves entries out.
         """
         expected = torch.from_numpy(np.array(self.arrays[name]))
         given = torch.as_tensor(value).detach().cpu()
-        assert given.shape == expected.shape, f"{self!r}: {name}: shape {tuple(given.shape)}, expected {tuple(expected.shape)}"
+        assert given.shape == expected.shape, (
+            f"{self!r}: {name}: shape {tuple(given.shape)}, expected {tuple(expected.shape)}"
+        )
         if not expected.is_floating_point():
             assert torch.equal(given, expected.to(given.dtype)), f"{self!r}: {name}: {given} is not {expected}"
             return
@@ -87,9 +95,24 @@ class Case:
             given = torch.where(where, given, expected.to(given.dtype))
         if atol is None:
             atol = 1e-6 * max(1.0, float(expected.abs().nan_to_num(0, 0).max())) if expected.numel() else 0.0
-        torch.testing.assert_close(given.double(), expected.double(), rtol=rtol, atol=atol, equal_nan=True, msg=lambda m: f"{self!r}: {name}: {m}")
+        torch.testing.assert_close(
+            given.double(),
+            expected.double(),
+            rtol=rtol,
+            atol=atol,
+            equal_nan=True,
+            msg=lambda m: f"{self!r}: {name}: {m}",
+        )
 
-    def close_grad(self, name: str, tensor: Tensor | None = None, *, array: str | None = None, rtol: float = 1e-5, atol: float | None = None) -> None:
+    def close_grad(
+        self,
+        name: str,
+        tensor: Tensor | None = None,
+        *,
+        array: str | None = None,
+        rtol: float = 1e-5,
+        atol: float | None = None,
+    ) -> None:
         """Assert that the gradient collected by a tensor (default: the leaf `name`) is `grad:name` (or `array`).
 
         atol defaults to 1e-5 of the largest entry: a small entry of a gradient is a difference of large ones.

@@ -58,7 +58,9 @@ def compute(
         if "loss" not in outputs:
             raise ValueError("Gradients are those of the output 'loss', which the reference does not return.")
         outputs["loss"].backward()
-        leaves = {name: inputs[name] for name in gradients} | dict(module.named_parameters() if module is not None else ())
+        leaves = {name: inputs[name] for name in gradients} | dict(
+            module.named_parameters() if module is not None else ()
+        )
         outputs |= {f"grad:{name}": leaf.grad for name, leaf in leaves.items() if leaf.grad is not None}
     numbers = {name: _numpy(value) for name, value in {**inputs, **outputs}.items()}
     return {"kind": np.array(kind), "params": np.array(json.dumps(params)), **numbers, **weights}

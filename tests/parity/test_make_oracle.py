@@ -36,7 +36,10 @@ def kd_in_torch(student_logits: Tensor, teacher_logits: Tensor, temperature: flo
 
 @pytest.mark.parametrize("wrong", [False, True])
 def test_a_torch_reference_gets_its_gradients_by_autograd(tmp_path: Path, wrong: bool) -> None:
-    logits = {name: torch.randn(4, 5, generator=torch.Generator().manual_seed(i)) for i, name in enumerate(("student_logits", "teacher_logits"))}
+    logits = {
+        name: torch.randn(4, 5, generator=torch.Generator().manual_seed(i))
+        for i, name in enumerate(("student_logits", "teacher_logits"))
+    }
     reference = (lambda **inputs: 1.01 * kd_in_torch(**inputs)) if wrong else kd_in_torch
     arrays = compute("loss", reference, logits, {"temperature": 2.0}, gradients=["student_logits"])
     path = tmp_path / "kd" / "torch.npz"

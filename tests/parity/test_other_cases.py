@@ -1,4 +1,5 @@
-"""Adapters take other cases of their kinds: shapes, options and weights that no file has, their truth written from the cards in plain torch."""
+"""Adapters take other cases of their kinds: shapes, options and weights that no file has, their truth written from the
+cards in plain torch."""
 
 from __future__ import annotations
 
@@ -23,10 +24,14 @@ Check = Callable[..., None]
 
 @pytest.fixture
 def check(tmp_path: Path) -> Check:
-    """Write a file (`__` in a name stands for the colon) and run it through its adapter; one with the array `spoils` made wrong must fail."""
+    """Write a file (`__` in a name stands for the colon) and run it through its adapter; one with the array `spoils`
+    made wrong must fail."""
 
     def run(slug: str, kind: str, params: dict[str, Any], spoils: str, **arrays: Any) -> None:
-        held = {k.replace("__", ":"): v.detach().numpy() if isinstance(v, Tensor) else np.asarray(v) for k, v in arrays.items()}
+        held = {
+            k.replace("__", ":"): v.detach().numpy() if isinstance(v, Tensor) else np.asarray(v)
+            for k, v in arrays.items()
+        }
         adapter = importlib.import_module(f"parity.adapters.{slug}").ADAPTERS[kind]
         path = tmp_path / slug / "other.npz"
         path.parent.mkdir(exist_ok=True)
@@ -52,7 +57,13 @@ def leaf(x: Tensor) -> Tensor:
 
 
 def convnet(
-    channels: int, width: int, depth: int, side: tuple[int, int], classes: int, norm: Callable[[int], nn.Module], pool: nn.Module
+    channels: int,
+    width: int,
+    depth: int,
+    side: tuple[int, int],
+    classes: int,
+    norm: Callable[[int], nn.Module],
+    pool: nn.Module,
 ) -> nn.Module:
     """The published ConvNet, with its names of weights."""
     torch.manual_seed(0)
@@ -62,7 +73,10 @@ def convnet(
         layers += [nn.Conv2d(width if i else channels, width, 3, padding=padding), norm(width), nn.ReLU(), pool]
     features = nn.Sequential(*layers)
     network = nn.Module()
-    network.features, network.classifier = features, nn.Linear(features(torch.zeros(1, channels, *side)).numel(), classes)
+    network.features, network.classifier = (
+        features,
+        nn.Linear(features(torch.zeros(1, channels, *side)).numel(), classes),
+    )
     for parameter in network.parameters():
         parameter.data += 0.05 * torch.randn_like(parameter)
     return network
@@ -121,12 +135,25 @@ def test_losses_of_dd_ranking_with_their_scale(check: Check) -> None:
         value.backward()
         found |= {name: value, f"grad:student:{name}": s.grad}
     params = {"temperature": t, "scale_loss": True, "mse_weight": 0.5, "ce_weight": 2.0}
-    check("dataset_distillation_common", "ddranking_losses", params, "kl", student=student, teacher=teacher, y=labels, **found)
+    check(
+        "dataset_distillation_common",
+        "ddranking_losses",
+        params,
+        "kl",
+        student=student,
+        teacher=teacher,
+        y=labels,
+        **found,
+    )
 
 
 def batch_norm_net(widths: list[int], classes: int) -> nn.Sequential:
     torch.manual_seed(1)
-    blocks = [m for a, b in itertools.pairwise([3, *widths]) for m in (nn.Conv2d(a, b, 3, padding=1), nn.BatchNorm2d(b), nn.ReLU(), nn.AvgPool2d(2))]
+    blocks = [
+        m
+        for a, b in itertools.pairwise([3, *widths])
+        for m in (nn.Conv2d(a, b, 3, padding=1), nn.BatchNorm2d(b), nn.ReLU(), nn.AvgPool2d(2))
+    ]
     network = nn.Sequential(*blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(widths[-1], classes))
     for m in network:
         if isinstance(m, nn.BatchNorm2d):
@@ -136,9 +163,15 @@ def batch_norm_net(widths: list[int], classes: int) -> nn.Sequential:
 
 
 def recovery(
-    x: Tensor, images: Tensor, network: nn.Sequential, loss: Callable[[Tensor, Tensor, list[Tensor]], Tensor], rolls: list[list[int]], lr: float
+    x: Tensor,
+    images: Tensor,
+    network: nn.Sequential,
+    loss: Callable[[Tensor, Tensor, list[Tensor]], Tensor],
+    rolls: list[list[int]],
+    lr: float,
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """(value, gradient) of x after each step of Adam with a cosine; `loss` gets images + x, rolled, its logits and the distances of batch norm."""
+    """(value, gradient) of x after each step of Adam with a cosine; `loss` gets images + x, rolled, its logits and the
+    distances of batch norm."""
     adam = torch.optim.Adam([x], lr, (0.5, 0.9))
     for step, shift in enumerate(rolls):
         adam.param_groups[0]["lr"] = lr * 0.5 * (1 + math.cos(math.pi * step / len(rolls)))
@@ -146,7 +179,10 @@ def recovery(
         distances = []
         for m in network:
             if isinstance(m, nn.BatchNorm2d):
-                distances.append((m.running_mean - h.mean((0, 2, 3))).norm() + (m.running_var - h.var((0, 2, 3), unbiased=False)).norm())
+                distances.append(
+                    (m.running_mean - h.mean((0, 2, 3))).norm()
+                    + (m.running_var - h.var((0, 2, 3), unbiased=False)).norm()
+                )
             h = m(h)
         adam.zero_grad()
         loss(seen, h, distances).backward()
@@ -160,32 +196,62 @@ ADAM = {"lr": 0.1, "betas": [0.5, 0.9], "eps": 1e-8, "first_bn_multiplier": 10.0
 
 
 def test_a_compensator_of_the_third_network_leaves_out_its_second_layer(check: Check) -> None:
-    network, natural, labels, rolls = batch_norm_net([6, 8, 9], 5), normal(5, 3, 16, 16), torch.arange(5), [[1, 0], [3, 2], [0, 4]]
+    network, natural, labels, rolls = (
+        batch_norm_net([6, 8, 9], 5),
+        normal(5, 3, 16, 16),
+        torch.arange(5),
+        [[1, 0], [3, 2], [0, 4]],
+    )
 
     def loss(_: Tensor, logits: Tensor, r: list[Tensor]) -> Tensor:
         return F.cross_entropy(logits, labels) + 0.5 * (10 * r[0] + r[2])
 
     steps, gradients = zip(*recovery(torch.zeros(1, 3, 16, 16, requires_grad=True), natural, network, loss, rolls, 0.1))
     last = natural + steps[1]
-    arrays = {"x": natural, "y": labels, "rolls": np.array(rolls), "u_steps": torch.cat(steps), "inputs_last_before_clip": last, **weights(network)}
-    arrays |= {"grad_u_step0": gradients[0][0], "grad_u_last": gradients[2][0], "images_denorm": (last * TINY[1] + TINY[0]).clamp(0, 1)}
+    arrays = {
+        "x": natural,
+        "y": labels,
+        "rolls": np.array(rolls),
+        "u_steps": torch.cat(steps),
+        "inputs_last_before_clip": last,
+        **weights(network),
+    }
+    arrays |= {
+        "grad_u_step0": gradients[0][0],
+        "grad_u_last": gradients[2][0],
+        "images_denorm": (last * TINY[1] + TINY[0]).clamp(0, 1),
+    }
     check("infer", "ufc", {**ADAM, "iteration": 3, "model_index": 2, "dataset_stats": "tinyIN"}, "u_steps", **arrays)
 
 
 def test_a_recovery_with_smoothness_and_size_and_weights_in_any_order(check: Check) -> None:
-    network, start, labels, rolls = batch_norm_net([5, 6, 7], 4), normal(4, 3, 12, 16), torch.arange(4), [[2, 1], [0, 3]]
+    network, start, labels, rolls = (
+        batch_norm_net([5, 6, 7], 4),
+        normal(4, 3, 12, 16),
+        torch.arange(4),
+        [[2, 1], [0, 3]],
+    )
     low, high = -IMAGENET[0] / IMAGENET[1], (1 - IMAGENET[0]) / IMAGENET[1]
     x, found = leaf(start), {"loss": [], "ce": [], "bn": []}
 
     def smooth(s: Tensor) -> Tensor:
-        across = (s[..., 1:] - s[..., :-1], s[..., 1:, :] - s[..., :-1, :], s[..., 1:, 1:] - s[..., :-1, :-1], s[..., 1:, :-1] - s[..., :-1, 1:])
+        across = (
+            s[..., 1:] - s[..., :-1],
+            s[..., 1:, :] - s[..., :-1, :],
+            s[..., 1:, 1:] - s[..., :-1, :-1],
+            s[..., 1:, :-1] - s[..., :-1, 1:],
+        )
         return sum(d.norm() for d in across)
 
     first = {}
 
     def loss(seen: Tensor, logits: Tensor, r: list[Tensor]) -> Tensor:
         ce, bn, size = F.cross_entropy(logits, labels), 10 * r[0] + r[1] + r[2], seen.flatten(1).norm(dim=1).mean()
-        first.setdefault("r_feature", torch.stack(r)), first.setdefault("tv_l2", smooth(seen)), first.setdefault("l2", size)
+        (
+            first.setdefault("r_feature", torch.stack(r)),
+            first.setdefault("tv_l2", smooth(seen)),
+            first.setdefault("l2", size),
+        )
         value = ce + 0.5 * bn + 0.01 * smooth(seen) + 0.02 * size
         for name, part in (("loss", value), ("ce", ce), ("bn", bn)):
             found[name].append(part.detach())
@@ -194,9 +260,22 @@ def test_a_recovery_with_smoothness_and_size_and_weights_in_any_order(check: Che
     for _, gradient in recovery(x, torch.zeros(()), network, loss, rolls, 0.1):
         x.data.clamp_(low, high)
         first.setdefault("grad:x", gradient), first.setdefault("x_step1", x.detach().clone())
-    arrays = {"x0": start, "y": labels, "rolls": np.array(rolls), "x_final": x, "denorm": x * IMAGENET[1] + IMAGENET[0], **first}
+    arrays = {
+        "x0": start,
+        "y": labels,
+        "rolls": np.array(rolls),
+        "x_final": x,
+        "denorm": x * IMAGENET[1] + IMAGENET[0],
+        **first,
+    }
     arrays |= {k: torch.stack(v) for k, v in found.items()} | dict(sorted(weights(network).items()))
-    check("dataset_distillation_common", "sre2l_recover", {**ADAM, "steps": 2, "tv_l2": 0.01, "l2_scale": 0.02}, "bn", **arrays)
+    check(
+        "dataset_distillation_common",
+        "sre2l_recover",
+        {**ADAM, "steps": 2, "tv_l2": 0.01, "l2_scale": 0.02},
+        "bn",
+        **arrays,
+    )
 
 
 @pytest.mark.parametrize(("voter", "weight"), [("equal", [0.5, 0.5]), ("random", [0.3, 0.7])])
@@ -207,34 +286,71 @@ def test_a_committee_of_any_vote(check: Check, voter: str, weight: list[float]) 
         h = x
         for i, m in enumerate(network):
             if isinstance(m, nn.BatchNorm2d):
-                r = (m.running_mean - h.mean((0, 2, 3))).norm() + (m.running_var - h.var((0, 2, 3), unbiased=False)).norm()
+                r = (m.running_mean - h.mean((0, 2, 3))).norm() + (
+                    m.running_var - h.var((0, 2, 3), unbiased=False)
+                ).norm()
                 total = total + share * 0.5 * (10 if i == 1 else 1) * r
             h = m(h)
         total = total + share * F.cross_entropy(h, labels)
     total.backward()
-    stepped = (start - 0.1 * x.grad.sign()).clamp(-IMAGENET[0] / IMAGENET[1], (1 - IMAGENET[0]) / IMAGENET[1])  # Adam's first step
-    params = {**ADAM, "names": ["a", "b"], "prior": {"a": 60, "b": 90}, "weight_temperature": 5, "voter": voter, "iteration": 1}
-    arrays = {"x0": start, "y": labels, "rolls": np.zeros((1, 2), int), "grad_step0": x.grad, "grad_last": x.grad, "weights:f64": np.array(weight)}
+    stepped = (start - 0.1 * x.grad.sign()).clamp(
+        -IMAGENET[0] / IMAGENET[1], (1 - IMAGENET[0]) / IMAGENET[1]
+    )  # Adam's first step
+    params = {
+        **ADAM,
+        "names": ["a", "b"],
+        "prior": {"a": 60, "b": 90},
+        "weight_temperature": 5,
+        "voter": voter,
+        "iteration": 1,
+    }
+    arrays = {
+        "x0": start,
+        "y": labels,
+        "rolls": np.zeros((1, 2), int),
+        "grad_step0": x.grad,
+        "grad_last": x.grad,
+        "weights:f64": np.array(weight),
+    }
     arrays |= {f"w:{i}:{k}": v for i, network in enumerate(networks) for k, v in network.state_dict().items()}
     params |= {"mean": IMAGENET[0].flatten().tolist(), "std": IMAGENET[1].flatten().tolist()}
-    check("cv_dd", "committee_recover", params, "grad_last", x_final_denorm=stepped * IMAGENET[1] + IMAGENET[0], **arrays)
+    check(
+        "cv_dd", "committee_recover", params, "grad_last", x_final_denorm=stepped * IMAGENET[1] + IMAGENET[0], **arrays
+    )
 
 
 def test_an_unrolled_training_of_grey_images_whose_channels_nothing_names(check: Check) -> None:
     network = convnet(1, 6, 2, (28, 28), 3, instance, nn.AvgPool2d(2))
     shapes = {k: p.shape for k, p in network.named_parameters()}
     start = torch.cat([p.detach().flatten() for p in network.parameters()])
-    target, x, y, idx = start + 0.05 * normal(len(start)), leaf(normal(3, 1, 28, 28)), torch.arange(3), torch.tensor([[2, 0], [1, -1], [0, 2]])
+    target, x, y, idx = (
+        start + 0.05 * normal(len(start)),
+        leaf(normal(3, 1, 28, 28)),
+        torch.arange(3),
+        torch.tensor([[2, 0], [1, -1], [0, 2]]),
+    )
     network.forward = lambda images: network.classifier(network.features(images).flatten(1))
     lr, theta = torch.tensor(0.1, requires_grad=True), start.clone().requires_grad_()
     for rows in idx:
         rows = rows[rows >= 0]
-        named = {k: part.view(s) for (k, s), part in zip(shapes.items(), theta.split([s.numel() for s in shapes.values()]))}
+        named = {
+            k: part.view(s) for (k, s), part in zip(shapes.items(), theta.split([s.numel() for s in shapes.values()]))
+        }
         ce = F.cross_entropy(torch.func.functional_call(network, named, (x[rows],)), y[rows])
         theta = theta - lr * torch.autograd.grad(ce, theta, create_graph=True)[0]
     loss = (theta - target).square().sum() / (start - target).square().sum()
     loss.backward()
-    params = {"num_classes": 3, "ipc": 1, "width": 6, "depth": 2, "norm": "instancenorm", "im_size": 28, "syn_lr": 0.1, "steps": 3, "batch_syn": 2}
+    params = {
+        "num_classes": 3,
+        "ipc": 1,
+        "width": 6,
+        "depth": 2,
+        "norm": "instancenorm",
+        "im_size": 28,
+        "syn_lr": 0.1,
+        "steps": 3,
+        "batch_syn": 2,
+    }
     arrays = {
         "x": x,
         "y": y,
@@ -256,7 +372,9 @@ def test_tiles_of_any_factor_where_sides_do_not_divide(check: Check, size: int, 
     def cut(rows: slice, by: int) -> tuple[Tensor, Tensor]:
         side = math.ceil(size / by)
         padded = F.pad(x[rows], (0, side * by - size) * 2, value=0.5)
-        tiles = torch.cat([padded[..., i * side : (i + 1) * side, j * side : (j + 1) * side] for i in range(by) for j in range(by)])
+        tiles = torch.cat(
+            [padded[..., i * side : (i + 1) * side, j * side : (j + 1) * side] for i in range(by) for j in range(by)]
+        )
         return F.interpolate(tiles, size=(size, size), mode="bilinear"), y[rows].repeat(by * by)
 
     taken, parts = 0, []
@@ -267,8 +385,14 @@ def test_tiles_of_any_factor_where_sides_do_not_divide(check: Check, size: int, 
         taken += count
         if taken == 4:
             break
-    ways = {"single": [cut(slice(None), factor)], "multi": [cut(slice(None), by) for by in range(1, factor + 1)], "bound": parts}
-    arrays = {k: torch.cat([a for a, _ in v]) for k, v in ways.items()} | {f"{k}_y": torch.cat([b for _, b in v]) for k, v in ways.items()}
+    ways = {
+        "single": [cut(slice(None), factor)],
+        "multi": [cut(slice(None), by) for by in range(1, factor + 1)],
+        "bound": parts,
+    }
+    arrays = {k: torch.cat([a for a, _ in v]) for k, v in ways.items()} | {
+        f"{k}_y": torch.cat([b for _, b in v]) for k, v in ways.items()
+    }
     check("ncfm", "decode", {"factor": factor, "bound": bound}, "bound", x=x, y=y, **arrays)
     samples = normal(2, 2 * factor**2, 3, size, size)
     sides = [size // factor + (i < size % factor) for i in range(factor)]
@@ -285,11 +409,25 @@ def test_two_centres_may_share_an_image(check: Check) -> None:
     logits, centres = normal(12, 4), 0.1 * normal(3, 4, seed=1)
     nearest = torch.stack([(logits - c).norm(dim=1).argsort()[:4] for c in centres])
     assert len(nearest.unique()) < 12
-    check("ast", "representative_init", {"clusters": 3, "ipc": 12}, "indices", logits=logits, centers=centres, indices=nearest.flatten())
+    check(
+        "ast",
+        "representative_init",
+        {"clusters": 3, "ipc": 12},
+        "indices",
+        logits=logits,
+        centers=centres,
+        indices=nearest.flatten(),
+    )
 
 
 def test_the_weight_of_reconstruction_stays_out_of_it(check: Check) -> None:
-    views, scores, stat, noise, proj = normal(2, 3, 1, 4, 4), normal(2, 3, 4), normal(3, 4), normal(3, 2, seed=1), normal(2, 2, 16, seed=2)
+    views, scores, stat, noise, proj = (
+        normal(2, 3, 1, 4, 4),
+        normal(2, 3, 4),
+        normal(3, 4),
+        normal(3, 2, seed=1),
+        normal(2, 2, 16, seed=2),
+    )
     masked = views.clone()
     for v, b in itertools.product(range(2), range(3)):
         for k in scores[v, b].argsort()[:2].tolist():
@@ -302,4 +440,14 @@ def test_the_weight_of_reconstruction_stays_out_of_it(check: Check) -> None:
     (0.5 * recon + kld).backward()
     params = {"alpha": 0.5, "kld_weight": 0.3, "mask_ratio": 0.5, "patch": 2}
     arrays = {"Xs": views, "scores": scores, "masked": masked, "stat": stat, "eps": noise, "z": z, "proj": proj}
-    check("mrdd", "consistency", params, "recon_loss", loss=0.5 * recon + kld, recon_loss=recon, kld_loss=kld, grad__stat=both.grad, **arrays)
+    check(
+        "mrdd",
+        "consistency",
+        params,
+        "recon_loss",
+        loss=0.5 * recon + kld,
+        recon_loss=recon,
+        kld_loss=kld,
+        grad__stat=both.grad,
+        **arrays,
+    )

@@ -19,7 +19,8 @@ FILES = [*sorted((Path(__file__).parent / "oracles").glob("*/*.npz")), *AUTHORS]
 
 
 def adapter(slug: str) -> ModuleType | None:
-    """The module `parity/adapters/<slug>.py`, whose `ADAPTERS` maps a kind to a function of the case; None where there is none yet."""
+    """The module `parity/adapters/<slug>.py`, whose `ADAPTERS` maps a kind to a function of the case; None where there
+    is none yet."""
     there = (Path(__file__).parent / "adapters" / f"{slug}.py").is_file()
     return importlib.import_module(f"parity.adapters.{slug}") if there else None
 
@@ -35,6 +36,8 @@ def test_parity(path: Path) -> None:
     module = adapter(case.slug)
     if module is None:
         pytest.skip(f"no adapter yet for {case.slug}/{case.kind}")
-    assert case.kind in module.ADAPTERS, f"{case!r}: the adapter of {case.slug} knows the kinds {', '.join(module.ADAPTERS)}, not '{case.kind}'"
+    assert case.kind in module.ADAPTERS, (
+        f"{case!r}: the adapter of {case.slug} knows the kinds {', '.join(module.ADAPTERS)}, not '{case.kind}'"
+    )
     torch.manual_seed(0)
     module.ADAPTERS[case.kind](case)

@@ -121,7 +121,9 @@ def scan(folder: Path, kind: str, package: str) -> Iterator[Card]:
         elif path.is_dir() and next(path.rglob("*.py"), None) is not None:
             found = list(scan(path, kind, module))
             if not found:
-                raise UserError(f"{path} holds no {kind}: a paper's folder needs a file {_CARD}, whose docstring is its card.")
+                raise UserError(
+                    f"{path} holds no {kind}: a paper's folder needs a file {_CARD}, whose docstring is its card."
+                )
             yield from found
 
 
@@ -161,7 +163,9 @@ def cards() -> dict[str, Card]:
     for kind in CARDED:
         for entry in scan(_PACKAGE / f"{kind}s", kind, f"stillhouse.{kind}s"):
             if entry.slug in found:
-                raise UserError(f"{entry.file} and {found[entry.slug].file} have one slug, '{entry.slug}'; rename one of them.")
+                raise UserError(
+                    f"{entry.file} and {found[entry.slug].file} have one slug, '{entry.slug}'; rename one of them."
+                )
             found[entry.slug] = entry
     for kind in CARDED:
         for point in entry_points(group=f"stillhouse.{kind}s"):
@@ -218,7 +222,9 @@ def _class_in(module: ModuleType, kind: str, name: str, by_name: bool) -> type:
     base: type = getattr(importlib.import_module(where), base_name)
     inside = module.__name__ + "."
     classes = [
-        c for c in vars(module).values() if inspect.isclass(c) and issubclass(c, base) and c is not base and f"{c.__module__}.".startswith(inside)
+        c
+        for c in vars(module).values()
+        if inspect.isclass(c) and issubclass(c, base) and c is not base and f"{c.__module__}.".startswith(inside)
     ]
     for cls in classes:
         if cls.__name__ == name or getattr(cls, "name", None) == name:
@@ -249,7 +255,9 @@ def method(name: str) -> Any:
     if name not in names:
         objectives = [n for c in cards().values() if c.kind == "objective" for n in c.provides]
         if name in objectives:
-            raise UserError(f"'{name}' is an objective, not a method: leave `method:` out and list it under `objectives:`.")
+            raise UserError(
+                f"'{name}' is an objective, not a method: leave `method:` out and list it under `objectives:`."
+            )
         raise unknown("method", name, names)
     return _class_in(_import(names[name]), "method", name, by_name=False)()
 

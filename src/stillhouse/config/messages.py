@@ -1,4 +1,5 @@
-"""What is wrong with a recipe, in sentences: pydantic's errors with the key's path, what is wanted, what was given, and the nearest valid name."""
+"""What is wrong with a recipe, in sentences: pydantic's errors with the key's path, what is wanted, what was given, and
+the nearest valid name."""
 
 from __future__ import annotations
 
@@ -28,7 +29,9 @@ _WANTED = {  # by the start of pydantic's name of the error
 }
 
 
-def spell(error: ValidationError, model: type[BaseModel], where: str, path: Sequence[Any] = (), keys: Iterable[str] = ()) -> UserError:
+def spell(
+    error: ValidationError, model: type[BaseModel], where: str, path: Sequence[Any] = (), keys: Iterable[str] = ()
+) -> UserError:
     """A validation error of a model as sentences, one for each mistake.
 
     Args:
@@ -51,7 +54,9 @@ def spell(error: ValidationError, model: type[BaseModel], where: str, path: Sequ
         elif kind == "missing":
             lines[f"{where}: '{dotted}' is missing."] = [], ""
         else:
-            wanted, _ = lines.setdefault(f"{where}: '{dotted}' ", ([], f"; given: {shown(item.get('input'))}.{_meant(item)}"))
+            wanted, _ = lines.setdefault(
+                f"{where}: '{dotted}' ", ([], f"; given: {shown(item.get('input'))}.{_meant(item)}")
+            )
             wanted += [text for text in [_wanted(item, owner)] if text not in wanted]
     return UserError("\n".join(start + _joined(wanted) + end for start, (wanted, end) in lines.items()))
 
@@ -106,11 +111,12 @@ def _joined(texts: Sequence[str]) -> str:
     return " or ".join(text if i == 0 else text.removeprefix("must be ") for i, text in enumerate(texts))
 
 
-# ---- where in a config a mistake is ------------------------------------------------------------------------------------------------------------
+# ---- where in a config a mistake is ----------------------------------------------------------------------------------
 
 
 def _place(loc: Sequence[Any], model: Any) -> tuple[list[Any], Any]:
-    """A pydantic location as the keys of a recipe, and the type that it leads to (for an unknown key, that of its owner).
+    """A pydantic location as the keys of a recipe, and the type that it leads to (for an unknown key, that of its
+    owner).
 
     Pydantic names the alternatives of a union among the keys (`weight.float`, `augment.list[str]`); those are left out.
     """

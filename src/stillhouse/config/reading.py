@@ -1,4 +1,5 @@
-"""Recipe files as plain mappings: reading YAML strictly, applying a variant and overrides, and writing a config back."""
+"""Recipe files as plain mappings: reading YAML strictly, applying a variant and overrides, and writing a config
+back."""
 
 from __future__ import annotations
 
@@ -28,7 +29,8 @@ class _Once(yaml.SafeLoader):  # type: ignore[misc]
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:
-    """A recipe file as a mapping. Raises `UserError` for a file that is missing, is not YAML, gives a key twice, or is not a mapping."""
+    """A recipe file as a mapping. Raises `UserError` for a file that is missing, is not YAML, gives a key twice, or is
+    not a mapping."""
     path = Path(path)
     if not path.is_file():
         raise _no_recipe(path)
@@ -39,7 +41,10 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
         at = f" at line {mark.line + 1}, column {mark.column + 1}" if mark else ""
         raise UserError(f"{path} is not valid YAML{at}: {getattr(error, 'problem', None) or error}.") from None
     if not isinstance(value, dict):
-        raise UserError(f"{path} must hold a mapping of keys to values, but holds {'nothing' if value is None else type(value).__name__}.")
+        raise UserError(
+            f"{path} must hold a mapping of keys to values, but holds "
+            f"{'nothing' if value is None else type(value).__name__}."
+        )
     return value
 
 
@@ -47,7 +52,10 @@ def _no_recipe(path: Path) -> UserError:
     """What to do about a recipe that is not there: name one of the folder, one nearby, or that of the method."""
     if path.is_dir():
         inside = sorted(path.glob("*.y*ml"))
-        return UserError(f"'{path}' is a folder; name a recipe in it" + (f", such as '{inside[0]}'." if inside else ", but it holds none."))
+        return UserError(
+            f"'{path}' is a folder; name a recipe in it"
+            + (f", such as '{inside[0]}'." if inside else ", but it holds none.")
+        )
     close = nearest(path.name, [p.name for p in path.parent.glob("*.y*ml")] if path.parent.is_dir() else [], 1)
     if close:
         return UserError(f"There is no recipe '{path}'; did you mean '{path.parent / close[0]}'?")
@@ -55,7 +63,10 @@ def _no_recipe(path: Path) -> UserError:
     if ours is not None:
         return UserError(f"There is no recipe '{path}'; did you mean '{ours}'?")
     if path.stem in catalog.cards():
-        return UserError(f"There is no recipe '{path}': a recipe is a YAML file, and `stillhouse methods {path.stem}` shows the keys of one.")
+        return UserError(
+            f"There is no recipe '{path}': a recipe is a YAML file, and `stillhouse methods {path.stem}` shows the "
+            "keys of one."
+        )
     return UserError(f"There is no recipe '{path}'; `stillhouse methods` lists what recipes are made of.")
 
 
@@ -68,7 +79,8 @@ def set_key(tree: dict[str, Any], dotted: str, value: Any) -> None:
         if isinstance(node, list):
             if not part.lstrip("-").isdigit() or not -len(node) <= int(part) < len(node):
                 raise UserError(
-                    f"--set {dotted}: '{'.'.join(parts[:i])}' is a list of {len(node)}, so '{part}' must be a number from 0 to {len(node) - 1}."
+                    f"--set {dotted}: '{'.'.join(parts[:i])}' is a list of {len(node)}, so '{part}' must be a number "
+                    f"from 0 to {len(node) - 1}."
                 )
             if last:
                 node[int(part)] = value
@@ -85,7 +97,8 @@ def set_key(tree: dict[str, Any], dotted: str, value: Any) -> None:
 
 
 def _as_node(parent: Any, key: Any) -> Any:
-    """The child to descend into; a string shorthand (`student: timm:x`, `objectives: [kd]`) becomes the mapping it stands for."""
+    """The child to descend into; a string shorthand (`student: timm:x`, `objectives: [kd]`) becomes the mapping it
+    stands for."""
     child = parent[key]
     if child is None:
         child = parent[key] = {}
@@ -109,8 +122,11 @@ def parse_sets(items: Sequence[str]) -> dict[str, Any]:
     return out
 
 
-def resolve(tree: Mapping[str, Any], variant: str | None = None, sets: Mapping[str, Any] | None = None, where: str = "recipe") -> dict[str, Any]:
-    """A raw recipe with its variant and overrides applied (in that order). What only a comparison reads (variants, groups, claims) is dropped."""
+def resolve(
+    tree: Mapping[str, Any], variant: str | None = None, sets: Mapping[str, Any] | None = None, where: str = "recipe"
+) -> dict[str, Any]:
+    """A raw recipe with its variant and overrides applied (in that order). What only a comparison reads (variants,
+    groups, claims) is dropped."""
     out = copy.deepcopy(dict(tree))
     variants = out.pop("variants", None) or {}
     for key in ("groups", "claims"):
@@ -128,7 +144,8 @@ def resolve(tree: Mapping[str, Any], variant: str | None = None, sets: Mapping[s
 
 
 def beside_recipe(value: Any, folder: Path) -> Any:
-    """A raw recipe in which every `file:PATH.py` that lies beside the recipe (and not under the working folder) is named in full."""
+    """A raw recipe in which every `file:PATH.py` that lies beside the recipe (and not under the working folder) is
+    named in full."""
     if isinstance(value, dict):
         return {k: beside_recipe(v, folder) for k, v in value.items()}
     if isinstance(value, list):
@@ -143,5 +160,8 @@ def beside_recipe(value: Any, folder: Path) -> Any:
 def dump(config: BaseModel) -> str:
     """A config as YAML that loads to the same config."""
     return yaml.safe_dump(
-        config.model_dump(mode="json", exclude_none=True, exclude={"variants", "groups", "claims"}), sort_keys=False, allow_unicode=True, width=120
+        config.model_dump(mode="json", exclude_none=True, exclude={"variants", "groups", "claims"}),
+        sort_keys=False,
+        allow_unicode=True,
+        width=120,
     )

@@ -1,14 +1,23 @@
-"""The typed options that recipes share (`DataSpec`, `ModelSpec`, `TrainSpec`, …), and the base of every method's config.
+"""The typed options that recipes share (`DataSpec`, `ModelSpec`, `TrainSpec`, …), and the base of every method's
+config.
 
-A recipe file IS the config of its method: `method:` names the class (default `distillation`), every other key is a field of its `Config`.
-Importing this module loads neither torch nor any method.
+A recipe file IS the config of its method: `method:` names the class (default `distillation`), every other key is a
+field of its `Config`. Importing this module loads neither torch nor any method.
 """
 
 from __future__ import annotations
 
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SerializerFunctionWrapHandler, model_serializer, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    model_serializer,
+    model_validator,
+)
 
 
 class Spec(BaseModel):
@@ -16,7 +25,8 @@ class Spec(BaseModel):
 
     model_config = ConfigDict(extra="forbid", validate_default=False, protected_namespaces=())
     later: ClassVar[frozenset[str]] = frozenset()
-    """Fields that came later: a dump leaves them out at their defaults, so that stages and run folders of before stay valid."""
+    """Fields that came later: a dump leaves them out at their defaults, so that stages and run folders of before stay
+    valid."""
 
     @model_serializer(mode="wrap")
     def _without_later_defaults(self, plain: SerializerFunctionWrapHandler) -> dict[str, Any]:
@@ -31,47 +41,89 @@ class NamedSpec(Spec):
     """Data by name, whatever its task."""
 
     name: str = Field(description="A data set; what stands before a colon is the scheme, which settles the task.")
-    root: str | None = Field(None, description="Folder that holds the data; default: --data-root, then STILLHOUSE_DATA, then the user's cache.")
+    root: str | None = Field(
+        None,
+        description="Folder that holds the data; default: --data-root, then STILLHOUSE_DATA, then the user's cache.",
+    )
 
 
 class DataSpec(NamedSpec):
     """A data set by name, its splits, and its augmentation."""
 
     name: str = Field(
-        description="digits | cifar10 | camvid | text:NAME | masks:PATH | imagefolder:PATH | torchvision:CLASS | hf:REPO | parquet:PATH | synthetic:PATH | file:PATH.py:FUNCTION"
+        description="digits | cifar10 | camvid | text:NAME | masks:PATH | imagefolder:PATH | torchvision:CLASS | "
+        "hf:REPO | parquet:PATH | synthetic:PATH | file:PATH.py:FUNCTION"
     )
-    size: int | None = Field(None, ge=1, description="Train on a class-balanced, seeded subset of this many samples (taken before the holdout).")
-    test_size: int | None = Field(None, ge=1, description="Evaluate on a class-balanced, seeded subset of this many test samples.")
-    holdout: float = Field(0.0, ge=0.0, lt=1.0, description="Share of the training samples kept out of training: steers what must not see test data.")
+    size: int | None = Field(
+        None,
+        ge=1,
+        description="Train on a class-balanced, seeded subset of this many samples (taken before the holdout).",
+    )
+    test_size: int | None = Field(
+        None, ge=1, description="Evaluate on a class-balanced, seeded subset of this many test samples."
+    )
+    holdout: float = Field(
+        0.0,
+        ge=0.0,
+        lt=1.0,
+        description="Share of the training samples kept out of training: steers what must not see test data.",
+    )
     val: float = Field(
-        0.0, ge=0.0, lt=1.0, description="Share of the training samples used for validation, where the data set has no validation split."
+        0.0,
+        ge=0.0,
+        lt=1.0,
+        description="Share of the training samples used for validation, where the data set has no validation split.",
     )
     classes: list[int] | None = Field(None, description="Keep only these class ids, renumbered in this order.")
-    image_size: Annotated[int, Field(ge=4)] | tuple[Annotated[int, Field(ge=4)], Annotated[int, Field(ge=4)]] | None = Field(
-        None, description="Resize images to this many pixels a side, or to [height, width]; default: the data set's own size."
+    image_size: Annotated[int, Field(ge=4)] | tuple[Annotated[int, Field(ge=4)], Annotated[int, Field(ge=4)]] | None = (
+        Field(
+            None,
+            description="Resize images to this many pixels a side, or to [height, width]; default: the data set's own "
+            "size.",
+        )
     )
     augment: Literal["standard", "plain"] | list[str | dict[str, Any]] = Field(
         "standard",
-        description="`standard`: the data set's usual training augmentation; `plain`: none; or a list of torchvision.transforms.v2 classes by name with their arguments, such as [{RandomCrop: {size: 32, padding: 4}}, RandomHorizontalFlip].",
+        description="`standard`: the data set's usual training augmentation; `plain`: none; or a list of "
+        "torchvision.transforms.v2 classes by name with their arguments, such as "
+        "[{RandomCrop: {size: 32, padding: 4}}, RandomHorizontalFlip].",
     )
     mixup: float = Field(0.0, ge=0.0, description="Mixup's alpha; 0 is off.")
-    cutmix: float = Field(0.0, ge=0.0, description="CutMix's alpha; 0 is off. With mixup also on, each batch takes one of the two at random.")
-    label_noise: float = Field(0.0, ge=0.0, le=1.0, description="Share of training labels replaced by another class, seeded.")
-    seed: int = Field(0, description="Seed of the subset, the splits and the label noise: one split for all seeds of a run.")
+    cutmix: float = Field(
+        0.0,
+        ge=0.0,
+        description="CutMix's alpha; 0 is off. With mixup also on, each batch takes one of the two at random.",
+    )
+    label_noise: float = Field(
+        0.0, ge=0.0, le=1.0, description="Share of training labels replaced by another class, seeded."
+    )
+    seed: int = Field(
+        0, description="Seed of the subset, the splits and the label noise: one split for all seeds of a run."
+    )
     workers: int = Field(0, ge=0, description="Loader processes.")
     options: dict[str, Any] = Field(
-        default_factory=dict, description="Further arguments for torchvision:, hf:, parquet: and synthetic: (such as split and column names)."
+        default_factory=dict,
+        description="Further arguments for torchvision:, hf:, parquet: and synthetic: (such as split and column "
+        "names).",
     )
 
 
 class ModelSpec(Spec):
     """A network by name."""
 
-    model: str = Field(description="timm:NAME | torchvision:NAME | hf:PATH-OR-CONFIG | file:PATH.py:CLASS | stillhouse:NAME")
-    checkpoint: str | None = Field(None, description="Weights to load: .safetensors, or a .pt/.pth state dict (read with weights_only).")
-    pretrained: bool = Field(False, description="Take the published weights of the library that the model comes from (needs the network).")
+    model: str = Field(
+        description="timm:NAME | torchvision:NAME | hf:PATH-OR-CONFIG | file:PATH.py:CLASS | stillhouse:NAME"
+    )
+    checkpoint: str | None = Field(
+        None, description="Weights to load: .safetensors, or a .pt/.pth state dict (read with weights_only)."
+    )
+    pretrained: bool = Field(
+        False, description="Take the published weights of the library that the model comes from (needs the network)."
+    )
     options: dict[str, Any] = Field(default_factory=dict, description="Further arguments of the model's constructor.")
-    embedding: str | None = Field(None, description="The classifier submodule whose input is the embedding; found by itself for most models.")
+    embedding: str | None = Field(
+        None, description="The classifier submodule whose input is the embedding; found by itself for most models."
+    )
 
 
 class OptimizerSpec(Spec):
@@ -83,13 +135,16 @@ class OptimizerSpec(Spec):
     lr: float = Field(0.05, gt=0, description="Learning rate; the schedule moves it.")
     weight_decay: float = Field(5e-4, ge=0, description="Of the parameters that `decay` names.")
     decay: Literal["all", "matrices"] = Field(
-        "all", description="What weight decay is for: all parameters, or those of two axes or more, without norms, biases, tokens and positions."
+        "all",
+        description="What weight decay is for: all parameters, or those of two axes or more, without norms, biases, "
+        "tokens and positions.",
     )
     layer_decay: float | None = Field(
         None,
         gt=0,
         le=1,
-        description="The student's learning rate is multiplied by this once for each layer (or stage) that lies between it and the output.",
+        description="The student's learning rate is multiplied by this once for each layer (or stage) that lies "
+        "between it and the output.",
     )
 
     def arguments(self) -> dict[str, Any]:
@@ -106,11 +161,15 @@ class LRSchedule(Spec):
     later = frozenset({"power"})
     name: Literal["cosine", "step", "linear", "constant", "poly", "exponential", "onecycle"] = Field(
         "cosine",
-        description="cosine, linear, poly: falling to min_lr at the end; step: by gamma at each milestone; exponential: by gamma after each epoch; "
-        "onecycle: rising from lr / 25 to lr over warmup_epochs (or 30 % of the training), then falling along a cosine.",
+        description="cosine, linear, poly: falling to min_lr at the end; step: by gamma at each milestone; "
+        "exponential: by gamma after each epoch; "
+        "onecycle: rising from lr / 25 to lr over warmup_epochs (or 30 % of the training), then falling along a "
+        "cosine.",
     )
     warmup_epochs: float = Field(0.0, ge=0, description="Linear from 0 over this many epochs, before the schedule.")
-    milestones: list[float] = Field(default_factory=list, description="step: epochs at which the rate is multiplied by gamma.")
+    milestones: list[float] = Field(
+        default_factory=list, description="step: epochs at which the rate is multiplied by gamma."
+    )
     gamma: float = Field(0.1, gt=0, description="step, exponential: the factor.")
     min_lr: float = Field(0.0, ge=0, description="cosine, linear, poly, exponential, onecycle: where the rate ends.")
     power: float = Field(0.9, gt=0, description="poly: the exponent of the share of training that is left.")
@@ -121,23 +180,42 @@ class TrainSpec(Spec):
 
     later = frozenset({"channels_last"})
     epochs: int = Field(10, ge=1, description="Passes over the training split.")
-    batch_size: int = Field(128, ge=1, description="Samples of one optimiser step over all processes, before accumulation.")
+    batch_size: int = Field(
+        128, ge=1, description="Samples of one optimiser step over all processes, before accumulation."
+    )
     optimizer: OptimizerSpec = Field(default_factory=OptimizerSpec, description="SGD with momentum 0.9, unless told.")
     schedule: LRSchedule = Field(default_factory=LRSchedule, description="The learning rate over training.")
     clip: float | None = Field(None, gt=0, description="Clip the gradient's norm.")
     accumulate: int = Field(1, ge=1, description="Batches whose gradients are averaged for one optimiser step.")
-    precision: Literal["full", "bf16", "fp16"] = Field("full", description="bf16, fp16: mixed precision; losses stay in float32.")
-    channels_last: bool = Field(False, description="Keep images and networks in channels-last memory, which is faster on many devices.")
+    precision: Literal["full", "bf16", "fp16"] = Field(
+        "full", description="bf16, fp16: mixed precision; losses stay in float32."
+    )
+    channels_last: bool = Field(
+        False, description="Keep images and networks in channels-last memory, which is faster on many devices."
+    )
     compile: bool = Field(False, description="torch.compile the student and the live teachers.")
-    ema: float | None = Field(None, gt=0, lt=1, description="Keep an exponential moving average of the student; it is what is evaluated and kept.")
+    ema: float | None = Field(
+        None,
+        gt=0,
+        lt=1,
+        description="Keep an exponential moving average of the student; it is what is evaluated and kept.",
+    )
     eval_every: int = Field(1, ge=0, description="Epochs between evaluations; 0: only at the end.")
     best: str | None = Field(
-        None, description="Keep the weights of the best evaluation by this figure (needs a val or holdout split), such as accuracy."
+        None,
+        description="Keep the weights of the best evaluation by this figure (needs a val or holdout split), such as "
+        "accuracy.",
     )
-    patience: int | None = Field(None, ge=1, description="Stop after this many evaluations without a better `best` figure.")
+    patience: int | None = Field(
+        None, ge=1, description="Stop after this many evaluations without a better `best` figure."
+    )
     log_every: int = Field(50, ge=1, description="Steps between rows of metrics.csv.")
-    checkpoint_seconds: float = Field(20.0, ge=0, description="Seconds between checkpoints, at log points and epoch ends; 0: at every one.")
-    deterministic: bool = Field(False, description="Deterministic kernels on a GPU (slower); the CPU is deterministic as it is.")
+    checkpoint_seconds: float = Field(
+        20.0, ge=0, description="Seconds between checkpoints, at log points and epoch ends; 0: at every one."
+    )
+    deterministic: bool = Field(
+        False, description="Deterministic kernels on a GPU (slower); the CPU is deterministic as it is."
+    )
     trackers: list[Literal["tensorboard", "wandb", "mlflow"]] = Field(
         default_factory=list, description="Where figures go beside metrics.csv; each is an extra to install."
     )
@@ -149,8 +227,11 @@ class TrainSpec(Spec):
         return self
 
     def identity(self) -> dict[str, Any]:
-        """What trained weights depend on, as JSON data: all but how often is logged and saved, where figures go, and compilation."""
-        return self.model_dump(mode="json", exclude={"log_every", "checkpoint_seconds", "trackers", "compile", "channels_last"})
+        """What trained weights depend on, as JSON data: all but how often is logged and saved, where figures go, and
+        compilation."""
+        return self.model_dump(
+            mode="json", exclude={"log_every", "checkpoint_seconds", "trackers", "compile", "channels_last"}
+        )
 
 
 def _shorthand(key: str) -> BeforeValidator:
@@ -160,14 +241,22 @@ def _shorthand(key: str) -> BeforeValidator:
 class StoreSpec(Spec):
     """What is kept of a teacher's signals, and how (see docs/store.md)."""
 
-    top: int | None = Field(None, ge=1, description="Keep the k most probable classes and the mass of all others; default: full logits.")
+    top: int | None = Field(
+        None, ge=1, description="Keep the k most probable classes and the mass of all others; default: full logits."
+    )
     logits: bool = Field(True, description="Keep class scores; false: only embedding and taps.")
     embedding: bool = Field(False, description="Keep the embedding.")
     taps: list[str] = Field(default_factory=list, description="Keep these taps: submodules, or stage:N.")
-    precision: Literal["fp32", "fp16", "bf16", "int8"] = Field("fp32", description="Of what is kept; what rounding costs is recorded.")
-    views: int = Field(1, ge=1, description="Augmented views of each sample; epoch e of a training replays view e mod views.")
+    precision: Literal["fp32", "fp16", "bf16", "int8"] = Field(
+        "fp32", description="Of what is kept; what rounding costs is recorded."
+    )
+    views: int = Field(
+        1, ge=1, description="Augmented views of each sample; epoch e of a training replays view e mod views."
+    )
     seed: int = Field(0, description="Of the views: view v of sample i is drawn by the key (seed, v, i).")
-    shard_rows: int | None = Field(None, ge=1, description="Samples of a shard; default: about 64 MB, and at least 16 shards for many samples.")
+    shard_rows: int | None = Field(
+        None, ge=1, description="Samples of a shard; default: about 64 MB, and at least 16 shards for many samples."
+    )
 
     @model_validator(mode="after")
     def _keeps_something(self) -> StoreSpec:
@@ -179,10 +268,15 @@ class StoreSpec(Spec):
 
 
 class InputSpec(Spec):
-    """A teacher's own input, made from the student's: pixels in [0, 1] again, pooled, resized, and normalised as the teacher knows them."""
+    """A teacher's own input, made from the student's: pixels in [0, 1] again, pooled, resized, and normalised as the
+    teacher knows them."""
 
-    size: int | tuple[int, int] | None = Field(None, description="Resize to this many pixels a side, or to [height, width].")
-    mean: tuple[float, ...] | None = Field(None, description="The teacher's mean per channel; default: as it was published, else the data's.")
+    size: int | tuple[int, int] | None = Field(
+        None, description="Resize to this many pixels a side, or to [height, width]."
+    )
+    mean: tuple[float, ...] | None = Field(
+        None, description="The teacher's mean per channel; default: as it was published, else the data's."
+    )
     std: tuple[float, ...] | None = Field(None, description="Its standard deviation per channel.")
     pool: int | None = Field(None, ge=2, description="Average squares of this many pixels a side first.")
 
@@ -190,7 +284,9 @@ class InputSpec(Spec):
     def _both_or_neither(self) -> InputSpec:
         if (self.mean is None) != (self.std is None) or len(self.mean or ()) != len(self.std or ()):
             raise ValueError("give mean and std together, with as many channels each")
-        if any(s <= 0 for s in self.std or ()) or any(s < 1 for s in ((self.size,) if isinstance(self.size, int) else self.size or ())):
+        if any(s <= 0 for s in self.std or ()) or any(
+            s < 1 for s in ((self.size,) if isinstance(self.size, int) else self.size or ())
+        ):
             raise ValueError("std and size must be above 0")
         return self
 
@@ -206,21 +302,32 @@ class TeacherSpec(Spec):
     embedding: str | None = Field(None, description="As of a student's model.")
     input: InputSpec | None = Field(
         None,
-        description="Of `model`: its own input, {size, mean, std, pool}. With pretrained and without train, its published normalisation is used by itself.",
+        description="Of `model`: its own input, {size, mean, std, pool}. With pretrained and without train, its "
+        "published normalisation is used by itself.",
     )
-    data: DataSpec | None = Field(None, description="What the teacher is trained on; default: the recipe's data. The classes must be the same.")
+    data: DataSpec | None = Field(
+        None, description="What the teacher is trained on; default: the recipe's data. The classes must be the same."
+    )
     train: TrainSpec | None = Field(
-        None, description="Without a checkpoint: how the teacher is trained first (with pretrained: fine-tuned), once, kept by content."
+        None,
+        description="Without a checkpoint: how the teacher is trained first (with pretrained: fine-tuned), once, kept "
+        "by content.",
     )
-    seed: int | None = Field(None, description="Seed of the teacher's own training; default 0, so that all seeds of a bench share one teacher.")
+    seed: int | None = Field(
+        None,
+        description="Seed of the teacher's own training; default 0, so that all seeds of a bench share one teacher.",
+    )
     ensemble: list[TeacherSpec] | None = Field(None, description="Several live teachers as one.")
     mean: Literal["probs", "logits"] = Field("probs", description="ensemble: what is averaged.")
-    momentum: float | None = Field(None, gt=0, lt=1, description="The student's own exponential moving average, with this momentum.")
+    momentum: float | None = Field(
+        None, gt=0, lt=1, description="The student's own exponential moving average, with this momentum."
+    )
     past_self: bool = Field(False, description="The student's predictions of its last epoch, by sample index.")
     peer: ModelSpec | None = Field(None, description="A second network trained together with the student.")
     store: str | StoreSpec | None = Field(
         None,
-        description="A folder that `stillhouse cache` wrote: its signals are the teacher. Or, beside model or ensemble, what to store: written once, kept by content, and read in place of the live teacher.",
+        description="A folder that `stillhouse cache` wrote: its signals are the teacher. Or, beside model or "
+        "ensemble, what to store: written once, kept by content, and read in place of the live teacher.",
     )
 
     @model_validator(mode="after")
@@ -228,7 +335,10 @@ class TeacherSpec(Spec):
         given = [k for k in ("model", "ensemble", "momentum", "past_self", "peer") if getattr(self, k)]
         given += ["store"] if isinstance(self.store, str) else []
         if len(given) != 1:
-            raise ValueError(f"give exactly one of model, ensemble, momentum, past_self, peer, store: PATH (given: {', '.join(given) or 'none'})")
+            raise ValueError(
+                "give exactly one of model, ensemble, momentum, past_self, peer, store: PATH (given: "
+                f"{', '.join(given) or 'none'})"
+            )
         if self.input is not None and self.model is None:
             raise ValueError(f"input is for a teacher of `model`, not for {given[0]}")
         if self.store is not None and given[0] not in ("model", "ensemble", "store"):
@@ -239,18 +349,28 @@ class TeacherSpec(Spec):
     def network(self) -> ModelSpec:
         """The model part, for a live teacher."""
         assert self.model is not None
-        return ModelSpec(model=self.model, checkpoint=self.checkpoint, pretrained=self.pretrained, options=self.options, embedding=self.embedding)
+        return ModelSpec(
+            model=self.model,
+            checkpoint=self.checkpoint,
+            pretrained=self.pretrained,
+            options=self.options,
+            embedding=self.embedding,
+        )
 
 
 class WeightSpec(Spec):
     """An objective's weight over training."""
 
     kind: Literal["constant", "linear", "cosine", "warmup"] = Field(
-        "constant", description="constant: end; linear, cosine: from start to end over the span, then end; warmup: linear from 0 to end."
+        "constant",
+        description="constant: end; linear, cosine: from start to end over the span, then end; warmup: linear from 0 "
+        "to end.",
     )
     start: float = Field(0.0, description="linear, cosine: the weight at the start.")
     end: float = Field(1.0, description="The weight at the end of the span.")
-    epochs: float | None = Field(None, gt=0, description="The span in epochs, constant inside each; neither this nor steps: the whole training.")
+    epochs: float | None = Field(
+        None, gt=0, description="The span in epochs, constant inside each; neither this nor steps: the whole training."
+    )
     steps: int | None = Field(None, gt=0, description="The span in optimiser steps.")
 
 
@@ -259,9 +379,13 @@ class ObjectiveSpec(Spec):
 
     model_config = ConfigDict(extra="allow")
     name: str = Field(description="An objective of the catalogue, or file:PATH.py:CLASS.")
-    weight: float | WeightSpec | None = Field(None, description="A number, or a schedule; default: the published weight.")
+    weight: float | WeightSpec | None = Field(
+        None, description="A number, or a schedule; default: the published weight."
+    )
     teacher: str = Field("teacher", description="Which named teacher it reads.")
-    label: str | None = Field(None, description="Its name in logs, where one objective is used twice; default: its name.")
+    label: str | None = Field(
+        None, description="Its name in logs, where one objective is used twice; default: its name."
+    )
 
     @model_validator(mode="before")
     @classmethod
@@ -282,24 +406,33 @@ Data = Annotated[DataSpec, _shorthand("name")]
 
 
 class ClaimSpec(Spec):
-    """One checkable sentence of a paper, as a comparison of figures (see docs/claims.md). Exactly one of `over`, `at_least`, `at_most`.
+    """One checkable sentence of a paper, as a comparison of figures (see docs/claims.md). Exactly one of `over`,
+    `at_least`, `at_most`.
 
     Amounts are in the unit in which reports show the figure: percentage points for an accuracy.
     """
 
     says: str = Field(min_length=1, description="The claim, in one sentence.")
     figure: str = Field(description="The figure that decides it, such as accuracy.")
-    of: str = Field(description="The row it is about: a variant, or base for the recipe itself; VARIANT/GROUP where a recipe has groups.")
+    of: str = Field(
+        description="The row it is about: a variant, or base for the recipe itself; VARIANT/GROUP where a recipe has "
+        "groups."
+    )
     over: str | None = Field(None, description="The row that must be worse.")
     at_least: float | None = Field(None, description="A lower bound of the figure's mean.")
     at_most: float | None = Field(None, description="An upper bound of the figure's mean.")
     by: float = Field(0.0, ge=0, description="over: how much better, at least.")
-    within: float | None = Field(None, gt=0, description="over: the row may be worse than the other, but by no more than this.")
+    within: float | None = Field(
+        None, gt=0, description="over: the row may be worse than the other, but by no more than this."
+    )
     better: Literal["higher", "lower"] | None = Field(
         None, description="Which way the figure is better; must be given for one that reports do not know."
     )
     because: str | None = Field(None, description="One sentence on why it was not shown, or not measured.")
-    paper: str | None = Field(None, description="The card whose claim it is; default: that of the recipe's name, else those that the row runs.")
+    paper: str | None = Field(
+        None,
+        description="The card whose claim it is; default: that of the recipe's name, else those that the row runs.",
+    )
 
     @model_validator(mode="after")
     def _one_question(self) -> ClaimSpec:
@@ -321,12 +454,15 @@ class MethodConfig(Spec):
     name: str | None = Field(None, description="The run's name; default: the recipe's file name.")
     seed: int = Field(0, description="Of the student's weights, the order of samples and augmentation.")
     variants: dict[str, dict[str, Any]] = Field(
-        default_factory=dict, description="Named overrides (dotted keys), chosen by --variant: the paper's setting, the baselines."
+        default_factory=dict,
+        description="Named overrides (dotted keys), chosen by --variant: the paper's setting, the baselines.",
     )
     groups: dict[str, dict[str, Any]] = Field(
         default_factory=dict,
-        description="For `stillhouse bench`: one dotted key and its named values, such as two students; every variant is run with each.",
+        description="For `stillhouse bench`: one dotted key and its named values, such as two students; every variant "
+        "is run with each.",
     )
     claims: list[ClaimSpec] = Field(
-        default_factory=list, description="What the paper says will happen; `stillhouse bench` gives each claim its verdict."
+        default_factory=list,
+        description="What the paper says will happen; `stillhouse bench` gives each claim its verdict.",
     )

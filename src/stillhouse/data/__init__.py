@@ -1,6 +1,8 @@
-"""Data by name: `load(DataSpec)` gives a `DataBundle` with its splits; `Loader` makes batches that are a function of (seed, epoch, index).
+"""Data by name: `load(DataSpec)` gives a `DataBundle` with its splits; `Loader` makes batches that are a function of
+(seed, epoch, index).
 
-Formats each have a file (`named`, `parquet`, `folder`, `libraries`); `augment` has what is drawn at random, `split` what is drawn once.
+Formats each have a file (`named`, `parquet`, `folder`, `libraries`); `augment` has what is drawn at random, `split`
+what is drawn once.
 """
 
 from stillhouse.data.bundle import DataBundle, load

@@ -1,4 +1,5 @@
-"""What is drawn at random for a training batch: crops and flips of small images all at once, torchvision's v2 transforms sample by sample, mixup and CutMix.
+"""What is drawn at random for a training batch: crops and flips of small images all at once, torchvision's v2
+transforms sample by sample, mixup and CutMix.
 
 Mixup: Zhang et al., ICLR 2018, arXiv 1710.09412. CutMix: Yun et al., ICCV 2019, arXiv 1905.04899.
 """
@@ -60,7 +61,8 @@ def transforms(items: list[str | dict[str, Any]], where: str = "data.augment") -
     """torchvision.transforms.v2 classes by name with their arguments, in order.
 
     Raises:
-        UserError: a class that does not exist (with the nearest), or an argument that it does not take; the message names the place.
+        UserError: a class that does not exist (with the nearest), or an argument that it does not take; the message
+            names the place.
     """
     from torchvision.transforms import v2
 
@@ -73,18 +75,33 @@ def _transform(item: str | dict[str, Any], where: str) -> Any:
     from torchvision.transforms import v2
 
     if isinstance(item, dict) and len(item) != 1:
-        raise UserError(f"{where}: give one transform with its arguments, such as {{RandomCrop: {{size: 32, padding: 4}}}}; given: {item}.")
+        raise UserError(
+            f"{where}: give one transform with its arguments, such as {{RandomCrop: {{size: 32, padding: 4}}}}; "
+            f"given: {item}."
+        )
     name, arguments = next(iter(item.items())) if isinstance(item, dict) else (item, None)
     arguments = {} if arguments is None else arguments
     if name in ELSEWHERE:
         raise UserError(f"{where}.{name}: {ELSEWHERE[name]}.")
-    known = [n for n, c in vars(v2).items() if inspect.isclass(c) and issubclass(c, v2.Transform) and n != "Transform" and n not in ELSEWHERE]
+    known = [
+        n
+        for n, c in vars(v2).items()
+        if inspect.isclass(c) and issubclass(c, v2.Transform) and n != "Transform" and n not in ELSEWHERE
+    ]
     if name not in known:
         raise UserError(f"{where}: {unknown('transform in torchvision.transforms.v2 called', name, known)}")
     if not isinstance(arguments, dict):
-        raise UserError(f"{where}.{name}: name the arguments, such as {{{name}: {{{next(iter(_takes(getattr(v2, name))), 'p')}: {arguments}}}}}.")
+        raise UserError(
+            f"{where}.{name}: name the arguments, such as "
+            f"{{{name}: {{{next(iter(_takes(getattr(v2, name))), 'p')}: {arguments}}}}}."
+        )
     if "transforms" in arguments:
-        arguments = {**arguments, "transforms": [_transform(t, f"{where}.{name}.transforms.{i}") for i, t in enumerate(arguments["transforms"])]}
+        arguments = {
+            **arguments,
+            "transforms": [
+                _transform(t, f"{where}.{name}.transforms.{i}") for i, t in enumerate(arguments["transforms"])
+            ],
+        }
     takes = _takes(getattr(v2, name))
     for argument in arguments:
         if argument not in takes:
@@ -102,15 +119,23 @@ def _takes(cls: type) -> list[str]:
 
 
 def partners(positions: np.ndarray, count: int) -> np.ndarray:
-    """With which position of its batch each is mixed: neighbours swap (the order is random already); the last of an odd batch takes the one before."""
+    """With which position of its batch each is mixed: neighbours swap (the order is random already); the last of an odd
+    batch takes the one before."""
     other = positions ^ 1
     return np.where(other < count, other, np.maximum(count - 2, 0))
 
 
 def mix(
-    own: Tensor, other: Tensor, own_label: Tensor, other_label: Tensor, mixup: float, cutmix: float, keys: tuple[int | str, ...]
+    own: Tensor,
+    other: Tensor,
+    own_label: Tensor,
+    other_label: Tensor,
+    mixup: float,
+    cutmix: float,
+    keys: tuple[int | str, ...],
 ) -> tuple[Tensor, Tensor]:
-    """Mixup or CutMix of a batch with its partners, one share (and one box) a batch; with both on, one of the two at random.
+    """Mixup or CutMix of a batch with its partners, one share (and one box) a batch; with both on, one of the two at
+    random.
 
     Args:
         own, other: (B, C, H, W), or (B, ...) for mixup.

@@ -48,8 +48,8 @@ class DataBundle:
     Attributes:
         name: as in the recipe.
         task: classes, input shape and normalisation.
-        fingerprint: a hash of the samples, their splits and labels, the input's size and the normalisation; equal data gives an equal one wherever
-            the files lie. Augmentation is not in it.
+        fingerprint: a hash of the samples, their splits and labels, the input's size and the normalisation; equal data
+            gives an equal one wherever the files lie. Augmentation is not in it.
     """
 
     name: str
@@ -122,7 +122,9 @@ class DataBundle:
         own = transforms(augment) if isinstance(augment, list) else None
         if part.samples.pixels is None:
             if own is None and self.mean:
-                own = _photo(self._size, max(self._source.shape[-2:]) <= SMALL, augment == "standard", self._source.flip)
+                own = _photo(
+                    self._size, max(self._source.shape[-2:]) <= SMALL, augment == "standard", self._source.flip
+                )
             return ItemInputs(part.samples.item, part.positions, own, self.input_shape, self.mean, self.std)
         images, held = self._decoded(part)
         rows = np.searchsorted(held, part.positions)
@@ -153,13 +155,16 @@ class _Rows:
 def load(spec: NamedSpec, data_root: str | Path | None = None, seed: int = 0) -> Any:
     """The data set that a spec describes: a `DataBundle`, or of text a `stillhouse.data.text.TextBundle`.
 
-    In this order: keep `classes`; without a test split, take a stratified fifth of the training samples as one; take the balanced subsets `size` and
-    `test_size`; replace `label_noise` of the training labels; cut `val` and `holdout` from training (their labels are as noisy as training's).
+    In this order: keep `classes`; without a test split, take a stratified fifth of the training samples as one; take
+        the balanced subsets `size` and
+    `test_size`; replace `label_noise` of the training labels; cut `val` and `holdout` from training (their labels are
+    as noisy as training's).
 
     Args:
         spec: the recipe's `data`.
         seed: the run's, by which a graph's random split is drawn.
-        data_root: the folder that holds the data, where the spec names none; default: STILLHOUSE_DATA, then the user's cache.
+        data_root: the folder that holds the data, where the spec names none; default: STILLHOUSE_DATA, then the user's
+            cache.
 
     Raises:
         UserError: what was asked for is not there or does not fit; the message says what and where.
@@ -175,7 +180,9 @@ def load(spec: NamedSpec, data_root: str | Path | None = None, seed: int = 0) ->
         return importlib.import_module(other).load(spec, data_root)
     found = source(spec, find_root(spec, data_root))
     parts = {
-        name: _whole(samples, len(found.classes), spec.name) for name in ("train", "val", "test") if (samples := getattr(found, name)) is not None
+        name: _whole(samples, len(found.classes), spec.name)
+        for name in ("train", "val", "test")
+        if (samples := getattr(found, name)) is not None
     }
     classes = found.classes
     if spec.classes is not None:
@@ -185,12 +192,17 @@ def load(spec: NamedSpec, data_root: str | Path | None = None, seed: int = 0) ->
         classes = [classes[c] for c in spec.classes]
     train = parts["train"]
     if not len(train.labels):
-        raise UserError(f"The data set '{spec.name}' holds no training samples" + (f" of data.classes {spec.classes}." if spec.classes else "."))
+        raise UserError(
+            f"The data set '{spec.name}' holds no training samples"
+            + (f" of data.classes {spec.classes}." if spec.classes else ".")
+        )
     if "test" not in parts:
         test = stratified(train.labels, 0.2, spec.seed, "test")
         parts["test"], train = train.at(test), train.at(np.setdiff1d(np.arange(len(train.labels)), test))
         if not len(train.labels):
-            raise UserError(f"The data set '{spec.name}' has no test split, and one training sample is too few to take one from.")
+            raise UserError(
+                f"The data set '{spec.name}' has no test split, and one training sample is too few to take one from."
+            )
     if spec.size is not None:
         train = train.at(balanced(train.labels, spec.size, spec.seed, "size"))
     if spec.test_size is not None:
@@ -210,13 +222,15 @@ def _whole(samples: Samples, classes: int, name: str) -> _Split:
     if len(labels) and not 0 <= labels.min() <= labels.max() < classes:
         wrong = int(labels.min()) if labels.min() < 0 else int(labels.max())
         raise UserError(
-            f"The data set '{name}' holds the label {wrong}, but has classes 0 to {classes - 1}; is a split without labels among its splits?"
+            f"The data set '{name}' holds the label {wrong}, but has classes 0 to {classes - 1}; is a split without "
+            "labels among its splits?"
         )
     return _Split(samples, np.arange(len(labels)), labels)
 
 
 def _cut(train: _Split, spec: DataSpec, classes: int, needs_val: bool) -> dict[str, _Split]:
-    """Training samples as train, holdout and val. The cuts are stratified by the true labels, so that noise does not move them."""
+    """Training samples as train, holdout and val. The cuts are stratified by the true labels, so that noise does not
+    move them."""
     true, everything = train.labels, len(train.labels)
     if spec.label_noise:
         train = _Split(train.samples, train.positions, noisy(true, spec.label_noise, classes, spec.seed))
@@ -226,7 +240,9 @@ def _cut(train: _Split, spec: DataSpec, classes: int, needs_val: bool) -> dict[s
             taken = rest[stratified(true[rest], min(share * everything / len(rest), 1.0), spec.seed, name)]
             out[name], rest = train.at(taken), np.setdiff1d(rest, taken)
         if not len(rest):
-            raise UserError(f"data.val {spec.val} and data.holdout {spec.holdout} leave none of {everything} samples for training.")
+            raise UserError(
+                f"data.val {spec.val} and data.holdout {spec.holdout} leave none of {everything} samples for training."
+            )
     return {"train": train.at(rest), **out}
 
 
@@ -239,25 +255,31 @@ def _form(found: Source, spec: DataSpec) -> tuple[tuple[int, ...], tuple[float, 
     if spec.image_size is None:
         return found.shape, mean, std
     if not mean:
-        raise UserError(f"data.image_size: '{spec.name}' gives no images but inputs that are used as they are; leave it out.")
+        raise UserError(
+            f"data.image_size: '{spec.name}' gives no images but inputs that are used as they are; leave it out."
+        )
     height, width = (spec.image_size, spec.image_size) if isinstance(spec.image_size, int) else spec.image_size
     return (found.shape[0], height, width), mean, std
 
 
 def _photo(size: tuple[int, int], small: bool, standard: bool, flip: bool) -> Callable[[Any], Any]:
-    """The usual transforms of images that are read one by one: a random resized crop (small images: a shifted crop) and a flip, or the centre."""
+    """The usual transforms of images that are read one by one: a random resized crop (small images: a shifted crop) and
+    a flip, or the centre."""
     from torchvision.transforms import v2
 
     if not standard:
         return _Centre(size)
-    crops = [_Centre(size), v2.RandomCrop(size, padding=max(size[0] // 8, 1))] if small else [v2.RandomResizedCrop(size)]
+    crops = (
+        [_Centre(size), v2.RandomCrop(size, padding=max(size[0] // 8, 1))] if small else [v2.RandomResizedCrop(size)]
+    )
     usual: Callable[[Any], Any] = v2.Compose([*crops, *([v2.RandomHorizontalFlip()] if flip else [])])
     return usual
 
 
 @dataclass
 class _Centre:
-    """The centre of an image resized to 8/7 of the wanted size (256 for 224); one that has the size already is left as it is."""
+    """The centre of an image resized to 8/7 of the wanted size (256 for 224); one that has the size already is left as
+    it is."""
 
     size: tuple[int, int]
 

@@ -1,6 +1,8 @@
-"""Where text comes from: tiny Shakespeare, SST-2, a user's plain text, JSONL, JSON, CSV, TSV or Parquet file, or a Hugging Face data set.
+"""Where text comes from: tiny Shakespeare, SST-2, a user's plain text, JSONL, JSON, CSV, TSV or Parquet file, or a
+Hugging Face data set.
 
-`read` gives a `Corpus`: records by split, mappings with `text`, with `text` and `label`, or with `prompt` and `completion`.
+`read` gives a `Corpus`: records by split, mappings with `text`, with `text` and `label`, or with `prompt` and
+`completion`.
 """
 
 from __future__ import annotations
@@ -38,25 +40,40 @@ class TextOptions(Spec):
         None, description="What is learned; default: classify where the records have labels, else causal."
     )
     tokenizer: str = Field("bpe:512", description="bytes | characters | bpe:SIZE | hf:NAME")
-    context: int = Field(128, ge=2, description="Tokens a model reads at most; of plain text, the length of each sample.")
-    pack: bool = Field(False, description="causal: several samples in one row of `context` tokens; none sees another.")
-    prompt_loss: bool = Field(False, description="causal with prompts: the prompt's tokens are learned too, not only the completion's.")
-    too_long: Literal["refuse", "cut", "drop"] = Field(
-        "refuse", description="A sample longer than `context`: an error, cut at its end (a prompt: at its beginning), or left out."
+    context: int = Field(
+        128, ge=2, description="Tokens a model reads at most; of plain text, the length of each sample."
     )
-    empty: Literal["refuse", "drop"] = Field("refuse", description="A sample without a token to learn, such as an empty completion.")
-    unlabelled: Literal["refuse", "drop"] = Field("refuse", description="classify: a sample without a label: an error, or left out.")
+    pack: bool = Field(False, description="causal: several samples in one row of `context` tokens; none sees another.")
+    prompt_loss: bool = Field(
+        False, description="causal with prompts: the prompt's tokens are learned too, not only the completion's."
+    )
+    too_long: Literal["refuse", "cut", "drop"] = Field(
+        "refuse",
+        description="A sample longer than `context`: an error, cut at its end (a prompt: at its beginning), or left "
+        "out.",
+    )
+    empty: Literal["refuse", "drop"] = Field(
+        "refuse", description="A sample without a token to learn, such as an empty completion."
+    )
+    unlabelled: Literal["refuse", "drop"] = Field(
+        "refuse", description="classify: a sample without a label: an error, or left out."
+    )
     masked_share: float = Field(0.15, gt=0, lt=1, description="masked: share of tokens to be guessed.")
-    encoding: str | None = Field(None, description="Of text files; default: UTF-8, or UTF-16 where the file begins with its mark.")
+    encoding: str | None = Field(
+        None, description="Of text files; default: UTF-8, or UTF-16 where the file begins with its mark."
+    )
     columns: Columns = Field(default_factory=Columns, description="Names of columns.")
-    test: str | None = Field(None, description="A file of test samples; default: a tenth of the samples (of plain text, its last tenth).")
+    test: str | None = Field(
+        None, description="A file of test samples; default: a tenth of the samples (of plain text, its last tenth)."
+    )
     val: str | None = Field(None, description="A file of validation samples.")
     config: str | None = Field(None, description="hf: the configuration of the data set.")
 
 
 @dataclass
 class Corpus:
-    """Records by split (`train`, and `val` and `test` where the source has them), and class names in label order where the source has an order."""
+    """Records by split (`train`, and `val` and `test` where the source has them), and class names in label order where
+    the source has an order."""
 
     splits: dict[str, Records]
     classes: list[str] | None = None
@@ -71,7 +88,8 @@ def read(name: str, options: TextOptions, root: Path) -> Corpus:
         root: the folder that holds the data.
 
     Raises:
-        UserError: nothing of that name, a column that is not there, a record that is no text, or a label that is no class.
+        UserError: nothing of that name, a column that is not there, a record that is no text, or a label that is no
+            class.
     """
     if name == "shakespeare":
         return Corpus({"train": _plain(existing("text/tiny_shakespeare.txt", root), None)})
@@ -83,13 +101,20 @@ def read(name: str, options: TextOptions, root: Path) -> Corpus:
         return _labelled(_published(name.removeprefix("hf:"), options), options, f"text:{name}")
     if not Path(name).suffix and not Path(name).expanduser().exists():
         raise unknown("text data set", f"text:{name}", ["text:shakespeare", "text:sst2", "text:PATH", "text:hf:NAME"])
-    files = {split: existing(p, root) for split, p in (("train", name), ("val", options.val), ("test", options.test)) if p is not None}
+    files = {
+        split: existing(p, root)
+        for split, p in (("train", name), ("val", options.val), ("test", options.test))
+        if p is not None
+    }
     names = _names(files["train"], options.columns.label)
-    return _labelled(Corpus({split: _file(p, options) for split, p in files.items()}, names), options, f"'{files['train']}'")
+    return _labelled(
+        Corpus({split: _file(p, options) for split, p in files.items()}, names), options, f"'{files['train']}'"
+    )
 
 
 def _labelled(corpus: Corpus, options: TextOptions, where: str) -> Corpus:
-    """With each record's label as the name of its class; a split other than train in which no sample has one is left out."""
+    """With each record's label as the name of its class; a split other than train in which no sample has one is left
+    out."""
     splits = {}
     for split, records in corpus.splits.items():
         if records and "label" in records[0] and options.task in (None, "classify"):
@@ -160,7 +185,10 @@ def _chosen(rows: Sequence[Any], columns: Columns, where: str) -> Records:
         return []
     strange = next((i for i, row in enumerate(rows) if not isinstance(row, Mapping)), None)
     if strange is not None:
-        raise UserError(f"'{where}' must hold records (mappings of columns), but record {strange} is a {type(rows[strange]).__name__}.")
+        raise UserError(
+            f"'{where}' must hold records (mappings of columns), but record {strange} is a "
+            f"{type(rows[strange]).__name__}."
+        )
     wanted = _wanted(list(dict.fromkeys(column for row in rows for column in row)), columns, where)
     out: Records = []
     for number, row in enumerate(rows):
@@ -169,7 +197,10 @@ def _chosen(rows: Sequence[Any], columns: Columns, where: str) -> Records:
             if ours != "label" and not isinstance(value, str):
                 raise UserError(f"'{where}', record {number}: '{wanted[ours]}' must be text; given: {value!r}.")
             if ours != "label" and not _is_unicode(value):
-                raise UserError(f"'{where}', record {number}: '{wanted[ours]}' holds half a character (a lone surrogate), which no tokenizer reads.")
+                raise UserError(
+                    f"'{where}', record {number}: '{wanted[ours]}' holds half a character (a lone surrogate), which "
+                    "no tokenizer reads."
+                )
         out.append(record)
     return out
 
@@ -180,7 +211,8 @@ def _wanted(there: Sequence[str], columns: Columns, where: str) -> dict[str, str
     if "text" not in wanted and not {"prompt", "completion"} <= set(wanted):
         close = nearest(columns.text, there)
         raise UserError(
-            f"'{where}' has no column '{columns.text}', nor both '{columns.prompt}' and '{columns.completion}'; its columns: {', '.join(there)}"
+            f"'{where}' has no column '{columns.text}', nor both '{columns.prompt}' and '{columns.completion}'; its "
+            f"columns: {', '.join(there)}"
             + (f" (data.options.columns.text: {close[0]}?)." if close else "; name them in data.options.columns.")
         )
     return wanted
@@ -203,9 +235,13 @@ def _published(name: str, options: TextOptions) -> Corpus:
         found = datasets.load_dataset(name, options.config)
     except Exception as error:
         said = str(error).strip().splitlines() or [type(error).__name__]
-        raise UserError(f"data.name: could not get 'hf:{name}' (no network, or no such data set?): {said[0].rstrip('.')}.") from error
+        raise UserError(
+            f"data.name: could not get 'hf:{name}' (no network, or no such data set?): {said[0].rstrip('.')}."
+        ) from error
     names = {"train": "train", "val": "validation", "test": "test"}
-    out = {ours: _chosen(found[t].to_list(), options.columns, f"hf:{name} {t}") for ours, t in names.items() if t in found}
+    out = {
+        ours: _chosen(found[t].to_list(), options.columns, f"hf:{name} {t}") for ours, t in names.items() if t in found
+    }
     if "train" not in out:
         raise UserError(f"data.name: 'hf:{name}' has no split 'train'; it has: {', '.join(found)}.")
     if not out.get("test"):

@@ -1,4 +1,5 @@
-"""`IndexedDataset`: one split under one set of transforms, which makes whole batches as a function of (seed, epoch, indices)."""
+"""`IndexedDataset`: one split under one set of transforms, which makes whole batches as a function of (seed, epoch,
+indices)."""
 
 from __future__ import annotations
 
@@ -46,7 +47,9 @@ class IndexedDataset:
         mixup, cutmix: alphas; 0 is off.
     """
 
-    def __init__(self, inputs: Inputs, labels: np.ndarray, num_classes: int, mixup: float = 0.0, cutmix: float = 0.0) -> None:
+    def __init__(
+        self, inputs: Inputs, labels: np.ndarray, num_classes: int, mixup: float = 0.0, cutmix: float = 0.0
+    ) -> None:
         self._inputs, self._labels, self.num_classes = inputs, torch.from_numpy(labels), num_classes
         self._mixup, self._cutmix = mixup, cutmix
 
@@ -70,7 +73,8 @@ class IndexedDataset:
         }
 
     def batch(self, key: BatchKey, seed: int) -> Batch:
-        """A process's share of a batch: `input` (B, ...), `label` (B,) int64 or (B, C) float32 when mixed, `index` (B,) int64."""
+        """A process's share of a batch: `input` (B, ...), `label` (B,) int64 or (B, C) float32 when mixed, `index` (B,)
+        int64."""
         if not self._mixup and not self._cutmix:
             own = key.indices[key.start : key.stop]
             index = torch.from_numpy(own)
@@ -86,13 +90,16 @@ class IndexedDataset:
         return {"input": x, "label": label, "index": torch.from_numpy(key.indices[positions])}
 
     def recorded(self, key: BatchKey, seed: int) -> tuple[Batch, dict[str, np.ndarray]]:
-        """A batch, and what was drawn for it: `crop` (B, 4) (top, left, height, width) and `flip` (B,), where images are augmented.
+        """A batch, and what was drawn for it: `crop` (B, 4) (top, left, height, width) and `flip` (B,), where images
+        are augmented.
 
         Raises:
             UserError: mixed samples, which are a batch's and not a sample's.
         """
         if self._mixup or self._cutmix:
-            raise UserError("Signals are kept sample by sample, but data.mixup and data.cutmix mix a batch; set both to 0.")
+            raise UserError(
+                "Signals are kept sample by sample, but data.mixup and data.cutmix mix a batch; set both to 0."
+            )
         own = key.indices[key.start : key.stop]
         if not isinstance(self._inputs, PixelInputs | ItemInputs):
             return self.batch(key, seed), {}
@@ -134,7 +141,8 @@ class PixelInputs:
         return normalise(picked, self.mean, self.std)
 
     def recorded(self, indices: np.ndarray, epoch: int, seed: int) -> tuple[Tensor, dict[str, np.ndarray]]:
-        """The inputs; and where they are augmented, `crop` (B, 4) (top, left, height, width; negative in the padding) and `flip` (B,)."""
+        """The inputs; and where they are augmented, `crop` (B, 4) (top, left, height, width; negative in the padding)
+        and `flip` (B,)."""
         x = self(indices, epoch, seed)
         if not (self.pad or self.flip):
             return x, {}
@@ -167,13 +175,16 @@ class ItemInputs:
         rows = []
         for index in indices.tolist():
             with keyed(seed, "augment", epoch, index):
-                rows.append(self._image(int(self.positions[index])) if self.mean else self._plain(int(self.positions[index])))
+                rows.append(
+                    self._image(int(self.positions[index])) if self.mean else self._plain(int(self.positions[index]))
+                )
         if not self.mean:
             return _stack(rows)
         return normalise(torch.stack(rows), self.mean, self.std)
 
     def recorded(self, indices: np.ndarray, epoch: int, seed: int) -> tuple[Any, dict[str, np.ndarray]]:
-        """The inputs; and for images under torchvision's transforms, `crop` (B, 4) and `flip` (B,) as they were drawn."""
+        """The inputs; and for images under torchvision's transforms, `crop` (B, 4) and `flip` (B,) as they were
+        drawn."""
         if not self.mean or self.transform is None:
             return self(indices, epoch, seed), {}
         rows, drawn = [], []
@@ -202,13 +213,18 @@ class ItemInputs:
             try:
                 value = self.transform(value)
             except (ValueError, TypeError, RuntimeError) as error:
-                raise UserError(f"data.augment cannot be applied to sample {position}: {str(error).rstrip('.')}.") from None
+                raise UserError(
+                    f"data.augment cannot be applied to sample {position}: {str(error).rstrip('.')}."
+                ) from None
         if isinstance(value, Image.Image):
             value = V.pil_to_tensor(value)
         if tuple(value.shape[-2:]) != self.shape[-2:]:
             value = V.center_crop(V.resize(value, min(self.shape[-2:]), antialias=True), list(self.shape[-2:]))
         if tuple(value.shape) != self.shape:
-            raise UserError(f"Sample {position} has shape {tuple(value.shape)} after data.augment, but inputs of shape {self.shape} are expected.")
+            raise UserError(
+                f"Sample {position} has shape {tuple(value.shape)} after data.augment, but inputs of shape "
+                f"{self.shape} are expected."
+            )
         image: Tensor = value if value.dtype == torch.uint8 else value.to(torch.float32)
         return image
 
@@ -226,5 +242,7 @@ def _stack(rows: list[Any]) -> Any:
     tensors = [as_tensor(r) for r in rows]
     shapes = {tuple(t.shape) for t in tensors}
     if len(shapes) > 1:
-        raise UserError(f"The inputs of a batch have different shapes: {', '.join(map(str, sorted(shapes)[:3]))}; make them equal.")
+        raise UserError(
+            f"The inputs of a batch have different shapes: {', '.join(map(str, sorted(shapes)[:3]))}; make them equal."
+        )
     return torch.stack(tensors)

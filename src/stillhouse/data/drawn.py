@@ -1,4 +1,5 @@
-"""What torchvision's transforms drew for a sample, listened to while they work: its crop and whether it was mirrored."""
+"""What torchvision's transforms drew for a sample, listened to while they work: its crop and whether it was
+mirrored."""
 
 from __future__ import annotations
 
@@ -14,7 +15,8 @@ WHOLE = (-1, -1, -1, -1)
 
 @contextmanager
 def listening(transform: Any) -> Iterator[list[tuple[str, Mapping[str, Any]]]]:
-    """A list to which every torchvision v2 transform under `transform` adds its name and what it drew, each time that it is applied."""
+    """A list to which every torchvision v2 transform under `transform` adds its name and what it drew, each time that
+    it is applied."""
     heard: list[tuple[str, Mapping[str, Any]]] = []
     leaves = [t for t in _leaves(transform) if hasattr(t, "transform")]
     for leaf in leaves:
@@ -46,7 +48,8 @@ def _leaves(transform: Any) -> Iterator[Any]:
 
 
 def crop_and_flip(heard: list[tuple[str, Mapping[str, Any]]]) -> tuple[tuple[int, int, int, int], bool]:
-    """(top, left, height, width) of the first crop in the pixels it was taken from (padding included), and whether mirrors left it mirrored."""
+    """(top, left, height, width) of the first crop in the pixels it was taken from (padding included), and whether
+    mirrors left it mirrored."""
     crops = [p for _, p in heard if all(isinstance(p.get(k), int) for k in ("top", "left", "height", "width"))]
     crop = tuple(int(crops[0][k]) for k in ("top", "left", "height", "width")) if crops else WHOLE
     return crop, sum(name == "RandomHorizontalFlip" for name, _ in heard) % 2 == 1  # type: ignore[return-value]
@@ -54,4 +57,7 @@ def crop_and_flip(heard: list[tuple[str, Mapping[str, Any]]]) -> tuple[tuple[int
 
 def arrays(drawn: list[tuple[tuple[int, int, int, int], bool]]) -> dict[str, np.ndarray]:
     """`crop` (B, 4) int16 and `flip` (B,) bool of a batch."""
-    return {"crop": np.array([c for c, _ in drawn], np.int16).reshape(-1, 4), "flip": np.array([f for _, f in drawn], bool)}
+    return {
+        "crop": np.array([c for c, _ in drawn], np.int16).reshape(-1, 4),
+        "flip": np.array([f for _, f in drawn], bool),
+    }

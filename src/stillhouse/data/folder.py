@@ -1,4 +1,5 @@
-"""Folders of image files, a folder a class, as torchvision's ImageFolder reads them: PATH/train/CLASS/*.jpg, or PATH/CLASS/*.jpg."""
+"""Folders of image files, a folder a class, as torchvision's ImageFolder reads them: PATH/train/CLASS/*.jpg, or
+PATH/CLASS/*.jpg."""
 
 from __future__ import annotations
 
@@ -21,13 +22,14 @@ from stillhouse.files import digest
 def imagefolder(path: str, spec: DataSpec, root: Path) -> Source:
     """The images under PATH.
 
-    With a `train` folder: `val` and `test` next to it are those splits; a lone `val` (ImageNet's layout) is the test split, and validation is
-    then cut from training by `data.val`. Without one, the class folders are the training set, and a fifth of it becomes the test split.
-    Classes are in the order of their names, or of their numbers where all are whole numbers.
+    With a `train` folder: `val` and `test` next to it are those splits; a lone `val` (ImageNet's layout) is the test
+        split, and validation is
+    then cut from training by `data.val`. Without one, the class folders are the training set, and a fifth of it becomes
+    the test split. Classes are in the order of their names, or of their numbers where all are whole numbers.
 
     Raises:
-        UserError: no such folder (with the nearest), a folder of boxes or masks, no class folders, a class without images, or a class that only
-            the test split has.
+        UserError: no such folder (with the nearest), a folder of boxes or masks, no class folders, a class without
+            images, or a class that only the test split has.
     """
     if spec.options:
         raise UserError(f"data.options: imagefolder: takes no options; given: {', '.join(spec.options)}.")
@@ -42,8 +44,14 @@ def imagefolder(path: str, spec: DataSpec, root: Path) -> Source:
     samples, counts = _scan(train, classes)
     if not counts.all():
         empty = train / classes[int(counts.argmin())]
-        raise UserError(f"imagefolder: the class folder '{empty}' holds no images ({', '.join(EXTENSIONS)}); fill or remove it.")
-    others = {name: _scan(base / name, classes)[0] for name in ("val", "valid", "test") if train != base and (base / name).is_dir()}
+        raise UserError(
+            f"imagefolder: the class folder '{empty}' holds no images ({', '.join(EXTENSIONS)}); fill or remove it."
+        )
+    others = {
+        name: _scan(base / name, classes)[0]
+        for name in ("val", "valid", "test")
+        if train != base and (base / name).is_dir()
+    }
     val, test = others.get("val") or others.get("valid"), others.get("test")
     if test is None:
         val, test = None, val

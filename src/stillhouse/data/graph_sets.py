@@ -1,7 +1,9 @@
-"""Sets of labelled graphs for graph classification: TU data sets by name, lists of PyTorch Geometric graphs, npz files; all of a set in a few flat tensors.
+"""Sets of labelled graphs for graph classification: TU data sets by name, lists of PyTorch Geometric graphs, npz files;
+all of a set in a few flat tensors.
 
-Nodes and edges carry one integer label each. Feature rows become labels by their distinct values; continuous ones are cut into bins first; graphs that have
-neither are labelled by the nodes' degrees. Raw files are read in place: nothing is written beside them.
+Nodes and edges carry one integer label each. Feature rows become labels by their distinct values; continuous ones are
+cut into bins first; graphs that have neither are labelled by the nodes' degrees. Raw files are read in place: nothing
+is written beside them.
 """
 
 from __future__ import annotations
@@ -29,13 +31,23 @@ MOST_LABELS = 4096
 class GraphSetSpec(Spec):
     """A set of graphs by name, and its split."""
 
-    name: str = Field(description="tu:MUTAG | npz:PATH (the tensors of `Graphs`) | pyg:PATH (a saved list of torch_geometric Data)")
-    root: str | None = Field(None, description="Folder that holds the data; default: --data-root, then STILLHOUSE_DATA, then the user's cache.")
+    name: str = Field(
+        description="tu:MUTAG | npz:PATH (the tensors of `Graphs`) | pyg:PATH (a saved list of torch_geometric Data)"
+    )
+    root: str | None = Field(
+        None,
+        description="Folder that holds the data; default: --data-root, then STILLHOUSE_DATA, then the user's cache.",
+    )
     val: float = Field(0.1, gt=0, lt=1, description="Share of the graphs that picks the best epoch.")
     test: float = Field(0.1, gt=0, lt=1, description="Share of the graphs that is judged on.")
-    split: int | None = Field(None, description="Seed of the random split; default: the run's seed, so that every seed has a split of its own.")
+    split: int | None = Field(
+        None,
+        description="Seed of the random split; default: the run's seed, so that every seed has a split of its own.",
+    )
     size: int | None = Field(None, ge=10, description="Keep a random subset of this many graphs.")
-    bins: int | None = Field(None, ge=2, description="pyg: cut every continuous feature at its quantiles into this many bins.")
+    bins: int | None = Field(
+        None, ge=2, description="pyg: cut every continuous feature at its quantiles into this many bins."
+    )
 
 
 @dataclass(frozen=True)
@@ -44,7 +56,8 @@ class Graphs:
 
     Attributes:
         labels: (N,) int64 node labels, 0 or above.
-        edges: (2, E) int64, source and target: messages flow from the first row to the second. An undirected edge is there in both directions.
+        edges: (2, E) int64, source and target: messages flow from the first row to the second. An undirected edge is
+            there in both directions.
         edge_labels: (E,) int64.
         nodes: (G + 1,) int64: nodes nodes[g] to nodes[g + 1] are those of graph g.
         y: (G,) int64 classes.
@@ -63,13 +76,19 @@ class Graphs:
     def __post_init__(self) -> None:
         n, g = len(self.labels), len(self.y)
         if self.nodes.shape != (g + 1,) or int(self.nodes[-1]) != n or (self.nodes.diff() < 1).any():
-            raise UserError(f"Graphs: nodes must be (G + 1,) = ({g + 1},) offsets that end at N = {n}, with at least one node a graph.")
+            raise UserError(
+                f"Graphs: nodes must be (G + 1,) = ({g + 1},) offsets that end at N = {n}, with at least one node a "
+                "graph."
+            )
         if self.edges.ndim != 2 or self.edges.shape[0] != 2 or self.edge_labels.shape != self.edges.shape[1:]:
             raise UserError(
-                f"Graphs: edges must be (2, E) and edge_labels (E,); given: {tuple(self.edges.shape)} and {tuple(self.edge_labels.shape)}."
+                f"Graphs: edges must be (2, E) and edge_labels (E,); given: {tuple(self.edges.shape)} and "
+                f"{tuple(self.edge_labels.shape)}."
             )
         if self.edges.numel() and (int(self.edges.min()) < 0 or int(self.edges.max()) >= n):
-            raise UserError(f"Graphs: edges name nodes from {int(self.edges.min())} to {int(self.edges.max())}, but there are {n}.")
+            raise UserError(
+                f"Graphs: edges name nodes from {int(self.edges.min())} to {int(self.edges.max())}, but there are {n}."
+            )
         if any(part.numel() and int(part.min()) < 0 for part in (self.labels, self.edge_labels)):
             raise UserError("Graphs: labels of nodes and edges must be 0 or above.")
         if self.edges.numel() and (self.graph_of[self.edges[0]] != self.graph_of[self.edges[1]]).any():
@@ -143,7 +162,8 @@ class Graphs:
         return self.__dict__[f"_{name}"]
 
     def to_pyg(self) -> list[Any]:
-        """A list of torch_geometric `Data`: x (n, 1) node labels, edge_index, edge_attr (e, 1), y, and where there are any, `roots` and `weight`."""
+        """A list of torch_geometric `Data`: x (n, 1) node labels, edge_index, edge_attr (e, 1), y, and where there are
+        any, `roots` and `weight`."""
         Data = _pyg().data.Data
         out = []
         for g in range(len(self)):
@@ -158,14 +178,16 @@ class Graphs:
 
     @classmethod
     def from_pyg(cls, graphs: Sequence[Any], bins: int | None = None) -> Graphs:
-        """Graphs of torch_geometric `Data`: the distinct rows of `x` and `edge_attr` become labels; without `x`, the nodes' in-degrees do.
+        """Graphs of torch_geometric `Data`: the distinct rows of `x` and `edge_attr` become labels; without `x`, the
+        nodes' in-degrees do.
 
         Args:
             graphs: each with `edge_index`, `y`, and what it has of `x` (n, D), `edge_attr` (e, D), `num_nodes`.
             bins: cut every column of a continuous `x` at its quantiles into so many bins.
 
         Raises:
-            UserError: no graph, a graph without a class or a node, features in some graphs alone, or too many distinct feature rows.
+            UserError: no graph, a graph without a class or a node, features in some graphs alone, or too many distinct
+                feature rows.
         """
         if not len(graphs):
             raise UserError("The list of graphs is empty.")
@@ -173,11 +195,17 @@ class Graphs:
         offset = 0
         for i, g in enumerate(graphs):
             if g.get("y") is None or g.y.numel() != 1:
-                raise UserError(f"Graph {i} needs one class in `y`; it has {'none' if g.get('y') is None else g.y.numel()}.")
+                raise UserError(
+                    f"Graph {i} needs one class in `y`; it has {'none' if g.get('y') is None else g.y.numel()}."
+                )
             if not g.num_nodes:
                 raise UserError(f"Graph {i} has no node.")
-            if (g.get("x") is None) != (graphs[0].get("x") is None) or (g.get("edge_attr") is None) != (graphs[0].get("edge_attr") is None):
-                raise UserError(f"Graph {i} and graph 0 differ in whether they have `x` and `edge_attr`; give all graphs the same.")
+            if (g.get("x") is None) != (graphs[0].get("x") is None) or (g.get("edge_attr") is None) != (
+                graphs[0].get("edge_attr") is None
+            ):
+                raise UserError(
+                    f"Graph {i} and graph 0 differ in whether they have `x` and `edge_attr`; give all graphs the same."
+                )
             index = g.edge_index if g.edge_index is not None else torch.zeros(2, 0, dtype=torch.int64)
             counts.append(g.num_nodes)
             edges.append(index + offset)
@@ -189,12 +217,18 @@ class Graphs:
                 attributes.append(g.edge_attr.reshape(index.shape[1], -1))
         joined = torch.cat(edges, 1)
         labels = _row_labels(torch.cat(xs), bins, "node") if xs else torch.bincount(joined[1], minlength=offset)
-        edge_labels = _row_labels(torch.cat(attributes), bins, "edge") if attributes else torch.zeros(joined.shape[1], dtype=torch.int64)
+        edge_labels = (
+            _row_labels(torch.cat(attributes), bins, "edge")
+            if attributes
+            else torch.zeros(joined.shape[1], dtype=torch.int64)
+        )
         nodes = torch.tensor([0, *np.cumsum(counts).tolist()])
         return cls(labels, joined, edge_labels, nodes, _from_zero(torch.tensor(classes)))
 
 
-def load_graphs(spec: GraphSetSpec, data_root: str | Path | None = None, seed: int = 0) -> tuple[Graphs, dict[str, Tensor]]:
+def load_graphs(
+    spec: GraphSetSpec, data_root: str | Path | None = None, seed: int = 0
+) -> tuple[Graphs, dict[str, Tensor]]:
     """The graphs of a spec, and the graph ids of `train`, `val` and `test`.
 
     Raises:
@@ -213,7 +247,10 @@ def load_graphs(spec: GraphSetSpec, data_root: str | Path | None = None, seed: i
     order = order[: spec.size] if spec.size else order
     test, val = (round(len(order) * share) for share in (spec.test, spec.val))
     if not test or not val or len(order) <= test + val:
-        raise UserError(f"{spec.name}: {len(order)} graphs cannot be split into shares of {spec.test:g} for test and {spec.val:g} for validation.")
+        raise UserError(
+            f"{spec.name}: {len(order)} graphs cannot be split into shares of {spec.test:g} for test and {spec.val:g} "
+            "for validation."
+        )
     return graphs, {"test": order[:test], "val": order[test : test + val], "train": order[test + val :]}
 
 
@@ -233,14 +270,16 @@ def tu(name: str, root: str | Path | None = None) -> Graphs:
                 _pyg("datasets").TUDataset(str(here), name)
             except Exception as error:
                 raise UserError(
-                    f"The TU data set '{name}' is not under '{base / 'tu'}' and could not be downloaded ({type(error).__name__}); name the folder that holds "
+                    f"The TU data set '{name}' is not under '{base / 'tu'}' and could not be downloaded "
+                    f"({type(error).__name__}); name the folder that holds "
                     "tu/NAME/raw with --data-root or STILLHOUSE_DATA, or check the name."
                 ) from None
     return read_tu(folder, name)
 
 
 def read_tu(folder: Path, name: str) -> Graphs:
-    """The text files of a TU data set in a folder; edges of both directions are as in the file. Without node labels: in-degrees."""
+    """The text files of a TU data set in a folder; edges of both directions are as in the file. Without node labels:
+    in-degrees."""
 
     def column(kind: str) -> Tensor | None:
         path = folder / f"{name}_{kind}.txt"
@@ -259,7 +298,9 @@ def read_tu(folder: Path, name: str) -> Graphs:
     return Graphs(
         torch.bincount(edges[1], minlength=len(order)) if labels is None else _row_labels(labels, None, "node")[order],
         edges.contiguous(),
-        torch.zeros(edges.shape[1], dtype=torch.int64) if edge_labels is None else _row_labels(edge_labels, None, "edge"),
+        torch.zeros(edges.shape[1], dtype=torch.int64)
+        if edge_labels is None
+        else _row_labels(edge_labels, None, "edge"),
         torch.cat([counts.new_zeros(1), counts.cumsum(0)]),
         _from_zero(classes[:, 0]),
     )
@@ -272,20 +313,34 @@ def from_npz(path: Path) -> Graphs:
     with np.load(path, allow_pickle=False) as held:
         missing = [k for k in ("labels", "edges", "nodes", "y") if k not in held.files]
         if missing:
-            raise UserError(f"'{path}' holds no array '{missing[0]}'; it needs labels (N,), edges (2, E), nodes (G + 1,) and y (G,).")
-        parts = {k: torch.from_numpy(held[k].astype(np.int64)) for k in held.files if k in ("labels", "edges", "nodes", "y", "edge_labels")}
+            raise UserError(
+                f"'{path}' holds no array '{missing[0]}'; it needs labels (N,), edges (2, E), nodes (G + 1,) and y "
+                "(G,)."
+            )
+        parts = {
+            k: torch.from_numpy(held[k].astype(np.int64))
+            for k in held.files
+            if k in ("labels", "edges", "nodes", "y", "edge_labels")
+        }
     parts.setdefault("edge_labels", torch.zeros(parts["edges"].shape[1], dtype=torch.int64))
     return Graphs(**parts)
 
 
 def mapped(graphs: Graphs, vocabulary: Tensor, edge_vocabulary: Tensor) -> Graphs:
-    """The same graphs with labels numbered by sorted vocabularies, (V,) and (W,); a label that is not there becomes V (or W), the unknown."""
-    return replace(graphs, labels=_numbered(graphs.labels, vocabulary), edge_labels=_numbered(graphs.edge_labels, edge_vocabulary))
+    """The same graphs with labels numbered by sorted vocabularies, (V,) and (W,); a label that is not there becomes V
+    (or W), the unknown."""
+    return replace(
+        graphs, labels=_numbered(graphs.labels, vocabulary), edge_labels=_numbered(graphs.edge_labels, edge_vocabulary)
+    )
 
 
 def _numbered(labels: Tensor, vocabulary: Tensor) -> Tensor:
     at = torch.searchsorted(vocabulary, labels)
-    return torch.where(vocabulary[at.clamp_max(len(vocabulary) - 1)] == labels, at, len(vocabulary)) if len(vocabulary) else torch.zeros_like(labels)
+    return (
+        torch.where(vocabulary[at.clamp_max(len(vocabulary) - 1)] == labels, at, len(vocabulary))
+        if len(vocabulary)
+        else torch.zeros_like(labels)
+    )
 
 
 def _row_labels(rows: Tensor, bins: int | None, what: str) -> Tensor:
@@ -299,7 +354,8 @@ def _row_labels(rows: Tensor, bins: int | None, what: str) -> Tensor:
     found, number = torch.unique(rows, dim=0, return_inverse=True)
     if len(found) > MOST_LABELS:
         raise UserError(
-            f"The {what} features have {len(found)} distinct rows, so they are not labels; cut continuous features into bins (`bins: 4`), or give labels."
+            f"The {what} features have {len(found)} distinct rows, so they are not labels; cut continuous features "
+            "into bins (`bins: 4`), or give labels."
         )
     return number
 
@@ -320,7 +376,9 @@ def _saved(path: Path) -> list[Any]:
         raise UserError(f"There is no file '{path}'.")
     pyg = _pyg("data")
     try:
-        with torch.serialization.safe_globals([pyg.Data, pyg.data.DataEdgeAttr, pyg.data.DataTensorAttr, pyg.storage.GlobalStorage]):
+        with torch.serialization.safe_globals(
+            [pyg.Data, pyg.data.DataEdgeAttr, pyg.data.DataTensorAttr, pyg.storage.GlobalStorage]
+        ):
             held = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
         raise UserError(f"'{path}' is not a saved list of torch_geometric Data ({type(error).__name__}).") from None

@@ -1,6 +1,8 @@
-"""Image files as every source reads them: `open_image` gives 8 bits a channel, grey ("L") or colour ("RGB"), upright, on white where it is transparent.
+"""Image files as every source reads them: `open_image` gives 8 bits a channel, grey ("L") or colour ("RGB"), upright,
+on white where it is transparent.
 
-Files are opened by an explicit list of formats, all decoded inside the process: a `.png` that holds PostScript starts no other program.
+Files are opened by an explicit list of formats, all decoded inside the process: a `.png` that holds PostScript starts
+no other program.
 """
 
 from __future__ import annotations
@@ -75,16 +77,21 @@ def open_mask(path: str | os.PathLike[str]) -> np.ndarray:
 
     def ids(image: Image.Image) -> np.ndarray:
         if image.mode != "P" and (image.mode not in GREY or image.mode in ("LA", "La", "F")):
-            raise UserError(f"The mask {where} is in colour (mode {image.mode}); a mask holds one class id a pixel, grey or as a palette's index.")
+            raise UserError(
+                f"The mask {where} is in colour (mode {image.mode}); a mask holds one class id a pixel, grey or as a "
+                "palette's index."
+            )
         return np.asarray(_upright(image)).astype(np.int64)
 
     return _guarded(where, lambda: _opened(path, where, ids))
 
 
 def standard(image: Image.Image, where: str) -> Image.Image:
-    """Any image of PIL in mode "L" or "RGB": turned as its EXIF block says, and blended over white where it is transparent.
+    """Any image of PIL in mode "L" or "RGB": turned as its EXIF block says, and blended over white where it is
+    transparent.
 
-    Of more than 8 bits, integers are scaled by the range of 16 bits, floats in [0, 1] or [0, 255] by that; other values by the image's own range.
+    Of more than 8 bits, integers are scaled by the range of 16 bits, floats in [0, 1] or [0, 255] by that; other values
+    by the image's own range.
 
     Raises:
         UserError: an image that cannot be decoded or converted; the message calls it `where`.
@@ -93,7 +100,8 @@ def standard(image: Image.Image, where: str) -> Image.Image:
 
 
 def from_array(values: np.ndarray, where: str) -> Image.Image:
-    """An array (H, W), (H, W, 1), (H, W, 3) or (H, W, 4) of 8 or 16 bits as an image. Raises `UserError` for another shape or type."""
+    """An array (H, W), (H, W, 1), (H, W, 3) or (H, W, 4) of 8 or 16 bits as an image. Raises `UserError` for another
+    shape or type."""
     if values.dtype == np.uint16:
         values = np.rint(values * (255 / WHOLE)).astype(np.uint8)
     if values.ndim == 3 and values.shape[2] == 1:
@@ -103,7 +111,9 @@ def from_array(values: np.ndarray, where: str) -> Image.Image:
 
 def _opened(source: str | os.PathLike[str] | bytes, where: str, use: Callable[[Image.Image], T]) -> T:
     if not isinstance(source, bytes) and not stat.S_ISREG(os.stat(source).st_mode):
-        raise UserError(f"Cannot read the image {where}: it is no regular file (a pipe, a device or a folder); remove it.")
+        raise UserError(
+            f"Cannot read the image {where}: it is no regular file (a pipe, a device or a folder); remove it."
+        )
     with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=FORMATS) as image:
         most = Image.MAX_IMAGE_PIXELS
         if most is not None and image.width * image.height > most:
@@ -119,7 +129,9 @@ def _guarded(where: str, make: Callable[[], T]) -> T:
     except UserError:
         raise
     except UnidentifiedImageError:
-        raise UserError(f"Cannot read the image {where} (it is none of {', '.join(FORMATS)}); replace or remove it.") from None
+        raise UserError(
+            f"Cannot read the image {where} (it is none of {', '.join(FORMATS)}); replace or remove it."
+        ) from None
     except Exception as error:  # what a damaged or hostile file makes a decoder raise has no common class
         reason = str(error).rstrip(".") or type(error).__name__
         raise UserError(f"Cannot read the image {where} ({reason}); replace or remove it.") from None
@@ -137,10 +149,14 @@ def _standard(image: Image.Image) -> Image.Image:
 
 
 def as_channels(image: Image.Image, channels: int, where: str) -> Image.Image:
-    """A standard image with 1 or 3 channels. Raises `UserError` for colour where grey is expected, which would be lost."""
+    """A standard image with 1 or 3 channels. Raises `UserError` for colour where grey is expected, which would be
+    lost."""
     image = standard(image, where)
     if channels == 1 and image.mode != "L":
-        raise UserError(f"{where} is in colour, but the images looked at first are grey; make all of them grey, or all of them colour.")
+        raise UserError(
+            f"{where} is in colour, but the images looked at first are grey; make all of them grey, or all of them "
+            "colour."
+        )
     return image if channels == 1 else image.convert("RGB")
 
 
@@ -176,7 +192,8 @@ def _eight_bits(image: Image.Image) -> Image.Image:
 
 
 def is_system(name: str) -> bool:
-    """Whether a file or folder belongs to an operating system or archiver, not to the data: `._x.png`, `__MACOSX`, `Thumbs.db`, `.DS_Store`."""
+    """Whether a file or folder belongs to an operating system or archiver, not to the data: `._x.png`, `__MACOSX`,
+    `Thumbs.db`, `.DS_Store`."""
     return name.startswith(".") or name.lower() in SYSTEM
 
 

@@ -16,7 +16,8 @@ from stillhouse.signals import Batch
 
 @dataclass(frozen=True)
 class Part:
-    """Samples `rows` (n,) of a data set. Inputs x become `scale * x + shift` (per channel); without `labelled`, every label is -1."""
+    """Samples `rows` (n,) of a data set. Inputs x become `scale * x + shift` (per channel); without `labelled`, every
+    label is -1."""
 
     dataset: IndexedDataset
     rows: np.ndarray
@@ -26,7 +27,13 @@ class Part:
 
 
 def unlabelled(
-    pool: DataBundle, target: DataBundle, rows: np.ndarray | None = None, *, train: bool, split: str = "train", where: str = "pool"
+    pool: DataBundle,
+    target: DataBundle,
+    rows: np.ndarray | None = None,
+    *,
+    train: bool,
+    split: str = "train",
+    where: str = "pool",
 ) -> Part:
     """Images of a pool, normalised as the target's are, without labels.
 
@@ -42,19 +49,23 @@ def unlabelled(
     """
     if tuple(pool.input_shape) != tuple(target.input_shape):
         raise UserError(
-            f"{where}: the images of '{pool.name}' have shape {tuple(pool.input_shape)}, those of '{target.name}' {tuple(target.input_shape)}; "
+            f"{where}: the images of '{pool.name}' have shape {tuple(pool.input_shape)}, those of '{target.name}' "
+            f"{tuple(target.input_shape)}; "
             f"set {where}.image_size, and choose images of as many channels."
         )
     dataset = pool.dataset(split, train=train)
     rows = np.arange(len(dataset)) if rows is None else rows
     if (pool.mean, pool.std) == (target.mean, target.std) or not pool.mean or not target.mean:
         return Part(dataset, rows)
-    own_mean, own_std, mean, std = (torch.tensor(v)[:, None, None] for v in (pool.mean, pool.std, target.mean, target.std))
+    own_mean, own_std, mean, std = (
+        torch.tensor(v)[:, None, None] for v in (pool.mean, pool.std, target.mean, target.std)
+    )
     return Part(dataset, rows, own_std / std, (own_mean - mean) / std)
 
 
 class Joined:
-    """Several parts one after the other; what `stillhouse.data.Loader` asks of a data set. `index` counts through all parts."""
+    """Several parts one after the other; what `stillhouse.data.Loader` asks of a data set. `index` counts through all
+    parts."""
 
     def __init__(self, parts: list[Part]) -> None:
         self.parts = parts
@@ -65,7 +76,12 @@ class Joined:
 
     def labels(self) -> Tensor:
         """(n,) class ids, -1 where a part is unlabelled."""
-        return torch.cat([p.dataset.labels()[torch.from_numpy(p.rows)] if p.labelled else torch.full((len(p.rows),), -1) for p in self.parts])
+        return torch.cat(
+            [
+                p.dataset.labels()[torch.from_numpy(p.rows)] if p.labelled else torch.full((len(p.rows),), -1)
+                for p in self.parts
+            ]
+        )
 
     def batch(self, key: BatchKey, seed: int) -> Batch:
         """`input`, `label` (B,), `index` (B,)."""

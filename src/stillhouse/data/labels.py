@@ -1,4 +1,5 @@
-"""Labels as sources hold them, read as one class a sample: what is absent, real-valued or a list is refused, not made into classes."""
+"""Labels as sources hold them, read as one class a sample: what is absent, real-valued or a list is refused, not made
+into classes."""
 
 from __future__ import annotations
 
@@ -18,7 +19,8 @@ MOST_UNNAMED = 100_000
 
 
 def read_labels(values: Any, where: str) -> list[int | str]:
-    """One whole number or word a sample. Real numbers that are whole (1.0) become whole numbers, also where they are written as text.
+    """One whole number or word a sample. Real numbers that are whole (1.0) become whole numbers, also where they are
+    written as text.
 
     Args:
         values: a tensor, an array, or any sequence.
@@ -34,16 +36,21 @@ def read_labels(values: Any, where: str) -> list[int | str]:
         read = [v if v is None else _plain(float(v)) for v in read]
     absent = [i for i, v in enumerate(read) if v is None]
     if absent:
-        raise UserError(f"{where}: sample {absent[0]} has no label ({len(absent)} of {len(read)} have none); label them or leave them out.")
+        raise UserError(
+            f"{where}: sample {absent[0]} has no label ({len(absent)} of {len(read)} have none); label them or leave "
+            "them out."
+        )
     out: list[int | str] = []
     for number, value in enumerate(read):
         if isinstance(value, float):
             raise UserError(
-                f"{where}: the label of sample {number} is the real number {value}; there is no regression here: give classes, such as ranges."
+                f"{where}: the label of sample {number} is the real number {value}; there is no regression here: give "
+                "classes, such as ranges."
             )
         if not isinstance(value, int | str):
             raise UserError(
-                f"{where}: the label of sample {number} is {str(value)[:60]}, several values; a sample has one class here (no multi-label): "
+                f"{where}: the label of sample {number} is {str(value)[:60]}, several values; a sample has one class "
+                "here (no multi-label): "
                 "give the id or the name of that class."
             )
         out.append(value)
@@ -52,7 +59,10 @@ def read_labels(values: Any, where: str) -> list[int | str]:
 
 def _plain(value: Any) -> Any:
     """An int, float or str; None for an absent label; anything else as it is."""
-    if isinstance(value, Tensor | np.ndarray | np.generic) and (value.numel() if isinstance(value, Tensor) else value.size) == 1:
+    if (
+        isinstance(value, Tensor | np.ndarray | np.generic)
+        and (value.numel() if isinstance(value, Tensor) else value.size) == 1
+    ):
         value = value.item()
     if isinstance(value, Decimal):
         value = float(value)
@@ -92,7 +102,8 @@ def class_order(names: Iterable[str]) -> list[str]:
 
 
 def ids_of(labels: Sequence[int | str], classes: Sequence[str], where: str) -> np.ndarray:
-    """(N,) int64: the place of each label's name among the classes. Raises `UserError` for a class that is not among them."""
+    """(N,) int64: the place of each label's name among the classes. Raises `UserError` for a class that is not among
+    them."""
     ids = {name: i for i, name in enumerate(classes)}
     strange = next((str(v) for v in labels if str(v) not in ids), None)
     if strange is not None:

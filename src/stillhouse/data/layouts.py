@@ -1,4 +1,5 @@
-"""Folders whose labels are boxes or masks (Pascal VOC, COCO, YOLO, masks next to images), recognised so that they are not read as folders of classes."""
+"""Folders whose labels are boxes or masks (Pascal VOC, COCO, YOLO, masks next to images), recognised so that they are
+not read as folders of classes."""
 
 from __future__ import annotations
 
@@ -10,7 +11,20 @@ from stillhouse.data.images import EXTENSIONS, is_system
 from stillhouse.errors import UserError
 
 IMAGES = {"images", "image", "imgs", "img", "image_2", "leftimg8bit", "rgb"}
-LABELS = {"labels", "label", "label_2", "masks", "mask", "annotations", "annotation", "annots", "gt", "gtfine", "groundtruth", "ground_truth"}
+LABELS = {
+    "labels",
+    "label",
+    "label_2",
+    "masks",
+    "mask",
+    "annotations",
+    "annotation",
+    "annots",
+    "gt",
+    "gtfine",
+    "groundtruth",
+    "ground_truth",
+}
 DEEP = 3  # levels of folders that are looked at, as in VOCtrainval/VOCdevkit/VOC2012
 FOLDERS, ENTRIES, FILES = 300, 10_000, 64  # looked at: folders in all, entries of a folder, files whose endings count
 
@@ -47,7 +61,9 @@ def _kind(folder: Path) -> str | None:
     inside = {e.name.lower(): e.path for e in entries if e.is_dir()}
     if "jpegimages" in inside and inside.keys() & {"annotations", "imagesets", "segmentationclass"}:
         return "a Pascal VOC data set (boxes or masks: Annotations, ImageSets, JPEGImages)"
-    if any(e.name.lower().endswith(".coco.json") for e in entries) or ("annotations" in inside and _holds(inside["annotations"], (".json",))):
+    if any(e.name.lower().endswith(".coco.json") for e in entries) or (
+        "annotations" in inside and _holds(inside["annotations"], (".json",))
+    ):
         return "a COCO data set (boxes: a JSON file of annotations)"
     for split in ("train", "val", "test"):
         if split in inside and inside.keys() & {f"{split}annot", f"{split}_masks", f"{split}_labels"}:

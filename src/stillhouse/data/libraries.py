@@ -28,7 +28,8 @@ WRITTEN = {"MNIST", "EMNIST", "KMNIST", "QMNIST", "USPS", "SVHN", "Omniglot", "R
 
 
 def torchvision(name: str, spec: DataSpec, root: Path) -> Source:
-    """A classification data set of torchvision.datasets; `data.options` are further arguments of its class. Downloads what is not there.
+    """A classification data set of torchvision.datasets; `data.options` are further arguments of its class. Downloads
+    what is not there.
 
     Raises:
         UserError: no such class (with the nearest), a wrong argument, or neither there nor to be downloaded.
@@ -42,14 +43,20 @@ def torchvision(name: str, spec: DataSpec, root: Path) -> Source:
     for option in spec.options:
         if option not in takes:
             raise UserError(
-                f"data.options: {str(unknown('argument', option, [t for t in takes if t not in ('self', 'root', 'train')]))[:-1]} of {name}."
+                "data.options: "
+                f"{str(unknown('argument', option, [t for t in takes if t not in ('self', 'root', 'train')]))[:-1]} "
+                f"of {name}."
             )
     by_split = "train" not in takes and "split" in takes and "split" not in spec.options
     wanted: dict[str, list[dict[str, Any]]] = {"train": [{}], "val": [], "test": []}
     if "train" in takes:
         wanted |= {"train": [{"train": True}], "test": [{"train": False}]}
     elif by_split:
-        wanted = {"train": [{"split": "train"}], "val": [{"split": s} for s in ("val", "valid", "validation")], "test": [{"split": "test"}]}
+        wanted = {
+            "train": [{"split": "train"}],
+            "val": [{"split": s} for s in ("val", "valid", "validation")],
+            "test": [{"split": "test"}],
+        }
     sets = {
         split: next(filter(None, (_torchvision_split(cls, a | spec.options, root, takes) for a in options)), None)
         for split, options in wanted.items()
@@ -58,7 +65,9 @@ def torchvision(name: str, spec: DataSpec, root: Path) -> Source:
         raise UserError(f"torchvision:{name} has no training split; choose one with data.options.split.")
     if sets["test"] is None:
         sets["test"], sets["val"] = sets["val"], None
-    samples = {split: None if s is None else _torchvision_samples(s, f"torchvision:{name}") for split, s in sets.items()}
+    samples = {
+        split: None if s is None else _torchvision_samples(s, f"torchvision:{name}") for split, s in sets.items()
+    }
     return _source(samples, getattr(sets["train"], "classes", None), f"torchvision:{name}", flip=name not in WRITTEN)
 
 
@@ -78,14 +87,16 @@ def _torchvision_split(cls: Any, arguments: dict[str, Any], root: Path, takes: A
     except (RuntimeError, OSError) as missing:
         if "download" not in takes:
             raise UserError(
-                f"torchvision:{cls.__name__} is not under '{root}' ({missing}); name the folder with --data-root or STILLHOUSE_DATA."
+                f"torchvision:{cls.__name__} is not under '{root}' ({missing}); name the folder with --data-root or "
+                "STILLHOUSE_DATA."
             ) from None
     try:
         root.mkdir(parents=True, exist_ok=True)
         return cls(**place, **arguments, download=True)
     except (RuntimeError, OSError, ImportError) as error:
         raise UserError(
-            f"torchvision:{cls.__name__} is not under '{root}' and could not be downloaded ({' '.join(str(error).split()).rstrip('.')}); "
+            f"torchvision:{cls.__name__} is not under '{root}' and could not be downloaded "
+            f"({' '.join(str(error).split()).rstrip('.')}); "
             "name the folder that holds it with --data-root or STILLHOUSE_DATA."
         ) from None
 
@@ -119,7 +130,9 @@ def hf(repo: str, spec: DataSpec, root: Path) -> Source:
         found = datasets.load_dataset(str(local or repo), **{k: v for k, v in spec.options.items() if k not in own})
     except Exception as error:
         first = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
-        raise UserError(f"hf:{repo} could not be loaded ({first}); check the name, the network, or name a local folder.") from None
+        raise UserError(
+            f"hf:{repo} could not be loaded ({first}); check the name, the network, or name a local folder."
+        ) from None
     if not isinstance(found, dict):
         found = {"train": found}
     usual = {"train": ["train"], "val": ["validation", "val", "valid"], "test": ["test"]}
@@ -131,13 +144,17 @@ def hf(repo: str, spec: DataSpec, root: Path) -> Source:
         name = asked or next((n for n in names if n in found), None)
         chosen[split] = found[name] if name else None
     if chosen["train"] is None:
-        raise UserError(f"hf:{repo} has no split 'train' (it has {', '.join(found)}); choose one with data.options.train_split.")
+        raise UserError(
+            f"hf:{repo} has no split 'train' (it has {', '.join(found)}); choose one with data.options.train_split."
+        )
     if chosen["test"] is None:
         chosen["test"], chosen["val"] = chosen["val"], None
     features = chosen["train"].features
     image = _hf_column(features, own["image_column"], ["image", "img"], "image_column", repo)
     label = _hf_column(features, own["label_column"], ["label", "labels", "fine_label"], "label_column", repo)
-    columns = {split: _Column.of(table, image, f"hf:{repo} ({split})") for split, table in chosen.items() if table is not None}
+    columns = {
+        split: _Column.of(table, image, f"hf:{repo} ({split})") for split, table in chosen.items() if table is not None
+    }
     samples = {split: column.samples(chosen[split], label) for split, column in columns.items()}
     depth = None
     if columns["train"].encoded:
@@ -152,7 +169,10 @@ def hf(repo: str, spec: DataSpec, root: Path) -> Source:
 def _hf_column(features: Any, asked: str | None, usual: list[str], option: str, repo: str) -> str:
     chosen = asked or next((n for n in usual if n in features), None)
     if chosen is None or chosen not in features:
-        raise UserError(f"hf:{repo} has no column '{chosen or usual[0]}' (it has {', '.join(features)}); name it with data.options.{option}.")
+        raise UserError(
+            f"hf:{repo} has no column '{chosen or usual[0]}' (it has {', '.join(features)}); name it with "
+            f"data.options.{option}."
+        )
     return chosen
 
 
@@ -196,18 +216,21 @@ class _Column:
 
     def decode_once(self, samples: Samples, shape: tuple[int, ...]) -> None:
         """Small images are kept in memory."""
-        samples.pixels = DecodedImages(self.read, len(samples), shape, cache_folder() / "images" / digest(DECODER, self.identity, self.name))
+        samples.pixels = DecodedImages(
+            self.read, len(samples), shape, cache_folder() / "images" / digest(DECODER, self.identity, self.name)
+        )
 
     def _where(self, position: int) -> str:
         return f"in row {position} of {self.what}"
 
 
 def file(path: str, spec: DataSpec, root: Path) -> Source:
-    """A user's own data: `FUNCTION(split)` for "train", "val", "test" gives a sequence of (input, label), or None where there is no such split.
+    """A user's own data: `FUNCTION(split)` for "train", "val", "test" gives a sequence of (input, label), or None where
+    there is no such split.
 
-    Inputs are PIL images or uint8 tensors (C, H, W), normalised and augmented like any image; or float tensors of any shape, or mappings of
-    tensors, used as they are. A sequence may have `classes` (names) and `labels` or `targets` (else every sample is read once for its label).
-    `data.options` are further keyword arguments of the function.
+    Inputs are PIL images or uint8 tensors (C, H, W), normalised and augmented like any image; or float tensors of any
+    shape, or mappings of tensors, used as they are. A sequence may have `classes` (names) and `labels` or `targets`
+    (else every sample is read once for its label). `data.options` are further keyword arguments of the function.
 
     Raises:
         UserError: no such file or function, or what it gives is not such a sequence.
@@ -236,11 +259,15 @@ def file(path: str, spec: DataSpec, root: Path) -> Source:
 
 def _own_samples(found: Any, what: str) -> Samples:
     if not hasattr(found, "__len__") or not hasattr(found, "__getitem__"):
-        raise UserError(f"{what} gives a {type(found).__name__}; it must give a sequence (with a length and [i]) of (input, label).")
+        raise UserError(
+            f"{what} gives a {type(found).__name__}; it must give a sequence (with a length and [i]) of (input, label)."
+        )
     if len(found) and not (isinstance(found[0], tuple | list) and len(found[0]) == 2):
         raise UserError(f"{what}: samples must be pairs (input, label); the first is a {type(found[0]).__name__}.")
     labels = next((getattr(found, name) for name in ("labels", "targets") if hasattr(found, name)), None)
-    return _sequence_samples(found, whole_numbers([found[i][1] for i in range(len(found))] if labels is None else labels, what))
+    return _sequence_samples(
+        found, whole_numbers([found[i][1] for i in range(len(found))] if labels is None else labels, what)
+    )
 
 
 @dataclass
@@ -268,7 +295,9 @@ def _content(value: Any) -> Any:
     return np.asarray(value.detach().cpu() if isinstance(value, Tensor) else value)
 
 
-def _source(samples: Mapping[str, Samples | None], classes: Any, what: str, flip: bool = True, depth: int | None = None) -> Source:
+def _source(
+    samples: Mapping[str, Samples | None], classes: Any, what: str, flip: bool = True, depth: int | None = None
+) -> Source:
     """A source whose kind of input and size are those of its first training sample.
 
     Args:
@@ -293,10 +322,24 @@ def _source(samples: Mapping[str, Samples | None], classes: Any, what: str, flip
     elif isinstance(first, Tensor):
         shape = tuple(first.shape)
     elif not isinstance(first, Mapping):
-        raise UserError(f"{what}: inputs must be images, arrays, or mappings of arrays; the first is a {type(first).__name__}.")
-    image = isinstance(first, Image.Image) or (isinstance(first, Tensor) and first.dtype == torch.uint8 and first.ndim == 3)
-    usual = (None, None) if train.pixels else ((), ()) if not image else (IMAGENET_MEAN, IMAGENET_STD) if shape[0] == 3 else ((0.5,), (0.5,))
-    return Source(train, names, shape, test=parts.get("test"), val=parts.get("val"), mean=usual[0], std=usual[1], flip=flip)
+        raise UserError(
+            f"{what}: inputs must be images, arrays, or mappings of arrays; the first is a {type(first).__name__}."
+        )
+    image = isinstance(first, Image.Image) or (
+        isinstance(first, Tensor) and first.dtype == torch.uint8 and first.ndim == 3
+    )
+    usual = (
+        (None, None)
+        if train.pixels
+        else ((), ())
+        if not image
+        else (IMAGENET_MEAN, IMAGENET_STD)
+        if shape[0] == 3
+        else ((0.5,), (0.5,))
+    )
+    return Source(
+        train, names, shape, test=parts.get("test"), val=parts.get("val"), mean=usual[0], std=usual[1], flip=flip
+    )
 
 
 def _input(value: Any, what: str) -> Any:

@@ -1,4 +1,5 @@
-"""`Loader`: batches that are a function of (seed, epoch, index), the same for any number of workers and from any starting point; `adapt` for others' loaders."""
+"""`Loader`: batches that are a function of (seed, epoch, index), the same for any number of workers and from any
+starting point; `adapt` for others' loaders."""
 
 from __future__ import annotations
 
@@ -37,7 +38,8 @@ class Loader:
         seed: the run's seed: of the order and the augmentation.
         shuffle: a new order every epoch; else index order.
         drop_last: drop the last, smaller batch of an epoch, unless it is the only one.
-        workers: processes that make batches ahead; 0: made here, which is faster for small images in memory (about 1 ms a batch of CIFAR-10).
+        workers: processes that make batches ahead; 0: made here, which is faster for small images in memory (about 1 ms
+            a batch of CIFAR-10).
 
     Raises:
         UserError: a batch size that `world` does not divide.
@@ -56,7 +58,9 @@ class Loader:
         world: int = 1,
     ) -> None:
         if batch_size % world:
-            raise UserError(f"The batch size {batch_size} is over all {world} processes, so it must be a multiple of {world}.")
+            raise UserError(
+                f"The batch size {batch_size} is over all {world} processes, so it must be a multiple of {world}."
+            )
         self.dataset, self.batch_size, self.seed, self.shuffle = dataset, batch_size, seed, shuffle
         self.drop_last, self.workers, self.rank, self.world = drop_last, workers, rank, world
 
@@ -89,7 +93,8 @@ class Loader:
         return self.batches(epochs=1)
 
     def batches(self, epoch: int = 0, batch: int = 0, epochs: int | None = None) -> Iterator[Batch]:
-        """One stream of batches, over all epochs from (epoch, batch) to the end of `epochs` (None: without end); workers live as long as it.
+        """One stream of batches, over all epochs from (epoch, batch) to the end of `epochs` (None: without end);
+        workers live as long as it.
 
         Raises:
             UserError: an empty data set, or a starting batch beyond the epoch.
@@ -97,7 +102,10 @@ class Loader:
         if not self.count:
             raise UserError("The data set holds no samples.")
         if not 0 <= batch <= len(self):
-            raise UserError(f"Cannot start at batch {batch} of an epoch of {len(self)} batches; were the data or the batch size changed?")
+            raise UserError(
+                f"Cannot start at batch {batch} of an epoch of {len(self)} batches; were the data or the batch size "
+                "changed?"
+            )
         return self._stream(_Stream(self, epoch, batch, epochs))
 
     def _stream(self, stream: _Stream) -> Iterator[Batch]:
@@ -129,7 +137,9 @@ class _Stream:
         loader, (epoch, first) = self._loader, self._start
         count, size, share = loader.count, loader.batch_size, loader.batch_size // loader.world
         while self._epochs is None or epoch < self._epochs:
-            order = np.array(permutation(count, loader.seed, "order", epoch) if loader.shuffle else range(count), dtype=np.int64)
+            order = np.array(
+                permutation(count, loader.seed, "order", epoch) if loader.shuffle else range(count), dtype=np.int64
+            )
             for number in range(first, len(loader)):
                 indices = order[number * size : (number + 1) * size]
                 if len(indices) == size:
@@ -140,14 +150,16 @@ class _Stream:
 
 
 def _part(n: int, rank: int, world: int) -> tuple[int, int]:
-    """A process's part of a partial batch: sizes differ by one at most; with fewer samples than processes, each gets one and some are repeated."""
+    """A process's part of a partial batch: sizes differ by one at most; with fewer samples than processes, each gets
+    one and some are repeated."""
     if n < world:
         return rank % n, rank % n + 1
     return rank * n // world, (rank + 1) * n // world
 
 
 class _Make:
-    """What a worker runs; a user's error comes back as a value, so that its sentence arrives without the worker's traceback."""
+    """What a worker runs; a user's error comes back as a value, so that its sentence arrives without the worker's
+    traceback."""
 
     def __init__(self, dataset: BatchDataset, seed: int) -> None:
         self._dataset, self._seed = dataset, seed
@@ -166,8 +178,9 @@ def _as_made(batch: Any) -> Any:
 def adapt(loader: Iterable[Any], seed: int = 0, student: nn.Module | None = None) -> Loader | AdaptedLoader:
     """A user's own DataLoader, or any sized iterable of batches, with the interface of `Loader`.
 
-    A batch may be a tuple (input, label), a tensor, or a mapping with `input` and `label` (and `index`), or one as transformers models take
-    (`pixel_values` or `input_ids`, …, `labels`; token labels need the `student`, see `as_batch`).
+    A batch may be a tuple (input, label), a tensor, or a mapping with `input` and `label` (and `index`), or one as
+    transformers models take (`pixel_values` or `input_ids`, …, `labels`; token labels need the `student`, see
+    `as_batch`).
 
     Raises:
         UserError: something that cannot be iterated, or only once.
@@ -181,23 +194,30 @@ def adapt(loader: Iterable[Any], seed: int = 0, student: nn.Module | None = None
 class AdaptedLoader:
     """Batches of a loader made elsewhere.
 
-    Its random numbers (order, augmentation) are drawn under keys of (seed, epoch, batch), so that they are the same from run to run and after a
-    resume, whatever training draws in between; a start in mid-epoch makes and drops the batches before. Generators that the loader or its
-    sampler hold are seeded anew every epoch.
+    Its random numbers (order, augmentation) are drawn under keys of (seed, epoch, batch), so that they are the same
+    from run to run and after a resume, whatever training draws in between; a start in mid-epoch makes and drops the
+    batches before. Generators that the loader or its sampler hold are seeded anew every epoch.
     """
 
     def __init__(self, loader: Iterable[Any], seed: int = 0, student: nn.Module | None = None) -> None:
         if not isinstance(loader, Iterable) or isinstance(loader, str | bytes | Mapping):
-            raise UserError(f"Training data must be a DataLoader or another iterable of batches; given: {type(loader).__name__}.")
+            raise UserError(
+                f"Training data must be a DataLoader or another iterable of batches; given: {type(loader).__name__}."
+            )
         if isinstance(loader, Iterator):
-            raise UserError(f"A {type(loader).__name__} can be read only once; give a DataLoader, or a list of batches.")
+            raise UserError(
+                f"A {type(loader).__name__} can be read only once; give a DataLoader, or a list of batches."
+            )
         self.loader, self.seed, self.student = loader, seed, student
 
     def __len__(self) -> int:
         try:
             return len(self.loader)  # type: ignore[arg-type]
         except TypeError:
-            raise UserError(f"The length of the {type(self.loader).__name__} is not known; give a loader with a length (batches an epoch).") from None
+            raise UserError(
+                f"The length of the {type(self.loader).__name__} is not known; give a loader with a length (batches "
+                "an epoch)."
+            ) from None
 
     even = False  # not known
     usual_size = 1
@@ -213,15 +233,24 @@ class AdaptedLoader:
         try:
             return len(self.loader.dataset)  # type: ignore[attr-defined]
         except (AttributeError, TypeError):
-            raise UserError("This loader does not say how many samples it has; give a DataLoader over a data set with a length.") from None
+            raise UserError(
+                "This loader does not say how many samples it has; give a DataLoader over a data set with a length."
+            ) from None
 
     def labels(self) -> Tensor:
-        """(count,) int64 labels of the loader's data set. Raises `UserError` where it does not hold them as `targets`, `labels` or its last tensor."""
+        """(count,) int64 labels of the loader's data set. Raises `UserError` where it does not hold them as `targets`,
+        `labels` or its last tensor."""
         dataset = getattr(self.loader, "dataset", None)
         tensors = getattr(dataset, "tensors", None)
-        found = next((getattr(dataset, n) for n in ("targets", "labels") if hasattr(dataset, n)), tensors[-1] if tensors else None)
+        found = next(
+            (getattr(dataset, n) for n in ("targets", "labels") if hasattr(dataset, n)),
+            tensors[-1] if tensors else None,
+        )
         if found is None or callable(found):
-            raise UserError("The labels of this loader's data set are not known without reading it; give the data set an attribute `targets`.")
+            raise UserError(
+                "The labels of this loader's data set are not known without reading it; give the data set an "
+                "attribute `targets`."
+            )
         return torch.as_tensor(found).to(torch.int64)
 
     def __iter__(self) -> Iterator[Batch]:
@@ -247,7 +276,9 @@ class AdaptedLoader:
 
     def _reseed(self, epoch: int) -> None:
         sampler = getattr(self.loader, "sampler", None)
-        for generator in {id(g): g for g in (getattr(self.loader, "generator", None), getattr(sampler, "generator", None))}.values():
+        for generator in {
+            id(g): g for g in (getattr(self.loader, "generator", None), getattr(sampler, "generator", None))
+        }.values():
             if isinstance(generator, torch.Generator):
                 generator.manual_seed(keys(self.seed, "order", epoch))
         set_epoch = getattr(sampler, "set_epoch", None)
@@ -258,11 +289,12 @@ class AdaptedLoader:
 def as_batch(made: Any, student: nn.Module | None = None) -> Batch:
     """A batch as a mapping with `input` and, where there is one, `label`.
 
-    Token labels of a transformers batch, (B, L) under `labels`, depend on the student (see `stillhouse.models.token_labels`): without it they stay under
-    `labels` for `Distillation` to place.
+    Token labels of a transformers batch, (B, L) under `labels`, depend on the student (see
+    `stillhouse.models.token_labels`): without it they stay under `labels` for `Distillation` to place.
 
     Raises:
-        UserError: what cannot be read so, or (on the CPU) soft labels that are no probabilities, such as those of several classes at once.
+        UserError: what cannot be read so, or (on the CPU) soft labels that are no probabilities, such as those of
+            several classes at once.
     """
     batch = _as_batch(made, student)
     label = batch.get("label")
@@ -271,8 +303,10 @@ def as_batch(made: Any, student: nn.Module | None = None) -> Batch:
         wrong = ((sums - 1).abs() > 1e-2).nonzero()
         if len(wrong):
             raise UserError(
-                f"The labels of a batch have shape {tuple(label.shape)}, so each row must hold the probabilities of a sample's classes; row "
-                f"{int(wrong[0])} sums to {float(sums[wrong[0]]):.3g}. Several classes a sample (multi-hot labels) and real targets are not supported as "
+                f"The labels of a batch have shape {tuple(label.shape)}, so each row must hold the probabilities of a "
+                "sample's classes; row "
+                f"{int(wrong[0])} sums to {float(sums[wrong[0]]):.3g}. Several classes a sample (multi-hot labels) "
+                "and real targets are not supported as "
                 "labels: give class ids, or hand them to an objective of your own under another key of the batch."
             )
     return batch
@@ -286,7 +320,9 @@ def _as_batch(made: Any, student: nn.Module | None) -> Batch:
     if isinstance(made, tuple | list) and 1 <= len(made) <= 2:
         return dict(zip(("input", "label"), made))
     what = f"{type(made).__name__} of {len(made)}" if isinstance(made, tuple | list) else type(made).__name__
-    raise UserError(f"A batch must be (input, label), or a mapping with 'input' and 'label'; the loader gives a {what}.")
+    raise UserError(
+        f"A batch must be (input, label), or a mapping with 'input' and 'label'; the loader gives a {what}."
+    )
 
 
 def _by_keyword(made: Mapping[str, Any]) -> Batch:

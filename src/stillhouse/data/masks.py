@@ -1,4 +1,5 @@
-"""Images with masks of class ids beside them: `masks:PATH`, and CamVid by name. PATH holds train, val and test, each with `images` and `labels`.
+"""Images with masks of class ids beside them: `masks:PATH`, and CamVid by name. PATH holds train, val and test, each
+with `images` and `labels`.
 
 A mask is a PNG of class ids, grey or palette, with its image's file name. Image and mask are augmented together.
 """
@@ -35,7 +36,9 @@ class Options(Spec):
 
     classes: list[str] = Field(default_factory=list, description="Class names, in the order of their ids in the masks.")
     ignore: int | None = Field(None, description="The id in the masks that counts for nothing, such as 255.")
-    label_stride: int = Field(1, ge=1, description="Take every n-th pixel of a training mask in each direction; evaluation sees it whole.")
+    label_stride: int = Field(
+        1, ge=1, description="Take every n-th pixel of a training mask in each direction; evaluation sees it whole."
+    )
     images: str = Field("images", description="The folder of images in a split.")
     labels: str = Field("labels", description="The folder of masks in a split.")
 
@@ -50,7 +53,11 @@ class _Pairs:
     @classmethod
     def found(cls, folder: Path, options: Options) -> _Pairs:
         images, masks = (
-            {p.stem: p for p in sorted((folder / name).iterdir()) if p.suffix.lower() in EXTENSIONS and not is_system(p.name)}
+            {
+                p.stem: p
+                for p in sorted((folder / name).iterdir())
+                if p.suffix.lower() in EXTENSIONS and not is_system(p.name)
+            }
             if (folder / name).is_dir()
             else {}
             for name in (options.images, options.labels)
@@ -58,7 +65,10 @@ class _Pairs:
         alone = sorted(set(images) ^ set(masks))
         if alone:
             side, other = (options.images, options.labels) if alone[0] in images else (options.labels, options.images)
-            raise UserError(f"'{folder / side}' holds '{alone[0]}', but '{folder / other}' has no file of that name ({len(alone)} such).")
+            raise UserError(
+                f"'{folder / side}' holds '{alone[0]}', but '{folder / other}' has no file of that name ({len(alone)} "
+                "such)."
+            )
         return cls(list(images.values()), [masks[s] for s in images])
 
 
@@ -66,15 +76,20 @@ def load(spec: DataSpec, data_root: str | Path | None = None) -> SampleBundle:
     """`masks:PATH` or `camvid` as a bundle.
 
     Raises:
-        UserError: no folder there, images without masks, ids in a mask that are no class, or a key that is for labelled images.
+        UserError: no folder there, images without masks, ids in a mask that are no class, or a key that is for labelled
+            images.
     """
     options, root = _options(spec), find_root(spec, data_root)
     name = spec.name.removeprefix("masks:")
     base = existing(name, root)
     parts = {s: _Pairs.found(base / s, options) for s in ("train", "val", "test") if (base / s).is_dir()}
     if not parts.get("train") or not parts["train"].images:
-        raise UserError(f"'{base}' holds no training images: it should have train/{options.images} and train/{options.labels}.")
-    everything = _Pairs([p for part in parts.values() for p in part.images], [p for part in parts.values() for p in part.masks])
+        raise UserError(
+            f"'{base}' holds no training images: it should have train/{options.images} and train/{options.labels}."
+        )
+    everything = _Pairs(
+        [p for part in parts.values() for p in part.images], [p for part in parts.values() for p in part.masks]
+    )
     splits, start = {}, 0
     for split, part in parts.items():
         splits[split] = np.arange(start, start + len(part.images))
@@ -86,7 +101,9 @@ def load(spec: DataSpec, data_root: str | Path | None = None) -> SampleBundle:
     source = _Source(everything, options, size, len(sizes) == 1)
     content = [(p.name, p.stat().st_size) for p in [*everything.images, *everything.masks]]
     fixed = (options.model_dump(mode="json"), size)
-    fingerprint = digest(content, fixed, *[(n, splits[n]) for n in sorted(splits)], *[splits[n] for n in sorted(splits)])
+    fingerprint = digest(
+        content, fixed, *[(n, splits[n]) for n in sorted(splits)], *[splits[n] for n in sorted(splits)]
+    )
     augment = spec.augment
     own = transforms(augment) if isinstance(augment, list) else None
 
@@ -110,14 +127,18 @@ class _Source:
         pixels = torch.from_numpy(np.array(open_image(image).convert("RGB"))).permute(2, 0, 1)
         ids = torch.from_numpy(open_mask(mask))
         if ids.shape != pixels.shape[-2:]:
-            raise UserError(f"The mask '{mask}' has shape {tuple(ids.shape)}, but its image is {tuple(pixels.shape[-2:])}; they must be alike.")
+            raise UserError(
+                f"The mask '{mask}' has shape {tuple(ids.shape)}, but its image is {tuple(pixels.shape[-2:])}; they "
+                "must be alike."
+            )
         if self.options.ignore is not None:
             ids = ids.masked_fill(ids == self.options.ignore, IGNORE)
         wrong = ids[(ids != IGNORE) & (ids >= len(self.options.classes))]
         if len(wrong):
             raise UserError(
                 f"The mask '{mask}' holds the id {int(wrong[0])}, but there are {len(self.options.classes)} classes "
-                f"(0 to {len(self.options.classes) - 1}); if it counts for nothing, set data.options.ignore: {int(wrong[0])}."
+                f"(0 to {len(self.options.classes) - 1}); if it counts for nothing, set data.options.ignore: "
+                f"{int(wrong[0])}."
             )
         return {"input": tv_tensors.Image(pixels), "label": tv_tensors.Mask(ids)}
 
@@ -146,7 +167,9 @@ class _Training:
         if self.own is not None:
             moved = self.own(sample)
         elif self.moves:
-            moved = v2.Compose([v2.RandomResizedCrop(size, scale=(0.5, 1.0), antialias=True), v2.RandomHorizontalFlip()])(sample)
+            moved = v2.Compose(
+                [v2.RandomResizedCrop(size, scale=(0.5, 1.0), antialias=True), v2.RandomHorizontalFlip()]
+            )(sample)
         else:
             moved = sample
         image, label = (_resized(moved[k], self.source.size) for k in ("input", "label"))
@@ -170,7 +193,10 @@ def _options(spec: DataSpec) -> Options:
     except ValidationError as error:
         raise spell(error, Options, "data.options") from None
     if len(options.classes) < 2:
-        raise UserError(f"data.options.classes: name the classes of '{spec.name}', in the order of their ids in the masks; two at least.")
+        raise UserError(
+            f"data.options.classes: name the classes of '{spec.name}', in the order of their ids in the masks; two at "
+            "least."
+        )
     return options
 
 
@@ -195,12 +221,16 @@ def _cut(splits: dict[str, np.ndarray], spec: DataSpec) -> dict[str, np.ndarray]
     if spec.size is not None:
         train = train[balanced(np.zeros(len(train), np.int64), spec.size, spec.seed, "size")]
     if spec.test_size is not None:
-        out["test"] = out["test"][balanced(np.zeros(len(out["test"]), np.int64), spec.test_size, spec.seed, "test_size")]
+        out["test"] = out["test"][
+            balanced(np.zeros(len(out["test"]), np.int64), spec.test_size, spec.seed, "test_size")
+        ]
     everything = len(train)
     for name, share in (("val", spec.val if "val" not in out else 0.0), ("holdout", spec.holdout)):
         if share:
             taken = some(train, min(share * everything / len(train), 1.0), name)
             out[name], train = train[taken], np.delete(train, taken)
     if not len(train):
-        raise UserError(f"data.val {spec.val} and data.holdout {spec.holdout} leave none of {everything} images for training.")
+        raise UserError(
+            f"data.val {spec.val} and data.holdout {spec.holdout} leave none of {everything} images for training."
+        )
     return {**out, "train": train}

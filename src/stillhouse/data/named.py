@@ -14,7 +14,8 @@ from stillhouse.errors import UserError
 
 
 def digits(root: Path) -> Source:
-    """1,797 handwritten digits, 8x8 pixels; a fixed, stratified 80/20 split into training and test, whatever the seed."""
+    """1,797 handwritten digits, 8x8 pixels; a fixed, stratified 80/20 split into training and test, whatever the
+    seed."""
     from sklearn.datasets import load_digits
 
     bunch = load_digits()
@@ -23,11 +24,14 @@ def digits(root: Path) -> Source:
     test = stratified(labels, 0.2, 0, "digits test")
     train = np.setdiff1d(np.arange(len(labels)), test)
     parts = [in_memory(images[torch.from_numpy(p)], labels[p]) for p in (train, test)]
-    return Source(parts[0], [str(i) for i in range(10)], (1, 8, 8), test=parts[1], mean=(0.3055,), std=(0.3762,), flip=False)
+    return Source(
+        parts[0], [str(i) for i in range(10)], (1, 8, 8), test=parts[1], mean=(0.3055,), std=(0.3762,), flip=False
+    )
 
 
 def cifar10(root: Path) -> Source:
-    """CIFAR-10 from `root/cifar10/*.parquet` (the layout of Hugging Face's `uoft-cs/cifar10`), or by torchvision, which downloads it.
+    """CIFAR-10 from `root/cifar10/*.parquet` (the layout of Hugging Face's `uoft-cs/cifar10`), or by torchvision, which
+    downloads it.
 
     Raises:
         UserError: not under the root, and not to be downloaded.
@@ -43,10 +47,14 @@ def cifar10(root: Path) -> Source:
             sets = [CIFAR10(str(root), train=train, download=True) for train in (True, False)]
         except (OSError, RuntimeError) as error:
             raise UserError(
-                f"CIFAR-10 is not under '{root}' (looked for cifar10/train*.parquet and test*.parquet) and could not be downloaded ({' '.join(str(error).split()).rstrip('.')}); "
+                f"CIFAR-10 is not under '{root}' (looked for cifar10/train*.parquet and test*.parquet) and could not "
+                f"be downloaded ({' '.join(str(error).split()).rstrip('.')}); "
                 "name the folder that holds it with --data-root or STILLHOUSE_DATA."
             ) from None
-        parts = [in_memory(torch.from_numpy(s.data).permute(0, 3, 1, 2).contiguous(), np.array(s.targets, dtype=np.int64)) for s in sets]
+        parts = [
+            in_memory(torch.from_numpy(s.data).permute(0, 3, 1, 2).contiguous(), np.array(s.targets, dtype=np.int64))
+            for s in sets
+        ]
         found = Source(parts[0], list(sets[0].classes), (3, 32, 32), test=parts[1])
     found.mean, found.std = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
     return found

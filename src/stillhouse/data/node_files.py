@@ -1,4 +1,5 @@
-"""Files of graphs whose nodes are classified: Planetoid's raw files, npz in CPF's parts or plain, torch_geometric's Data. None of them runs code."""
+"""Files of graphs whose nodes are classified: Planetoid's raw files, npz in CPF's parts or plain, torch_geometric's
+Data. None of them runs code."""
 
 from __future__ import annotations
 
@@ -38,12 +39,16 @@ class _PlainPickle(pickle.Unpickler):
 
 
 def read_planetoid(folder: Path) -> Read:
-    """The raw files `ind.NAME.*` of a folder, with the public split. Test nodes that the files leave out have no features and the label -1."""
+    """The raw files `ind.NAME.*` of a folder, with the public split. Test nodes that the files leave out have no
+    features and the label -1."""
     import scipy.sparse
 
     found = sorted(folder.glob("ind.*.graph"))
     if len(found) != 1:
-        raise UserError(f"{folder} must hold the raw files of one Planetoid graph (ind.NAME.x, …); it holds {len(found)} named ind.*.graph.")
+        raise UserError(
+            f"{folder} must hold the raw files of one Planetoid graph (ind.NAME.x, …); it holds {len(found)} named "
+            "ind.*.graph."
+        )
     stem = found[0].name.removesuffix(".graph")
 
     def part(end: str) -> Any:
@@ -59,11 +64,17 @@ def read_planetoid(folder: Path) -> Read:
     labels = np.full(n, -1)
     labels[order] = np.concatenate([ally, ty]).argmax(1)
     edges = np.array([(i, j) for i, others in graph.items() for j in others], dtype=np.int64).T
-    return x, labels, edges, {"train": np.arange(len(y)), "val": np.arange(len(y), len(y) + 500), "test": np.sort(given)}
+    return (
+        x,
+        labels,
+        edges,
+        {"train": np.arange(len(y)), "val": np.arange(len(y), len(y) + 500), "test": np.sort(given)},
+    )
 
 
 def read_npz(path: Path) -> Read:
-    """An npz in CSR parts (`adj_*`, `attr_*`, `labels`) or with arrays `x`, `y`, `edge_index` and, where there are, `train`, `val`, `test`."""
+    """An npz in CSR parts (`adj_*`, `attr_*`, `labels`) or with arrays `x`, `y`, `edge_index` and, where there are,
+    `train`, `val`, `test`."""
     import scipy.sparse
 
     with np.load(path, allow_pickle=False) as file:
@@ -72,18 +83,26 @@ def read_npz(path: Path) -> Read:
             masks = {k: file[m] for k in ("train", "val", "test") for m in (k, f"{k}_mask") if m in names}
             return file["x"], file["y"], file["edge_index"], masks
         if not {"adj_indices", "adj_indptr", "labels"} <= names:
-            raise UserError(f"{path} holds {', '.join(sorted(names)) or 'nothing'}; a graph is x, y, edge_index, or adj_*, attr_*, labels.")
+            raise UserError(
+                f"{path} holds {', '.join(sorted(names)) or 'nothing'}; a graph is x, y, edge_index, or adj_*, "
+                "attr_*, labels."
+            )
         labels = file["labels"].astype(np.int64)
-        adjacency = scipy.sparse.csr_matrix((np.ones(len(file["adj_indices"])), file["adj_indices"], file["adj_indptr"]), (len(labels),) * 2).tocoo()
+        adjacency = scipy.sparse.csr_matrix(
+            (np.ones(len(file["adj_indices"])), file["adj_indices"], file["adj_indptr"]), (len(labels),) * 2
+        ).tocoo()
         if "attr_data" in names:
-            x: Any = scipy.sparse.csr_matrix((file["attr_data"], file["attr_indices"], file["attr_indptr"]), tuple(file["attr_shape"]))
+            x: Any = scipy.sparse.csr_matrix(
+                (file["attr_data"], file["attr_indices"], file["attr_indptr"]), tuple(file["attr_shape"])
+            )
         else:
             x = file["attr_matrix"] if "attr_matrix" in names else np.zeros((len(labels), 0), np.float32)
     return x, labels, np.stack([adjacency.row, adjacency.col]), {}
 
 
 def read_pyg(path: Path) -> Read:
-    """A `torch_geometric.data.Data` saved by `torch.save`, or a data set's processed file; read without running code in it."""
+    """A `torch_geometric.data.Data` saved by `torch.save`, or a data set's processed file; read without running code in
+    it."""
     try:
         import torch_geometric.data as geometric
         from torch_geometric.data.data import DataEdgeAttr, DataTensorAttr
@@ -95,7 +114,10 @@ def read_pyg(path: Path) -> Read:
         with torch.serialization.safe_globals(known):
             held = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError:
-        raise UserError(f"{path} holds more than a torch_geometric Data of tensors; save Data(x, y, edge_index, train_mask, …) alone.") from None
+        raise UserError(
+            f"{path} holds more than a torch_geometric Data of tensors; save Data(x, y, edge_index, train_mask, …) "
+            "alone."
+        ) from None
     held = held[0] if isinstance(held, tuple) and held else held
     return from_data(held, str(path))
 

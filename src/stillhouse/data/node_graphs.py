@@ -1,7 +1,8 @@
-"""Graphs whose nodes are classified: Planetoid's raw files, CPF npz, any npz or PyG file, or a synthetic one; with splits and hidden nodes.
+"""Graphs whose nodes are classified: Planetoid's raw files, CPF npz, any npz or PyG file, or a synthetic one; with
+splits and hidden nodes.
 
-Every graph comes out simple: both directions of an edge, no self loops, no duplicates. A label -1 is a node whose class is not known. Features that are
-mostly zero are kept sparse. Files are read without running code in them.
+Every graph comes out simple: both directions of an edge, no self loops, no duplicates. A label -1 is a node whose class
+is not known. Features that are mostly zero are kept sparse. Files are read without running code in them.
 """
 
 from __future__ import annotations
@@ -35,25 +36,44 @@ class SyntheticSpec(Spec):
     degree: float = Field(6.0, ge=0, description="Mean number of neighbours.")
     classes: int = Field(4, ge=2)
     features: int = Field(32, ge=1)
-    homophily: float = Field(0.8, ge=0, le=1, description="Share of edges drawn inside a class; the rest join any two nodes.")
-    noise: float = Field(2.0, ge=0, description="Standard deviation of a feature around its class's mean, in units of the spread of the means.")
+    homophily: float = Field(
+        0.8, ge=0, le=1, description="Share of edges drawn inside a class; the rest join any two nodes."
+    )
+    noise: float = Field(
+        2.0,
+        ge=0,
+        description="Standard deviation of a feature around its class's mean, in units of the spread of the means.",
+    )
 
 
 class GraphSpec(NamedSpec):
     """A graph by name, its features and its split."""
 
-    name: str = Field(description="planetoid:Cora | cpf:cora | npz:PATH | pyg:PATH (a saved torch_geometric Data) | synthetic")
-    features: Literal["raw", "rows"] = Field("raw", description="rows: each node's features divided by their sum, as Planetoid's own loader does.")
-    component: Literal["all", "largest"] = Field("all", description="largest: keep the largest connected component alone.")
-    split: Literal["public", "random"] | None = Field(None, description="public: the file's own; default: public where there is one.")
+    name: str = Field(
+        description="planetoid:Cora | cpf:cora | npz:PATH | pyg:PATH (a saved torch_geometric Data) | synthetic"
+    )
+    features: Literal["raw", "rows"] = Field(
+        "raw", description="rows: each node's features divided by their sum, as Planetoid's own loader does."
+    )
+    component: Literal["all", "largest"] = Field(
+        "all", description="largest: keep the largest connected component alone."
+    )
+    split: Literal["public", "random"] | None = Field(
+        None, description="public: the file's own; default: public where there is one."
+    )
     per_class: int = Field(20, ge=1, description="random: training nodes of each class.")
     val_per_class: int = Field(30, ge=1, description="random: validation nodes of each class, where `val` is not set.")
     val: int | None = Field(None, ge=1, description="random: validation nodes in all.")
     test: int | None = Field(None, ge=1, description="random: test nodes; default: all the rest.")
     hide: float = Field(
-        0.0, ge=0, lt=1, description="Share of the test nodes that is not there, edges and all, until the test: the inductive setting."
+        0.0,
+        ge=0,
+        lt=1,
+        description="Share of the test nodes that is not there, edges and all, until the test: the inductive setting.",
     )
-    seed: int = Field(0, description="Of random splits and hidden nodes, added to the run's seed; of a synthetic graph alone.")
+    seed: int = Field(
+        0, description="Of random splits and hidden nodes, added to the run's seed; of a synthetic graph alone."
+    )
     synthetic: SyntheticSpec = Field(default_factory=SyntheticSpec)
 
     @model_validator(mode="before")
@@ -95,7 +115,11 @@ class NodeGraph:
     @property
     def fingerprint(self) -> str:
         """A hash of features, edges, labels, split and hidden nodes."""
-        x = [self.x.crow_indices(), self.x.col_indices(), self.x.values()] if self.x.layout == torch.sparse_csr else [self.x]
+        x = (
+            [self.x.crow_indices(), self.x.col_indices(), self.x.values()]
+            if self.x.layout == torch.sparse_csr
+            else [self.x]
+        )
         parts = [*x, self.labels, self.edges, self.hidden, *(self.split[s] for s in ("train", "val", "test"))]
         return digest(self.num_features, self.num_classes, *(p.cpu().numpy() for p in parts))
 
@@ -109,7 +133,8 @@ class NodeGraph:
         return take_rows(self.x, index)
 
     def observed(self) -> NodeGraph:
-        """The graph without its hidden nodes and their edges, nodes numbered anew in order; this graph itself where none is hidden."""
+        """The graph without its hidden nodes and their edges, nodes numbered anew in order; this graph itself where
+        none is hidden."""
         if not len(self.hidden):
             return self
         keep = torch.ones(self.num_nodes, dtype=torch.bool, device=self.labels.device)
@@ -176,11 +201,18 @@ class OneGraph:
         return labels
 
     def batch(self, key: BatchKey, seed: int) -> Batch:
-        """`input` features (N, D), `edges` (2, E), `label` (N,), and `hidden` (N,): nodes that training must not see."""
+        """`input` features (N, D), `edges` (2, E), `label` (N,), and `hidden` (N,): nodes that training must not
+        see."""
         hidden = torch.zeros_like(self.graph.labels, dtype=torch.bool)
         hidden[self.graph.hidden] = True
         graph = self.graph
-        return {"input": graph.x, "edges": graph.edges, "label": self.labels(), "hidden": hidden, "index": torch.zeros(1).long()}
+        return {
+            "input": graph.x,
+            "edges": graph.edges,
+            "label": self.labels(),
+            "hidden": hidden,
+            "index": torch.zeros(1).long(),
+        }
 
 
 def load(spec: GraphSpec, data_root: str | Path | None = None, seed: int = 0) -> NodeBundle:
@@ -195,8 +227,8 @@ def load_graph(spec: GraphSpec, seed: int = 0, data_root: str | Path | None = No
         seed: the run's; random splits and hidden nodes are drawn by `spec.seed + seed`.
 
     Raises:
-        UserError: a name, file or split that is not there; a graph of one node, without features, or with edges or labels out of range; a class with
-            too few nodes for the split.
+        UserError: a name, file or split that is not there; a graph of one node, without features, or with edges or
+            labels out of range; a class with too few nodes for the split.
     """
     kind, _, name = spec.name.partition(":")
     root = find_root(spec, data_root)
@@ -210,7 +242,11 @@ def load_graph(spec: GraphSpec, seed: int = 0, data_root: str | Path | None = No
     elif kind == "pyg":
         x, labels, edges, masks = read_pyg(existing(name, root))
     else:
-        raise unknown("graph", spec.name, ["planetoid:Cora", "planetoid:CiteSeer", "cpf:cora", "cpf:citeseer", "npz:PATH", "pyg:PATH", "synthetic"])
+        raise unknown(
+            "graph",
+            spec.name,
+            ["planetoid:Cora", "planetoid:CiteSeer", "cpf:cora", "cpf:citeseer", "npz:PATH", "pyg:PATH", "synthetic"],
+        )
     graph = simple_graph(x, labels, edges, masks, spec.name)
     if spec.component == "largest":
         graph = graph.induced(largest_component(graph.edges, graph.num_nodes))
@@ -219,14 +255,18 @@ def load_graph(spec: GraphSpec, seed: int = 0, data_root: str | Path | None = No
     return with_split(graph, spec, seed)
 
 
-def simple_graph(x: Any, labels: Any, edges: Any, masks: Mapping[str, Any] | None = None, name: str = "graph") -> NodeGraph:
+def simple_graph(
+    x: Any, labels: Any, edges: Any, masks: Mapping[str, Any] | None = None, name: str = "graph"
+) -> NodeGraph:
     """A `NodeGraph` from arrays, tensors or a scipy matrix, symmetrised and without self loops and duplicates.
 
     Args:
-        x: (N, D) features. labels: (N,), -1 where not known. edges: (2, E) in any direction. masks: boolean (N,) or ids of train, val and test.
+        x: (N, D) features. labels: (N,), -1 where not known. edges: (2, E) in any direction. masks: boolean (N,) or ids
+            of train, val and test.
 
     Raises:
-        UserError: no features, one node, sizes that do not fit, edges or labels out of range, features that are not finite.
+        UserError: no features, one node, sizes that do not fit, edges or labels out of range, features that are not
+            finite.
     """
     features = _features(x, name)
     n = features.shape[0]
@@ -242,11 +282,14 @@ def simple_graph(x: Any, labels: Any, edges: Any, masks: Mapping[str, Any] | Non
         raise UserError(f"{name}: {n} nodes have features but {len(y)} have labels.")
     if int(y.min()) < -1 or int(y.max()) < 1:
         raise UserError(
-            f"{name}: labels must be class ids from 0, with at least two classes, and -1 where not known; they run from {int(y.min())} to {int(y.max())}."
+            f"{name}: labels must be class ids from 0, with at least two classes, and -1 where not known; they run "
+            f"from {int(y.min())} to {int(y.max())}."
         )
     e = torch.as_tensor(np.asarray(edges)).long().reshape(2, -1)
     if e.numel() and (int(e.min()) < 0 or int(e.max()) >= n):
-        raise UserError(f"{name}: edges name the nodes {int(e.min())} to {int(e.max())}, but the graph has nodes 0 to {n - 1}.")
+        raise UserError(
+            f"{name}: edges name the nodes {int(e.min())} to {int(e.max())}, but the graph has nodes 0 to {n - 1}."
+        )
     e = e[:, e[0] != e[1]]
     codes = torch.unique(torch.cat([e[0] * n + e[1], e[1] * n + e[0]]))
     split = {k: _ids(v, n) for k, v in (masks or {}).items()}
@@ -260,10 +303,17 @@ def with_split(graph: NodeGraph, spec: GraphSpec, seed: int) -> NodeGraph:
     if spec.split == "public" and not graph.split:
         raise UserError(f"{graph.name} has no split of its own: set data.split to random.")
     drawn = spec.seed + seed
-    split = dict(graph.split) if graph.split and spec.split != "random" else random_split(graph.labels, graph.num_classes, spec, drawn)
+    split = (
+        dict(graph.split)
+        if graph.split and spec.split != "random"
+        else random_split(graph.labels, graph.num_classes, spec, drawn)
+    )
     for part in ("train", "val", "test"):
         if not len(split.get(part, ())):
-            raise UserError(f"{graph.name}: the split has no {part} nodes; set data.split to random, or give the graph a {part} mask.")
+            raise UserError(
+                f"{graph.name}: the split has no {part} nodes; set data.split to random, or give the graph a {part} "
+                "mask."
+            )
     hidden = graph.hidden
     if spec.hide:
         order = torch.from_numpy(np.random.default_rng(key(drawn, "hidden nodes")).permutation(len(split["test"])))
@@ -272,24 +322,36 @@ def with_split(graph: NodeGraph, spec: GraphSpec, seed: int) -> NodeGraph:
 
 
 def random_split(labels: Tensor, classes: int, spec: GraphSpec, seed: int) -> dict[str, Tensor]:
-    """So many nodes of each class for training, so many for validation, the rest (or `test` of them) for the test; drawn class by class."""
+    """So many nodes of each class for training, so many for validation, the rest (or `test` of them) for the test;
+    drawn class by class."""
     state, y = np.random.RandomState(seed), labels.numpy()
     need = spec.per_class + (1 if spec.val else spec.val_per_class)
     for c in range(classes):
         there = int((y == c).sum())
         if there < need:
-            raise UserError(f"Class {c} has {there} nodes with a label, but the split takes {need} of each class; lower data.per_class.")
-    train = np.concatenate([state.choice(np.flatnonzero(y == c), spec.per_class, replace=False) for c in range(classes)])
+            raise UserError(
+                f"Class {c} has {there} nodes with a label, but the split takes {need} of each class; lower "
+                "data.per_class."
+            )
+    train = np.concatenate(
+        [state.choice(np.flatnonzero(y == c), spec.per_class, replace=False) for c in range(classes)]
+    )
     left = np.setdiff1d(np.flatnonzero(y >= 0), train)
     if spec.val:
         order = state.permutation(left)
         val = order[: spec.val]
     else:
-        val = np.concatenate([state.choice(left[y[left] == c], spec.val_per_class, replace=False) for c in range(classes)])
+        val = np.concatenate(
+            [state.choice(left[y[left] == c], spec.val_per_class, replace=False) for c in range(classes)]
+        )
     test = np.setdiff1d(left, val)
     if spec.test:
         test = np.sort(state.choice(test, min(spec.test, len(test)), replace=False))
-    return {"train": torch.from_numpy(np.sort(train)), "val": torch.from_numpy(np.sort(val)), "test": torch.from_numpy(test)}
+    return {
+        "train": torch.from_numpy(np.sort(train)),
+        "val": torch.from_numpy(np.sort(val)),
+        "test": torch.from_numpy(test),
+    }
 
 
 def largest_component(edges: Tensor, n: int) -> Tensor:
@@ -310,7 +372,9 @@ def rows_to_one(x: Tensor) -> Tensor:
     crow = x.crow_indices()
     owner = torch.repeat_interleave(torch.arange(x.shape[0]), crow.diff())
     total = torch.zeros(x.shape[0]).index_add(0, owner, x.values())
-    return torch.sparse_csr_tensor(crow, x.col_indices(), x.values() / torch.where(total == 0, 1.0, total)[owner], x.shape)
+    return torch.sparse_csr_tensor(
+        crow, x.col_indices(), x.values() / torch.where(total == 0, 1.0, total)[owner], x.shape
+    )
 
 
 def take_rows(x: Tensor, index: Tensor) -> Tensor:
@@ -325,7 +389,8 @@ def take_rows(x: Tensor, index: Tensor) -> Tensor:
 
 
 def synthetic(spec: SyntheticSpec, seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Features (N, D), labels (N,) and edges (2, E) of a random graph; time and memory grow with nodes and edges alone."""
+    """Features (N, D), labels (N,) and edges (2, E) of a random graph; time and memory grow with nodes and edges
+    alone."""
     g = np.random.default_rng(key(seed, "synthetic graph"))
     n, count = spec.nodes, round(spec.nodes * spec.degree / 2)
     labels = np.arange(n) % spec.classes
@@ -357,7 +422,11 @@ def _features(x: Any, name: str) -> Tensor:
     sparse.sort_indices()
     if sparse.shape[1] < 64 or sparse.nnz > 0.1 * sparse.shape[0] * sparse.shape[1]:
         return torch.from_numpy(sparse.toarray())
-    parts = (torch.from_numpy(sparse.indptr.astype(np.int64)), torch.from_numpy(sparse.indices.astype(np.int64)), torch.from_numpy(sparse.data))
+    parts = (
+        torch.from_numpy(sparse.indptr.astype(np.int64)),
+        torch.from_numpy(sparse.indices.astype(np.int64)),
+        torch.from_numpy(sparse.data),
+    )
     return torch.sparse_csr_tensor(*parts, sparse.shape)
 
 
@@ -368,5 +437,7 @@ def _ids(mask: Any, n: int) -> Tensor:
             raise UserError(f"A mask of {len(values)} entries was given for a graph of {n} nodes.")
         return values.nonzero().flatten()
     if len(values) and (int(values.min()) < 0 or int(values.max()) >= n):
-        raise UserError(f"A split names the nodes {int(values.min())} to {int(values.max())}, but the graph has nodes 0 to {n - 1}.")
+        raise UserError(
+            f"A split names the nodes {int(values.min())} to {int(values.max())}, but the graph has nodes 0 to {n - 1}."
+        )
     return values.long()

@@ -1,4 +1,5 @@
-"""Images in Parquet files (a column of encoded images, a column of labels), and the cache of decoded small images that later starts read.
+"""Images in Parquet files (a column of encoded images, a column of labels), and the cache of decoded small images that
+later starts read.
 
 Cached arrays are written beside and renamed, so two processes may fill the cache at once.
 """
@@ -43,12 +44,19 @@ def parquet(path: str, spec: DataSpec, root: Path) -> Source:
 
 def read_splits(path: Path, image_column: str | None, label_column: str | None) -> Source:
     """The splits of a Parquet file or folder. Raises `UserError` for no files, or a column that is not there."""
-    files = sorted(f for f in path.rglob("*.parquet") if not any(map(is_system, f.relative_to(path).parts))) if path.is_dir() else [path]
+    files = (
+        sorted(f for f in path.rglob("*.parquet") if not any(map(is_system, f.relative_to(path).parts)))
+        if path.is_dir()
+        else [path]
+    )
     if not files:
         raise UserError(f"parquet: the folder '{path}' holds no .parquet files.")
     groups: dict[str, list[Path]] = {}
     for file in files:
-        words = [re.split(r"[-_.]", part.lower())[0] for part in file.relative_to(path if path.is_dir() else path.parent).parts[::-1]]
+        words = [
+            re.split(r"[-_.]", part.lower())[0]
+            for part in file.relative_to(path if path.is_dir() else path.parent).parts[::-1]
+        ]
         groups.setdefault(next((SPLIT_NAMES[w] for w in words if w in SPLIT_NAMES), "train"), []).append(file)
     if "train" not in groups:
         raise UserError(f"parquet: '{path}' holds no training files; one must begin with 'train'.")
@@ -63,7 +71,15 @@ def read_splits(path: Path, image_column: str | None, label_column: str | None) 
     classes = head.classes or unnamed([s.labels for s in splits.values()], f"parquet: '{path}'")
     if splits["train"].pixels:
         return Source(splits["train"], classes, head.shape, test=splits.get("test"), val=splits.get("val"))
-    return Source(splits["train"], classes, (3, 224, 224), test=splits.get("test"), val=splits.get("val"), mean=IMAGENET_MEAN, std=IMAGENET_STD)
+    return Source(
+        splits["train"],
+        classes,
+        (3, 224, 224),
+        test=splits.get("test"),
+        val=splits.get("val"),
+        mean=IMAGENET_MEAN,
+        std=IMAGENET_STD,
+    )
 
 
 @dataclass
@@ -87,7 +103,9 @@ class _Table:
             head = _read_head([str(f) for f in files], image_column, label_column)
             _to_cache(cache / "head.npz", lambda out: np.savez(out, **head))
         facts = json.loads(str(head["facts"]))
-        return cls([str(f) for f in files], facts["column"], head["labels"], facts["classes"], tuple(facts["shape"]), cache)
+        return cls(
+            [str(f) for f in files], facts["column"], head["labels"], facts["classes"], tuple(facts["shape"]), cache
+        )
 
     def number_like(self, head: _Table) -> None:
         """Number the classes as the training split does, where labels are words and a split lacks some."""
@@ -102,7 +120,12 @@ class _Table:
         small = max(self.shape[1:]) <= SMALL
         if not small:
             self._read_encoded()  # before workers fork, which then share it
-        return Samples(self.labels, identity, self.item, DecodedImages(self.read, len(self.labels), self.shape, self.cache) if small else None)
+        return Samples(
+            self.labels,
+            identity,
+            self.item,
+            DecodedImages(self.read, len(self.labels), self.shape, self.cache) if small else None,
+        )
 
     def item(self, position: int) -> Image.Image:
         return next(self.read(np.array([position])))
@@ -135,7 +158,9 @@ def _read_head(files: list[str], image_column: str | None, label_column: str | N
     encoded = _cells(files, image)
     first = next(encoded)
     picture = decoded(first, f"in row 0 of {files[0]}")
-    depth = channels(cell_is_grey(c, f"in row {i} of {', '.join(files)}") for i, c in enumerate(chain([first], encoded)))
+    depth = channels(
+        cell_is_grey(c, f"in row {i} of {', '.join(files)}") for i, c in enumerate(chain([first], encoded))
+    )
     facts = {"column": image, "classes": classes, "shape": (depth, picture.height, picture.width)}
     return {"labels": labels, "facts": np.array(json.dumps(facts))}
 
@@ -177,7 +202,8 @@ def read_columns(files: Sequence[str], columns: Sequence[str] | None = None) -> 
     """Columns of Parquet files (default: all) as a table in memory.
 
     Raises:
-        UserError: a file that cannot be read, or one that holds more than half of the machine's memory: a small file may, as equal rows take no space.
+        UserError: a file that cannot be read, or one that holds more than half of the machine's memory: a small file
+            may, as equal rows take no space.
     """
     import pyarrow as pa
 
@@ -187,7 +213,10 @@ def read_columns(files: Sequence[str], columns: Sequence[str] | None = None) -> 
         for batch in _batches(file, columns):
             room -= batch.nbytes
             if room < 0:
-                raise UserError(f"parquet: '{file}' holds more than half of this machine's memory; take fewer rows, or image files in folders.")
+                raise UserError(
+                    f"parquet: '{file}' holds more than half of this machine's memory; take fewer rows, or image "
+                    "files in folders."
+                )
             batches.append(batch)
     return pa.Table.from_batches(batches) if batches else read_schema(files[0]).empty_table().select(columns or [])
 
@@ -197,7 +226,9 @@ def _batches(file: str, columns: Sequence[str] | None, rows: int = 1024) -> Iter
     import pyarrow.parquet as pq
 
     try:
-        yield from pq.ParquetFile(file).iter_batches(batch_size=rows, columns=None if columns is None else list(columns))
+        yield from pq.ParquetFile(file).iter_batches(
+            batch_size=rows, columns=None if columns is None else list(columns)
+        )
     except (pa.ArrowException, OSError, KeyError) as error:
         raise UserError(f"parquet: cannot read '{file}' ({error}).") from None
 
@@ -211,7 +242,9 @@ def _column(names: list[str], asked: str | None, usual: list[str], file: str, op
     chosen = asked or next((n for n in usual if n in names), None)
     if chosen not in names:
         error = unknown("column", chosen or usual[0], names)
-        raise UserError(f"parquet: '{file}': {str(error)[0].lower()}{str(error)[1:]} Name it with data.options.{option}.")
+        raise UserError(
+            f"parquet: '{file}': {str(error)[0].lower()}{str(error)[1:]} Name it with data.options.{option}."
+        )
     return chosen
 
 
@@ -229,13 +262,16 @@ def _encoded(cell: Any, where: str) -> bytes | str:
     value = (cell.get("bytes") or cell.get("path")) if isinstance(cell, dict) else cell
     if not isinstance(value, bytes | str) or not value:
         given = "nothing" if not value else f"a {type(value).__name__}"
-        raise UserError(f"Cannot read the image {where}: encoded bytes, or {{bytes, path}}, are expected; the cell holds {given}.")
+        raise UserError(
+            f"Cannot read the image {where}: encoded bytes, or {{bytes, path}}, are expected; the cell holds {given}."
+        )
     return value
 
 
 @dataclass
 class DecodedImages:
-    """Small images as uint8 arrays, decoded once and kept in the cache: the whole set, or only the subset asked for where that is under half.
+    """Small images as uint8 arrays, decoded once and kept in the cache: the whole set, or only the subset asked for
+    where that is under half.
 
     Args:
         read: images by position.
@@ -268,9 +304,12 @@ class DecodedImages:
         for row, image in enumerate(self.read(positions)):
             if image.size != (width, height):
                 raise UserError(
-                    f"Image {positions[row]} is {image.width}x{image.height} pixels, but the first is {width}x{height}; small images must be of one size."
+                    f"Image {positions[row]} is {image.width}x{image.height} pixels, but the first is "
+                    f"{width}x{height}; small images must be of one size."
                 )
-            out[row] = np.asarray(as_channels(image, channels, f"Image {positions[row]}")).reshape(height, width, channels)
+            out[row] = np.asarray(as_channels(image, channels, f"Image {positions[row]}")).reshape(
+                height, width, channels
+            )
         return np.ascontiguousarray(out.transpose(0, 3, 1, 2))
 
 

@@ -1,4 +1,5 @@
-"""`SampleDataset`: what `IndexedDataset` is for a class id, for samples of any other form: read one by one, transformed as a whole, stacked."""
+"""`SampleDataset`: what `IndexedDataset` is for a class id, for samples of any other form: read one by one, transformed
+as a whole, stacked."""
 
 from __future__ import annotations
 
@@ -27,8 +28,10 @@ class SampleDataset:
     Args:
         read: the sample at a position of the source.
         rows: (n,) the split's positions, in order.
-        transform: on a whole sample, so that image, mask and boxes move together; drawn under keys of (seed, epoch, index).
-        ragged: names whose values differ in shape: a batch holds them as a list, one a sample; everything else is stacked.
+        transform: on a whole sample, so that image, mask and boxes move together; drawn under keys of (seed, epoch,
+            index).
+        ragged: names whose values differ in shape: a batch holds them as a list, one a sample; everything else is
+            stacked.
         classes: (n,) int64 class ids, where a sample has one class.
     """
 
@@ -40,7 +43,13 @@ class SampleDataset:
         ragged: Sequence[str] = (),
         classes: np.ndarray | None = None,
     ) -> None:
-        self._read, self._rows, self._transform, self._ragged, self._classes = read, rows, transform, frozenset(ragged), classes
+        self._read, self._rows, self._transform, self._ragged, self._classes = (
+            read,
+            rows,
+            transform,
+            frozenset(ragged),
+            classes,
+        )
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -72,7 +81,8 @@ class SampleDataset:
         shapes = {tuple(v.shape) for v in values}
         if len(shapes) > 1:
             raise UserError(
-                f"The samples of a batch have a `{name}` of different shapes: {', '.join(map(str, sorted(shapes)[:3]))}; "
+                f"The samples of a batch have a `{name}` of different shapes: "
+                f"{', '.join(map(str, sorted(shapes)[:3]))}; "
                 "set data.image_size, or make them equal in data.augment."
             )
         return torch.stack(values)

@@ -1,4 +1,5 @@
-"""What every format gives: `Samples` (labels, and inputs on demand) in a `Source` of splits; and the folders that data is found and kept in."""
+"""What every format gives: `Samples` (labels, and inputs on demand) in a `Source` of splits; and the folders that data
+is found and kept in."""
 
 from __future__ import annotations
 
@@ -41,8 +42,10 @@ class Samples:
     Attributes:
         labels: (N,) int64.
         identity: names the content: equal data has an equal identity on every machine.
-        item: the input at a position: a PIL image, a uint8 tensor (C, H, W), or a float tensor of any shape that is used as it is.
-        pixels: for images that fit into memory: the images (n, C, H, W) at these positions, decoded at once; uint8, or float pixels.
+        item: the input at a position: a PIL image, a uint8 tensor (C, H, W), or a float tensor of any shape that is
+            used as it is.
+        pixels: for images that fit into memory: the images (n, C, H, W) at these positions, decoded at once; uint8, or
+            float pixels.
     """
 
     labels: np.ndarray
@@ -77,7 +80,8 @@ class Source:
 
 
 def source(spec: DataSpec, root: Path) -> Source:
-    """Find the data set that `spec.name` names. Raises `UserError` in a sentence where it is unknown, missing or empty."""
+    """Find the data set that `spec.name` names. Raises `UserError` in a sentence where it is unknown, missing or
+    empty."""
     scheme, _, rest = spec.name.partition(":")
     if scheme in NAMED and not rest:
         if spec.options:
@@ -98,7 +102,8 @@ def _format(where: str) -> Callable[..., Source]:
 
 
 def find_root(spec: NamedSpec, given: str | Path | None = None) -> Path:
-    """The folder that holds the data: the recipe's, else the one given, else STILLHOUSE_DATA, else `data` in the cache."""
+    """The folder that holds the data: the recipe's, else the one given, else STILLHOUSE_DATA, else `data` in the
+    cache."""
     chosen = spec.root or given or os.environ.get("STILLHOUSE_DATA")
     return Path(chosen).expanduser() if chosen else cache_folder() / "data"
 
@@ -123,7 +128,8 @@ def evenly(n: int, count: int) -> np.ndarray:
 
 
 def measured(samples: Samples) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Mean and standard deviation per channel of at most 2,000 images spread over the set, in [0, 1]; whatever subset is trained on."""
+    """Mean and standard deviation per channel of at most 2,000 images spread over the set, in [0, 1]; whatever subset
+    is trained on."""
     assert samples.pixels is not None
     images = samples.pixels(evenly(len(samples), 2000)).to(torch.float64) / 255
     std = images.std(dim=(0, 2, 3), correction=0).clamp_min(1e-3)
@@ -146,4 +152,9 @@ class InMemory:
 def in_memory(images: Tensor, labels: np.ndarray) -> Samples:
     """Samples of uint8 images (N, C, H, W) that are all in memory."""
     held = InMemory(images)
-    return Samples(labels, digest(tuple(images.shape), images[torch.from_numpy(evenly(len(images), 1000))].numpy()), held.item, held)
+    return Samples(
+        labels,
+        digest(tuple(images.shape), images[torch.from_numpy(evenly(len(images), 1000))].numpy()),
+        held.item,
+        held,
+    )

@@ -1,4 +1,5 @@
-"""What is drawn once from a data set: class-balanced subsets, stratified splits and label noise, each a function of a seed."""
+"""What is drawn once from a data set: class-balanced subsets, stratified splits and label noise, each a function of a
+seed."""
 
 from __future__ import annotations
 
@@ -29,8 +30,8 @@ def keep_classes(labels: np.ndarray, classes: list[int], names: list[str]) -> tu
 def balanced(labels: np.ndarray, size: int, seed: int, what: str) -> np.ndarray:
     """Sorted positions of a class-balanced subset; a larger subset of the same seed holds the smaller one.
 
-    Each class gives size / C samples, one more for the first classes where that leaves a rest; a class that has fewer gives all it has and the
-    others share what is missing.
+    Each class gives size / C samples, one more for the first classes where that leaves a rest; a class that has fewer
+    gives all it has and the others share what is missing.
 
     Args:
         what: the recipe's key, for the message; also a key of the draw.
@@ -39,7 +40,9 @@ def balanced(labels: np.ndarray, size: int, seed: int, what: str) -> np.ndarray:
         UserError: more samples wanted than there are.
     """
     if size > len(labels):
-        raise UserError(f"data.{what} is {size}, but the data set holds {len(labels)} such samples; ask for at most that many.")
+        raise UserError(
+            f"data.{what} is {size}, but the data set holds {len(labels)} such samples; ask for at most that many."
+        )
     present, counts = np.unique(labels, return_counts=True)
     quota = np.zeros(len(present), dtype=np.int64)
     while (left := size - quota.sum()) > 0:
@@ -51,7 +54,8 @@ def balanced(labels: np.ndarray, size: int, seed: int, what: str) -> np.ndarray:
 
 
 def stratified(labels: np.ndarray, share: float, seed: int, what: str) -> np.ndarray:
-    """Sorted positions of a share of the samples, the same share of every class (largest remainders make the total exact; at least one sample)."""
+    """Sorted positions of a share of the samples, the same share of every class (largest remainders make the total
+    exact; at least one sample)."""
     total = min(max(round(share * len(labels)), 1), len(labels))
     present, counts = np.unique(labels, return_counts=True)
     exact = counts * (total / max(len(labels), 1))
@@ -69,7 +73,8 @@ def _first_of_each(labels: np.ndarray, present: np.ndarray, quota: np.ndarray, s
 
 
 def noisy(labels: np.ndarray, rate: float, classes: int, seed: int) -> np.ndarray:
-    """Labels of which exactly round(rate * N), drawn by the seed, are replaced by another class, each other class equally likely.
+    """Labels of which exactly round(rate * N), drawn by the seed, are replaced by another class, each other class
+    equally likely.
 
     Raises:
         UserError: a single class, so that there is no other.

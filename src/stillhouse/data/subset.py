@@ -1,4 +1,5 @@
-"""`Subset`: some samples of a data set, with other labels where wanted, as a data set of its own (few-shot shares, omitted classes, queried points)."""
+"""`Subset`: some samples of a data set, with other labels where wanted, as a data set of its own (few-shot shares,
+omitted classes, queried points)."""
 
 from __future__ import annotations
 
@@ -26,10 +27,14 @@ class Subset:
         UserError: a row that the data set does not have, or targets of another length.
     """
 
-    def __init__(self, dataset: BatchDataset, rows: Sequence[int] | np.ndarray | Tensor, targets: Tensor | None = None) -> None:
+    def __init__(
+        self, dataset: BatchDataset, rows: Sequence[int] | np.ndarray | Tensor, targets: Tensor | None = None
+    ) -> None:
         self.dataset, self.rows, self.targets = dataset, np.asarray(rows, dtype=np.int64), targets
         if len(self.rows) and not 0 <= self.rows.min() <= self.rows.max() < len(dataset):
-            raise UserError(f"A subset's rows must be from 0 to {len(dataset) - 1}; given: {self.rows.min()} to {self.rows.max()}.")
+            raise UserError(
+                f"A subset's rows must be from 0 to {len(dataset) - 1}; given: {self.rows.min()} to {self.rows.max()}."
+            )
         if targets is not None and len(targets) != len(self.rows):
             raise UserError(f"A subset of {len(self.rows)} rows needs as many targets; given: {len(targets)}.")
 

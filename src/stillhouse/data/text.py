@@ -1,7 +1,9 @@
-"""Text as batches of tokens: `load` gives a `TextBundle`, which a `Run` uses like any other data (`data: {name: "text:shakespeare"}`).
+"""Text as batches of tokens: `load` gives a `TextBundle`, which a `Run` uses like any other data (`data: {name:
+"text:shakespeare"}`).
 
-A batch's `label` (B, L) stands where its prediction stands: `label[b, t]` is what `logits[b, t]` should say (of a causal model, the next token), and
--100 where nothing is asked (padding, prompts, tokens that are not masked). No loss has to shift anything. Text to be classified has labels (B,).
+A batch's `label` (B, L) stands where its prediction stands: `label[b, t]` is what `logits[b, t]` should say (of a
+causal model, the next token), and -100 where nothing is asked (padding, prompts, tokens that are not masked). No loss
+has to shift anything. Text to be classified has labels (B,).
 """
 
 from __future__ import annotations
@@ -50,7 +52,9 @@ class TextBundle:
     def __post_init__(self) -> None:
         task = self.task
         rows = sorted((n, r.identity) for n, r in self.splits.items())
-        self.fingerprint = digest(task.kind, list(task.classes), identity(task.tokenizer), self.options.masked_share, rows)
+        self.fingerprint = digest(
+            task.kind, list(task.classes), identity(task.tokenizer), self.options.masked_share, rows
+        )
 
     @property
     def num_classes(self) -> int:
@@ -76,16 +80,21 @@ class TextBundle:
     def dataset(self, split: str, *, train: bool = False) -> TokenDataset:
         """A split's rows. Raises `UserError` for a split that is not there."""
         if not self.has(split):
-            raise UserError(f"The data set '{self.name}' has no {split} split" + (f"; set data.{split}." if split in ("val", "holdout") else "."))
+            raise UserError(
+                f"The data set '{self.name}' has no {split} split"
+                + (f"; set data.{split}." if split in ("val", "holdout") else ".")
+            )
         task = self.task
-        return TokenDataset(self.splits[split], task.kind, task.tokenizer, task.decoder_start, self.options.masked_share)
+        return TokenDataset(
+            self.splits[split], task.kind, task.tokenizer, task.decoder_start, self.options.masked_share
+        )
 
 
 def load(spec: DataSpec, data_root: str | Path | None = None) -> TextBundle:
     """`text:shakespeare`, `text:sst2`, `text:PATH` or `text:hf:NAME` as a bundle.
 
-    The tokenizer learns from the whole training split, before `size`, `val` and `holdout` are taken from it, so that a teacher on more of the same
-    text has the same one.
+    The tokenizer learns from the whole training split, before `size`, `val` and `holdout` are taken from it, so that a
+    teacher on more of the same text has the same one.
 
     Raises:
         UserError: an option that does not fit, a sample that is too long or empty, a split that holds nothing.
@@ -96,7 +105,10 @@ def load(spec: DataSpec, data_root: str | Path | None = None) -> TextBundle:
     labelled = bool(found["train"]) and "label" in found["train"][0]
     task = options.task or ("classify" if labelled else "causal")
     if task == "classify" and not labelled:
-        raise UserError(f"data.options.task: classify needs labels, but '{spec.name}' has none; name their column in data.options.columns.label.")
+        raise UserError(
+            f"data.options.task: classify needs labels, but '{spec.name}' has none; name their column in "
+            "data.options.columns.label."
+        )
     texts = [r[k] for r in found["train"] for k in ("stream", "text", "prompt", "completion") if k in r]
     if not any(texts):
         raise UserError(f"The data set '{spec.name}' holds no text.")
@@ -106,7 +118,10 @@ def load(spec: DataSpec, data_root: str | Path | None = None) -> TextBundle:
     classes = (corpus.classes or class_order(r["label"] for r in found["train"])) if task == "classify" else []
     if task == "classify" and len(classes) < 2:
         raise UserError(f"The data set '{spec.name}' has the one class '{classes[0]}'; a classifier needs two or more.")
-    parts = {split: _rows(records, task, tokens, options, classes, f"{spec.name} ({split})") for split, records in found.items()}
+    parts = {
+        split: _rows(records, task, tokens, options, classes, f"{spec.name} ({split})")
+        for split, records in found.items()
+    }
     splits = {n: packed(r, options.context) if options.pack else r for n, r in _cut(parts, spec, stream).items()}
     start = decoder_start(options.tokenizer, tokens) if task == "seq2seq" else 0
     packs = options.pack and task == "causal"
@@ -142,10 +157,18 @@ def _rows(records: Records, task: str, tokens: Any, options: TextOptions, classe
         prompts, answers = [[] for _ in records], encode(tokens, [r["text"] for r in records])
     learned = [bool(a) and (task != "causal" or len(before + p + a + close) > 1) for p, a in zip(prompts, answers)]
     empty = ~np.array(learned, bool)
-    _refuse(empty, options.empty == "refuse", where, "has an empty completion" if any(prompts) else "is empty", "options.empty: drop leaves it out")
+    _refuse(
+        empty,
+        options.empty == "refuse",
+        where,
+        "has an empty completion" if any(prompts) else "is empty",
+        "options.empty: drop leaves it out",
+    )
     if task == "seq2seq":
         if not any(prompts):
-            raise UserError(f"{where}: seq2seq needs prompts and completions; name their columns in data.options.columns.")
+            raise UserError(
+                f"{where}: seq2seq needs prompts and completions; name their columns in data.options.columns."
+            )
         target, final = marks(tokens, target=True)
         final = final if set(end) <= set(final) else final + end
         prompts = [before + p + after for p in prompts]
@@ -166,13 +189,18 @@ def _rows(records: Records, task: str, tokens: Any, options: TextOptions, classe
     whole = [before + p + a + after for p, a in zip(prompts, answers)]
     keep = np.flatnonzero(~empty & _fitted(whole, options, where, ends=(len(before), len(after))))
     inputs = Ragged.of([whole[i] for i in keep])
-    return Rows(inputs) if task == "masked" else Rows(inputs, classes=ids_of([records[i]["label"] for i in keep], classes, where))
+    return (
+        Rows(inputs)
+        if task == "masked"
+        else Rows(inputs, classes=ids_of([records[i]["label"] for i in keep], classes, where))
+    )
 
 
 def _blocks(text: str, task: str, tokens: Any, options: TextOptions, where: str) -> Rows:
     """One long text, cut into samples of `context` tokens, each with the special tokens of a text of its own.
 
-    Of a causal model without a token to begin with, the last token of each sample is the next one's first, so that every token is learned.
+    Of a causal model without a token to begin with, the last token of each sample is the next one's first, so that
+    every token is learned.
     """
     if task not in ("causal", "masked"):
         raise UserError(f"data.options.task: {task} needs records; '{where}' is one plain text.")
@@ -182,10 +210,16 @@ def _blocks(text: str, task: str, tokens: Any, options: TextOptions, where: str)
     length = options.context - len(before) - (0 if causal else len(after)) + (causal and bool(before))
     count = (len(ids) - (causal and not before)) // length if length > 0 else 0
     if count < 1:
-        raise UserError(f"'{where}' holds {len(ids)} tokens, fewer than one sample of data.options.context {options.context}.")
+        raise UserError(
+            f"'{where}' holds {len(ids)} tokens, fewer than one sample of data.options.context {options.context}."
+        )
     pieces = ids[: count * length].reshape(count, length)
     if not causal:
-        return Rows(Ragged.of([np.concatenate([before, piece, after]) for piece in pieces]) if before or after else _equal(pieces))
+        return Rows(
+            Ragged.of([np.concatenate([before, piece, after]) for piece in pieces])
+            if before or after
+            else _equal(pieces)
+        )
     if not before:
         return Rows(_equal(pieces), _equal(ids[1 : count * length + 1].reshape(count, length)))
     inputs = Ragged.of([[*before, *piece[:-1]] for piece in pieces])
@@ -228,7 +262,10 @@ def _fitted(
         return ~long
     head, tail = ends
     if long.any() and limit <= head + tail:
-        raise UserError(f"data.options.context {options.context} leaves no room for text between the tokenizer's special tokens; raise it.")
+        raise UserError(
+            f"data.options.context {options.context} leaves no room for text between the tokenizer's special tokens; "
+            "raise it."
+        )
     for i in np.flatnonzero(long):
         row = rows[i]
         front = min(len(row) - limit, prompts[int(i)]) if prompts is not None else 0
@@ -243,16 +280,22 @@ def _refuse(wrong: np.ndarray, refuse: bool, where: str, what: str, remedy: str)
 
 
 def _cut(parts: dict[str, Rows], spec: DataSpec, stream: bool) -> dict[str, Rows]:
-    """Splits and subsets, as functions of data.seed: a tenth for testing where there is no test split, `size`, `test_size`, `val`, `holdout`."""
+    """Splits and subsets, as functions of data.seed: a tenth for testing where there is no test split, `size`,
+    `test_size`, `val`, `holdout`."""
     train = parts["train"]
 
     def drawn(rows: Rows, count: int, what: str) -> np.ndarray:
-        return balanced(np.zeros(len(rows.inputs), np.int64) if rows.classes is None else rows.classes, count, spec.seed, what)
+        return balanced(
+            np.zeros(len(rows.inputs), np.int64) if rows.classes is None else rows.classes, count, spec.seed, what
+        )
 
     def split(rows: Rows, chosen: np.ndarray, what: str) -> tuple[Rows, Rows]:
         rest = np.setdiff1d(np.arange(len(rows.inputs)), chosen)
         if not len(chosen) or not len(rest):
-            raise UserError(f"The data set '{spec.name}' has {len(rows.inputs)} training samples, too few to take a {what} split from.")
+            raise UserError(
+                f"The data set '{spec.name}' has {len(rows.inputs)} training samples, too few to take a {what} split "
+                "from."
+            )
         return taken(rows, chosen), taken(rows, rest)
 
     out = dict(parts)

@@ -1,4 +1,5 @@
-"""Text files as spreadsheets and other tools write them: byte-order marks, long fields, quotes, and lines that were cut off."""
+"""Text files as spreadsheets and other tools write them: byte-order marks, long fields, quotes, and lines that were cut
+off."""
 
 from __future__ import annotations
 
@@ -43,13 +44,16 @@ def read_text(path: Path, encoding: str | None = None, newline: str | None = Non
             "name its encoding in data.options.encoding, such as latin-1 or cp1252 for a spreadsheet's."
         ) from None
     except LookupError:
-        raise UserError(f"data.options.encoding: there is no encoding '{encoding}'; such are utf-8, latin-1, cp1252, utf-16.") from None
+        raise UserError(
+            f"data.options.encoding: there is no encoding '{encoding}'; such are utf-8, latin-1, cp1252, utf-16."
+        ) from None
     text = text.removeprefix("\ufeff")
     return text if newline == "" else text.replace("\r\n", "\n").replace("\r", "\n")
 
 
 def read_json_lines(path: Path, encoding: str | None = None) -> list[Any]:
-    """One JSON value a line; only line feeds end a line, not the other separators of Unicode. Raises `UserError` with the line's number."""
+    """One JSON value a line; only line feeds end a line, not the other separators of Unicode. Raises `UserError` with
+    the line's number."""
     lines = enumerate(read_text(path, encoding).split("\n"), 1)
     return [_json(line, f"'{path}', line {number},") for number, line in lines if line.strip()]
 
@@ -75,11 +79,12 @@ def _json(text: str, where: str) -> Any:
 def read_csv(path: Path, encoding: str | None = None) -> list[dict[str, str]]:
     """Records of a file whose first line names the columns.
 
-    A `.csv` is separated by the first of comma, semicolon and tab that its first line holds. Quotes are those of RFC 4180; in a `.tsv` that does not
-    follow it, a quote is a character like any other.
+    A `.csv` is separated by the first of comma, semicolon and tab that its first line holds. Quotes are those of RFC
+    4180; in a `.tsv` that does not follow it, a quote is a character like any other.
 
     Raises:
-        UserError: a line with more or fewer fields than there are columns, or a quote without its end; the message has the line's number.
+        UserError: a line with more or fewer fields than there are columns, or a quote without its end; the message has
+            the line's number.
     """
     text = read_text(path, encoding, newline="")
     head = text.splitlines()[0] if text else ""
@@ -100,8 +105,14 @@ def _rows(text: str, path: Path, delimiter: str, quoting: Any) -> list[dict[str,
         rows = []
         for row in reader:
             if row and len(row) != len(columns):
-                more = "put a field that holds a separator into quotes." if len(row) > len(columns) else "was the file cut off?"
-                raise UserError(f"'{path}', line {reader.line_num}, has {len(row)} fields for {len(columns)} columns; {more}")
+                more = (
+                    "put a field that holds a separator into quotes."
+                    if len(row) > len(columns)
+                    else "was the file cut off?"
+                )
+                raise UserError(
+                    f"'{path}', line {reader.line_num}, has {len(row)} fields for {len(columns)} columns; {more}"
+                )
             rows += [dict(zip(columns, row))] if row else []
         return rows
     except csv.Error as error:

@@ -1,4 +1,5 @@
-"""`TokenDataset`: rows of tokens, of different lengths or packed, which makes padded batches as a function of (seed, epoch, indices).
+"""`TokenDataset`: rows of tokens, of different lengths or packed, which makes padded batches as a function of (seed,
+epoch, indices).
 
 A batch's `label` (B, L) stands where its prediction stands (see `stillhouse.data.text`).
 """
@@ -24,7 +25,8 @@ from stillhouse.signals import Batch
 
 @dataclass
 class Rows:
-    """What a split is made of: `inputs`, and where the task has them `labels` (tokens), `positions` (packed rows), `classes` (N,)."""
+    """What a split is made of: `inputs`, and where the task has them `labels` (tokens), `positions` (packed rows),
+    `classes` (N,)."""
 
     inputs: Ragged
     labels: Ragged | None = None
@@ -33,7 +35,11 @@ class Rows:
 
     @property
     def identity(self) -> str:
-        parts = [p for r in (self.inputs, self.labels, self.positions) for p in ((r.values, r.starts) if r is not None else (None,))]
+        parts = [
+            p
+            for r in (self.inputs, self.labels, self.positions)
+            for p in ((r.values, r.starts) if r is not None else (None,))
+        ]
         return digest(*parts, self.classes)
 
 
@@ -48,8 +54,16 @@ class TokenDataset:
         masked_share: masked: share of tokens to be guessed.
     """
 
-    def __init__(self, rows: Rows, task: str, tokenizer: Any, decoder_start: int = 0, masked_share: float = 0.15) -> None:
-        self.rows, self.task, self.tokenizer, self.decoder_start, self.masked_share = rows, task, tokenizer, decoder_start, masked_share
+    def __init__(
+        self, rows: Rows, task: str, tokenizer: Any, decoder_start: int = 0, masked_share: float = 0.15
+    ) -> None:
+        self.rows, self.task, self.tokenizer, self.decoder_start, self.masked_share = (
+            rows,
+            task,
+            tokenizer,
+            decoder_start,
+            masked_share,
+        )
 
     def __len__(self) -> int:
         return len(self.rows.inputs)
@@ -57,13 +71,20 @@ class TokenDataset:
     def labels(self) -> Tensor:
         """(n,) classes, in index order. Raises `UserError` for tokens, of which a sample has many."""
         if self.rows.classes is None:
-            raise UserError("A sample of a language model's data has no class: objectives that look at classes need data.options.task: classify.")
+            raise UserError(
+                "A sample of a language model's data has no class: objectives that look at classes need "
+                "data.options.task: classify."
+            )
         return torch.from_numpy(self.rows.classes)
 
     def __getitem__(self, index: int) -> Batch:
         """One sample, as a training step of seed 0 and epoch 0 would see it."""
         made = self.batch(BatchKey(0, np.array([index % len(self)]), 0, 1), 0)
-        return {"input": {k: v[0] for k, v in made["input"].items()}, "label": made["label"][0], "index": made["index"][0]}
+        return {
+            "input": {k: v[0] for k, v in made["input"].items()},
+            "label": made["label"][0],
+            "index": made["index"][0],
+        }
 
     def batch(self, key: BatchKey, seed: int) -> Batch:
         """`input` (a mapping that transformers models take), `label` (B, L), or (B,) of classes, `index` (B,)."""
@@ -89,10 +110,13 @@ class TokenDataset:
         return {"input": x, "label": label, "index": torch.from_numpy(which)}
 
     def _masked(self, ids: Tensor, inside: Tensor, which: np.ndarray, epoch: int, seed: int) -> tuple[Tensor, Tensor]:
-        """Of the tokens drawn (at least one a sample), 80 % become the mask, 10 % any token, 10 % stay. BERT, arXiv 1810.04805, section 3.1."""
+        """Of the tokens drawn (at least one a sample), 80 % become the mask, 10 % any token, 10 % stay. BERT, arXiv
+        1810.04805, section 3.1."""
         draws = torch.from_numpy(uniforms(keys(seed, "mask", epoch), which, 3 * ids.shape[1])).view(3, len(which), -1)
         first = draws[0].masked_fill(~inside, 2.0)
-        drawn = inside & (first <= torch.maximum(first.amin(1, keepdim=True), torch.tensor(self.masked_share, dtype=first.dtype)))
+        drawn = inside & (
+            first <= torch.maximum(first.amin(1, keepdim=True), torch.tensor(self.masked_share, dtype=first.dtype))
+        )
         tokens, mask = size(self.tokenizer), self.tokenizer.mask_token_id
         out = torch.where(drawn & (draws[1] < 0.8), mask, ids)
         out = torch.where(drawn & (draws[1] >= 0.9), (draws[2] * tokens).to(torch.int64), out)
@@ -105,7 +129,8 @@ def shifted_right(label: Tensor, pad: int, start: int) -> Tensor:
 
 
 def _packed_positions(positions: Tensor, inside: Tensor) -> Tensor:
-    """Positions that begin at 0 with each sample; padding at a row's end is a sample of its own, so that it sees nothing else."""
+    """Positions that begin at 0 with each sample; padding at a row's end is a sample of its own, so that it sees
+    nothing else."""
     padding = (~inside).cumsum(1) - 1
     return torch.where(inside, positions, padding)
 
@@ -132,4 +157,8 @@ def packed(rows: Rows, context: int) -> Rows:
         used += length
     starts = np.cumsum([0, *fills, used], dtype=np.int64)
     positions = np.arange(len(rows.inputs.values)) - np.repeat(rows.inputs.starts[:-1], rows.inputs.lengths)
-    return Rows(Ragged(rows.inputs.values, starts), Ragged(rows.labels.values, starts), Ragged(positions.astype(np.int64), starts))
+    return Rows(
+        Ragged(rows.inputs.values, starts),
+        Ragged(rows.labels.values, starts),
+        Ragged(positions.astype(np.int64), starts),
+    )

@@ -1,4 +1,5 @@
-"""`stillhouse demo`: a teacher and four ways to train the same small student on scikit-learn's handwritten digits, three seeds each."""
+"""`stillhouse demo`: a teacher and four ways to train the same small student on scikit-learn's handwritten digits,
+three seeds each."""
 
 from __future__ import annotations
 
@@ -21,17 +22,28 @@ def demo(out: Path, seeds: Sequence[int], overwrite: bool = False) -> None:
     from stillhouse.training.display import Bars
 
     if overwrite and out.exists():
-        if not out.is_dir() or any(not (p / "recipe.yaml").exists() and p.name not in ("results.json", "report.html") for p in out.iterdir()):
+        if not out.is_dir() or any(
+            not (p / "recipe.yaml").exists() and p.name not in ("results.json", "report.html") for p in out.iterdir()
+        ):
             raise UserError(f"{out} is not a demo's folder, so --overwrite leaves it alone; give another with --out.")
         shutil.rmtree(out)
     console = Console(stderr=True)
     console.print(
-        "1,797 scans of handwritten digits, 8 x 8 pixels. A teacher is trained once, then the same small student alone and with three objectives.\n"
+        "1,797 scans of handwritten digits, 8 x 8 pixels. A teacher is trained once, then the same small student "
+        "alone and with three objectives.\n"
     )
     torch.set_num_threads(1)  # networks this small only lose by sharing a step between threads
     live = Bars()
     try:
-        results = bench(entries([RECIPE], ["alone", "kd", "nkd", "pld"]), seeds, out, baseline="alone", slug="demo", live=live, cpu=True)
+        results = bench(
+            entries([RECIPE], ["alone", "kd", "nkd", "pld"]),
+            seeds,
+            out,
+            baseline="alone",
+            slug="demo",
+            live=live,
+            cpu=True,
+        )
     finally:
         live.close()
     results["title"] = "Handwritten digits"

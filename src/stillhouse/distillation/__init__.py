@@ -1,1 +1,2 @@
-"""Signals of students and teachers turned into losses: objectives, their weights, teachers, and `Distillation`, the module that is trained."""
+"""Signals of students and teachers turned into losses: objectives, their weights, teachers, and `Distillation`, the
+module that is trained."""

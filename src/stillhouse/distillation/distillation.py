@@ -1,4 +1,5 @@
-"""`Distillation`: the general training module. A student, named teachers and weighted objectives; one forward of each network a batch."""
+"""`Distillation`: the general training module. A student, named teachers and weighted objectives; one forward of each
+network a batch."""
 
 from __future__ import annotations
 
@@ -24,19 +25,23 @@ NOTHING = Signals()
 class Distillation(nn.Module):
     """Trains a student (and what learns with it) on the weighted sum of its objectives' terms.
 
-    Frozen teachers stay outside the module tree: not in `state_dict()`, not flipped by `.train()`, not in DDP's broadcast. The parameters that an
+    Frozen teachers stay outside the module tree: not in `state_dict()`, not flipped by `.train()`, not in DDP's
+        broadcast. The parameters that an
     objective owns, and teachers that learn (momentum, past self, co-trained), are inside.
 
     Args:
         student: the model being trained.
         teachers: one teacher, several by name, or none. A plain `nn.Module` becomes a `Frozen` teacher named "teacher".
-        objectives: names ("kd"), mappings ({"name": "kd", "temperature": 2}), objectives, or (objective, weight) pairs; a weight is a number or a
+        objectives: names ("kd"), mappings ({"name": "kd", "temperature": 2}), objectives, or (objective, weight) pairs;
+            a weight is a number or a
             `WeightSchedule`. Without a weight: its published one.
         seed: seeds the layers that objectives make.
         embedding: the student's classifier submodule, where it is not found by itself.
-        task: how the student, and teachers without a task of their own, are called and read; default: any model that gives logits.
-        chunked: of language models: compute the losses from hidden states and the output matrix, some tokens at a time, so that no tensor of all logits is
-            made in a training step; None: where the vocabulary is big and all objectives, teachers and networks can. (See `functional/chunked.py`.)
+        task: how the student, and teachers without a task of their own, are called and read; default: any model that
+            gives logits.
+        chunked: of language models: compute the losses from hidden states and the output matrix, some tokens at a time,
+            so that no tensor of all logits is made in a training step; None: where the vocabulary is big and all
+            objectives, teachers and networks can. (See `functional/chunked.py`.)
 
     Call `build(batch)` once before training: it makes the hooks and the objectives' own layers.
     """
@@ -59,7 +64,9 @@ class Distillation(nn.Module):
         self._frozen_norms = frozen_norms(student)
         self.seed = seed
         named = dict(teachers) if isinstance(teachers, Mapping) else ({} if teachers is None else {"teacher": teachers})
-        wrapped: dict[str, Teacher] = {name: t if isinstance(t, Teacher) else Frozen(t, name=name) for name, t in named.items()}
+        wrapped: dict[str, Teacher] = {
+            name: t if isinstance(t, Teacher) else Frozen(t, name=name) for name, t in named.items()
+        }
         self.learning = nn.ModuleDict({name: t for name, t in wrapped.items() if isinstance(t, nn.Module)})
         self._still = {name: t for name, t in wrapped.items() if not isinstance(t, nn.Module)}
         self._order = list(wrapped)
@@ -72,7 +79,11 @@ class Distillation(nn.Module):
         self._built = False
         self._checked_taps = False
         self._said: Signals | None = None
-        self._first = [name for name in self._still if any(e.objective.teacher == name for e in self.entries) and not self._still[name].reads_student]
+        self._first = [
+            name
+            for name in self._still
+            if any(e.objective.teacher == name for e in self.entries) and not self._still[name].reads_student
+        ]
         self._observing = [t for t in wrapped.values() if isinstance(t, nn.Module)]
         self._stepping = [e for e in self.entries if type(e.objective).before_step is not Objective.before_step]
 
@@ -97,14 +108,16 @@ class Distillation(nn.Module):
         """All teachers by name, in the order given."""
         return {name: self.learning[name] if name in self.learning else self._still[name] for name in self._order}
 
-    # ---- before training -------------------------------------------------------------------------------------------------------------------
+    # ---- before training ---------------------------------------------------------------------------------------------
 
     def build(self, batch: Batch) -> Distillation:
-        """Check needs, make hooks, and size the objectives' layers from the first two samples of `batch` (evaluation mode, no autograd).
+        """Check needs, make hooks, and size the objectives' layers from the first two samples of `batch` (evaluation
+        mode, no autograd).
 
         Raises:
-            UserError: an objective that needs what its teacher or the batch does not give; a tap that does not exist or is not reached; teacher and
-                student with different class counts; predictions of positions for an objective of samples, or labels that do not stand where they stand.
+            UserError: an objective that needs what its teacher or the batch does not give; a tap that does not exist or
+                is not reached; teacher and student with different class counts; predictions of positions for an
+                objective of samples, or labels that do not stand where they stand.
         """
         if self._built:
             return self
@@ -137,7 +150,8 @@ class Distillation(nn.Module):
         return self
 
     def hold_frozen(self) -> None:
-        """Put the student's frozen batch norm into evaluation mode, for a loop that calls the student's own `train()`."""
+        """Put the student's frozen batch norm into evaluation mode, for a loop that calls the student's own
+        `train()`."""
         for norm in self._frozen_norms:
             norm.eval()
 
@@ -165,7 +179,8 @@ class Distillation(nn.Module):
             self.objectives.to(device)
 
     def _make_chunked(self, readers: Sequence[Reader], probe: Batch) -> None:
-        """Call all networks without their last layer, where it is wanted and can be. Raises `UserError` where it must be and cannot."""
+        """Call all networks without their last layer, where it is wanted and can be. Raises `UserError` where it must
+        be and cannot."""
         if self._chunked is False or (self._chunked is None and not self.task.prefers_chunks):
             return
         task = self._why_not_chunked() or self.task.chunked({reader.owner: reader.model for reader in readers}, probe)
@@ -176,10 +191,14 @@ class Distillation(nn.Module):
             raise UserError(f"chunked: true cannot be: {task}; leave it out.")
 
     def _why_not_chunked(self) -> str | None:
-        """What keeps the losses from being computed in chunks, whatever the networks: a clause for the message; None where nothing does."""
+        """What keeps the losses from being computed in chunks, whatever the networks: a clause for the message; None
+        where nothing does."""
         for entry in self.entries:
             if not entry.objective.reads_hidden:
-                return f"the objective '{entry.label}' reads logits, not hidden states as gkd, taid, seq_kd, and ce without label smoothing can"
+                return (
+                    f"the objective '{entry.label}' reads logits, not hidden states as gkd, taid, seq_kd, and ce "
+                    "without label smoothing can"
+                )
         for name, teacher in self.teachers.items():
             if not isinstance(teacher, Stored) and len(teacher.readers()) != 1:
                 return f"the teacher '{name}' is no single network and no store"
@@ -200,24 +219,37 @@ class Distillation(nn.Module):
             if objective.teacher not in teachers:
                 close = nearest(objective.teacher, teachers)
                 there = (
-                    f"did you mean '{close[0]}'?" if close else (f"there are: {', '.join(teachers)}." if teachers else "there is no teacher at all.")
+                    f"did you mean '{close[0]}'?"
+                    if close
+                    else (f"there are: {', '.join(teachers)}." if teachers else "there is no teacher at all.")
                 )
                 raise UserError(f"The objective '{entry.label}' reads the teacher '{objective.teacher}'; {there}")
             gives = {g.removesuffix("s") for g in teachers[objective.teacher].gives}
             for want in sorted(wanted):
-                if want.removesuffix("s") not in gives and not (want == "logits" and "top" in gives and objective.reads_top):
+                if want.removesuffix("s") not in gives and not (
+                    want == "logits" and "top" in gives and objective.reads_top
+                ):
                     raise UserError(
-                        f"The objective '{entry.label}' needs the teacher's {want}, but the teacher '{objective.teacher}' gives only {', '.join(sorted(teachers[objective.teacher].gives))}{teachers[objective.teacher].hint}."
+                        f"The objective '{entry.label}' needs the teacher's {want}, but the teacher "
+                        f"'{objective.teacher}' gives only "
+                        f"{', '.join(sorted(teachers[objective.teacher].gives))}{teachers[objective.teacher].hint}."
                     )
         for key in ("label", "index"):
             if key in objective.needs and key not in batch:
-                raise UserError(f"The objective '{entry.label}' needs `{key}` in every batch, but the data gives only: {', '.join(batch)}.")
+                raise UserError(
+                    f"The objective '{entry.label}' needs `{key}` in every batch, but the data gives only: "
+                    f"{', '.join(batch)}."
+                )
 
     @staticmethod
     def _check_classes(entry: Weighted, student: Signals, teacher: Signals) -> None:
         if "teacher.logits" not in entry.objective.needs or not getattr(entry.objective, "same_classes", True):
             return
-        classes = student.parts["output_weight"].shape[0] if student.logits is None and "output_weight" in student.parts else None
+        classes = (
+            student.parts["output_weight"].shape[0]
+            if student.logits is None and "output_weight" in student.parts
+            else None
+        )
         classes = classes if student.logits is None else student.logits.shape[-1]
         source = (
             teacher.logits
@@ -228,15 +260,23 @@ class Distillation(nn.Module):
             if teacher.members
             else None
         )
-        theirs = source.shape[-1] if source is not None else len(teacher.parts["output_weight"]) if "output_weight" in teacher.parts else None
+        theirs = (
+            source.shape[-1]
+            if source is not None
+            else len(teacher.parts["output_weight"])
+            if "output_weight" in teacher.parts
+            else None
+        )
         if classes is not None and theirs is not None and theirs != classes:
             raise UserError(
-                f"The objective '{entry.label}' compares class probabilities, but the teacher has {theirs} classes and the student {classes}."
+                f"The objective '{entry.label}' compares class probabilities, but the teacher has {theirs} classes "
+                f"and the student {classes}."
             )
 
     @staticmethod
     def _check_positions(entry: Weighted, student: Signals, batch: Batch) -> None:
-        """Refuse predictions of positions for an objective of samples, and labels that do not stand where the predictions stand."""
+        """Refuse predictions of positions for an objective of samples, and labels that do not stand where the
+        predictions stand."""
         logits = student.logits
         if logits is None or "student.logits" not in entry.objective.needs:
             return
@@ -244,11 +284,15 @@ class Distillation(nn.Module):
             counted(batch, logits.shape[:-1])
         elif logits.ndim != 2:
             raise UserError(
-                f"The objective '{entry.label}' takes one prediction a sample, (B, C), but the student's logits have shape {tuple(logits.shape)}; "
+                f"The objective '{entry.label}' takes one prediction a sample, (B, C), but the student's logits have "
+                f"shape {tuple(logits.shape)}; "
                 "of tokens and pixels, those take one a position that say so, such as ce, kd and gkd."
             )
         elif batch.get("mask") is not None:
-            raise UserError(f"The batch's `mask` says what counts, but the objective '{entry.label}' counts every sample; leave the mask out.")
+            raise UserError(
+                f"The batch's `mask` says what counts, but the objective '{entry.label}' counts every sample; leave "
+                "the mask out."
+            )
 
     def compile(self, *args: Any, **kwargs: Any) -> None:
         """torch.compile the student and the live teachers in place (after `build`, whose hooks must come first)."""
@@ -270,19 +314,21 @@ class Distillation(nn.Module):
             groups += entry.objective.param_groups()
         return groups
 
-    # ---- hooks of the engine ---------------------------------------------------------------------------------------------------------------
+    # ---- hooks of the engine -----------------------------------------------------------------------------------------
 
     def prepare(self, ctx: Context) -> None:
         """Once before training.
 
         Raises:
-            UserError: an objective that needs labels over data of which some have none (class id -1), or what an objective raises.
+            UserError: an objective that needs labels over data of which some have none (class id -1), or what an
+                objective raises.
         """
         readers = [e.label for e in self.entries if "label" in e.objective.needs]
         missing = _unlabelled(ctx) if readers else 0
         if missing:
             raise UserError(
-                f"The objective '{readers[0]}' needs labels, but {missing:,} training samples have none (label -1); leave them out, or use only objectives without labels, such as kd."
+                f"The objective '{readers[0]}' needs labels, but {missing:,} training samples have none (label -1); "
+                "leave them out, or use only objectives without labels, such as kd."
             )
         for entry in self.entries:
             entry.objective.prepare(ctx)
@@ -293,7 +339,8 @@ class Distillation(nn.Module):
             entry.objective.begin_epoch(ctx)
 
     def before_step(self, batch: Batch, ctx: Context) -> None:
-        """Inner steps of objectives that have one; teachers that do not read the student answer here, once, for the step that follows too."""
+        """Inner steps of objectives that have one; teachers that do not read the student answer here, once, for the
+        step that follows too."""
         if not self._stepping:
             return
         place(batch, self.student)
@@ -315,10 +362,13 @@ class Distillation(nn.Module):
             entry.objective.before_update(ctx)
 
     def forward(self, batch: Batch, progress: Progress) -> dict[str, Tensor]:
-        """`loss` (the weighted sum) and every term by name, unweighted: `ce`, `kd`, or `nkd.target`; scalars on the device."""
+        """`loss` (the weighted sum) and every term by name, unweighted: `ce`, `kd`, or `nkd.target`; scalars on the
+        device."""
         place(batch, self.student)
         said: dict[str, Signals] = dict(batch.get("_teachers") or {})
-        for name in self._first:  # before the student, whose saved activations would lie under a teacher's working memory
+        for (
+            name
+        ) in self._first:  # before the student, whose saved activations would lie under a teacher's working memory
             if name not in said:
                 said[name] = self._still[name](batch)
         student = self._reader(batch)
@@ -356,7 +406,8 @@ class Distillation(nn.Module):
         for name, tap in student.taps.items():
             if not tap.requires_grad:
                 raise UserError(
-                    f"The student's tap '{name}' carries no gradient, so a loss on it would train nothing; is that part frozen, or under gradient checkpointing with use_reentrant=True?"
+                    f"The student's tap '{name}' carries no gradient, so a loss on it would train nothing; is that "
+                    "part frozen, or under gradient checkpointing with use_reentrant=True?"
                 )
         self._checked_taps = True
 
@@ -386,20 +437,30 @@ class Distillation(nn.Module):
 
 
 def frozen_norms(student: nn.Module) -> list[nn.Module]:
-    """The batch norm that the user froze: in evaluation mode inside a network in training mode, or with weights that are not to be trained.
+    """The batch norm that the user froze: in evaluation mode inside a network in training mode, or with weights that
+    are not to be trained.
 
     Its running statistics must not move, but `train()` would switch it back to training mode.
     """
     norms = [m for m in student.modules() if isinstance(m, nn.modules.batchnorm._NormBase)]
-    return [m for m in norms if (student.training and not m.training) or (m.weight is not None and not any(p.requires_grad for p in m.parameters()))]
+    return [
+        m
+        for m in norms
+        if (student.training and not m.training)
+        or (m.weight is not None and not any(p.requires_grad for p in m.parameters()))
+    ]
 
 
 def refuse_shared_state(student: nn.Module, teacher: Teacher, name: str) -> None:
-    """Raises `UserError` where a teacher holds weights, statistics or dropout of the student's: it would train along with it, and leave evaluation mode."""
+    """Raises `UserError` where a teacher holds weights, statistics or dropout of the student's: it would train along
+    with it, and leave evaluation mode."""
     mine = {p.untyped_storage().data_ptr(): n for n, p in student.named_parameters() if p.requires_grad}
     for path, module in student.named_modules():
         if isinstance(module, nn.modules.batchnorm._NormBase):
-            mine |= {b.untyped_storage().data_ptr(): f"{path}.{n}".lstrip(".") for n, b in module.named_buffers(recurse=False)}
+            mine |= {
+                b.untyped_storage().data_ptr(): f"{path}.{n}".lstrip(".")
+                for n, b in module.named_buffers(recurse=False)
+            }
     mine.pop(0, None)  # tensors without storage
     dropouts = {id(m): n for n, m in student.named_modules() if "drop" in type(m).__name__.lower()}
     for network in (reader.model for reader in teacher.readers()):
@@ -408,19 +469,22 @@ def refuse_shared_state(student: nn.Module, teacher: Teacher, name: str) -> None
         shared += [dropouts[id(m)] for m in network.modules() if id(m) in dropouts]
         if shared:
             raise UserError(
-                f"The teacher '{name}' shares '{shared[0]}' with the student{f' (and {len(shared) - 1} more)' if shared[1:] else ''}, "
+                f"The teacher '{name}' shares '{shared[0]}' with the "
+                f"student{f' (and {len(shared) - 1} more)' if shared[1:] else ''}, "
                 "so it would change as the student trains; give the teacher a copy of its own (copy.deepcopy)."
             )
 
 
 def refuse_another_task(owner: str, signals: Signals, batch: Batch) -> None:
-    """Raises `UserError` where a network gives a score map or a sequence of scores for samples that have one class each."""
+    """Raises `UserError` where a network gives a score map or a sequence of scores for samples that have one class
+    each."""
     logits, label = signals.logits, batch.get("label")
     if logits is None or label is None or logits.ndim == 2 or label.ndim > 2:
         return
     if label.ndim == 1 or label.is_floating_point():
         raise UserError(
-            f"The {owner} gives scores of shape {tuple(logits.shape)} for {len(label)} samples that have one class each (labels {tuple(label.shape)}): it is "
+            f"The {owner} gives scores of shape {tuple(logits.shape)} for {len(label)} samples that have one class "
+            f"each (labels {tuple(label.shape)}): it is "
             "a network of another task, such as segmentation; take one that gives (B, C)."
         )
 

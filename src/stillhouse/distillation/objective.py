@@ -1,4 +1,5 @@
-"""`Objective`: one loss, or a loss with a few learned parts, with six hooks; and `WeightSchedule`, its weight over training."""
+"""`Objective`: one loss, or a loss with a few learned parts, with six hooks; and `WeightSchedule`, its weight over
+training."""
 
 from __future__ import annotations
 
@@ -16,18 +17,23 @@ __all__ = ["Context", "Objective", "Progress", "WeightSchedule"]
 
 
 class Objective(nn.Module):
-    """A loss on signals. Subclasses take keyword options in `__init__` (their types and defaults ARE the recipe's keys) and implement `forward`.
+    """A loss on signals. Subclasses take keyword options in `__init__` (their types and defaults ARE the recipe's keys)
+    and implement `forward`.
 
     Attributes:
-        needs: what must be there: `"label"`, `"index"`, `"holdout"`, `"student.logits"`, `"student.embedding"`, `"student.tap:NAME"`,
-            `"teacher.logits"` (any form of full class probabilities), `"teacher.embedding"`, `"teacher.tap:NAME"`. NAME is a dotted submodule, or
-            `stage:N` (1-based; negative counts from the end) for the model's N-th stage. Set it in `__init__` where it depends on options.
-            Checked at start; what is not named is not captured.
+        needs: what must be there: `"label"`, `"index"`, `"holdout"`, `"student.logits"`, `"student.embedding"`,
+            `"student.tap:NAME"`, `"teacher.logits"` (any form of full class probabilities), `"teacher.embedding"`,
+            `"teacher.tap:NAME"`. NAME is a dotted submodule, or `stage:N` (1-based; negative counts from the end) for
+            the model's N-th stage. Set it in `__init__` where it depends on options. Checked at start; what is not
+            named is not captured.
         default_weight: the published weight, used where the recipe gives none.
-        reads_top: whether the k most probable classes with the mass of all others (`Signals.top`) will do where `needs` says `"teacher.logits"`.
-        reads_hidden: whether hidden states and the output matrix (the taps `hidden`, `output_weight`, `output_bias`) will do in the place of logits.
-        positions: whether it takes one prediction a position (a token, a pixel) and counts them by `stillhouse.functional.counting.counted`. Objectives
-            that read logits and mean one prediction a sample, (B, C), leave it; `Distillation.build` refuses others for them.
+        reads_top: whether the k most probable classes with the mass of all others (`Signals.top`) will do where `needs`
+            says `"teacher.logits"`.
+        reads_hidden: whether hidden states and the output matrix (the taps `hidden`, `output_weight`, `output_bias`)
+            will do in the place of logits.
+        positions: whether it takes one prediction a position (a token, a pixel) and counts them by
+            `stillhouse.functional.counting.counted`. Objectives that read logits and mean one prediction a sample, (B,
+            C), leave it; `Distillation.build` refuses others for them.
         host_step: why a training step of it waits for the device or computes on the host; None: it does neither.
         teacher: the name of the teacher that it reads.
     """
@@ -41,26 +47,33 @@ class Objective(nn.Module):
     teacher: str = "teacher"
 
     def build(self, student: Signals, teacher: Signals, batch: Batch) -> None:
-        """Make own layers to size, from a two-sample probe (evaluation mode, no autograd). Called once, before the optimiser is made."""
+        """Make own layers to size, from a two-sample probe (evaluation mode, no autograd). Called once, before the
+        optimiser is made."""
 
     def prepare(self, ctx: Context) -> None:
-        """Once before training: class means, thresholds. What it sets must be buffers or be computed again: a resumed run calls it again."""
+        """Once before training: class means, thresholds. What it sets must be buffers or be computed again: a resumed
+        run calls it again."""
 
     def begin_epoch(self, ctx: Context) -> None:
-        """At the start of each epoch, before its first batch. What it sets must be buffers: a run resumed in mid-epoch does not call it again."""
+        """At the start of each epoch, before its first batch. What it sets must be buffers: a run resumed in mid-epoch
+        does not call it again."""
 
     def before_step(self, batch: Batch, teacher: Signals, ctx: Context) -> None:
-        """Before each training step: an inner (bilevel, adversarial) step with an optimiser of its own (see `keep_optimizer`)."""
+        """Before each training step: an inner (bilevel, adversarial) step with an optimiser of its own (see
+        `keep_optimizer`)."""
 
     def before_update(self, ctx: Context) -> None:
-        """Before each optimiser step: the gradients are there, reduced over processes and unscaled, not yet clipped. What it reads stays on the device."""
+        """Before each optimiser step: the gradients are there, reduced over processes and unscaled, not yet clipped.
+        What it reads stays on the device."""
 
     def forward(self, student: Signals, teacher: Signals, batch: Batch, progress: Progress) -> dict[str, Tensor]:
-        """Named terms, scalars on the device, whose sum is the loss. A key that starts with `log:` is logged, not summed."""
+        """Named terms, scalars on the device, whose sum is the loss. A key that starts with `log:` is logged, not
+        summed."""
         raise NotImplementedError
 
     def param_groups(self) -> list[dict[str, Any]]:
-        """Optimiser groups of own parameters: the default is one group with the run's settings; a group may set `lr` or `weight_decay`; [] means an optimiser of its own."""
+        """Optimiser groups of own parameters: the default is one group with the run's settings; a group may set `lr` or
+        `weight_decay`; [] means an optimiser of its own."""
         params = [p for p in self.parameters() if p.requires_grad]
         return [{"params": params}] if params else []
 
@@ -85,9 +98,11 @@ class WeightSchedule:
     """The weight of an objective over training.
 
     Args:
-        kind: `constant` (end); `linear` from start to end over the span, then end; `cosine` likewise along half a cosine; `warmup`: linear from 0 to end.
+        kind: `constant` (end); `linear` from start to end over the span, then end; `cosine` likewise along half a
+            cosine; `warmup`: linear from 0 to end.
         start, end: weights at both ends.
-        epochs, steps: the span; neither means the whole training. Epochs count whole epochs (the weight is constant inside one), steps are smooth.
+        epochs, steps: the span; neither means the whole training. Epochs count whole epochs (the weight is constant
+            inside one), steps are smooth.
     """
 
     kind: Literal["constant", "linear", "cosine", "warmup"] = "constant"

@@ -19,7 +19,8 @@ class OwnInput:
     """Turns a batch's images (B, C, H, W), normalised for the student, into the teacher's.
 
     Attributes:
-        given: mean and standard deviation per channel that the images were normalised with; () where they are in [0, 1].
+        given: mean and standard deviation per channel that the images were normalised with; () where they are in [0,
+            1].
         own: those of the teacher.
         size: (height, width) to resize to; None: as they are.
         pool: side of the squares that are averaged first; 1: none.
@@ -42,7 +43,8 @@ class OwnInput:
         return {**batch, "input": self.image(given)}
 
     def image(self, x: Any) -> Tensor:
-        """(B, C, H, W) of the student -> (B, C', H', W') of the teacher; one channel becomes as many as the teacher has."""
+        """(B, C, H, W) of the student -> (B, C', H', W') of the teacher; one channel becomes as many as the teacher
+        has."""
         if not isinstance(x, Tensor) or x.ndim != 4:
             raise UserError("A teacher's own `input` is for images (B, C, H, W), which this data does not give.")
         if self.pool > 1:
@@ -52,7 +54,10 @@ class OwnInput:
         if not self.own[0]:
             return x
         if len(self.own[0]) not in (1, x.shape[1]) and x.shape[1] != 1:
-            raise UserError(f"The teacher's input has mean and std of {len(self.own[0])} channels, but the images have {x.shape[1]}.")
+            raise UserError(
+                f"The teacher's input has mean and std of {len(self.own[0])} channels, but the images have "
+                f"{x.shape[1]}."
+            )
         mean, std = (self._channels(x, values, empty) for values, empty in zip(self.given, (0.0, 1.0)))
         own_mean, own_std = (self._channels(x, values, 0.0) for values in self.own)
         return x * (std / own_std) + (mean - own_mean) / own_std

@@ -1,5 +1,6 @@
-"""Teachers: what each source of knowledge gives for a batch. Frozen and Ensemble are plain objects, so they are in no checkpoint and no optimiser;
-Momentum, PastSelf and CoTrained learn with the student, so they are modules that are saved and restored.
+"""Teachers: what each source of knowledge gives for a batch. Frozen and Ensemble are plain objects, so they are in no
+checkpoint and no optimiser; Momentum, PastSelf and CoTrained learn with the student, so they are modules that are saved
+and restored.
 """
 
 from __future__ import annotations
@@ -26,14 +27,15 @@ EVERYTHING = frozenset({"logits", "embedding", "taps"})
 class Reader:
     """Calls a network once on a batch, as its task says, and reads its outputs, embedding and taps as `Signals`.
 
-    Maps that a network holds as (B, H, W, C), as Swin transformers do, are given as (B, C, H, W): here, for everything that reads a tap. Which they are
-    is decided at the first call.
+    Maps that a network holds as (B, H, W, C), as Swin transformers do, are given as (B, C, H, W): here, for everything
+    that reads a tap. Which they are is decided at the first call.
 
     Args:
         model: the network.
         owner: what messages call it: "student", "teacher".
         embedding: the classifier submodule whose input is the embedding; None finds it.
-        task: how the network is called and read; None: as the student's task says, and the plain way before that is known.
+        task: how the network is called and read; None: as the student's task says, and the plain way before that is
+            known.
         prepare: makes the network's own input from a batch; None: the batch's.
     """
 
@@ -78,7 +80,8 @@ class Reader:
         found = stages(self.model)
         if not number.lstrip("-").isdigit() or number == "0" or not 1 <= abs(int(number)) <= len(found):
             raise UserError(
-                f"The {self.owner} has {len(found)} stages ({', '.join(found)}), so '{name}' is none of them: give stage:1 to stage:{len(found)}, or stage:-1 for the last."
+                f"The {self.owner} has {len(found)} stages ({', '.join(found)}), so '{name}' is none of them: give "
+                f"stage:1 to stage:{len(found)}, or stage:-1 for the last."
             )
         index = int(number)
         return found[index - 1 if index > 0 else index] + dot + inside + (f":{suffix}" if suffix else "")
@@ -94,7 +97,9 @@ class Reader:
 
     def _read(self, batch: Batch) -> Signals:
         task = self.task or PLAIN
-        captured: AbstractContextManager[dict[str, Tensor]] = nullcontext({}) if self._taps is None else self._taps.capture()
+        captured: AbstractContextManager[dict[str, Tensor]] = (
+            nullcontext({}) if self._taps is None else self._taps.capture()
+        )
         with captured as got:
             own = self._prepared(batch)
             output = task.call(self.model, own, losses=self.losses and self.model.training)
@@ -115,7 +120,9 @@ class Reader:
             from stillhouse.models.anatomy import has_channels_last
 
             maps = {path for path, x in got.items() if x.ndim == 4}
-            self._channels_last = frozenset(path for path in maps if has_channels_last(self.model, path, got[path].shape, image))
+            self._channels_last = frozenset(
+                path for path in maps if has_channels_last(self.model, path, got[path].shape, image)
+            )
         return {path: x.movedim(-1, 1) if path in self._channels_last else x for path, x in got.items()}
 
     def _prepared(self, batch: Batch) -> Batch:
@@ -135,7 +142,8 @@ class Reader:
 
 
 class Teacher:
-    """A source of knowledge. A subclass gives `gives` and `__call__`; one that learns with the student is an `nn.Module` too, and is saved.
+    """A source of knowledge. A subclass gives `gives` and `__call__`; one that learns with the student is an
+    `nn.Module` too, and is saved.
 
     Attributes:
         gives: kinds of signals: logits, top, embedding, taps.
@@ -176,14 +184,16 @@ class Teacher:
 
 
 class Frozen(Teacher):
-    """A live network that is not trained: evaluation mode, no autograd, at most one forward a batch. Its outputs are ordinary tensors, usable as targets.
+    """A live network that is not trained: evaluation mode, no autograd, at most one forward a batch. Its outputs are
+    ordinary tensors, usable as targets.
 
     Args:
         model: the network.
         embedding: the classifier submodule whose input is the embedding; None finds it.
         name: what messages call it.
         task: its own; None: the student's.
-        prepare: makes its own input from a batch, such as an `OwnInput` or any function of yours; None: the student's input.
+        prepare: makes its own input from a batch, such as an `OwnInput` or any function of yours; None: the student's
+            input.
     """
 
     gives = EVERYTHING
@@ -239,7 +249,8 @@ class Frozen(Teacher):
 
 
 class Ensemble(Teacher):
-    """Several teachers as one: `mean="probs"` averages their probabilities (at whatever temperature is asked), `mean="logits"` their logits."""
+    """Several teachers as one: `mean="probs"` averages their probabilities (at whatever temperature is asked),
+    `mean="logits"` their logits."""
 
     gives = frozenset({"logits"})
 
@@ -257,7 +268,9 @@ class Ensemble(Teacher):
         widths = {s.logits.shape[-1] for s in said if s.logits is not None}
         if len(widths) > 1:
             raise UserError(f"The members of an ensemble must have the same classes, but give {sorted(widths)}.")
-        logits = torch.stack([s.logits for s in said if s.logits is not None]).mean(0) if self.mean == "logits" else None
+        logits = (
+            torch.stack([s.logits for s in said if s.logits is not None]).mean(0) if self.mean == "logits" else None
+        )
         return Signals(logits=logits, members=said)
 
     def readers(self) -> list[Reader]:
@@ -281,7 +294,8 @@ class NotLive(UserError, AttributeError):
 
 
 class Stored(Teacher):
-    """A teacher that spoke earlier: its signals come with each batch, under `stored`, from a store (`stillhouse.store.Store`).
+    """A teacher that spoke earlier: its signals come with each batch, under `stored`, from a store
+    (`stillhouse.store.Store`).
 
     Args:
         store: what is read; the batches come from a `StoredDataset` that reads it too.
@@ -295,25 +309,32 @@ class Stored(Teacher):
 
     @property
     def model(self) -> nn.Module:
-        raise NotLive(f"This method runs the teacher '{self.name}' itself, but it is read from a store; give a live teacher.")
+        raise NotLive(
+            f"This method runs the teacher '{self.name}' itself, but it is read from a store; give a live teacher."
+        )
 
     def attach(self, wanted: Iterable[str], probe: Batch, student: nn.Module) -> None:
         taps = [f"tap:{t}" for t in self.store.manifest["taps"]]
         for name in wanted:
             if name.startswith("tap:") and name not in taps:
                 raise UserError(
-                    f"The objectives need the teacher's {name}, but the store '{self.store.folder}' holds {', '.join(taps) or 'no taps'}; cache again with it among store.taps."
+                    f"The objectives need the teacher's {name}, but the store '{self.store.folder}' holds "
+                    f"{', '.join(taps) or 'no taps'}; cache again with it among store.taps."
                 )
 
     def __call__(self, batch: Batch, student: Signals | None = None) -> Signals:
         held = (batch.get("stored") or {}).get(self.store.id)
         if held is None:
             raise UserError(
-                f"This batch carries no signals of the store '{self.store.folder}': a stored teacher knows the training samples as they were cached, and no others (a sweep without augmentation needs a store of data.augment: plain)."
+                f"This batch carries no signals of the store '{self.store.folder}': a stored teacher knows the "
+                "training samples as they were cached, and no others (a sweep without augmentation needs a store of "
+                "data.augment: plain)."
             )
         top = TopK(held["top"], held["top.indices"], held["top.tail"]) if "top" in held else None
         taps = {k.removeprefix("tap:"): v for k, v in held.items() if k.startswith("tap:")}
-        return Signals(logits=held.get("logits"), top=top, embedding=held.get("embedding"), taps=taps, image=image_size(batch))
+        return Signals(
+            logits=held.get("logits"), top=top, embedding=held.get("embedding"), taps=taps, image=image_size(batch)
+        )
 
     def fingerprint(self) -> str:
         """The store's identity."""
@@ -322,7 +343,8 @@ class Stored(Teacher):
 
 
 class Momentum(nn.Module, Teacher):
-    """The student's own exponential moving average as teacher: w <- m w + (1 - m) w_student after each optimiser step; buffers are copied."""
+    """The student's own exponential moving average as teacher: w <- m w + (1 - m) w_student after each optimiser step;
+    buffers are copied."""
 
     gives = EVERYTHING
 
@@ -351,7 +373,9 @@ class Momentum(nn.Module, Teacher):
     @torch.no_grad()
     def follow(self, student: nn.Module) -> None:
         assert self.model is not None
-        torch._foreach_lerp_([p.data for p in self.model.parameters()], [p.data for p in student.parameters()], 1 - self.momentum)
+        torch._foreach_lerp_(
+            [p.data for p in self.model.parameters()], [p.data for p in student.parameters()], 1 - self.momentum
+        )
         for mine, theirs in zip(self.model.buffers(), student.buffers()):
             mine.copy_(theirs)
 
@@ -363,7 +387,8 @@ class Momentum(nn.Module, Teacher):
 class PastSelf(nn.Module, Teacher):
     """The student's predictions of its last epoch, by sample index; in the first epoch, the one-hot labels.
 
-    The table is (N, C) float32 probabilities beside the parameters (not a buffer: DDP does not broadcast it); it is part of the checkpoint.
+    The table is (N, C) float32 probabilities beside the parameters (not a buffer: DDP does not broadcast it); it is
+    part of the checkpoint.
     """
 
     gives = frozenset({"logits"})
@@ -378,9 +403,14 @@ class PastSelf(nn.Module, Teacher):
 
     def attach(self, wanted: Iterable[str], probe: Batch, student: nn.Module) -> None:
         if self.table is None:
-            raise UserError("The past-self teacher does not know the training labels: call start(labels, num_classes), or train from a recipe.")
+            raise UserError(
+                "The past-self teacher does not know the training labels: call start(labels, num_classes), or train "
+                "from a recipe."
+            )
         if "index" not in probe:
-            raise UserError(f"The past-self teacher needs `index` in every batch, but the data gives only: {', '.join(probe)}.")
+            raise UserError(
+                f"The past-self teacher needs `index` in every batch, but the data gives only: {', '.join(probe)}."
+            )
 
     def forward(self, batch: Batch, student: Signals | None = None) -> Signals:
         assert self.table is not None
@@ -406,7 +436,8 @@ class PastSelf(nn.Module, Teacher):
 
 
 class CoTrained(nn.Module, Teacher):
-    """A peer that is trained together with the student. Its signals arrive attached: each objective detaches what its paper detaches."""
+    """A peer that is trained together with the student. Its signals arrive attached: each objective detaches what its
+    paper detaches."""
 
     gives = EVERYTHING
 

@@ -28,8 +28,11 @@ class Weighted:
         return self.weight.at(progress) if isinstance(self.weight, WeightSchedule) else self.weight
 
 
-Objectives = Sequence[str | Mapping[str, Any] | ObjectiveSpec | Objective | tuple[Objective, float | WeightSchedule] | Weighted]
-"""Names ("kd"), mappings ({"name": "kd", "temperature": 2}), entries of a recipe, objectives, or (objective, weight) pairs."""
+Objectives = Sequence[
+    str | Mapping[str, Any] | ObjectiveSpec | Objective | tuple[Objective, float | WeightSchedule] | Weighted
+]
+"""Names ("kd"), mappings ({"name": "kd", "temperature": 2}), entries of a recipe, objectives, or (objective, weight)
+pairs."""
 
 
 def objective_from_spec(spec: str | Mapping[str, Any] | ObjectiveSpec) -> Any:

@@ -1,7 +1,7 @@
 """Figures of a classifier: accuracy and calibration over a loader, and the pure functions behind them.
 
-All figures are fractions, not percent. Calibration error as in Guo et al. 2017 (arXiv 1706.04599); risk and coverage as in Geifman et al. 2019
-(arXiv 1805.08206). Papers print ECE times 100 and AURC times 1000.
+All figures are fractions, not percent. Calibration error as in Guo et al. 2017 (arXiv 1706.04599); risk and coverage as
+in Geifman et al. 2019 (arXiv 1805.08206). Papers print ECE times 100 and AURC times 1000.
 """
 
 from __future__ import annotations
@@ -22,11 +22,12 @@ GROUPS = ("accuracy", "calibration")
 
 
 class ClassificationMeter:
-    """Figures of a classifier, as fractions. Logits stay on their device until the last batch, then move to the host once.
+    """Figures of a classifier, as fractions. Logits stay on their device until the last batch, then move to the host
+    once.
 
     Args:
-        groups: `accuracy` gives `accuracy`, and `accuracy_top5` where there are more than 5 classes; `calibration` gives `nll` (mean negative
-            log-likelihood, in nats), `ece` (15 bins), `brier` and `aurc`.
+        groups: `accuracy` gives `accuracy`, and `accuracy_top5` where there are more than 5 classes; `calibration`
+            gives `nll` (mean negative log-likelihood, in nats), `ece` (15 bins), `brier` and `aurc`.
     """
 
     def __init__(self, groups: Sequence[str] = GROUPS) -> None:
@@ -52,17 +53,21 @@ class ClassificationMeter:
     def collected(self) -> tuple[Tensor, Tensor]:
         """Logits (N, C) in float32 and labels (N,) of all batches, on the host."""
         if not self._logits:
-            raise UserError("There is nothing to evaluate on: the loader gave no batch; take a larger test set or a smaller batch.")
+            raise UserError(
+                "There is nothing to evaluate on: the loader gave no batch; take a larger test set or a smaller batch."
+            )
         logits, labels = torch.cat(self._logits).cpu(), torch.cat([t.cpu() for t in self._labels]).long()
         low, high, width = int(labels.min()), int(labels.max()), logits.shape[1]
         if low < 0 or high >= width:
             raise UserError(
-                f"Labels run from {low} to {high}, but the model has {width} classes (0 to {width - 1}); give it as many classes as the data has."
+                f"Labels run from {low} to {high}, but the model has {width} classes (0 to {width - 1}); give it as "
+                "many classes as the data has."
             )
         broken = int(logits.isnan().any(-1).sum())
         if broken:
             raise UserError(
-                f"The model's outputs are NaN for {broken} of {len(labels)} samples, so it cannot be judged; train with a lower learning rate."
+                f"The model's outputs are NaN for {broken} of {len(labels)} samples, so it cannot be judged; train "
+                "with a lower learning rate."
             )
         return logits, labels
 
@@ -115,7 +120,9 @@ def evaluate_classifier(
     return judge(PLAIN, model, loader, device, groups)
 
 
-def collect_logits(model: nn.Module, loader: Iterable[Batch], device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:
+def collect_logits(
+    model: nn.Module, loader: Iterable[Batch], device: torch.device | str = "cpu"
+) -> tuple[Tensor, Tensor]:
     """Logits (N, C) in float32 and labels (N,) of a whole loader, on the host. Raises as `ClassificationMeter`."""
     return measured(PLAIN, model, loader, device, ClassificationMeter()).collected()
 
@@ -126,13 +133,15 @@ def nll(logits: Tensor, labels: Tensor) -> float:
 
 
 def brier(probs: Tensor, labels: Tensor) -> float:
-    """Brier score: the squared distance of probabilities (N, C) from the one-hot label, summed over classes, mean over samples; in [0, 2]."""
+    """Brier score: the squared distance of probabilities (N, C) from the one-hot label, summed over classes, mean over
+    samples; in [0, 2]."""
     return (probs - F.one_hot(labels, probs.shape[-1])).double().square().sum(-1).mean().item()
 
 
 @dataclass(frozen=True)
 class Reliability:
-    """What a reliability diagram shows: samples by confidence, in equal-width bins. Each tensor is (bins,); an empty bin holds zeros."""
+    """What a reliability diagram shows: samples by confidence, in equal-width bins. Each tensor is (bins,); an empty
+    bin holds zeros."""
 
     share: Tensor  # of all samples, in the bin
     confidence: Tensor  # mean in the bin
@@ -140,20 +149,24 @@ class Reliability:
 
 
 def reliability(probs: Tensor, labels: Tensor, bins: int = 15) -> Reliability:
-    """Accuracy against confidence (the largest probability) of probabilities (N, C) and labels (N,), in bins (i/bins, (i+1)/bins]."""
+    """Accuracy against confidence (the largest probability) of probabilities (N, C) and labels (N,), in bins (i/bins,
+    (i+1)/bins]."""
     confidence, predicted = probs.max(-1)
     edges = torch.linspace(0, 1, bins + 1, dtype=confidence.dtype, device=confidence.device)
     where = torch.bucketize(confidence, edges[1:-1])
     mean_over = torch.bincount(where, minlength=bins).double()
 
     def mean_in_bin(x: Tensor) -> Tensor:
-        return torch.zeros(bins, dtype=torch.double, device=x.device).index_add_(0, where, x.double()) / mean_over.clamp_min(1)
+        return torch.zeros(bins, dtype=torch.double, device=x.device).index_add_(
+            0, where, x.double()
+        ) / mean_over.clamp_min(1)
 
     return Reliability(mean_over / len(labels), mean_in_bin(confidence), mean_in_bin(predicted == labels))
 
 
 def expected_calibration_error(probs: Tensor, labels: Tensor, bins: int = 15) -> float:
-    """Expected calibration error: the gap between confidence and accuracy, mean over equal-width bins weighted by their samples; in [0, 1].
+    """Expected calibration error: the gap between confidence and accuracy, mean over equal-width bins weighted by their
+    samples; in [0, 1].
 
     Args:
         probs: probabilities (N, C).
@@ -168,9 +181,11 @@ def expected_calibration_error(probs: Tensor, labels: Tensor, bins: int = 15) ->
 
 
 def aurc(confidence: Tensor, correct: Tensor) -> float:
-    """Area under the risk-coverage curve: the error rate among the k most confident samples, mean over k = 1 … N; in [0, 1], lower is better.
+    """Area under the risk-coverage curve: the error rate among the k most confident samples, mean over k = 1 … N; in
+    [0, 1], lower is better.
 
-    Equal confidences count as if in random order (its expectation), so the figure does not depend on the order of the data.
+    Equal confidences count as if in random order (its expectation), so the figure does not depend on the order of the
+    data.
 
     Args:
         confidence: (N,).
@@ -185,13 +200,15 @@ def aurc(confidence: Tensor, correct: Tensor) -> float:
 
 
 def excess_aurc(confidence: Tensor, correct: Tensor) -> float:
-    """E-AURC: `aurc` less that of the best possible ranking with as many errors (all errors least confident); 0 is a perfect ranking."""
+    """E-AURC: `aurc` less that of the best possible ranking with as many errors (all errors least confident); 0 is a
+    perfect ranking."""
     best = torch.arange(len(correct), dtype=torch.double, device=correct.device)
     return aurc(confidence, correct) - aurc(-best, best < correct.sum())
 
 
 def kendall_tau(student: Tensor, teacher: Tensor, labels: Tensor, chunk: int = 2**24) -> float:
-    """How much student and teacher agree on the order of the classes other than the label: Kendall's tau-b of their logits, mean over samples.
+    """How much student and teacher agree on the order of the classes other than the label: Kendall's tau-b of their
+    logits, mean over samples.
 
     Args:
         student: logits (N, C), C >= 3.
@@ -200,13 +217,16 @@ def kendall_tau(student: Tensor, teacher: Tensor, labels: Tensor, chunk: int = 2
         chunk: pairs of classes compared at once, a bound on memory.
 
     Returns:
-        From -1 (reversed) to 1 (the same order). Samples where one side has all classes equal have no order and are left out.
+        From -1 (reversed) to 1 (the same order). Samples where one side has all classes equal have no order and are
+        left out.
 
     Raises:
         UserError: logits of different shapes, or fewer than three classes.
     """
     if student.shape != teacher.shape or student.ndim != 2 or student.shape[1] < 3:
-        raise UserError(f"Kendall's tau needs two (N, C) logits with C >= 3; got {tuple(student.shape)} and {tuple(teacher.shape)}.")
+        raise UserError(
+            f"Kendall's tau needs two (N, C) logits with C >= 3; got {tuple(student.shape)} and {tuple(teacher.shape)}."
+        )
     n, classes = student.shape
     others = F.one_hot(labels, classes) == 0
     s, t = student[others].view(n, classes - 1), teacher[others].view(n, classes - 1)

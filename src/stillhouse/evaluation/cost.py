@@ -1,4 +1,5 @@
-"""What a model and its training step cost: parameters, multiply-adds, latency, bytes on disk, time and memory of a step. For after training."""
+"""What a model and its training step cost: parameters, multiply-adds, latency, bytes on disk, time and memory of a
+step. For after training."""
 
 from __future__ import annotations
 
@@ -26,9 +27,11 @@ def parameters(model: nn.Module) -> int:
 
 
 def multiply_adds(model: nn.Module, batch: Batch, task: Judged = PLAIN) -> int:
-    """Multiply-adds of one forward pass for ONE sample (the first of the batch): convolutions, matrix products, attention and recurrent layers.
+    """Multiply-adds of one forward pass for ONE sample (the first of the batch): convolutions, matrix products,
+    attention and recurrent layers.
 
-    Element-wise work, normalisation and pooling are not counted, as is usual. Half of what `torch.utils.flop_counter` calls FLOPs.
+    Element-wise work, normalisation and pooling are not counted, as is usual. Half of what `torch.utils.flop_counter`
+    calls FLOPs.
 
     Args:
         model: on the batch's device; a compiled model is counted as it was before.
@@ -42,8 +45,11 @@ def multiply_adds(model: nn.Module, batch: Batch, task: Judged = PLAIN) -> int:
     return int(counter.get_total_flops()) // 2
 
 
-def latency(model: nn.Module, batch: Batch, task: Judged = PLAIN, repeats: int = 30, warmup: int = 5) -> dict[str, float]:
-    """Milliseconds of a forward pass for one sample (the first of the batch): the `median` over repeats, with `low` and `high`, its 10th and 90th percentile.
+def latency(
+    model: nn.Module, batch: Batch, task: Judged = PLAIN, repeats: int = 30, warmup: int = 5
+) -> dict[str, float]:
+    """Milliseconds of a forward pass for one sample (the first of the batch): the `median` over repeats, with `low` and
+    `high`, its 10th and 90th percentile.
 
     On a CPU with one thread (the setting is put back), on a GPU waiting for the device each time.
 
@@ -68,7 +74,9 @@ def latency(model: nn.Module, batch: Batch, task: Judged = PLAIN, repeats: int =
             wait()
             if i >= warmup:
                 times.append(1000 * (time.perf_counter() - start))
-    low, median, high = torch.tensor(times, dtype=torch.double).quantile(torch.tensor([0.1, 0.5, 0.9], dtype=torch.double)).tolist()
+    low, median, high = (
+        torch.tensor(times, dtype=torch.double).quantile(torch.tensor([0.1, 0.5, 0.9], dtype=torch.double)).tolist()
+    )
     return {"median": median, "low": low, "high": high}
 
 
@@ -82,9 +90,11 @@ def file_size(path: str | Path) -> int:
 
 
 def step_cost(module: Any, batch: Batch, ctx: Any, rounds: int = 5) -> dict[str, float]:
-    """What a training step of a built and prepared module costs, beside a plain cross-entropy step of its student on the same batch, taken in turns.
+    """What a training step of a built and prepared module costs, beside a plain cross-entropy step of its student on
+    the same batch, taken in turns.
 
-    Forward passes of all networks, inner steps and the backward pass count; the optimiser does not. The student's weights and statistics are put back.
+    Forward passes of all networks, inner steps and the backward pass count; the optimiser does not. The student's
+    weights and statistics are put back.
 
     Args:
         module: a `Distillation` after its fit.
@@ -93,7 +103,8 @@ def step_cost(module: Any, batch: Batch, ctx: Any, rounds: int = 5) -> dict[str,
         rounds: how many of each are timed; CPU time on a CPU, wall time on a GPU.
 
     Returns:
-        `step_ms` and `step_ratio` (over the cross-entropy step), medians; `step_bytes`: the most that torch holds at a time beyond what it held before.
+        `step_ms` and `step_ratio` (over the cross-entropy step), medians; `step_bytes`: the most that torch holds at a
+        time beyond what it held before.
     """
     student = module.student
     before = {k: v.clone() for k, v in student.state_dict().items()}
@@ -123,7 +134,8 @@ def step_cost(module: Any, batch: Batch, ctx: Any, rounds: int = 5) -> dict[str,
 
 
 def times_in_turns(works: Mapping[str, Callable[[], Any]], device: torch.device, rounds: int = 7) -> dict[str, float]:
-    """Median seconds of each call by name, taken in turns after one untimed round; CPU time on a CPU, wall time on a GPU."""
+    """Median seconds of each call by name, taken in turns after one untimed round; CPU time on a CPU, wall time on a
+    GPU."""
     for work in works.values():
         work()
     times = [{name: _seconds(work, device) for name, work in works.items()} for _ in range(rounds)]
@@ -141,7 +153,9 @@ def peak_of_tensors(work: Callable[[], Any], device: torch.device) -> int:
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         work()
     held = most = 0
-    for event in sorted((e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"), key=lambda e: e.start_ns()):
+    for event in sorted(
+        (e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"), key=lambda e: e.start_ns()
+    ):
         held += event.nbytes()
         most = max(most, held)
     return most
@@ -176,7 +190,8 @@ def _one_thread() -> Iterator[None]:
 
 @contextmanager
 def _unfused() -> Iterator[None]:
-    """Inside, transformer and recurrent layers run as the products they are made of: their fused kernels count as nothing."""
+    """Inside, transformer and recurrent layers run as the products they are made of: their fused kernels count as
+    nothing."""
     kernels: tuple[Any, ...] = (torch.backends.mkldnn, torch.backends.cudnn)
     before = [k.enabled for k in kernels]
     fast = torch.backends.mha.get_fastpath_enabled()

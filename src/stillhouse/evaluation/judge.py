@@ -1,4 +1,5 @@
-"""`judge`: the one loop in which a network is judged. A task says how the network is called and read, and gives the meter that collects figures."""
+"""`judge`: the one loop in which a network is judged. A task says how the network is called and read, and gives the
+meter that collects figures."""
 
 from __future__ import annotations
 
@@ -42,7 +43,11 @@ M = TypeVar("M", bound=Meter)
 
 
 def judge(
-    task: Judged, model: nn.Module, loader: Iterable[Batch], device: torch.device | str = "cpu", groups: Sequence[str] = ()
+    task: Judged,
+    model: nn.Module,
+    loader: Iterable[Batch],
+    device: torch.device | str = "cpu",
+    groups: Sequence[str] = (),
 ) -> dict[str, float]:
     """Figures of a network over a loader.
 
@@ -74,4 +79,6 @@ def measured(task: Judged, model: nn.Module, loader: Iterable[Batch], device: to
 def one_sample(batch: Batch) -> Batch:
     """The `input` of the first sample, as a batch of one."""
     x = batch["input"]
-    return {"input": x[:1] if isinstance(x, Tensor) else {k: v[:1] if isinstance(v, Tensor) else v for k, v in x.items()}}
+    return {
+        "input": x[:1] if isinstance(x, Tensor) else {k: v[:1] if isinstance(v, Tensor) else v for k, v in x.items()}
+    }

@@ -16,7 +16,8 @@ from stillhouse.signals import Batch, Signals
 
 
 class TokenMeter:
-    """`perplexity` (exp of the mean negative log-likelihood in nats), `nll` and `accuracy` over all tokens whose label counts.
+    """`perplexity` (exp of the mean negative log-likelihood in nats), `nll` and `accuracy` over all tokens whose label
+    counts.
 
     Networks that give hidden states and an output matrix in the place of logits are scored some tokens at a time.
     """
@@ -25,7 +26,8 @@ class TokenMeter:
         self._sums: Tensor | None = None
 
     def add(self, batch: Batch, outputs: Signals) -> None:
-        """Take the logits (B, L, V) of a batch, or their parts, and its `label` (B, L), which stands where its prediction stands."""
+        """Take the logits (B, L, V) of a batch, or their parts, and its `label` (B, L), which stands where its
+        prediction stands."""
         label = batch["label"]
         counted = label != IGNORE
         losses, right = _scores(outputs, label, counted)
@@ -49,6 +51,9 @@ def _scores(outputs: Signals, label: Tensor, counted: Tensor) -> tuple[Tensor, T
         return linear_scores(Head(head.hidden[counted], head.weight, head.bias), label[counted])
     logits = outputs.logits
     if logits.ndim != 3 or logits.shape[:2] != label.shape:
-        raise UserError(f"Judging tokens needs logits (B, L, V) and labels (B, L); got {tuple(logits.shape)} and {tuple(label.shape)}.")
+        raise UserError(
+            f"Judging tokens needs logits (B, L, V) and labels (B, L); got {tuple(logits.shape)} and "
+            f"{tuple(label.shape)}."
+        )
     chosen, target = logits[counted].float(), label[counted]
     return F.cross_entropy(chosen, target, reduction="none"), chosen.argmax(-1) == target

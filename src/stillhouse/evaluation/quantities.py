@@ -8,7 +8,8 @@ from dataclasses import dataclass, replace
 
 @dataclass(frozen=True)
 class Quantity:
-    """How one named figure is shown. `better` is 1 where higher is better, -1 where lower is, 0 where nothing is known."""
+    """How one named figure is shown. `better` is 1 where higher is better, -1 where lower is, 0 where nothing is
+    known."""
 
     title: str
     unit: str = ""
@@ -19,7 +20,8 @@ class Quantity:
     prefixes: bool = False  # thousands, millions or billions, whichever suits the largest value shown
 
     def suited_to(self, largest: float) -> Quantity:
-        """The same figure in the unit that suits values up to `largest`: k, M or G before the unit, where it takes prefixes."""
+        """The same figure in the unit that suits values up to `largest`: k, M or G before the unit, where it takes
+        prefixes."""
         measure = abs(largest * self.scale)
         if not self.prefixes or not measure >= 1000:
             return self
@@ -37,7 +39,8 @@ class Quantity:
         return "points" if self.unit == "%" else self.unit
 
     def digits(self, value: float, like: float | None = None) -> str:
-        """The value in this unit, without the unit; an en dash for NaN. With `like`, to as many decimals as that value has."""
+        """The value in this unit, without the unit; an en dash for NaN. With `like`, to as many decimals as that value
+        has."""
         x = value * self.scale
         if not math.isfinite(x):
             return "–" if math.isnan(x) else ("∞" if x > 0 else "−∞")
@@ -60,17 +63,42 @@ class Quantity:
 
 
 _KNOWN = {
-    "accuracy": Quantity("Accuracy", "%", 100, 2, 1, "Share of test samples whose most probable class is the right one."),
-    "accuracy_top5": Quantity("Top-5 accuracy", "%", 100, 2, 1, "Share of test samples whose right class is among the five most probable."),
-    "miou": Quantity("Mean IoU", "%", 100, 2, 1, "Intersection over union of predicted and true pixels, mean over the classes."),
-    "pixel_accuracy": Quantity("Pixel accuracy", "%", 100, 2, 1, "Share of labelled pixels whose class is the right one."),
-    "accuracy_std": Quantity("Accuracy, spread", "points", 100, 2, -1, "Standard deviation of the accuracy over the networks that were trained."),
-    "improvement_over_random": Quantity("Gain over random", "points", 100, 2, 1, "Accuracy above that of as many random real images."),
-    "gain_over_scratch": Quantity("Gain over untrained", "points", 100, 2, 1, "Accuracy above that of backbones that were not pre-trained."),
-    "accuracy_random": Quantity("Accuracy, random", "%", 100, 2, 0, "The same of networks trained on as many random real images."),
+    "accuracy": Quantity(
+        "Accuracy", "%", 100, 2, 1, "Share of test samples whose most probable class is the right one."
+    ),
+    "accuracy_top5": Quantity(
+        "Top-5 accuracy", "%", 100, 2, 1, "Share of test samples whose right class is among the five most probable."
+    ),
+    "miou": Quantity(
+        "Mean IoU", "%", 100, 2, 1, "Intersection over union of predicted and true pixels, mean over the classes."
+    ),
+    "pixel_accuracy": Quantity(
+        "Pixel accuracy", "%", 100, 2, 1, "Share of labelled pixels whose class is the right one."
+    ),
+    "accuracy_std": Quantity(
+        "Accuracy, spread",
+        "points",
+        100,
+        2,
+        -1,
+        "Standard deviation of the accuracy over the networks that were trained.",
+    ),
+    "improvement_over_random": Quantity(
+        "Gain over random", "points", 100, 2, 1, "Accuracy above that of as many random real images."
+    ),
+    "gain_over_scratch": Quantity(
+        "Gain over untrained", "points", 100, 2, 1, "Accuracy above that of backbones that were not pre-trained."
+    ),
+    "accuracy_random": Quantity(
+        "Accuracy, random", "%", 100, 2, 0, "The same of networks trained on as many random real images."
+    ),
     "accuracy_full": Quantity("Accuracy, all data", "%", 100, 2, 0, "The same of a network trained on all real data."),
-    "accuracy_scratch": Quantity("Accuracy, untrained", "%", 100, 2, 0, "The same of backbones that were not pre-trained."),
-    "accuracy_scratch_std": Quantity("Accuracy, untrained, spread", "points", 100, 2, -1, "Standard deviation of that over the backbones."),
+    "accuracy_scratch": Quantity(
+        "Accuracy, untrained", "%", 100, 2, 0, "The same of backbones that were not pre-trained."
+    ),
+    "accuracy_scratch_std": Quantity(
+        "Accuracy, untrained, spread", "points", 100, 2, -1, "Standard deviation of that over the backbones."
+    ),
     "test_loss": Quantity(
         "Regression, unseen",
         "",
@@ -79,18 +107,44 @@ _KNOWN = {
         -1,
         "Squared error of the representations of unseen real images, as ridge regression on the set predicts them.",
     ),
-    "label_agreement": Quantity("Label agreement", "%", 100, 1, 1, "Share of the soft labels whose largest entry is at the image's class."),
-    "accuracy_unaugmented": Quantity("Accuracy, plain", "%", 100, 2, 1, "The same of networks trained without augmentation."),
-    "accuracy_random_unaugmented": Quantity("Accuracy, random, plain", "%", 100, 2, 0, "Of random real images, without augmentation."),
-    "lrs": Quantity("LRS", "", 1, 3, 1, "Label-robust score of DD-Ranking, 0 to 1: hard labels against all data, and the gain over random images."),
-    "ars": Quantity(
-        "ARS", "", 1, 3, 1, "Augmentation-robust score of DD-Ranking, 0 to 1: the gain over random images, with augmentation and without."
+    "label_agreement": Quantity(
+        "Label agreement", "%", 100, 1, 1, "Share of the soft labels whose largest entry is at the image's class."
     ),
-    "hlr": Quantity("HLR", "points", 100, 2, -1, "Accuracy of all real data above that of the set, both with hard labels."),
+    "accuracy_unaugmented": Quantity(
+        "Accuracy, plain", "%", 100, 2, 1, "The same of networks trained without augmentation."
+    ),
+    "accuracy_random_unaugmented": Quantity(
+        "Accuracy, random, plain", "%", 100, 2, 0, "Of random real images, without augmentation."
+    ),
+    "lrs": Quantity(
+        "LRS",
+        "",
+        1,
+        3,
+        1,
+        "Label-robust score of DD-Ranking, 0 to 1: hard labels against all data, and the gain over random images.",
+    ),
+    "ars": Quantity(
+        "ARS",
+        "",
+        1,
+        3,
+        1,
+        "Augmentation-robust score of DD-Ranking, 0 to 1: the gain over random images, with augmentation and without.",
+    ),
+    "hlr": Quantity(
+        "HLR", "points", 100, 2, -1, "Accuracy of all real data above that of the set, both with hard labels."
+    ),
     "ior": Quantity("IOR", "points", 100, 2, 1, "Accuracy of the set above that of as many random real images."),
-    "accuracy_linear": Quantity("Linear probe", "%", 100, 2, 1, "Accuracy of a linear classifier on the frozen features."),
-    "accuracy_knn": Quantity("Nearest neighbours", "%", 100, 2, 1, "Accuracy of nearest neighbours in the frozen features."),
-    "accuracy_fine_tuned": Quantity("Fine-tuned", "%", 100, 2, 1, "Accuracy of a copy that was fine-tuned with labels."),
+    "accuracy_linear": Quantity(
+        "Linear probe", "%", 100, 2, 1, "Accuracy of a linear classifier on the frozen features."
+    ),
+    "accuracy_knn": Quantity(
+        "Nearest neighbours", "%", 100, 2, 1, "Accuracy of nearest neighbours in the frozen features."
+    ),
+    "accuracy_fine_tuned": Quantity(
+        "Fine-tuned", "%", 100, 2, 1, "Accuracy of a copy that was fine-tuned with labels."
+    ),
     "attention_nmi": Quantity(
         "Attention NMI",
         "",
@@ -99,22 +153,59 @@ _KNOWN = {
         0,
         "Mutual information of query and key positions in the last block, 0 to 1; 0 is collapsed attention.",
     ),
-    "attention_distance": Quantity("Attention distance", "px", 1, 1, 0, "Mean distance from query to key in the last block."),
-    "nll": Quantity("NLL", "nats", 1, 3, -1, "Negative log-likelihood: how surprised the model is by the right class, on average; lower is better."),
-    "accuracy_omitted": Quantity("Accuracy, omitted", "%", 100, 2, 1, "Share right among test samples of the classes that the student never saw."),
-    "accuracy_seen": Quantity("Accuracy, seen", "%", 100, 2, 1, "Share right among test samples of the classes that the student was taught."),
-    "auc": Quantity("AUC", "%", 100, 2, 1, "Area under the ROC curve: how often a positive is ranked above a negative."),
+    "attention_distance": Quantity(
+        "Attention distance", "px", 1, 1, 0, "Mean distance from query to key in the last block."
+    ),
+    "nll": Quantity(
+        "NLL",
+        "nats",
+        1,
+        3,
+        -1,
+        "Negative log-likelihood: how surprised the model is by the right class, on average; lower is better.",
+    ),
+    "accuracy_omitted": Quantity(
+        "Accuracy, omitted", "%", 100, 2, 1, "Share right among test samples of the classes that the student never saw."
+    ),
+    "accuracy_seen": Quantity(
+        "Accuracy, seen", "%", 100, 2, 1, "Share right among test samples of the classes that the student was taught."
+    ),
+    "auc": Quantity(
+        "AUC", "%", 100, 2, 1, "Area under the ROC curve: how often a positive is ranked above a negative."
+    ),
     "nmi": Quantity("NMI", "%", 100, 2, 1, "Normalised mutual information of clusters and classes."),
     "ari": Quantity("ARI", "%", 100, 2, 1, "Adjusted Rand index of clusters and classes; 0 is chance."),
     "perplexity": Quantity(
-        "Perplexity", "", 1, 2, -1, "Of tokens: as if the model chose among so many equally likely ones each time; e to the power of the NLL."
+        "Perplexity",
+        "",
+        1,
+        2,
+        -1,
+        "Of tokens: as if the model chose among so many equally likely ones each time; e to the power of the NLL.",
     ),
     "ece": Quantity(
-        "ECE", "%", 100, 2, -1, "Expected calibration error: how far the model's confidence is from its accuracy; 0 is as sure as it is right."
+        "ECE",
+        "%",
+        100,
+        2,
+        -1,
+        "Expected calibration error: how far the model's confidence is from its accuracy; 0 is as sure as it is right.",
     ),
-    "brier": Quantity("Brier", "", 1, 3, -1, "Brier score: squared distance of the probabilities from the right answer, 0 to 2; lower is better."),
+    "brier": Quantity(
+        "Brier",
+        "",
+        1,
+        3,
+        -1,
+        "Brier score: squared distance of the probabilities from the right answer, 0 to 2; lower is better.",
+    ),
     "aurc": Quantity(
-        "AURC", "×10⁻³", 1000, 1, -1, "Error rate when the least confident answers are withheld, averaged over how many are; lower is better."
+        "AURC",
+        "×10⁻³",
+        1000,
+        1,
+        -1,
+        "Error rate when the least confident answers are withheld, averaged over how many are; lower is better.",
     ),
     "step_relative": Quantity(
         "Step",
@@ -122,28 +213,82 @@ _KNOWN = {
         1,
         2,
         -1,
-        "Time of a training step (CPU time on a CPU; without the optimiser), as a multiple of the reference's in the same group.",
+        "Time of a training step (CPU time on a CPU; without the optimiser), as a multiple of the reference's in the "
+        "same group.",
     ),
     "step_memory_relative": Quantity(
-        "Step memory", "×", 1, 2, -1, "The most that a training step holds beyond what was held before, as a multiple of the reference's."
+        "Step memory",
+        "×",
+        1,
+        2,
+        -1,
+        "The most that a training step holds beyond what was held before, as a multiple of the reference's.",
     ),
     "parameters": Quantity("Parameters", "", 1, None, -1, "Numbers that the model holds.", prefixes=True),
     "multiply_adds": Quantity(
-        "Multiply-adds", "", 1, None, -1, "Multiplications with addition for one sample: the work of one prediction.", prefixes=True
+        "Multiply-adds",
+        "",
+        1,
+        None,
+        -1,
+        "Multiplications with addition for one sample: the work of one prediction.",
+        prefixes=True,
     ),
-    "latency_ms": Quantity("Latency", "ms", 1, None, -1, "Median time of one prediction, one sample at a time (one CPU thread, or the GPU)."),
-    "file_bytes": Quantity("File size", "B", 1, None, -1, "What the saved product takes on disk, in bytes.", prefixes=True),
-    "bits_per_weight": Quantity("Bits a weight", "", 1, 2, -1, "Length of a code of fixed length, mean over the quantised weights."),
-    "huffman_bits": Quantity("Bits, Huffman", "", 1, 2, -1, "Mean length of one Huffman code for all quantised weights."),
-    "compression": Quantity("Compression", "×", 1, 2, 1, "Size of the float32 weights over that of codes, scales and weights that are not quantised."),
-    "parameters_share": Quantity("Parameters, share", "%", 100, 1, -1, "Parameters over those of the network that it was made from."),
-    "perturbation": Quantity("Perturbation", "", 1, None, -1, "Largest change of an entry of a layer's weight, mean over the factorised layers."),
-    "step_ms": Quantity("Step time", "ms", 1, None, -1, "Time of a training step (CPU time on a CPU; without the optimiser)."),
+    "latency_ms": Quantity(
+        "Latency",
+        "ms",
+        1,
+        None,
+        -1,
+        "Median time of one prediction, one sample at a time (one CPU thread, or the GPU).",
+    ),
+    "file_bytes": Quantity(
+        "File size", "B", 1, None, -1, "What the saved product takes on disk, in bytes.", prefixes=True
+    ),
+    "bits_per_weight": Quantity(
+        "Bits a weight", "", 1, 2, -1, "Length of a code of fixed length, mean over the quantised weights."
+    ),
+    "huffman_bits": Quantity(
+        "Bits, Huffman", "", 1, 2, -1, "Mean length of one Huffman code for all quantised weights."
+    ),
+    "compression": Quantity(
+        "Compression",
+        "×",
+        1,
+        2,
+        1,
+        "Size of the float32 weights over that of codes, scales and weights that are not quantised.",
+    ),
+    "parameters_share": Quantity(
+        "Parameters, share", "%", 100, 1, -1, "Parameters over those of the network that it was made from."
+    ),
+    "perturbation": Quantity(
+        "Perturbation",
+        "",
+        1,
+        None,
+        -1,
+        "Largest change of an entry of a layer's weight, mean over the factorised layers.",
+    ),
+    "step_ms": Quantity(
+        "Step time", "ms", 1, None, -1, "Time of a training step (CPU time on a CPU; without the optimiser)."
+    ),
     "step_ratio": Quantity(
-        "Step / plain", "×", 1, 2, -1, "Time of a training step over a plain cross-entropy step of the same student, taken in turns."
+        "Step / plain",
+        "×",
+        1,
+        2,
+        -1,
+        "Time of a training step over a plain cross-entropy step of the same student, taken in turns.",
     ),
     "step_bytes": Quantity(
-        "Step memory", "B", 1, None, -1, "The most that torch holds at a time in a training step, beyond what it held before.", True
+        "Step memory",
+        "B",
+        1,
+        None,
+        -1,
+        "The most that torch holds at a time in a training step, beyond what it held before.",
+        True,
     ),
     "step_whole_teacher": Quantity(
         "Step, whole teacher",
@@ -171,21 +316,31 @@ _KNOWN = {
     ),
     "train_seconds": Quantity("Training time", "s", 1, None, -1, "Wall-clock time of the training."),
     "distil_seconds": Quantity("Making", "s", 1, None, -1, "Wall-clock time of making the images."),
-    "distil_seconds_per_iteration": Quantity("Making, an iteration", "s", 1, None, -1, "Wall-clock time of one iteration."),
+    "distil_seconds_per_iteration": Quantity(
+        "Making, an iteration", "s", 1, None, -1, "Wall-clock time of one iteration."
+    ),
     "distil_iterations": Quantity("Iterations", "", 1, None, 0, "Steps in which the images were learned."),
     "distil_peak_mb": Quantity("Peak memory", "B", 1e6, None, -1, "The most that an iteration held.", prefixes=True),
     "stored_images": Quantity("Images", "", 1, None, -1, "Images that the set stores."),
-    "stored_mb": Quantity("Size", "B", 1e6, None, -1, "Images and labels of every kind, as they are stored.", prefixes=True),
+    "stored_mb": Quantity(
+        "Size", "B", 1e6, None, -1, "Images and labels of every kind, as they are stored.", prefixes=True
+    ),
     "label_mb": Quantity("Labels", "B", 1e6, None, -1, "The soft labels' part of the size.", prefixes=True),
     "out_of_range_pixels": Quantity("Pixels out of range", "%", 100, 1, 0, "Share of the pixels below 0 or above 1."),
     "run_seconds": Quantity(
-        "Whole run", "s", 1, None, -1, "Wall-clock time of the whole run, with its teacher's training where that was not already there."
+        "Whole run",
+        "s",
+        1,
+        None,
+        -1,
+        "Wall-clock time of the whole run, with its teacher's training where that was not already there.",
     ),
 }
 
 
 def quantity(name: str, largest: float = 0.0) -> Quantity:
-    """How the figure of this name is shown, in a unit for values up to `largest`; `val/accuracy` as `accuracy`; an unknown name as its kind, or as itself to three digits."""
+    """How the figure of this name is shown, in a unit for values up to `largest`; `val/accuracy` as `accuracy`; an
+    unknown name as its kind, or as itself to three digits."""
     base = name.rsplit("/", 1)[-1]
     return _KNOWN.get(base, _alike(base)).suited_to(largest)
 
@@ -202,14 +357,22 @@ def known_names() -> list[str]:
 
 
 def _alike(name: str) -> Quantity:
-    """A figure that is known by its kind alone: `accuracy_NAME` and `NAME_accuracy` are shares, `…_seconds` and `…_mb` have their units."""
+    """A figure that is known by its kind alone: `accuracy_NAME` and `NAME_accuracy` are shares, `…_seconds` and `…_mb`
+    have their units."""
     kind, _, what = name.partition("_")
     if kind == "accuracy" and what.endswith("_std"):
         return replace(_KNOWN["accuracy_std"], title=f"Accuracy, {what.removesuffix('_std').replace('_', ' ')}, spread")
     if kind == "accuracy" and what:
         return Quantity(f"Accuracy, {what.replace('_', ' ')}", "%", 100, 2, 1)
     if kind == "iou" and what:
-        return Quantity(f"IoU, {what.replace('_', ' ')}", "%", 100, 2, 1, "Intersection over union of predicted and true pixels of this class.")
+        return Quantity(
+            f"IoU, {what.replace('_', ' ')}",
+            "%",
+            100,
+            2,
+            1,
+            "Intersection over union of predicted and true pixels of this class.",
+        )
     if what == "accuracy":
         return Quantity(f"Accuracy, {kind}", "%", 100, 2, 1)
     for end, unit in (("_seconds", "s"), ("_mb", "MB")):
@@ -219,10 +382,17 @@ def _alike(name: str) -> Quantity:
 
 
 def in_reading_order(names: set[str]) -> list[str]:
-    """Known figures in their usual order (quality, calibration, cost), other accuracies after theirs, then the rest by name."""
+    """Known figures in their usual order (quality, calibration, cost), other accuracies after theirs, then the rest by
+    name."""
     known = list(_KNOWN)
 
     def place(name: str) -> float:
-        return known.index(name) if name in _KNOWN else known.index("accuracy_std") + 0.5 if name.startswith("accuracy_") else len(known)
+        return (
+            known.index(name)
+            if name in _KNOWN
+            else known.index("accuracy_std") + 0.5
+            if name.startswith("accuracy_")
+            else len(known)
+        )
 
     return sorted(names, key=lambda n: (place(n), n))

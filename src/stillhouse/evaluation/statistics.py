@@ -48,16 +48,19 @@ def mean_interval(values: Sequence[float], confidence: float = 0.95) -> tuple[fl
 
 
 def paired_difference(values: Sequence[float], baseline: Sequence[float], confidence: float = 0.95) -> Difference:
-    """Mean of values - baseline, pair by pair, with its t confidence interval: `values[i]` and `baseline[i]` come from the same seed.
+    """Mean of values - baseline, pair by pair, with its t confidence interval: `values[i]` and `baseline[i]` come from
+    the same seed.
 
-    Pairing takes out what a seed does to both (its split, its initialisation), so the interval is narrower than that of two separate means.
+    Pairing takes out what a seed does to both (its split, its initialisation), so the interval is narrower than that of
+    two separate means.
 
     Raises:
         UserError: where the two have not the same, non-zero number of values.
     """
     if len(values) != len(baseline) or not values:
         raise UserError(
-            f"A paired difference needs a value of each side for every seed; got {len(values)} values and {len(baseline)} of the baseline."
+            f"A paired difference needs a value of each side for every seed; got {len(values)} values and "
+            f"{len(baseline)} of the baseline."
         )
     differences = [v - b for v, b in zip(values, baseline)]
     low, high = mean_interval(differences, confidence)

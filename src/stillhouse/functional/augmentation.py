@@ -1,7 +1,10 @@
-"""Differentiable Siamese augmentation (Zhao and Bilen, ICML 2021, arXiv 2102.08259): drawn once, applied to as many batches as one likes.
+"""Differentiable Siamese augmentation (Zhao and Bilen, ICML 2021, arXiv 2102.08259): drawn once, applied to as many
+batches as one likes.
 
-`one_of` and `all_of` draw, from torch generators; `apply` is a pure function of images and what was drawn, with gradient in the images. A draw of count 1
-is the same for every image (Siamese: real and synthetic batches see it alike); a draw of count B has a row an image. Draws are tuples: `a + b` is a, then b.
+`one_of` and `all_of` draw, from torch generators; `apply` is a pure function of images and what was drawn, with
+gradient in the images. A draw of count 1
+is the same for every image (Siamese: real and synthetic batches see it alike); a draw of count B has a row an image.
+Draws are tuples: `a + b` is a, then b.
 """
 
 from __future__ import annotations
@@ -57,7 +60,8 @@ class Strength:
 
 
 def groups_of(strategy: str | Sequence[str]) -> tuple[str, ...]:
-    """The groups of a strategy such as `color_crop_cutout_flip_scale_rotate`; an empty one has none. Raises `UserError` for a group that does not exist."""
+    """The groups of a strategy such as `color_crop_cutout_flip_scale_rotate`; an empty one has none. Raises `UserError`
+    for a group that does not exist."""
     names = strategy if not isinstance(strategy, str) else _split(strategy)
     for name in names:
         if name not in GROUPS:
@@ -72,7 +76,8 @@ def one_of(
     generators: torch.Generator | Iterable[torch.Generator],
     strength: Strength = Strength(),
 ) -> Draws:
-    """One of the groups, at random, with its operations' parameters for `count` images of that (H, W). No groups: nothing.
+    """One of the groups, at random, with its operations' parameters for `count` images of that (H, W). No groups:
+    nothing.
 
     Args:
         generators: a generator on the CPU, or one for each further draw (the first chooses the group).
@@ -108,7 +113,10 @@ def apply(x: Tensor, draws: Draws, align_corners: bool = True) -> Tensor:
         UserError: integer images, or draws of another count.
     """
     if not x.is_floating_point():
-        raise UserError(f"Augmentation with gradients needs floating-point images; given: {x.dtype}. Divide uint8 images by 255 first.")
+        raise UserError(
+            f"Augmentation with gradients needs floating-point images; given: {x.dtype}. Divide uint8 images by 255 "
+            "first."
+        )
     for op, drawn in draws:
         if len(drawn[0]) not in (1, len(x)):
             raise UserError(f"The augmentation was drawn for {len(drawn[0])} images, but the batch holds {len(x)}.")
@@ -117,11 +125,14 @@ def apply(x: Tensor, draws: Draws, align_corners: bool = True) -> Tensor:
     return x
 
 
-# ---- what is drawn ---------------------------------------------------------------------------------------------------------------------------
+# ---- what is drawn ---------------------------------------------------------------------------------------------------
 
 
-def raw(op: str, count: int, size: tuple[int, int], stream: Iterator[torch.Generator], strength: Strength = Strength()) -> tuple[Tensor, ...]:
-    """The numbers (count,) that an operation draws, in order: uniform in [0, 1), or integers for `crop` (shifts) and `cutout` (offsets)."""
+def raw(
+    op: str, count: int, size: tuple[int, int], stream: Iterator[torch.Generator], strength: Strength = Strength()
+) -> tuple[Tensor, ...]:
+    """The numbers (count,) that an operation draws, in order: uniform in [0, 1), or integers for `crop` (shifts) and
+    `cutout` (offsets)."""
     if op == "crop":
         ranges = [(-_share(side, strength.crop), _share(side, strength.crop) + 1) for side in size]
     elif op == "cutout":
@@ -132,7 +143,9 @@ def raw(op: str, count: int, size: tuple[int, int], stream: Iterator[torch.Gener
     return tuple(torch.randint(low, high, (count,), generator=next(stream)) for low, high in ranges)
 
 
-def parameters(op: str, drawn: tuple[Tensor, ...], size: tuple[int, int], strength: Strength = Strength()) -> tuple[Tensor, ...]:
+def parameters(
+    op: str, drawn: tuple[Tensor, ...], size: tuple[int, int], strength: Strength = Strength()
+) -> tuple[Tensor, ...]:
     """What an operation takes, from the raw draws (count,)."""
     first = drawn[0]
     if op == "brightness":
@@ -149,7 +162,11 @@ def parameters(op: str, drawn: tuple[Tensor, ...], size: tuple[int, int], streng
         return ((first - 0.5) * 2 * strength.rotate / 180 * math.pi,)
     if op == "cutout":
         sides = (_share(side, strength.cutout) for side in size)
-        return tuple(t for offset, side in zip(drawn, sides) for t in (offset.long() - side // 2, offset.long() - side // 2 + side))
+        return tuple(
+            t
+            for offset, side in zip(drawn, sides)
+            for t in (offset.long() - side // 2, offset.long() - side // 2 + side)
+        )
     if op == "resized_crop":
         area, aspect = strength.area + first * (1 - strength.area), torch.exp((2 * drawn[1] - 1) * math.log(4 / 3))
         height, width = (area / aspect).sqrt().clamp(max=1), (area * aspect).sqrt().clamp(max=1)
@@ -157,7 +174,7 @@ def parameters(op: str, drawn: tuple[Tensor, ...], size: tuple[int, int], streng
     return tuple(d.long() for d in drawn)
 
 
-# ---- operations ------------------------------------------------------------------------------------------------------------------------------
+# ---- operations ------------------------------------------------------------------------------------------------------
 
 
 def brightness(x: Tensor, shift: Tensor) -> Tensor:
@@ -188,8 +205,12 @@ def crop(x: Tensor, down: Tensor, right: Tensor) -> Tensor:
 
 
 def cutout(x: Tensor, top: Tensor, bottom: Tensor, left: Tensor, right: Tensor) -> Tensor:
-    """A square set to 0: rows top … bottom - 1, columns left … right - 1, clipped to the image (a square beyond the edge leaves its last row or column)."""
-    inside = _between(x.shape[2], top, bottom, x.device)[:, :, None] & _between(x.shape[3], left, right, x.device)[:, None, :]
+    """A square set to 0: rows top … bottom - 1, columns left … right - 1, clipped to the image (a square beyond the
+    edge leaves its last row or column)."""
+    inside = (
+        _between(x.shape[2], top, bottom, x.device)[:, :, None]
+        & _between(x.shape[3], left, right, x.device)[:, None, :]
+    )
     return x * (~inside)[:, None].to(x.dtype)
 
 

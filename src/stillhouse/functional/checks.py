@@ -1,4 +1,5 @@
-"""Input checks that objectives share, with exact messages. None of them waits for a GPU: values are looked at only where the tensor is on the CPU."""
+"""Input checks that objectives share, with exact messages. None of them waits for a GPU: values are looked at only
+where the tensor is on the CPU."""
 
 from __future__ import annotations
 
@@ -37,7 +38,8 @@ def same_layers(name: str, student_layers: Sequence[str], teacher_layers: Sequen
     """Raise `UserError` unless there are as many student as teacher layers, and at least one."""
     if not student_layers or len(student_layers) != len(teacher_layers):
         raise UserError(
-            f"{name}: student_layers and teacher_layers must name as many layers, at least one; given: {len(student_layers)} and {len(teacher_layers)}."
+            f"{name}: student_layers and teacher_layers must name as many layers, at least one; given: "
+            f"{len(student_layers)} and {len(teacher_layers)}."
         )
 
 
@@ -45,12 +47,17 @@ def same_classes(name: str, student_logits: Tensor, teacher_logits: Tensor, *, a
     """Raise `UserError` unless both logits have one shape, floating values, and at least so many classes."""
     if student_logits.shape != teacher_logits.shape:
         raise UserError(
-            f"{name}: the student's logits have shape {tuple(student_logits.shape)} but the teacher's {tuple(teacher_logits.shape)}; both must score the same classes."
+            f"{name}: the student's logits have shape {tuple(student_logits.shape)} but the teacher's "
+            f"{tuple(teacher_logits.shape)}; both must score the same classes."
         )
     if not student_logits.is_floating_point() or not teacher_logits.is_floating_point():
-        raise UserError(f"{name}: logits must be floating point; given: {student_logits.dtype} and {teacher_logits.dtype}.")
+        raise UserError(
+            f"{name}: logits must be floating point; given: {student_logits.dtype} and {teacher_logits.dtype}."
+        )
     if student_logits.shape[-1] < at_least:
-        raise UserError(f"{name}: needs at least {at_least} classes; the logits have shape {tuple(student_logits.shape)}.")
+        raise UserError(
+            f"{name}: needs at least {at_least} classes; the logits have shape {tuple(student_logits.shape)}."
+        )
 
 
 def one_prediction_a_sample(name: str, logits: Tensor) -> None:
@@ -63,11 +70,15 @@ def same_rows(name: str, student: Tensor, teacher: Tensor) -> None:
     """Raise `UserError` unless both tensors hold as many samples."""
     if len(student) != len(teacher):
         raise UserError(
-            f"{name}: the student gives {len(student)} samples but the teacher {len(teacher)} (shapes {tuple(student.shape)}, {tuple(teacher.shape)})."
+            f"{name}: the student gives {len(student)} samples but the teacher {len(teacher)} (shapes "
+            f"{tuple(student.shape)}, {tuple(teacher.shape)})."
         )
 
 
 def same_shape(name: str, student: Tensor, teacher: Tensor) -> None:
     """Raise `UserError` unless both maps (B, C, H, W) have one shape."""
     if student.shape != teacher.shape:
-        raise UserError(f"{name}: the student's map has shape {tuple(student.shape)} but the teacher's {tuple(teacher.shape)}; they must be equal.")
+        raise UserError(
+            f"{name}: the student's map has shape {tuple(student.shape)} but the teacher's {tuple(teacher.shape)}; "
+            "they must be equal."
+        )

@@ -1,7 +1,9 @@
-"""Losses of a big vocabulary from hidden states and the output matrix, some rows at a time: no full tensor of logits is ever made.
+"""Losses of a big vocabulary from hidden states and the output matrix, some rows at a time: no full tensor of logits is
+ever made.
 
-The gradients with respect to hidden states, matrix and bias are computed beside the loss, chunk by chunk, in the forward pass, as fused linear losses do
-(Hsu et al., Liger Kernel, arXiv 2410.10989, section 3.2). They equal those of the plain loss of functional/token_losses.py.
+The gradients with respect to hidden states, matrix and bias are computed beside the loss, chunk by chunk, in the
+forward pass, as fused linear losses do (Hsu et al., Liger Kernel, arXiv 2410.10989, section 3.2). They equal those of
+the plain loss of functional/token_losses.py.
 """
 
 from __future__ import annotations
@@ -46,13 +48,19 @@ def linear_cross_entropy(
     check_head("linear_cross_entropy", student)
     if labels.shape != student.hidden.shape[:-1]:
         raise UserError(
-            f"linear_cross_entropy: labels must have shape {tuple(student.hidden.shape[:-1])}, one for each hidden state; given: {tuple(labels.shape)}."
+            f"linear_cross_entropy: labels must have shape {tuple(student.hidden.shape[:-1])}, one for each hidden "
+            f"state; given: {tuple(labels.shape)}."
         )
     counts = labels != ignore_index if mask is None else (labels != ignore_index) & mask
     targets = labels.masked_fill(~counts, 0).flatten()
-    if targets.device.type == "cpu" and targets.numel() and not 0 <= int(targets.min()) <= int(targets.max()) < len(student.weight):
+    if (
+        targets.device.type == "cpu"
+        and targets.numel()
+        and not 0 <= int(targets.min()) <= int(targets.max()) < len(student.weight)
+    ):
         raise UserError(
-            f"linear_cross_entropy: labels must be from 0 to {len(student.weight) - 1}, or {ignore_index}; given: {int(targets.min())} to {int(targets.max())}."
+            f"linear_cross_entropy: labels must be from 0 to {len(student.weight) - 1}, or {ignore_index}; given: "
+            f"{int(targets.min())} to {int(targets.max())}."
         )
 
     def score(space: list[Tensor], part: slice) -> Tensor:
@@ -77,13 +85,15 @@ def linear_divergence(
     reduction: Reduction = "mean",
     rows: int | None = None,
 ) -> Tensor:
-    """Generalised Jensen-Shannon divergence of teacher and student at a temperature, the mean over the tokens that count; no factor T^2.
+    """Generalised Jensen-Shannon divergence of teacher and student at a temperature, the mean over the tokens that
+    count; no factor T^2.
 
     Args:
         student: hidden (..., D), weight (V, D).
-        teacher: its hidden states and matrix, of any width; or its logits (..., V); or its top k (..., k), compared as k classes and all others as one
-            (see `coarse_log_probs`). A constant.
-        beta: 0 is the forward KL(p || q), 1 the reverse KL(q || p), between them beta KL(p || m) + (1 - beta) KL(q || m).
+        teacher: its hidden states and matrix, of any width; or its logits (..., V); or its top k (..., k), compared as
+            k classes and all others as one (see `coarse_log_probs`). A constant.
+        beta: 0 is the forward KL(p || q), 1 the reverse KL(q || p), between them beta KL(p || m) + (1 - beta) KL(q ||
+            m).
         mask: (...,) True where a token counts; default: all.
         count, rows: as for `linear_cross_entropy`.
 
@@ -113,7 +123,9 @@ def linear_divergence(
             _softmax(z)  # how the student spreads its tail
             small = torch.cat([kept.masked_fill_(unknown[part], NEVER), highest - z.amax(1, keepdim=True).log()], dim=1)
             values = compare([_log_softmax(small), target, *(torch.empty_like(small) for _ in range(spaces - 2))])
-            small[:, :-1].masked_fill_(unknown[part], 0.0)  # at indices that the row names already: added, not written over
+            small[:, :-1].masked_fill_(
+                unknown[part], 0.0
+            )  # at indices that the row names already: added, not written over
             z.mul_(small[:, -1:]).scatter_(1, chosen, 0.0).scatter_add_(1, chosen, small[:, :-1])
             return values
 
@@ -142,7 +154,8 @@ def linear_taid(
     reduction: Reduction = "mean",
     rows: int | None = None,
 ) -> Tensor:
-    """Cross-entropy with, or KL from, TAID's target softmax((1 - t) student + t teacher logits), which is a constant (see objectives/taid.py).
+    """Cross-entropy with, or KL from, TAID's target softmax((1 - t) student + t teacher logits), which is a constant
+    (see objectives/taid.py).
 
     Args:
         student, teacher, mask, count, rows: as for `linear_divergence`; the teacher's top k do not suffice.
@@ -169,7 +182,8 @@ def linear_taid(
 
 @torch.no_grad()
 def linear_scores(student: Head, labels: Tensor, *, rows: int | None = None) -> tuple[Tensor, Tensor]:
-    """The cross-entropy of each token, (N,) float32, and whether the most probable token is the label, (N,) bool; to judge by, without gradient.
+    """The cross-entropy of each token, (N,) float32, and whether the most probable token is the label, (N,) bool; to
+    judge by, without gradient.
 
     Args:
         student: hidden (N, D), weight (V, D).
@@ -199,7 +213,7 @@ def _by_part(teacher: Head | Tensor) -> Callable[[slice, Tensor], Tensor]:
     return lambda part, out: project(head.hidden[part], head.weight, head.bias, out)
 
 
-# ---- a chunk: log-probabilities in place of which stand, afterwards, gradients with respect to the student's logits ---------------------------------
+# ---- a chunk: log-probabilities in place of which stand, afterwards, gradients with respect to the student's logits --
 
 
 def _forward_kl(space: list[Tensor]) -> Tensor:
@@ -257,4 +271,7 @@ def _check_teacher(student: Head, teacher: Head | Tensor | TopK) -> None:
         check_vocabulary(name, len(student.weight), len(teacher.weight))
         given = teacher.hidden.shape[:-1]
     if given != positions:
-        raise UserError(f"{name}: the student has positions of shape {tuple(positions)} but the teacher {tuple(given)}; they must be equal.")
+        raise UserError(
+            f"{name}: the student has positions of shape {tuple(positions)} but the teacher {tuple(given)}; they must "
+            "be equal."
+        )

@@ -1,7 +1,8 @@
 """What counts: one rule for every loss, whatever the number of axes, and the mean over what it leaves.
 
-Predictions have their class axis last and a label stands where its prediction stands: logits (B, C) with labels (B,), tokens (B, L, V) with (B, L), pixels
-(B, H, W, C) with (B, H, W). A label of -100 counts for nothing, and neither does a position that the batch's `mask` leaves out. A class id of -1 says
+Predictions have their class axis last and a label stands where its prediction stands: logits (B, C) with labels (B,),
+tokens (B, L, V) with (B, L), pixels (B, H, W, C) with (B, H, W). A label of -100 counts for nothing, and neither does a
+position that the batch's `mask` leaves out. A class id of -1 says
 that a sample has no label: it counts where no label is read, as it can still be distilled.
 """
 
@@ -43,14 +44,19 @@ def counted(batch: Batch, shape: torch.Size | tuple[int, ...], ignore_index: int
     if isinstance(label, Tensor) and not label.is_floating_point() and label.ndim == len(shape):
         if label.shape != shape:
             raise UserError(
-                f"Labels of shape {tuple(label.shape)} do not stand where the predictions stand, {tuple(shape)}: logits have their class axis last, "
-                "and without it the shape of the labels. Of a network that gives (B, C, H, W), `logits.movedim(1, -1)` is that."
+                f"Labels of shape {tuple(label.shape)} do not stand where the predictions stand, {tuple(shape)}: "
+                "logits have their class axis last, "
+                "and without it the shape of the labels. Of a network that gives (B, C, H, W), `logits.movedim(1, "
+                "-1)` is that."
             )
         counts = label != ignore_index
     if mask is None:
         return counts
     if mask.shape != shape:
-        raise UserError(f"The batch's mask has shape {tuple(mask.shape)}, but the predictions have shape {tuple(shape)}; they must be equal.")
+        raise UserError(
+            f"The batch's mask has shape {tuple(mask.shape)}, but the predictions have shape {tuple(shape)}; they "
+            "must be equal."
+        )
     return mask.bool() if counts is None else counts & mask.bool()
 
 
@@ -59,7 +65,9 @@ def both(counts: Tensor | None, others: Tensor) -> Tensor:
     return others if counts is None else counts & others
 
 
-def counted_mean(values: Tensor, counts: Tensor | None = None, count: Tensor | float | None = None, reduction: Reduction = "mean") -> Tensor:
+def counted_mean(
+    values: Tensor, counts: Tensor | None = None, count: Tensor | float | None = None, reduction: Reduction = "mean"
+) -> Tensor:
     """The mean over the positions that count, or with `reduction="sum"` the sum; 0 where none counts.
 
     Args:
@@ -80,18 +88,25 @@ def counted_mean(values: Tensor, counts: Tensor | None = None, count: Tensor | f
 def step_count(batch: Batch, like: Tensor, counts: Tensor | None = None, share: bool = True) -> Tensor:
     """What the sum over a batch is divided by so that the mean is over all counted positions of the optimiser step.
 
-    `batch["token_count"]`, where a loop that accumulates gives it (see `weigh_positions_alike`); else the positions that count here. Where the loop
-    weighs the batch's loss by its size itself (`batch["weighed"]`), it is not shared over processes.
+    `batch["token_count"]`, where a loop that accumulates gives it (see `weigh_positions_alike`); else the positions
+    that count here. Where the loop weighs the batch's loss by its size itself (`batch["weighed"]`), it is not shared
+    over processes.
 
     Args:
         like: (...,) one value a position.
         counts: (...,) True where a position counts; default: all.
-        share: over several processes, whose gradients are averaged, take the mean of their numbers, so that every position weighs the same wherever it
-            lies. Every process must then call this.
+        share: over several processes, whose gradients are averaged, take the mean of their numbers, so that every
+            position weighs the same wherever it lies. Every process must then call this.
     """
     given = batch.get("token_count", like.numel() if counts is None else counts.sum())
     count = torch.ones(1, device=like.device) * given
-    if share and not batch.get("weighed") and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+    if (
+        share
+        and not batch.get("weighed")
+        and dist.is_available()
+        and dist.is_initialized()
+        and dist.get_world_size() > 1
+    ):
         dist.all_reduce(count)
         count = count / dist.get_world_size()
     return count[0].clamp_min(1)
@@ -104,7 +119,8 @@ def has_positions(batch: Batch) -> bool:
 
 
 def weigh_positions_alike(batches: Sequence[Batch]) -> None:
-    """Give the batches of one optimiser step, whose losses are averaged, the `token_count` with which every counted position weighs the same; in place."""
+    """Give the batches of one optimiser step, whose losses are averaged, the `token_count` with which every counted
+    position weighs the same; in place."""
     counts = [counted(batch, batch["label"].shape) for batch in batches]
     mean = torch.stack([c.sum() for c in counts if c is not None]).sum() / len(batches)
     for batch in batches:

@@ -1,4 +1,5 @@
-"""Divergences between class distributions, and the logits they are computed from. A class that both sides mask out with minus infinity costs nothing."""
+"""Divergences between class distributions, and the logits they are computed from. A class that both sides mask out with
+minus infinity costs nothing."""
 
 from __future__ import annotations
 
@@ -14,7 +15,8 @@ from stillhouse.signals import log_softmax
 
 @full_precision
 def kl_terms(student_logits: Tensor, teacher_log_probs: Tensor) -> Tensor:
-    """p (log p - log q) of each class; their sum over the last axis is KL(p || q). (..., C) and (..., C) -> (..., C)."""
+    """p (log p - log q) of each class; their sum over the last axis is KL(p || q). (..., C) and (..., C) -> (...,
+    C)."""
     return weighed(teacher_log_probs, teacher_log_probs - log_softmax(student_logits))
 
 
@@ -26,7 +28,8 @@ def kl_divergence(
     counts: Tensor | None = None,
     count: Tensor | float | None = None,
 ) -> Tensor:
-    """KL(teacher || softmax(student_logits / temperature)), summed over the last axis, mean over all others. Detach what is a constant.
+    """KL(teacher || softmax(student_logits / temperature)), summed over the last axis, mean over all others. Detach
+    what is a constant.
 
     Args:
         student_logits: (..., C).
@@ -43,7 +46,8 @@ def kl_divergence(
 
 @full_precision
 def soft_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
-    """-sum_c targets_c log softmax(logits)_c, mean over all other axes; (..., C) and (..., C). Targets need not sum to 1."""
+    """-sum_c targets_c log softmax(logits)_c, mean over all other axes; (..., C) and (..., C). Targets need not sum to
+    1."""
     return -(targets * log_softmax(logits).masked_fill(targets == 0, 0.0)).sum(-1).mean()
 
 
@@ -51,15 +55,19 @@ def soft_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
 def standardise(logits: Tensor, eps: float = 1e-7) -> Tensor:
     """(z - mean) / (eps + std) of each row, with the unbiased standard deviation; (..., C) -> (..., C).
 
-    Logit standardisation, Sun et al. (CVPR 2024, arXiv 2403.01427), eq. 6. Log-probabilities give the same as the logits they come from. Classes of minus
-    infinity stay so, and mean and deviation are those of the others.
+    Logit standardisation, Sun et al. (CVPR 2024, arXiv 2403.01427), eq. 6. Log-probabilities give the same as the
+    logits they come from. Classes of minus infinity stay so, and mean and deviation are those of the others.
     """
     masked = logits == -math.inf
     classes = (~masked).sum(-1, keepdim=True).to(logits.dtype)
     centred = logits.masked_fill(masked, 0.0)
     centred = (centred - centred.sum(-1, keepdim=True) / classes).masked_fill(masked, 0.0)
     others = max(logits.shape[-1] - 1, 1)
-    std = torch.linalg.vector_norm(centred, dim=-1, keepdim=True) / math.sqrt(others) * (others / (classes - 1).clamp_min(1)).sqrt()
+    std = (
+        torch.linalg.vector_norm(centred, dim=-1, keepdim=True)
+        / math.sqrt(others)
+        * (others / (classes - 1).clamp_min(1)).sqrt()
+    )
     return (centred / (eps + std)).masked_fill(masked, -math.inf)
 
 

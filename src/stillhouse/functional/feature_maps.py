@@ -33,9 +33,11 @@ class Grid:
 
 @cache
 def grid_of(length: int, image: tuple[int, int] | None = None) -> Grid | None:
-    """The grid of `length` tokens of an image (H, W); None where there is none. Where the image is not known, the grid is a square.
+    """The grid of `length` tokens of an image (H, W); None where there is none. Where the image is not known, the grid
+    is a square.
 
-    A patch of p x p pixels divides the image, else the rows and columns at its edges are padded, else they are left out.
+    A patch of p x p pixels divides the image, else the rows and columns at its edges are padded, else they are left
+    out.
 
     >>> grid_of(197), grid_of(2700, image=(180, 240)), grid_of(576, image=(256, 576))
     (Grid(prefix=1, height=14, width=14), Grid(prefix=0, height=45, width=60), Grid(prefix=0, height=16, width=36))
@@ -58,7 +60,8 @@ def grid_of(length: int, image: tuple[int, int] | None = None) -> Grid | None:
 def as_map(x: Tensor, image: tuple[int, int] | None = None) -> Tensor:
     """A feature as a map (B, C, H, W).
 
-    A map stays as it is. Tokens (B, L, D) fold to a map (B, D, h, w) without the tokens before the patches. A vector (B, D) is a map of one pixel.
+    A map stays as it is. Tokens (B, L, D) fold to a map (B, D, h, w) without the tokens before the patches. A vector
+    (B, D) is a map of one pixel.
 
     Args:
         image: (H, W) of the images that the network saw; without it, tokens are of a square grid.
@@ -76,11 +79,15 @@ def as_map(x: Tensor, image: tuple[int, int] | None = None) -> Tensor:
         if grid is not None:
             return x[:, grid.prefix :].transpose(1, 2).reshape(rows, width, grid.height, grid.width)
     of = "a square grid" if image is None else f"a grid of patches of an image of {image[0]} x {image[1]} pixels"
-    raise UserError(f"A feature of shape {tuple(x.shape)} cannot be read as a map (B, C, H, W): give a map, or tokens (B, L, D) of {of}.")
+    raise UserError(
+        f"A feature of shape {tuple(x.shape)} cannot be read as a map (B, C, H, W): give a map, or tokens (B, L, D) "
+        f"of {of}."
+    )
 
 
 def pooled(x: Tensor, image: tuple[int, int] | None = None) -> Tensor:
-    """A feature as a vector (B, C): the mean of a map over space, a vector as it is, of tokens (B, L, D) the class token, the first.
+    """A feature as a vector (B, C): the mean of a map over space, a vector as it is, of tokens (B, L, D) the class
+    token, the first.
 
     Tokens of an image that fill a grid have no class token: they are averaged.
     """
@@ -91,7 +98,10 @@ def pooled(x: Tensor, image: tuple[int, int] | None = None) -> Tensor:
         return x[:, 0] if grid is None or grid.prefix else x.mean(1)
     if x.ndim == 2:
         return x
-    raise UserError(f"A feature of shape {tuple(x.shape)} cannot be pooled; give a map (B, C, H, W), tokens (B, L, D) or a vector (B, C).")
+    raise UserError(
+        f"A feature of shape {tuple(x.shape)} cannot be pooled; give a map (B, C, H, W), tokens (B, L, D) or a vector "
+        "(B, C)."
+    )
 
 
 def map_tap(signals: Signals, layer: str) -> Tensor:

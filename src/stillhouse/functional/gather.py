@@ -1,4 +1,5 @@
-"""Rows of all ranks, with gradient: what losses with statistics over the batch need so that many processes give what one would."""
+"""Rows of all ranks, with gradient: what losses with statistics over the batch need so that many processes give what
+one would."""
 
 from __future__ import annotations
 
@@ -10,8 +11,9 @@ from torch import Tensor
 def gather(x: Tensor) -> Tensor:
     """Rows of all ranks in rank order, shape (world * B, …); the identity without torch.distributed or on one rank.
 
-    Every rank must hold as many rows. Gradients flow back to the rank that a row came from, summed over ranks: with the loss of the whole batch
-    computed on each rank and gradients then averaged (as DDP does), the step is that of one process.
+    Every rank must hold as many rows. Gradients flow back to the rank that a row came from, summed over ranks: with the
+    loss of the whole batch computed on each rank and gradients then averaged (as DDP does), the step is that of one
+    process.
 
     >>> gather(torch.arange(3))
     tensor([0, 1, 2])

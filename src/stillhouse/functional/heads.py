@@ -1,4 +1,5 @@
-"""`Head`, logits that are not computed yet, and the loop over chunks of their rows that makes a loss and its gradients without a full tensor of them."""
+"""`Head`, logits that are not computed yet, and the loop over chunks of their rows that makes a loss and its gradients
+without a full tensor of them."""
 
 from __future__ import annotations
 
@@ -40,7 +41,8 @@ class Head:
 
 
 def head_of(signals: Signals, owner: str) -> Head:
-    """The head of a network that gives no logits: its parts `hidden` (..., D), `output_weight` (V, D) and, where it has one, `output_bias` (V,).
+    """The head of a network that gives no logits: its parts `hidden` (..., D), `output_weight` (V, D) and, where it has
+    one, `output_bias` (V,).
 
     Raises:
         UserError: a part is missing.
@@ -48,7 +50,10 @@ def head_of(signals: Signals, owner: str) -> Head:
     try:
         return Head(signals.parts["hidden"], signals.parts["output_weight"], signals.parts.get("output_bias"))
     except KeyError as missing:
-        raise UserError(f"The {owner} gives neither logits nor the part {missing}; chunked losses need `hidden` and `output_weight`.") from None
+        raise UserError(
+            f"The {owner} gives neither logits nor the part {missing}; chunked losses need `hidden` and "
+            "`output_weight`."
+        ) from None
 
 
 def in_chunks(
@@ -64,14 +69,17 @@ def in_chunks(
     """The sum of the scores of the tokens that count, over `count`: by default their number, with `reduction="sum"` 1.
 
     Args:
-        score: (spaces of n rows of V, which rows) -> (n,) values. The first space holds logits / temperature and is left holding the gradient of each
-            row's value with respect to them; the others are working memory.
+        score: (spaces of n rows of V, which rows) -> (n,) values. The first space holds logits / temperature and is
+            left holding the gradient of each row's value with respect to them; the others are working memory.
         rows: of a chunk; default: as many as `CHUNK` numbers hold.
     """
     if not temperature > 0:
         raise UserError(f"temperature must be above 0; given: {temperature}.")
     if mask is not None and mask.shape != student.hidden.shape[:-1]:
-        raise UserError(f"The mask must have shape {tuple(student.hidden.shape[:-1])}, one for each hidden state; given: {tuple(mask.shape)}.")
+        raise UserError(
+            f"The mask must have shape {tuple(student.hidden.shape[:-1])}, one for each hidden state; given: "
+            f"{tuple(mask.shape)}."
+        )
     head = as_multiplied(student)
     tokens, vocabulary = len(head.hidden), len(head.weight)
     if mask is not None:
@@ -82,7 +90,9 @@ def in_chunks(
         count = max(tokens, 1) if mask is None else mask.sum().clamp_min(1)
     rows = min(rows or max(16, CHUNK // (spaces * vocabulary)), max(tokens, 1))
     with torch.autocast(head.hidden.device.type, enabled=False) if _autocast(head.hidden) else nullcontext():
-        loss: Tensor = _Chunked.apply(head.hidden, head.weight, head.bias, mask, score, spaces, temperature, rows, torch.is_grad_enabled())
+        loss: Tensor = _Chunked.apply(
+            head.hidden, head.weight, head.bias, mask, score, spaces, temperature, rows, torch.is_grad_enabled()
+        )
         return loss / count
 
 
@@ -142,7 +152,9 @@ class _Chunked(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         if ctx.gradients is None:
-            raise RuntimeError("A chunked loss keeps its gradients for one backward pass; compute the loss again for a second one.")
+            raise RuntimeError(
+                "A chunked loss keeps its gradients for one backward pass; compute the loss again for a second one."
+            )
         scale = grad / ctx.temperature  # of a float16 loss that is scaled up, in float32 still
         scaled = [None if x is None else x.mul_(scale).to(dtype) for x, dtype in zip(ctx.gradients, ctx.types)]
         ctx.gradients = None
@@ -150,7 +162,8 @@ class _Chunked(torch.autograd.Function):
 
 
 def as_multiplied(head: Head) -> Head:
-    """The head with hidden states (N, D), in the type that a linear layer would multiply in: under autocast the half precision."""
+    """The head with hidden states (N, D), in the type that a linear layer would multiply in: under autocast the half
+    precision."""
     hidden, weight = head.hidden.flatten(0, -2), head.weight
     if _autocast(hidden):
         half = torch.get_autocast_dtype(hidden.device.type)
@@ -163,15 +176,20 @@ def _autocast(x: Tensor) -> bool:
 
 
 def check_head(name: str, head: Head) -> None:
-    """Raise `UserError` for hidden states, matrix and bias that do not fit, or that are of two types outside autocast."""
+    """Raise `UserError` for hidden states, matrix and bias that do not fit, or that are of two types outside
+    autocast."""
     if head.weight.ndim != 2 or head.hidden.ndim < 2 or head.hidden.shape[-1] != head.weight.shape[1]:
         raise UserError(
-            f"{name}: hidden states (..., D) and output matrix (V, D) must have one width D; given: {tuple(head.hidden.shape)} and {tuple(head.weight.shape)}."
+            f"{name}: hidden states (..., D) and output matrix (V, D) must have one width D; given: "
+            f"{tuple(head.hidden.shape)} and {tuple(head.weight.shape)}."
         )
     if head.bias is not None and head.bias.shape != head.weight.shape[:1]:
         raise UserError(f"{name}: the bias must have shape ({len(head.weight)},); given: {tuple(head.bias.shape)}.")
     if head.hidden.dtype != head.weight.dtype and not _autocast(head.hidden):
-        raise UserError(f"{name}: hidden states are {head.hidden.dtype} but the output matrix {head.weight.dtype}; they must have one type.")
+        raise UserError(
+            f"{name}: hidden states are {head.hidden.dtype} but the output matrix {head.weight.dtype}; they must have "
+            "one type."
+        )
 
 
 def project(hidden: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> Tensor:

@@ -15,22 +15,27 @@ def is_soft(label: Tensor) -> bool:
 
 
 def check_label(name: str, label: Tensor, logits: Tensor) -> None:
-    """Raise `UserError` for a label that does not fit logits (B, C): a wrong shape, or (where it is on the CPU) a class id out of range."""
+    """Raise `UserError` for a label that does not fit logits (B, C): a wrong shape, or (where it is on the CPU) a class
+    id out of range."""
     checks.one_prediction_a_sample(name, logits)
     rows, classes = logits.shape
     if is_soft(label):
         if label.shape != logits.shape:
-            raise UserError(f"{name}: soft labels must have the logits' shape {(rows, classes)}; given: {tuple(label.shape)}.")
+            raise UserError(
+                f"{name}: soft labels must have the logits' shape {(rows, classes)}; given: {tuple(label.shape)}."
+            )
     elif label.shape != (rows,):
         raise UserError(
-            f"{name}: labels must be class ids of shape ({rows},) or soft labels of shape {(rows, classes)}; given: {label.dtype} {tuple(label.shape)}."
+            f"{name}: labels must be class ids of shape ({rows},) or soft labels of shape {(rows, classes)}; given: "
+            f"{label.dtype} {tuple(label.shape)}."
         )
     else:
         check_range(name, label, classes)
 
 
 def check_range(name: str, label: Tensor, classes: int) -> None:
-    """Raise `UserError` for a class id that is not from 0 to classes - 1, where labels are on the CPU (on a GPU, looking would stall the step)."""
+    """Raise `UserError` for a class id that is not from 0 to classes - 1, where labels are on the CPU (on a GPU,
+    looking would stall the step)."""
     if label.device.type != "cpu" or not label.numel():
         return
     low, high = (int(end) for end in label.aminmax())
@@ -41,7 +46,10 @@ def check_range(name: str, label: Tensor, classes: int) -> None:
 def hard_only(name: str, label: Tensor) -> None:
     """Raise `UserError` for soft labels."""
     if is_soft(label):
-        raise UserError(f"{name}: is defined for class ids only, but labels are soft, of shape {tuple(label.shape)}; turn mixup and cutmix off.")
+        raise UserError(
+            f"{name}: is defined for class ids only, but labels are soft, of shape {tuple(label.shape)}; turn mixup "
+            "and cutmix off."
+        )
 
 
 def class_ids(label: Tensor) -> Tensor:

@@ -1,7 +1,9 @@
-"""Matching losses of data-set distillation: feature means (DM), gradients (DC/DSA), parameters after an unrolled training (MTT).
+"""Matching losses of data-set distillation: feature means (DM), gradients (DC/DSA), parameters after an unrolled
+training (MTT).
 
-DM: Zhao and Bilen, arXiv 2110.04181. DC, DSA: arXiv 2006.05929, 2102.08259. MTT: Cazenavette et al., arXiv 2203.11932. Synthetic and real batches that hold
-several classes are class-major with equally many images a class, so that all classes go through a network in one forward.
+DM: Zhao and Bilen, arXiv 2110.04181. DC, DSA: arXiv 2006.05929, 2102.08259. MTT: Cazenavette et al., arXiv 2203.11932.
+Synthetic and real batches that hold several classes are class-major with equally many images a class, so that all
+classes go through a network in one forward.
 """
 
 from __future__ import annotations
@@ -18,7 +20,8 @@ from stillhouse.errors import UserError
 from stillhouse.functional.precision import full_precision
 
 AT_ONCE = {"cpu": 2**13, "cuda": 2**22}
-"""Pixels of the images that go through a network at a time: on a CPU, eight images of 32 x 32, whose maps stay in its cache and are given back to be reused."""
+"""Pixels of the images that go through a network at a time: on a CPU, eight images of 32 x 32, whose maps stay in its
+cache and are given back to be reused."""
 
 
 def few(x: Tensor) -> tuple[Tensor, ...]:
@@ -29,7 +32,9 @@ def few(x: Tensor) -> tuple[Tensor, ...]:
 def class_means(x: Tensor, classes: int) -> Tensor:
     """Class-major rows (classes * n, ...) -> means (classes, ...). Raises `UserError` where the rows do not divide."""
     if not len(x) or len(x) % classes:
-        raise UserError(f"A class-major batch needs equally many images of each of {classes} classes; given: {len(x)} images.")
+        raise UserError(
+            f"A class-major batch needs equally many images of each of {classes} classes; given: {len(x)} images."
+        )
     return x.view(classes, -1, *x.shape[1:]).mean(1)
 
 
@@ -47,10 +52,13 @@ Metric = Literal["units", "mse", "cos"]
 
 
 @full_precision
-def gradient_distance(real: Sequence[Tensor], synthetic: Sequence[Tensor], metric: Metric = "units", eps: float = 1e-6) -> Tensor:
+def gradient_distance(
+    real: Sequence[Tensor], synthetic: Sequence[Tensor], metric: Metric = "units", eps: float = 1e-6
+) -> Tensor:
     """DC/DSA: the distance of two gradients, a scalar.
 
-    `units`: over weight tensors and their output units, the sum of 1 - <g_r, g_s> / (|g_r| |g_s| + eps); biases and norms (1-D) do not count. Of all
+    `units`: over weight tensors and their output units, the sum of 1 - <g_r, g_s> / (|g_r| |g_s| + eps); biases and
+        norms (1-D) do not count. Of all
     parameters as one vector, `mse`: |g_r - g_s|^2, and `cos`: 1 - <g_r, g_s> / (|g_r| |g_s| + eps).
 
     Args:
@@ -58,7 +66,9 @@ def gradient_distance(real: Sequence[Tensor], synthetic: Sequence[Tensor], metri
     """
     pairs = [(r.detach().flatten(1), s.flatten(1)) for r, s in zip(real, synthetic, strict=True) if r.ndim > 1]
     if metric != "units":
-        pairs = [(torch.cat([r.detach().flatten() for r in real])[None], torch.cat([s.flatten() for s in synthetic])[None])]
+        pairs = [
+            (torch.cat([r.detach().flatten() for r in real])[None], torch.cat([s.flatten() for s in synthetic])[None])
+        ]
     if not pairs:
         raise UserError("Gradient matching found no weight of two or more dimensions to match.")
     if metric == "mse":
@@ -74,7 +84,8 @@ def safe_norm(x: Tensor, dim: int = -1) -> Tensor:
 
 
 def gradients(network: nn.Module, x: Tensor, labels: Tensor, create_graph: bool = False) -> tuple[Tensor, ...]:
-    """Gradients of the mean cross-entropy w.r.t. the network's parameters, in order; with `create_graph`, differentiable in x (B, C, H, W).
+    """Gradients of the mean cross-entropy w.r.t. the network's parameters, in order; with `create_graph`,
+    differentiable in x (B, C, H, W).
 
     Args:
         network: sees each image alone, as the images go through it a few at a time where no graph is asked for.
@@ -102,7 +113,10 @@ class Flat:
 
     def __init__(self, network: nn.Module) -> None:
         if next(network.buffers(), None) is not None:
-            raise UserError("Trajectories are of parameters alone, but this network has buffers (batch norm?); take a norm such as `instance`.")
+            raise UserError(
+                "Trajectories are of parameters alone, but this network has buffers (batch norm?); take a norm such "
+                "as `instance`."
+            )
         self.network = network
         self._shapes = {n: p.shape for n, p in network.named_parameters()}
         self._sizes = [p.numel() for p in network.parameters()]
@@ -118,7 +132,10 @@ class Flat:
     def unflatten(self, theta: Tensor) -> dict[str, Tensor]:
         """(P,) by name."""
         if theta.shape != (self.size,):
-            raise UserError(f"The network has {self.size} parameters, but the vector has shape {tuple(theta.shape)}; was it made by another network?")
+            raise UserError(
+                f"The network has {self.size} parameters, but the vector has shape {tuple(theta.shape)}; was it made "
+                "by another network?"
+            )
         return {n: part.view(shape) for (n, shape), part in zip(self._shapes.items(), theta.split(self._sizes))}
 
     def load(self, theta: Tensor) -> None:
@@ -142,7 +159,8 @@ Gradient = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 def unroll(gradient: Gradient, theta: Tensor, batches: Batches, lr: Tensor) -> Tensor:
-    """theta_{k+1} = theta_k - lr g(theta_k, x_k, y_k) over the batches, with the graph of every step: theta at the end, (P,).
+    """theta_{k+1} = theta_k - lr g(theta_k, x_k, y_k) over the batches, with the graph of every step: theta at the end,
+    (P,).
 
     Args:
         gradient: such as `Flat.gradient`, differentiable in all its arguments.
@@ -157,15 +175,21 @@ def unroll(gradient: Gradient, theta: Tensor, batches: Batches, lr: Tensor) -> T
 
 @full_precision
 def trajectory_distance(theta: Tensor, start: Tensor, target: Tensor) -> Tensor:
-    """MTT: |theta - target|^2 / |start - target|^2, a scalar. NaN where start equals target: an expert that did not move."""
+    """MTT: |theta - target|^2 / |start - target|^2, a scalar. NaN where start equals target: an expert that did not
+    move."""
     return (theta - target).square().sum() / (start - target).square().sum()
 
 
-def trajectory_distance_by_steps(gradient: Gradient, start: Tensor, target: Tensor, batches: Sequence[tuple[Tensor, Tensor]], lr: Tensor) -> Tensor:
-    """The same distance after the same steps, with a gradient that takes the memory of one step: each step's own, its parameters held constant.
+def trajectory_distance_by_steps(
+    gradient: Gradient, start: Tensor, target: Tensor, batches: Sequence[tuple[Tensor, Tensor]], lr: Tensor
+) -> Tensor:
+    """The same distance after the same steps, with a gradient that takes the memory of one step: each step's own, its
+    parameters held constant.
 
-    Calls backward itself: what the batches and `lr` were made from collects gradients. With d = start - a G - target and w = theta_k constant, step k gives
-    the gradient of (a^2 <g, g> + 2 a <g, a (G - g) - start + target>) / |start - target|^2 in its batch, where the second g is a constant (FYI's code).
+    Calls backward itself: what the batches and `lr` were made from collects gradients. With d = start - a G - target
+        and w = theta_k constant, step k gives
+    the gradient of (a^2 <g, g> + 2 a <g, a (G - g) - start + target>) / |start - target|^2 in its batch, where the
+    second g is a constant (FYI's code).
 
     Returns:
         The distance, detached.

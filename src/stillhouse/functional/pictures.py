@@ -53,7 +53,9 @@ def centre(image: Tensor, size: tuple[int, int]) -> Tensor:
 
 def palette(classes: int) -> Tensor:
     """(classes, 3) uint8 colours that are far apart, the same for every picture."""
-    steps = [colorsys.hsv_to_rgb((i * 0.618034) % 1, 0.85 - 0.35 * (i % 3) / 2, 1.0 - 0.3 * (i % 2)) for i in range(classes)]
+    steps = [
+        colorsys.hsv_to_rgb((i * 0.618034) % 1, 0.85 - 0.35 * (i % 3) / 2, 1.0 - 0.3 * (i % 2)) for i in range(classes)
+    ]
     return (torch.tensor(steps) * 255).round().to(torch.uint8)
 
 

@@ -1,4 +1,5 @@
-"""Full precision for losses: half-precision inputs are computed in float32, whatever the autocast region around the call."""
+"""Full precision for losses: half-precision inputs are computed in float32, whatever the autocast region around the
+call."""
 
 from __future__ import annotations
 
@@ -15,7 +16,8 @@ R = TypeVar("R")
 
 
 def full_precision(loss: Callable[P, R]) -> Callable[P, R]:
-    """Decorate a function of tensors: float16 and bfloat16 arguments arrive as float32 and autocast is off inside; float32 and float64 stay as they are.
+    """Decorate a function of tensors: float16 and bfloat16 arguments arrive as float32 and autocast is off inside;
+    float32 and float64 stay as they are.
 
     >>> @full_precision
     ... def total(x: Tensor) -> Tensor:

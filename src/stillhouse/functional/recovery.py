@@ -1,4 +1,5 @@
-"""Recovering images from a trained network with batch norm (SRe2L: Yin et al., NeurIPS 2023, arXiv 2306.13092; DeepInversion, arXiv 1912.08795)."""
+"""Recovering images from a trained network with batch norm (SRe2L: Yin et al., NeurIPS 2023, arXiv 2306.13092;
+DeepInversion, arXiv 1912.08795)."""
 
 from __future__ import annotations
 
@@ -13,9 +14,11 @@ from stillhouse.functional.precision import full_precision
 
 
 class BatchNormStatistics:
-    """Hooks on the inputs of a network's BatchNorm2d layers: after a forward, `distances()` says how far the batch is from what they remember.
+    """Hooks on the inputs of a network's BatchNorm2d layers: after a forward, `distances()` says how far the batch is
+    from what they remember.
 
-    r_l = |running_var_l - var(x_l)|_2 + |running_mean_l - mean(x_l)|_2, over N, H, W, with the biased variance. Made once, before any compilation.
+    r_l = |running_var_l - var(x_l)|_2 + |running_mean_l - mean(x_l)|_2, over N, H, W, with the biased variance. Made
+    once, before any compilation.
 
     Raises:
         UserError: a network without BatchNorm2d.
@@ -25,7 +28,8 @@ class BatchNormStatistics:
         self.layers = [m for m in network.modules() if isinstance(m, nn.BatchNorm2d) and m.running_mean is not None]
         if not self.layers:
             raise UserError(
-                "Images are recovered from the running statistics of BatchNorm2d layers, and this network has none; take one with batch norm."
+                "Images are recovered from the running statistics of BatchNorm2d layers, and this network has none; "
+                "take one with batch norm."
             )
         self._network = network
         self._found: dict[nn.Module, tuple[Tensor, Tensor]] = {}
@@ -36,13 +40,20 @@ class BatchNormStatistics:
         self._found[layer] = (x.mean((0, 2, 3)), x.var((0, 2, 3), unbiased=False))
 
     def distances(self) -> Tensor:
-        """(layers,) of the last forward. Raises `UserError` where the network was in training mode, or a layer was not reached."""
+        """(layers,) of the last forward. Raises `UserError` where the network was in training mode, or a layer was not
+        reached."""
         if self._network.training:
-            raise UserError("The network must be in evaluation mode: in training mode the batch moves the statistics that it is compared with.")
+            raise UserError(
+                "The network must be in evaluation mode: in training mode the batch moves the statistics that it is "
+                "compared with."
+            )
         out = []
         for layer in self.layers:
             if layer not in self._found:
-                raise UserError("A BatchNorm2d layer was not reached by the network's forward, so there is nothing to compare its statistics with.")
+                raise UserError(
+                    "A BatchNorm2d layer was not reached by the network's forward, so there is nothing to compare its "
+                    "statistics with."
+                )
             mean, var = self._found[layer]
             assert layer.running_mean is not None and layer.running_var is not None
             out.append(safe_norm(layer.running_var - var) + safe_norm(layer.running_mean - mean))
@@ -62,7 +73,8 @@ def statistics_loss(distances: Tensor, first: float = 10.0) -> Tensor:
 
 @full_precision
 def total_variation(x: Tensor) -> Tensor:
-    """The Frobenius norms of the differences of (B, C, H, W) to its neighbours right, below and on both diagonals, summed."""
+    """The Frobenius norms of the differences of (B, C, H, W) to its neighbours right, below and on both diagonals,
+    summed."""
     shifts = (
         x[:, :, :, :-1] - x[:, :, :, 1:],
         x[:, :, :-1, :] - x[:, :, 1:, :],

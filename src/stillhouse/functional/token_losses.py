@@ -1,8 +1,10 @@
-"""Divergences of tokens: one value for each position of (..., V) logits. What counts of them: see `stillhouse.functional.counting`.
+"""Divergences of tokens: one value for each position of (..., V) logits. What counts of them: see
+`stillhouse.functional.counting`.
 
-The generalised Jensen-Shannon divergence is that of GKD (Agarwal et al., ICLR 2024, arXiv 2306.13649, eq. 1); the total variation, skewed and adaptive
-ones are the baselines of TAID (arXiv 2501.16937). Each takes the student's logits and the teacher's log-probabilities, which are constants. A class that
-the teacher or the student masks out with a logit of minus infinity costs nothing where both do.
+The generalised Jensen-Shannon divergence is that of GKD (Agarwal et al., ICLR 2024, arXiv 2306.13649, eq. 1); the total
+variation, skewed and adaptive ones are the baselines of TAID (arXiv 2501.16937). Each takes the student's logits and
+the teacher's log-probabilities, which are constants. A class that the teacher or the student masks out with a logit of
+minus infinity costs nothing where both do.
 """
 
 from __future__ import annotations
@@ -23,7 +25,7 @@ NEVER = -1e30
 """The log-probability of a class that is not there: probability 0, and a gradient that is a number."""
 
 
-# ---- divergences ---------------------------------------------------------------------------------------------------------------------------
+# ---- divergences -----------------------------------------------------------------------------------------------------
 
 
 @full_precision
@@ -47,7 +49,8 @@ def reverse_kl_rows(student_logits: Tensor, teacher_log_probs: Tensor) -> Tensor
 
 @full_precision
 def jsd_rows(student_logits: Tensor, teacher_log_probs: Tensor, beta: float = 0.5) -> Tensor:
-    """beta KL(p || m) + (1 - beta) KL(q || m) with m = beta p + (1 - beta) q, (..., V) and (..., V) -> (...,); eq. 1 of the paper of GKD.
+    """beta KL(p || m) + (1 - beta) KL(q || m) with m = beta p + (1 - beta) q, (..., V) and (..., V) -> (...,); eq. 1 of
+    the paper of GKD.
 
     Its limits, divided by beta or 1 - beta, are the forward and reverse KL, and stand for it at beta 0 and 1.
 
@@ -95,7 +98,8 @@ def total_variation_rows(student_logits: Tensor, teacher_log_probs: Tensor) -> T
 
 @full_precision
 def skew_forward_rows(student_logits: Tensor, teacher_log_probs: Tensor, skew: float = 0.1) -> Tensor:
-    """-sum_v p log(skew p + (1 - skew) q): the skewed forward KL of DistiLLM (arXiv 2402.03898) as a cross-entropy, (..., V) and (..., V) -> (...,)."""
+    """-sum_v p log(skew p + (1 - skew) q): the skewed forward KL of DistiLLM (arXiv 2402.03898) as a cross-entropy,
+    (..., V) and (..., V) -> (...,)."""
     return -_expected(teacher_log_probs, mixture(log_softmax(student_logits), teacher_log_probs, skew))
 
 
@@ -108,17 +112,21 @@ def skew_reverse_rows(student_logits: Tensor, teacher_log_probs: Tensor, skew: f
 
 @full_precision
 def adaptive_kl_rows(student_logits: Tensor, teacher_log_probs: Tensor, head: float = 0.5) -> Tensor:
-    """Forward (as a cross-entropy) and reverse KL, weighed by the gap |p - q| in the teacher's head and tail; (..., V) and (..., V) -> (...,).
+    """Forward (as a cross-entropy) and reverse KL, weighed by the gap |p - q| in the teacher's head and tail; (..., V)
+    and (..., V) -> (...,).
 
-    As TAID's code computes the AKL of arXiv 2404.02657: the teacher's classes are sorted from the least probable, the head is where the running sum is at
-    least `head`, and that mask of sorted places is laid on the gaps in their own order. Gradient flows through the weights.
+    As TAID's code computes the AKL of arXiv 2404.02657: the teacher's classes are sorted from the least probable, the
+    head is where the running sum is at least `head`, and that mask of sorted places is laid on the gaps in their own
+    order. Gradient flows through the weights.
     """
     q, p = F.softmax(student_logits, dim=-1), teacher_log_probs.exp()
     in_head = p.sort(dim=-1).values.cumsum(-1) >= head
     gap = (p - q).abs()
     head_gap, tail_gap = (gap * in_head).sum(-1), (gap * ~in_head).sum(-1)
     share = head_gap / (head_gap + tail_gap).clamp_min(torch.finfo(gap.dtype).tiny)
-    return share * cross_entropy_rows(student_logits, teacher_log_probs) + (1 - share) * reverse_kl_rows(student_logits, teacher_log_probs)
+    return share * cross_entropy_rows(student_logits, teacher_log_probs) + (1 - share) * reverse_kl_rows(
+        student_logits, teacher_log_probs
+    )
 
 
 @full_precision
@@ -129,7 +137,7 @@ def mixture(log_q: Tensor, log_p: Tensor, share: float) -> Tensor:
     return torch.logaddexp(log_p + math.log(share), log_q + math.log1p(-share))
 
 
-# ---- a teacher of which only the top k are known -------------------------------------------------------------------------------------------
+# ---- a teacher of which only the top k are known ---------------------------------------------------------------------
 
 
 @full_precision
@@ -148,7 +156,8 @@ def coarse_logits(student_logits: Tensor, indices: Tensor, temperature: float = 
 def coarse_log_probs(top: TopK, classes: int, temperature: float = 1.0) -> Tensor:
     """The teacher's log-probabilities of the same k + 1 events, (..., k + 1), float32, never dense.
 
-    At temperature 1 they are exact. At another, what the tail's mass becomes depends on how it is spread: it is taken as even over the other classes.
+    At temperature 1 they are exact. At another, what the tail's mass becomes depends on how it is spread: it is taken
+    as even over the other classes.
     """
     others = classes - top.indices.shape[-1]
     tail = top.tail.float().clamp_min(torch.finfo(torch.float32).tiny).log()
@@ -156,7 +165,7 @@ def coarse_log_probs(top: TopK, classes: int, temperature: float = 1.0) -> Tenso
     return torch.log_softmax(torch.cat([top.log_probs.float() / temperature, tail[..., None]], dim=-1), dim=-1)
 
 
-# ---- checks --------------------------------------------------------------------------------------------------------------------------------
+# ---- checks ----------------------------------------------------------------------------------------------------------
 
 
 def check_beta(name: str, beta: float) -> None:
@@ -177,7 +186,10 @@ def check_vocabulary(name: str, student_classes: int, teacher_classes: int) -> N
 def check_top(name: str, indices: Tensor, classes: int) -> None:
     """Raise `UserError` where the top k of a teacher leave no other class."""
     if indices.shape[-1] >= classes:
-        raise UserError(f"{name}: the teacher's top {indices.shape[-1]} are all of the {classes} classes; give its full log-probabilities instead.")
+        raise UserError(
+            f"{name}: the teacher's top {indices.shape[-1]} are all of the {classes} classes; give its full "
+            "log-probabilities instead."
+        )
 
 
 def _expected(log_weights: Tensor, values: Tensor) -> Tensor:

@@ -1,8 +1,9 @@
-"""Two vocabularies compared: the same tokens padded to other sizes, the same tokens under other ids, or different ones (refused).
+"""Two vocabularies compared: the same tokens padded to other sizes, the same tokens under other ids, or different ones
+(refused).
 
-Models of one family share a tokenizer but pad their embeddings to different sizes (Qwen2.5: 152,064 rows or 151,936, for 151,665 tokens); rows that no
-token owns are cut off before losses. Where the tokens themselves differ, positions do not correspond, and only what the teacher writes can teach
-(sequence-level distillation).
+Models of one family share a tokenizer but pad their embeddings to different sizes (Qwen2.5: 152,064 rows or 151,936,
+for 151,665 tokens); rows that no token owns are cut off before losses. Where the tokens themselves differ, positions do
+not correspond, and only what the teacher writes can teach (sequence-level distillation).
 """
 
 from __future__ import annotations
@@ -42,12 +43,17 @@ def mapped(student: Mapping[str, int], teacher: Mapping[str, int]) -> Mapped:
     if missing:
         shown = ", ".join(repr(t) for t in sorted(missing, key=student.__getitem__)[:3])
         raise UserError(
-            f"The student has {len(student)} tokens and the teacher {len(teacher)}, and {len(missing)} of the student's are not the teacher's ({shown}"
-            f"{', …' if len(missing) > 3 else ''}), so their tokens do not correspond; use one tokenizer for both, or distil what the teacher writes "
+            f"The student has {len(student)} tokens and the teacher {len(teacher)}, and {len(missing)} of the "
+            f"student's are not the teacher's ({shown}"
+            f"{', …' if len(missing) > 3 else ''}), so their tokens do not correspond; use one tokenizer for both, or "
+            "distil what the teacher writes "
             f"(method: sequence_kd)."
         )
     if sorted(student.values()) != list(range(len(student))):
-        raise UserError(f"The student's tokenizer has {len(student)} tokens but ids up to {max(student.values())}; ids must be without gaps.")
+        raise UserError(
+            f"The student's tokenizer has {len(student)} tokens but ids up to {max(student.values())}; ids must be "
+            "without gaps."
+        )
     ids = torch.empty(len(student), dtype=torch.int64)
     for token, at in student.items():
         ids[at] = teacher[token]
@@ -68,10 +74,13 @@ def trimmed(student_logits: Tensor, teacher_logits: Tensor, tokens: int | None =
     if tokens is None:
         if widths[0] != widths[1]:
             raise UserError(
-                f"The student scores {widths[0]} tokens and the teacher {widths[1]}: if both have one tokenizer, say how many tokens it has; "
+                f"The student scores {widths[0]} tokens and the teacher {widths[1]}: if both have one tokenizer, say "
+                "how many tokens it has; "
                 f"if not, their tokens do not correspond."
             )
         return student_logits, teacher_logits
     if min(widths) < tokens:
-        raise UserError(f"The tokenizer has {tokens} tokens, but the student scores {widths[0]} and the teacher {widths[1]}.")
+        raise UserError(
+            f"The tokenizer has {tokens} tokens, but the student scores {widths[0]} and the teacher {widths[1]}."
+        )
     return student_logits[..., :tokens], teacher_logits[..., :tokens]

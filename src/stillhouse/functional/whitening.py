@@ -1,4 +1,5 @@
-"""ZCA whitening of images, as kornia and the data-set distillation papers use it: y = (x - mu) T with T = U diag((S + eps)^-1/2) U^T."""
+"""ZCA whitening of images, as kornia and the data-set distillation papers use it: y = (x - mu) T with T = U diag((S +
+eps)^-1/2) U^T."""
 
 from __future__ import annotations
 

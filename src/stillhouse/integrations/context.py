@@ -1,4 +1,5 @@
-"""What objectives are given inside another library's loop: the `Context` over a user's loader, and objectives by name."""
+"""What objectives are given inside another library's loop: the `Context` over a user's loader, and objectives by
+name."""
 
 from __future__ import annotations
 
@@ -15,11 +16,19 @@ from stillhouse.training.context import TrainingContext
 
 
 class LoaderContext(TrainingContext):
-    """A training's context where the only split is the user's own training loader, swept as it is: in its order, with its augmentation, and each
-    process its own share (class means are then summed over processes).
+    """A training's context where the only split is the user's own training loader, swept as it is: in its order, with
+    its augmentation, and each process its own share (class means are then summed over processes).
     """
 
-    def __init__(self, module: Distillation, progress: Progress, train: AdaptedLoader, seed: int, device: torch.device, folder: Path) -> None:
+    def __init__(
+        self,
+        module: Distillation,
+        progress: Progress,
+        train: AdaptedLoader,
+        seed: int,
+        device: torch.device,
+        folder: Path,
+    ) -> None:
         super().__init__(module, progress, {"train": train}, seed, device, folder, train)
 
     def class_mean(self, what: str, of: str = "teacher") -> tuple[Tensor, Tensor]:

@@ -1,7 +1,8 @@
 """Distillation inside Lightning: `DistillationModule`, for a `Trainer` of your own.
 
-Hooks and the objectives' own layers are made in `setup`, before the optimiser and before a checkpoint is restored; frozen teachers stay outside the
-module tree. Works with the package `lightning` or `pytorch_lightning`, whichever is in use.
+Hooks and the objectives' own layers are made in `setup`, before the optimiser and before a checkpoint is restored;
+frozen teachers stay outside the module tree. Works with the package `lightning` or `pytorch_lightning`, whichever is in
+use.
 """
 
 from __future__ import annotations
@@ -50,26 +51,31 @@ _lightning = _pytorch_lightning()
 class DistillationModule(_lightning.LightningModule):  # type: ignore[misc, name-defined]
     """A student that learns from teachers under Lightning's Trainer.
 
-    Checkpoints hold the student (`distillation.student.…`), what objectives own and what teachers learn; never a frozen teacher. Terms are logged as
-    `train/NAME` at the Trainer's `log_every_n_steps`, validation as `val/accuracy` and `val/nll`. Objectives that look at the whole training set
-    (class means) read your training loader as it is. Each call of `fit` makes the objectives' own layers anew, unless it restores a checkpoint.
+    Checkpoints hold the student (`distillation.student.…`), what objectives own and what teachers learn; never a frozen
+    teacher. Terms are logged as `train/NAME` at the Trainer's `log_every_n_steps`, validation as `val/accuracy` and
+    `val/nll`. Objectives that look at the whole training set (class means) read your training loader as it is. Each
+    call of `fit` makes the objectives' own layers anew, unless it restores a checkpoint.
 
     Args:
-        student: the model being trained; the same object holds the weights afterwards. One in half precision is trained in float32, unless the
-            Trainer's precision is `bf16-true` or `16-true`.
-        teachers: one teacher (any module that gives logits, or a teacher of `stillhouse.distillation.teachers`), several by name, or None.
+        student: the model being trained; the same object holds the weights afterwards. One in half precision is trained
+            in float32, unless the Trainer's precision is `bf16-true` or `16-true`.
+        teachers: one teacher (any module that gives logits, or a teacher of `stillhouse.distillation.teachers`),
+            several by name, or None.
         objectives: names, mappings, `Objective`s or (Objective, weight) pairs, as in `stillhouse.distill`.
-        optimizer: a function of the parameter groups that returns an optimiser (or whatever `configure_optimizers` may return), or options such as
-            {"name": "adamw", "lr": 1e-3}.
+        optimizer: a function of the parameter groups that returns an optimiser (or whatever `configure_optimizers` may
+            return), or options such as {"name": "adamw", "lr": 1e-3}.
         seed: seeds the layers that objectives make.
         embedding: the student's classifier submodule, where it is not found by itself.
 
-    Batches are (input, label), or mappings with `input`, `label` and, for objectives that need it, `index`; or as transformers models take them.
+    Batches are (input, label), or mappings with `input`, `label` and, for objectives that need it, `index`; or as
+    transformers models take them.
 
     >>> from torch.utils.data import DataLoader, TensorDataset
     >>> data = DataLoader(TensorDataset(torch.randn(16, 4), torch.arange(16) % 3), batch_size=8)
-    >>> module = DistillationModule(nn.Linear(4, 3), nn.Linear(4, 3), ["ce", "kd"], optimizer={"name": "sgd", "lr": 0.1})
-    >>> _lightning.Trainer(max_epochs=1, accelerator="cpu", logger=False, enable_checkpointing=False).fit(module, data)  # doctest: +SKIP
+    >>> student, sgd = nn.Linear(4, 3), {"name": "sgd", "lr": 0.1}
+    >>> module = DistillationModule(student, nn.Linear(4, 3), ["ce", "kd"], optimizer=sgd)
+    >>> trainer = _lightning.Trainer(max_epochs=1, accelerator="cpu", logger=False)  # doctest: +SKIP
+    >>> trainer.fit(module, data)  # doctest: +SKIP
     """
 
     def __init__(
@@ -83,8 +89,14 @@ class DistillationModule(_lightning.LightningModule):  # type: ignore[misc, name
         embedding: str | None = None,
     ) -> None:
         super().__init__()
-        self.distillation = Distillation(student, teachers, [Distillation.entry(o) for o in objectives], seed=seed, embedding=embedding)
-        self._optimizer = optimizer if isinstance(optimizer, OptimizerSpec) or callable(optimizer) else OptimizerSpec.model_validate(dict(optimizer))
+        self.distillation = Distillation(
+            student, teachers, [Distillation.entry(o) for o in objectives], seed=seed, embedding=embedding
+        )
+        self._optimizer = (
+            optimizer
+            if isinstance(optimizer, OptimizerSpec) or callable(optimizer)
+            else OptimizerSpec.model_validate(dict(optimizer))
+        )
         self._seed = seed
         self._ready = False
         self._batch: Batch = {}
@@ -99,7 +111,7 @@ class DistillationModule(_lightning.LightningModule):  # type: ignore[misc, name
         """Logits of the student for a batch's `input`."""
         return read_logits(call_model(self.student, {"input": x}))
 
-    # ---- before training -------------------------------------------------------------------------------------------------------------------
+    # ---- before training ---------------------------------------------------------------------------------------------
 
     def setup(self, stage: str) -> None:
         if stage != "fit":
@@ -132,13 +144,20 @@ class DistillationModule(_lightning.LightningModule):  # type: ignore[misc, name
         for teacher in self.distillation.teachers.values():
             if not isinstance(teacher, nn.Module) and hasattr(teacher, "to"):
                 teacher.to(self.device)
-        self._context = LoaderContext(self.distillation, self._progress, self._loader, self._seed, self.device, Path(self.trainer.default_root_dir))
+        self._context = LoaderContext(
+            self.distillation,
+            self._progress,
+            self._loader,
+            self._seed,
+            self.device,
+            Path(self.trainer.default_root_dir),
+        )
         self.distillation.prepare(self._context)
 
     def on_train_start(self) -> None:
         self.distillation.train()
 
-    # ---- training --------------------------------------------------------------------------------------------------------------------------
+    # ---- training ----------------------------------------------------------------------------------------------------
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         now = self._progress
@@ -167,7 +186,9 @@ class DistillationModule(_lightning.LightningModule):  # type: ignore[misc, name
         else:
             size, usual = samples(self._batch), self._loader.batch_size or 1
         if self._mean is None:
-            self._mean = StepMean(usual, self.trainer.world_size, partial(self.trainer.strategy.reduce, reduce_op="sum"))
+            self._mean = StepMean(
+                usual, self.trainer.world_size, partial(self.trainer.strategy.reduce, reduce_op="sum")
+            )
         return self._mean.weigh(loss, size)
 
     def on_before_optimizer_step(self, optimizer: Any) -> None:
@@ -220,7 +241,10 @@ def _progress(trainer: Any) -> Progress:
     epochs = trainer.max_epochs
     if epochs in (None, -1) or math.isinf(batches):
         if steps == -1:
-            raise UserError("The length of this training is not known: give the Trainer max_epochs and a loader with a length, or max_steps.")
+            raise UserError(
+                "The length of this training is not known: give the Trainer max_epochs and a loader with a length, or "
+                "max_steps."
+            )
         if math.isinf(batches):
             batches, epochs = steps * accumulate, 1
         else:

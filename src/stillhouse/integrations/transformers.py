@@ -1,7 +1,9 @@
-"""Distillation inside Hugging Face transformers: `DistillationTrainer`, a `Trainer` whose training loss comes from a `Distillation`.
+"""Distillation inside Hugging Face transformers: `DistillationTrainer`, a `Trainer` whose training loss comes from a
+`Distillation`.
 
-All else (arguments, evaluation, checkpoints, `save_model`, pushing) is the Trainer's own. The forward pass of the student goes through the model that
-the Trainer has wrapped, so that DDP reduces its gradients; what objectives own is reduced here.
+All else (arguments, evaluation, checkpoints, `save_model`, pushing) is the Trainer's own. The forward pass of the
+student goes through the model that the Trainer has wrapped, so that DDP reduces its gradients; what objectives own is
+reduced here.
 """
 
 from __future__ import annotations
@@ -38,30 +40,38 @@ except ImportError:
     raise MissingExtra("Training with the transformers Trainer", "text") from None
 
 STATE_FILE = "distillation.pt"
-_CAUSAL, _MASKED, _SEQ2SEQ = (getattr(_transformers, f"MODEL_FOR_{name}_MAPPING") for name in ("CAUSAL_LM", "MASKED_LM", "SEQ_TO_SEQ_CAUSAL_LM"))
+_CAUSAL, _MASKED, _SEQ2SEQ = (
+    getattr(_transformers, f"MODEL_FOR_{name}_MAPPING") for name in ("CAUSAL_LM", "MASKED_LM", "SEQ_TO_SEQ_CAUSAL_LM")
+)
 
 
 class DistillationTrainer(_transformers.Trainer):  # type: ignore[misc]
     """A transformers `Trainer` that distils.
 
-    Takes what `Trainer` takes (its `model` is the student) and, by keyword, teachers and objectives. Evaluation is the Trainer's own: the student's
-    loss and your `compute_metrics`. Terms are logged by name beside `loss` at `logging_steps`. `save_model` and checkpoints hold the student; what
-    objectives own is in a checkpoint's `distillation.pt`. `max_grad_norm` clips the student's gradient. Objectives that look at the whole training
-    set (class means) read the training loader as it is. Labels of tokens (B, L) are as transformers has them: those of a causal model are shifted here,
-    and every counted token of an optimiser step weighs the same, whichever of its accumulated batches it lies in. Each call of `train` makes the objectives' own layers and the optimiser anew, unless it
-    resumes. One process or DDP.
+    Takes what `Trainer` takes (its `model` is the student) and, by keyword, teachers and objectives. Evaluation is the
+    Trainer's own: the student's loss and your `compute_metrics`. Terms are logged by name beside `loss` at
+    `logging_steps`. `save_model` and checkpoints hold the student; what objectives own is in a checkpoint's
+    `distillation.pt`. `max_grad_norm` clips the student's gradient. Objectives that look at the whole training set
+    (class means) read the training loader as it is. Labels of tokens (B, L) are as transformers has them: those of a
+    causal model are shifted here, and every counted token of an optimiser step weighs the same, whichever of its
+    accumulated batches it lies in. Each call of `train` makes the objectives' own layers and the optimiser anew,
+    unless it resumes. One process or DDP.
 
     Args:
-        teachers: one teacher (any module that gives logits or an output with `.logits`, or a teacher of `stillhouse.distillation.teachers`), several by name, or None.
+        teachers: one teacher (any module that gives logits or an output with `.logits`, or a teacher of
+            `stillhouse.distillation.teachers`), several by name, or None.
         objectives: names, mappings, `Objective`s or (Objective, weight) pairs, as in `stillhouse.distill`.
         embedding: the student's classifier submodule, where it is not found by itself.
-        shift_labels: whether labels (B, L) name the input tokens, so that those of the next position are learned; default: for causal language models.
-        vocabulary: how many tokens the tokenizer has, where teacher and student pad their embeddings to different sizes; default: those of
-            `processing_class`, where that is a tokenizer.
-        half_weights: train a student in half precision as it is; else it is turned to float32, as small updates of half-precision weights round to
-            nothing. For speed there are the arguments `bf16` and `fp16`.
+        shift_labels: whether labels (B, L) name the input tokens, so that those of the next position are learned;
+            default: for causal language models.
+        vocabulary: how many tokens the tokenizer has, where teacher and student pad their embeddings to different
+            sizes; default: those of `processing_class`, where that is a tokenizer.
+        half_weights: train a student in half precision as it is; else it is turned to float32, as small updates of
+            half-precision weights round to nothing. For speed there are the arguments `bf16` and `fp16`.
 
-    >>> trainer = DistillationTrainer(student, args, train_dataset=data, teachers=teacher, objectives=["ce", "kd"])  # doctest: +SKIP
+    >>> trainer = DistillationTrainer(  # doctest: +SKIP
+    ...     student, args, train_dataset=data, teachers=teacher, objectives=["ce", "kd"]
+    ... )
     >>> trainer.train()  # doctest: +SKIP
     """
 
@@ -89,19 +99,23 @@ class DistillationTrainer(_transformers.Trainer):  # type: ignore[misc]
         super().__init__(*args, **kwargs)
         self._shifts = predicts_next(self.model) if shift_labels is None else shift_labels
         tokens = self.processing_class
-        self._vocabulary = vocabulary or (max(tokens.get_vocab().values()) + 1 if hasattr(tokens, "get_vocab") else None)
+        self._vocabulary = vocabulary or (
+            max(tokens.get_vocab().values()) + 1 if hasattr(tokens, "get_vocab") else None
+        )
         self.model_accepts_loss_kwargs = False  # as above, for versions without `loss_is_scaled_for_ga`
         if self.args.label_smoothing_factor or getattr(self, "compute_loss_func", None) is not None:
             raise UserError(
-                "The loss is made of the objectives: instead of label_smoothing_factor or compute_loss_func, give {'name': 'ce', 'label_smoothing': …}."
+                "The loss is made of the objectives: instead of label_smoothing_factor or compute_loss_func, give "
+                "{'name': 'ce', 'label_smoothing': …}."
             )
         if self.is_fsdp_enabled or self.is_deepspeed_enabled or self.args.n_gpu > 1:
             raise UserError(
-                "DistillationTrainer trains in one process a device (DDP); without FSDP, DeepSpeed or DataParallel: launch it with torchrun."
+                "DistillationTrainer trains in one process a device (DDP); without FSDP, DeepSpeed or DataParallel: "
+                "launch it with torchrun."
             )
         self.add_callback(_Steps(self))
 
-    # ---- before training -------------------------------------------------------------------------------------------------------------------
+    # ---- before training ---------------------------------------------------------------------------------------------
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """`Trainer.train`; leaves no hook on any model, however it ends."""
@@ -127,24 +141,30 @@ class DistillationTrainer(_transformers.Trainer):  # type: ignore[misc]
         if not self._half_weights:
             trained_in_float32(self.model)
         task = Tokens("causal", self._vocabulary) if self._vocabulary is not None and self._of_tokens() else None
-        self.distillation = Distillation(self.model, teachers, entries, seed=self.args.seed, embedding=embedding, task=task)
+        self.distillation = Distillation(
+            self.model, teachers, entries, seed=self.args.seed, embedding=embedding, task=task
+        )
         self._build(self.distillation)
         optimizer = super().create_optimizer(*args, **kwargs)
         groups = self.distillation.param_groups()[1:]
         if groups and self._given_optimizer:
             raise UserError(
-                "These objectives own parameters, which the optimizer passed as `optimizers` does not have; use `optimizer_cls_and_kwargs`, or the arguments."
+                "These objectives own parameters, which the optimizer passed as `optimizers` does not have; use "
+                "`optimizer_cls_and_kwargs`, or the arguments."
             )
         for group in groups:
             optimizer.add_param_group({"weight_decay": self.args.weight_decay, **group})
         return optimizer
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        """Reads the student as `from_pretrained` does: files may hold other names than the model, and the Trainer's own reading skips those with a warning."""
+        """Reads the student as `from_pretrained` does: files may hold other names than the model, and the Trainer's own
+        reading skips those with a warning."""
         if model is not None or not isinstance(self.model, _transformers.PreTrainedModel):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
         else:
-            self.model.load_state_dict(type(self.model).from_pretrained(resume_from_checkpoint, config=self.model.config).state_dict())
+            self.model.load_state_dict(
+                type(self.model).from_pretrained(resume_from_checkpoint, config=self.model.config).state_dict()
+            )
 
     def _load_best_model(self) -> None:
         if isinstance(self.model, _transformers.PreTrainedModel) and self.state.best_model_checkpoint is not None:
@@ -167,7 +187,9 @@ class DistillationTrainer(_transformers.Trainer):  # type: ignore[misc]
             if self.args.max_steps > 0:
                 epochs = math.ceil(self.args.max_steps * self.args.gradient_accumulation_steps / per_epoch)
         self._progress = Progress(steps_per_epoch=per_epoch, epochs=max(epochs, 1))
-        self._context = LoaderContext(distillation, self._progress, self._loader, self.args.seed, self.args.device, Path(self.args.output_dir))
+        self._context = LoaderContext(
+            distillation, self._progress, self._loader, self.args.seed, self.args.device, Path(self.args.output_dir)
+        )
 
     def _set_signature_columns_if_needed(self) -> None:
         """Also keeps the column `index`, which the student never sees but some objectives and teachers read."""
@@ -176,10 +198,11 @@ class DistillationTrainer(_transformers.Trainer):  # type: ignore[misc]
         if first:
             self._signature_columns.append("index")
 
-    # ---- training --------------------------------------------------------------------------------------------------------------------------
+    # ---- training ----------------------------------------------------------------------------------------------------
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
-        """The batches of one optimiser step; a smaller one among them weighs less, so that their mean is that of all their samples."""
+        """The batches of one optimiser step; a smaller one among them weighs less, so that their mean is that of all
+        their samples."""
         samples, items = super().get_batch_samples(*args, **kwargs)
         if samples and _has_tokens(samples[0]):
             self._mean_size = sum(self._counted(s["labels"]).sum() for s in samples) / len(samples)
@@ -221,7 +244,8 @@ class DistillationTrainer(_transformers.Trainer):  # type: ignore[misc]
             torch._foreach_mul_(gradients, scale)
 
     def compute_loss(self, model: nn.Module, inputs: Any, return_outputs: bool = False, **kwargs: Any) -> Any:
-        """In training, the weighted sum of the objectives' terms, a mean over the batch; in evaluation, the student's own loss."""
+        """In training, the weighted sum of the objectives' terms, a mean over the batch; in evaluation, the student's
+        own loss."""
         if self.distillation is None or not model.training:
             return super().compute_loss(model, inputs, return_outputs=return_outputs, **kwargs)
         tokens = _has_tokens(inputs)
@@ -252,7 +276,7 @@ class DistillationTrainer(_transformers.Trainer):  # type: ignore[misc]
             self._sums, self._counts = {}, {}
         super().log(logs, *args, **kwargs)
 
-    # ---- what the callback does ------------------------------------------------------------------------------------------------------------
+    # ---- what the callback does --------------------------------------------------------------------------------------
 
     def _begin(self) -> None:
         assert self.distillation is not None
@@ -263,7 +287,10 @@ class DistillationTrainer(_transformers.Trainer):  # type: ignore[misc]
             if path.exists():
                 self.distillation.load_state_dict(torch.load(path, map_location="cpu", weights_only=True), strict=False)
             elif self._own:
-                raise UserError(f"The checkpoint {self._resume_from} holds no {STATE_FILE}, so what the objectives had learned is lost; start anew.")
+                raise UserError(
+                    f"The checkpoint {self._resume_from} holds no {STATE_FILE}, so what the objectives had learned is "
+                    "lost; start anew."
+                )
         self.distillation.train()
 
     def _begin_epoch(self) -> None:
@@ -290,7 +317,9 @@ class DistillationTrainer(_transformers.Trainer):  # type: ignore[misc]
         if self.is_world_process_zero() and not self.args.save_only_model:
             state = {k: v for k, v in self.distillation.state_dict().items() if not k.startswith("student.")}
             with written_beside(
-                Path(self.args.output_dir) / f"{_transformers.trainer_utils.PREFIX_CHECKPOINT_DIR}-{self.state.global_step}" / STATE_FILE
+                Path(self.args.output_dir)
+                / f"{_transformers.trainer_utils.PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+                / STATE_FILE
             ) as beside:
                 torch.save(state, beside)
 

@@ -71,7 +71,9 @@ class GeneralDistillation(Method[D]):
         for name, spec in config.all_teachers.items():
             for member in spec.ensemble or [spec]:
                 if member.model and member.train and not member.checkpoint:
-                    steps = member.train.epochs * len(run.loader(member.data or config.data, "train", member.train.batch_size, train=True))
+                    steps = member.train.epochs * len(
+                        run.loader(member.data or config.data, "train", member.train.batch_size, train=True)
+                    )
                     model = run.model(member.network, config.data, "teacher", member.seed or 0)
                     stages.append(
                         Stage(
@@ -162,7 +164,9 @@ class GeneralDistillation(Method[D]):
         if "step" in config.evaluate:
             figures |= step_cost(module, *run.last_step(module, train, config.train, splits))
         module.close()
-        run.record["weights"] = {name: hashed for name, t in teachers.items() if (hashed := t.fingerprint()) is not None}
+        run.record["weights"] = {
+            name: hashed for name, t in teachers.items() if (hashed := t.fingerprint()) is not None
+        }
         return run.student(student, config.student, config.data, figures)
 
 

@@ -1,7 +1,8 @@
-"""Models by name: `timm:NAME`, `torchvision:NAME`, `hf:FOLDER`, `hf:config:TYPE`, `file:path.py:Class` and our own small nets, `stillhouse:NAME`.
+"""Models by name: `timm:NAME`, `torchvision:NAME`, `hf:FOLDER`, `hf:config:TYPE`, `file:path.py:Class` and our own
+small nets, `stillhouse:NAME`.
 
-`build` makes one from a recipe's `ModelSpec`, `check` looks for its name beforehand; `names` lists our own; `load_weights` reads a checkpoint; `anatomy`
-finds stages and the classifier.
+`build` makes one from a recipe's `ModelSpec`, `check` looks for its name beforehand; `names` lists our own;
+`load_weights` reads a checkpoint; `anatomy` finds stages and the classifier.
 """
 
 from __future__ import annotations
@@ -13,7 +14,16 @@ from torch import nn
 
 from stillhouse.config.specs import ModelSpec
 from stillhouse.errors import UserError, nearest
-from stillhouse.models import conv_vit, convnet, densenet, efficientnet, mobile, resnet, sources, transformer, vgg, wide_resnet  # noqa: F401 (the nets register themselves)
+from stillhouse.models import conv_vit as conv_vit  # our own nets register themselves
+from stillhouse.models import convnet as convnet
+from stillhouse.models import densenet as densenet
+from stillhouse.models import efficientnet as efficientnet
+from stillhouse.models import mobile as mobile
+from stillhouse.models import resnet as resnet
+from stillhouse.models import sources
+from stillhouse.models import transformer as transformer
+from stillhouse.models import vgg as vgg
+from stillhouse.models import wide_resnet as wide_resnet
 from stillhouse.models.registry import build_own, check_own, names, register
 from stillhouse.models.weights import load_weights
 
@@ -38,7 +48,8 @@ def build(spec: ModelSpec, num_classes: int | None = None, input_shape: tuple[in
         raise _unknown_kind(spec.model)
     if spec.pretrained and kind in ("stillhouse", "file"):
         raise UserError(
-            f"'{spec.model}' has no published weights: set `checkpoint:` to a file of your own, or train it, instead of `pretrained: true`."
+            f"'{spec.model}' has no published weights: set `checkpoint:` to a file of your own, or train it, instead "
+            "of `pretrained: true`."
         )
     try:
         if kind == "stillhouse":
@@ -55,14 +66,17 @@ def build(spec: ModelSpec, num_classes: int | None = None, input_shape: tuple[in
         raise
     except (TypeError, ValueError, RuntimeError, AssertionError, ArithmeticError) as error:
         given = f" with options {spec.options}" if spec.options else ""
-        raise UserError(f"Could not build '{spec.model}'{given}: {str(error).strip().rstrip('.') or type(error).__name__}.") from error
+        raise UserError(
+            f"Could not build '{spec.model}'{given}: {str(error).strip().rstrip('.') or type(error).__name__}."
+        ) from error
     if spec.checkpoint is not None:
         load_weights(model, spec.checkpoint, owner=f"model '{spec.model}'")
     return model
 
 
 def check(model: str, options: Mapping[str, Any]) -> None:
-    """Raises `UserError` for a name that its library does not know, or an option that one of our nets does not have. Builds and loads nothing."""
+    """Raises `UserError` for a name that its library does not know, or an option that one of our nets does not have.
+    Builds and loads nothing."""
     kind, _, name = model.partition(":")
     if kind not in KINDS or not name:
         raise _unknown_kind(model)

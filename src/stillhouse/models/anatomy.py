@@ -1,4 +1,5 @@
-"""What is where inside a network, whatever library it comes from: its stages, its classifier, and the embedding that goes into the classifier."""
+"""What is where inside a network, whatever library it comes from: its stages, its classifier, and the embedding that
+goes into the classifier."""
 
 from __future__ import annotations
 
@@ -30,8 +31,10 @@ AFTER_FEATURES = (
 def stages(model: nn.Module) -> list[str]:
     """Dotted names of a model's stages, shallow to deep; a tap on each gives the features of that stage.
 
-    Our nets say them (`stage_names`). Of timm models they are the last four entries of `feature_info`, so that every net of five resolutions is without
-    its stem. Else: top-level `layer1` …; else the model's longest chain of modules (torchvision's `features`, a transformer's layers), cut before each
+    Our nets say them (`stage_names`). Of timm models they are the last four entries of `feature_info`, so that every
+    net of five resolutions is without
+    its stem. Else: top-level `layer1` …; else the model's longest chain of modules (torchvision's `features`, a
+        transformer's layers), cut before each
     module that lowers the resolution, or in four even parts where none does.
 
     Raises:
@@ -41,7 +44,11 @@ def stages(model: nn.Module) -> list[str]:
     if own:
         return list(own)
     modules = dict(model.named_modules())
-    info = [entry for entry in getattr(model, "feature_info", None) or [] if isinstance(entry, dict) and entry.get("module") in modules]
+    info = [
+        entry
+        for entry in getattr(model, "feature_info", None) or []
+        if isinstance(entry, dict) and entry.get("module") in modules
+    ]
     if len(info) > 1:
         names = [entry["module"] for entry in info]
         isotropic = len({entry.get("reduction") for entry in info}) == 1
@@ -53,7 +60,8 @@ def stages(model: nn.Module) -> list[str]:
 
 
 def depths_of(model: nn.Module) -> dict[str, int]:
-    """Of each parameter by name, the number of its layer, counted from the input: what lies before the first layer is 0, the head is the deepest.
+    """Of each parameter by name, the number of its layer, counted from the input: what lies before the first layer is
+    0, the head is the deepest.
 
     Of timm models the layers are those of `group_matcher`; else the blocks of the model's longest chain, or its stages.
 
@@ -64,7 +72,9 @@ def depths_of(model: nn.Module) -> dict[str, int]:
     if callable(matcher):
         from timm.models import group_parameters
 
-        layers: dict[str, int] = {name: int(n) for name, n in group_parameters(model, matcher(coarse=False), reverse=True).items()}
+        layers: dict[str, int] = {
+            name: int(n) for name, n in group_parameters(model, matcher(coarse=False), reverse=True).items()
+        }
         numbers = {n: i for i, n in enumerate(sorted(set(layers.values())))}
         return {name: numbers[n] for name, n in layers.items()}
     blocks = _blocks(model)
@@ -78,10 +88,15 @@ def depths_of(model: nn.Module) -> dict[str, int]:
 
 
 def _blocks(model: nn.Module) -> list[str]:
-    """Dotted names of the blocks that follow each other: of the longest chain, where it holds most of the model; else the stages."""
+    """Dotted names of the blocks that follow each other: of the longest chain, where it holds most of the model; else
+    the stages."""
     own = getattr(model, "stage_names", None)
     modules = dict(model.named_modules())
-    sizes = {name: len(list(m.modules())) for name, m in modules.items() if isinstance(m, nn.Sequential | nn.ModuleList) and len(m) > 1}
+    sizes = {
+        name: len(list(m.modules()))
+        for name, m in modules.items()
+        if isinstance(m, nn.Sequential | nn.ModuleList) and len(m) > 1
+    }
     chain = max(sizes, key=lambda name: sizes[name], default=None)
     if own or chain is None or 2 * sizes[chain] < len(modules):
         return stages(model)
@@ -99,10 +114,12 @@ def quarters(depth: int) -> list[int]:
 
 
 def classifier(model: nn.Module, batch: Batch) -> str:
-    """Dotted name of the classifier: the linear layer or convolution whose input is the embedding, found by a forward pass of the batch.
+    """Dotted name of the classifier: the linear layer or convolution whose input is the embedding, found by a forward
+    pass of the batch.
 
-    It is the last linear layer or convolution whose output is the logits; or, where the logits are made from its output without further weights
-    (pooled, averaged over two heads, one token picked), the last module with weights that runs, if it has as many outputs as there are logits.
+    It is the last linear layer or convolution whose output is the logits; or, where the logits are made from its output
+    without further weights (pooled, averaged over two heads, one token picked), the last module with weights that runs,
+    if it has as many outputs as there are logits.
 
     Args:
         model: any classifier; runs in evaluation mode without autograd, and is left as it was.
@@ -114,25 +131,32 @@ def classifier(model: nn.Module, batch: Batch) -> str:
     calls, logits = _probe(model, batch)
     width = _width(logits)
     for name, module, output in reversed(calls):
-        if _is_linear(module) and output.numel() == logits.numel() and torch.equal(output.reshape(logits.shape).float(), logits.float()):
+        if (
+            _is_linear(module)
+            and output.numel() == logits.numel()
+            and torch.equal(output.reshape(logits.shape).float(), logits.float())
+        ):
             return name
     if calls:
         name, module, output = calls[-1]
         if _is_linear(module) and width in (output.shape[-1], output.shape[min(1, output.ndim - 1)]):
             return name
     raise UserError(
-        f"Could not find the classifier of {type(model).__name__}: no linear layer or convolution gives its {width} logits; "
+        f"Could not find the classifier of {type(model).__name__}: no linear layer or convolution gives its {width} "
+        "logits; "
         "set `embedding:` in the model's spec to the submodule whose input is the embedding."
     )
 
 
 def num_outputs(model: nn.Module, batch: Batch) -> int:
-    """How many classes a model tells apart: the width of its logits for the batch (a forward pass as in `classifier`)."""
+    """How many classes a model tells apart: the width of its logits for the batch (a forward pass as in
+    `classifier`)."""
     return _width(_logits(model, batch))
 
 
 def embedding_from(tensor: Tensor) -> Tensor:
-    """The classifier's input as an embedding (B, D): (B, D, H, W) is averaged over space, (B, L, D) over tokens, (B, D) is taken as it is.
+    """The classifier's input as an embedding (B, D): (B, D, H, W) is averaged over space, (B, L, D) over tokens, (B, D)
+    is taken as it is.
 
     >>> [tuple(embedding_from(torch.ones(shape)).shape) for shape in [(2, 5), (2, 5, 4, 4), (2, 7, 5)]]
     [(2, 5), (2, 5), (2, 5)]
@@ -144,15 +168,17 @@ def embedding_from(tensor: Tensor) -> Tensor:
     if tensor.ndim == 2:
         return tensor
     raise UserError(
-        f"An embedding is made from (B, D), (B, D, H, W) or (B, L, D), not from shape {tuple(tensor.shape)}; set `embedding:` to another submodule."
+        f"An embedding is made from (B, D), (B, D, H, W) or (B, L, D), not from shape {tuple(tensor.shape)}; set "
+        "`embedding:` to another submodule."
     )
 
 
 def has_channels_last(model: nn.Module, tap: str, shape: Sequence[int], image: tuple[int, int] | None) -> bool:
     """Whether a tap's map is (B, H, W, C), as in Swin transformers, and not (B, C, H, W).
 
-    The tapped layer tells where it works along one axis. Else the two axes that have the aspect of the image are height and width, where the axis that is
-    then the channels is as wide as some linear layer or layer norm of the model; and where all three axes are alike, timm's `output_fmt` decides.
+    The tapped layer tells where it works along one axis. Else the two axes that have the aspect of the image are height
+    and width, where the axis that is then the channels is as wide as some linear layer or layer norm of the model; and
+    where all three axes are alike, timm's `output_fmt` decides.
 
     Args:
         model: with the tap, a submodule (`:in` at the end: its input).
@@ -171,7 +197,8 @@ def has_channels_last(model: nn.Module, tap: str, shape: Sequence[int], image: t
     if _has_aspect(b, c, image):
         return str(getattr(model, "output_fmt", "NCHW")).endswith("NHWC")
     return any(
-        (isinstance(m, nn.LayerNorm) and m.normalized_shape[-1] == c) or (isinstance(m, nn.Linear) and c in (m.in_features, m.out_features))
+        (isinstance(m, nn.LayerNorm) and m.normalized_shape[-1] == c)
+        or (isinstance(m, nn.Linear) and c in (m.in_features, m.out_features))
         for m in model.modules()
     )
 
@@ -183,7 +210,11 @@ def _has_aspect(height: int, width: int, image: tuple[int, int]) -> bool:
 
 def _chain_stages(model: nn.Module, modules: dict[str, nn.Module]) -> list[str]:
     """Stages of the Sequential or ModuleList that holds most modules."""
-    sizes = {name: len(list(m.modules())) for name, m in modules.items() if isinstance(m, nn.Sequential | nn.ModuleList) and len(m) > 1}
+    sizes = {
+        name: len(list(m.modules()))
+        for name, m in modules.items()
+        if isinstance(m, nn.Sequential | nn.ModuleList) and len(m) > 1
+    }
     chain = max(sizes, key=lambda name: sizes[name], default=None)
     if chain is not None and 3 * sizes[chain] >= len(modules):
         prefix = f"{chain}." if chain else ""
@@ -191,11 +222,14 @@ def _chain_stages(model: nn.Module, modules: dict[str, nn.Module]) -> list[str]:
         while children and isinstance(children[-1][1], AFTER_FEATURES):
             children.pop()
         if children:
-            ends = [i - 1 for i, (_, child) in enumerate(children) if i > 0 and _lowers_resolution(child)] + [len(children) - 1]
+            ends = [i - 1 for i, (_, child) in enumerate(children) if i > 0 and _lowers_resolution(child)] + [
+                len(children) - 1
+            ]
             ends = ends[-MOST_STAGES:] if len(ends) > 1 else quarters(len(children))
             return [children[i][0] for i in ends]
     raise UserError(
-        f"Could not find the stages of {type(model).__name__} (no chain of layers holds most of it); name the taps by their submodules instead."
+        f"Could not find the stages of {type(model).__name__} (no chain of layers holds most of it); name the taps by "
+        "their submodules instead."
     )
 
 
@@ -244,7 +278,8 @@ def _logits(model: nn.Module, batch: Batch) -> Tensor:
         given = batch["input"]
         shapes = {k: tuple(v.shape) for k, v in given.items()} if isinstance(given, Mapping) else tuple(given.shape)
         raise UserError(
-            f"{type(model).__name__} could not run on an input of shape {shapes}: {str(error).strip().rstrip('.') or type(error).__name__}."
+            f"{type(model).__name__} could not run on an input of shape {shapes}: "
+            f"{str(error).strip().rstrip('.') or type(error).__name__}."
         ) from error
 
 

@@ -1,5 +1,5 @@
-"""The class names of a transformers classifier (`id2label` of its config), compared with those of the data: a model that has the same classes in
-another order is put in order."""
+"""The class names of a transformers classifier (`id2label` of its config), compared with those of the data: a model
+that has the same classes in another order is put in order."""
 
 from __future__ import annotations
 
@@ -27,7 +27,8 @@ def names_of(model: nn.Module) -> list[str] | None:
 
 
 def set_names(model: nn.Module, classes: Sequence[str]) -> None:
-    """Write class names into the config of a transformers classifier of as many outputs; another model has no place for them."""
+    """Write class names into the config of a transformers classifier of as many outputs; another model has no place for
+    them."""
     config: Any = getattr(model, "config", None)
     given = getattr(config, "id2label", None)
     if isinstance(given, dict) and len(given) == len(classes):
@@ -71,13 +72,16 @@ def check(model: nn.Module, classes: Sequence[str], owner: str) -> None:
     if names is None or list(classes) in (names, _numbers(len(classes))):
         return
     raise UserError(
-        f"The classes of '{owner}' are {_listed(names)}, but those of the data are {_listed(classes)}; name the data's classes as "
-        "the model does, train it on the data (`train:`), or, if both mean the same in this order, set options.id2label: null."
+        f"The classes of '{owner}' are {_listed(names)}, but those of the data are {_listed(classes)}; name the "
+        "data's classes as "
+        "the model does, train it on the data (`train:`), or, if both mean the same in this order, set "
+        "options.id2label: null."
     )
 
 
 def _order(names: Sequence[str], classes: Sequence[str]) -> list[int] | None:
-    """For each class of the data, the model's output of the same name (case and separators aside); None where the names differ."""
+    """For each class of the data, the model's output of the same name (case and separators aside); None where the names
+    differ."""
     for alike in (str, lambda name: re.sub(r"[\s_-]+", " ", name).strip().casefold()):
         ids = {alike(name): i for i, name in enumerate(names)}
         wanted = [alike(c) for c in classes]
@@ -88,9 +92,14 @@ def _order(names: Sequence[str], classes: Sequence[str]) -> list[int] | None:
 
 @torch.no_grad()
 def _sort_outputs(model: nn.Module, order: list[int], owner: str, input_shape: Sequence[int]) -> None:
-    """Sort the rows of the last layer, or of all heads where a model has several, and see that its logits are sorted."""
+    """Sort the rows of the last layer, or of all heads where a model has several, and see that its logits are
+    sorted."""
     inside = set(getattr(model, "base_model", nn.Identity()).modules()) - {model}
-    heads = [m for m in model.modules() if m not in inside and isinstance(m, nn.Linear | nn.Conv2d) and len(m.weight) == len(order)]
+    heads = [
+        m
+        for m in model.modules()
+        if m not in inside and isinstance(m, nn.Linear | nn.Conv2d) and len(m.weight) == len(order)
+    ]
     wanted = _logits(model, input_shape)[..., order]
     for chosen in (heads[-1:], heads):
         for head in chosen:
@@ -101,7 +110,8 @@ def _sort_outputs(model: nn.Module, order: list[int], owner: str, input_shape: S
         for head in chosen:
             _take_rows(head, back)
     raise UserError(
-        f"'{owner}' has the data's classes in another order, and no last layer whose rows give them; order the data's classes as the model does: "
+        f"'{owner}' has the data's classes in another order, and no last layer whose rows give them; order the data's "
+        "classes as the model does: "
         f"{_listed(names_of(model) or [])}."
     )
 
@@ -119,7 +129,9 @@ def _logits(model: nn.Module, input_shape: Sequence[int]) -> Tensor:
         if len(input_shape) != 3:
             return read_logits(model(input_ids=torch.arange(1, 5, device=some.device)[None])).float()
         count = input_shape[0] * input_shape[1] * input_shape[2]
-        return read_logits(model(torch.linspace(-1, 1, count, device=some.device, dtype=some.dtype).sin().view(1, *input_shape))).float()
+        return read_logits(
+            model(torch.linspace(-1, 1, count, device=some.device, dtype=some.dtype).sin().view(1, *input_shape))
+        ).float()
 
 
 def _numbers(count: int) -> list[str]:

@@ -1,8 +1,11 @@
-"""The block of data-set distillation's ConvNets, [convolution, instance norm, ReLU, 2x2 average pooling], with derivatives written out for the CPU.
+"""The block of data-set distillation's ConvNets, [convolution, instance norm, ReLU, 2x2 average pooling], with
+derivatives written out for the CPU.
 
-Trajectory and gradient matching differentiate a network twice. Torch's own second derivative of a norm is a chain of passes over the maps, that of a convolution
-takes another as large as the image; here the former is two sums of maps weighted by (B, C) numbers, the latter ordinary convolutions. Norm, ReLU and pooling go
-over a few images at a time, which stay in the processor's cache, and keep nothing but their input. Elsewhere (GPU, autocast, compilers, torch.func) torch's own modules run.
+Trajectory and gradient matching differentiate a network twice. Torch's own second derivative of a norm is a chain of
+passes over the maps, that of a convolution takes another as large as the image; here the former is two sums of maps
+weighted by (B, C) numbers, the latter ordinary convolutions. Norm, ReLU and pooling go over a few images at a time,
+which stay in the processor's cache, and keep nothing but their input. Elsewhere (GPU, autocast, compilers, torch.func)
+torch's own modules run.
 """
 
 from __future__ import annotations
@@ -21,12 +24,14 @@ AT_ONCE = 2**18
 
 
 def channels_last(x: Tensor) -> Tensor:
-    """Images (B, C, H, W) with channels last in memory, where the derivatives of this file serve: all of it is faster so."""
+    """Images (B, C, H, W) with channels last in memory, where the derivatives of this file serve: all of it is faster
+    so."""
     return x.contiguous(memory_format=torch.channels_last) if _written_out(x, x) else x
 
 
 class Block(nn.Sequential):
-    """`conv`, `norm`, `act` and `pool`, in that order; they run as one where they are what is written out here and nothing listens to one of them.
+    """`conv`, `norm`, `act` and `pool`, in that order; they run as one where they are what is written out here and
+    nothing listens to one of them.
 
     The norm takes out what the convolution's bias adds: then it is not added, and has a gradient of 0.
     """
@@ -40,7 +45,12 @@ class Block(nn.Sequential):
         """(B, C, H, W) -> (B, C', h, w)."""
         conv, norm, act, pool = self.conv, self.norm, self.act, self.pool
         known = type(act) is nn.ReLU and type(pool) is nn.AvgPool2d and pool.kernel_size == pool.stride == 2
-        if known and isinstance(norm, InstanceNorm) and _written_out(x, norm.weight) and not any(map(_listened_to, self)):
+        if (
+            known
+            and isinstance(norm, InstanceNorm)
+            and _written_out(x, norm.weight)
+            and not any(map(_listened_to, self))
+        ):
             maps = conv._conv_forward(x, conv.weight, None)
             pooled: Tensor = _Norm.apply(maps, norm.weight, norm.bias, norm.eps, True, conv.bias)[0]
             return pooled
@@ -49,7 +59,8 @@ class Block(nn.Sequential):
 
 
 class InstanceNorm(nn.GroupNorm):
-    """(x - mean) / sqrt(variance + eps) over the pixels of each image and channel (biased variance), times weight, plus bias.
+    """(x - mean) / sqrt(variance + eps) over the pixels of each image and channel (biased variance), times weight, plus
+    bias.
 
     Args:
         channels: C; the parameters are those of `nn.GroupNorm(C, C)`.
@@ -72,29 +83,38 @@ class Convolution(nn.Conv2d):
     def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         if not _written_out(input, weight):
             return super()._conv_forward(input, weight, bias)
-        out: Tensor = _Convolution.apply(input, weight.contiguous(memory_format=torch.channels_last), bias, self.padding)
+        out: Tensor = _Convolution.apply(
+            input, weight.contiguous(memory_format=torch.channels_last), bias, self.padding
+        )
         return out
 
 
 def _written_out(x: Tensor, weight: Tensor) -> bool:
     """Whether the derivatives of this file serve."""
     plain = x.ndim == 4 and x.device.type == "cpu" and x.dtype == weight.dtype
-    return plain and not (torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active())
+    return plain and not (
+        torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+    )
 
 
 def _listened_to(module: nn.Module) -> bool:
     """Whether hooks ask for the module's own inputs, outputs or gradients."""
-    return bool(module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks)
+    return bool(
+        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    )
 
 
 class _Norm(torch.autograd.Function):
-    """x, weight (C,), bias (C,), eps, pooled, before -> n weight + bias (with `pooled`: rectified and pooled); then mean and 1 / deviation, without gradient.
+    """x, weight (C,), bias (C,), eps, pooled, before -> n weight + bias (with `pooled`: rectified and pooled); then
+    mean and 1 / deviation, without gradient.
 
     `before` (C,) or None is what could be added to x without changing a thing; its gradient is 0.
     """
 
     @staticmethod
-    def forward(x: Tensor, weight: Tensor, bias: Tensor, eps: float, pooled: bool, before: Tensor | None) -> tuple[Tensor, ...]:
+    def forward(
+        x: Tensor, weight: Tensor, bias: Tensor, eps: float, pooled: bool, before: Tensor | None
+    ) -> tuple[Tensor, ...]:
         return _joined([_norm(pooled, weight, bias, eps, part) for (part,) in _few(x)])
 
     @staticmethod
@@ -114,12 +134,17 @@ class _Norm(torch.autograd.Function):
 
 
 class _NormBackward(torch.autograd.Function):
-    """Gradient, x, weight, bias, mean, rstd, pooled -> gradients of x, weight and bias; then the sums of a and of a n over pixels, without gradient."""
+    """Gradient, x, weight, bias, mean, rstd, pooled -> gradients of x, weight and bias; then the sums of a and of a n
+    over pixels, without gradient."""
 
     @staticmethod
-    def forward(grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, rstd: Tensor, pooled: bool) -> tuple[Tensor, ...]:
+    def forward(
+        grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, rstd: Tensor, pooled: bool
+    ) -> tuple[Tensor, ...]:
         of_x = torch.empty_like(x)
-        total, along = _joined([_norm_backward(pooled, weight, bias, *part) for part in _few(of_x, grad, x, mean, rstd)])
+        total, along = _joined(
+            [_norm_backward(pooled, weight, bias, *part) for part in _few(of_x, grad, x, mean, rstd)]
+        )
         return of_x, along.sum(0).flatten(), total.sum(0).flatten(), total, along
 
     @staticmethod
@@ -149,7 +174,8 @@ def _norm(pooled: bool, weight: Tensor, bias: Tensor, eps: float, x: Tensor) -> 
 def _norm_backward(
     pooled: bool, weight: Tensor, bias: Tensor, of_x: Tensor, grad: Tensor, x: Tensor, mean: Tensor, rstd: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Into `of_x`, with a the gradient at the norm's output and M pixels: weight rstd (a - sum(a) / M - n sum(a n) / M). Returns sum(a) and sum(a n)."""
+    """Into `of_x`, with a the gradient at the norm's output and M pixels: weight rstd (a - sum(a) / M - n sum(a n) /
+    M). Returns sum(a) and sum(a n)."""
     a = _unpooled(grad, _scaled(x, weight, bias, mean, rstd)) if pooled else grad
     total, along = _sums(a, x, mean, rstd)
     scale, size = _column(weight) * rstd, _pixels(x)
@@ -162,10 +188,11 @@ def _norm_second(
     pooled: bool, weight: Tensor, bias: Tensor, v: Tensor, w: Tensor,
     of_x: Tensor, u: Tensor, grad: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, total_a: Tensor, along_a: Tensor,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Derivatives of s = <u, d/dx> + <v, d/dweight> + <w, d/dbias>: into `of_x`; returned, for the gradient and, image by image, for the weight.
+    """Derivatives of s = <u, d/dx> + <v, d/dweight> + <w, d/dbias>: into `of_x`; returned, for the gradient and, image
+    by image, for the weight.
 
-    s = <a, b> with b = weight rstd (u - sum(u) / M - n sum(u n) / M) + v n + w, so that b, rectified and pooled, is the first; n itself has the derivative
-    to_a a + to_u u.
+    s = <a, b> with b = weight rstd (u - sum(u) / M - n sum(u n) / M) + v n + w, so that b, rectified and pooled, is the
+    first; n itself has the derivative to_a a + to_u u.
     """
     size, gain, v, w = _pixels(x), _column(weight), _column(v), _column(w)
     y = _scaled(x, weight, bias, mean, rstd) if pooled else x
@@ -176,7 +203,9 @@ def _norm_second(
     b = torch.addcmul(w - gain * rstd * total_u / size - mean * rstd * to_a, x, rstd * to_a).addcmul_(u, gain * rstd)
     total, along = to_a * total_a + to_u * total_u, to_a * along_a + to_u * along_u
     tilt = rstd.square() * (along + gain * of_weight) / -size
-    torch.addcmul(rstd * total / -size - mean * tilt, x, tilt, out=of_x).addcmul_(a, rstd * to_a).addcmul_(u, rstd * to_u)
+    torch.addcmul(rstd * total / -size - mean * tilt, x, tilt, out=of_x).addcmul_(a, rstd * to_a).addcmul_(
+        u, rstd * to_u
+    )
     return F.avg_pool2d(torch.ops.aten.threshold_backward(b, y, 0), 2) if pooled else b, of_weight
 
 

@@ -1,7 +1,8 @@
-"""The ConvNet of data-set distillation (Zhao et al., arXiv 2006.05929; Cazenavette et al., arXiv 2203.11932) and a plain perceptron.
+"""The ConvNet of data-set distillation (Zhao et al., arXiv 2006.05929; Cazenavette et al., arXiv 2203.11932) and a
+plain perceptron.
 
-Stages are `layer1` …; a ConvNet's stage holds `conv`, `norm`, `act` and `pool` (`layer2.act` is its activation map). The classifier is `fc`; its input,
-flattened, is the embedding.
+Stages are `layer1` …; a ConvNet's stage holds `conv`, `norm`, `act` and `pool` (`layer2.act` is its activation map).
+The classifier is `fc`; its input, flattened, is the embedding.
 """
 
 from __future__ import annotations
@@ -19,15 +20,28 @@ from stillhouse.models.conv_block import Block, Convolution, InstanceNorm, chann
 from stillhouse.models.registry import register
 
 Norm = Literal["instance", "batch", "layer", "group", "none"]
-ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {"relu": nn.ReLU, "sigmoid": nn.Sigmoid, "leaky_relu": lambda: nn.LeakyReLU(0.01)}
-POOLS: dict[str, Callable[[], nn.Module]] = {"avg": lambda: nn.AvgPool2d(2), "max": lambda: nn.MaxPool2d(2), "none": nn.Identity}
+ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
+    "relu": nn.ReLU,
+    "sigmoid": nn.Sigmoid,
+    "leaky_relu": lambda: nn.LeakyReLU(0.01),
+}
+POOLS: dict[str, Callable[[], nn.Module]] = {
+    "avg": lambda: nn.AvgPool2d(2),
+    "max": lambda: nn.MaxPool2d(2),
+    "none": nn.Identity,
+}
 
 
-@register({"convnet": {}} | {f"convnet{d}": {"depth": d} for d in (2, 3, 4, 5)}, pattern=r"convnet(\d+)", fixes=lambda depth: {"depth": depth})
+@register(
+    {"convnet": {}} | {f"convnet{d}": {"depth": d} for d in (2, 3, 4, 5)},
+    pattern=r"convnet(\d+)",
+    fixes=lambda depth: {"depth": depth},
+)
 class ConvNet(nn.Module):
     """Blocks of [3x3 convolution, norm, activation, 2x2 pooling], flattened, and `fc`. Torch's default initialisation.
 
-    An image with one channel is padded by 3, not 1, in the first convolution (28 px become 32), as in the published code.
+    An image with one channel is padded by 3, not 1, in the first convolution (28 px become 32), as in the published
+    code.
 
     Args:
         width: channels of each block: one number for all, or a list of as many as there are blocks.
@@ -59,7 +73,9 @@ class ConvNet(nn.Module):
                 raise unknown(f"ConvNet options.{option}", str(value), valid)
         widths = [width] * depth if isinstance(width, int) else list(width)
         if depth < 1 or min(widths, default=1) < 1:
-            raise UserError(f"A ConvNet needs options.width and options.depth of 1 or more; given: width {width}, depth {depth}.")
+            raise UserError(
+                f"A ConvNet needs options.width and options.depth of 1 or more; given: width {width}, depth {depth}."
+            )
         if len(widths) != depth:
             raise UserError(f"A ConvNet of depth {depth} needs one options.width, or {depth} of them; given: {widths}.")
         self.stage_names = [f"layer{i + 1}" for i in range(depth)]
@@ -69,10 +85,14 @@ class ConvNet(nn.Module):
                 height, breadth = height + 4, breadth + 4
             if height * breadth < 2:
                 raise UserError(
-                    f"A ConvNet of depth {depth} is too deep for images of {input_shape[1]} x {input_shape[2]}: block {i + 1} would see a single pixel."
+                    f"A ConvNet of depth {depth} is too deep for images of {input_shape[1]} x {input_shape[2]}: block "
+                    f"{i + 1} would see a single pixel."
                 )
             parts: list[tuple[str, nn.Module]] = [
-                ("conv", (Convolution if i else nn.Conv2d)(widths[i - 1] if i else channels, widths[i], 3, padding=padding)),
+                (
+                    "conv",
+                    (Convolution if i else nn.Conv2d)(widths[i - 1] if i else channels, widths[i], 3, padding=padding),
+                ),
                 ("norm", _norm(norm, widths[i], height, breadth)),
                 ("act", ACTIVATIONS[act]()),
                 ("pool", POOLS[pool]()),
@@ -116,7 +136,9 @@ class MLP(nn.Module):
         input_shape: shape of one sample.
     """
 
-    def __init__(self, widths: Sequence[int] = (256, 256), num_classes: int = 10, *, input_shape: tuple[int, ...]) -> None:
+    def __init__(
+        self, widths: Sequence[int] = (256, 256), num_classes: int = 10, *, input_shape: tuple[int, ...]
+    ) -> None:
         super().__init__()
         inputs = math.prod(input_shape)
         self.stage_names = [f"layer{i + 1}" for i in range(len(widths))]

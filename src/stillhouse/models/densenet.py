@@ -1,6 +1,8 @@
-"""DenseNet-121 for 32 px images (Huang et al., CVPR 2017, arXiv 1608.06993): the published blocks behind a 3x3 stem, so that maps end at 4 x 4.
+"""DenseNet-121 for 32 px images (Huang et al., CVPR 2017, arXiv 1608.06993): the published blocks behind a 3x3 stem, so
+that maps end at 4 x 4.
 
-Stages are `layer1` … `layer4`, each a dense block; the transitions between them are `down1` … `down3`, the last norm is `norm`, the classifier `fc`.
+Stages are `layer1` … `layer4`, each a dense block; the transitions between them are `down1` … `down3`, the last norm is
+`norm`, the classifier `fc`.
 """
 
 from __future__ import annotations
@@ -13,7 +15,8 @@ from stillhouse.models.registry import register
 
 
 class DenseLayer(nn.Module):
-    """Norm, ReLU, 1x1 convolution to 4 times the growth, norm, ReLU, 3x3 convolution; the result follows the input's channels."""
+    """Norm, ReLU, 1x1 convolution to 4 times the growth, norm, ReLU, 3x3 convolution; the result follows the input's
+    channels."""
 
     def __init__(self, inputs: int, growth: int) -> None:
         super().__init__()
@@ -42,7 +45,9 @@ class DenseNet(nn.Module):
         input_shape: (channels, height, width).
     """
 
-    def __init__(self, depths: tuple[int, ...], growth: int, num_classes: int = 10, input_shape: tuple[int, ...] = (3, 32, 32)) -> None:
+    def __init__(
+        self, depths: tuple[int, ...], growth: int, num_classes: int = 10, input_shape: tuple[int, ...] = (3, 32, 32)
+    ) -> None:
         super().__init__()
         channels = 2 * growth
         self.conv1 = nn.Conv2d(input_shape[0], channels, 3, 1, 1, bias=False)

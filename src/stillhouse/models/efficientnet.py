@@ -1,4 +1,5 @@
-"""EfficientNet-B0 for 32 px images (Tan and Le, ICML 2019, arXiv 1905.11946): the published blocks behind a stem of stride 1, so that maps end at 2 x 2.
+"""EfficientNet-B0 for 32 px images (Tan and Le, ICML 2019, arXiv 1905.11946): the published blocks behind a stem of
+stride 1, so that maps end at 2 x 2.
 
 Without dropout and stochastic depth. The stem is `conv1`, stages are `blocks.i`, the classifier is `fc`.
 """
@@ -29,7 +30,8 @@ class SqueezeExcite(nn.Module):
 
 
 class MBConv(nn.Module):
-    """1x1 convolution that widens (not at expansion 1), depthwise, squeeze and excite, 1x1 without activation; a shortcut where the shape stays."""
+    """1x1 convolution that widens (not at expansion 1), depthwise, squeeze and excite, 1x1 without activation; a
+    shortcut where the shape stays."""
 
     def __init__(self, inputs: int, outputs: int, kernel: int, stride: int, expansion: int) -> None:
         super().__init__()
@@ -38,8 +40,20 @@ class MBConv(nn.Module):
         self.conv = nn.Sequential()
         if expansion > 1:
             self.conv.extend([nn.Conv2d(inputs, inner, 1, bias=False), nn.BatchNorm2d(inner), nn.SiLU()])
-        self.conv.extend([nn.Conv2d(inner, inner, kernel, stride, kernel // 2, groups=inner, bias=False), nn.BatchNorm2d(inner), nn.SiLU()])
-        self.conv.extend([SqueezeExcite(inner, max(1, inputs // 4)), nn.Conv2d(inner, outputs, 1, bias=False), nn.BatchNorm2d(outputs)])
+        self.conv.extend(
+            [
+                nn.Conv2d(inner, inner, kernel, stride, kernel // 2, groups=inner, bias=False),
+                nn.BatchNorm2d(inner),
+                nn.SiLU(),
+            ]
+        )
+        self.conv.extend(
+            [
+                SqueezeExcite(inner, max(1, inputs // 4)),
+                nn.Conv2d(inner, outputs, 1, bias=False),
+                nn.BatchNorm2d(outputs),
+            ]
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         return x + self.conv(x) if self.keeps_shape else self.conv(x)
@@ -47,7 +61,8 @@ class MBConv(nn.Module):
 
 @register({"efficientnet_b0": {}})
 class EfficientNetB0(nn.Module):
-    """3x3 stem of stride 1, seven groups of blocks (`blocks.0` … `blocks.6`), `conv2` to 1280 channels, mean over space, `fc`.
+    """3x3 stem of stride 1, seven groups of blocks (`blocks.0` … `blocks.6`), `conv2` to 1280 channels, mean over
+    space, `fc`.
 
     Args:
         num_classes: C.
@@ -71,7 +86,10 @@ class EfficientNetB0(nn.Module):
         self.blocks = nn.Sequential()
         inputs = 32
         for expansion, outputs, repeats, stride, kernel in self.groups:
-            group = [MBConv(inputs if i == 0 else outputs, outputs, kernel, stride if i == 0 else 1, expansion) for i in range(repeats)]
+            group = [
+                MBConv(inputs if i == 0 else outputs, outputs, kernel, stride if i == 0 else 1, expansion)
+                for i in range(repeats)
+            ]
             self.blocks.append(nn.Sequential(*group))
             inputs = outputs
         self.conv2 = nn.Sequential(nn.Conv2d(inputs, 1280, 1, bias=False), nn.BatchNorm2d(1280), nn.SiLU())

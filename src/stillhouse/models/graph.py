@@ -1,4 +1,5 @@
-"""Networks on the nodes of a graph: GCN, GraphSAGE and GAT of torch_geometric, the MLP that takes features alone, and a neighbour sampler.
+"""Networks on the nodes of a graph: GCN, GraphSAGE and GAT of torch_geometric, the MLP that takes features alone, and a
+neighbour sampler.
 
 Features may be dense or CSR; a CSR matrix meets a network's first weights as a sparse product.
 """
@@ -35,10 +36,21 @@ class NodeMLP(nn.Module):
         input_shape: (D,).
     """
 
-    def __init__(self, width: int = 128, layers: int = 2, dropout: float = 0.5, num_classes: int = 2, *, input_shape: tuple[int, ...]) -> None:
+    def __init__(
+        self,
+        width: int = 128,
+        layers: int = 2,
+        dropout: float = 0.5,
+        num_classes: int = 2,
+        *,
+        input_shape: tuple[int, ...],
+    ) -> None:
         super().__init__()
         if layers < 1 or width < 1 or not 0 <= dropout < 1:
-            raise UserError(f"node_mlp: layers and width must be at least 1 and dropout in [0, 1); given: {layers}, {width}, {dropout}.")
+            raise UserError(
+                f"node_mlp: layers and width must be at least 1 and dropout in [0, 1); given: {layers}, {width}, "
+                f"{dropout}."
+            )
         sizes = [math.prod(input_shape), *[width] * (layers - 1)]
         self.hidden = nn.ModuleList(nn.Linear(a, b) for a, b in itertools.pairwise(sizes))
         self.fc = nn.Linear(sizes[-1], num_classes)
@@ -62,15 +74,18 @@ class GNN(nn.Module):
     """A graph network: convolution, ReLU (gcn, sage, gat alike), dropout; nothing on the input, no ReLU after the last.
 
     Args:
-        conv: gcn: symmetric normalisation; sage: the mean of a node and its neighbours, the node counted twice, as GraphSAGE's `gcn` aggregator does on a
-            graph that has self loops already; gat: `heads` of width / heads side by side, one head of the last layer, attention dropout 0.3.
+        conv: gcn: symmetric normalisation; sage: the mean of a node and its neighbours, the node counted twice, as
+            GraphSAGE's `gcn` aggregator does on a graph that has self loops already; gat: `heads` of width / heads side
+            by side, one head of the last layer, attention dropout 0.3.
         inputs: D. width: of a hidden layer. classes: C. layers: convolutions.
 
     Raises:
         UserError: an unknown convolution, or a width that the heads do not divide.
     """
 
-    def __init__(self, conv: Conv, inputs: int, width: int, classes: int, layers: int = 2, dropout: float = 0.5, heads: int = 4) -> None:
+    def __init__(
+        self, conv: Conv, inputs: int, width: int, classes: int, layers: int = 2, dropout: float = 0.5, heads: int = 4
+    ) -> None:
         super().__init__()
         if conv not in ("gcn", "sage", "gat"):
             raise unknown("graph convolution", conv, ["gcn", "sage", "gat"])
@@ -84,8 +99,10 @@ class GNN(nn.Module):
             if conv == "gat":
                 out, count = (classes, 1) if last else (width // heads, heads)
                 self.convs.append(geometric.GATConv(a, out, count, dropout=0.3, add_self_loops=False))
-            else:  # with its matrix given, GCNConv is the linear map and the product; the matrix makes it a GCN or a SAGE
-                self.convs.append(geometric.GCNConv(a, classes if last else width, normalize=False, add_self_loops=False))
+            else:  # with its matrix given, GCNConv is the linear map and the product: a GCN or a SAGE
+                self.convs.append(
+                    geometric.GCNConv(a, classes if last else width, normalize=False, add_self_loops=False)
+                )
 
     def propagation(self, edges: Tensor, nodes: int) -> Tensor:
         """What the convolutions go along: a normalised CSR matrix (N, N), or edges with self loops for gat.
@@ -115,7 +132,8 @@ def with_loops(edges: Tensor, nodes: int) -> Tensor:
 
 
 def propagation(edges: Tensor, nodes: int, kind: Literal["gcn", "sage"]) -> Tensor:
-    """The CSR matrix (N, N) of one propagation step: D^-1/2 (A + I) D^-1/2 for gcn, D^-1 (A + 2 I) for sage, D the rows' sums."""
+    """The CSR matrix (N, N) of one propagation step: D^-1/2 (A + I) D^-1/2 for gcn, D^-1 (A + 2 I) for sage, D the
+    rows' sums."""
     looped = with_loops(edges, nodes)
     value = torch.ones(looped.shape[1], device=edges.device)
     if kind == "sage":
@@ -144,11 +162,13 @@ def convolutions() -> Any:
 
 
 class NeighbourSampler:
-    """Draws, for a batch of nodes, a few neighbours of each, and a few of each of those: a small graph that holds what a GNN needs for the batch.
+    """Draws, for a batch of nodes, a few neighbours of each, and a few of each of those: a small graph that holds what
+    a GNN needs for the batch.
 
     Args:
         edges: (2, E), both directions, sorted by the first row, on the host.
-        fan_out: neighbours drawn of a node at each hop, with replacement; fewer are kept where a draw repeats. -1: all of them.
+        fan_out: neighbours drawn of a node at each hop, with replacement; fewer are kept where a draw repeats. -1: all
+            of them.
     """
 
     def __init__(self, edges: Tensor, nodes: int, fan_out: tuple[int, ...] = (10, 10)) -> None:
@@ -158,7 +178,8 @@ class NeighbourSampler:
         np.cumsum(np.bincount(edges[0].numpy(), minlength=nodes), out=self._start[1:])
 
     def sample(self, batch: Tensor, generator: np.random.Generator) -> tuple[Tensor, Tensor]:
-        """Nodes (n,) with the batch's own first, and the edges among them that were drawn, (2, e) in positions of `nodes`, both directions."""
+        """Nodes (n,) with the batch's own first, and the edges among them that were drawn, (2, e) in positions of
+        `nodes`, both directions."""
         nodes = batch.numpy()
         frontier, drawn = nodes, []
         for fan in self.fan_out:
@@ -180,7 +201,9 @@ class NeighbourSampler:
         codes = np.unique(np.concatenate([local[0] * len(nodes) + local[1], local[1] * len(nodes) + local[0]]))
         return torch.from_numpy(nodes), torch.from_numpy(np.stack([codes // len(nodes), codes % len(nodes)]))
 
-    def batches(self, nodes: Tensor, size: int, generator: np.random.Generator) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    def batches(
+        self, nodes: Tensor, size: int, generator: np.random.Generator
+    ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """(batch, its graph's nodes, their edges) over all `nodes`, in order."""
         for batch in nodes.split(size):
             yield batch, *self.sample(batch, generator)

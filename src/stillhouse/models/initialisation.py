@@ -1,4 +1,5 @@
-"""The initialisation that the papers' CIFAR nets share (He et al., arXiv 1502.01852): normal with variance 2 / fan-out for convolutions."""
+"""The initialisation that the papers' CIFAR nets share (He et al., arXiv 1502.01852): normal with variance 2 / fan-out
+for convolutions."""
 
 from __future__ import annotations
 
@@ -6,7 +7,8 @@ from torch import nn
 
 
 def he_fan_out(model: nn.Module, linear_std: float | None = None) -> None:
-    """Set convolutions to N(0, 2 / (kernel area * output channels)) and their biases to 0; norms stay at weight 1, bias 0.
+    """Set convolutions to N(0, 2 / (kernel area * output channels)) and their biases to 0; norms stay at weight 1, bias
+    0.
 
     Args:
         model: changed in place.

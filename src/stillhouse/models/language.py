@@ -1,4 +1,5 @@
-"""What language models of transformers are made of: hidden states and an output layer, other tokenizers' ids, padding for generation."""
+"""What language models of transformers are made of: hidden states and an output layer, other tokenizers' ids, padding
+for generation."""
 
 from __future__ import annotations
 
@@ -23,7 +24,10 @@ CAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
 def keeps_apart(model: nn.Module) -> bool:
     """Whether a causal model reads two samples packed in one row as it reads each alone; tried on six tokens."""
     device = next(model.parameters()).device
-    ids, positions = torch.tensor([[1, 2, 3, 3, 1, 2]], device=device), torch.tensor([[0, 1, 2, 0, 1, 2]], device=device)
+    ids, positions = (
+        torch.tensor([[1, 2, 3, 3, 1, 2]], device=device),
+        torch.tensor([[0, 1, 2, 0, 1, 2]], device=device),
+    )
     with evaluating(model):
         together = read_logits(model(input_ids=ids, position_ids=positions, use_cache=False))[:, 3:]
         alone = read_logits(model(input_ids=ids[:, 3:], use_cache=False))
@@ -42,10 +46,12 @@ def own_tokenizer(name: str) -> Any:
 
 
 class OtherIds(nn.Module):
-    """A model that numbers the same tokens otherwise: the student's ids go in translated, and its logits come out in the student's order.
+    """A model that numbers the same tokens otherwise: the student's ids go in translated, and its logits come out in
+    the student's order.
 
-    For a teacher whose vocabulary holds every token of the student's, by its string (characters within a larger set, a pruned vocabulary). Tokens that
-    only the teacher has are left out, which renormalises its probabilities over the shared ones.
+    For a teacher whose vocabulary holds every token of the student's, by its string (characters within a larger set, a
+    pruned vocabulary). Tokens that only the teacher has are left out, which renormalises its probabilities over the
+    shared ones.
     """
 
     ids: Tensor
@@ -64,10 +70,12 @@ class OtherIds(nn.Module):
 
 
 def headless(model: nn.Module, inputs: Mapping[str, Any]) -> Head:
-    """What a language model's logits are made of: its last hidden states, and the matrix (the live parameter) and bias of its output layer.
+    """What a language model's logits are made of: its last hidden states, and the matrix (the live parameter) and bias
+    of its output layer.
 
     Raises:
-        UserError: a model that is not of transformers, or whose output layer is not the linear layer of `get_output_embeddings`.
+        UserError: a model that is not of transformers, or whose output layer is not the linear layer of
+            `get_output_embeddings`.
     """
     if isinstance(model, OtherIds):
         head = headless(model.model, model.translated(inputs))
@@ -91,13 +99,18 @@ def body_and_output(model: nn.Module) -> tuple[nn.Module, nn.Linear]:
 
 @torch.no_grad()
 def check_headless(model: nn.Module, inputs: Mapping[str, Any], tokens: int = 8) -> None:
-    """Raise `UserError` where the logits are not hidden states times the matrix of the output layer (scaled or capped ones); tried on a few tokens."""
+    """Raise `UserError` where the logits are not hidden states times the matrix of the output layer (scaled or capped
+    ones); tried on a few tokens."""
     config = getattr(model, "config", None)
     capped = any(getattr(config, name, None) for name in CAPS)  # of which small logits would show nothing
     few = {name: x[:1, :tokens] if isinstance(x, Tensor) and x.ndim > 1 else x for name, x in inputs.items()}
     with evaluating(model):
         made, logits = headless(model, few).logits(), read_logits(model(**few))
-    if capped or made.shape != logits.shape or not torch.allclose(made.float(), logits.float(), rtol=1e-2, atol=1e-2 * float(logits.abs().max())):
+    if (
+        capped
+        or made.shape != logits.shape
+        or not torch.allclose(made.float(), logits.float(), rtol=1e-2, atol=1e-2 * float(logits.abs().max()))
+    ):
         raise UserError(f"a {type(model).__name__} changes its logits after the output layer (it scales or caps them)")
 
 
@@ -111,7 +124,8 @@ def can_be_headless(model: nn.Module, inputs: Mapping[str, Any]) -> bool:
 
 
 def as_teacher(model: nn.Module, theirs: Any, ours: Any, task: str) -> nn.Module:
-    """A teacher as the student's tokenizer needs it: as it is where both number tokens alike, else translated by string.
+    """A teacher as the student's tokenizer needs it: as it is where both number tokens alike, else translated by
+    string.
 
     Args:
         model: the teacher.
@@ -126,7 +140,8 @@ def as_teacher(model: nn.Module, theirs: Any, ours: Any, task: str) -> nn.Module
         return model
     if task == "classify":
         raise UserError(
-            f"The teacher's tokenizer ({len(theirs)} tokens) and the student's ({len(ours)}) differ; a text classifier needs its own tokenizer."
+            f"The teacher's tokenizer ({len(theirs)} tokens) and the student's ({len(ours)}) differ; a text "
+            "classifier needs its own tokenizer."
         )
     return OtherIds(model, ids)
 
@@ -146,7 +161,8 @@ def quietly() -> Iterator[None]:
 
 
 def prompt_rows(tokens: Any, prompts: Sequence[str], task: str, room: int) -> list[list[int]]:
-    """The ids of prompts as a model reads them before it writes: with the tokenizer's special tokens, of a causal model without those that end a text.
+    """The ids of prompts as a model reads them before it writes: with the tokenizer's special tokens, of a causal model
+    without those that end a text.
 
     Args:
         tokens: the model's tokenizer.

@@ -1,7 +1,8 @@
-"""Mobile nets for 32 px images, by default as in CRD's CIFAR experiments (arXiv 1910.10699): MobileNetV2 at half width, ShuffleNet V1 (3 groups), V2 (1x).
+"""Mobile nets for 32 px images, by default as in CRD's CIFAR experiments (arXiv 1910.10699): MobileNetV2 at half width,
+ShuffleNet V1 (3 groups), V2 (1x).
 
-MobileNetV2: arXiv 1801.04381; ShuffleNet: arXiv 1707.01083 and 1807.11164. All start at full or half resolution with a small stem, `conv1`;
-stages are `blocks.i` or `layer1` … `layer3`; the classifier is `fc`.
+MobileNetV2: arXiv 1801.04381; ShuffleNet: arXiv 1707.01083 and 1807.11164. All start at full or half resolution with a
+small stem, `conv1`; stages are `blocks.i` or `layer1` … `layer3`; the classifier is `fc`.
 """
 
 from __future__ import annotations
@@ -18,7 +19,8 @@ from stillhouse.models.registry import register
 
 
 class InvertedResidual(nn.Module):
-    """1x1 convolution that widens, 3x3 depthwise, 1x1 that narrows without activation; a shortcut where the shape stays."""
+    """1x1 convolution that widens, 3x3 depthwise, 1x1 that narrows without activation; a shortcut where the shape
+    stays."""
 
     def __init__(self, inputs: int, outputs: int, stride: int, expansion: int) -> None:
         super().__init__()
@@ -41,7 +43,8 @@ class InvertedResidual(nn.Module):
 
 @register({"mobilenet_v2": {}})
 class MobileNetV2(nn.Module):
-    """Stem, seven groups of inverted residuals (`blocks.0` … `blocks.6`), `conv2` to 1280 channels, mean over space, `fc`.
+    """Stem, seven groups of inverted residuals (`blocks.0` … `blocks.6`), `conv2` to 1280 channels, mean over space,
+    `fc`.
 
     Args:
         width: factor on the channels of stem and blocks; the papers' 0.5.
@@ -62,14 +65,25 @@ class MobileNetV2(nn.Module):
         (6, 320, 1, 1),
     ]
 
-    def __init__(self, width: float = 0.5, num_classes: int = 10, input_shape: tuple[int, ...] = (3, 32, 32), stem_stride: int = 2) -> None:
+    def __init__(
+        self,
+        width: float = 0.5,
+        num_classes: int = 10,
+        input_shape: tuple[int, ...] = (3, 32, 32),
+        stem_stride: int = 2,
+    ) -> None:
         super().__init__()
         inputs, last = int(32 * width), int(1280 * max(width, 1.0))
-        self.conv1 = nn.Sequential(nn.Conv2d(input_shape[0], inputs, 3, stem_stride, 1, bias=False), nn.BatchNorm2d(inputs), nn.ReLU())
+        self.conv1 = nn.Sequential(
+            nn.Conv2d(input_shape[0], inputs, 3, stem_stride, 1, bias=False), nn.BatchNorm2d(inputs), nn.ReLU()
+        )
         self.blocks = nn.Sequential()
         for expansion, channels, repeats, stride in self.groups:
             outputs = int(channels * width)
-            group = [InvertedResidual(inputs if i == 0 else outputs, outputs, stride if i == 0 else 1, expansion) for i in range(repeats)]
+            group = [
+                InvertedResidual(inputs if i == 0 else outputs, outputs, stride if i == 0 else 1, expansion)
+                for i in range(repeats)
+            ]
             self.blocks.append(nn.Sequential(*group))
             inputs = outputs
         self.conv2 = nn.Sequential(nn.Conv2d(inputs, last, 1, bias=False), nn.BatchNorm2d(last), nn.ReLU())
@@ -90,7 +104,8 @@ def shuffle_channels(x: Tensor, groups: int) -> Tensor:
 
 
 class ShuffleUnitV1(nn.Module):
-    """Grouped 1x1, shuffle, 3x3 depthwise, grouped 1x1; added to the input, or at stride 2 concatenated with its mean."""
+    """Grouped 1x1, shuffle, 3x3 depthwise, grouped 1x1; added to the input, or at stride 2 concatenated with its
+    mean."""
 
     def __init__(self, inputs: int, outputs: int, stride: int, groups: int = 3, stem: int = 24) -> None:
         super().__init__()
@@ -120,7 +135,8 @@ class ShuffleNetV1(nn.Module):
     Args:
         num_classes: C.
         input_shape: (channels, height, width).
-        groups: of the 1x1 convolutions, 1, 2 or 3; each has channels of its own, so that nets of all are about as costly.
+        groups: of the 1x1 convolutions, 1, 2 or 3; each has channels of its own, so that nets of all are about as
+            costly.
 
     Raises:
         UserError: another number of groups.
@@ -142,7 +158,9 @@ class ShuffleNetV1(nn.Module):
         inputs = 24
         for name, factor, depth in zip(self.stage_names, (1, 2, 4), (4, 8, 4)):
             width = factor * self.channels[groups]
-            units = [ShuffleUnitV1(inputs if i == 0 else width, width, 2 if i == 0 else 1, groups) for i in range(depth)]
+            units = [
+                ShuffleUnitV1(inputs if i == 0 else width, width, 2 if i == 0 else 1, groups) for i in range(depth)
+            ]
             setattr(self, name, nn.Sequential(*units))
             inputs = width
         self.avgpool = nn.AdaptiveAvgPool2d(1)
@@ -174,7 +192,8 @@ class ShuffleUnitV2(nn.Module):
 
 
 class ShuffleDownV2(nn.Module):
-    """Both branches halve the map: 3x3 depthwise and 1x1 (`conv1`, `conv2`); 1x1, 3x3 depthwise and 1x1 (`conv3` … `conv5`)."""
+    """Both branches halve the map: 3x3 depthwise and 1x1 (`conv1`, `conv2`); 1x1, 3x3 depthwise and 1x1 (`conv3` …
+    `conv5`)."""
 
     def __init__(self, inputs: int, outputs: int) -> None:
         super().__init__()
@@ -198,7 +217,8 @@ class ShuffleDownV2(nn.Module):
 
 @register({"shufflenet_v2": {}})
 class ShuffleNetV2(nn.Module):
-    """1x1 stem, three stages with 116, 232 and 464 channels (a halving unit, then 3, 7 and 3), `conv2` to 1024, mean over space, `fc`.
+    """1x1 stem, three stages with 116, 232 and 464 channels (a halving unit, then 3, 7 and 3), `conv2` to 1024, mean
+    over space, `fc`.
 
     Args:
         num_classes: C.
@@ -226,7 +246,9 @@ class ShuffleNetV2(nn.Module):
         inputs = 24
         for name, factor, depth in zip(self.stage_names, (1, 2, 4), (3, 7, 3)):
             width = factor * self.channels[size]
-            setattr(self, name, nn.Sequential(ShuffleDownV2(inputs, width), *(ShuffleUnitV2(width) for _ in range(depth))))
+            setattr(
+                self, name, nn.Sequential(ShuffleDownV2(inputs, width), *(ShuffleUnitV2(width) for _ in range(depth)))
+            )
             inputs = width
         self.conv2 = nn.Conv2d(inputs, 1024, 1, bias=False)
         self.bn2 = nn.BatchNorm2d(1024)

@@ -1,4 +1,5 @@
-"""Our own small nets by name: a class registers its names with what each name fixes (`resnet20` fixes the depth), the rest are options."""
+"""Our own small nets by name: a class registers its names with what each name fixes (`resnet20` fixes the depth), the
+rest are options."""
 
 from __future__ import annotations
 
@@ -18,15 +19,24 @@ _PATTERNS: list[tuple[re.Pattern[str], type[nn.Module], Callable[..., Fixed]]] =
 
 
 def names() -> list[str]:
-    """Names of our own nets, sorted as a reader would (`resnet8` before `resnet110`). Families such as `wrn_D_K` know further names."""
-    return sorted(_NETS, key=lambda name: [(part.isdigit(), int(part) if part.isdigit() else 0, part) for part in re.findall(r"\d+|\D+", name)])
+    """Names of our own nets, sorted as a reader would (`resnet8` before `resnet110`). Families such as `wrn_D_K` know
+    further names."""
+    return sorted(
+        _NETS,
+        key=lambda name: [
+            (part.isdigit(), int(part) if part.isdigit() else 0, part) for part in re.findall(r"\d+|\D+", name)
+        ],
+    )
 
 
-def register(nets: Mapping[str, Fixed], pattern: str | None = None, fixes: Callable[..., Fixed] | None = None) -> Callable[[N], N]:
+def register(
+    nets: Mapping[str, Fixed], pattern: str | None = None, fixes: Callable[..., Fixed] | None = None
+) -> Callable[[N], N]:
     """Register a net class under names.
 
     Args:
-        nets: {name: constructor arguments that the name fixes}. The class takes `num_classes` and `input_shape` and may take more, its options.
+        nets: {name: constructor arguments that the name fixes}. The class takes `num_classes` and `input_shape` and may
+            take more, its options.
         pattern: a regular expression for further names of the family; its groups, as integers, go to `fixes`.
         fixes: the constructor arguments that a name of the pattern fixes.
     """
@@ -40,7 +50,9 @@ def register(nets: Mapping[str, Fixed], pattern: str | None = None, fixes: Calla
     return decorate
 
 
-def build_own(name: str, num_classes: int | None, input_shape: tuple[int, ...] | None, options: Mapping[str, Any]) -> nn.Module:
+def build_own(
+    name: str, num_classes: int | None, input_shape: tuple[int, ...] | None, options: Mapping[str, Any]
+) -> nn.Module:
     """One of our nets; without `num_classes` it has 10, without `input_shape` it takes (3, 32, 32).
 
     Raises:
@@ -61,7 +73,9 @@ def check_own(name: str, options: Mapping[str, Any]) -> tuple[type[nn.Module], F
     valid = list(inspect.signature(cls).parameters)
     for key in options:
         if key in fixed:
-            raise UserError(f"options.{key}: 'stillhouse:{name}' fixes {key} to {fixed[key]} by its name; choose another name.")
+            raise UserError(
+                f"options.{key}: 'stillhouse:{name}' fixes {key} to {fixed[key]} by its name; choose another name."
+            )
         if key not in valid:
             known = [f"options.{v}" for v in valid if v not in fixed and v != "input_shape"]
             raise unknown("option", f"options.{key}", known, f" of 'stillhouse:{name}'")

@@ -1,7 +1,9 @@
-"""ResNets for 32 px images (He et al., arXiv 1512.03385), as the distillation papers use them on CIFAR (CRD, arXiv 1910.10699).
+"""ResNets for 32 px images (He et al., arXiv 1512.03385), as the distillation papers use them on CIFAR (CRD, arXiv
+1910.10699).
 
-Three-stage nets of 6n+2 layers (`resnet20`, `resnet8x4`, …; 1x1 convolutions as shortcuts) and the four-stage nets with a 3x3 stem (`resnet18`, …).
-Stages are `layer1` …, each output after its ReLU; `layer3.2.relu:in` is a block's output before it. The classifier is `fc`.
+Three-stage nets of 6n+2 layers (`resnet20`, `resnet8x4`, …; 1x1 convolutions as shortcuts) and the four-stage nets with
+a 3x3 stem (`resnet18`, …). Stages are `layer1` …, each output after its ReLU; `layer3.2.relu:in` is a block's output
+before it. The classifier is `fc`.
 """
 
 from __future__ import annotations

@@ -1,4 +1,5 @@
-"""Networks of other libraries and of the user's files: timm, torchvision, transformers (a local folder or a config), and a class in a file.
+"""Networks of other libraries and of the user's files: timm, torchvision, transformers (a local folder or a config),
+and a class in a file.
 
 Each library is imported when one of its models is built.
 """
@@ -45,7 +46,8 @@ def check_timm(name: str) -> None:
 
 
 def published_normalisation(spec: ModelSpec, model: nn.Module) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
-    """Mean and standard deviation per channel that a network's published weights were trained with, where its library says them."""
+    """Mean and standard deviation per channel that a network's published weights were trained with, where its library
+    says them."""
     kind, _, name = spec.model.partition(":")
     found: tuple[Any, Any] = (None, None)
     if kind == "timm":
@@ -71,7 +73,9 @@ def check_torchvision(name: str) -> None:
         raise unknown("torchvision model", f"torchvision:{name}", [f"torchvision:{n}" for n in models.list_models()])
 
 
-def from_timm(name: str, num_classes: int | None, input_shape: Shape | None, options: Options, pretrained: bool) -> nn.Module:
+def from_timm(
+    name: str, num_classes: int | None, input_shape: Shape | None, options: Options, pretrained: bool
+) -> nn.Module:
     """A timm model; channels, and image size where the model has one, from `input_shape`."""
     import timm
 
@@ -86,7 +90,9 @@ def from_timm(name: str, num_classes: int | None, input_shape: Shape | None, opt
         sized = {"img_size": height if height == width else (height, width), **arguments}
 
     def make(kwargs: dict[str, Any]) -> nn.Module:
-        return _published(name, pretrained, lambda: _call(timm.create_model, f"timm:{name}", name, pretrained=pretrained, **kwargs))
+        return _published(
+            name, pretrained, lambda: _call(timm.create_model, f"timm:{name}", name, pretrained=pretrained, **kwargs)
+        )
 
     try:
         return make(sized)
@@ -96,13 +102,18 @@ def from_timm(name: str, num_classes: int | None, input_shape: Shape | None, opt
         return make(arguments)  # a convolutional net takes any size
 
 
-def from_torchvision(name: str, num_classes: int | None, input_shape: Shape | None, options: Options, pretrained: bool) -> nn.Module:
+def from_torchvision(
+    name: str, num_classes: int | None, input_shape: Shape | None, options: Options, pretrained: bool
+) -> nn.Module:
     """A torchvision model. With published weights and another number of classes, all but the classifier is loaded."""
     from torchvision import models
 
     check_torchvision(name)
     if input_shape is not None and input_shape[0] != 3:
-        raise UserError(f"torchvision models take 3 channels, but the data has {input_shape[0]}; use a timm: or stillhouse: model, which adapt.")
+        raise UserError(
+            f"torchvision models take 3 channels, but the data has {input_shape[0]}; use a timm: or stillhouse: "
+            "model, which adapt."
+        )
     arguments = dict(options)
     if num_classes is not None:
         arguments.setdefault("num_classes", num_classes)
@@ -123,15 +134,18 @@ def from_torchvision(name: str, num_classes: int | None, input_shape: Shape | No
     return model
 
 
-def from_transformers(name: str, num_classes: int | None, input_shape: Shape | None, options: Options, pretrained: bool) -> nn.Module:
+def from_transformers(
+    name: str, num_classes: int | None, input_shape: Shape | None, options: Options, pretrained: bool
+) -> nn.Module:
     """A transformers classifier (`options.task`: image, text) or language model (causal, masked, seq2seq).
 
     Args:
-        name: a folder with config.json, whose weights are loaded where it has any; `config:TYPE` for a fresh model, whose further options are the
-            config's; or, with `pretrained`, a repository of the Hugging Face hub.
+        name: a folder with config.json, whose weights are loaded where it has any; `config:TYPE` for a fresh model,
+            whose further options are the config's; or, with `pretrained`, a repository of the Hugging Face hub.
         num_classes: labels of a classifier.
         input_shape: channels and image size of a fresh image model.
-        options: `task`, `dtype` of the weights (float32 unless given; auto: as they were saved), and arguments of the config.
+        options: `task`, `dtype` of the weights (float32 unless given; auto: as they were saved), and arguments of the
+            config.
         pretrained: the name may be downloaded.
     """
     try:
@@ -152,7 +166,9 @@ def from_transformers(name: str, num_classes: int | None, input_shape: Shape | N
     if name.startswith("config:"):
         kind = name.removeprefix("config:")
         if kind not in transformers.CONFIG_MAPPING:
-            raise unknown("transformers config", f"hf:config:{kind}", [f"hf:config:{k}" for k in transformers.CONFIG_MAPPING])
+            raise unknown(
+                "transformers config", f"hf:config:{kind}", [f"hf:config:{k}" for k in transformers.CONFIG_MAPPING]
+            )
         plain = transformers.AutoConfig.for_model(kind)
         if task in ("image", "segmentation") and input_shape is not None:
             if hasattr(plain, "num_channels"):
@@ -164,12 +180,17 @@ def from_transformers(name: str, num_classes: int | None, input_shape: Shape | N
     folder = Path(name).expanduser()
     if not (folder / "config.json").is_file() and not pretrained:
         raise UserError(
-            f"'{owner}' names no folder with a config.json; give one, or hf:config:TYPE for a fresh model, or set `pretrained: true` to download it."
+            f"'{owner}' names no folder with a config.json; give one, or hf:config:TYPE for a fresh model, or set "
+            "`pretrained: true` to download it."
         )
     source = str(folder) if folder.is_dir() else name
-    config = _published(name, pretrained and not folder.is_dir(), lambda: transformers.AutoConfig.from_pretrained(source))
+    config = _published(
+        name, pretrained and not folder.is_dir(), lambda: transformers.AutoConfig.from_pretrained(source)
+    )
     _check_config(config, arguments, owner)
-    unnamed = "id2label" in arguments and arguments.pop("id2label") is None  # the user vouches for the order of the classes
+    unnamed = (
+        "id2label" in arguments and arguments.pop("id2label") is None
+    )  # the user vouches for the order of the classes
     for key, value in arguments.items():
         setattr(config, key, value)
     if unnamed:
@@ -181,17 +202,20 @@ def from_transformers(name: str, num_classes: int | None, input_shape: Shape | N
 
 
 def _load_folder(auto: Any, source: str, config: Any, owner: str, dtype: str, download: bool) -> nn.Module:
-    """A model with its weights. A classifier may be new (a folder of a bare encoder), but of another size, or with most weights absent, it is refused."""
+    """A model with its weights. A classifier may be new (a folder of a bare encoder), but of another size, or with most
+    weights absent, it is refused."""
     options = {"config": config, "dtype": dtype, "ignore_mismatched_sizes": True, "output_loading_info": True}
     model, info = _published(owner, download, lambda: auto.from_pretrained(source, **options))
     if info["mismatched_keys"]:
         name, given, ours = min(info["mismatched_keys"])
         raise UserError(
-            f"The weights of '{owner}' do not fit: '{name}' is {tuple(given)} in its file, {tuple(ours)} in the model (another number of classes?)."
+            f"The weights of '{owner}' do not fit: '{name}' is {tuple(given)} in its file, {tuple(ours)} in the model "
+            "(another number of classes?)."
         )
     if 2 * len(info["missing_keys"]) > len(model.state_dict()):
         raise UserError(
-            f"The weights of '{owner}' are of another architecture: {len(info['missing_keys'])} of {len(model.state_dict())} tensors are not in its file."
+            f"The weights of '{owner}' are of another architecture: {len(info['missing_keys'])} of "
+            f"{len(model.state_dict())} tensors are not in its file."
         )
     return model
 
@@ -209,7 +233,10 @@ def _model_class(config: Any, task: str, owner: str) -> type[nn.Module]:
     models = getattr(transformers, TASKS[task][1])
     if type(config) not in models:
         able = [t for t, (_, mapping) in TASKS.items() if type(config) in getattr(transformers, mapping)]
-        raise UserError(f"'{owner}' has no model for options.task '{task}'; it has: {', '.join(able) or 'none of ' + ', '.join(TASKS)}.")
+        raise UserError(
+            f"'{owner}' has no model for options.task '{task}'; it has: "
+            f"{', '.join(able) or 'none of ' + ', '.join(TASKS)}."
+        )
     model = models[type(config)]
     return model[0] if isinstance(model, tuple | list) else model
 
@@ -222,7 +249,8 @@ def _check_config(config: Any, arguments: Options, owner: str) -> None:
 
 
 def from_file(name: str, num_classes: int | None, options: Options) -> nn.Module:
-    """The result of calling a class or function of one Python file, `path.py:Name`, with the options, and `num_classes` where it takes one."""
+    """The result of calling a class or function of one Python file, `path.py:Name`, with the options, and `num_classes`
+    where it takes one."""
     place, _, attribute = name.rpartition(":")
     if not place or not attribute:
         raise UserError(f"A model from a file is named file:PATH.py:CLASS; given: 'file:{name}'.")
@@ -250,7 +278,10 @@ def _import(path: Path) -> ModuleType:
     if not path.is_file():
         beside = [p.name for p in path.parent.glob("*.py")] if path.parent.is_dir() else []
         close = nearest(path.name, beside)
-        raise UserError(f"There is no file '{path}' to take a model from" + (f"; did you mean '{path.parent / close[0]}'?" if close else "."))
+        raise UserError(
+            f"There is no file '{path}' to take a model from"
+            + (f"; did you mean '{path.parent / close[0]}'?" if close else ".")
+        )
     text = path.read_bytes()
     name = "stillhouse_file_" + hashlib.blake2b(str(path.resolve()).encode() + b"\0" + text, digest_size=8).hexdigest()
     if name in sys.modules:
@@ -298,4 +329,6 @@ def _published(name: str, pretrained: bool, make: Callable[[], Any]) -> Any:
         if not pretrained:
             raise
         said = str(error).strip().splitlines() or [type(error).__name__]
-        raise UserError(f"Could not get the published weights of '{name}' (no network?): {said[0].rstrip('.')}.") from error
+        raise UserError(
+            f"Could not get the published weights of '{name}' (no network?): {said[0].rstrip('.')}."
+        ) from error

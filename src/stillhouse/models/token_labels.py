@@ -1,7 +1,8 @@
 """Labels of tokens, moved to where their predictions stand.
 
-Here `label[:, i]` is what the prediction at position i is compared with. A transformers batch has `labels` instead: for a causal model they name the input
-tokens themselves, and the model shifts them inside; a decoder makes its inputs of them. This is the one place that turns the one into the other.
+Here `label[:, i]` is what the prediction at position i is compared with. A transformers batch has `labels` instead: for
+a causal model they name the input tokens themselves, and the model shifts them inside; a decoder makes its inputs of
+them. This is the one place that turns the one into the other.
 """
 
 from __future__ import annotations
@@ -31,7 +32,8 @@ def place(batch: Batch, student: nn.Module, shifted: bool | None = None) -> Batc
     Args:
         batch: as `stillhouse.data.loader.as_batch` reads it.
         student: the model that makes the predictions.
-        shifted: whether labels name the input tokens, so that each position learns the next one's; None: for causal models of transformers.
+        shifted: whether labels name the input tokens, so that each position learns the next one's; None: for causal
+            models of transformers.
     """
     if TOKEN_LABELS not in batch:
         return batch
@@ -54,9 +56,11 @@ def predicts_next(model: nn.Module) -> bool:
 
 
 def refuse_copies(batch: Batch, student: nn.Module) -> None:
-    """Raises `UserError` where each counted label is the input token at its own place, which a network learns by repeating its input.
+    """Raises `UserError` where each counted label is the input token at its own place, which a network learns by
+    repeating its input.
 
-    A text of one token repeated, and transformers' encoders and encoder-decoders, whose labels are what they are, are let through.
+    A text of one token repeated, and transformers' encoders and encoder-decoders, whose labels are what they are, are
+    let through.
     """
     if hasattr(_unwrapped(student), "can_generate") and not predicts_next(student):
         return
@@ -68,8 +72,10 @@ def refuse_copies(batch: Batch, student: nn.Module) -> None:
     copied = bool(((ids == label) | ~counts).all()) and bool(counts.any())
     if copied and bool(((ids[:, 1:] != ids[:, :-1]) & counts[:, :-1]).any()):
         raise UserError(
-            "The labels are the input's own tokens, each at its own place, so the student would learn to repeat its input. A label stands where its "
-            "prediction stands: of a causal model, label[:, i] is input_ids[:, i + 1]. A mapping {'input_ids': …, 'labels': …} is shifted for causal "
+            "The labels are the input's own tokens, each at its own place, so the student would learn to repeat its "
+            "input. A label stands where its "
+            "prediction stands: of a causal model, label[:, i] is input_ids[:, i + 1]. A mapping "
+            "{'input_ids': …, 'labels': …} is shifted for causal "
             "models of transformers."
         )
 

@@ -1,4 +1,5 @@
-"""Tokenizers by name, as transformers keeps them: `bytes`, `characters`, `bpe:SIZE` (trained on the training text, kept in the cache), `hf:NAME`.
+"""Tokenizers by name, as transformers keeps them: `bytes`, `characters`, `bpe:SIZE` (trained on the training text, kept
+in the cache), `hf:NAME`.
 
 All are `PreTrainedTokenizerFast`, so that a product saves them beside its model and any library loads both.
 """
@@ -12,7 +13,13 @@ from typing import Any
 from stillhouse.errors import MissingExtra, UserError, unknown
 from stillhouse.files import cache_folder, digest, written_beside
 
-SPECIALS = {"pad_token": "<pad>", "bos_token": "<bos>", "eos_token": "<eos>", "unk_token": "<unk>", "mask_token": "<mask>"}
+SPECIALS = {
+    "pad_token": "<pad>",
+    "bos_token": "<bos>",
+    "eos_token": "<eos>",
+    "unk_token": "<unk>",
+    "mask_token": "<mask>",
+}
 """Ids 0 to 4 of every tokenizer made here."""
 
 
@@ -20,19 +27,24 @@ def tokenizer(name: str, texts: Sequence[str] = ()) -> Any:
     """A `PreTrainedTokenizerFast` by its name.
 
     Args:
-        name: `bytes` (256 tokens, nothing is unknown), `characters` (those of the texts), `bpe:SIZE` (byte-level pairs learned from the texts; SIZE
-            counts the specials), or `hf:NAME` (a folder, or a repository of the Hugging Face hub).
+        name: `bytes` (256 tokens, nothing is unknown), `characters` (those of the texts), `bpe:SIZE` (byte-level pairs
+            learned from the texts; SIZE counts the specials), or `hf:NAME` (a folder, or a repository of the Hugging
+            Face hub).
         texts: what characters and pairs are learned from.
 
     Raises:
-        UserError: an unknown name, a size that is no number or too small, a folder without a tokenizer, or one that cannot pad.
+        UserError: an unknown name, a size that is no number or too small, a folder without a tokenizer, or one that
+            cannot pad.
     """
     kind, _, rest = name.partition(":")
     if kind == "hf" and rest:
         return _published(rest)
     if kind == "bpe":
         if not rest.isdigit() or int(rest) < 256 + len(SPECIALS):
-            raise UserError(f"data.options.tokenizer: bpe needs a size of at least {256 + len(SPECIALS)}, such as bpe:512; given: '{name}'.")
+            raise UserError(
+                f"data.options.tokenizer: bpe needs a size of at least {256 + len(SPECIALS)}, such as bpe:512; given: "
+                f"'{name}'."
+            )
         return _wrapped(_kept(name, texts, lambda: _pairs(texts, int(rest))))
     if name == "bytes":
         return _wrapped(_pairs((), 256 + len(SPECIALS)))
@@ -42,7 +54,8 @@ def tokenizer(name: str, texts: Sequence[str] = ()) -> Any:
 
 
 def encode(tokens: Any, texts: Sequence[str]) -> list[list[int]]:
-    """The ids of each text, without special tokens; padding and truncation that the tokenizer was saved with do not count."""
+    """The ids of each text, without special tokens; padding and truncation that the tokenizer was saved with do not
+    count."""
     return _called(tokens, list(texts), add_special_tokens=False) if len(texts) else []
 
 
@@ -64,7 +77,10 @@ def marks(tokens: Any, target: bool = False) -> tuple[list[int], list[int]]:
                 if whole[at : at + len(inner)] == inner:
                     return whole[:at], whole[at + len(inner) :]
             break
-    raise UserError(f"data.options.tokenizer: the {type(tokens).__name__} puts special tokens inside a text, which is not supported.")
+    raise UserError(
+        f"data.options.tokenizer: the {type(tokens).__name__} puts special tokens inside a text, which is not "
+        "supported."
+    )
 
 
 def _probes(tokens: Any) -> Iterator[str]:
@@ -76,7 +92,8 @@ def _probes(tokens: Any) -> Iterator[str]:
 def with_marks(tokens: Any) -> Any:
     """The tokenizer, which puts special tokens around a text as encoders read it.
 
-    A tokenizer that was saved without a rule for that gets one: `cls_token` and `sep_token` where it has both; of those made here, `<bos>` and `<eos>`.
+    A tokenizer that was saved without a rule for that gets one: `cls_token` and `sep_token` where it has both; of those
+        made here, `<bos>` and `<eos>`.
     """
     ours = all(getattr(tokens, name) == token for name, token in SPECIALS.items())
     begin, end = tokens.cls_token, tokens.sep_token
@@ -85,7 +102,9 @@ def with_marks(tokens: Any) -> Any:
     if begin and end and marks(tokens) == ([], []):
         template = {"single": f"{begin} $A {end}", "pair": f"{begin} $A {end} $B:1 {end}:1"}
         ids = [(token, tokens.convert_tokens_to_ids(token)) for token in (begin, end)]
-        tokens.backend_tokenizer.post_processor = _library().processors.TemplateProcessing(**template, special_tokens=ids)
+        tokens.backend_tokenizer.post_processor = _library().processors.TemplateProcessing(
+            **template, special_tokens=ids
+        )
     return tokens
 
 
@@ -108,7 +127,8 @@ def size(tokens: Any) -> int:
 
 
 def decoder_start(name: str, tokens: Any) -> int:
-    """The id that a decoder begins with: that of the model which the tokenizer `hf:NAME` comes with, else the beginning of a text."""
+    """The id that a decoder begins with: that of the model which the tokenizer `hf:NAME` comes with, else the beginning
+    of a text."""
     if name.startswith("hf:"):
         from transformers import AutoConfig
 
@@ -123,7 +143,9 @@ def decoder_start(name: str, tokens: Any) -> int:
 
 def identity(tokens: Any) -> str:
     """A hash of the vocabulary: tokens by id, and which of them are special."""
-    return digest(sorted(tokens.get_vocab().items(), key=lambda kv: kv[1]), sorted(map(str, tokens.special_tokens_map.items())))
+    return digest(
+        sorted(tokens.get_vocab().items(), key=lambda kv: kv[1]), sorted(map(str, tokens.special_tokens_map.items()))
+    )
 
 
 def _library() -> Any:
@@ -154,13 +176,19 @@ def _kept(name: str, texts: Sequence[str], make: Any) -> Any:
 def _pairs(texts: Iterable[str], size: int) -> Any:
     library = _library()
     alphabet = sorted(library.pre_tokenizers.ByteLevel.alphabet())
-    made = library.Tokenizer(library.models.BPE(vocab={t: i for i, t in enumerate([*SPECIALS.values(), *alphabet])}, merges=[]))
+    made = library.Tokenizer(
+        library.models.BPE(vocab={t: i for i, t in enumerate([*SPECIALS.values(), *alphabet])}, merges=[])
+    )
     made.pre_tokenizer = library.pre_tokenizers.ByteLevel(add_prefix_space=False)
     made.decoder = library.decoders.ByteLevel()
     made.add_special_tokens(list(SPECIALS.values()))
     if size > len(SPECIALS) + len(alphabet):
         trainer = library.trainers.BpeTrainer(
-            vocab_size=size, special_tokens=list(SPECIALS.values()), initial_alphabet=alphabet, show_progress=False, min_frequency=2
+            vocab_size=size,
+            special_tokens=list(SPECIALS.values()),
+            initial_alphabet=alphabet,
+            show_progress=False,
+            min_frequency=2,
         )
         made.train_from_iterator(texts, trainer)
     return made
@@ -170,7 +198,9 @@ def _characters(texts: Iterable[str]) -> Any:
     library = _library()
     found = sorted(set().union(*map(set, texts))) if texts else []
     if not found:
-        raise UserError("data.options.tokenizer: 'characters' needs texts to take its characters from, but there are none.")
+        raise UserError(
+            "data.options.tokenizer: 'characters' needs texts to take its characters from, but there are none."
+        )
     vocabulary = {t: i for i, t in enumerate([*SPECIALS.values(), *found])}
     made = library.Tokenizer(library.models.WordLevel(vocabulary, unk_token=SPECIALS["unk_token"]))
     made.pre_tokenizer = library.pre_tokenizers.Split(library.Regex(r"[\s\S]"), behavior="isolated")
@@ -190,12 +220,16 @@ def _published(name: str) -> Any:
     except Exception as error:
         said = str(error).strip().splitlines() or [type(error).__name__]
         raise UserError(
-            f"data.options.tokenizer: could not get 'hf:{name}' (no folder of that name, or no network?): {said[0].rstrip('.')}."
+            f"data.options.tokenizer: could not get 'hf:{name}' (no folder of that name, or no network?): "
+            f"{said[0].rstrip('.')}."
         ) from error
     if made.eos_token is None and made.sep_token is not None:
         made.eos_token = made.sep_token
     if made.pad_token is None:
         if made.eos_token is None:
-            raise UserError(f"data.options.tokenizer: 'hf:{name}' has neither a padding nor an end token; give it one and save it to a folder.")
+            raise UserError(
+                f"data.options.tokenizer: 'hf:{name}' has neither a padding nor an end token; give it one and save it "
+                "to a folder."
+            )
         made.pad_token = made.eos_token
     return made

@@ -1,6 +1,8 @@
-"""A small vision transformer (Dosovitskiy et al., arXiv 2010.11929) and an MLP-Mixer (Tolstikhin et al., arXiv 2105.01601) for any image size.
+"""A small vision transformer (Dosovitskiy et al., arXiv 2010.11929) and an MLP-Mixer (Tolstikhin et al., arXiv
+2105.01601) for any image size.
 
-Blocks are `blocks.0` …, each with `attn` or `tokens`, then `mlp`; stages are four blocks evenly over the depth; the classifier is `head`.
+Blocks are `blocks.0` …, each with `attn` or `tokens`, then `mlp`; stages are four blocks evenly over the depth; the
+classifier is `head`.
 """
 
 from __future__ import annotations
@@ -73,7 +75,10 @@ class Patches(nn.Module):
         super().__init__()
         channels, height, width = input_shape
         if patch < 1 or height % patch or width % patch:
-            raise UserError(f"options.patch: patches of {patch} px do not divide an image of {height} x {width}; choose a divisor of both.")
+            raise UserError(
+                f"options.patch: patches of {patch} px do not divide an image of {height} x {width}; choose a divisor "
+                "of both."
+            )
         self.proj = nn.Conv2d(channels, dim, patch, patch)
         self.length = (height // patch) * (width // patch)
 
@@ -83,7 +88,8 @@ class Patches(nn.Module):
 
 @register({"vit": {}})
 class VisionTransformer(nn.Module):
-    """Patches, a class token, learned positions, pre-norm blocks, `norm`, and `head` on the class token. The defaults are the size of ViT-Tiny.
+    """Patches, a class token, learned positions, pre-norm blocks, `norm`, and `head` on the class token. The defaults
+    are the size of ViT-Tiny.
 
     Args:
         patch: side of a patch in pixels; divides the image.
@@ -158,7 +164,8 @@ class Mixer(nn.Module):
 
 
 def _initialise(model: nn.Module) -> None:
-    """Linear layers to a truncated normal of deviation 0.02, biases to 0 (as DeiT); the patch projection stays at torch's default."""
+    """Linear layers to a truncated normal of deviation 0.02, biases to 0 (as DeiT); the patch projection stays at
+    torch's default."""
     for module in model.modules():
         if isinstance(module, nn.Linear):
             nn.init.trunc_normal_(module.weight, std=0.02)

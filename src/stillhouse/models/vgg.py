@@ -1,4 +1,5 @@
-"""VGG for 32 px images with batch norm and one linear layer (Simonyan and Zisserman, arXiv 1409.1556), as in CRD's CIFAR experiments (arXiv 1910.10699).
+"""VGG for 32 px images with batch norm and one linear layer (Simonyan and Zisserman, arXiv 1409.1556), as in CRD's
+CIFAR experiments (arXiv 1910.10699).
 
 Stages are `layer1` … `layer5`, each output after its ReLU (`layer3.relu:in` is before it); the classifier is `fc`.
 """
@@ -18,7 +19,8 @@ from stillhouse.models.registry import register
 
 @register({"vgg8": {"convolutions": (1, 1, 1, 1, 1)}, "vgg13": {"convolutions": (2, 2, 2, 2, 2)}})
 class VGG(nn.Module):
-    """Five stages of 3x3 convolutions, 2x2 max-pooling after the first three (at 64 px and more: four), mean over space, `fc`.
+    """Five stages of 3x3 convolutions, 2x2 max-pooling after the first three (at 64 px and more: four), mean over
+    space, `fc`.
 
     Args:
         convolutions: convolutions of each stage.
@@ -26,12 +28,19 @@ class VGG(nn.Module):
         input_shape: (channels, height, width); at least 8 px.
     """
 
-    published_names: ClassVar[dict[str, str]] = {rf"^block{i}\.": f"layer{i + 1}." for i in range(5)} | {r"^classifier\.": "fc."}
+    published_names: ClassVar[dict[str, str]] = {rf"^block{i}\.": f"layer{i + 1}." for i in range(5)} | {
+        r"^classifier\.": "fc."
+    }
 
-    def __init__(self, convolutions: tuple[int, ...], num_classes: int = 10, input_shape: tuple[int, ...] = (3, 32, 32)) -> None:
+    def __init__(
+        self, convolutions: tuple[int, ...], num_classes: int = 10, input_shape: tuple[int, ...] = (3, 32, 32)
+    ) -> None:
         super().__init__()
         if min(input_shape[1:]) < 8:
-            raise UserError(f"A VGG halves its input three times and needs images of at least 8 px; given: {input_shape[1]} x {input_shape[2]}.")
+            raise UserError(
+                f"A VGG halves its input three times and needs images of at least 8 px; given: {input_shape[1]} x "
+                f"{input_shape[2]}."
+            )
         self.stage_names = [f"layer{i + 1}" for i in range(5)]
         inputs = input_shape[0]
         for name, width, count in zip(self.stage_names, (64, 128, 256, 512, 512), convolutions):

@@ -1,4 +1,5 @@
-"""Weights from a file into a model: safetensors, or a torch state dict read with `weights_only`; what does not fit is said in one sentence."""
+"""Weights from a file into a model: safetensors, or a torch state dict read with `weights_only`; what does not fit is
+said in one sentence."""
 
 from __future__ import annotations
 
@@ -19,8 +20,8 @@ WRAPPERS = ("module.", "_orig_mod.")  # DataParallel and DDP, torch.compile
 def load_weights(model: nn.Module, path: str | Path, owner: str = "model") -> None:
     """Load a checkpoint into a model, whole or not at all.
 
-    Takes a state dict, or one under the key `state_dict` or `model`; a prefix `module.` or `_orig_mod.` that all names share goes. Names of the
-    published CIFAR checkpoints of our own nets are understood.
+    Takes a state dict, or one under the key `state_dict` or `model`; a prefix `module.` or `_orig_mod.` that all names
+    share goes. Names of the published CIFAR checkpoints of our own nets are understood.
 
     Args:
         model: changed in place.
@@ -35,13 +36,16 @@ def load_weights(model: nn.Module, path: str | Path, owner: str = "model") -> No
 
 
 def load_state(model: nn.Module, given: Mapping[str, Tensor], path: Path, owner: str = "model") -> None:
-    """Load a state dict that was read from `path` into a model, whole or not at all; of tied weights one is enough. Raises as `load_weights`."""
+    """Load a state dict that was read from `path` into a model, whole or not at all; of tied weights one is enough.
+    Raises as `load_weights`."""
     ours = model.state_dict()
     if not _fits(given, ours):
         for pattern, name in getattr(model, "published_names", {}).items():
             given = {re.sub(pattern, name, key): value for key, value in given.items()}
     present = {_place(ours[name]) for name in given if name in ours}
-    missing = [n for n in ours if n not in given and not n.endswith("num_batches_tracked") and _place(ours[n]) not in present]
+    missing = [
+        n for n in ours if n not in given and not n.endswith("num_batches_tracked") and _place(ours[n]) not in present
+    ]
     unexpected = [n for n in given if n not in ours]
     shapes = [n for n in given if n in ours and given[n].shape != ours[n].shape]
     if missing or unexpected or shapes:
@@ -53,7 +57,10 @@ def _read(path: Path, owner: str) -> Any:
     if not path.is_file():
         beside = [p.name for p in path.parent.iterdir() if p.is_file()] if path.parent.is_dir() else []
         close = nearest(path.name, beside)
-        raise UserError(f"The {owner}'s checkpoint '{path}' does not exist" + (f"; did you mean '{path.parent / close[0]}'?" if close else "."))
+        raise UserError(
+            f"The {owner}'s checkpoint '{path}' does not exist"
+            + (f"; did you mean '{path.parent / close[0]}'?" if close else ".")
+        )
     if path.suffix == ".safetensors":
         from safetensors import SafetensorError
         from safetensors.torch import load_file
@@ -61,17 +68,24 @@ def _read(path: Path, owner: str) -> Any:
         try:
             return load_file(path)
         except (SafetensorError, OSError, ValueError) as error:
-            raise UserError(f"The {owner}'s checkpoint '{path}' is not a readable safetensors file (cut off or corrupt?): {error}.") from None
+            raise UserError(
+                f"The {owner}'s checkpoint '{path}' is not a readable safetensors file (cut off or corrupt?): {error}."
+            ) from None
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         if "Unsupported global" in str(error) or "Unsupported class" in str(error):
             raise UserError(
-                f"The {owner}'s checkpoint '{path}' holds Python objects besides tensors, which are not loaded; save its state_dict() alone."
+                f"The {owner}'s checkpoint '{path}' holds Python objects besides tensors, which are not loaded; save "
+                "its state_dict() alone."
             ) from None
-        raise UserError(f"The {owner}'s checkpoint '{path}' is not a readable torch file (cut off or corrupt?).") from None
+        raise UserError(
+            f"The {owner}'s checkpoint '{path}' is not a readable torch file (cut off or corrupt?)."
+        ) from None
     except (RuntimeError, EOFError, OSError, ValueError, KeyError, AssertionError):
-        raise UserError(f"The {owner}'s checkpoint '{path}' is not a readable torch file (cut off or corrupt?).") from None
+        raise UserError(
+            f"The {owner}'s checkpoint '{path}' is not a readable torch file (cut off or corrupt?)."
+        ) from None
 
 
 def _unwrap(value: Any, path: Path, owner: str) -> dict[str, Tensor]:
@@ -81,8 +95,14 @@ def _unwrap(value: Any, path: Path, owner: str) -> dict[str, Tensor]:
             value = value[key]
     tensors = {str(k): v for k, v in value.items() if isinstance(v, Tensor)} if isinstance(value, Mapping) else {}
     if not tensors:
-        held = f"the keys {', '.join(map(str, list(value)[:5]))}" if isinstance(value, Mapping) and value else type(value).__name__
-        raise UserError(f"The {owner}'s checkpoint '{path}' holds no state dict (a mapping of names to tensors), but {held}.")
+        held = (
+            f"the keys {', '.join(map(str, list(value)[:5]))}"
+            if isinstance(value, Mapping) and value
+            else type(value).__name__
+        )
+        raise UserError(
+            f"The {owner}'s checkpoint '{path}' holds no state dict (a mapping of names to tensors), but {held}."
+        )
     for prefix in WRAPPERS * 2:
         if all(k.startswith(prefix) for k in tensors):
             tensors = {k.removeprefix(prefix): v for k, v in tensors.items()}
@@ -111,7 +131,10 @@ def _explain(
     opening = f"The checkpoint '{path}' does not fit the {owner}: {matching} of its {len(ours)} tensors match"
     if shapes:
         first = next(n for n in ours if n in shapes)
-        return f"{opening}; the first that differs is '{first}': {tuple(given[first].shape)} in the checkpoint, {tuple(ours[first].shape)} in the {owner}."
+        return (
+            f"{opening}; the first that differs is '{first}': {tuple(given[first].shape)} in the checkpoint, "
+            f"{tuple(ours[first].shape)} in the {owner}."
+        )
     parts = [
         f"{what} {', '.join(repr(n) for n in found[:3])}{', …' if len(found) > 3 else ''}"
         for what, found in (("the checkpoint lacks", missing), ("the model has no", unexpected))

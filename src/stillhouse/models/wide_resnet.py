@@ -1,6 +1,8 @@
-"""Wide residual networks (Zagoruyko and Komodakis, arXiv 1605.07146) for 32 px images: `wrn_D_K` has D = 6n+4 layers and widening factor K.
+"""Wide residual networks (Zagoruyko and Komodakis, arXiv 1605.07146) for 32 px images: `wrn_D_K` has D = 6n+4 layers
+and widening factor K.
 
-Pre-activation blocks: a stage's output (`layer1` … `layer3`) is a sum, before the next batch norm and ReLU. The classifier is `fc`.
+Pre-activation blocks: a stage's output (`layer1` … `layer3`) is a sum, before the next batch norm and ReLU. The
+classifier is `fc`.
 """
 
 from __future__ import annotations
@@ -15,7 +17,8 @@ from stillhouse.models.registry import register
 
 
 class PreActivationBlock(nn.Module):
-    """Batch norm, ReLU, 3x3 convolution, twice; where the width changes, the shortcut is a 1x1 convolution of the activated input."""
+    """Batch norm, ReLU, 3x3 convolution, twice; where the width changes, the shortcut is a 1x1 convolution of the
+    activated input."""
 
     def __init__(self, inputs: int, width: int, stride: int) -> None:
         super().__init__()
@@ -34,7 +37,10 @@ class PreActivationBlock(nn.Module):
 
 
 @register(
-    {f"wrn_{depth}_{factor}": {"depth": depth, "factor": factor} for depth, factor in [(16, 1), (16, 2), (40, 1), (40, 2), (28, 10)]},
+    {
+        f"wrn_{depth}_{factor}": {"depth": depth, "factor": factor}
+        for depth, factor in [(16, 1), (16, 2), (40, 1), (40, 2), (28, 10)]
+    },
     pattern=r"wrn_(\d+)_(\d+)",
     fixes=lambda depth, factor: {"depth": depth, "factor": factor},
 )
@@ -53,18 +59,24 @@ class WideResNet(nn.Module):
     layer3: nn.Sequential
     published_names: ClassVar[dict[str, str]] = {r"^block(\d)\.layer\.": r"layer\1.", r"\.convShortcut\.": ".shortcut."}
 
-    def __init__(self, depth: int, factor: int, num_classes: int = 10, input_shape: tuple[int, ...] = (3, 32, 32)) -> None:
+    def __init__(
+        self, depth: int, factor: int, num_classes: int = 10, input_shape: tuple[int, ...] = (3, 32, 32)
+    ) -> None:
         super().__init__()
         if depth < 10 or (depth - 4) % 6 or factor < 1:
             raise UserError(
-                f"A wide ResNet wrn_D_K has depth D = 6n+4 (10, 16, 22, 28, 34, 40, …) and factor K of 1 or more; given: wrn_{depth}_{factor}."
+                "A wide ResNet wrn_D_K has depth D = 6n+4 (10, 16, 22, 28, 34, 40, …) and factor K of 1 or more; "
+                f"given: wrn_{depth}_{factor}."
             )
         self.conv1 = nn.Conv2d(input_shape[0], 16, 3, 1, 1, bias=False)
         self.stage_names = ["layer1", "layer2", "layer3"]
         inputs = 16
         for i, name in enumerate(self.stage_names):
             width, stride = 16 * 2**i * factor, 1 if i == 0 else 2
-            blocks = [PreActivationBlock(inputs if j == 0 else width, width, stride if j == 0 else 1) for j in range((depth - 4) // 6)]
+            blocks = [
+                PreActivationBlock(inputs if j == 0 else width, width, stride if j == 0 else 1)
+                for j in range((depth - 4) // 6)
+            ]
             setattr(self, name, nn.Sequential(*blocks))
             inputs = width
         self.bn1 = nn.BatchNorm2d(inputs)

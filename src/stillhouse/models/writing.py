@@ -1,4 +1,5 @@
-"""Writing with a causal model or an encoder-decoder: prompts out of a batch, and what was written as a batch again. No loop over samples."""
+"""Writing with a causal model or an encoder-decoder: prompts out of a batch, and what was written as a batch again. No
+loop over samples."""
 
 from __future__ import annotations
 
@@ -71,25 +72,33 @@ class Writer:
 
     @torch.no_grad()
     def write(self, model: Any, inputs: dict[str, Tensor], room: int) -> Tensor:
-        """What the model writes after (causal) or for (seq2seq) the inputs, (B, N), drawn from torch's default generator.
+        """What the model writes after (causal) or for (seq2seq) the inputs, (B, N), drawn from torch's default
+        generator.
 
         Args:
             room: tokens that may be written at most.
         """
         if not hasattr(model, "generate"):
-            raise UserError(f"Writing needs a transformers model that generates (hf:…); this one is a {type(model).__name__}.")
+            raise UserError(
+                f"Writing needs a transformers model that generates (hf:…); this one is a {type(model).__name__}."
+            )
         rows = getattr(model.config, "vocab_size", self.vocabulary)
         unused = {"suppress_tokens": list(range(self.vocabulary, rows))} if rows > self.vocabulary else {}
         ends = {"eos_token_id": self.tokenizer.eos_token_id, "pad_token_id": self.tokenizer.pad_token_id}
         with evaluating(model):
-            written = model.generate(**inputs, **self.how.arguments(), **unused, **ends, max_new_tokens=min(self.how.max_new_tokens, room))
+            written = model.generate(
+                **inputs, **self.how.arguments(), **unused, **ends, max_new_tokens=min(self.how.max_new_tokens, room)
+            )
         return written[:, inputs["input_ids"].shape[1] :] if self.task == "causal" else written[:, 1:]
 
     def rewritten(self, model: nn.Module, batch: Batch) -> Batch:
-        """The batch with the model's own writing in place of the completions; labels count what it wrote, up to the end token. As it was, where no room is left."""
+        """The batch with the model's own writing in place of the completions; labels count what it wrote, up to the end
+        token. As it was, where no room is left."""
         inputs = batch["input"]
         if self.task == "seq2seq":
-            written = self.write(model, {k: inputs[k] for k in ("input_ids", "attention_mask") if k in inputs}, self.context)
+            written = self.write(
+                model, {k: inputs[k] for k in ("input_ids", "attention_mask") if k in inputs}, self.context
+            )
             label = written.masked_fill(~self._counted(written), IGNORE)
             start = inputs["decoder_input_ids"][:, :1]
             decoder = torch.cat([start, written[:, :-1]], 1)
@@ -101,7 +110,9 @@ class Writer:
         written = self.write(model, {"input_ids": ids, "attention_mask": inside.long()}, room)
         ours = self._counted(written)
         every, real = torch.cat([ids, written], 1), torch.cat([inside, ours], 1)
-        order = (~real).int().argsort(dim=1, stable=True)  # what is real to the front: padded at the end, as training has it
+        order = (
+            (~real).int().argsort(dim=1, stable=True)
+        )  # what is real to the front: padded at the end, as training has it
         every, real = every.gather(1, order), real.gather(1, order)
         new = torch.cat([torch.zeros_like(inside), ours], 1).gather(1, order)
         label = every[:, 1:].masked_fill(~new[:, 1:], IGNORE)

@@ -180,7 +180,8 @@ def attach(network: nn.Module, levels: Mapping[str, Levels]) -> None:
         for module, short in places[id(parameters[name])]:
             if isinstance(module, nn.RNNBase):
                 raise UserError(
-                    f"'{name}' belongs to a recurrent layer ({type(module).__name__}), whose kernel reads its own copies.",
+                    f"'{name}' belongs to a recurrent layer ({type(module).__name__}), whose kernel reads its own "
+                    "copies.",
                 )
             parametrize.register_parametrization(module, short, level)
 

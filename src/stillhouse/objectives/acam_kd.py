@@ -1,21 +1,26 @@
-"""ACAM-KD: maps are compared under spatial and channel masks that teacher and student choose together, anew for every image.
+"""ACAM-KD: maps are compared under spatial and channel masks that teacher and student choose together, anew for every
+image.
 
 paper: Adaptive and Cooperative Attention Masking for Knowledge Distillation
 venue: ICCV 2025
 arxiv: 2503.06307
 task: classification, detection, segmentation
 family: features
-use when: networks have maps at matching places, above all in dense prediction (pyramid levels, or the map of logits: layer `logits`)
+use when: networks have maps at matching places, above all in dense prediction (pyramid levels, or the map of logits:
+layer `logits`)
 needs: layers of student and teacher
 
-Stands beside the task's own loss. At each layer the teacher's map asks the student's by cross-attention; from the fused map, M units give a mask over
-positions and one over channels; the squared differences under them are `spatial` and `channel`, and the overlap of the masks is `diversity`. Published:
-M = 6 for detection, the number of classes for segmentation. `inherit` starts the named parts of the student from the teacher's weights where they fit.
-No code was released; from descriptions of the paper. Reconstructions: the sum of a mask divides its term, as in MasKD, whose normalisation this is (some
-notes print it as a factor); the channel units start from N(0, 1), the spatial ones from N(0, 0.01^2); gradients flow into the masks from both sides.
-`scale_free` and `detach_student_in_fusion` are ours, for tasks in which the masks would fade under the loss (watch `faintest_mask`).
-Diversity is the mean over pairs of masks, in [0, 1]; `diversity: joint` is the printed form, M - 1 times as large. Maps above `max_tokens` positions
-have keys and values pooled, which approximates the attention. `mask_source` gives the ablations: `none` is the plain mean squared error.
+Stands beside the task's own loss. At each layer the teacher's map asks the student's by cross-attention; from the fused
+map, M units give a mask over positions and one over channels; the squared differences under them are `spatial` and
+`channel`, and the overlap of the masks is `diversity`. Published: M = 6 for detection, the number of classes for
+segmentation. `inherit` starts the named parts of the student from the teacher's weights where they fit. No code was
+released; from descriptions of the paper. Reconstructions: the sum of a mask divides its term, as in MasKD, whose
+normalisation this is (some notes print it as a factor); the channel units start from N(0, 1), the spatial ones from
+N(0, 0.01^2); gradients flow into the masks from both sides. `scale_free` and `detach_student_in_fusion` are ours, for
+tasks in which the masks would fade under the loss (watch `faintest_mask`). Diversity is the mean over pairs of masks,
+in [0, 1]; `diversity: joint` is the printed form, M - 1 times as large. Maps above `max_tokens` positions have keys
+and values pooled, which approximates the attention. `mask_source` gives the ablations: `none` is the plain mean
+squared error.
 """
 
 from __future__ import annotations
@@ -42,10 +47,13 @@ FAINT = 0.05
 
 
 @full_precision
-def masked_losses(difference: Tensor, spatial: Tensor, channel: Tensor, scale_free: bool = False) -> tuple[Tensor, Tensor]:
+def masked_losses(
+    difference: Tensor, spatial: Tensor, channel: Tensor, scale_free: bool = False
+) -> tuple[Tensor, Tensor]:
     """The spatial and the channel term: squared masked differences over the masks' sums, mean over units and batch.
 
-    L_s = mean_bm sum_cp (M_s[m,p] D[c,p])^2 / (C sum_p M_s[m,p]), and likewise L_c with channels and positions exchanged.
+    L_s = mean_bm sum_cp (M_s[m,p] D[c,p])^2 / (C sum_p M_s[m,p]), and likewise L_c with channels and positions
+    exchanged.
 
     Args:
         difference: D, (B, C, L).
@@ -64,7 +72,8 @@ def masked_losses(difference: Tensor, spatial: Tensor, channel: Tensor, scale_fr
 
 @full_precision
 def mask_overlap(masks: Tensor, form: Diversity = "pairwise") -> Tensor:
-    """Dice overlap of the units' masks (B, M, n): 1 for equal masks, 0 for disjoint ones (`joint`: M - 1 and 0); mean over the batch. M = 1 gives 0."""
+    """Dice overlap of the units' masks (B, M, n): 1 for equal masks, 0 for disjoint ones (`joint`: M - 1 and 0); mean
+    over the batch. M = 1 gives 0."""
     units = masks.shape[1]
     if units < 2:
         return masks.sum() * 0.0
@@ -79,13 +88,17 @@ def mask_overlap(masks: Tensor, form: Diversity = "pairwise") -> Tensor:
 
 @full_precision
 def cross_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """softmax(q k^T / sqrt(C_q)) v over positions, (B, C_q, H, W), (B, C_q, h, w), (B, C, h, w) -> (B, C, H, W); the attention matrix is never held.
+    """softmax(q k^T / sqrt(C_q)) v over positions, (B, C_q, H, W), (B, C_q, h, w), (B, C, h, w) -> (B, C, H, W); the
+    attention matrix is never held.
 
-    Queries and keys are filled with zeros up to C channels, which leaves the scores as they are and lets fused kernels run.
+    Queries and keys are filled with zeros up to C channels, which leaves the scores as they are and lets fused kernels
+    run.
     """
     q, k, v = (x.flatten(2).transpose(1, 2) for x in (query, key, value))
     fill = (0, v.shape[-1] - q.shape[-1])
-    out = F.scaled_dot_product_attention(F.pad(q, fill)[:, None], F.pad(k, fill)[:, None], v[:, None], scale=1 / math.sqrt(q.shape[-1]))
+    out = F.scaled_dot_product_attention(
+        F.pad(q, fill)[:, None], F.pad(k, fill)[:, None], v[:, None], scale=1 / math.sqrt(q.shape[-1])
+    )
     return out[:, 0].transpose(1, 2).reshape(len(q), v.shape[-1], *query.shape[2:])
 
 
@@ -93,19 +106,29 @@ class Level(nn.Module):
     """Alignment, fusion and masks of one layer.
 
     Args:
-        student_channels, channels: of the student's and the teacher's map; a 1x1 convolution aligns them where they differ.
+        student_channels, channels: of the student's and the teacher's map; a 1x1 convolution aligns them where they
+            differ.
         units: M.
         query: which side asks in the fusion.
         max_tokens: positions above which keys and values are average-pooled.
     """
 
     def __init__(
-        self, student_channels: int, channels: int, units: int = 6, query: Literal["teacher", "student"] = "teacher", max_tokens: int = 4096
+        self,
+        student_channels: int,
+        channels: int,
+        units: int = 6,
+        query: Literal["teacher", "student"] = "teacher",
+        max_tokens: int = 4096,
     ) -> None:
         super().__init__()
         inner = max(channels // 2, 1)
-        self.align: nn.Module = nn.Identity() if student_channels == channels else nn.Conv2d(student_channels, channels, 1)
-        self.to_query, self.to_key, self.to_value = (nn.Conv2d(channels, width, 1) for width in (inner, inner, channels))
+        self.align: nn.Module = (
+            nn.Identity() if student_channels == channels else nn.Conv2d(student_channels, channels, 1)
+        )
+        self.to_query, self.to_key, self.to_value = (
+            nn.Conv2d(channels, width, 1) for width in (inner, inner, channels)
+        )
         self.channel_units = nn.Parameter(torch.randn(units, 1))
         self.spatial_units = nn.Parameter(0.01 * torch.randn(units, channels))
         self.query, self.max_tokens = query, max_tokens
@@ -180,13 +203,21 @@ class ACAMKD(Objective):
         checks.same_layers("acam_kd", student_layers, teacher_layers)
         checks.options("acam_kd", positive={"masks": masks, "max_tokens": max_tokens})
         checks.options("acam_kd", non_negative={"distill_weight": distill_weight, "diversity_weight": diversity_weight})
-        for option, value, valid in (("parts", parts, Parts), ("mask_source", mask_source, Source), ("diversity", diversity, Diversity)):
+        for option, value, valid in (
+            ("parts", parts, Parts),
+            ("mask_source", mask_source, Source),
+            ("diversity", diversity, Diversity),
+        ):
             if value not in get_args(valid):
                 raise unknown(f"acam_kd {option}", value, get_args(valid))
         self.pairs = list(zip(student_layers, teacher_layers))
         self.units, self.distill_weight, self.diversity_weight = masks, distill_weight, diversity_weight
         self.use, self.mask_source, self.query, self.diversity = parts, mask_source, query, diversity
-        self.detach_student_in_fusion, self.standardise, self.ignore_index = detach_student_in_fusion, standardise, ignore_index
+        self.detach_student_in_fusion, self.standardise, self.ignore_index = (
+            detach_student_in_fusion,
+            standardise,
+            ignore_index,
+        )
         self.scale_free, self.max_tokens, self.inherit = scale_free, max_tokens, list(inherit)
         sides = [("student", layer) for layer in student_layers] + [("teacher", layer) for layer in teacher_layers]
         maps = {f"{side}.logits" if layer == "logits" else f"{side}.tap:{layer}" for side, layer in sides}
@@ -194,7 +225,9 @@ class ACAMKD(Objective):
 
     def build(self, student: Signals, teacher: Signals, batch: Batch) -> None:
         maps = self._maps(student, teacher)
-        self.levels = nn.ModuleList(Level(f_s.shape[1], f_t.shape[1], self.units, self.query, self.max_tokens) for f_s, f_t in maps)
+        self.levels = nn.ModuleList(
+            Level(f_s.shape[1], f_t.shape[1], self.units, self.query, self.max_tokens) for f_s, f_t in maps
+        )
         self.register_buffer("faintest", torch.ones(()))
 
     def _maps(self, student: Signals, teacher: Signals) -> list[tuple[Tensor, Tensor]]:
@@ -208,7 +241,8 @@ class ACAMKD(Objective):
     def begin_epoch(self, ctx: Context) -> None:
         if self.faintest < FAINT:
             warnings.warn(
-                "acam_kd: the mean of a mask has sunk below 0.05, so it distils little; lower distill_weight or masks, or set scale_free.",
+                "acam_kd: the mean of a mask has sunk below 0.05, so it distils little; lower distill_weight or "
+                "masks, or set scale_free.",
                 stacklevel=2,
             )
 
@@ -235,7 +269,13 @@ class ACAMKD(Objective):
         if self.mask_source == "none":
             return {"mse": self.distill_weight * difference.square().mean()}
         asked = student.detach() if self.detach_student_in_fusion else student
-        fused = level.fuse(asked, teacher) if self.mask_source == "cooperative" else teacher if self.mask_source == "teacher" else asked
+        fused = (
+            level.fuse(asked, teacher)
+            if self.mask_source == "cooperative"
+            else teacher
+            if self.mask_source == "teacher"
+            else asked
+        )
         spatial, channel = level.masks(fused)
         over_positions, over_channels = masked_losses(difference, spatial, channel, self.scale_free)
         out, used = {}, []
@@ -267,10 +307,12 @@ def standardised(x: Tensor) -> Tensor:
 
 @torch.no_grad()
 def inherit_weights(student: nn.Module, teacher: nn.Module | None, names: list[str]) -> None:
-    """Copy each of the teacher's layers under these submodules to the student's layer of the same name, where all its shapes agree.
+    """Copy each of the teacher's layers under these submodules to the student's layer of the same name, where all its
+    shapes agree.
 
     Raises:
-        UserError: a teacher that is no network, a name that is no submodule of the student, or one under which nothing agrees.
+        UserError: a teacher that is no network, a name that is no submodule of the student, or one under which nothing
+            agrees.
     """
     if teacher is None:
         raise UserError("acam_kd: inherit needs a teacher that is one network.")
@@ -280,12 +322,15 @@ def inherit_weights(student: nn.Module, teacher: nn.Module | None, names: list[s
         if name not in mine:
             raise unknown("submodule of the student for acam_kd's `inherit`:", name, mine)
         layers = [
-            (m, theirs[n]) for n, m in mine.items() if (n == name or n.startswith(f"{name}.")) and n in theirs and next(m.children(), None) is None
+            (m, theirs[n])
+            for n, m in mine.items()
+            if (n == name or n.startswith(f"{name}.")) and n in theirs and next(m.children(), None) is None
         ]
         fitting = [(m, t) for m, t in layers if m.state_dict() and shapes(m) == shapes(t)]
         if not fitting:
             raise UserError(
-                f"acam_kd: inherit: no layer under '{name}' of the student has the name and shapes of one of the teacher's; leave it out."
+                f"acam_kd: inherit: no layer under '{name}' of the student has the name and shapes of one of the "
+                "teacher's; leave it out."
             )
         for layer, other in fitting:
             layer.load_state_dict(other.state_dict())

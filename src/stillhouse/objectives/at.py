@@ -1,6 +1,7 @@
 """AT: the student's spatial attention (where its activations are strong) follows the teacher's, stage by stage.
 
-paper: Paying More Attention to Attention: Improving the Performance of Convolutional Neural Networks via Attention Transfer
+paper: Paying More Attention to Attention: Improving the Performance of Convolutional Neural Networks via Attention
+Transfer
 venue: ICLR 2017
 arxiv: 1612.03928
 task: classification
@@ -8,7 +9,8 @@ family: features
 use when: both networks have spatial maps, of any widths
 needs: layers of student and teacher
 
-A = the flattened mean over channels of f^p, of length 1; L = mean over entries of (A_s - A_t)^2, summed over stages, weight 1000. Labels are not used.
+A = the flattened mean over channels of f^p, of length 1; L = mean over entries of (A_s - A_t)^2, summed over stages,
+weight 1000. Labels are not used.
 """
 
 from __future__ import annotations
@@ -31,7 +33,8 @@ def at_loss(student: Tensor, teacher: Tensor, p: int = 2) -> Tensor:
     """Mean squared difference of the attention maps of one stage.
 
     Args:
-        student, teacher: maps (B, C, H, W), or tokens (B, L, D); sizes are brought to the smaller by average pooling, widths may differ.
+        student, teacher: maps (B, C, H, W), or tokens (B, L, D); sizes are brought to the smaller by average pooling,
+            widths may differ.
         p: power of the activations.
     """
     student, teacher = same_size(student, teacher.detach())
@@ -71,12 +74,20 @@ class AT(Objective):
     name = "at"
     default_weight = 1000.0
 
-    def __init__(self, p: int = 2, student_layers: list[str] = LAST_STAGES, teacher_layers: list[str] = LAST_STAGES) -> None:
+    def __init__(
+        self, p: int = 2, student_layers: list[str] = LAST_STAGES, teacher_layers: list[str] = LAST_STAGES
+    ) -> None:
         super().__init__()
         checks.options("at", positive={"p": p})
         checks.same_layers("at", student_layers, teacher_layers)
         self.p, self.pairs = p, list(zip(student_layers, teacher_layers))
-        self.needs = frozenset(f"student.tap:{s}" for s in student_layers) | frozenset(f"teacher.tap:{t}" for t in teacher_layers)
+        self.needs = frozenset(f"student.tap:{s}" for s in student_layers) | frozenset(
+            f"teacher.tap:{t}" for t in teacher_layers
+        )
 
     def forward(self, student: Signals, teacher: Signals, batch: Batch, progress: Progress) -> dict[str, Tensor]:
-        return {"loss": torch.stack([at_loss(map_tap(student, s), map_tap(teacher, t), self.p) for s, t in self.pairs]).sum()}
+        return {
+            "loss": torch.stack(
+                [at_loss(map_tap(student, s), map_tap(teacher, t), self.p) for s, t in self.pairs]
+            ).sum()
+        }

@@ -6,9 +6,10 @@ family: supervision
 use when: labels are there; most recipes put it beside a distillation objective
 needs: labels
 
-Label smoothing is that of Szegedy et al. (CVPR 2016, arXiv 1512.00567). Soft labels (B, C) of mixup are used as they are. Logits (B, L, V) of a
-language model take labels (B, L); logits (B, H, W, C) of a segmenter take labels (B, H, W). The mean is over the labels that are not -100. Where the
-student gives the taps `hidden` and `output_weight` in the place of logits, no tensor of logits is ever made.
+Label smoothing is that of Szegedy et al. (CVPR 2016, arXiv 1512.00567). Soft labels (B, C) of mixup are used as they
+are. Logits (B, L, V) of a language model take labels (B, L); logits (B, H, W, C) of a segmenter take labels (B, H, W).
+The mean is over the labels that are not -100. Where the student gives the taps `hidden` and `output_weight` in the
+place of logits, no tensor of logits is ever made.
 """
 
 from __future__ import annotations
@@ -39,21 +40,27 @@ def cross_entropy(
     """Mean cross-entropy of the samples (tokens, pixels) that count; 0 where none does.
 
     Args:
-        logits: class axis last, (B, C), (B, L, V) or (B, H, W, C); or (B, C, H, W) with labels (B, H, W), as PyTorch's own networks give pixels.
-        labels: class ids (B,), (B, L) or (B, H, W), which count where they are not `ignore_index`; or soft labels of the logits' shape.
+        logits: class axis last, (B, C), (B, L, V) or (B, H, W, C); or (B, C, H, W) with labels (B, H, W), as PyTorch's
+            own networks give pixels.
+        labels: class ids (B,), (B, L) or (B, H, W), which count where they are not `ignore_index`; or soft labels of
+            the logits' shape.
         counts: of the shape of class ids, True where a position counts; default: all.
-        count: what the sum is divided by instead of the number that counts (see `stillhouse.functional.counting.step_count`).
+        count: what the sum is divided by instead of the number that counts (see
+            `stillhouse.functional.counting.step_count`).
 
     Raises:
         UserError: shapes that do not fit, or (on the CPU) a class id out of range.
     """
     soft = is_soft(labels)
     if soft and labels.shape != logits.shape:
-        raise UserError(f"ce: soft labels must have the logits' shape {tuple(logits.shape)}; given: {tuple(labels.shape)}.")
+        raise UserError(
+            f"ce: soft labels must have the logits' shape {tuple(logits.shape)}; given: {tuple(labels.shape)}."
+        )
     if not soft and labels.shape != logits.shape[:-1]:
         if logits.ndim < 4 or labels.shape != logits.shape[:1] + logits.shape[2:]:
             raise UserError(
-                f"ce: labels must be class ids of shape {tuple(logits.shape[:-1])} for logits of shape {tuple(logits.shape)}; "
+                f"ce: labels must be class ids of shape {tuple(logits.shape[:-1])} for logits of shape "
+                f"{tuple(logits.shape)}; "
                 f"given: {tuple(labels.shape)}."
             )
         logits = logits.movedim(1, -1)
@@ -70,7 +77,10 @@ def cross_entropy(
     if soft and counts is not None:
         rows = F.cross_entropy(logits, labels, label_smoothing=label_smoothing, reduction="none")
         return counted_mean(rows.view(counts.shape), counts, count)
-    return F.cross_entropy(logits, labels, label_smoothing=label_smoothing, ignore_index=ignore_index, reduction="sum") / count
+    return (
+        F.cross_entropy(logits, labels, label_smoothing=label_smoothing, ignore_index=ignore_index, reduction="sum")
+        / count
+    )
 
 
 class CrossEntropy(Objective):
@@ -97,5 +107,9 @@ class CrossEntropy(Objective):
         counts = counted(batch, like.shape, self.ignore_index)
         count = step_count(batch, like, counts, share=self.training)
         if student.logits is None:
-            return {"loss": linear_cross_entropy(head_of(student, "student"), label, mask=counts, ignore_index=self.ignore_index, count=count)}
+            return {
+                "loss": linear_cross_entropy(
+                    head_of(student, "student"), label, mask=counts, ignore_index=self.ignore_index, count=count
+                )
+            }
         return {"loss": cross_entropy(student.logits, label, self.label_smoothing, self.ignore_index, counts, count)}

@@ -1,4 +1,5 @@
-"""CRD: the student's embedding of a sample is told apart, by contrast, from the teacher's embeddings of samples of other classes.
+"""CRD: the student's embedding of a sample is told apart, by contrast, from the teacher's embeddings of samples of
+other classes.
 
 paper: Contrastive Representation Distillation
 venue: ICLR 2020
@@ -8,10 +9,11 @@ family: features
 use when: the structure of the teacher's embedding should pass on, and a memory of the training set's size is no burden
 needs: the index of each sample; embeddings of student and teacher; labels of the training set
 
-Noise-contrastive estimation with 16,384 negatives a sample out of two memories (one row of 128 numbers for each training sample and network),
-temperature 0.07, momentum 0.5, weight 0.8; the student against the teacher's memory and the reverse. Negatives come from the other classes of the
-training set, drawn with replacement (the authors' code draws without where there are enough). Labels of the batch are not used, so mixup is no error,
-but an index then stands for a mixed image. Over many processes the memories follow the samples of all ranks.
+Noise-contrastive estimation with 16,384 negatives a sample out of two memories (one row of 128 numbers for each
+training sample and network), temperature 0.07, momentum 0.5, weight 0.8; the student against the teacher's memory and
+the reverse. Negatives come from the other classes of the training set, drawn with replacement (the authors' code draws
+without where there are enough). Labels of the batch are not used, so mixup is no error, but an index then stands for a
+mixed image. Over many processes the memories follow the samples of all ranks.
 """
 
 from __future__ import annotations
@@ -32,7 +34,8 @@ from stillhouse.signals import Batch, Signals
 
 @full_precision
 def nce_loss(scores: Tensor, samples: int, eps: float = 1e-7) -> Tensor:
-    """Noise-contrastive loss of normalised scores, summed over candidates, mean over the batch (eq. 18 of the paper's appendix).
+    """Noise-contrastive loss of normalised scores, summed over candidates, mean over the batch (eq. 18 of the paper's
+    appendix).
 
     Args:
         scores: (B, 1 + K), exp(similarity / temperature) / Z, the positive first.
@@ -69,7 +72,9 @@ class Negatives(nn.Module):
     def __init__(self, labels: Tensor) -> None:
         super().__init__()
         if labels.ndim != 1 or int((torch.bincount(labels) > 0).sum()) < 2:
-            raise UserError("crd: needs class ids of at least two classes in the training set, to draw negatives of another class.")
+            raise UserError(
+                "crd: needs class ids of at least two classes in the training set, to draw negatives of another class."
+            )
         counts = torch.bincount(labels)
         self.register_buffer("labels", labels, persistent=False)
         self.register_buffer("order", labels.argsort(stable=True), persistent=False)  # samples, class after class
@@ -101,9 +106,15 @@ class CRD(Objective):
     memory_student: Tensor
     memory_teacher: Tensor
 
-    def __init__(self, width: int = 128, negatives: int = 16384, temperature: float = 0.07, momentum: float = 0.5) -> None:
+    def __init__(
+        self, width: int = 128, negatives: int = 16384, temperature: float = 0.07, momentum: float = 0.5
+    ) -> None:
         super().__init__()
-        checks.options("crd", positive={"width": width, "negatives": negatives, "temperature": temperature}, share={"momentum": momentum})
+        checks.options(
+            "crd",
+            positive={"width": width, "negatives": negatives, "temperature": temperature},
+            share={"momentum": momentum},
+        )
         self.width, self.negatives, self.temperature, self.momentum = width, negatives, temperature, momentum
 
     def build(self, student: Signals, teacher: Signals, batch: Batch) -> None:
@@ -137,7 +148,8 @@ class CRD(Objective):
         return terms
 
     def _contrast(self, memory: Tensor, anchors: Tensor, candidates: Tensor, constant: str) -> Tensor:
-        """The loss of anchors against a memory. Its gradient is taken here, so that the backward pass neither reads the memory nor keeps scores."""
+        """The loss of anchors against a memory. Its gradient is taken here, so that the backward pass neither reads the
+        memory nor keeps scores."""
         learns = anchors.requires_grad and torch.is_grad_enabled()
         leaf = anchors.detach().requires_grad_(learns)
         scores = scores_in(memory, leaf, candidates, self.temperature)

@@ -1,4 +1,5 @@
-"""DIST: the student keeps the teacher's correlations between classes of a sample and between samples of a class, not its exact probabilities.
+"""DIST: the student keeps the teacher's correlations between classes of a sample and between samples of a class, not
+its exact probabilities.
 
 paper: Knowledge Distillation from A Stronger Teacher
 venue: NeurIPS 2022
@@ -8,7 +9,8 @@ family: logits
 use when: the teacher is much stronger than the student, or trained with a stronger recipe
 needs: teacher logits
 
-L = T^2 (beta * (1 - mean Pearson of rows) + gamma * (1 - mean Pearson of columns)) of softmax(z / T). Published: beta 1, gamma 1, T 1 on ImageNet;
+L = T^2 (beta * (1 - mean Pearson of rows) + gamma * (1 - mean Pearson of columns)) of softmax(z / T). Published: beta
+1, gamma 1, T 1 on ImageNet;
 2, 2, 4 on CIFAR-100. Columns run over the batch: over many processes, over the rows of all ranks. Labels are not used.
 """
 
@@ -26,7 +28,8 @@ from stillhouse.signals import Batch, Signals
 
 @full_precision
 def dist_loss(student_probs: Tensor, teacher_probs: Tensor) -> dict[str, Tensor]:
-    """`inter`: 1 - mean Pearson correlation of rows (classes of a sample), `intra`: of columns (samples of a class); eqs. 8 and 9 of the paper.
+    """`inter`: 1 - mean Pearson correlation of rows (classes of a sample), `intra`: of columns (samples of a class);
+    eqs. 8 and 9 of the paper.
 
     Args:
         student_probs, teacher_probs: (B, C) softmax(z / T).
@@ -42,7 +45,8 @@ def dist_loss(student_probs: Tensor, teacher_probs: Tensor) -> dict[str, Tensor]
 
 @full_precision
 def pearson(x: Tensor, y: Tensor, eps: float = 1e-8) -> Tensor:
-    """Pearson correlation of each row of x with that of y, (N, M) and (N, M) -> (N,); 0 where a row is constant. Each norm is at least eps."""
+    """Pearson correlation of each row of x with that of y, (N, M) and (N, M) -> (N,); 0 where a row is constant. Each
+    norm is at least eps."""
     return F.cosine_similarity(x - x.mean(1, keepdim=True), y - y.mean(1, keepdim=True), dim=1, eps=eps)
 
 

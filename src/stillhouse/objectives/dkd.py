@@ -8,8 +8,9 @@ family: logits
 use when: the teacher is confident, so that plain KD passes little on about the other classes
 needs: labels; teacher logits
 
-L = T^2 (alpha * KL of (target, rest) + beta * KL over the other classes, renormalised), with a linear warm-up over 20 epochs whose first epoch
-counts as 1, as in the authors' code. beta is 8 for unlike pairs of networks and 2 for pairs of one small family. Soft labels: their largest class.
+L = T^2 (alpha * KL of (target, rest) + beta * KL over the other classes, renormalised), with a linear warm-up over 20
+epochs whose first epoch counts as 1, as in the authors' code. beta is 8 for unlike pairs of networks and 2 for pairs of
+one small family. Soft labels: their largest class.
 """
 
 from __future__ import annotations
@@ -28,7 +29,12 @@ from stillhouse.signals import Batch, Signals
 
 @full_precision
 def dkd_loss(
-    student_logits: Tensor, teacher_logits: Tensor, labels: Tensor, alpha: float = 1.0, beta: float = 8.0, temperature: float = 4.0
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    labels: Tensor,
+    alpha: float = 1.0,
+    beta: float = 8.0,
+    temperature: float = 4.0,
 ) -> dict[str, Tensor]:
     """The two weighted parts of DKD (eq. 7 of the paper); their sum is the loss.
 
@@ -44,7 +50,9 @@ def dkd_loss(
     checks.same_classes("dkd", student_logits, teacher_logits)
     check_label("dkd", labels, student_logits)
     target = class_ids(labels)
-    (binary_s, rest_s), (binary_t, rest_t) = (_split(z / temperature, target) for z in (student_logits, teacher_logits.detach()))
+    (binary_s, rest_s), (binary_t, rest_t) = (
+        _split(z / temperature, target) for z in (student_logits, teacher_logits.detach())
+    )
     scale = temperature**2 / len(target)
     return {
         "target": alpha * scale * weighed(binary_t, binary_t - binary_s).sum(),
@@ -53,7 +61,8 @@ def dkd_loss(
 
 
 def _split(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-    """Log-probabilities of (target, rest), (B, 2), and of the classes but the target, (B, C), which itself has probability 0 and no gradient."""
+    """Log-probabilities of (target, rest), (B, 2), and of the classes but the target, (B, C), which itself has
+    probability 0 and no gradient."""
     own = target[:, None]
     rest = logits.scatter(1, own, -1e30)  # finite: 0 times it is 0 in a divergence
     total = rest.logsumexp(1, keepdim=True)
@@ -74,11 +83,26 @@ class DKD(Objective):
     needs = frozenset({"student.logits", "teacher.logits", "label"})
 
     def __init__(
-        self, alpha: float = 1.0, beta: float = 8.0, temperature: float = 4.0, warmup_epochs: float = 20.0, standardise: bool = False
+        self,
+        alpha: float = 1.0,
+        beta: float = 8.0,
+        temperature: float = 4.0,
+        warmup_epochs: float = 20.0,
+        standardise: bool = False,
     ) -> None:
         super().__init__()
-        checks.options("dkd", positive={"temperature": temperature}, non_negative={"alpha": alpha, "beta": beta, "warmup_epochs": warmup_epochs})
-        self.alpha, self.beta, self.temperature, self.warmup_epochs, self.standardise = alpha, beta, temperature, warmup_epochs, standardise
+        checks.options(
+            "dkd",
+            positive={"temperature": temperature},
+            non_negative={"alpha": alpha, "beta": beta, "warmup_epochs": warmup_epochs},
+        )
+        self.alpha, self.beta, self.temperature, self.warmup_epochs, self.standardise = (
+            alpha,
+            beta,
+            temperature,
+            warmup_epochs,
+            standardise,
+        )
 
     def forward(self, student: Signals, teacher: Signals, batch: Batch, progress: Progress) -> dict[str, Tensor]:
         z, v = student.require("logits"), teacher.log_probs()

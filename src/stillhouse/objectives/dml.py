@@ -8,9 +8,9 @@ family: online
 use when: there is no trained teacher, and a second network can be trained along
 needs: labels; a co-trained peer as the teacher
 
-The student's own cross-entropy is the objective `ce`; the terms here are the student's KL to its peer, and the peer's cross-entropy and KL to the
-student. Each side takes the other's prediction as a constant. Both networks step at once, where the paper updates them in turn on each batch.
-Soft labels are used as they are.
+The student's own cross-entropy is the objective `ce`; the terms here are the student's KL to its peer, and the peer's
+cross-entropy and KL to the student. Each side takes the other's prediction as a constant. Both networks step at once,
+where the paper updates them in turn on each batch. Soft labels are used as they are.
 """
 
 from __future__ import annotations
@@ -30,9 +30,12 @@ from stillhouse.signals import Batch, Signals
 
 @full_precision
 def mutual_loss(student_logits: Tensor, peer_logits: Tensor, temperature: float = 1.0) -> Tensor:
-    """T^2 KL(peer || student) with the peer as a constant; (B, C) and (B, C) -> scalar. Eqs. 4 and 5 of the paper at temperature 1."""
+    """T^2 KL(peer || student) with the peer as a constant; (B, C) and (B, C) -> scalar. Eqs. 4 and 5 of the paper at
+    temperature 1."""
     checks.same_classes("dml", student_logits, peer_logits)
-    return temperature**2 * kl_divergence(student_logits, F.log_softmax(peer_logits.detach() / temperature, dim=-1), temperature)
+    return temperature**2 * kl_divergence(
+        student_logits, F.log_softmax(peer_logits.detach() / temperature, dim=-1), temperature
+    )
 
 
 class DML(Objective):
@@ -53,7 +56,10 @@ class DML(Objective):
     def forward(self, student: Signals, teacher: Signals, batch: Batch, progress: Progress) -> dict[str, Tensor]:
         mine, peer = student.require("logits"), teacher.logits
         if peer is None or (torch.is_grad_enabled() and not peer.requires_grad):
-            raise UserError(f"dml: the teacher '{self.teacher}' must be a network that trains along: give it as `peer:`, not as `model:`.")
+            raise UserError(
+                f"dml: the teacher '{self.teacher}' must be a network that trains along: give it as `peer:`, not as "
+                "`model:`."
+            )
         return {
             "student_kl": mutual_loss(mine, peer, self.temperature),
             "peer_ce": cross_entropy(peer, batch["label"]),

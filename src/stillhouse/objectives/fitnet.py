@@ -8,8 +8,8 @@ family: features
 use when: the student is thinner than the teacher and both have maps of like meaning half-way
 needs: a layer of student and teacher
 
-L = mean (conv(f_s) - f_t)^2, weight 100. The paper trains the hint first and then distils; here, as in most comparisons, both run together (a weight
-schedule on the objectives gives the two stages). Labels are not used.
+L = mean (conv(f_s) - f_t)^2, weight 100. The paper trains the hint first and then distils; here, as in most
+comparisons, both run together (a weight schedule on the objectives gives the two stages). Labels are not used.
 """
 
 from __future__ import annotations
@@ -26,7 +26,8 @@ from stillhouse.signals import Batch, Signals
 
 @full_precision
 def hint_loss(student: Tensor, teacher: Tensor) -> Tensor:
-    """Mean squared error between maps (B, C, H, W) of one width; sizes are brought to the smaller by average pooling. Eq. 3 of the paper."""
+    """Mean squared error between maps (B, C, H, W) of one width; sizes are brought to the smaller by average pooling.
+    Eq. 3 of the paper."""
     student, teacher = same_size(student, teacher.detach())
     checks.same_shape("fitnet", student, teacher)
     return F.mse_loss(student, teacher)

@@ -5,14 +5,16 @@ venue: ICLR 2024
 arxiv: 2306.13649
 task: language
 family: logits
-use when: teacher and student share a vocabulary, and covering all of the teacher's modes should be traded for staying in them
+use when: teacher and student share a vocabulary, and covering all of the teacher's modes should be traded for staying
+in them
 needs: teacher logits; labels or `mask` say which tokens count
 
-The loss of the paper: the generalised Jensen-Shannon divergence, beta KL(p || m) + (1 - beta) KL(q || m) with m = beta p + (1 - beta) q; beta 0 is the
-forward KL of ordinary distillation, beta 1 the reverse KL, as in TRL. Which sequences it is lowered on, the data's or the student's own, is the
-method's choice. No factor T^2. Mean over the tokens that count; also for (B, C) logits. A teacher's top k (`Signals.top`) are compared as k tokens and all
-others as one; tokens of which it says nothing do not count. Where the student gives the taps `hidden` and `output_weight` in the place of logits, no
-tensor of logits is ever made.
+The loss of the paper: the generalised Jensen-Shannon divergence, beta KL(p || m) + (1 - beta) KL(q || m) with m = beta
+p + (1 - beta) q; beta 0 is the forward KL of ordinary distillation, beta 1 the reverse KL, as in TRL. Which sequences
+it is lowered on, the data's or the student's own, is the method's choice. No factor T^2. Mean over the tokens that
+count; also for (B, C) logits. A teacher's top k (`Signals.top`) are compared as k tokens and all others as one; tokens
+of which it says nothing do not count. Where the student gives the taps `hidden` and `output_weight` in the place of
+logits, no tensor of logits is ever made.
 """
 
 from __future__ import annotations
@@ -28,7 +30,14 @@ from stillhouse.functional.chunked import linear_divergence
 from stillhouse.functional.counting import Reduction, both, counted, counted_mean, step_count
 from stillhouse.functional.heads import head_of
 from stillhouse.functional.precision import full_precision
-from stillhouse.functional.token_losses import NEVER, check_beta, check_vocabulary, coarse_log_probs, coarse_logits, jsd_rows
+from stillhouse.functional.token_losses import (
+    NEVER,
+    check_beta,
+    check_vocabulary,
+    coarse_log_probs,
+    coarse_logits,
+    jsd_rows,
+)
 from stillhouse.signals import Batch, Signals, TopK
 
 
@@ -84,7 +93,9 @@ class GKD(Objective):
         top = teacher.only_top
         if top is not None:
             known = top.log_probs > -math.inf
-            logits = coarse_logits(student.logits, top.indices, self.temperature).masked_fill(F.pad(~known, (0, 1)), NEVER)
+            logits = coarse_logits(student.logits, top.indices, self.temperature).masked_fill(
+                F.pad(~known, (0, 1)), NEVER
+            )
             targets = coarse_log_probs(top, student.logits.shape[-1], self.temperature).detach().clamp_min(NEVER)
             rows = jsd_rows(logits, targets, self.beta)
             mask = both(mask, known[..., 0])
@@ -99,7 +110,13 @@ class GKD(Objective):
     def _from_hidden(self, student: Signals, teacher: Signals, batch: Batch) -> Tensor:
         head = head_of(student, "student")
         mask = counted(batch, head.hidden.shape[:-1])
-        source = teacher.logits if teacher.logits is not None else teacher.top if teacher.top is not None else head_of(teacher, "teacher")
+        source = (
+            teacher.logits
+            if teacher.logits is not None
+            else teacher.top
+            if teacher.top is not None
+            else head_of(teacher, "teacher")
+        )
         if isinstance(source, TopK):
             mask = both(mask, source.log_probs[..., 0] > -math.inf)
         count = step_count(batch, head.hidden[..., 0], mask, share=self.training)

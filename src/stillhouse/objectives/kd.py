@@ -8,9 +8,10 @@ family: logits
 use when: teacher and student score the same classes; the baseline of every other logit objective
 needs: teacher logits
 
-L = T^2 * mean KL(softmax(z_t / T) || softmax(z_s / T)). The published setting weighs it 0.9 beside 0.1 of the cross-entropy (`ce`). An ensemble
-teaches the mean of its members' softened probabilities. Of tokens and pixels those count whose label is not -100; labels are not read otherwise.
-Of a teacher that is known by its top k alone, the k classes and all others as one are compared (see `kd_top_loss`).
+L = T^2 * mean KL(softmax(z_t / T) || softmax(z_s / T)). The published setting weighs it 0.9 beside 0.1 of the
+cross-entropy (`ce`). An ensemble teaches the mean of its members' softened probabilities. Of tokens and pixels those
+count whose label is not -100; labels are not read otherwise. Of a teacher that is known by its top k alone, the k
+classes and all others as one are compared (see `kd_top_loss`).
 """
 
 from __future__ import annotations
@@ -30,7 +31,9 @@ from stillhouse.signals import Batch, Signals, TopK, log_softmax
 
 
 @full_precision
-def kd_loss(student_logits: Tensor, teacher_logits: Tensor, temperature: float = 4.0, counts: Tensor | None = None) -> Tensor:
+def kd_loss(
+    student_logits: Tensor, teacher_logits: Tensor, temperature: float = 4.0, counts: Tensor | None = None
+) -> Tensor:
     """T^2 times the mean KL divergence at temperature T; Hinton et al. 2015, section 2.
 
     Args:
@@ -47,9 +50,10 @@ def kd_loss(student_logits: Tensor, teacher_logits: Tensor, temperature: float =
 def kd_top_loss(student_logits: Tensor, top: TopK, temperature: float = 4.0) -> Tensor:
     """T^2 times the mean KL divergence of k + 1 events, the k classes and all others as one; logits (..., C) -> scalar.
 
-    At T = 1 both sides' events are exact. At another T the student's are too; what the teacher's tail becomes is not known, and is taken as if its mass
-    were even over the other classes. Rows of which nothing is known (all mass in the tail) do not count; a row may know fewer than k classes (the others
-    are minus infinity, at an index that the row names already).
+    At T = 1 both sides' events are exact. At another T the student's are too; what the teacher's tail becomes is not
+    known, and is taken as if its mass were even over the other classes. Rows of which nothing is known (all mass in the
+    tail) do not count; a row may know fewer than k classes (the others are minus infinity, at an index that the row
+    names already).
     """
     return temperature**2 * counted_mean(*kd_top_rows(student_logits, top, temperature))
 

@@ -1,4 +1,5 @@
-"""Logit standardisation: KD on logits of which every row has mean 0 and deviation 1, so that the student need not match the teacher's scale.
+"""Logit standardisation: KD on logits of which every row has mean 0 and deviation 1, so that the student need not match
+the teacher's scale.
 
 paper: Logit Standardization in Knowledge Distillation
 venue: CVPR 2024
@@ -8,7 +9,8 @@ family: logits
 use when: the teacher is much larger than the student, so that their logits differ in range
 needs: teacher logits
 
-L = T^2 * KL at temperature T of (z - mean) / (eps + std) per row, weight 9 beside the cross-entropy. The objectives kd, dkd and nkd take
+L = T^2 * KL at temperature T of (z - mean) / (eps + std) per row, weight 9 beside the cross-entropy. The objectives kd,
+dkd and nkd take
 `standardise: true` for the same on their own loss. Labels say what counts.
 """
 
@@ -33,7 +35,8 @@ def standardised_kd_loss(
     counts: Tensor | None = None,
     count: Tensor | float | None = None,
 ) -> Tensor:
-    """KL divergence of standardised logits at a temperature; (..., C) and (..., C) -> scalar (algorithm 2 of the paper).
+    """KL divergence of standardised logits at a temperature; (..., C) and (..., C) -> scalar (algorithm 2 of the
+    paper).
 
     Args:
         student_logits, teacher_logits: (..., C), at least two classes; the teacher's may be log-probabilities.
@@ -69,4 +72,6 @@ class LogitStandardisation(Objective):
         logits = student.require("logits")
         counts = counted(batch, logits.shape[:-1])
         count = step_count(batch, logits[..., 0], counts, share=self.training)
-        return {"loss": standardised_kd_loss(logits, teacher.log_probs(), self.temperature, self.t_squared, counts, count)}
+        return {
+            "loss": standardised_kd_loss(logits, teacher.log_probs(), self.temperature, self.t_squared, counts, count)
+        }

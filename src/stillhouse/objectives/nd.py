@@ -8,10 +8,11 @@ family: features
 use when: a gain on top of kd, dkd, dist or review_kd is wanted (KD++, DKD++, DIST++, ReviewKD++)
 needs: labels; embeddings of student and teacher; one pass of the teacher over the training set
 
-KD++ is ce + kd (weight with a linear warm-up of 20 epochs, 5 on ImageNet) + nd. Published weights of nd lie between 0.5 and 4 by pair of networks,
-1 without tuning. Class means come from one pass of the teacher in evaluation mode under evaluation transforms (the released script uses the training
-ones), or from the authors' table. Where widths differ an adapter brings the student's embedding to the teacher's; logits do not pass through it.
-Class ids only. Watch `log:norm_ratio` and `log:cosine`: both rise where the term is at work.
+KD++ is ce + kd (weight with a linear warm-up of 20 epochs, 5 on ImageNet) + nd. Published weights of nd lie between 0.5
+and 4 by pair of networks, 1 without tuning. Class means come from one pass of the teacher in evaluation mode under
+evaluation transforms (the released script uses the training ones), or from the authors' table. Where widths differ an
+adapter brings the student's embedding to the teacher's; logits do not pass through it. Class ids only. Watch
+`log:norm_ratio` and `log:cosine`: both rise where the term is at work.
 """
 
 from __future__ import annotations
@@ -36,7 +37,8 @@ Variant = Literal["nd", "cosine", "norm"]
 
 @full_precision
 def nd_loss(student: Tensor, teacher: Tensor, class_means: Tensor, labels: Tensor, variant: Variant = "nd") -> Tensor:
-    """Mean of 1 - <f_s, e_y> / max(|f_s|, |f_t|), with e_y the unit vector along the mean of class y (eq. 8 of the paper, with the constant 1).
+    """Mean of 1 - <f_s, e_y> / max(|f_s|, |f_t|), with e_y the unit vector along the mean of class y (eq. 8 of the
+    paper, with the constant 1).
 
     Args:
         student, teacher: embeddings (B, D).
@@ -48,7 +50,10 @@ def nd_loss(student: Tensor, teacher: Tensor, class_means: Tensor, labels: Tenso
         UserError: embeddings of unequal shape, soft labels, or (on the CPU) a class out of range or without a mean.
     """
     if student.shape != teacher.shape or student.ndim != 2:
-        raise UserError(f"nd: embeddings must have one shape (B, D); the student's has {tuple(student.shape)}, the teacher's {tuple(teacher.shape)}.")
+        raise UserError(
+            f"nd: embeddings must have one shape (B, D); the student's has {tuple(student.shape)}, the teacher's "
+            f"{tuple(teacher.shape)}."
+        )
     hard_only("nd", labels)
     check_range("nd", labels, len(class_means))
     if labels.device.type == "cpu":
@@ -78,14 +83,18 @@ def class_means(embeddings: Tensor, labels: Tensor, num_classes: int) -> Tensor:
 
 
 def read_class_means(path: str | Path, num_classes: int, width: int) -> Tensor:
-    """The authors' table, JSON `{"0": [D numbers], …}`, as (K, D); classes that it lacks are NaN. Raises `UserError` for another form."""
+    """The authors' table, JSON `{"0": [D numbers], …}`, as (K, D); classes that it lacks are NaN. Raises `UserError`
+    for another form."""
     try:
         table = {int(k): [float(x) for x in row] for k, row in json.loads(Path(path).read_text()).items()}
     except (OSError, ValueError, AttributeError, TypeError) as error:
         raise UserError(f"nd: class_means: {path} is no table of the form {{class id: [numbers]}} ({error}).") from None
     wrong = [k for k, row in table.items() if not 0 <= k < num_classes or len(row) != width]
     if wrong:
-        raise UserError(f"nd: class_means: {path} must hold classes 0 to {num_classes - 1} with {width} numbers each; class {wrong[0]} does not fit.")
+        raise UserError(
+            f"nd: class_means: {path} must hold classes 0 to {num_classes - 1} with {width} numbers each; class "
+            f"{wrong[0]} does not fit."
+        )
     means = torch.full((num_classes, width), float("nan"))
     for k, row in table.items():
         means[k] = torch.tensor(row)
@@ -93,7 +102,8 @@ def read_class_means(path: str | Path, num_classes: int, width: int) -> Tensor:
 
 
 def adapter(student_width: int, teacher_width: int, dropout: float = 0.5, std: float | None = None) -> nn.Sequential:
-    """BatchNorm1d, Dropout, Linear, as published: weights of PyTorch's default and zero bias, or with `std` both normal (0.01 on ImageNet)."""
+    """BatchNorm1d, Dropout, Linear, as published: weights of PyTorch's default and zero bias, or with `std` both normal
+    (0.01 on ImageNet)."""
     linear = nn.Linear(student_width, teacher_width)
     if std is None:
         nn.init.zeros_(linear.bias)
@@ -109,7 +119,8 @@ class ND(Objective):
     Args:
         variant: `nd`, or one half of it: `cosine` (direction only), `norm` (norm only).
         adapter_dropout: of the adapter that is made where student and teacher embeddings differ in width.
-        adapter_std: standard deviation of the adapter's initial weights; default: PyTorch's own (CIFAR). ImageNet: 0.01.
+        adapter_std: standard deviation of the adapter's initial weights; default: PyTorch's own (CIFAR). ImageNet:
+            0.01.
         class_means: a JSON table of class means to use instead of a pass over the training set.
     """
 
@@ -118,11 +129,22 @@ class ND(Objective):
     means: Tensor
 
     def __init__(
-        self, variant: Variant = "nd", adapter_dropout: float = 0.5, adapter_std: float | None = None, class_means: str | None = None
+        self,
+        variant: Variant = "nd",
+        adapter_dropout: float = 0.5,
+        adapter_std: float | None = None,
+        class_means: str | None = None,
     ) -> None:
         super().__init__()
-        checks.options("nd", share={"adapter_dropout": adapter_dropout}, non_negative={"adapter_std": adapter_std or 0.0})
-        self.variant, self.adapter_dropout, self.adapter_std, self.table = variant, adapter_dropout, adapter_std, class_means
+        checks.options(
+            "nd", share={"adapter_dropout": adapter_dropout}, non_negative={"adapter_std": adapter_std or 0.0}
+        )
+        self.variant, self.adapter_dropout, self.adapter_std, self.table = (
+            variant,
+            adapter_dropout,
+            adapter_std,
+            class_means,
+        )
         self.adapter: nn.Sequential | None = None
 
     def build(self, student: Signals, teacher: Signals, batch: Batch) -> None:
@@ -143,7 +165,10 @@ class ND(Objective):
         f_s, f_t = student.require("embedding"), teacher.require("embedding")
         if self.adapter is not None:
             if self.training and len(f_s) == 1:
-                raise UserError("nd: the adapter's batch norm cannot train on a batch of one sample; drop the last incomplete batch.")
+                raise UserError(
+                    "nd: the adapter's batch norm cannot train on a batch of one sample; drop the last incomplete "
+                    "batch."
+                )
             f_s = self.adapter(f_s)
         loss = nd_loss(f_s, f_t, self.means, batch["label"], self.variant)
         with torch.no_grad():

@@ -1,6 +1,8 @@
-"""NKD + USKD: cross-entropy split into target and normalised non-target parts, taught by a teacher (nkd) or by the student's own ranking (uskd).
+"""NKD + USKD: cross-entropy split into target and normalised non-target parts, taught by a teacher (nkd) or by the
+student's own ranking (uskd).
 
-paper: From Knowledge Distillation to Self-Knowledge Distillation: A Unified Approach with Normalized Loss and Customized Soft Labels
+paper: From Knowledge Distillation to Self-Knowledge Distillation: A Unified Approach with Normalized Loss and
+Customized Soft Labels
 venue: ICCV 2023
 arxiv: 2303.13005
 task: classification
@@ -9,10 +11,11 @@ use when: a teacher exists (nkd), or none does and a gain is wanted for nearly n
 needs: labels; teacher logits (nkd), or a mid-level student layer and no teacher (uskd)
 provides: nkd, uskd
 
-Both are added to the ordinary cross-entropy with weight 1. Published settings: nkd temperature 1, gamma 1.5 on ImageNet (gamma 1 for ViTs), 3 and 3.5
-on CIFAR-100; uskd alpha 1, beta 0.1, mu 0.005 on ImageNet, all 0.1 on CIFAR-100. Soft labels: nkd takes their largest class, uskd their two largest.
-Where paper and released code differ (the score that ranks classes in uskd), the code is followed, and `rank_on: probabilities` is the paper.
-Over many processes uskd's batch mean is that of all ranks, where the released code takes each rank's own.
+Both are added to the ordinary cross-entropy with weight 1. Published settings: nkd temperature 1, gamma 1.5 on ImageNet
+(gamma 1 for ViTs), 3 and 3.5 on CIFAR-100; uskd alpha 1, beta 0.1, mu 0.005 on ImageNet, all 0.1 on CIFAR-100. Soft
+labels: nkd takes their largest class, uskd their two largest. Where paper and released code differ (the score that
+ranks classes in uskd), the code is followed, and `rank_on: probabilities` is the paper. Over many processes uskd's
+batch mean is that of all ranks, where the released code takes each rank's own.
 """
 
 from __future__ import annotations
@@ -35,7 +38,9 @@ from stillhouse.signals import Batch, Signals
 
 
 @full_precision
-def nkd_loss(student_logits: Tensor, teacher_logits: Tensor, labels: Tensor, temperature: float = 1.0, gamma: float = 1.5) -> dict[str, Tensor]:
+def nkd_loss(
+    student_logits: Tensor, teacher_logits: Tensor, labels: Tensor, temperature: float = 1.0, gamma: float = 1.5
+) -> dict[str, Tensor]:
     """The two parts of NKD (eq. 6 of the paper); their sum is the loss.
 
     Args:
@@ -45,11 +50,13 @@ def nkd_loss(student_logits: Tensor, teacher_logits: Tensor, labels: Tensor, tem
         gamma: weight of the non-target part, beside temperature^2.
 
     Returns:
-        `target`: -mean T_t log S_t. `non_target`: gamma * temperature^2 times the cross-entropy of the softmaxes over the other classes; its minimum
+        `target`: -mean T_t log S_t. `non_target`: gamma * temperature^2 times the cross-entropy of the softmaxes over
+            the other classes; its minimum
         is the teacher's entropy there, not 0. For two classes it is 0.
 
     Raises:
-        UserError: logits or labels whose shapes do not fit, fewer than two classes, or (on the CPU) a class id out of range.
+        UserError: logits or labels whose shapes do not fit, fewer than two classes, or (on the CPU) a class id out of
+            range.
     """
     checks.same_classes("nkd", student_logits, teacher_logits)
     check_label("nkd", labels, student_logits)
@@ -81,7 +88,8 @@ def uskd_loss(
         weak_logits: (B, C), a linear layer's view of a mid-level feature of the student.
         labels: class ids (B,), or soft labels (B, C), of which the two largest classes are the targets.
         alpha, beta, mu: weights of the three parts.
-        rank_on: what of the final output enters the ranking score: log-probabilities, as the released code, or probabilities, as the paper.
+        rank_on: what of the final output enters the ranking score: log-probabilities, as the released code, or
+            probabilities, as the paper.
 
     Returns:
         `target`, `non_target` (gradients reach `student_logits` only) and `weak` (gradient reaches `weak_logits` only).
@@ -110,7 +118,9 @@ def uskd_loss(
     one_hot = labels if soft else F.one_hot(labels, classes)
     weak_part = soft_cross_entropy(weak_logits, 0.9 * one_hot + 0.1 / classes)
 
-    with torch.no_grad():  # Zipf's law over the ranking: label 1 / rank for every class, targets included, then targets dropped
+    with (
+        torch.no_grad()
+    ):  # Zipf's law over the ranking: label 1 / rank for every class, targets included, then targets dropped
         weak = F.softmax(weak_logits, dim=1)
         final = log_s if rank_on == "logs" else log_s.exp()
         score = share_of_rest(weak, target) + share_of_rest(final, target)
@@ -155,8 +165,8 @@ class USKD(Objective):
 
     Args:
         alpha, beta, mu: weights of the target, non-target and weak parts.
-        student_layer: the mid-level layer; a map is averaged over space, of tokens the class token is taken. For a CNN the last stage but one
-            (the default), for a ViT the block in the middle.
+        student_layer: the mid-level layer; a map is averaged over space, of tokens the class token is taken. For a CNN
+            the last stage but one (the default), for a ViT the block in the middle.
         rank_on: what of the final output enters the ranking: `logs` as the released code, `probabilities` as the paper.
     """
 
@@ -180,4 +190,6 @@ class USKD(Objective):
 
     def forward(self, student: Signals, teacher: Signals, batch: Batch, progress: Progress) -> dict[str, Tensor]:
         weak_logits = self.weak(pooled_tap(student, self.student_layer))
-        return uskd_loss(student.require("logits"), weak_logits, batch["label"], self.alpha, self.beta, self.mu, self.rank_on)
+        return uskd_loss(
+            student.require("logits"), weak_logits, batch["label"], self.alpha, self.beta, self.mu, self.rank_on
+        )

@@ -1,19 +1,24 @@
-"""OFA-KD: exit branches turn the student's stages into logits, which learn from a teacher of any architecture, the true class strengthened.
+"""OFA-KD: exit branches turn the student's stages into logits, which learn from a teacher of any architecture, the true
+class strengthened.
 
 paper: One-for-All: Bridge the Gap Between Heterogeneous Architectures in Knowledge Distillation
 venue: NeurIPS 2023
 arxiv: 2310.19444
 task: classification
 family: logits
-use when: teacher and student differ in architecture (CNN, transformer, MLP-mixer), so that their inner features cannot be compared
+use when: teacher and student differ in architecture (CNN, transformer, MLP-mixer), so that their inner features cannot
+be compared
 needs: labels; teacher logits; four stages of the student (three work too)
 
-Two terms, `logits` and `branches` (their sum over the stages), stand beside the cross-entropy `ce`; all weights are 1 and one eps serves all logits or
-each has its own. Published eps lie between 1 and 1.5, larger for weaker teachers. Branches are dropped with the training.
-Stage 4 is the last, so a network of three stages has 2, 3 and 4. Transformers here are cut in quarters; the authors take blocks 2, 4, 10, 12 of 12
-(`layers: [blocks.1, blocks.3, blocks.9, blocks.11]`). Branches of tokens merge patches down to a grid of `grid` (7 at 224 px; set the last stage's
-own at other sizes). Where paper and released code differ the code is followed: eps also acts on the other classes and the label enters once, by `ce`;
-`nontarget_exponent: false` and `include_hard: true` are the paper. Soft labels count as their largest class, as in the code.
+Two terms, `logits` and `branches` (their sum over the stages), stand beside the cross-entropy `ce`; all weights are 1
+and one eps serves all logits or each has its own. Published eps lie between 1 and 1.5, larger for weaker teachers.
+Branches are dropped with the training. Stage 4 is the last, so a network of three stages has 2, 3 and 4. Transformers
+here are cut in quarters; the authors take blocks 2, 4, 10, 12 of 12
+(`layers: [blocks.1, blocks.3, blocks.9, blocks.11]`). Branches of tokens merge patches down to a grid of `grid` (7 at
+224 px; set the last stage's own at other sizes). Where paper and released code differ the code is followed: eps also
+acts on the other classes and the label enters once, by `ce`;
+`nontarget_exponent: false` and `include_hard: true` are the paper. Soft labels count as their largest class, as in the
+code.
 """
 
 from __future__ import annotations
@@ -48,7 +53,8 @@ def ofa_loss(
     nontarget_exponent: bool = True,
     include_hard: bool = False,
 ) -> Tensor:
-    """Cross-entropy with enhanced targets, mean over the batch: -sum_k w_k log q_k, with w = (p + m)^eps - m and m the one-hot label.
+    """Cross-entropy with enhanced targets, mean over the batch: -sum_k w_k log q_k, with w = (p + m)^eps - m and m the
+    one-hot label.
 
     Args:
         student_logits, teacher_logits: (B, C). The teacher's may be log-probabilities.
@@ -72,7 +78,8 @@ def ofa_loss(
 
 
 class SepConv(nn.Module):
-    """Two depthwise-separable 3x3 convolutions with batch norm; the first halves the map. (B, inputs, H, W) to (B, outputs, ⌈H/2⌉, ⌈W/2⌉)."""
+    """Two depthwise-separable 3x3 convolutions with batch norm; the first halves the map. (B, inputs, H, W) to (B,
+    outputs, ⌈H/2⌉, ⌈W/2⌉)."""
 
     def __init__(self, inputs: int, outputs: int) -> None:
         super().__init__()
@@ -90,7 +97,8 @@ def separable(inputs: int, outputs: int, stride: int) -> list[nn.Module]:
 
 
 class PatchMerging(nn.Module):
-    """2x2 neighbours of a square grid, column by column, joined and projected: (B, g * g, inputs) to (B, g * g / 4, outputs)."""
+    """2x2 neighbours of a square grid, column by column, joined and projected: (B, g * g, inputs) to (B, g * g / 4,
+    outputs)."""
 
     def __init__(self, inputs: int, outputs: int, act: bool) -> None:
         super().__init__()
@@ -130,7 +138,8 @@ class Readout(nn.Module):
 
 
 def map_branch(stage: int, channels: int, width: int, num_classes: int) -> nn.Sequential:
-    """The branch of a map (B, channels, H, W): one `SepConv` for each stage after this one (the last has a 1x1 convolution), pooling, classifier.
+    """The branch of a map (B, channels, H, W): one `SepConv` for each stage after this one (the last has a 1x1
+    convolution), pooling, classifier.
 
     Args:
         stage: 1 to 4; 4 is the last.
@@ -145,7 +154,8 @@ def map_branch(stage: int, channels: int, width: int, num_classes: int) -> nn.Se
 def token_branch(
     stage: int, length: int, channels: int, width: int, num_classes: int, class_tokens: int | None = None, grid: int = 7
 ) -> nn.Sequential:
-    """The branch of tokens (B, length, channels): patches are merged to the last stage's grid, transformer blocks, readout, classifier.
+    """The branch of tokens (B, length, channels): patches are merged to the last stage's grid, transformer blocks,
+    readout, classifier.
 
     Args:
         stage: 1 to 4; 4 is the last.
@@ -154,7 +164,8 @@ def token_branch(
         grid: side of the last stage's grid of patches.
 
     Raises:
-        UserError: tokens that make no square, a grid that cannot be halved, a width that four heads do not divide or that does not fit.
+        UserError: tokens that make no square, a grid that cannot be halved, a width that four heads do not divide or
+            that does not fit.
     """
     from timm.models.vision_transformer import Block
 
@@ -162,24 +173,36 @@ def token_branch(
     side = math.isqrt(length)
     class_tokens = int(side * side != length) if class_tokens is None else class_tokens
     if class_tokens not in (0, 1) or side * side + class_tokens != length:
-        raise UserError(f"{where}: a branch needs a square grid of patches after no or one class token; tap another layer.")
+        raise UserError(
+            f"{where}: a branch needs a square grid of patches after no or one class token; tap another layer."
+        )
     merges = max(int(math.log2(side / grid)), 0)
     if side % 2**merges:
-        raise UserError(f"{where}: a grid of {side} x {side} cannot be halved {merges} times; set `grid` to the last stage's grid.")
+        raise UserError(
+            f"{where}: a grid of {side} x {side} cannot be halved {merges} times; set `grid` to the last stage's grid."
+        )
     if channels != width and (class_tokens or not merges):
         raise UserError(
-            f"{where}, but the student's embedding has {width}; without merging, or with a class token, both must be equal (`grid` is {grid})."
+            f"{where}, but the student's embedding has {width}; without merging, or with a class token, both must be "
+            f"equal (`grid` is {grid})."
         )
     if width % HEADS:
-        raise UserError(f"{where}: the branch's {HEADS} attention heads do not divide the student's embedding of {width}.")
+        raise UserError(
+            f"{where}: the branch's {HEADS} attention heads do not divide the student's embedding of {width}."
+        )
     merging = [PatchMerging(channels if i == 0 else width, width, act=i == 0 or i < merges - 1) for i in range(merges)]
-    blocks = [Block(width, HEADS, mlp_ratio=4.0, qkv_bias=False, norm_layer=nn.LayerNorm) for _ in range(max(4 - stage, 1))]
+    blocks = [
+        Block(width, HEADS, mlp_ratio=4.0, qkv_bias=False, norm_layer=nn.LayerNorm) for _ in range(max(4 - stage, 1))
+    ]
     first = BesideClassTokens(nn.Sequential(*merging), class_tokens)
-    return initialised(nn.Sequential(first, nn.Sequential(*blocks), Readout(class_tokens), nn.Linear(width, num_classes)))
+    return initialised(
+        nn.Sequential(first, nn.Sequential(*blocks), Readout(class_tokens), nn.Linear(width, num_classes))
+    )
 
 
 def initialised(branch: nn.Sequential) -> nn.Sequential:
-    """Convolutions He-normal by fan-out, linear layers truncated normal of deviation 0.02 with zero bias, as released."""
+    """Convolutions He-normal by fan-out, linear layers truncated normal of deviation 0.02 with zero bias, as
+    released."""
     for module in branch.modules():
         if isinstance(module, nn.Conv2d):
             nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
@@ -200,7 +223,8 @@ class OFAKD(Objective):
         temperature: divides the logits of teacher, student and branches.
         logits_weight, branch_weight: of the two terms.
         grid: side of the last stage's grid of patches, for students of tokens.
-        width: channels before the classifiers of maps; default: the larger embedding of student and teacher. Give it for a teacher without embedding.
+        width: channels before the classifiers of maps; default: the larger embedding of student and teacher. Give it
+            for a teacher without embedding.
         maps_as_tokens: read the student's maps as tokens, as the authors do of Swin.
         nontarget_exponent, include_hard: see `ofa_loss`.
     """
@@ -224,13 +248,27 @@ class OFAKD(Objective):
         super().__init__()
         self.stages, self.eps = list(stages), exponents(eps, stages)
         if layers is not None and len(layers) != len(stages):
-            raise UserError(f"ofa_kd: layers must name one layer for each of the {len(stages)} stages; given: {len(layers)}.")
+            raise UserError(
+                f"ofa_kd: layers must name one layer for each of the {len(stages)} stages; given: {len(layers)}."
+            )
         self.layers = list(layers) if layers is not None else [f"stage:{s - 5}" for s in stages]
-        checks.options("ofa_kd", positive={"temperature": temperature, "grid": grid, "width": 1 if width is None else width})
+        checks.options(
+            "ofa_kd", positive={"temperature": temperature, "grid": grid, "width": 1 if width is None else width}
+        )
         checks.options("ofa_kd", non_negative={"logits_weight": logits_weight, "branch_weight": branch_weight})
         self.temperature, self.weights, self.grid, self.width = temperature, (logits_weight, branch_weight), grid, width
-        self.maps_as_tokens, self.nontarget_exponent, self.include_hard = maps_as_tokens, nontarget_exponent, include_hard
-        needs = {"label", "student.logits", "student.embedding", "teacher.logits", *(f"student.tap:{layer}" for layer in self.layers)}
+        self.maps_as_tokens, self.nontarget_exponent, self.include_hard = (
+            maps_as_tokens,
+            nontarget_exponent,
+            include_hard,
+        )
+        needs = {
+            "label",
+            "student.logits",
+            "student.embedding",
+            "teacher.logits",
+            *(f"student.tap:{layer}" for layer in self.layers),
+        }
         self.needs = frozenset(needs | ({"teacher.embedding"} if width is None else set()))
 
     def build(self, student: Signals, teacher: Signals, batch: Batch) -> None:
@@ -246,13 +284,17 @@ class OFAKD(Objective):
                 grid = grid_of(feature.shape[1], student.image)
                 if grid is not None and grid.height != grid.width:
                     raise UserError(
-                        f"ofa_kd: the student's layer '{layer}' has {grid.height} x {grid.width} patches, but a branch of tokens merges a square grid; "
+                        f"ofa_kd: the student's layer '{layer}' has {grid.height} x {grid.width} patches, but a "
+                        "branch of tokens merges a square grid; "
                         "give square images."
                     )
-                self.branches[str(stage)] = token_branch(stage, feature.shape[1], feature.shape[2], own, classes, grid=self.grid)
+                self.branches[str(stage)] = token_branch(
+                    stage, feature.shape[1], feature.shape[2], own, classes, grid=self.grid
+                )
             else:
                 raise UserError(
-                    f"ofa_kd: the student's layer '{layer}' gives {tuple(feature.shape)}; a branch needs a map (B, C, H, W) or tokens (B, L, D)."
+                    f"ofa_kd: the student's layer '{layer}' gives {tuple(feature.shape)}; a branch needs a map (B, C, "
+                    "H, W) or tokens (B, L, D)."
                 )
 
     def _feature(self, student: Signals, layer: str) -> Tensor:
@@ -273,13 +315,15 @@ class OFAKD(Objective):
 
 
 def exponents(eps: float | Sequence[float], stages: Sequence[int]) -> list[float]:
-    """One exponent per stage and one for the final logits. Raises `UserError` for a wrong count, exponents not above 0, or stages not among 1 to 4."""
+    """One exponent per stage and one for the final logits. Raises `UserError` for a wrong count, exponents not above 0,
+    or stages not among 1 to 4."""
     if not stages or len(set(stages)) != len(stages) or not set(stages) <= {1, 2, 3, 4}:
         raise UserError(f"ofa_kd: stages must be different ones of 1, 2, 3, 4 (4 is the last); given: {list(stages)}.")
     given = [float(eps)] if isinstance(eps, int | float) else [float(e) for e in eps]
     if len(given) not in (1, len(stages) + 1):
         raise UserError(
-            f"ofa_kd: eps must be one number, or {len(stages) + 1}: one per stage and, last, one for the final logits; given: {len(given)}."
+            f"ofa_kd: eps must be one number, or {len(stages) + 1}: one per stage and, last, one for the final "
+            f"logits; given: {len(given)}."
         )
     for e in given:
         checks.options("ofa_kd", positive={"eps": e})

@@ -8,8 +8,8 @@ family: relations
 use when: the geometry of the embedding counts, or embeddings differ in width
 needs: embeddings of student and teacher
 
-p = (cosine + 1) / 2 between the samples of a batch, rows summing to 1; L = mean p_t log(p_t / p_s), weight 30000. Over many processes the batch is
-that of all ranks. Labels are not used.
+p = (cosine + 1) / 2 between the samples of a batch, rows summing to 1; L = mean p_t log(p_t / p_s), weight 30000. Over
+many processes the batch is that of all ranks. Labels are not used.
 """
 
 from __future__ import annotations

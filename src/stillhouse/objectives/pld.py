@@ -1,4 +1,5 @@
-"""PLD: the student learns the whole class order, the true class first and then the teacher's ranking, under the Plackett-Luce model.
+"""PLD: the student learns the whole class order, the true class first and then the teacher's ranking, under the
+Plackett-Luce model.
 
 paper: PLD: A Choice-Theoretic List-Wise Knowledge Distillation
 venue: NeurIPS 2025
@@ -8,8 +9,9 @@ family: logits
 use when: one convex loss should replace the cross-entropy and its distillation term, with no mixing weight to tune
 needs: labels; teacher logits
 
-It is the whole loss: no cross-entropy beside it. The temperature acts on the teacher's weights only: 1 on ImageNet, 4 on CIFAR-100. Where the teacher
-is confident and wrong, the true class is hardly trained on that sample, by design; raise the temperature for a weak teacher. Class ids only.
+It is the whole loss: no cross-entropy beside it. The temperature acts on the teacher's weights only: 1 on ImageNet, 4
+on CIFAR-100. Where the teacher is confident and wrong, the true class is hardly trained on that sample, by design;
+raise the temperature for a weak teacher. Class ids only.
 """
 
 from __future__ import annotations
@@ -48,15 +50,19 @@ def pld_loss(student_logits: Tensor, teacher_logits: Tensor, labels: Tensor, tem
 
 
 def pld_ranking(teacher_logits: Tensor, labels: Tensor) -> Tensor:
-    """The order to learn, (B, C) class ids: the true class, then the others by falling teacher logit (ties by class id)."""
+    """The order to learn, (B, C) class ids: the true class, then the others by falling teacher logit (ties by class
+    id)."""
     first = teacher_logits.scatter(1, labels[:, None], float("inf"))
     return first.argsort(dim=1, descending=True, stable=True)
 
 
 @full_precision
 def pld_steps(student_logits: Tensor, ranking: Tensor) -> Tensor:
-    """Negative log-likelihood of each pick in turn, (B, C) in ranking order: logsumexp over the classes left, minus the picked logit; the last is 0."""
-    ordered = student_logits.gather(1, ranking.flip(1))  # worst first: a cumulative sum is then a sum over the classes left
+    """Negative log-likelihood of each pick in turn, (B, C) in ranking order: logsumexp over the classes left, minus the
+    picked logit; the last is 0."""
+    ordered = student_logits.gather(
+        1, ranking.flip(1)
+    )  # worst first: a cumulative sum is then a sum over the classes left
     ordered = (ordered - ordered.amax(1, keepdim=True).detach()).clamp_min(NEVER)  # a masked class is never picked
     return (torch.logcumsumexp(ordered, dim=1) - ordered).flip(1)
 

@@ -1,4 +1,5 @@
-"""ProC-KD: prototypes learned from the teacher's local features augment the student's, so that a teacher of other classes can teach.
+"""ProC-KD: prototypes learned from the teacher's local features augment the student's, so that a teacher of other
+classes can teach.
 
 paper: Prototype-guided Cross-task Knowledge Distillation for Large-scale Models
 venue: Frontiers of Information Technology & Electronic Engineering 26(6), 2025
@@ -8,12 +9,14 @@ family: features
 use when: a strong transformer exists, but for other classes than the student's
 needs: labels; token layers of the teacher; a student of tokens with a final norm and head
 
-Stands beside `ce`. The teacher's tokens of three layers are fused, described by their residuals to the prototypes (VLAD) and augmented; the student's
-last tokens are augmented by the same prototypes; both go through the student's own norm and head and learn the labels (`prototype`, `augmented`); the
-plain logits follow the augmented ones (`consistency`), and the student's layers the teacher's (`features`). The product is the plain student.
-The released code defines the modules, followed here to the letter, but trains with the cross-entropy of the plain logits alone: these four terms, their
-weights of 1 and the token error are the reconstruction. The authors leave the fused layers open; ours are the last three stages, and blocks 4, 8 and 12
-of 12 (`blocks.3`, …) are the choice for a deep teacher. `rank` shrinks the widest layer (P d^2 weights), which the paper keeps whole.
+Stands beside `ce`. The teacher's tokens of three layers are fused, described by their residuals to the prototypes
+(VLAD) and augmented; the student's last tokens are augmented by the same prototypes; both go through the student's own
+norm and head and learn the labels (`prototype`, `augmented`); the plain logits follow the augmented ones
+(`consistency`), and the student's layers the teacher's (`features`). The product is the plain student. The released
+code defines the modules, followed here to the letter, but trains with the cross-entropy of the plain logits alone:
+these four terms, their weights of 1 and the token error are the reconstruction. The authors leave the fused layers
+open; ours are the last three stages, and blocks 4, 8 and 12 of 12 (`blocks.3`, …) are the choice for a deep teacher.
+`rank` shrinks the widest layer (P d^2 weights), which the paper keeps whole.
 """
 
 from __future__ import annotations
@@ -34,7 +37,8 @@ from stillhouse.signals import Batch, Signals
 
 @full_precision
 def vlad(x: Tensor, assignment: Tensor, prototypes: Tensor) -> Tensor:
-    """Residuals of tokens to prototypes, summed by soft assignment: V_p = sum_n a_np (x_n - c_p), each of unit length, flattened, again of unit length.
+    """Residuals of tokens to prototypes, summed by soft assignment: V_p = sum_n a_np (x_n - c_p), each of unit length,
+    flattened, again of unit length.
 
     Args:
         x: (B, N, D).
@@ -64,7 +68,9 @@ class Prototypes(nn.Module):
         self.fuse = nn.Linear(sum(teacher_widths), width)
         self.assign = nn.Linear(width, count)
         self.describe = (
-            nn.Linear(count * width, width) if rank is None else nn.Sequential(nn.Linear(count * width, rank, bias=False), nn.Linear(rank, width))
+            nn.Linear(count * width, width)
+            if rank is None
+            else nn.Sequential(nn.Linear(count * width, rank, bias=False), nn.Linear(rank, width))
         )
         self.transform = nn.Sequential(nn.Linear(2 * width, width), nn.ReLU(), nn.Linear(width, width), nn.ReLU())
         self.encode = nn.Linear(width, width)
@@ -102,7 +108,8 @@ class ProCKD(Objective):
     Args:
         prototypes: how many.
         teacher_layers: the fused layers.
-        student_layers: the student's layers that follow them, pair by pair; only read where `feature_weight` is above 0.
+        student_layers: the student's layers that follow them, pair by pair; only read where `feature_weight` is above
+            0.
         norm, head: the student's final norm and classifier, by submodule.
         prototype_weight, augmented_weight, consistency_weight, feature_weight: of the terms.
         learn_prototypes: False leaves them as drawn (ablation).
@@ -126,7 +133,12 @@ class ProCKD(Objective):
         rank: int | None = None,
     ) -> None:
         super().__init__()
-        self.weights = {"prototype": prototype_weight, "augmented": augmented_weight, "consistency": consistency_weight, "features": feature_weight}
+        self.weights = {
+            "prototype": prototype_weight,
+            "augmented": augmented_weight,
+            "consistency": consistency_weight,
+            "features": feature_weight,
+        }
         checks.options("proc_kd", positive={"prototypes": prototypes, "rank": 1 if rank is None else rank})
         checks.options("proc_kd", non_negative={f"the weight of {k}": v for k, v in self.weights.items()})
         self.count, self.learn_prototypes, self.rank = prototypes, learn_prototypes, rank
@@ -134,7 +146,9 @@ class ProCKD(Objective):
         if feature_weight:
             checks.same_layers("proc_kd", student_layers, teacher_layers)
         self.teacher_layers, self.student_layers = list(teacher_layers), list(student_layers) if feature_weight else []
-        taps = {f"student.tap:{layer}" for layer in (self.last, *self.student_layers)} | {f"teacher.tap:{layer}" for layer in teacher_layers}
+        taps = {f"student.tap:{layer}" for layer in (self.last, *self.student_layers)} | {
+            f"teacher.tap:{layer}" for layer in teacher_layers
+        }
         self.needs = frozenset({"student.logits", "label"} | taps)
         self._readout: tuple[nn.Module, nn.Module] | None = None  # the student's own, so not registered here
 
@@ -142,7 +156,10 @@ class ProCKD(Objective):
         last = tokens(student.require(f"tap:{self.last}"))
         taught = [tokens(teacher.require(f"tap:{layer}")) for layer in self.teacher_layers]
         if len({t.shape[1] for t in taught}) > 1:
-            raise UserError(f"proc_kd: the fused teacher layers must have as many tokens; given: {', '.join(str(t.shape[1]) for t in taught)}.")
+            raise UserError(
+                "proc_kd: the fused teacher layers must have as many tokens; given: "
+                f"{', '.join(str(t.shape[1]) for t in taught)}."
+            )
         self.parts = Prototypes([t.shape[-1] for t in taught], last.shape[-1], self.count, self.rank)
         self.parts.prototypes.requires_grad_(self.learn_prototypes)
         grid = grid_of(last.shape[1], student.image)
@@ -152,7 +169,8 @@ class ProCKD(Objective):
             f_s = tokens(student.require(f"tap:{layer}"))
             if f_s.shape[1] != f_t.shape[1]:
                 raise UserError(
-                    f"proc_kd: the student has {f_s.shape[1]} tokens but the teacher {f_t.shape[1]}; give both the same patches, or set feature_weight to 0."
+                    f"proc_kd: the student has {f_s.shape[1]} tokens but the teacher {f_t.shape[1]}; give both the "
+                    "same patches, or set feature_weight to 0."
                 )
             same = f_s.shape[-1] == f_t.shape[-1]
             self.projections.append(nn.Identity() if same else nn.Linear(f_s.shape[-1], f_t.shape[-1]))
@@ -167,7 +185,8 @@ class ProCKD(Objective):
     def _logits(self, x: Tensor) -> Tensor:
         if self._readout is None:
             raise UserError(
-                "proc_kd: prepare() was not called, so the student's norm and head are not known; train with the engine, or call it once."
+                "proc_kd: prepare() was not called, so the student's norm and head are not known; train with the "
+                "engine, or call it once."
             )
         norm, head = self._readout
         x = norm(x)
@@ -189,7 +208,10 @@ class ProCKD(Objective):
         }
         if self.student_layers:
             pairs = zip(self.projections, self.student_layers, taught)
-            errors = [F.mse_loss(project(tokens(student.require(f"tap:{layer}"))).float(), f_t.float()) for project, layer, f_t in pairs]
+            errors = [
+                F.mse_loss(project(tokens(student.require(f"tap:{layer}"))).float(), f_t.float())
+                for project, layer, f_t in pairs
+            ]
             terms["features"] = torch.stack(errors).mean()
         out = {name: self.weights[name] * value for name, value in terms.items()}
         out["log:dead_prototypes"] = (assignment.detach().mean((0, 1)) < 0.1 / self.count).float().mean()
@@ -197,9 +219,13 @@ class ProCKD(Objective):
 
 
 def tokens(x: Tensor) -> Tensor:
-    """A feature as tokens (B, N, D): a map (B, D, H, W) is read pixel by pixel. Raises `UserError` for another number of axes."""
+    """A feature as tokens (B, N, D): a map (B, D, H, W) is read pixel by pixel. Raises `UserError` for another number
+    of axes."""
     if x.ndim == 3:
         return x
     if x.ndim == 4:
         return x.flatten(2).transpose(1, 2)
-    raise UserError(f"proc_kd: a feature of shape {tuple(x.shape)} holds no tokens; tap a layer that gives (B, N, D), or a map (B, D, H, W).")
+    raise UserError(
+        f"proc_kd: a feature of shape {tuple(x.shape)} holds no tokens; tap a layer that gives (B, N, D), or a map "
+        "(B, D, H, W)."
+    )

@@ -1,4 +1,5 @@
-"""PS-KD: the student learns from a mix of the label and its own prediction of one epoch ago, whose share grows over training.
+"""PS-KD: the student learns from a mix of the label and its own prediction of one epoch ago, whose share grows over
+training.
 
 paper: Self-Knowledge Distillation with Progressive Refinement of Targets
 venue: ICCV 2021
@@ -8,12 +9,15 @@ family: self-distillation
 use when: there is no teacher, and better calibrated confidences are wanted at no cost in compute
 needs: labels; the sample index and `teacher: {past_self: true}`, or `past: snapshot` and no teacher
 
-The loss takes the place of the cross-entropy: list it alone. Published settings: alpha 0.8 on CIFAR-100; about 0.3 on ImageNet (not confirmed by code).
-The released code is followed: the past prediction is the one that training itself gave last epoch, kept in a table of N x C probabilities (in the first
-epoch the labels). `past: snapshot` is the paper's other view, the network of the last epoch called on the present input: no table, no index, a second
-forward; it runs in evaluation mode (a choice). Soft labels of mixup need the snapshot, as a table row belongs to an unmixed sample; they are mixed with
-its prediction of the mixed input. The share grows with the epoch of all epochs, so stopping early also stops it short. `calibration` gives ECE, AURC and
-E-AURC in the paper's units.
+The loss takes the place of the cross-entropy: list it alone. Published settings: alpha 0.8 on CIFAR-100; about 0.3 on
+ImageNet (not confirmed by code).
+The released code is followed: the past prediction is the one that training itself gave last epoch, kept in a table of N
+x C probabilities (in the first
+epoch the labels). `past: snapshot` is the paper's other view, the network of the last epoch called on the present
+input: no table, no index, a second forward; it runs in evaluation mode (a choice). Soft labels of mixup need the
+snapshot, as a table row belongs to an unmixed sample; they are mixed with its prediction of the mixed input. The share
+grows with the epoch of all epochs, so stopping early also stops it short. `calibration` gives ECE, AURC and E-AURC in
+the paper's units.
 """
 
 from __future__ import annotations
@@ -46,7 +50,8 @@ def share(alpha: float, epoch: int, epochs: int) -> float:
 
 @full_precision
 def refined_targets(labels: Tensor, past: Tensor, share: float) -> Tensor:
-    """(1 - share) label + share * past prediction; labels (B,) or soft (B, C), past (B, C) probabilities -> (B, C). Eq. 5 of the paper.
+    """(1 - share) label + share * past prediction; labels (B,) or soft (B, C), past (B, C) probabilities -> (B, C). Eq.
+    5 of the paper.
 
     Raises:
         UserError: labels that do not fit, or (on the CPU) a class id out of range.
@@ -58,13 +63,15 @@ def refined_targets(labels: Tensor, past: Tensor, share: float) -> Tensor:
 
 @full_precision
 def ps_kd_loss(student_logits: Tensor, labels: Tensor, past: Tensor, share: float) -> Tensor:
-    """Cross-entropy with the refined targets, temperature 1; (B, C) logits, (B,) labels, (B, C) past probabilities -> scalar."""
+    """Cross-entropy with the refined targets, temperature 1; (B, C) logits, (B,) labels, (B, C) past probabilities ->
+    scalar."""
     checks.same_classes("ps_kd", student_logits, past)
     return soft_cross_entropy(student_logits, refined_targets(labels, past, share))
 
 
 def calibration(probs: Tensor, labels: Tensor, bins: int = 10) -> dict[str, float]:
-    """The paper's figures of probabilities (N, C) and labels (N,): `ece` in percent over equal bins, `aurc` and `eaurc` times 1000.
+    """The paper's figures of probabilities (N, C) and labels (N,): `ece` in percent over equal bins, `aurc` and `eaurc`
+    times 1000.
 
     Of samples with equal confidence the released code takes an arbitrary order, this their expectation.
     """
@@ -81,7 +88,8 @@ class PSKD(Objective):
 
     Args:
         alpha: the past's share of the target in the last epoch, in [0, 1]; 0 is plain cross-entropy.
-        past: `table`: what the `past_self` teacher remembers of each sample; `snapshot`: the network as it was when the epoch began.
+        past: `table`: what the `past_self` teacher remembers of each sample; `snapshot`: the network as it was when the
+            epoch began.
     """
 
     name = "ps_kd"
@@ -91,7 +99,9 @@ class PSKD(Objective):
         if not 0 <= alpha <= 1:
             raise UserError(f"ps_kd: alpha must lie between 0 and 1; given: {alpha}.")
         self.alpha, self.past = alpha, past
-        self.needs = frozenset({"student.logits", "label"} | ({"teacher.logits", "index"} if past == "table" else set()))
+        self.needs = frozenset(
+            {"student.logits", "label"} | ({"teacher.logits", "index"} if past == "table" else set())
+        )
         self.snapshot: nn.Module | None = None
 
     def prepare(self, ctx: Context) -> None:
@@ -115,7 +125,10 @@ class PSKD(Objective):
         growing = share(self.alpha, progress.epoch, progress.epochs)
         if self.past == "table":
             if is_soft(labels):
-                raise UserError("ps_kd: the table remembers unmixed samples, but labels are soft; turn mixup and cutmix off, or set past: snapshot.")
+                raise UserError(
+                    "ps_kd: the table remembers unmixed samples, but labels are soft; turn mixup and cutmix off, or "
+                    "set past: snapshot."
+                )
             return {"loss": ps_kd_loss(logits, labels, teacher.log_probs().exp().detach(), growing)}
         if self.snapshot is None or progress.epoch == 0:  # the first epoch has no past: its target is the label
             return {"loss": ps_kd_loss(logits, labels, torch.zeros_like(logits, dtype=torch.float32), 0.0)}

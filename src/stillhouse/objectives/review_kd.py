@@ -1,4 +1,5 @@
-"""ReviewKD: the student's deep layers, fused into its shallow ones, are compared with the teacher's maps at several sizes.
+"""ReviewKD: the student's deep layers, fused into its shallow ones, are compared with the teacher's maps at several
+sizes.
 
 paper: Distilling Knowledge via Knowledge Review
 venue: CVPR 2021
@@ -8,10 +9,11 @@ family: features
 use when: both networks have stages of maps; among the strongest of the feature losses
 needs: layers of student and teacher, and their embeddings
 
-From deep to shallow, an attention-based fusion (ABF) mixes what came from below with the student's stage and predicts the teacher's map there; the
-hierarchical context loss (HCL) is the mean squared error at full size and pooled to 4, 2 and 1, with halving weights. Weight 1 to 8 by pair of
-networks, after a linear warm-up of 20 epochs, of which the first counts 0. The pooled embedding is the deepest layer, as in the authors' code; the
-taps of a stage are its outputs, where that code takes the teacher's before their last ReLU. Labels are not used.
+From deep to shallow, an attention-based fusion (ABF) mixes what came from below with the student's stage and predicts
+the teacher's map there; the hierarchical context loss (HCL) is the mean squared error at full size and pooled to 4, 2
+and 1, with halving weights. Weight 1 to 8 by pair of networks, after a linear warm-up of 20 epochs, of which the first
+counts 0. The pooled embedding is the deepest layer, as in the authors' code; the taps of a stage are its outputs, where
+that code takes the teacher's before their last ReLU. Labels are not used.
 """
 
 from __future__ import annotations
@@ -30,15 +32,16 @@ from stillhouse.signals import Batch, Signals
 
 @full_precision
 def hcl_loss(student: Tensor, teacher: Tensor) -> Tensor:
-    """Hierarchical context loss of one stage (section 3.3): mean squared errors at full size (weight 1) and pooled to those of 4, 2, 1 that are below
-    the map's height (1/2, 1/4, 1/8 in turn), divided by the sum of the weights.
+    """Hierarchical context loss of one stage (section 3.3): mean squared errors at full size (weight 1) and pooled to
+    those of 4, 2, 1 that are below the map's height (1/2, 1/4, 1/8 in turn), divided by the sum of the weights.
 
     Args:
         student, teacher: maps (B, C, H, W) of one shape.
     """
     if student.shape != teacher.shape or student.ndim != 4:
         raise UserError(
-            f"review_kd: maps must have one shape (B, C, H, W); the student's has {tuple(student.shape)}, the teacher's {tuple(teacher.shape)}."
+            f"review_kd: maps must have one shape (B, C, H, W); the student's has {tuple(student.shape)}, the "
+            f"teacher's {tuple(teacher.shape)}."
         )
     error = student - teacher.detach()  # the mean of differences is the difference of means
     loss, weight, total = error.square().mean(), 1.0, 1.0
@@ -86,7 +89,9 @@ class ABF(nn.Module):
             assert y is not None
             conv, squash = self.att_conv
             assert isinstance(conv, nn.Conv2d)
-            of_x, of_y = conv.weight.split(x.shape[1], dim=1)  # the convolution of both, joined, without joining them; of y at its own size
+            of_x, of_y = conv.weight.split(
+                x.shape[1], dim=1
+            )  # the convolution of both, joined, without joining them; of y at its own size
             score = F.conv2d(x, of_x, conv.bias) + F.interpolate(F.conv2d(y, of_y), x.shape[2:], mode="nearest")
             attention = squash(score)
             x = torch.addcmul(x * attention[:, :1], F.interpolate(y, x.shape[2:], mode="nearest"), attention[:, 1:])
@@ -129,7 +134,10 @@ class ReviewKD(Objective):
         return [*maps, as_map(signals.require("embedding"))] if self.embedding else maps
 
     def build(self, student: Signals, teacher: Signals, batch: Batch) -> None:
-        widths = [(s.shape[1], t.shape[1]) for s, t in zip(self._maps(student, self.student_layers), self._maps(teacher, self.teacher_layers))]
+        widths = [
+            (s.shape[1], t.shape[1])
+            for s, t in zip(self._maps(student, self.student_layers), self._maps(teacher, self.teacher_layers))
+        ]
         mid, deepest = min(self.max_width, widths[-1][0]), len(widths) - 1
         self.fusions = nn.ModuleList(ABF(s, mid, t, fuse=i != deepest) for i, (s, t) in enumerate(widths))
 

@@ -8,8 +8,8 @@ family: relations
 use when: the geometry of the embedding counts (retrieval), or embeddings differ in width
 needs: embeddings of student and teacher
 
-L = 25 * smooth-L1 of pairwise distances, each divided by its mean, + 50 * smooth-L1 of the cosines of all angles. Over many processes the batch is
-that of all ranks. Memory grows with B^2 D for the angles. Labels are not used.
+L = 25 * smooth-L1 of pairwise distances, each divided by its mean, + 50 * smooth-L1 of the cosines of all angles. Over
+many processes the batch is that of all ranks. Memory grows with B^2 D for the angles. Labels are not used.
 """
 
 from __future__ import annotations

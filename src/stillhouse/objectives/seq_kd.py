@@ -8,9 +8,10 @@ family: logits
 use when: the teacher can generate but its logits cannot be had, or its vocabulary is another
 needs: labels, which are tokens that the teacher generated
 
-L = -log q(y) of the teacher's output y (beam search in the paper), which stands for the whole distribution over sequences. The data must already be the
-teacher's: `label` (B, L) holds its tokens, -100 where none counts. `average: sequence` is the paper's sum over a sequence, mean over sequences; `token` weighs
-every token alike, as is usual since. Where the student gives the taps `hidden` and `output_weight` in the place of logits, no tensor of logits is ever made.
+L = -log q(y) of the teacher's output y (beam search in the paper), which stands for the whole distribution over
+sequences. The data must already be the teacher's: `label` (B, L) holds its tokens, -100 where none counts. `average:
+sequence` is the paper's sum over a sequence, mean over sequences; `token` weighs every token alike, as is usual since.
+Where the student gives the taps `hidden` and `output_weight` in the place of logits, no tensor of logits is ever made.
 """
 
 from __future__ import annotations
@@ -32,15 +33,23 @@ from stillhouse.signals import Batch, Signals
 
 @full_precision
 def seq_kd_loss(
-    student_logits: Tensor, tokens: Tensor, mask: Tensor | None = None, count: Tensor | float | None = None, reduction: Reduction = "mean"
+    student_logits: Tensor,
+    tokens: Tensor,
+    mask: Tensor | None = None,
+    count: Tensor | float | None = None,
+    reduction: Reduction = "mean",
 ) -> Tensor:
-    """-log q of the teacher's tokens, (B, L, V) and (B, L) -> scalar: the mean over the tokens that are not -100, or their sum; eq. 7 of the paper.
+    """-log q of the teacher's tokens, (B, L, V) and (B, L) -> scalar: the mean over the tokens that are not -100, or
+    their sum; eq. 7 of the paper.
 
     Raises:
         UserError: tokens of another shape, or (on the CPU) out of range.
     """
     if tokens.shape != student_logits.shape[:-1]:
-        raise UserError(f"seq_kd: tokens must have shape {tuple(student_logits.shape[:-1])}, one a position; given: {tuple(tokens.shape)}.")
+        raise UserError(
+            f"seq_kd: tokens must have shape {tuple(student_logits.shape[:-1])}, one a position; given: "
+            f"{tuple(tokens.shape)}."
+        )
     counts = both(mask, tokens != IGNORED)
     targets = tokens.masked_fill(~counts, 0)
     check_range("seq_kd", targets, student_logits.shape[-1])
@@ -67,7 +76,9 @@ class SeqKD(Objective):
     def forward(self, student: Signals, teacher: Signals, batch: Batch, progress: Progress) -> dict[str, Tensor]:
         tokens: Tensor = batch["label"]
         counts = counted(batch, tokens.shape)
-        count = step_count(batch, tokens, counts, share=self.training) if self.average == "token" else float(len(tokens))
+        count = (
+            step_count(batch, tokens, counts, share=self.training) if self.average == "token" else float(len(tokens))
+        )
         if student.logits is None:
             return {"loss": linear_cross_entropy(head_of(student, "student"), tokens, mask=counts, count=count)}
         return {"loss": seq_kd_loss(student.logits, tokens, counts, count)}

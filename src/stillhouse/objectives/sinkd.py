@@ -1,19 +1,23 @@
-"""SinKD: the student's and the teacher's predictions of a batch are two clouds, and the cost of carrying one onto the other is lowered.
+"""SinKD: the student's and the teacher's predictions of a batch are two clouds, and the cost of carrying one onto the
+other is lowered.
 
 paper: Sinkhorn Distance Minimization for Knowledge Distillation
 venue: LREC-COLING 2024
 arxiv: 2402.17110
 task: classification
 family: logits
-use when: KD is in place and the student is warm; it knows the batch as a set, so that alone it does not say which sample is which
+use when: KD is in place and the student is warm; it knows the batch as a set, so that alone it does not say which
+sample is which
 needs: teacher logits
 
-L = alpha KD + beta * scale * sum_ij P_ij W_ij, beside (1 - alpha) of `ce`: W is the L1 distance of probabilities at temperature 2, P the plan after 20
-Sinkhorn normalisations of exp(-W / epsilon), through which the gradient flows; KD is the released code's cross-entropy with the teacher without a factor
-T^2. `reduction: sum` with scale 0.001 is the released code, whose plan has mass b; `mean` with scale 1 the paper's uniform marginals. The released scripts
-leave the term out unless another option is set; here it is applied. Over processes the batch is that of all ranks. Logits (B, L, V) are read as tokens
-that count, at most `tokens` of them, drawn each step (the released code mixes up the axes there). Language models: alpha 0.1, kd_temperature 1, beta 1,
-scale 0.0008, beside `ce` of weight 1. Measured on digits over five seeds: on par with KD (+0.2 points, interval -0.7 to +1.0); alone it stays at chance.
+L = alpha KD + beta * scale * sum_ij P_ij W_ij, beside (1 - alpha) of `ce`: W is the L1 distance of probabilities at
+temperature 2, P the plan after 20 Sinkhorn normalisations of exp(-W / epsilon), through which the gradient flows; KD is
+the released code's cross-entropy with the teacher without a factor T^2. `reduction: sum` with scale 0.001 is the
+released code, whose plan has mass b; `mean` with scale 1 the paper's uniform marginals. The released scripts leave the
+term out unless another option is set; here it is applied. Over processes the batch is that of all ranks. Logits (B, L,
+V) are read as tokens that count, at most `tokens` of them, drawn each step (the released code mixes up the axes there).
+Language models: alpha 0.1, kd_temperature 1, beta 1, scale 0.0008, beside `ce` of weight 1. Measured on digits over
+five seeds: on par with KD (+0.2 points, interval -0.7 to +1.0); alone it stays at chance.
 """
 
 from __future__ import annotations
@@ -45,7 +49,8 @@ def sinkhorn_cost(student_probs: Tensor, teacher_probs: Tensor) -> Tensor:
 
 @full_precision
 def sinkhorn_plan(cost: Tensor, epsilon: float = 0.1, iterations: int = 20, counts: Tensor | None = None) -> Tensor:
-    """exp(-cost / epsilon) with rows, then columns, divided by their sums, `iterations` times: columns sum to 1, rows nearly; (N, N) -> (N, N).
+    """exp(-cost / epsilon) with rows, then columns, divided by their sums, `iterations` times: columns sum to 1, rows
+    nearly; (N, N) -> (N, N).
 
     Args:
         epsilon: of the entropy; below 0.03 logarithms are normalised instead.
@@ -56,7 +61,9 @@ def sinkhorn_plan(cost: Tensor, epsilon: float = 0.1, iterations: int = 20, coun
     """
     checks.options("sinkd", positive={"epsilon": epsilon, "iterations": iterations})
     plan = -cost / epsilon
-    if counts is not None:  # samples that are not there are carried onto themselves, so that they take nothing from the others
+    if (
+        counts is not None
+    ):  # samples that are not there are carried onto themselves, so that they take nothing from the others
         plan = plan.masked_fill(~(counts[:, None] & counts), -1e30).masked_fill(torch.diag(~counts), 0.0)
     if epsilon < LOG_DOMAIN:
         for _ in range(iterations):
@@ -82,7 +89,8 @@ def sinkhorn_distance(
     detach_plan: bool = False,
     counts: Tensor | None = None,
 ) -> Tensor:
-    """Cost of the plan between both batches of predictions: at most 2 for each sample, and not 0 for equal batches, as the plan is blurred.
+    """Cost of the plan between both batches of predictions: at most 2 for each sample, and not 0 for equal batches, as
+    the plan is blurred.
 
     Args:
         student_logits, teacher_logits: (N, C); the teacher's are a constant and may be log-probabilities.
@@ -99,8 +107,13 @@ def sinkhorn_distance(
     checks.same_classes("sinkd", student_logits, teacher_logits, at_least=1)
     checks.options("sinkd", positive={"temperature": temperature})
     if student_logits.shape[1] == 1:
-        warnings.warn("sinkd: with one class every probability is 1, and the Sinkhorn term 0; it trains nothing here.", stacklevel=2)
-    cost = sinkhorn_cost(F.softmax(student_logits / temperature, dim=1), F.softmax(teacher_logits.detach() / temperature, dim=1))
+        warnings.warn(
+            "sinkd: with one class every probability is 1, and the Sinkhorn term 0; it trains nothing here.",
+            stacklevel=2,
+        )
+    cost = sinkhorn_cost(
+        F.softmax(student_logits / temperature, dim=1), F.softmax(teacher_logits.detach() / temperature, dim=1)
+    )
     plan = sinkhorn_plan(cost.detach() if detach_plan else cost, epsilon, iterations, counts)
     total = (plan * cost).sum()
     if reduction == "sum":
@@ -110,7 +123,8 @@ def sinkhorn_distance(
 
 @full_precision
 def sinkd_kd_rows(student_logits: Tensor, teacher_logits: Tensor, temperature: float = 2.0) -> Tensor:
-    """The released code's KD: -sum p_t log p_s at a temperature, without T^2; of one output (regression), the squared distance of z / T; (..., C) -> (...,)."""
+    """The released code's KD: -sum p_t log p_s at a temperature, without T^2; of one output (regression), the squared
+    distance of z / T; (..., C) -> (...,)."""
     teacher_logits = teacher_logits.detach()
     if student_logits.shape[-1] == 1:
         return ((student_logits - teacher_logits) / temperature).square().sum(-1)
@@ -118,7 +132,8 @@ def sinkd_kd_rows(student_logits: Tensor, teacher_logits: Tensor, temperature: f
 
 
 def annealed(temperature: float, epoch: int, epochs: int) -> float:
-    """The KD temperature of an epoch (from 0): linear from `temperature` in the first to 1 in the last; of one epoch, `temperature`.
+    """The KD temperature of an epoch (from 0): linear from `temperature` in the first to 1 in the last; of one epoch,
+    `temperature`.
 
     >>> annealed(4.0, 0, 7), annealed(4.0, 6, 7)
     (4.0, 1.0)
@@ -162,7 +177,13 @@ class SinKD(Objective):
         super().__init__()
         checks.options(
             "sinkd",
-            positive={"kd_temperature": kd_temperature, "temperature": temperature, "epsilon": epsilon, "iterations": iterations, "tokens": tokens},
+            positive={
+                "kd_temperature": kd_temperature,
+                "temperature": temperature,
+                "epsilon": epsilon,
+                "iterations": iterations,
+                "tokens": tokens,
+            },
             non_negative={"alpha": alpha, "beta": beta, "scale": scale},
         )
         self.alpha, self.beta, self.scale, self.kd_temperature, self.anneal = alpha, beta, scale, kd_temperature, anneal
@@ -171,7 +192,9 @@ class SinKD(Objective):
 
     def forward(self, student: Signals, teacher: Signals, batch: Batch, progress: Progress) -> dict[str, Tensor]:
         logits = student.require("logits")
-        targets = (teacher.logits if logits.shape[-1] == 1 and teacher.logits is not None else teacher.log_probs()).detach()
+        targets = (
+            teacher.logits if logits.shape[-1] == 1 and teacher.logits is not None else teacher.log_probs()
+        ).detach()
         check_vocabulary("sinkd", logits.shape[-1], targets.shape[-1])
         checks.same_classes("sinkd", logits, targets, at_least=1)
         mask = counted(batch, logits.shape[:-1])

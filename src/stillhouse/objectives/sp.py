@@ -8,8 +8,8 @@ family: relations
 use when: the two networks' features differ in every size, so that only relations between samples can be compared
 needs: a layer of student and teacher
 
-G = f f^T over the batch, rows of length 1; L = sum (G_t - G_s)^2 / B^2, weight 3000. Over many processes the batch is that of all ranks.
-Labels are not used.
+G = f f^T over the batch, rows of length 1; L = sum (G_t - G_s)^2 / B^2, weight 3000. Over many processes the batch is
+that of all ranks. Labels are not used.
 """
 
 from __future__ import annotations
@@ -26,7 +26,8 @@ from stillhouse.signals import Batch, Signals
 
 @full_precision
 def sp_loss(student: Tensor, teacher: Tensor) -> Tensor:
-    """Mean squared difference of the batch's similarity matrices (eq. 4). (B, …) and (B, …), flattened per sample; other sizes may differ."""
+    """Mean squared difference of the batch's similarity matrices (eq. 4). (B, …) and (B, …), flattened per sample;
+    other sizes may differ."""
     checks.same_rows("sp", student, teacher)
     return (similarity(teacher.detach()) - similarity(student)).square().mean()
 
@@ -54,4 +55,9 @@ class SP(Objective):
         self.needs = frozenset({f"student.tap:{student_layer}", f"teacher.tap:{teacher_layer}"})
 
     def forward(self, student: Signals, teacher: Signals, batch: Batch, progress: Progress) -> dict[str, Tensor]:
-        return {"loss": sp_loss(gather(student.require(f"tap:{self.student_layer}")), gather(teacher.require(f"tap:{self.teacher_layer}").detach()))}
+        return {
+            "loss": sp_loss(
+                gather(student.require(f"tap:{self.student_layer}")),
+                gather(teacher.require(f"tap:{self.teacher_layer}").detach()),
+            )
+        }

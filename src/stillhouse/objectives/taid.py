@@ -8,12 +8,14 @@ family: logits
 use when: the teacher is far stronger than the student; the student should be warm, as the target starts near itself
 needs: teacher logits; labels or `mask` say which tokens count
 
-Target: softmax of (1 - t) student + t teacher logits. t rises from t_start at least as a ramp over training, and faster while the loss falls. It takes the
-place of the language model's loss (the authors' mixing ratio 1); list `ce` beside it to mix. The released code is followed: the loss is the cross-entropy
-with the target, which also drives t; `value: kl` is the paper's KL, of equal gradient. Three departures: t moves in training mode only, over processes it
-is moved by their mean loss, and a loss that is not finite, or of no token, leaves it as it is. With accumulation t moves each micro-batch. t, the last loss
-and the momentum are saved with the run. The baselines of the released code are the objective `token_divergence`. Where the student gives the taps `hidden`
-and `output_weight` in the place of logits, no tensor of logits is ever made.
+Target: softmax of (1 - t) student + t teacher logits. t rises from t_start at least as a ramp over training, and faster
+while the loss falls. It takes the place of the language model's loss (the authors' mixing ratio 1); list `ce` beside it
+to mix. The released code is followed: the loss is the cross-entropy with the target, which also drives t; `value: kl`
+is the paper's KL, of equal gradient. Three departures: t moves in training mode only, over processes it is moved by
+their mean loss, and a loss that is not finite, or of no token, leaves it as it is. With accumulation t moves each
+micro-batch. t, the last loss and the momentum are saved with the run. The baselines of the released code are the
+objective `token_divergence`. Where the student gives the taps `hidden` and `output_weight` in the place of logits, no
+tensor of logits is ever made.
 """
 
 from __future__ import annotations
@@ -51,17 +53,29 @@ def taid_target(student_logits: Tensor, teacher_logits: Tensor, t: Tensor | floa
 
 
 @full_precision
-def taid_rows(student_logits: Tensor, teacher_logits: Tensor, t: Tensor | float, value: Literal["ce", "kl"] = "ce") -> Tensor:
-    """Cross-entropy of the student with the target at t, or the KL from it, (..., V) and (..., V) -> (...,). The gradient of both is q - p_t."""
+def taid_rows(
+    student_logits: Tensor, teacher_logits: Tensor, t: Tensor | float, value: Literal["ce", "kl"] = "ce"
+) -> Tensor:
+    """Cross-entropy of the student with the target at t, or the KL from it, (..., V) and (..., V) -> (...,). The
+    gradient of both is q - p_t."""
     target = taid_target(student_logits, teacher_logits, t)
     return cross_entropy_rows(student_logits, target) if value == "ce" else forward_kl_rows(student_logits, target)
 
 
 @torch.no_grad()
 def advance(
-    t: Tensor, previous: Tensor, momentum: Tensor, loss: Tensor, ramp: float, t_end: float, alpha: float, beta: float, adaptive: bool
+    t: Tensor,
+    previous: Tensor,
+    momentum: Tensor,
+    loss: Tensor,
+    ramp: float,
+    t_end: float,
+    alpha: float,
+    beta: float,
+    adaptive: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(t, last loss, momentum) after a loss: algorithm 1 of the paper. Scalars; the first loss, and one that is not finite, leave t and momentum.
+    """(t, last loss, momentum) after a loss: algorithm 1 of the paper. Scalars; the first loss, and one that is not
+    finite, leave t and momentum.
 
     Args:
         previous: the last loss, infinite before the first.
@@ -72,7 +86,11 @@ def advance(
     faster = t + alpha * torch.sigmoid(moved) * (1 - t) if adaptive else torch.zeros_like(t)
     after = faster.clamp_min(ramp).clamp_max(t_end)
     moves = previous.isfinite() & loss.isfinite()
-    return torch.where(moves, after, t), torch.where(loss.isfinite(), loss, previous), torch.where(moves, moved, momentum)
+    return (
+        torch.where(moves, after, t),
+        torch.where(loss.isfinite(), loss, previous),
+        torch.where(moves, moved, momentum),
+    )
 
 
 class TAID(Objective):
@@ -107,10 +125,14 @@ class TAID(Objective):
     ) -> None:
         super().__init__()
         if not 0 <= t_start < 1 or not t_start <= t_end <= 1:
-            raise UserError(f"taid: t_start must be from 0 to below 1, and t_end from t_start to 1; given: {t_start} and {t_end}.")
+            raise UserError(
+                f"taid: t_start must be from 0 to below 1, and t_end from t_start to 1; given: {t_start} and {t_end}."
+            )
         if not 0 <= alpha <= 1:
             raise UserError(f"taid: alpha must be from 0 to 1; given: {alpha}.")
-        checks.options("taid", share={"beta": beta}, positive={} if total_steps is None else {"total_steps": total_steps})
+        checks.options(
+            "taid", share={"beta": beta}, positive={} if total_steps is None else {"total_steps": total_steps}
+        )
         self.t_start, self.t_end, self.alpha, self.beta = t_start, t_end, alpha, beta
         self.adaptive, self.value, self.total_steps = adaptive, value, total_steps
         self.register_buffer("t", torch.tensor(t_start))
@@ -142,6 +164,16 @@ class TAID(Objective):
             dist.all_reduce(sums)
         share = progress.fraction if self.total_steps is None else progress.step / self.total_steps
         ramp = self.t_start + (self.t_end - self.t_start) * share
-        state = advance(self.t, self.previous, self.momentum, sums[0] / sums[1], ramp, self.t_end, self.alpha, self.beta, self.adaptive)
+        state = advance(
+            self.t,
+            self.previous,
+            self.momentum,
+            sums[0] / sums[1],
+            ramp,
+            self.t_end,
+            self.alpha,
+            self.beta,
+            self.adaptive,
+        )
         for buffer, value in zip((self.t, self.previous, self.momentum), state):
             buffer.copy_(value)

@@ -1,4 +1,5 @@
-"""TGeo-KD: a small network reads the triangle of student, teacher and label and decides per sample how much to trust the teacher.
+"""TGeo-KD: a small network reads the triangle of student, teacher and label and decides per sample how much to trust
+the teacher.
 
 paper: Less or More From Teacher: Exploiting Trilateral Geometry For Knowledge Distillation
 venue: ICLR 2024
@@ -6,17 +7,23 @@ arxiv: 2312.15112
 task: classification
 family: logits, learned weights
 use when: labels or teacher are unreliable on some samples, and no fixed weight between them is right for all
-needs: class ids; teacher logits; held-out training samples (`data.holdout`), and the teacher's mean prediction of each class, made once at the start
+needs: class ids; teacher logits; held-out training samples (`data.holdout`), and the teacher's mean prediction of each
+class, made once at the start
 
-It takes the place of ce and kd: list it alone. The fusion network is trained so that the student does better on held-out samples after a step with its
-weights. The paper states this bilevel problem but no solver, and the released scripts do not solve it (one never changes the network, one trains it on the
-training loss), so `solver: unroll` is standard one-step unrolling (a choice): a virtual SGD step of rate `virtual_lr` (open; under Adam its size hardly
-matters), the held-out loss after it, an Adam step of the fusion network (1e-3, open), every `every` batches (1, open); then the student steps with the new
-weights as constants. `solver: joint` is the released CIFAR code: fusion network and student minimise the training loss together, without its slips (a
-broadcast to B x B, no T^2). `edges: signed` is the paper; `squared` and `products` are what its code computes. Published: `hidden` [128] for images, [32] and [64]
-for tables (the attack-detection code: [32, 16], slope 0.01), temperature 4 (CIFAR-100), 1.5 (ImageNet); on problems of few classes use 1. `geometry`
-gives the paper's ablation. The virtual step runs in full precision, without dropout, and leaves batch statistics alone. The held-out labels
-are what it believes: where they are as wrong as the training labels (`data.label_noise`), it learns to distrust a good teacher.
+It takes the place of ce and kd: list it alone. The fusion network is trained so that the student does better on
+held-out samples after a step with its weights. The paper states this bilevel problem but no solver, and the released
+scripts do not solve it (one never changes the network, one trains it on the
+training loss), so `solver: unroll` is standard one-step unrolling (a choice): a virtual SGD step of rate `virtual_lr`
+(open; under Adam its size hardly matters), the held-out loss after it, an Adam step of the fusion network (1e-3, open),
+every `every` batches (1, open); then the student steps with the new
+weights as constants. `solver: joint` is the released CIFAR code: fusion network and student minimise the training loss
+together, without its slips (a broadcast to B x B, no T^2). `edges: signed` is the paper; `squared` and `products` are
+what its code computes. Published: `hidden` [128] for images, [32] and [64]
+for tables (the attack-detection code: [32, 16], slope 0.01), temperature 4 (CIFAR-100), 1.5 (ImageNet); on problems of
+few classes use 1. `geometry` gives the paper's ablation. The virtual step runs in full precision, without dropout, and
+leaves batch statistics alone. The held-out labels
+are what it believes: where they are as wrong as the training labels (`data.label_noise`), it learns to distrust a good
+teacher.
 """
 
 from __future__ import annotations
@@ -44,11 +51,15 @@ Edges = Literal["signed", "squared", "products"]
 Geometry = Literal["label", "intra", "inter"]
 
 
-def geometry_parts(student: Tensor, teacher: Tensor, mean: Tensor, label: Tensor, edges: Edges = "signed") -> dict[str, Tensor]:
-    """Edges and vertices of both triangles by name, in the published order; eq. 10 of the paper (`signed`) or the released scripts.
+def geometry_parts(
+    student: Tensor, teacher: Tensor, mean: Tensor, label: Tensor, edges: Edges = "signed"
+) -> dict[str, Tensor]:
+    """Edges and vertices of both triangles by name, in the published order; eq. 10 of the paper (`signed`) or the
+    released scripts.
 
     Args:
-        student, teacher, mean, label: S, T, the teacher's mean prediction of the sample's class (Tbar) and the one-hot label G; each (B, C).
+        student, teacher, mean, label: S, T, the teacher's mean prediction of the sample's class (Tbar) and the one-hot
+            label G; each (B, C).
     """
     s, t, m, g = student, teacher, mean, label
     vertices = {"S": s, "T": t, "Tbar": m, "G": g}
@@ -61,11 +72,14 @@ def geometry_parts(student: Tensor, teacher: Tensor, mean: Tensor, label: Tensor
     return {**vertices, **lengths, "(G-Tbar)*(G-S)": (g - m) * (g - s), "(G-T)*(G-S)": (g - t) * (g - s)}
 
 
-def geometry_state(student: Tensor, teacher: Tensor, mean: Tensor, label: Tensor, edges: Edges = "signed", geometry: Geometry = "inter") -> Tensor:
+def geometry_state(
+    student: Tensor, teacher: Tensor, mean: Tensor, label: Tensor, edges: Edges = "signed", geometry: Geometry = "inter"
+) -> Tensor:
     """What the fusion network reads; four times (B, C) -> (B, 9C), or less for the paper's ablation.
 
     Args:
-        geometry: `inter` all; `intra` without the class mean; `label` also without the edge between student and teacher.
+        geometry: `inter` all; `intra` without the class mean; `label` also without the edge between student and
+            teacher.
     """
     parts = geometry_parts(student, teacher, mean, label, edges)
     if geometry != "inter":
@@ -76,7 +90,9 @@ def geometry_state(student: Tensor, teacher: Tensor, mean: Tensor, label: Tensor
 
 
 @full_precision
-def sample_losses(student_logits: Tensor, teacher_log_probs: Tensor, labels: Tensor, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
+def sample_losses(
+    student_logits: Tensor, teacher_log_probs: Tensor, labels: Tensor, temperature: float = 1.0
+) -> tuple[Tensor, Tensor]:
     """Per sample, KL(teacher || student) at temperature T, without T^2, and the cross-entropy.
 
     Args:
@@ -87,7 +103,9 @@ def sample_losses(student_logits: Tensor, teacher_log_probs: Tensor, labels: Ten
     Returns:
         (B,) and (B,).
     """
-    return forward_kl_rows(student_logits / temperature, teacher_log_probs), F.cross_entropy(student_logits, labels, reduction="none")
+    return forward_kl_rows(student_logits / temperature, teacher_log_probs), F.cross_entropy(
+        student_logits, labels, reduction="none"
+    )
 
 
 def fused_loss(ratio: Tensor, kd: Tensor, ce: Tensor) -> Tensor:
@@ -97,12 +115,16 @@ def fused_loss(ratio: Tensor, kd: Tensor, ce: Tensor) -> Tensor:
         UserError: shapes that differ, which would broadcast to all pairs.
     """
     if not ratio.shape == kd.shape == ce.shape:
-        raise UserError(f"tgeo_kd: ratio, kd and ce must all have shape (B,); given: {tuple(ratio.shape)}, {tuple(kd.shape)}, {tuple(ce.shape)}.")
+        raise UserError(
+            f"tgeo_kd: ratio, kd and ce must all have shape (B,); given: {tuple(ratio.shape)}, {tuple(kd.shape)}, "
+            f"{tuple(ce.shape)}."
+        )
     return (ratio * kd + (1 - ratio) * ce).mean()
 
 
 class FusionNetwork(nn.Sequential):
-    """Linear layers with (leaky) ReLU between them, and a sigmoid: (B, D) -> fusion ratio (B,). Its last bias starts at 0, near ratio 0.5.
+    """Linear layers with (leaky) ReLU between them, and a sigmoid: (B, D) -> fusion ratio (B,). Its last bias starts at
+    0, near ratio 0.5.
 
     Args:
         inputs: D.
@@ -126,7 +148,9 @@ class FusionNetwork(nn.Sequential):
 
 def class_means(probs: Tensor, labels: Tensor, classes: int) -> Tensor:
     """Mean of the rows of each class; (N, C) and (N,) -> (classes, C). A class without samples is uniform."""
-    counts = torch.zeros(classes, device=probs.device).index_add_(0, labels, torch.ones(len(labels), device=probs.device))
+    counts = torch.zeros(classes, device=probs.device).index_add_(
+        0, labels, torch.ones(len(labels), device=probs.device)
+    )
     sums = torch.zeros(classes, probs.shape[1], device=probs.device).index_add_(0, labels, probs)
     return filled(sums / counts.clamp_min(1)[:, None], counts)
 
@@ -171,20 +195,36 @@ class TGeoKD(Objective):
         super().__init__()
         checks.options(
             "tgeo_kd",
-            positive={"temperature": temperature, "lr": lr, "virtual_lr": virtual_lr, "every": every, "outer_batch": outer_batch},
+            positive={
+                "temperature": temperature,
+                "lr": lr,
+                "virtual_lr": virtual_lr,
+                "every": every,
+                "outer_batch": outer_batch,
+            },
             non_negative={"slope": slope},
         )
-        self.temperature, self.hidden, self.slope, self.edges, self.geometry = temperature, tuple(hidden), slope, edges, geometry
+        self.temperature, self.hidden, self.slope, self.edges, self.geometry = (
+            temperature,
+            tuple(hidden),
+            slope,
+            edges,
+            geometry,
+        )
         self.solver, self.lr, self.virtual_lr, self.every, self.outer_batch = solver, lr, virtual_lr, every, outer_batch
-        self.needs = frozenset({"student.logits", "teacher.logits", "label"} | ({"holdout"} if solver == "unroll" else set()))
+        self.needs = frozenset(
+            {"student.logits", "teacher.logits", "label"} | ({"holdout"} if solver == "unroll" else set())
+        )
 
-    # ---- the fusion ratio ------------------------------------------------------------------------------------------------------------------
+    # ---- the fusion ratio --------------------------------------------------------------------------------------------
 
     def build(self, student: Signals, teacher: Signals, batch: Batch) -> None:
         classes = student.require("logits").shape[1]
         self.register_buffer("mean", torch.full((classes, classes), 1 / classes))
         probe = torch.zeros(1, classes)
-        self.fusion = FusionNetwork(geometry_state(probe, probe, probe, probe, self.edges, self.geometry).shape[1], self.hidden, self.slope)
+        self.fusion = FusionNetwork(
+            geometry_state(probe, probe, probe, probe, self.edges, self.geometry).shape[1], self.hidden, self.slope
+        )
         if self.solver == "unroll":
             self.optimizer = self.keep_optimizer("fusion", torch.optim.Adam(self.fusion.parameters(), self.lr))
 
@@ -209,13 +249,15 @@ class TGeoKD(Objective):
         """
         said = torch.softmax(student_logits, dim=-1)
         one_hot = F.one_hot(labels, said.shape[1]).to(said.dtype)
-        return self.fusion(geometry_state(said, teacher_log_probs.exp(), self.mean[labels], one_hot, self.edges, self.geometry))
+        return self.fusion(
+            geometry_state(said, teacher_log_probs.exp(), self.mean[labels], one_hot, self.edges, self.geometry)
+        )
 
     def _losses(self, student_logits: Tensor, teacher: Signals, labels: Tensor) -> tuple[Tensor, Tensor]:
         kl, ce = sample_losses(student_logits, teacher.log_probs(self.temperature), labels, self.temperature)
         return self.temperature**2 * kl, ce
 
-    # ---- training --------------------------------------------------------------------------------------------------------------------------
+    # ---- training ----------------------------------------------------------------------------------------------------
 
     def before_step(self, batch: Batch, teacher: Signals, ctx: Context) -> None:
         number = ctx.progress.epoch * ctx.progress.steps_per_epoch + ctx.progress.batch
@@ -230,7 +272,8 @@ class TGeoKD(Objective):
         self.optimizer.zero_grad()
 
     def held_out_loss(self, student: nn.Module, batch: Batch, teacher: Signals, held_out: Batch) -> Tensor:
-        """Cross-entropy on held-out samples after one virtual SGD step with the present ratios: a scalar, differentiable in the fusion network. Eqs. 4, 5."""
+        """Cross-entropy on held-out samples after one virtual SGD step with the present ratios: a scalar,
+        differentiable in the fusion network. Eqs. 4, 5."""
         weights: dict[str, Tensor] = {name: p for name, p in student.named_parameters() if p.requires_grad}
         logits = _call(student, weights, batch)
         _check(logits, batch["label"])
@@ -274,7 +317,9 @@ def _call(model: nn.Module, weights: dict[str, Tensor], batch: Batch) -> Tensor:
     """Logits under other weights; running statistics are those of copies, so the model's own stay as they are."""
     x = batch["input"]
     state = {**weights, **{name: b.clone() for name, b in model.named_buffers()}}
-    return read_logits(functional_call(model, state, () if isinstance(x, dict) else (x,), x if isinstance(x, dict) else None))
+    return read_logits(
+        functional_call(model, state, () if isinstance(x, dict) else (x,), x if isinstance(x, dict) else None)
+    )
 
 
 @contextmanager

@@ -6,9 +6,10 @@ family: logits
 use when: a baseline is wanted beside `taid` or `gkd`
 needs: teacher logits; labels or `mask` say which tokens count
 
-`forward` and `reverse` KL, `js` (generalised Jensen-Shannon; Lin 1991, and arXiv 2306.13649), `total_variation` (arXiv 2307.15190), `skew_forward` and
-`skew_reverse` (DistiLLM, arXiv 2402.03898) and `adaptive` (AKL, arXiv 2404.02657), each as the released code of TAID (arXiv 2501.16937) computes it:
-temperature 1, means over the tokens that count, and cross-entropies in the place of the forward divergences (their gradient is equal).
+`forward` and `reverse` KL, `js` (generalised Jensen-Shannon; Lin 1991, and arXiv 2306.13649), `total_variation` (arXiv
+2307.15190), `skew_forward` and `skew_reverse` (DistiLLM, arXiv 2402.03898) and `adaptive` (AKL, arXiv 2404.02657), each
+as the released code of TAID (arXiv 2501.16937) computes it: temperature 1, means over the tokens that count, and
+cross-entropies in the place of the forward divergences (their gradient is equal).
 """
 
 from __future__ import annotations
@@ -28,12 +29,14 @@ from stillhouse.signals import Batch, Signals
 Divergence = Literal["forward", "reverse", "js", "total_variation", "skew_forward", "skew_reverse", "adaptive"]
 
 
-def divergence_rows(student_logits: Tensor, teacher_log_probs: Tensor, divergence: Divergence = "forward", share: float | None = None) -> Tensor:
+def divergence_rows(
+    student_logits: Tensor, teacher_log_probs: Tensor, divergence: Divergence = "forward", share: float | None = None
+) -> Tensor:
     """A divergence by name, (..., V) and (..., V) -> (...,).
 
     Args:
-        share: the teacher's share of the mixture (`js`, 0.1; `skew_forward`, 0.1), the student's (`skew_reverse`, 0.1), or the mass below the teacher's
-            head (`adaptive`, 0.5).
+        share: the teacher's share of the mixture (`js`, 0.1; `skew_forward`, 0.1), the student's (`skew_reverse`, 0.1),
+            or the mass below the teacher's head (`adaptive`, 0.5).
     """
     if divergence in _SHARED:
         rows, default = _SHARED[divergence]
@@ -71,7 +74,10 @@ class TokenDivergence(Objective):
         if divergence not in get_args(Divergence):
             raise unknown("divergence", divergence, get_args(Divergence))
         if share is not None and (divergence not in _SHARED or not 0 < share < 1):
-            raise UserError(f"token_divergence: share is between 0 and 1, of {', '.join(_SHARED)}; given: {share} with {divergence}.")
+            raise UserError(
+                f"token_divergence: share is between 0 and 1, of {', '.join(_SHARED)}; given: {share} with "
+                f"{divergence}."
+            )
         self.divergence, self.share = divergence, share
 
     def forward(self, student: Signals, teacher: Signals, batch: Batch, progress: Progress) -> dict[str, Tensor]:

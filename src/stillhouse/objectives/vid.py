@@ -1,4 +1,5 @@
-"""VID: the student's layers say as much as possible about the teacher's, by a Gaussian whose mean is regressed and whose variance is learned.
+"""VID: the student's layers say as much as possible about the teacher's, by a Gaussian whose mean is regressed and
+whose variance is learned.
 
 paper: Variational Information Distillation for Knowledge Transfer
 venue: CVPR 2019
@@ -8,8 +9,8 @@ family: features
 use when: some channels of the teacher cannot be predicted and should count less
 needs: layers of student and teacher
 
-L = mean 0.5 ((mu(f_s) - f_t)^2 / v + log v), summed over stages, weight 1; mu is three bias-free 1x1 convolutions with ReLU between, v is learned per
-channel from 5 on. The terms can be negative. Labels are not used.
+L = mean 0.5 ((mu(f_s) - f_t)^2 / v + log v), summed over stages, weight 1; mu is three bias-free 1x1 convolutions with
+ReLU between, v is learned per channel from 5 on. The terms can be negative. Labels are not used.
 """
 
 from __future__ import annotations
@@ -76,13 +77,17 @@ class VID(Objective):
         checks.options("vid", positive={"initial_variance - 1e-5": initial_variance - self.eps})
         checks.same_layers("vid", student_layers, teacher_layers)
         self.initial_variance, self.pairs = initial_variance, list(zip(student_layers, teacher_layers))
-        self.needs = frozenset(f"student.tap:{s}" for s in student_layers) | frozenset(f"teacher.tap:{t}" for t in teacher_layers)
+        self.needs = frozenset(f"student.tap:{s}" for s in student_layers) | frozenset(
+            f"teacher.tap:{t}" for t in teacher_layers
+        )
 
     def build(self, student: Signals, teacher: Signals, batch: Batch) -> None:
         widths = [(map_tap(student, s).shape[1], map_tap(teacher, t).shape[1]) for s, t in self.pairs]
         start = math.log(math.expm1(self.initial_variance - self.eps))
         self.regressors = nn.ModuleList(Regressor(*width) for width in widths)
-        self.log_scales = nn.ParameterList(nn.Parameter(torch.full((teacher_channels,), start)) for _, teacher_channels in widths)
+        self.log_scales = nn.ParameterList(
+            nn.Parameter(torch.full((teacher_channels,), start)) for _, teacher_channels in widths
+        )
 
     def forward(self, student: Signals, teacher: Signals, batch: Batch, progress: Progress) -> dict[str, Tensor]:
         terms = []

@@ -1,6 +1,8 @@
-"""A comparison of methods over seeds, from the JSON of a bench: as an HTML report, a table for the terminal, and Markdown.
+"""A comparison of methods over seeds, from the JSON of a bench: as an HTML report, a table for the terminal, and
+Markdown.
 
-All three show the same rows (`rows.compare`): mean ± sample standard deviation, and the gain over the baseline with a 95 % t interval.
+All three show the same rows (`rows.compare`): mean ± sample standard deviation, and the gain over the baseline with a
+95 % t interval.
 """
 
 from __future__ import annotations
@@ -29,11 +31,13 @@ IN_TERMINAL = {
     "latency_ms": "Latency",
     "file_bytes": "File",
 }
-"""The figures that a terminal has room for beside the primary one and the gain, by short titles; MACs are multiply-adds."""
+"""The figures that a terminal has room for beside the primary one and the gain, by short titles; MACs are
+multiply-adds."""
 
 
 def comparison_table(results: Mapping[str, Any]) -> rich.table.Table:
-    """The comparison for a terminal of 80 columns: the primary figure, the gain, calibration and cost (means alone), with the note as the caption."""
+    """The comparison for a terminal of 80 columns: the primary figure, the gain, calibration and cost (means alone),
+    with the note as the caption."""
     import rich.box
     import rich.table
     from rich.text import Text
@@ -48,10 +52,21 @@ def comparison_table(results: Mapping[str, Any]) -> rich.table.Table:
     room = list(IN_TERMINAL)[: 3 if "step_relative" in names else None]
     keep = [i for i, name in enumerate(names) if i < first or name in room]
     title, caption = Text(comparison.title), Text(comparison.note)
-    out = rich.table.Table(title=title, caption=caption, title_justify="left", caption_justify="left", box=rich.box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    out = rich.table.Table(
+        title=title,
+        caption=caption,
+        title_justify="left",
+        caption_justify="left",
+        box=rich.box.SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
+    )
     for i in keep:
         out.add_column(
-            Text(headers[i].removesuffix("\n()")), justify="right" if i else "left", no_wrap=i > 0, overflow="fold", min_width=8 if i == 0 else None
+            Text(headers[i].removesuffix("\n()")),
+            justify="right" if i else "left",
+            no_wrap=i > 0,
+            overflow="fold",
+            min_width=8 if i == 0 else None,
         )
     for row in comparison.cells():
         shown = [c.text for c in row]
@@ -65,7 +80,11 @@ def comparison_markdown(results: Mapping[str, Any]) -> str:
     """The comparison as a Markdown table, with the note under it."""
     comparison = compare(results)
     headers = comparison.headers()
-    lines = [headers, ["---", *["---:"] * (len(headers) - 1)], *([c.text for c in cells] for cells in comparison.cells())]
+    lines = [
+        headers,
+        ["---", *["---:"] * (len(headers) - 1)],
+        *([c.text for c in cells] for cells in comparison.cells()),
+    ]
     body = "\n".join("| " + " | ".join(text.replace("|", "\\|") for text in line) + " |" for line in lines)
     return f"{body}\n\n{comparison.note}\n"
 
@@ -101,12 +120,18 @@ def _glance(comparison: Comparison, shown: Quantity) -> list[tuple[str, str, str
         out.append((comparison.teacher.label, shown.text(mean(values)), "The teacher: what the students learn from."))
     scored = [row for row in comparison.rows if row.values(comparison.primary)]
     out += [
-        (row.label, shown.text(mean(row.values(comparison.primary))), "The baseline: what the others are measured against.")
+        (
+            row.label,
+            shown.text(mean(row.values(comparison.primary))),
+            "The baseline: what the others are measured against.",
+        )
         for row in scored
         if row.label == comparison.baseline
     ]
     others = sorted(
-        (row for row in scored if row.label != comparison.baseline), key=lambda row: mean(row.values(comparison.primary)), reverse=shown.better >= 0
+        (row for row in scored if row.label != comparison.baseline),
+        key=lambda row: mean(row.values(comparison.primary)),
+        reverse=shown.better >= 0,
     )
     for row in others[:4]:
         why = ""
@@ -115,7 +140,8 @@ def _glance(comparison: Comparison, shown: Quantity) -> list[tuple[str, str, str
             why += (
                 "."
                 if math.isnan(row.gain.low)
-                else f"; the interval {'holds 0: may be chance' if row.gain.low <= 0 <= row.gain.high else 'does not hold 0'}."
+                else "; the interval "
+                f"{'holds 0: may be chance' if row.gain.low <= 0 <= row.gain.high else 'does not hold 0'}."
             )
         out.append((row.label, shown.text(mean(row.values(comparison.primary))), why))
     return out
@@ -146,8 +172,9 @@ def _plots(comparison: Comparison, shown: Quantity, suffix: str = "") -> list[st
 
     def dot_plot(name: str) -> str:
         line = (teacher.label, of_teacher(name)) if teacher and not math.isnan(of_teacher(name)) else None
-        text = f"{comparison.shown[name].title} of each method: every seed (ring), the mean (filled) and its 95 % t interval (bar)" + (
-            "; dashed: the teacher." if line else "."
+        text = (
+            f"{comparison.shown[name].title} of each method: every seed (ring), the mean (filled) and its 95 % t "
+            "interval (bar)" + ("; dashed: the teacher." if line else ".")
         )
         return figure(dots(spreads(name), comparison.shown[name], style, line), f"dots-{name}{anchor}", text)
 
@@ -162,7 +189,11 @@ def _plots(comparison: Comparison, shown: Quantity, suffix: str = "") -> list[st
     costs = []
     for name in (n for n in ("parameters", "multiply_adds", "step_relative", "train_seconds") if n in comparison.shown):
         cost = comparison.shown[name]
-        points = {row.label: (mean(row.values(name)), quality[row.label]) for row in comparison.rows if row.values(name) and row.label in quality}
+        points = {
+            row.label: (mean(row.values(name)), quality[row.label])
+            for row in comparison.rows
+            if row.values(name) and row.label in quality
+        }
         star = (teacher.label, of_teacher(name), of_teacher(comparison.primary)) if teacher else None
         if star and math.isnan(star[1] + star[2]):
             star = None
@@ -182,20 +213,37 @@ def _plots(comparison: Comparison, shown: Quantity, suffix: str = "") -> list[st
 
 def _claims(results: Mapping[str, Any]) -> list[str]:
     """The verdicts of the recipes' claims."""
-    found = [(Path(str(record.get("recipe", ""))).stem, Verdict.from_record(record)) for record in results.get("claims") or ()]
-    text = "What the papers say, and whether these figures show it. A difference is positive where the first row is better."
+    found = [
+        (Path(str(record.get("recipe", ""))).stem, Verdict.from_record(record))
+        for record in results.get("claims") or ()
+    ]
+    text = (
+        "What the papers say, and whether these figures show it. A difference is positive where the first row is "
+        "better."
+    )
     return [section(f"Claims: {counted(v for _, v in found)}", text, verdict_table(found))] if found else []
 
 
 def _origin(results: Mapping[str, Any]) -> list[str]:
     """How to make this comparison again."""
     content = code(results["command"]) if results.get("command") else ""
-    recipes = {row["label"]: " · ".join(str(row[k]) for k in ("recipe", "variant") if row.get(k)) for row in results["rows"]}
-    for title, items in (("Recipes", {k: v for k, v in recipes.items() if v}), ("Versions", results.get("versions") or {})):
+    recipes = {
+        row["label"]: " · ".join(str(row[k]) for k in ("recipe", "variant") if row.get(k)) for row in results["rows"]
+    }
+    for title, items in (
+        ("Recipes", {k: v for k, v in recipes.items() if v}),
+        ("Versions", results.get("versions") or {}),
+    ):
         if items:
             content += f"<h3>{title}</h3>{pairs(items)}"
     return (
-        [section("How it was made", "The command, the recipes (with their variants) and the versions that gave these figures.", content)]
+        [
+            section(
+                "How it was made",
+                "The command, the recipes (with their variants) and the versions that gave these figures.",
+                content,
+            )
+        ]
         if content
         else []
     )

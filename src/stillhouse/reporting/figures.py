@@ -1,6 +1,7 @@
 """The plots of the reports: one look, one colour and one symbol for a name over all plots of a page.
 
-Colours are those of Okabe and Ito, which people with any common colour blindness tell apart; the page gives text and grid lines their light or dark ink.
+Colours are those of Okabe and Ito, which people with any common colour blindness tell apart; the page gives text and
+grid lines their light or dark ink.
 """
 
 from __future__ import annotations
@@ -45,7 +46,8 @@ TEACHER = Style("#8A8F98", "star")
 
 @dataclass(frozen=True)
 class Spread:
-    """A figure of one method: a value per seed, their mean, and half the width of its confidence interval (0 where there is none)."""
+    """A figure of one method: a value per seed, their mean, and half the width of its confidence interval (0 where
+    there is none)."""
 
     values: Sequence[float]
     mean: float
@@ -55,24 +57,34 @@ class Spread:
 def styles(names: Sequence[str]) -> dict[str, Style]:
     """A style for each name, in order; symbols go round at another pace than colours, so that pairs differ for long."""
     symbols = list(SYMBOLS)
-    return {name: Style(PALETTE[i % len(PALETTE)], symbols[i % len(symbols)]) for i, name in enumerate(dict.fromkeys(names))}
+    return {
+        name: Style(PALETTE[i % len(PALETTE)], symbols[i % len(symbols)]) for i, name in enumerate(dict.fromkeys(names))
+    }
 
 
-def lines(curves: Mapping[str, tuple[Sequence[float], Sequence[float]]], x_title: str, y_title: str, may_be_log: bool = False) -> go.Figure:
-    """Curves by name, each (x, y). With `may_be_log`, the y axis is logarithmic where all values are positive and span more than a factor of 50."""
+def lines(
+    curves: Mapping[str, tuple[Sequence[float], Sequence[float]]], x_title: str, y_title: str, may_be_log: bool = False
+) -> go.Figure:
+    """Curves by name, each (x, y). With `may_be_log`, the y axis is logarithmic where all values are positive and span
+    more than a factor of 50."""
     fig, style = go.Figure(), styles(list(curves))
     seen = [v for _, ys in curves.values() for v in ys]
     log = may_be_log and min(seen) > 0 and max(seen) / min(seen) > 50
     for name, (xs, ys) in curves.items():
         mode = "lines+markers" if len(xs) <= 30 else "lines"
-        fig.add_scatter(x=xs, y=ys, name=_plain(name), mode=mode, line={"color": style[name].color, "width": 2}, marker={"size": 5})
+        fig.add_scatter(
+            x=xs, y=ys, name=_plain(name), mode=mode, line={"color": style[name].color, "width": 2}, marker={"size": 5}
+        )
     fig.update_yaxes(type="log" if log else "linear", title=y_title + (", log scale" if log else ""))
     fig.update_xaxes(title=x_title)
     return _finish(fig, height=300, legend=len(curves) > 1)
 
 
-def dots(spreads: Mapping[str, Spread], shown: Quantity, style: Mapping[str, Style], teacher: tuple[str, float] | None = None) -> go.Figure:
-    """One line a method: a ring for each seed, a filled mark with a bar for the mean and its interval; a dashed line for the teacher."""
+def dots(
+    spreads: Mapping[str, Spread], shown: Quantity, style: Mapping[str, Style], teacher: tuple[str, float] | None = None
+) -> go.Figure:
+    """One line a method: a ring for each seed, a filled mark with a bar for the mean and its interval; a dashed line
+    for the teacher."""
     fig = go.Figure()
     for name, spread in spreads.items():
         label, look = _wrapped(name), style[name]
@@ -81,7 +93,13 @@ def dots(spreads: Mapping[str, Spread], shown: Quantity, style: Mapping[str, Sty
             y=[label],
             mode="markers",
             name="mean",
-            error_x={"type": "data", "array": [spread.half * shown.scale], "thickness": 1.5, "width": 7, "visible": spread.half > 0},
+            error_x={
+                "type": "data",
+                "array": [spread.half * shown.scale],
+                "thickness": 1.5,
+                "width": 7,
+                "visible": spread.half > 0,
+            },
             marker={"color": look.color, "size": 13, "symbol": look.symbol},
             hovertemplate="mean: %{x:.4~g}<extra></extra>",
         )
@@ -109,7 +127,11 @@ def dots(spreads: Mapping[str, Spread], shown: Quantity, style: Mapping[str, Sty
 
 
 def trade(
-    points: Mapping[str, tuple[float, Spread]], x: Quantity, y: Quantity, style: Mapping[str, Style], teacher: tuple[str, float, float] | None = None
+    points: Mapping[str, tuple[float, Spread]],
+    x: Quantity,
+    y: Quantity,
+    style: Mapping[str, Style],
+    teacher: tuple[str, float, float] | None = None,
 ) -> go.Figure:
     """Quality against cost: a point with its interval for each method, (cost, quality); a star for the teacher."""
     fig = go.Figure()
@@ -119,14 +141,22 @@ def trade(
             y=[spread.mean * y.scale],
             name=_plain(name),
             mode="markers",
-            error_y={"type": "data", "array": [spread.half * y.scale], "thickness": 1.5, "width": 5, "visible": spread.half > 0},
+            error_y={
+                "type": "data",
+                "array": [spread.half * y.scale],
+                "thickness": 1.5,
+                "width": 5,
+                "visible": spread.half > 0,
+            },
             marker={"color": style[name].color, "size": 12, "symbol": style[name].symbol},
         )
     costs = [cost for cost, _ in points.values()]
     if teacher is not None:
         costs.append(teacher[1])
         marker = {"color": TEACHER.color, "size": 14, "symbol": TEACHER.symbol}
-        fig.add_scatter(x=[teacher[1] * x.scale], y=[teacher[2] * y.scale], name=_plain(teacher[0]), mode="markers", marker=marker)
+        fig.add_scatter(
+            x=[teacher[1] * x.scale], y=[teacher[2] * y.scale], name=_plain(teacher[0]), mode="markers", marker=marker
+        )
     wide = min(costs) > 0 and max(costs) / min(costs) > 5
     fig.update_xaxes(title=x.header + (", log scale" if wide else ""), type="log" if wide else "linear")
     fig.update_yaxes(title=y.header)
@@ -150,7 +180,11 @@ def _finish(fig: go.Figure, height: int, legend: bool) -> go.Figure:
         margin={"l": 10, "r": 16, "t": 26, "b": 10},
         paper_bgcolor="rgba(0,0,0,0)",
         plot_bgcolor="rgba(0,0,0,0)",
-        font={"family": "system-ui, -apple-system, 'Segoe UI', Roboto, Arial, sans-serif", "size": 13, "color": "#1c2127"},
+        font={
+            "family": "system-ui, -apple-system, 'Segoe UI', Roboto, Arial, sans-serif",
+            "size": 13,
+            "color": "#1c2127",
+        },
         showlegend=legend,
         legend={"orientation": "h", "y": -0.22, "yanchor": "top", "x": 0},
         dragmode=False,

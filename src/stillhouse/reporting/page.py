@@ -1,4 +1,5 @@
-"""The page of a report: HTML that needs no network (style, script and plotly inside), light and dark, from a phone's width up."""
+"""The page of a report: HTML that needs no network (style, script and plotly inside), light and dark, from a phone's
+width up."""
 
 from __future__ import annotations
 
@@ -31,7 +32,8 @@ def section(title: str, text: str, *content: str) -> str:
 def cards(items: Iterable[tuple[str, str, str]]) -> str:
     """Figures at a glance: (title, value, explanation), plain text."""
     inner = "".join(
-        f'<div class="card"><div class="what">{escape(title)}</div><div class="value">{escape(value)}</div><div class="why">{escape(why)}</div></div>'
+        f'<div class="card"><div class="what">{escape(title)}</div><div class="value">{escape(value)}</div><div '
+        f'class="why">{escape(why)}</div></div>'
         for title, value, why in items
     )
     return f'<div class="cards">{inner}</div>'
@@ -43,9 +45,14 @@ def table(headers: Sequence[str], rows: Iterable[Sequence[Cell]], marked: Iterab
     marked = set(marked)
     body = ""
     for i, row in enumerate(rows):
-        cells = "".join(f"<td{'' if c.order is None else f' data-order={chr(34)}{c.order}{chr(34)}'}>{escape(c.text)}</td>" for c in row)
+        cells = "".join(
+            f"<td{'' if c.order is None else f' data-order={chr(34)}{c.order}{chr(34)}'}>{escape(c.text)}</td>"
+            for c in row
+        )
         body += f"<tr{' class=marked' if i in marked else ''}>{cells}</tr>"
-    return f'<div class="scroll"><table class="sortable"><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+    return (
+        f'<div class="scroll"><table class="sortable"><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+    )
 
 
 def pairs(items: Mapping[str, Any]) -> str:
@@ -65,7 +72,12 @@ def figure(fig: go.Figure, name: str, description: str) -> str:
 
     config = {"displaylogo": False, "responsive": True, "modeBarButtons": [["zoom2d", "resetScale2d", "toImage"]]}
     inner = plotly.io.to_html(
-        fig, config=config, include_plotlyjs=False, full_html=False, div_id=name, default_height=f"{fig.layout.height or 340}px"
+        fig,
+        config=config,
+        include_plotlyjs=False,
+        full_html=False,
+        div_id=name,
+        default_height=f"{fig.layout.height or 340}px",
     )
     return f'<figure class="plot" role="img" aria-label="{escape(description)}">{inner}<figcaption>{escape(description)}</figcaption></figure>'
 
@@ -78,7 +90,11 @@ def picture(png: bytes, description: str) -> str:
 def labelled_picture(png: bytes | None, lines: Sequence[str]) -> str:
     """A picture, or none, with lines under it."""
     text = ", ".join(lines)
-    source = "" if png is None else f'<img src="data:image/png;base64,{base64.b64encode(png).decode()}" alt="{escape(text)}">'
+    source = (
+        ""
+        if png is None
+        else f'<img src="data:image/png;base64,{base64.b64encode(png).decode()}" alt="{escape(text)}">'
+    )
     return f"<figure>{source}<figcaption>{'<br>'.join(map(escape, lines))}</figcaption></figure>"
 
 
@@ -89,7 +105,10 @@ def gallery(rows: Iterable[str]) -> str:
 
 def legend(items: Iterable[tuple[str, str, str]]) -> str:
     """Names beside their mark, once for several figures: (mark, colour, name)."""
-    inner = "".join(f'<li><span style="color:{escape(color)}">{escape(mark)}</span> {escape(name)}</li>' for mark, color, name in items)
+    inner = "".join(
+        f'<li><span style="color:{escape(color)}">{escape(mark)}</span> {escape(name)}</li>'
+        for mark, color, name in items
+    )
     return f'<ul class="legend">{inner}</ul>'
 
 
@@ -112,10 +131,13 @@ def page(title: str, subtitle: str, body: Sequence[str]) -> str:
 
         plotly_script = f"<script>{get_plotlyjs()}</script>"
     return (
-        '<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">'
-        f'<meta name="color-scheme" content="light dark"><title>{escape(title)}</title><style>{_STYLE}</style>{plotly_script}</head>'
+        '<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" '
+        'content="width=device-width, initial-scale=1">'
+        '<meta name="color-scheme" content="light '
+        f'dark"><title>{escape(title)}</title><style>{_STYLE}</style>{plotly_script}</head>'
         f'<body><main><header><h1>{escape(title)}</h1><p class="subtitle">{escape(subtitle)}</p></header>{content}'
-        f"<footer>Written by Stillhouse. This file is complete in itself.</footer></main><script>{_SCRIPT}</script></body></html>\n"
+        "<footer>Written by Stillhouse. This file is complete in "
+        f"itself.</footer></main><script>{_SCRIPT}</script></body></html>\n"
     )
 
 

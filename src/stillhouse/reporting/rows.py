@@ -1,4 +1,5 @@
-"""The rows of a comparison, worked out once from the JSON of a bench: figures over seeds, and the gain over the baseline, paired by seed."""
+"""The rows of a comparison, worked out once from the JSON of a bench: figures over seeds, and the gain over the
+baseline, paired by seed."""
 
 from __future__ import annotations
 
@@ -18,7 +19,8 @@ MORE_TELLING = {"step_relative": ("step_ms", "step_ratio"), "step_memory_relativ
 
 @dataclass(frozen=True)
 class Row:
-    """One method: its seeds, its figures by name (a value per seed; NaN where there is none), and its gain over the baseline (None: none to give)."""
+    """One method: its seeds, its figures by name (a value per seed; NaN where there is none), and its gain over the
+    baseline (None: none to give)."""
 
     label: str
     seeds: tuple[int, ...]
@@ -33,7 +35,8 @@ class Row:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Rows ready to be shown. `primary` is the figure that methods are compared by; gains are positive where a method is better."""
+    """Rows ready to be shown. `primary` is the figure that methods are compared by; gains are positive where a method
+    is better."""
 
     title: str
     primary: str
@@ -76,10 +79,11 @@ def compare(results: Mapping[str, Any]) -> Comparison:
     """Work out the rows of a bench's results.
 
     Args:
-        results: `rows`, each with `label`, `seeds` and `metrics` (name -> a value per seed; None where a seed failed), and where known `title`, `slug`,
-            `baseline` (a row's label), `teacher` (`label`, `metrics`: name -> value), `primary` (the figure to compare by; default `accuracy`,
-            or the first that there is), and `reference` (the row whose step is the unit of the relative costs). Rows may have a `group`: a row is
-            compared with the baseline of its own.
+        results: `rows`, each with `label`, `seeds` and `metrics` (name -> a value per seed; None where a seed failed),
+            and where known `title`, `slug`, `baseline` (a row's label), `teacher` (`label`, `metrics`: name -> value),
+            `primary` (the figure to compare by; default `accuracy`, or the first that there is), and `reference` (the
+            row whose step is the unit of the relative costs). Rows may have a `group`: a row is compared with the
+            baseline of its own.
 
     Raises:
         UserError: no rows, no figures, a baseline or primary figure that is not there, or not as many values as seeds.
@@ -119,7 +123,10 @@ def compare(results: Mapping[str, Any]) -> Comparison:
         title=results.get("title") or results.get("slug") or "Comparison",
         primary=primary,
         shown={
-            n: _named(quantity(n, max((abs(v) for row in every for v in row.values(n)), default=0.0)), results.get("reference"))
+            n: _named(
+                quantity(n, max((abs(v) for row in every for v in row.values(n)), default=0.0)),
+                results.get("reference"),
+            )
             for n in sorted(in_reading_order(names), key=lambda n: n != primary)
         },
         rows=rows,
@@ -130,9 +137,11 @@ def compare(results: Mapping[str, Any]) -> Comparison:
 
 
 def unequal(row: Mapping[str, Any], other: Mapping[str, Any]) -> str | None:
-    """Why a difference of two rows is not that of their methods alone: other data, or more steps. None where both agree or are not recorded.
+    """Why a difference of two rows is not that of their methods alone: other data, or more steps. None where both agree
+    or are not recorded.
 
-    Stages of one name may differ by 5 % in their steps, which epochs of different lengths need; stages of only one row do not count.
+    Stages of one name may differ by 5 % in their steps, which epochs of different lengths need; stages of only one row
+    do not count.
     """
     if row.get("data") != other.get("data") and row.get("data") and other.get("data"):
         return f"'{row['label']}' and '{other['label']}' have different data"
@@ -146,7 +155,11 @@ def unequal(row: Mapping[str, Any], other: Mapping[str, Any]) -> str | None:
 
 def _named(shown: Quantity, reference: str | None) -> Quantity:
     """A multiple with the name of what it is a multiple of."""
-    return replace(shown, unit=f"× {reference}") if shown.unit == "×" and reference and "reference" in shown.meaning else shown
+    return (
+        replace(shown, unit=f"× {reference}")
+        if shown.unit == "×" and reference and "reference" in shown.meaning
+        else shown
+    )
 
 
 def _figures_by_seed(row: Mapping[str, Any]) -> dict[str, dict[int, float]]:
@@ -184,7 +197,8 @@ def _note(rows: Sequence[Row], baseline: str | None) -> str:
         return "One seed for each method, so neither spread nor interval can be given: a difference may be chance."
     seeds = f"{counts[0]} seeds" if len(counts) == 1 else f"{counts[0]} to {counts[-1]} seeds"
     gain = (
-        f" The gain over {baseline} is paired by seed, with its 95 % t interval in brackets; an interval that holds 0 may be chance."
+        f" The gain over {baseline} is paired by seed, with its 95 % t interval in brackets; an interval that holds 0 "
+        "may be chance."
         if baseline
         else ""
     )

@@ -1,4 +1,5 @@
-"""The report of one run: its figures, its training curves, its recipe and where it was made, from the files of the run's folder."""
+"""The report of one run: its figures, its training curves, its recipe and where it was made, from the files of the
+run's folder."""
 
 from __future__ import annotations
 
@@ -14,7 +15,19 @@ import yaml
 
 from stillhouse.errors import UserError
 from stillhouse.evaluation.quantities import in_reading_order, quantity
-from stillhouse.reporting.page import cards, code, figure, gallery, grid, labelled_picture, page, pairs, picture, section, write
+from stillhouse.reporting.page import (
+    cards,
+    code,
+    figure,
+    gallery,
+    grid,
+    labelled_picture,
+    page,
+    pairs,
+    picture,
+    section,
+    write,
+)
 
 Curve = tuple[list[float], list[float]]
 _POSITION = ("stage", "epoch", "step")
@@ -24,7 +37,8 @@ _QUALITY = ("lrs", "ars", "hlr", "ior", "improvement_over_random", "gain_over_sc
 
 
 def write_run_report(folder: str | Path) -> Path:
-    """Write `report.html` into a run's folder: one file that needs no network. What the run has not (yet) written is left out.
+    """Write `report.html` into a run's folder: one file that needs no network. What the run has not (yet) written is
+    left out.
 
     Args:
         folder: may hold `recipe.yaml`, `environment.json`, `metrics.csv`, `evaluation.json` and `product/product.json`.
@@ -42,26 +56,41 @@ def write_run_report(folder: str | Path) -> Path:
     product = _json(folder / "product" / "product.json")
     curves = read_curves(folder / "metrics.csv")
     if not (recipe or environment or evaluation or product or curves):
-        raise UserError(f"There is no run in '{folder}' to report: no recipe.yaml, environment.json, metrics.csv, evaluation.json or product.")
+        raise UserError(
+            f"There is no run in '{folder}' to report: no recipe.yaml, environment.json, metrics.csv, evaluation.json "
+            "or product."
+        )
 
     body = []
     if evaluation and "stored_images" in evaluation:
         body += _of_a_set(evaluation, product or {}, folder / "product" / "sheet.png")
     elif evaluation:
-        body.append(section("Results", "What the finished product does on test data, and what it costs.", cards(_shown(evaluation))))
+        body.append(
+            section(
+                "Results", "What the finished product does on test data, and what it costs.", cards(_shown(evaluation))
+            )
+        )
     body += _gallery(folder / "pictures")
     for name, figures in ((environment or {}).pop("teachers", None) or {}).items():
         facts = {title: value for title, value, _ in _shown(figures)}
-        body.append(section(f"Teacher: {name}", "The network that the student learned from, judged on test data.", pairs(facts)))
+        body.append(
+            section(f"Teacher: {name}", "The network that the student learned from, judged on test data.", pairs(facts))
+        )
     body += _training(curves)
     if product:
         body.append(
             section(
-                "Product", "What the run left to keep, in the folder product/.", pairs(_flat({k: v for k, v in product.items() if k != "made_by"}))
+                "Product",
+                "What the run left to keep, in the folder product/.",
+                pairs(_flat({k: v for k, v in product.items() if k != "made_by"})),
             )
         )
     if recipe:
-        body.append(section("Recipe", "Every option of this run, defaults included; a run of this recipe repeats it.", code(recipe)))
+        body.append(
+            section(
+                "Recipe", "Every option of this run, defaults included; a run of this recipe repeats it.", code(recipe)
+            )
+        )
     if environment:
         body.append(_environment(environment))
     title, subtitle = _names(recipe, folder)
@@ -84,7 +113,11 @@ def _gallery(folder: Path) -> list[str]:
                 cells[-1][1].append(line)  # the picture is the one before
         rows.append("".join(labelled_picture(png, lines) for png, lines in cells))
     how = "on which student and teacher differ most" if found["compared"] else "first in the test set"
-    return [section("Pictures", f"Test samples {how}; beside each, what is right and what each network finds.", gallery(rows))]
+    return [
+        section(
+            "Pictures", f"Test samples {how}; beside each, what is right and what each network finds.", gallery(rows)
+        )
+    ]
 
 
 def _of_a_set(evaluation: Mapping[str, Any], product: Mapping[str, Any], sheet: Path) -> list[str]:
@@ -92,12 +125,18 @@ def _of_a_set(evaluation: Mapping[str, Any], product: Mapping[str, Any], sheet: 
     cost = {k: v for k, v in evaluation.items() if k in _COST or k.endswith(("_seconds", "_mb"))}
     rest = {k: v for k, v in evaluation.items() if k not in cost and not (k.endswith("_std") and not v)}
     quality = {k: v for k, v in rest.items() if k in _QUALITY or k.startswith(("accuracy", "continual", "search"))}
-    out = [section("Results", "What networks learn from the set alone, judged on real test data.", cards(_shown(quality)))]
+    out = [
+        section("Results", "What networks learn from the set alone, judged on real test data.", cards(_shown(quality)))
+    ]
     if sheet.is_file():
-        out.append(section("The images", _sheet_text(product), picture(sheet.read_bytes(), "The contact sheet of the set")))
+        out.append(
+            section("The images", _sheet_text(product), picture(sheet.read_bytes(), "The contact sheet of the set"))
+        )
     out.append(section("Cost", "What it took to make the set, and what it takes to keep.", cards(_shown(cost))))
     if other := {k: v for k, v in rest.items() if k not in quality}:
-        out.append(section("More about the set", "Figures that this method gives of its own work.", cards(_shown(other))))
+        out.append(
+            section("More about the set", "Figures that this method gives of its own work.", cards(_shown(other)))
+        )
     return out
 
 
@@ -119,9 +158,11 @@ def _listed(items: list[Any]) -> str:
 
 
 def read_curves(path: Path) -> dict[str, dict[str, Curve]]:
-    """The curves of a metrics file: stage -> name -> (steps, values). Empty cells are skipped; a file that is not there gives none.
+    """The curves of a metrics file: stage -> name -> (steps, values). Empty cells are skipped; a file that is not there
+    gives none.
 
-    The columns are `stage`, `epoch`, `step` and then one a figure. Long curves are thinned to 2,000 points, the last one kept.
+    The columns are `stage`, `epoch`, `step` and then one a figure. Long curves are thinned to 2,000 points, the last
+    one kept.
     """
     if not path.is_file():
         return {}
@@ -155,9 +196,21 @@ def _training(curves: Mapping[str, Mapping[str, Curve]]) -> list[str]:
             figures.append(figure(lines(losses, "optimiser step", "loss", may_be_log=True), f"loss-{i}", text))
         for n, (name, (xs, ys)) in enumerate((n, c) for n, c in by_name.items() if n not in losses):
             shown = quantity(name)
-            where = "Learning rate" if name == "lr" else f"{shown.title} ({name.rsplit('/', 1)[0]})" if "/" in name else shown.title
-            meaning = "How large the optimiser's steps are." if name == "lr" else shown.meaning.replace("test samples", "samples")
-            fig = lines({name: (xs, [y * shown.scale for y in ys])}, "optimiser step", "lr" if name == "lr" else shown.header)
+            where = (
+                "Learning rate"
+                if name == "lr"
+                else f"{shown.title} ({name.rsplit('/', 1)[0]})"
+                if "/" in name
+                else shown.title
+            )
+            meaning = (
+                "How large the optimiser's steps are."
+                if name == "lr"
+                else shown.meaning.replace("test samples", "samples")
+            )
+            fig = lines(
+                {name: (xs, [y * shown.scale for y in ys])}, "optimiser step", "lr" if name == "lr" else shown.header
+            )
             figures.append(figure(fig, f"figure-{i}-{n}", f"{where}. {meaning}".strip()))
         title = f"Training: {stage}" if stage else "Training"
         out.append(section(title, "How training went, from its first step to its last.", grid(figures)))

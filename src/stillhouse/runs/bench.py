@@ -1,6 +1,8 @@
-"""Comparison of recipes and variants over seeds under one budget: finished runs are reused, and the recipes' claims get their verdicts.
+"""Comparison of recipes and variants over seeds under one budget: finished runs are reused, and the recipes' claims get
+their verdicts.
 
-A finished run is reused where its recipe and the code that it ran are unchanged; where the code has changed it is run again.
+A finished run is reused where its recipe and the code that it ran are unchanged; where the code has changed it is run
+again.
 """
 
 from __future__ import annotations
@@ -93,10 +95,15 @@ class Job:
     def check(self) -> None:
         """Raises `UserError` for a recipe that is not valid, or a finished run of another recipe in its folder."""
         config, held = self.config(), self.folder / "recipe.yaml"
-        changed = _changed(read_yaml(held), yaml.safe_load(dump(config)), self.tree()) if self.done and held.is_file() else None
+        changed = (
+            _changed(read_yaml(held), yaml.safe_load(dump(config)), self.tree())
+            if self.done and held.is_file()
+            else None
+        )
         if changed:
             raise UserError(
-                f"{self.folder} holds a finished run of another recipe ({changed}); choose another folder with --out, or remove that one."
+                f"{self.folder} holds a finished run of another recipe ({changed}); choose another folder with --out, "
+                "or remove that one."
             )
 
     def command(self) -> list[str]:
@@ -120,8 +127,8 @@ class Job:
 
 
 def entries(recipes: Sequence[str | Path], variants: Sequence[str] | None = None) -> list[Entry]:
-    """The rows of a comparison: each recipe itself and its variants; those named `paper…` and `smoke` only if asked for. `base` is the recipe itself;
-    a variant that overrides nothing gives it a name, and stands for it.
+    """The rows of a comparison: each recipe itself and its variants; those named `paper…` and `smoke` only if asked
+    for. `base` is the recipe itself; a variant that overrides nothing gives it a name, and stands for it.
 
     A recipe with `groups` (one dotted key and its named values, such as two students) gives every row once a group.
     """
@@ -137,14 +144,18 @@ def entries(recipes: Sequence[str | Path], variants: Sequence[str] | None = None
         for v in variants or ():
             if v != "base" and v not in there:
                 close = nearest(v, [*there, "base"])
-                raise UserError(f"{path}: no variant '{v}'; " + (f"did you mean '{close[0]}'?" if close else f"there are: base, {', '.join(there)}."))
+                raise UserError(
+                    f"{path}: no variant '{v}'; "
+                    + (f"did you mean '{close[0]}'?" if close else f"there are: base, {', '.join(there)}.")
+                )
             found.append(Entry(path, None if v == "base" else v))
         rows += [replace(e, **g) for g in _groups(tree.get("groups"), path) for e in found]
     labels = [r.folder for r in rows]
     twice = sorted({label for label in labels if labels.count(label) > 1})
     if twice:
         raise UserError(
-            f"Two rows of the comparison are called '{twice[0]}'; choose variants with --variants, or rename the recipe's file or the variant."
+            f"Two rows of the comparison are called '{twice[0]}'; choose variants with --variants, or rename the "
+            "recipe's file or the variant."
         )
     return rows
 
@@ -155,7 +166,8 @@ def _groups(given: Any, path: Path) -> list[dict[str, Any]]:
         return [{}]
     if not isinstance(given, dict) or len(given) != 1 or not isinstance(next(iter(given.values())), dict):
         raise UserError(
-            f"{path}: groups takes one dotted key with named values, such as student: {{small: stillhouse:resnet8, other: stillhouse:vgg8}}."
+            f"{path}: groups takes one dotted key with named values, such as student: "
+            f"{{small: stillhouse:resnet8, other: stillhouse:vgg8}}."
         )
     ((dotted, values),) = given.items()
     return [{"group": str(name), "sets": (f"{dotted}={json.dumps(value)}",)} for name, value in values.items()]
@@ -178,16 +190,18 @@ def bench(
     live: Any = None,
     after: Callable[[Job, int, int], None] | None = None,
 ) -> dict[str, Any]:
-    """Run every row for every seed (reusing what is done) and return the results (see `collect`) with the verdicts of the recipes' claims.
+    """Run every row for every seed (reusing what is done) and return the results (see `collect`) with the verdicts of
+    the recipes' claims.
 
-    All recipes are checked before the first is run. Which code a run is of is recorded in `out`/sources.json as it starts; a run of other code,
-    finished or not, is started over.
+    All recipes are checked before the first is run. Which code a run is of is recorded in `out`/sources.json as it
+    starts; a run of other code, finished or not, is started over.
 
     Args:
         out: one folder a run below it.
-        baseline: the row that others of its group are compared with; default: `alone`, `ce`, `random`, or the first row.
-        reference: the row whose training step is the unit of the others' cost, where recipes measure it (`evaluate: [step]`); default: `kd`, or
-            the baseline.
+        baseline: the row that others of its group are compared with; default: `alone`, `ce`, `random`, or the first
+            row.
+        reference: the row whose training step is the unit of the others' cost, where recipes measure it (`evaluate:
+            [step]`); default: `kd`, or the baseline.
         primary: the figure that rows are compared by; default: `accuracy`, or the first that there is.
         engine: `local` (this process; with `jobs` > 1, so many processes) or `ray`.
     """
@@ -197,7 +211,10 @@ def bench(
         raise UserError(f"The baseline '{baseline}' is no row of this comparison; rows: {', '.join(labels)}.")
     bare = sorted({str(r.group) for r in rows} - {str(r.group) for r in rows if r.label == baseline})
     if bare:
-        raise UserError(f"The baseline '{baseline}' is no row of the group '{bare[0]}', and rows are compared with the baseline of their own group.")
+        raise UserError(
+            f"The baseline '{baseline}' is no row of the group '{bare[0]}', and rows are compared with the baseline "
+            "of their own group."
+        )
     reference = reference or ("kd" if "kd" in labels else baseline)
     if reference not in labels:
         raise UserError(f"The reference '{reference}' is no row of this comparison; rows: {', '.join(labels)}.")
@@ -216,7 +233,11 @@ def bench(
     kinds = _kinds(every)
     if len(kinds) > 1:
         listed = "; ".join(f"{kind}: {', '.join(labels)}" for kind, labels in kinds.items())
-        warnings.warn(f"The rows leave products of different kinds ({listed}), so that figures of one name may mean different things.", stacklevel=1)
+        warnings.warn(
+            f"The rows leave products of different kinds ({listed}), so that figures of one name may mean different "
+            "things.",
+            stacklevel=1,
+        )
     return results if primary is None else {**results, "primary": primary}
 
 
@@ -239,7 +260,8 @@ def _start_over(jobs: Sequence[Job], out: Path) -> None:
 
 
 def verdicts(entries: Sequence[Entry], rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """The verdicts of the claims of all recipes of a comparison, as JSON data, each with its recipe; of what these rows can decide."""
+    """The verdicts of the claims of all recipes of a comparison, as JSON data, each with its recipe; of what these rows
+    can decide."""
     out = []
     for recipe in dict.fromkeys(entry.recipe for entry in entries):
         mine = [row for row in rows if row["recipe"] == recipe.name]
@@ -260,8 +282,9 @@ def _kinds(jobs: Sequence[Job]) -> dict[str, list[str]]:
 
 
 def _changed(then: Mapping[str, Any], now: Mapping[str, Any], given: Mapping[str, Any]) -> str | None:
-    """The first key in which two recipes with all their defaults differ, in words; None where they agree. A key that only one of them knows does not
-    count, unless `given`, the later one as it was written, has it as null: so a run from before an option came is still the same run."""
+    """The first key in which two recipes with all their defaults differ, in words; None where they agree. A key that
+    only one of them knows does not count, unless `given`, the later one as it was written, has it as null: so a run
+    from before an option came is still the same run."""
     old, new = _leaves(then), _leaves(now)
     for key, value in old.items():
         if value != new.get(key, value):
@@ -277,7 +300,10 @@ def _leaves(value: Any, path: str = "") -> dict[str, Any]:
     if isinstance(value, Mapping) and value:
         return {k: v for name, part in value.items() for k, v in _leaves(part, f"{path}.{name}".lstrip(".")).items()}
     if isinstance(value, list):
-        return {f"{path} (how many)": len(value), **{k: v for i, part in enumerate(value) for k, v in _leaves(part, f"{path}.{i}").items()}}
+        return {
+            f"{path} (how many)": len(value),
+            **{k: v for i, part in enumerate(value) for k, v in _leaves(part, f"{path}.{i}").items()},
+        }
     return {path: value}
 
 
@@ -327,7 +353,9 @@ def _ending_children() -> Iterator[set[subprocess.Popen[str]]]:
 
 
 def _in_process(job: Job, environment: dict[str, str], running: set[subprocess.Popen[str]]) -> None:
-    process = subprocess.Popen(job.command(), env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        job.command(), env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
     running.add(process)
     try:
         _, errors = process.communicate()
@@ -359,7 +387,8 @@ def _on_ray(todo: Sequence[Job]) -> Iterator[Job]:
 
 
 def collect(jobs: Sequence[Job], baseline: str, slug: str, reference: str | None = None) -> dict[str, Any]:
-    """The results of finished runs as JSON data: rows with their figures by seed, the teacher's, versions and device."""
+    """The results of finished runs as JSON data: rows with their figures by seed, the teacher's, versions and
+    device."""
     rows: dict[str, dict[str, Any]] = {}
     teacher: dict[str, Any] | None = None
     environment: dict[str, Any] = {}
@@ -386,7 +415,10 @@ def collect(jobs: Sequence[Job], baseline: str, slug: str, reference: str | None
             row["metrics"].setdefault(name, []).append(value)
         for name, facts in (environment.get("teachers") or {}).items():
             if teacher is None:
-                teacher = {"label": f"{name} ({facts['model']})", "metrics": {k: [v] for k, v in facts.items() if isinstance(v, int | float)}}
+                teacher = {
+                    "label": f"{name} ({facts['model']})",
+                    "metrics": {k: [v] for k, v in facts.items() if isinstance(v, int | float)},
+                }
     for row in rows.values():
         row["metrics"] = {k: v for k, v in row["metrics"].items() if len(v) == len(row["seeds"])}
         if row["group"] is None:
@@ -408,21 +440,31 @@ def collect(jobs: Sequence[Job], baseline: str, slug: str, reference: str | None
 
 
 def _facts(job: Job) -> dict[str, Any]:
-    """What a row is of: hashes of its recipe and code, its data, the steps of its stages, and whether its method searches for its network."""
+    """What a row is of: hashes of its recipe and code, its data, the steps of its stages, and whether its method
+    searches for its network."""
     tree = job.tree()
     environment = json.loads((job.folder / "environment.json").read_text())
-    return {"recipe_hash": recipe_hash(tree), "source_hash": job.sources, "steps": environment.get("steps", {}), **row_facts(tree)}
+    return {
+        "recipe_hash": recipe_hash(tree),
+        "source_hash": job.sources,
+        "steps": environment.get("steps", {}),
+        **row_facts(tree),
+    }
 
 
 def _check_one_network(row: Mapping[str, Any]) -> None:
     """Raises `UserError` for a row whose seeds are different networks."""
     reason = varied_network(row)
     if reason is not None:
-        raise UserError(f"This row cannot be averaged over seeds: {reason}. A method that searches for its network says so by `searches = True`.")
+        raise UserError(
+            f"This row cannot be averaged over seeds: {reason}. A method that searches for its network says so by "
+            "`searches = True`."
+        )
 
 
 def _relative_costs(rows: Iterable[dict[str, Any]], reference: str | None) -> None:
-    """Give each row its step's time and memory as multiples of the reference row's in the same group (the median over seeds)."""
+    """Give each row its step's time and memory as multiples of the reference row's in the same group (the median over
+    seeds)."""
     rows = list(rows)
     units = {row.get("group"): row["metrics"] for row in rows if row["label"] == reference}
     for row in rows:

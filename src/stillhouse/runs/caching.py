@@ -1,4 +1,5 @@
-"""The store that a recipe names: its teacher trained or loaded, its data, one manifest; written by this process, by ranks, or by Ray workers."""
+"""The store that a recipe names: its teacher trained or loaded, its data, one manifest; written by this process, by
+ranks, or by Ray workers."""
 
 from __future__ import annotations
 
@@ -33,7 +34,9 @@ def asked(config: MethodConfig, name: str, given: Mapping[str, Any]) -> TeacherS
         raise unknown("teacher in this recipe called", name, teachers)
     spec = teachers[name]
     if isinstance(spec.store, str):
-        raise UserError(f"The teacher '{name}' is read from the store '{spec.store}' already; give the recipe of a live teacher.")
+        raise UserError(
+            f"The teacher '{name}' is read from the store '{spec.store}' already; give the recipe of a live teacher."
+        )
     kept = spec.store.model_dump() if spec.store is not None else {}
     store = store_spec({**kept, **given})
     try:
@@ -101,7 +104,8 @@ def make_from_server(
     data_root: str | None = None,
     live: Live | None = None,
 ) -> None:
-    """Write a store from a server's answers on a recipe's training text; its teacher, if it names one, is not looked at.
+    """Write a store from a server's answers on a recipe's training text; its teacher, if it names one, is not looked
+    at.
 
     Raises:
         UserError: data that is no causal text, and what `asking.score` raises.
@@ -116,7 +120,9 @@ def make_from_server(
     data = getattr(config, "data", None)
     bundle: Any = Run(None, config, data_root=data_root, cpu=True).data(data) if isinstance(data, DataSpec) else None
     if not isinstance(data, DataSpec) or not isinstance(bundle.task, Tokens) or bundle.task.kind != "causal":
-        raise UserError("A server's log-probabilities are of text: the recipe's data must be text: with data.options.task causal.")
+        raise UserError(
+            "A server's log-probabilities are of text: the recipe's data must be text: with data.options.task causal."
+        )
     rank, world = rank_world()
     score(
         server,
@@ -139,7 +145,11 @@ def describe(folder: Path) -> str:
     """What a finished store holds, what it weighs, and what rounding cost; every shard is checked."""
     store = Store(folder)
     held = store.manifest
-    scores = ([f"top {held['top']} of {held['classes']} classes and the tail"] if held["top"] else ["logits"]) if held["logits"] else []
+    scores = (
+        ([f"top {held['top']} of {held['classes']} classes and the tail"] if held["top"] else ["logits"])
+        if held["logits"]
+        else []
+    )
     kept = ", ".join([*scores, *(["embedding"] if held["embedding"] else []), *(f"tap {t}" for t in held["taps"])])
     units, unit = (store.tokens, "token") if store.tokens is not None else (len(store) * store.views, "sample and view")
     lines = [
@@ -147,12 +157,22 @@ def describe(folder: Path) -> str:
         f"{store.bytes:,} bytes, {store.bytes / max(units, 1):.1f} a {unit}",
     ]
     if held["precision"] != "fp32":
-        lines += [f"rounding of {name}: at most {worst:.2g}, {rms:.2g} root mean square" for name, (worst, rms) in store.errors().items()]
+        lines += [
+            f"rounding of {name}: at most {worst:.2g}, {rms:.2g} root mean square"
+            for name, (worst, rms) in store.errors().items()
+        ]
     return "\n".join([*lines, f"Train from it: teacher: {{store: {folder}}}"])
 
 
 def make_on_ray(
-    config: MethodConfig, name: str, spec: TeacherSpec, data: DataSpec, folder: Path, jobs: int, data_root: str | None, cpu: bool
+    config: MethodConfig,
+    name: str,
+    spec: TeacherSpec,
+    data: DataSpec,
+    folder: Path,
+    jobs: int,
+    data_root: str | None,
+    cpu: bool,
 ) -> None:
     """The same by Ray workers, each with its share of the shards. The teacher is trained before, here."""
     try:
@@ -169,7 +189,12 @@ def make_on_ray(
     remote = ray.remote(num_cpus=1, num_gpus=gpus, max_retries=1)(_share)
     environment: Mapping[str, str] = {**os.environ, "OMP_NUM_THREADS": "1"}
     try:
-        ray.get([remote.remote(config, name, spec, data, folder.absolute(), i, jobs, data_root, cpu, environment) for i in range(jobs)])
+        ray.get(
+            [
+                remote.remote(config, name, spec, data, folder.absolute(), i, jobs, data_root, cpu, environment)
+                for i in range(jobs)
+            ]
+        )
     except ray.exceptions.RayTaskError as error:
         if isinstance(error.cause, UserError):
             raise UserError(str(error.cause)) from None

@@ -44,11 +44,14 @@ class RunData:
             self._bundles[name] = load(spec, self.data_root, self.seed)
         bundle = self._bundles[name]
         if not isinstance(bundle.task, of):
-            raise UserError(f"This method is for {of.name}, but data.name '{spec.name}' is data for {bundle.task.name}.")
+            raise UserError(
+                f"This method is for {of.name}, but data.name '{spec.name}' is data for {bundle.task.name}."
+            )
         return bundle
 
     def loader(self, spec: NamedSpec, split: str, batch_size: int | None = None, *, train: bool = False) -> Any:
-        """A loader of a split, by default of batches that suit evaluation; `train=True`: shuffled and augmented as the run's seed says, sharded over processes."""
+        """A loader of a split, by default of batches that suit evaluation; `train=True`: shuffled and augmented as the
+        run's seed says, sharded over processes."""
         from stillhouse.data import Loader
 
         bundle = self.data(spec)
@@ -56,11 +59,24 @@ class RunData:
         if isinstance(spec, DataSpec) and split == "train" and (train or spec.augment == "plain"):
             from stillhouse.store import StoredDataset
 
-            dataset = StoredDataset(dataset, self._stores.setdefault(spec.model_dump_json(), [])) if _reads_store(self.config) else dataset
+            dataset = (
+                StoredDataset(dataset, self._stores.setdefault(spec.model_dump_json(), []))
+                if _reads_store(self.config)
+                else dataset
+            )
         default: int = bundle.evaluation_batch
         rank, world = rank_world() if train else (0, 1)
         workers = spec.workers if train and isinstance(spec, DataSpec) else 0
-        return Loader(dataset, batch_size or default, seed=self.seed, shuffle=train, drop_last=train, workers=workers, rank=rank, world=world)
+        return Loader(
+            dataset,
+            batch_size or default,
+            seed=self.seed,
+            shuffle=train,
+            drop_last=train,
+            workers=workers,
+            rank=rank,
+            world=world,
+        )
 
     def model(self, spec: ModelSpec, data: DataSpec, role: str = "student", seed: int | None = None) -> nn.Module:
         """The network of a spec, sized for the data, initialised as (seed, role) say."""
@@ -82,29 +98,38 @@ class RunData:
         return None
 
     def validating(self, spec: DataSpec) -> Callable[[nn.Module, torch.device], dict[str, float]] | None:
-        """What `fit` judges epochs by: the task's figures over the data that may pick a checkpoint (see `validation`); None where there is none."""
+        """What `fit` judges epochs by: the task's figures over the data that may pick a checkpoint (see `validation`);
+        None where there is none."""
         check = self.validation(spec)
         return None if check is None else lambda model, device: self.figures(model, spec, check, device)
 
     def judging_data(self) -> tuple[NamedSpec, str]:
-        """The recipe's data, and the split of it that a product is judged on: test, or val or holdout where there is none.
+        """The recipe's data, and the split of it that a product is judged on: test, or val or holdout where there is
+        none.
 
         Raises:
             UserError: a recipe without `data`, or data without any of these splits.
         """
         spec = getattr(self.config, "data", None)
         if not isinstance(spec, NamedSpec):
-            raise UserError("This recipe names no `data` to judge its product by; give it the data, or judge the product in its method.")
+            raise UserError(
+                "This recipe names no `data` to judge its product by; give it the data, or judge the product in its "
+                "method."
+            )
         split = next((s for s in ("test", "val", "holdout") if self.data(spec).has(s)), None)
         if split is None:
-            raise UserError("There is no data to judge by: give the data set a test part, or set data.val to a share above 0.")
+            raise UserError(
+                "There is no data to judge by: give the data set a test part, or set data.val to a share above 0."
+            )
         return spec, split
 
     def student(self, module: nn.Module, spec: ModelSpec, data: DataSpec, figures: Mapping[str, float]) -> Student:
         """A trained network as the product of this run."""
         return Student(module, spec, self.data(data).task, dict(figures))
 
-    def figures(self, model: nn.Module, data: DataSpec, loader: Any, device: torch.device, groups: Sequence[str] | None = None) -> dict[str, float]:
+    def figures(
+        self, model: nn.Module, data: DataSpec, loader: Any, device: torch.device, groups: Sequence[str] | None = None
+    ) -> dict[str, float]:
         """Figures of a network over a loader, as the task of its data is judged; by default all groups."""
         task = self.data(data).task
         return judge(task, model, loader, device, task.groups if groups is None else groups)

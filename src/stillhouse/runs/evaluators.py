@@ -1,6 +1,8 @@
-"""Evaluators: how a product is judged, by its kind. An evaluator is a function `(product, run)` that returns figures by name.
+"""Evaluators: how a product is judged, by its kind. An evaluator is a function `(product, run)` that returns figures by
+name.
 
-A file registers one with `@evaluates("kind")` when it is imported; `KINDS` names the files of the general kinds, which are imported when they are used.
+A file registers one with `@evaluates("kind")` when it is imported; `KINDS` names the files of the general kinds, which
+are imported when they are used.
 """
 
 from __future__ import annotations

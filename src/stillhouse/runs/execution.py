@@ -47,12 +47,18 @@ def plan(config: MethodConfig, *, data_root: str | None = None) -> list[Stage]:
 
 
 def execute(
-    config: MethodConfig, folder: str | Path, *, data_root: str | None = None, live: Live | None = None, overwrite: bool = False, cpu: bool = False
+    config: MethodConfig,
+    folder: str | Path,
+    *,
+    data_root: str | None = None,
+    live: Live | None = None,
+    overwrite: bool = False,
+    cpu: bool = False,
 ) -> dict[str, float]:
     """Run a recipe in a folder and return the figures of its product; a run that was cut off goes on.
 
-    The folder will hold recipe.yaml (resolved), environment.json (versions, seed, device), metrics.csv, checkpoints/, product/, evaluation.json and
-    report.html.
+    The folder will hold recipe.yaml (resolved), environment.json (versions, seed, device), metrics.csv, checkpoints/,
+    product/, evaluation.json and report.html.
 
     Raises:
         UserError: a folder that holds a finished run (unless `overwrite`), or an unfinished run of another recipe.
@@ -66,7 +72,9 @@ def execute(
             live.close()
 
 
-def _executed(config: MethodConfig, folder: Path, data_root: str | None, live: Live | None, overwrite: bool, cpu: bool) -> dict[str, float]:
+def _executed(
+    config: MethodConfig, folder: Path, data_root: str | None, live: Live | None, overwrite: bool, cpu: bool
+) -> dict[str, float]:
     text = dump(config)
     main = rank_world()[0] == 0
     if agreed(main and not overwrite and lacks_report(folder, text)):

@@ -25,7 +25,8 @@ def export(
         the file or folder.
 
     Raises:
-        UserError: a product that no format holds, a format that it does not have, files that are there already, or a missing extra.
+        UserError: a product that no format holds, a format that it does not have, files that are there already, or a
+            missing extra.
     """
     product: Product = load_product(folder, trust_code)
     formats = product.formats

@@ -23,7 +23,8 @@ LOCK = ".lock"
 
 @contextmanager
 def held(folder: Path) -> Iterator[None]:
-    """Inside, no other process works in the folder. Raises `UserError` where one does, or where the folder is a file."""
+    """Inside, no other process works in the folder. Raises `UserError` where one does, or where the folder is a
+    file."""
     from filelock import FileLock, Timeout
 
     if folder.exists() and not folder.is_dir():
@@ -33,7 +34,9 @@ def held(folder: Path) -> Iterator[None]:
     try:
         lock.acquire()
     except Timeout:
-        raise UserError(f"Another process is at work in {folder}; wait until it ends, or choose another folder with --out.") from None
+        raise UserError(
+            f"Another process is at work in {folder}; wait until it ends, or choose another folder with --out."
+        ) from None
     try:
         yield
     finally:
@@ -53,19 +56,28 @@ def lacks_report(folder: Path, text: str) -> bool:
 def claim(folder: Path, text: str, overwrite: bool) -> dict[str, Any]:
     """Make the folder this run's, or refuse it: nothing that is not a run's is ever removed or written over.
 
-    An unfinished run continues with the same recipe; one that diverged, also with other learning rates, clipping or weights of objectives; one in which
-    nothing was trained yet, with any recipe.
+    An unfinished run continues with the same recipe; one that diverged, also with other learning rates, clipping or
+    weights of objectives; one in which nothing was trained yet, with any recipe.
 
     Returns:
         What was changed after a training diverged, by dotted key: [before, now]. With what was changed so before.
     """
     recipe = folder / "recipe.yaml"
-    there = {p.name for p in folder.iterdir() if p.name != LOCK and not p.name.endswith(".partial")} if folder.exists() else set()
+    there = (
+        {p.name for p in folder.iterdir() if p.name != LOCK and not p.name.endswith(".partial")}
+        if folder.exists()
+        else set()
+    )
     before = recipe.read_text() if "recipe.yaml" in there else None
-    ours = before is not None and ("environment.json" in there or len(there) == 1)  # not so where a user keeps a recipe.yaml among other files
+    ours = before is not None and (
+        "environment.json" in there or len(there) == 1
+    )  # not so where a user keeps a recipe.yaml among other files
     if there and not ours and (overwrite or before != text):
         left = "so --overwrite leaves it alone" if overwrite else "so it is left alone"
-        raise UserError(f"{folder} is not a run's folder (no recipe.yaml with an environment.json), {left}; choose another folder with --out.")
+        raise UserError(
+            f"{folder} is not a run's folder (no recipe.yaml with an environment.json), {left}; choose another folder "
+            "with --out."
+        )
     changes: dict[str, Any] = {}
     if overwrite and there:
         for path in folder.iterdir():
@@ -74,7 +86,9 @@ def claim(folder: Path, text: str, overwrite: bool) -> dict[str, Any]:
             elif path.name != LOCK:
                 path.unlink()
     elif "evaluation.json" in there:
-        raise UserError(f"{folder} holds a finished run; choose another folder with --out, or start over with --overwrite.")
+        raise UserError(
+            f"{folder} holds a finished run; choose another folder with --out, or start over with --overwrite."
+        )
     elif before is not None:
         changes = _earlier_changes(folder)
         if before != text and _trained(folder):
@@ -91,14 +105,17 @@ def _trained(folder: Path) -> bool:
 
 def _earlier_changes(folder: Path) -> dict[str, Any]:
     try:
-        changes: dict[str, Any] = json.loads((folder / "environment.json").read_text()).get("changed after divergence", {})
+        changes: dict[str, Any] = json.loads((folder / "environment.json").read_text()).get(
+            "changed after divergence", {}
+        )
     except (OSError, ValueError):
         return {}
     return changes
 
 
 def _steadied(folder: Path, before: str, now: str) -> dict[str, Any]:
-    """What differs between two recipes of a training that diverged. Raises `UserError` for anything else that differs."""
+    """What differs between two recipes of a training that diverged. Raises `UserError` for anything else that
+    differs."""
     old, new = dict(_leaves(yaml.safe_load(before))), dict(_leaves(yaml.safe_load(now)))
     changed = {key: [old.get(key), new.get(key)] for key in {**old, **new} if old.get(key) != new.get(key)}
     other = [key for key in changed if key.rpartition(".")[2] not in STEADYING]
@@ -106,7 +123,8 @@ def _steadied(folder: Path, before: str, now: str) -> dict[str, Any]:
         key = (other or list(changed))[0]
         was, wanted = ("absent" if v is None else repr(v) for v in changed[key])
         raise UserError(
-            f"{folder} holds an unfinished run of another recipe ({key}: {was} there, {wanted} now); choose another folder with --out, or start over "
+            f"{folder} holds an unfinished run of another recipe ({key}: {was} there, {wanted} now); choose another "
+            "folder with --out, or start over "
             "with --overwrite."
         )
     return changed

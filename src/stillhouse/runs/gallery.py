@@ -1,4 +1,5 @@
-"""Pictures for a run's report: the test samples on which student and teacher differ most, with what is right and what each of them finds."""
+"""Pictures for a run's report: the test samples on which student and teacher differ most, with what is right and what
+each of them finds."""
 
 from __future__ import annotations
 
@@ -45,9 +46,16 @@ def write_gallery(run: Run, product: Student) -> None:
         first = to_device(next(iter(loader)), device)
         if not task.pictures(first, networks.student(first)):
             return
-        rows = _most_different(networks, islice(loader, SEARCHED), device) if networks.teacher else np.arange(min(SHOWN, len(loader.dataset)))
+        rows = (
+            _most_different(networks, islice(loader, SEARCHED), device)
+            if networks.teacher
+            else np.arange(min(SHOWN, len(loader.dataset)))
+        )
         batch = to_device(loader.dataset.batch(BatchKey(0, rows, 0, len(rows)), run.seed), device)
-        columns = {"truth": (task.truth(batch), task.captions(batch, None)), "student": _drawn(product, batch, networks.student(batch))}
+        columns = {
+            "truth": (task.truth(batch), task.captions(batch, None)),
+            "student": _drawn(product, batch, networks.student(batch)),
+        }
         if networks.teacher is not None:
             columns["teacher"] = _drawn(product, batch, networks.teacher(batch))
     _write(run.folder / FOLDER, columns, rows, networks.teacher is not None)

@@ -23,7 +23,8 @@ IN_TRAINING = ("step",)  # measured by the method, where the training is at hand
 
 @evaluates("student")
 def evaluate(product: Student, run: Run) -> dict[str, float]:
-    """The figures of a run's student on its test split (on val or holdout where there is none), in the groups that the recipe's `evaluate` names."""
+    """The figures of a run's student on its test split (on val or holdout where there is none), in the groups that the
+    recipe's `evaluate` names."""
     loader = run.loader(*run.judging_data())
     groups = getattr(run.config, "evaluate", [*product.task.groups, "cost"])
     return figures_of(product.module, product.task, loader, groups, product.task.weights_file(run.folder / "product"))
@@ -36,14 +37,17 @@ def check_groups(task: Task, groups: Sequence[str]) -> None:
             raise unknown("evaluation group", group, [*task.groups, QUALITY, "cost", *IN_TRAINING])
 
 
-def figures_of(module: nn.Module, task: Task, loader: Iterable[Batch], groups: Sequence[str], weights: str | Path | None = None) -> dict[str, float]:
+def figures_of(
+    module: nn.Module, task: Task, loader: Iterable[Batch], groups: Sequence[str], weights: str | Path | None = None
+) -> dict[str, float]:
     """Figures of a network by name, in the order of their groups.
 
     Args:
         module: the network, on the device where it is to be judged.
         loader: test batches.
-        groups: of the task's, `quality` for all of them, and `cost`: `parameters`, `multiply_adds` (one sample), `latency_ms` (median of a batch of
-            one, one CPU thread, or the GPU that the module is on) and, with `weights`, `file_bytes`.
+        groups: of the task's, `quality` for all of them, and `cost`: `parameters`, `multiply_adds` (one sample),
+            `latency_ms` (median of a batch of one, one CPU thread, or the GPU that the module is on) and, with
+            `weights`, `file_bytes`.
         weights: the file of its weights.
 
     Raises:

@@ -1,4 +1,5 @@
-"""What `stillhouse methods` prints: all methods and objectives, a line each, or one with its keys and evidence. A list imports no torch."""
+"""What `stillhouse methods` prints: all methods and objectives, a line each, or one with its keys and evidence. A list
+imports no torch."""
 
 from __future__ import annotations
 
@@ -30,7 +31,9 @@ def all_methods() -> Iterator[str]:
             if card.kind == kind:
                 summary = card.title.partition(": ")[2] or card.title
                 summary = summary[0].upper() + summary[1:]
-                yield f"  {', '.join(card.provides):<24} {summary if len(summary) <= room else summary[: room - 1] + '…'}"
+                yield (
+                    f"  {', '.join(card.provides):<24} {summary if len(summary) <= room else summary[: room - 1] + '…'}"
+                )
     yield "One of them: stillhouse methods NAME"
 
 
@@ -49,7 +52,10 @@ def one_method(card: Card) -> Iterator[str]:
             for key, field in catalog.options(cls).model_fields.items():
                 yield _line(key, field, words.get(key, ""))
     else:
-        yield f"\nKeys of a recipe with method: {card.slug}, beside name, seed and variants (* must be given; `stillhouse schema {card.slug}` has the types):"
+        yield (
+            f"\nKeys of a recipe with method: {card.slug}, beside name, seed and variants (* must be given; "
+            f"`stillhouse schema {card.slug}` has the types):"
+        )
         yield from _keys(catalog.method(card.slug).Config)
     recipe = next(Path("recipes").rglob(f"{card.slug}.yaml"), None)
     if recipe is not None:
@@ -85,7 +91,8 @@ def argument_words(docstring: str) -> dict[str, str]:
 
 
 def _keys(config: type[BaseModel], path: str = "", seen: dict[type[BaseModel], str] | None = None) -> Iterator[str]:
-    """A line a key; after them, those of option types of the method's own, with their dotted names, as --set takes them."""
+    """A line a key; after them, those of option types of the method's own, with their dotted names, as --set takes
+    them."""
     from stillhouse.config.specs import MethodConfig
 
     seen = {} if seen is None else seen
@@ -105,12 +112,20 @@ def _keys(config: type[BaseModel], path: str = "", seen: dict[type[BaseModel], s
 def _line(key: str, field: FieldInfo, words: str, described: str | None = None) -> str:
     """`key (type, default)  words`; `described`: the key under which the keys of its type are listed."""
     default = None if field.is_required() else field.get_default(call_default_factory=True)
-    kind = _kind(field.annotation) if described is None else "keys below" if described == key else f"keys as of {described}"
+    kind = (
+        _kind(field.annotation)
+        if described is None
+        else "keys below"
+        if described == key
+        else f"keys as of {described}"
+    )
     plain = isinstance(default, bool | int | float | str) or (isinstance(default, list | tuple | dict) and default)
     shown = f", {json.dumps(default, default=str)}" if plain and len(str(default)) < 40 else ""
     head = f"  {key}{'*' if field.is_required() else ''} ({kind}{shown})"
     width = min(max(shutil.get_terminal_size((150, 24)).columns, 80), 150)
-    return textwrap.fill(f"{head}  {words}".rstrip(), width, subsequent_indent=" " * 6, break_long_words=False, break_on_hyphens=False)
+    return textwrap.fill(
+        f"{head}  {words}".rstrip(), width, subsequent_indent=" " * 6, break_long_words=False, break_on_hyphens=False
+    )
 
 
 def _kind(annotation: Any) -> str:

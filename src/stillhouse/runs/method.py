@@ -22,8 +22,8 @@ class Stage:
 
 
 class Method(Generic[C]):
-    """A paper's whole procedure, a subclass of `Method[Config]`, where Config is the recipe, whole. It says what it will do in `plan`, and does it in `run`,
-    top to bottom."""
+    """A paper's whole procedure, a subclass of `Method[Config]`, where Config is the recipe, whole. It says what it
+    will do in `plan`, and does it in `run`, top to bottom."""
 
     Config: ClassVar[type[MethodConfig]]
     searches: ClassVar[bool] = False

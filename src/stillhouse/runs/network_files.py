@@ -41,7 +41,15 @@ def write_network(module: nn.Module, example: Batch | None, to: str, path: Path)
         return
     if importlib.util.find_spec("onnxscript") is None:
         raise MissingExtra("Export to ONNX", "onnx")
-    exported = torch.onnx.export(student, inputs, input_names=["input"], output_names=["logits"], dynamic_shapes=(batch,), dynamo=True, verbose=False)
+    exported = torch.onnx.export(
+        student,
+        inputs,
+        input_names=["input"],
+        output_names=["logits"],
+        dynamic_shapes=(batch,),
+        dynamo=True,
+        verbose=False,
+    )
     assert exported is not None
     with written_beside(path) as beside:
         exported.save(str(beside))

@@ -16,7 +16,9 @@ from stillhouse.errors import UserError
 from stillhouse.runs.products import Student, load_product
 
 
-def predict(folder: str | Path, inputs: Sequence[str], out: str | Path | None = None, trust_code: bool = False) -> Iterator[str]:
+def predict(
+    folder: str | Path, inputs: Sequence[str], out: str | Path | None = None, trust_code: bool = False
+) -> Iterator[str]:
     """A line for each input, as it is found; with `out`, `predictions.jsonl` and a PNG for each picture go there.
 
     Args:
@@ -28,7 +30,10 @@ def predict(folder: str | Path, inputs: Sequence[str], out: str | Path | None = 
     """
     product = load_product(folder, trust_code)
     if not isinstance(product, Student) or not product.task.reads:
-        raise UserError(f"{folder} holds a product of kind '{product.kind}', which predicts nothing for people; load it and call its module.")
+        raise UserError(
+            f"{folder} holds a product of kind '{product.kind}', which predicts nothing for people; load it and call "
+            "its module."
+        )
     place = None if out is None else Path(out).expanduser()
     if place is not None:
         place.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,5 @@
-"""Products: what a run leaves to keep. Each kind saves to a folder, loads from it, and is judged by the evaluator of its kind.
+"""Products: what a run leaves to keep. Each kind saves to a folder, loads from it, and is judged by the evaluator of
+its kind.
 
 A product folder holds `product.json` (its kind and how it is made again) and data files: safetensors, never pickles.
 """
@@ -29,11 +30,13 @@ KINDS = {
     "language": "stillhouse.runs.products:Student",  # as format 1 called students of text
     "synthetic_set": "stillhouse.synthetic.product:SyntheticSet",
 }
-"""Kind -> where its class is. A method that leaves another kind names it in `Product.kind` as `module:Class`, or adds a line here."""
+"""Kind -> where its class is. A method that leaves another kind names it in `Product.kind` as `module:Class`, or adds a
+line here."""
 
 
 class Product:
-    """Something to keep. A kind gives `kind`, `save` and `load`, and where other programs can read it, `formats` and `export`.
+    """Something to keep. A kind gives `kind`, `save` and `load`, and where other programs can read it, `formats` and
+    `export`.
 
     Attributes:
         kind: a key of `KINDS`, or `module:Class`.
@@ -94,7 +97,13 @@ class Student(Product):
     def save(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self.write_weights(folder)
-        spec = self.model.model_copy(update={"checkpoint": None, "pretrained": False, "model": _bring_along(self.model.model, folder, self.classes)})
+        spec = self.model.model_copy(
+            update={
+                "checkpoint": None,
+                "pretrained": False,
+                "model": _bring_along(self.model.model, folder, self.classes),
+            }
+        )
         task = {"name": self.task.name, **self.task.facts(folder)}
         meta = {"kind": self.kind, "format": 2, "model": spec.model_dump(mode="json"), "task": task, **self.extras()}
         (folder / "product.json").write_text(json.dumps(meta, indent=1))
@@ -110,11 +119,15 @@ class Student(Product):
         spec = ModelSpec.model_validate(meta["model"]) if "model" in meta else ModelSpec(model="hf:model")
         if spec.model.startswith("file:") and not trust_code:
             raise UserError(
-                f"The product in {folder} is built by the Python file '{spec.model}'; load it with trust_code=True if you trust that file."
+                f"The product in {folder} is built by the Python file '{spec.model}'; load it with trust_code=True if "
+                "you trust that file."
             )
         for scheme, suffix in (("file:", ".py"), ("hf:", "")):
             brought = folder / spec.model.removeprefix(scheme)
-            if spec.model.startswith(scheme) and Path(str(brought).rpartition(".py:")[0] + suffix if suffix else brought).exists():
+            if (
+                spec.model.startswith(scheme)
+                and Path(str(brought).rpartition(".py:")[0] + suffix if suffix else brought).exists()
+            ):
                 spec = spec.model_copy(update={"model": f"{scheme}{brought}"})
         facts = dict(meta["task"]) if isinstance(meta.get("task"), Mapping) else _facts_of_format_1(meta)
         task = catalog.task(facts.pop("name")).restored(facts, folder)
@@ -138,7 +151,8 @@ def _facts_of_format_1(meta: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _bring_along(name: str, folder: Path, classes: list[str]) -> str:
-    """The model's name, with the user's Python file or the transformers config that it points to copied into the product, so that the product stands alone.
+    """The model's name, with the user's Python file or the transformers config that it points to copied into the
+    product, so that the product stands alone.
 
     The config gets the names of the classes.
     """
@@ -167,7 +181,10 @@ def read_meta(folder: Path) -> dict[str, Any]:
     """product.json of a folder. Raises `UserError` where there is none."""
     path = Path(folder) / "product.json"
     if not path.is_file():
-        raise UserError(f"There is no product in '{folder}': it holds no product.json. Give a run's folder, or the product folder inside it.")
+        raise UserError(
+            f"There is no product in '{folder}': it holds no product.json. Give a run's folder, or the product folder "
+            "inside it."
+        )
     meta: dict[str, Any] = json.loads(path.read_text())
     return meta
 
@@ -179,14 +196,17 @@ def load_product(folder: str | Path, trust_code: bool = False) -> Any:
         folder = folder / "product"
     kind = read_meta(folder).get("kind", "")
     module, _, name = KINDS.get(kind, kind).partition(":")
-    if not name or module not in {c.module for c in catalog.list_methods()} | {w.partition(":")[0] for w in KINDS.values()}:
+    if not name or module not in {c.module for c in catalog.list_methods()} | {
+        w.partition(":")[0] for w in KINDS.values()
+    }:
         raise unknown("kind of product", kind, KINDS)  # a file may name only the modules of installed methods
     cls = getattr(importlib.import_module(module), name)
     return cls.load(folder, trust_code)
 
 
 def load(folder: str | Path, trust_code: bool = False) -> Any:
-    """The product of a finished run, ready to use: for a student, its network as an `nn.Module` in evaluation mode, on the CPU; other kinds as they are.
+    """The product of a finished run, ready to use: for a student, its network as an `nn.Module` in evaluation mode, on
+    the CPU; other kinds as they are.
 
     Args:
         folder: a run's folder, or the product folder inside it.

@@ -1,5 +1,5 @@
-"""`load`: a recipe, a file or a mapping, as the config of its method. Every objective, optimiser and network that it names is
-checked before anything runs.
+"""`load`: a recipe, a file or a mapping, as the config of its method. Every objective, optimiser and network that it
+names is checked before anything runs.
 """
 
 from __future__ import annotations
@@ -24,7 +24,8 @@ KeyPath = tuple[Any, ...]
 
 
 def validate(tree: Mapping[str, Any], where: str = "recipe") -> MethodConfig:
-    """A resolved recipe as its method's `Config`; only the files of the method and the objectives it names are imported."""
+    """A resolved recipe as its method's `Config`; only the files of the method and the objectives it names are
+    imported."""
     method = tree.get("method", "distillation")
     if not isinstance(method, str):
         raise UserError(f"{where}: 'method' must be a method's name; given: {method!r}.")
@@ -40,7 +41,9 @@ def validate(tree: Mapping[str, Any], where: str = "recipe") -> MethodConfig:
     return valid
 
 
-def load(recipe: str | Path | Mapping[str, Any], variant: str | None = None, sets: Sequence[str] | Mapping[str, Any] = ()) -> MethodConfig:
+def load(
+    recipe: str | Path | Mapping[str, Any], variant: str | None = None, sets: Sequence[str] | Mapping[str, Any] = ()
+) -> MethodConfig:
     """Read, resolve and validate a recipe. Its name defaults to the file's, or to `recipe`, with the variant.
 
     Args:
@@ -62,7 +65,8 @@ def load(recipe: str | Path | Mapping[str, Any], variant: str | None = None, set
 
 
 def check(config: BaseModel, where: str, path: KeyPath = ()) -> None:
-    """Check every such part of a config, in place: objectives get the defaults of their options and their published weight.
+    """Check every such part of a config, in place: objectives get the defaults of their options and their published
+    weight.
 
     Args:
         where: what the sentence of an error begins with, such as the recipe's file.
@@ -87,7 +91,9 @@ def check(config: BaseModel, where: str, path: KeyPath = ()) -> None:
 
 def _parts(value: Any, path: KeyPath) -> Iterable[tuple[KeyPath, BaseModel]]:
     """The models that a field holds, alone, in a list or by name, and where."""
-    held = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else [(None, value)]
+    held = (
+        value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else [(None, value)]
+    )
     return [((*path, key) if key is not None else path, part) for key, part in held if isinstance(part, BaseModel)]
 
 

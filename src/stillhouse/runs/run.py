@@ -15,5 +15,6 @@ class Run(RunTeachers):
     """
 
     def evaluated(self, product: Any) -> dict[str, float]:
-        """The figures of a product on test data, by the evaluator of its kind: a function (product, run) -> {name: number}."""
+        """The figures of a product on test data, by the evaluator of its kind: a function (product, run) -> {name:
+        number}."""
         return evaluator(product.kind)(product, self)

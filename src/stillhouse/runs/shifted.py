@@ -17,8 +17,11 @@ Shifts = dict[str, list[str | dict[str, Any]]]
 """Name -> torchvision.transforms.v2 classes by name with their arguments, as `data.augment` takes them."""
 
 
-def shifted_accuracy(model: nn.Module, run: Run, data: DataSpec, shifts: Mapping[str, list[str | dict[str, Any]]]) -> dict[str, float]:
-    """`accuracy_NAME` for every shift, on the test split; the change of an image is a function of its index, the same for every seed and model.
+def shifted_accuracy(
+    model: nn.Module, run: Run, data: DataSpec, shifts: Mapping[str, list[str | dict[str, Any]]]
+) -> dict[str, float]:
+    """`accuracy_NAME` for every shift, on the test split; the change of an image is a function of its index, the same
+    for every seed and model.
 
     Args:
         model: any classifier, on the run's device.

@@ -1,4 +1,5 @@
-"""Results kept on disk under a hash of what made them: `kept` makes one once, and every run that uses the same takes it from there."""
+"""Results kept on disk under a hash of what made them: `kept` makes one once, and every run that uses the same takes it
+from there."""
 
 from __future__ import annotations
 
@@ -18,18 +19,21 @@ from stillhouse.processes import agreed, rank_world, wait
 
 
 def kept(root: Path, name: str, make: Callable[[Path], Any], uses: Mapping[str, Any]) -> Any:
-    """What `make(folder)` returned for these `uses`: now, or when it was first asked for. Two processes that want the same take turns.
+    """What `make(folder)` returned for these `uses`: now, or when it was first asked for. Two processes that want the
+    same take turns.
 
     Args:
         root: the folder of all results.
         name: of this one, followed in its folder's name by the hash.
-        make: works in the folder that it is given, where it finds what a call that was cut off had left; returns a mapping of tensors, JSON data, or a
-            mapping of those two.
+        make: works in the folder that it is given, where it finds what a call that was cut off had left; returns a
+            mapping of tensors, JSON data, or a mapping of those two.
         uses: all that the result depends on, as JSON data.
     """
     from filelock import FileLock
 
-    digest = hashlib.blake2b(json.dumps({"name": name, "format": 1, **uses}, sort_keys=True, default=str).encode(), digest_size=10).hexdigest()
+    digest = hashlib.blake2b(
+        json.dumps({"name": name, "format": 1, **uses}, sort_keys=True, default=str).encode(), digest_size=10
+    ).hexdigest()
     done, working = root / f"{name}-{digest}", root / f"{name}-{digest}.partial"
     root.mkdir(parents=True, exist_ok=True)
     main = rank_world()[0] == 0
@@ -69,5 +73,8 @@ def _load(folder: Path) -> Any:
     from safetensors.torch import load_file
 
     index = json.loads((folder / "result.json").read_text())
-    parts = {name: load_file(str(folder / part["tensors"])) if "tensors" in part else part["value"] for name, part in index.items()}
+    parts = {
+        name: load_file(str(folder / part["tensors"])) if "tensors" in part else part["value"]
+        for name, part in index.items()
+    }
     return parts[""] if set(parts) == {""} else parts

@@ -34,7 +34,13 @@ class RunStages(RunData):
     """
 
     def __init__(
-        self, folder: Path | None, config: MethodConfig, *, data_root: str | None = None, live: Live | None = None, cpu: bool = False
+        self,
+        folder: Path | None,
+        config: MethodConfig,
+        *,
+        data_root: str | None = None,
+        live: Live | None = None,
+        cpu: bool = False,
     ) -> None:
         super().__init__(config, data_root)
         self._folder, self.live, self.cpu = folder, live or Live(), cpu
@@ -63,8 +69,9 @@ class RunStages(RunData):
     def stage(self, name: str, make: Callable[[], T], uses: Mapping[str, Any], *, shared: bool = True) -> T:
         """The result of `make()`, kept on disk under a hash of `uses` and reused by every run that uses the same.
 
-        Inside `make`, `run.folder` is the stage's own folder, so that a fit that was cut off goes on. The result may be a mapping of tensors, plain
-        JSON data, or a mapping of those two. Two processes that want the same stage take turns.
+        Inside `make`, `run.folder` is the stage's own folder, so that a fit that was cut off goes on. The result may be
+        a mapping of tensors, plain JSON data, or a mapping of those two. Two processes that want the same stage take
+        turns.
 
         Args:
             name: one of the plan's stages (an index may follow a dot: `expert.3`).
@@ -95,11 +102,21 @@ class RunStages(RunData):
     ) -> Fitted:
         """Train a module over a loader (see `stillhouse.training.engine.fit`) in this run's folder."""
         return fit(
-            module, train, spec, folder=self.folder, stage=name, seed=self.seed, evaluate=evaluate, splits=splits, live=self.live, cpu=self.cpu
+            module,
+            train,
+            spec,
+            folder=self.folder,
+            stage=name,
+            seed=self.seed,
+            evaluate=evaluate,
+            splits=splits,
+            live=self.live,
+            cpu=self.cpu,
         )
 
     def last_step(self, module: Any, train: Any, spec: TrainSpec, splits: Mapping[str, Any]) -> tuple[Any, Any]:
-        """A batch on the device and the context of a fit's last epoch, to measure a further step by (see `evaluation.cost.step_cost`)."""
+        """A batch on the device and the context of a fit's last epoch, to measure a further step by (see
+        `evaluation.cost.step_cost`)."""
         from stillhouse.distillation.objective import Progress
         from stillhouse.signals import to_device
         from stillhouse.training.context import TrainingContext
@@ -109,6 +126,13 @@ class RunStages(RunData):
         batch = to_device(next(iter(train.batches(spec.epochs - 1, 0, spec.epochs))), device)
         return batch, TrainingContext(module, progress, splits, self.seed, device, self.folder, train)
 
-    def loop(self, name: str, state: Mapping[str, Any], step: Callable[[int], Mapping[str, Tensor]], steps: int, **options: Any) -> float:
+    def loop(
+        self,
+        name: str,
+        state: Mapping[str, Any],
+        step: Callable[[int], Mapping[str, Tensor]],
+        steps: int,
+        **options: Any,
+    ) -> float:
         """The same loop where there is no loader (see `stillhouse.training.loop.loop`)."""
         return loop(self.folder, name, state, step, steps, seed=self.seed, live=self.live, **options)

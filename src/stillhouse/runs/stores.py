@@ -37,11 +37,15 @@ def data_facts(spec: DataSpec, bundle: Any) -> dict[str, Any]:
 
 def teacher_facts(spec: TeacherSpec, teacher: Any) -> dict[str, Any]:
     """What a manifest says of the teacher: the hash of its weights, and its recipe."""
-    return {"weights": teacher.fingerprint(), "model": spec.model or f"ensemble of {len(spec.ensemble or ())}, mean of {spec.mean}"}
+    return {
+        "weights": teacher.fingerprint(),
+        "model": spec.model or f"ensemble of {len(spec.ensemble or ())}, mean of {spec.mean}",
+    }
 
 
 def make(run: Any, name: str, spec: TeacherSpec, data: DataSpec, folder: Path | None = None, **options: Any) -> Path:
-    """Write the store of a recipe's teacher (`spec.store` says what is kept), or go on with it; all processes of the run take their share.
+    """Write the store of a recipe's teacher (`spec.store` says what is kept), or go on with it; all processes of the
+    run take their share.
 
     Args:
         run: a `stillhouse.runs.run.Run`.
@@ -60,7 +64,9 @@ def make(run: Any, name: str, spec: TeacherSpec, data: DataSpec, folder: Path | 
     bundle = run.data(data)
     facts: dict[str, Any] = {"teacher_facts": teacher_facts(spec, teacher), "data_facts": data_facts(data, bundle)}
     if folder is None:
-        digest = hashlib.blake2b(json.dumps([facts, spec.store.model_dump(mode="json")], sort_keys=True).encode(), digest_size=10).hexdigest()
+        digest = hashlib.blake2b(
+            json.dumps([facts, spec.store.model_dump(mode="json")], sort_keys=True).encode(), digest_size=10
+        ).hexdigest()
         folder = cache_folder() / "stores" / f"{name}-{digest}"
     folder = Path(folder).expanduser()
     folder.parent.mkdir(parents=True, exist_ok=True)

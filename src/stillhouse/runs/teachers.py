@@ -20,13 +20,16 @@ class RunTeachers(RunStages):
     """Data, stages, and teachers from specs."""
 
     def teacher(self, name: str, spec: TeacherSpec, data: DataSpec) -> Any:
-        """A teacher from its spec; one without weights is trained first, as a stage that every recipe with the same teacher shares."""
+        """A teacher from its spec; one without weights is trained first, as a stage that every recipe with the same
+        teacher shares."""
         from stillhouse.distillation.teachers import CoTrained, Ensemble, Momentum, PastSelf
 
         if spec.store is not None:
             return self._stored(name, spec, data)
         if spec.ensemble is not None:
-            return Ensemble([self.teacher(f"{name}.{i}", member, data) for i, member in enumerate(spec.ensemble)], spec.mean)
+            return Ensemble(
+                [self.teacher(f"{name}.{i}", member, data) for i, member in enumerate(spec.ensemble)], spec.mean
+            )
         if spec.momentum is not None:
             return Momentum(spec.momentum)
         if spec.past_self:
@@ -39,7 +42,8 @@ class RunTeachers(RunStages):
         task, its = self.data(data).task, self.data(spec.data or data).task
         if its.class_names != task.class_names and set(its.class_names) == set(task.class_names):
             raise UserError(
-                f"The teacher '{name}' is trained on the student's classes in another order ({', '.join(its.class_names[:6])}, not "
+                f"The teacher '{name}' is trained on the student's classes in another order "
+                f"({', '.join(its.class_names[:6])}, not "
                 f"{', '.join(task.class_names[:6])}); give both data sets the same order."
             )
         model = self.network(name, spec, data, as_saved=True)
@@ -51,7 +55,8 @@ class RunTeachers(RunStages):
         return teacher
 
     def _own_input(self, spec: TeacherSpec, model: nn.Module, data: DataSpec) -> OwnInput | None:
-        """How the data's images become the teacher's: as its spec says; of a network with published weights, normalised as these were."""
+        """How the data's images become the teacher's: as its spec says; of a network with published weights, normalised
+        as these were."""
         wanted, given = spec.input or InputSpec(), self.data(data).task.normalisation
         own = (wanted.mean, wanted.std) if wanted.mean is not None and wanted.std is not None else None
         if own is None and spec.pretrained and spec.train is None:
@@ -64,35 +69,44 @@ class RunTeachers(RunStages):
     def network(self, name: str, spec: TeacherSpec, data: DataSpec, as_saved: bool = False) -> nn.Module:
         """The network of a live teacher with its weights, trained first where it has none.
 
-        Its weights are in float32, or with `as_saved`, where they are not trained here, in the precision that a transformers folder has them in.
+        Its weights are in float32, or with `as_saved`, where they are not trained here, in the precision that a
+        transformers folder has them in.
         """
         if spec.input is not None and not as_saved:
-            raise UserError(f"The teacher '{name}' has an `input` of its own, but this method runs its network on the data's; leave it out.")
+            raise UserError(
+                f"The teacher '{name}' has an `input` of its own, but this method runs its network on the data's; "
+                "leave it out."
+            )
         seed, data, own = spec.seed or 0, spec.data or data, spec.network
         if as_saved and spec.train is None and own.model.startswith("hf:"):
             own = own.model_copy(update={"options": {"dtype": "auto", **own.options}})
         model = self.model(own, data, role="teacher", seed=seed)
-        if spec.train is not None and spec.checkpoint is None:  # from published weights where it is pretrained: fine-tuned
+        if (
+            spec.train is not None and spec.checkpoint is None
+        ):  # from published weights where it is pretrained: fine-tuned
             trained = self.trained("teacher", model, spec.network, spec.train, data, seed)
             model.load_state_dict(trained["weights"])
             self.record.setdefault("teachers", {})[name] = {"model": spec.model, **trained["figures"]}
         elif spec.checkpoint is None and not spec.pretrained:
             raise UserError(
-                f"The teacher '{name}' ({spec.model}) has no weights: give it a `checkpoint`, `pretrained: true`, or `train:` to train it first."
+                f"The teacher '{name}' ({spec.model}) has no weights: give it a `checkpoint`, `pretrained: true`, or "
+                "`train:` to train it first."
             )
         else:
             class_names.check(model, self.data(data).task.class_names, spec.model or name)
         return model
 
     def _stored(self, name: str, spec: TeacherSpec, data: DataSpec) -> Any:
-        """A teacher read from its store, which is written first where the recipe says what to keep and not where it is."""
+        """A teacher read from its store, which is written first where the recipe says what to keep and not where it
+        is."""
         from stillhouse.distillation.teachers import Stored
         from stillhouse.runs.stores import data_facts, make
         from stillhouse.store import Store
 
         if data.mixup or data.cutmix:
             raise UserError(
-                f"The teacher '{name}' is read from a store, sample by sample, but data.mixup and data.cutmix mix a batch; set both to 0."
+                f"The teacher '{name}' is read from a store, sample by sample, but data.mixup and data.cutmix mix a "
+                "batch; set both to 0."
             )
         folder = spec.store if isinstance(spec.store, str) else make(self, name, spec, data)
         bundle = self.data(data)
@@ -102,21 +116,29 @@ class RunTeachers(RunStages):
         for other in beside:
             if (other.views, other.manifest["seed"]) != (store.views, store.manifest["seed"]):
                 raise UserError(
-                    f"The stores '{other.folder}' and '{store.folder}' hold other views of the samples ({other.views} of seed {other.manifest['seed']}, "
-                    f"{store.views} of seed {store.manifest['seed']}), but a student sees one view at a time; cache both with the same views and seed."
+                    f"The stores '{other.folder}' and '{store.folder}' hold other views of the samples ({other.views} "
+                    f"of seed {other.manifest['seed']}, "
+                    f"{store.views} of seed {store.manifest['seed']}), but a student sees one view at a time; cache "
+                    "both with the same views and seed."
                 )
         beside.append(store)
         return Stored(store, name=name)
 
-    def trained(self, stage: str, model: nn.Module, spec: ModelSpec, train: TrainSpec, data: DataSpec, seed: int) -> dict[str, Any]:
-        """A network trained alone, on what its task calls plain training, as a shared stage: {"weights": tensors, "figures": test figures}."""
+    def trained(
+        self, stage: str, model: nn.Module, spec: ModelSpec, train: TrainSpec, data: DataSpec, seed: int
+    ) -> dict[str, Any]:
+        """A network trained alone, on what its task calls plain training, as a shared stage: {"weights": tensors,
+        "figures": test figures}."""
         from stillhouse.distillation.distillation import Distillation
         from stillhouse.distillation.weighted import objective_from_spec
 
         bundle = self.data(data)
 
         def make() -> dict[str, Any]:
-            stores, self._stores = self._stores, {}  # a network trained alone sees its own augmentation, not the views of a store
+            stores, self._stores = (
+                self._stores,
+                {},
+            )  # a network trained alone sees its own augmentation, not the views of a store
             try:
                 with self.seeded(seed):
                     objectives = [objective_from_spec(o) for o in bundle.task.supervised]
@@ -126,7 +148,11 @@ class RunTeachers(RunStages):
                 module.close()
             finally:
                 self._stores = stores
-            figures = self.figures(model, data, self.loader(data, "test"), next(model.parameters()).device) if bundle.has("test") else {}
+            figures = (
+                self.figures(model, data, self.loader(data, "test"), next(model.parameters()).device)
+                if bundle.has("test")
+                else {}
+            )
             return {"weights": state_on_cpu(model), "figures": figures}
 
         start = {"start": Frozen(model).fingerprint()} if spec.pretrained else {}

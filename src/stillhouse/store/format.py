@@ -1,6 +1,8 @@
-"""How a store lies on disk: `manifest.json` says whose signals of which data they are; each shard is one file of arrays with a record beside it.
+"""How a store lies on disk: `manifest.json` says whose signals of which data they are; each shard is one file of arrays
+with a record beside it.
 
-A shard counts once its record is there. The record names every array (dtype, shape, offset), the file's bytes and checksum, and what rounding cost.
+A shard counts once its record is there. The record names every array (dtype, shape, offset), the file's bytes and
+checksum, and what rounding cost.
 Rows of tokens differ in length: their arrays are laid end to end, and `offsets` says where each sample begins.
 """
 
@@ -26,24 +28,30 @@ Precision = Literal["fp32", "fp16", "bf16", "int8"]
 LEVELS = 254  # of 8 bits; code 255 is minus infinity
 
 
-# ---- numbers -------------------------------------------------------------------------------------------------------------------------------
+# ---- numbers ---------------------------------------------------------------------------------------------------------
 
 
 def encode(values: Tensor, precision: Precision, what: str = "signals") -> dict[str, np.ndarray]:
-    """float32 (n, ..., w) as arrays by suffix: `""` the numbers, and for int8 also `.low` and `.step`, (n, ..., 1) float32, one pair a row of w.
+    """float32 (n, ..., w) as arrays by suffix: `""` the numbers, and for int8 also `.low` and `.step`, (n, ..., 1)
+    float32, one pair a row of w.
 
     Raises:
         UserError: values that are not a number, or too large for fp16.
     """
     values = values.detach().to("cpu", torch.float32).contiguous()
     if bool(torch.isnan(values).any()) or bool((values == math.inf).any()):
-        raise UserError(f"The teacher's {what} hold NaN or infinity; a store keeps finite numbers (and minus infinity) only.")
+        raise UserError(
+            f"The teacher's {what} hold NaN or infinity; a store keeps finite numbers (and minus infinity) only."
+        )
     if precision == "fp32":
         return {"": values.numpy()}
     if precision == "fp16":
         half = values.to(torch.float16)
         if bool((torch.isinf(half) & ~torch.isinf(values)).any()):
-            raise UserError(f"The teacher's {what} reach {values.abs().max():.3g}, beyond the largest fp16 number 65504; choose bf16, int8 or fp32.")
+            raise UserError(
+                f"The teacher's {what} reach {values.abs().max():.3g}, beyond the largest fp16 number 65504; choose "
+                "bf16, int8 or fp32."
+            )
         return {"": half.numpy()}
     if precision == "bf16":
         return {"": values.to(torch.bfloat16).view(torch.int16).numpy()}
@@ -82,7 +90,7 @@ def index_dtype(classes: int) -> type[np.unsignedinteger[Any]]:
     return np.uint8 if classes <= 1 << 8 else np.uint16 if classes <= 1 << 16 else np.uint32
 
 
-# ---- files ---------------------------------------------------------------------------------------------------------------------------------
+# ---- files -----------------------------------------------------------------------------------------------------------
 
 
 def shard_file(folder: Path, number: int) -> Path:
@@ -94,7 +102,8 @@ def record_file(folder: Path, number: int) -> Path:
 
 
 def write_shard(folder: Path, number: int, arrays: Mapping[str, np.ndarray], facts: Mapping[str, Any]) -> None:
-    """Write a shard and then its record, each beside and renamed. Raises `UserError` where the disk is full; what was whole before stays."""
+    """Write a shard and then its record, each beside and renamed. Raises `UserError` where the disk is full; what was
+    whole before stays."""
     path, listed, digest, at = shard_file(folder, number), {}, hashlib.blake2b(digest_size=16), 0
     with written_beside(path) as beside, open(beside, "wb") as file:
         for name, array in arrays.items():
@@ -159,17 +168,26 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     try:
         manifest: dict[str, Any] = json.loads((folder / "manifest.json").read_text())
     except FileNotFoundError:
-        raise UserError(f"There is no store at '{folder}' (no manifest.json); write one with: stillhouse cache RECIPE --out {folder}.") from None
+        raise UserError(
+            f"There is no store at '{folder}' (no manifest.json); write one with: stillhouse cache RECIPE --out "
+            f"{folder}."
+        ) from None
     except (json.JSONDecodeError, UnicodeDecodeError):
         raise UserError(f"The manifest of the store '{folder}' is damaged; {remedy(folder)}") from None
     if manifest.get("format") != FORMAT:
-        raise UserError(f"The store '{folder}' has the format {manifest.get('format')}, but this version reads format {FORMAT}; cache it again.")
+        raise UserError(
+            f"The store '{folder}' has the format {manifest.get('format')}, but this version reads format {FORMAT}; "
+            "cache it again."
+        )
     return manifest
 
 
 def remedy(folder: Path) -> str:
     """What to do about a shard that is missing or damaged."""
-    return f"run the command that wrote the store again (stillhouse cache … --out {folder}): it makes what is missing or damaged and keeps the rest."
+    return (
+        f"run the command that wrote the store again (stillhouse cache … --out {folder}): it makes what is missing or "
+        "damaged and keeps the rest."
+    )
 
 
 def difference(there: Any, here: Any, path: str = "") -> str | None:

@@ -1,4 +1,5 @@
-"""Reading a store: `Store` gives rows in any order from memory-mapped shards; `StoredDataset` makes batches that replay its views and carry its signals."""
+"""Reading a store: `Store` gives rows in any order from memory-mapped shards; `StoredDataset` makes batches that replay
+its views and carry its signals."""
 
 from __future__ import annotations
 
@@ -23,7 +24,8 @@ class Store:
 
     Args:
         folder: where it is.
-        verify: compare every shard with its checksum first (the disk's reading speed); False: only that it is there and as long as it should be.
+        verify: compare every shard with its checksum first (the disk's reading speed); False: only that it is there and
+            as long as it should be.
 
     Raises:
         UserError: no store there, one that was cut off, a shard that is missing, torn or corrupted.
@@ -39,7 +41,8 @@ class Store:
         absent = [s for s, r in enumerate(records) if r is None]
         if absent:
             raise UserError(
-                f"The store '{self.folder}' is not finished: {len(absent)} of {total} shards are missing (the first is {absent[0]}); {F.remedy(self.folder)}"
+                f"The store '{self.folder}' is not finished: {len(absent)} of {total} shards are missing (the first "
+                f"is {absent[0]}); {F.remedy(self.folder)}"
             )
         self._records = [r for r in records if r is not None]
         for shard, record in enumerate(self._records):
@@ -103,7 +106,9 @@ class Store:
     def column(self, name: str, indices: np.ndarray, view: int = 0) -> np.ndarray:
         """Rows (B, ...) of an array of one row a sample: `logits`, `crop`, `flip`, `seen`, … as they are on disk."""
         if name not in self._records[0]["arrays"]:
-            raise UserError(f"The store '{self.folder}' holds no '{name}'; it holds: {', '.join(self._records[0]['arrays'])}.")
+            raise UserError(
+                f"The store '{self.folder}' holds no '{name}'; it holds: {', '.join(self._records[0]['arrays'])}."
+            )
         block, local = np.divmod(indices, self.manifest["shard_rows"])
         block = block + view * self._blocks
         touched = np.unique(block)
@@ -144,17 +149,19 @@ class Store:
         return out, lengths
 
     def tokens_of(self, indices: np.ndarray) -> list[np.ndarray]:
-        """The tokens that a server wrote for these samples, one array each. Raises `UserError` for a store that holds none."""
+        """The tokens that a server wrote for these samples, one array each. Raises `UserError` for a store that holds
+        none."""
         if "tokens" not in self._records[0]["arrays"]:
             raise UserError(f"The store '{self.folder}' holds no tokens: its signals are of a data set's own.")
         flat, lengths = self._flat(["tokens"], indices, 0)
         return np.split(flat["tokens"].astype(np.int64), np.cumsum(lengths)[:-1])
 
     def read(self, indices: np.ndarray, view: int = 0, mask: Tensor | None = None) -> dict[str, Tensor]:
-        """The signals of samples, float32: `logits` (B, C), or `top` (B, k), `top.indices` (B, k) int64 and `top.tail` (B,), `embedding`, `tap:NAME`.
+        """The signals of samples, float32: `logits` (B, C), or `top` (B, k), `top.indices` (B, k) int64 and `top.tail`
+        (B,), `embedding`, `tap:NAME`.
 
-        Of token rows, logits are (B, L, V) and so on, laid where `mask` (B, L) is True (without it: from the left). At other positions nothing is known:
-        all logits are 0; the top is empty (minus infinity) with all mass in the tail.
+        Of token rows, logits are (B, L, V) and so on, laid where `mask` (B, L) is True (without it: from the left). At
+        other positions nothing is known: all logits are 0; the top is empty (minus infinity) with all mass in the tail.
 
         Raises:
             UserError: a mask whose rows are not as long as the stored ones.
@@ -184,7 +191,8 @@ class Store:
         if not np.array_equal(found[~lost], lengths[~lost]):
             at = int(np.flatnonzero((found != lengths) & ~lost)[0])
             raise UserError(
-                f"Sample {int(indices[at])} has {int(found[at])} positions to learn from, but the store '{self.folder}' holds {int(lengths[at])} of them."
+                f"Sample {int(indices[at])} has {int(found[at])} positions to learn from, but the store "
+                f"'{self.folder}' holds {int(lengths[at])} of them."
             )
         mask = mask & ~torch.from_numpy(lost)[:, None]
         for name in along:
@@ -208,23 +216,36 @@ class Store:
         """
         held = self.manifest["data"]
         other = F.difference(held["spec"], data["spec"])
-        moved = F.difference(held["transform"], data["transform"], "data") or F.difference({"split": held["split"]}, {"split": data["split"]})
+        moved = F.difference(held["transform"], data["transform"], "data") or F.difference(
+            {"split": held["split"]}, {"split": data["split"]}
+        )
         if other or (held["fingerprint"] != data["fingerprint"] and not moved):
             raise UserError(
-                f"The store '{self.folder}' was written over other data ({other or 'the same name and options, but other content'}); train on the data that it was written over, or cache anew."
+                f"The store '{self.folder}' was written over other data "
+                f"({other or 'the same name and options, but other content'}); train on the data that it was written "
+                "over, or cache anew."
             )
         if moved:
-            raise UserError(f"The store '{self.folder}' was written under other transforms ({moved}); the student must see what the teacher saw.")
+            raise UserError(
+                f"The store '{self.folder}' was written under other transforms ({moved}); the student must see what "
+                "the teacher saw."
+            )
         if len(dataset) != len(self):
-            raise UserError(f"The store '{self.folder}' holds {len(self)} samples, but the {data['split']} split has {len(dataset)}.")
+            raise UserError(
+                f"The store '{self.folder}' holds {len(self)} samples, but the {data['split']} split has "
+                f"{len(dataset)}."
+            )
         if self.manifest["classes"] != classes and self.gives & {"logits", "top"}:
-            raise UserError(f"The store '{self.folder}' scores {self.manifest['classes']} classes, but the data has {classes}.")
+            raise UserError(
+                f"The store '{self.folder}' scores {self.manifest['classes']} classes, but the data has {classes}."
+            )
         rows = np.unique(np.linspace(0, len(self) - 1, 8).astype(np.int64))
         for view in {0, self.views - 1}:
             now = glance(dataset.batch(BatchKey(view, rows, 0, len(rows)), self.manifest["seed"]))
             if not np.allclose(now, self.column("seen", rows, view), rtol=1e-3, atol=1e-3):
                 raise UserError(
-                    f"The inputs that the store '{self.folder}' was written from cannot be made again here: data and transforms have the same names, but view {view} differs; was a library changed? Cache anew."
+                    f"The inputs that the store '{self.folder}' was written from cannot be made again here: data and "
+                    f"transforms have the same names, but view {view} differs; was a library changed? Cache anew."
                 )
 
 
@@ -235,13 +256,15 @@ def _laid(values: Tensor, mask: Tensor, fill: float) -> Tensor:
 
 
 class StoredDataset:
-    """A data set whose training batches replay the views of stores, and carry what is in them (what `Loader` asks of a data set).
+    """A data set whose training batches replay the views of stores, and carry what is in them (what `Loader` asks of a
+    data set).
 
     Epoch e shows view e mod views, made under the store's own seed; the order of the samples is the run's.
 
     Args:
         dataset: makes the inputs.
-        stores: what is read; they must have one seed and one number of views, as an input is one view. More may be added until training begins.
+        stores: what is read; they must have one seed and one number of views, as an input is one view. More may be
+            added until training begins.
     """
 
     def __init__(self, dataset: Any, stores: Iterable[Store] = ()) -> None:

@@ -1,4 +1,5 @@
-"""Asking a server for a whole data set, into a store: answers are kept in a journal as they come, so that a pass that is cut off asks for nothing twice."""
+"""Asking a server for a whole data set, into a store: answers are kept in a journal as they come, so that a pass that
+is cut off asks for nothing twice."""
 
 from __future__ import annotations
 
@@ -51,7 +52,8 @@ def score(
         vocabulary: the data's.
         classes: tokens of the data's vocabulary.
         workers: requests at the same time.
-        too_long: what becomes of a sample that the server's context does not hold: an error, or nothing is known of it and training passes it over.
+        too_long: what becomes of a sample that the server's context does not hold: an error, or nothing is known of it
+            and training passes it over.
 
     Returns:
         how many shards were written.
@@ -64,9 +66,21 @@ def score(
     def sample(i: int) -> tuple[Tensor, Tensor]:
         batch = dataset.batch(BatchKey(0, np.array([i], dtype=np.int64), 0, 1), spec.seed)
         x, label = batch["input"], batch.get("label")
-        if not isinstance(x, Mapping) or {"position_ids", "decoder_input_ids"} & set(x) or not isinstance(label, Tensor) or label.ndim != 2:
-            raise UserError("A server scores causal text, one sample a row: data.options.task must be causal and data.options.pack false.")
-        inside = x["attention_mask"][0].bool() if "attention_mask" in x else torch.ones_like(x["input_ids"][0], dtype=torch.bool)
+        if (
+            not isinstance(x, Mapping)
+            or {"position_ids", "decoder_input_ids"} & set(x)
+            or not isinstance(label, Tensor)
+            or label.ndim != 2
+        ):
+            raise UserError(
+                "A server scores causal text, one sample a row: data.options.task must be causal and "
+                "data.options.pack false."
+            )
+        inside = (
+            x["attention_mask"][0].bool()
+            if "attention_mask" in x
+            else torch.ones_like(x["input_ids"][0], dtype=torch.bool)
+        )
         return x["input_ids"][0][inside], label[0][inside] != -100
 
     def ask(i: int) -> Answer:
@@ -89,10 +103,14 @@ def score(
 
     def columns(samples: np.ndarray, answers: Sequence[Answer]) -> tuple[dict[str, Tensor], dict[str, np.ndarray]]:
         signals, plain = shard_arrays(answers, k, classes)
-        seen = np.concatenate([glance(dataset.batch(BatchKey(0, samples[i : i + 1], 0, 1), spec.seed)) for i in range(len(samples))])
+        seen = np.concatenate(
+            [glance(dataset.batch(BatchKey(0, samples[i : i + 1], 0, 1), spec.seed)) for i in range(len(samples))]
+        )
         return signals, {**plain, "seen": seen}
 
-    return _asked(Writer(folder, manifest), ask, columns, workers, too_long, f"{server.model} at {server.url}", rank, world, live)
+    return _asked(
+        Writer(folder, manifest), ask, columns, workers, too_long, f"{server.model} at {server.url}", rank, world, live
+    )
 
 
 def write(
@@ -110,9 +128,11 @@ def write(
     world: int = 1,
     live: Live | None = None,
 ) -> int:
-    """Ask a server for a completion of each prompt (a text, or a chat's messages), kept with the top log-probabilities of its tokens.
+    """Ask a server for a completion of each prompt (a text, or a chat's messages), kept with the top log-probabilities
+    of its tokens.
 
-    The store holds `tokens` rows beside the signals (`Store.tokens_of`); an empty completion is a row of none. `Written` trains from it.
+    The store holds `tokens` rows beside the signals (`Store.tokens_of`); an empty completion is a row of none.
+    `Written` trains from it.
 
     Raises:
         UserError: what `Server.write` and `Writer` raise. What was answered is kept.
@@ -123,7 +143,12 @@ def write(
     manifest = manifest_of(
         spec.model_copy(update={"top": k, "shard_rows": spec.shard_rows or 64}),
         teacher={"model": server.model, "server": server.url, "weights": "not known: behind a server"},
-        data={"fingerprint": digest, "split": "written", "spec": {"prompts": len(text), "max_tokens": max_tokens}, "transform": {}},
+        data={
+            "fingerprint": digest,
+            "split": "written",
+            "spec": {"prompts": len(text), "max_tokens": max_tokens},
+            "transform": {},
+        },
         count=len(text),
         classes=classes,
         row_bytes=1,
@@ -147,7 +172,8 @@ def write(
 
 
 class Written:
-    """Prompts with the completions that a store holds, and its signals: what `Loader` asks of a data set. Samples without a completion are left out.
+    """Prompts with the completions that a store holds, and its signals: what `Loader` asks of a data set. Samples
+    without a completion are left out.
 
     Args:
         store: that `write` made.
@@ -157,7 +183,9 @@ class Written:
 
     def __init__(self, store: Store, prompts: Sequence[Sequence[int]], pad: int = 0) -> None:
         if len(prompts) != len(store):
-            raise UserError(f"The store '{store.folder}' holds completions of {len(store)} prompts, but {len(prompts)} are given.")
+            raise UserError(
+                f"The store '{store.folder}' holds completions of {len(store)} prompts, but {len(prompts)} are given."
+            )
         self.store, self.prompts, self.pad = store, [list(map(int, p)) for p in prompts], pad
         self.tokens = [t.tolist() for t in store.tokens_of(np.arange(len(store)))]
         self.kept = np.array([i for i, t in enumerate(self.tokens) if t], dtype=np.int64)
@@ -169,7 +197,8 @@ class Written:
         raise UserError("A completion has no class.")
 
     def batch(self, key: BatchKey, seed: int) -> Batch:
-        """`input` (ids and mask), `label` (B, L) (-100 on prompts and padding), `index` (B,) of the prompts, and `stored`."""
+        """`input` (ids and mask), `label` (B, L) (-100 on prompts and padding), `index` (B,) of the prompts, and
+        `stored`."""
         index = self.kept[key.indices[key.start : key.stop]]
         rows = [self.prompts[i] + self.tokens[i] for i in index]
         starts = [len(self.prompts[i]) - 1 for i in index]
@@ -181,14 +210,23 @@ class Written:
             mask[b, : len(row) - 1] = 1
             label[b, start : len(row) - 1] = torch.tensor(row[start + 1 :])
         stored = {self.store.id: self.store.read(index, 0, label != -100)}
-        return {"input": {"input_ids": ids, "attention_mask": mask}, "label": label, "index": torch.from_numpy(index), "stored": stored}
+        return {
+            "input": {"input_ids": ids, "attention_mask": mask},
+            "label": label,
+            "index": torch.from_numpy(index),
+            "stored": stored,
+        }
 
 
 def _check(spec: StoreSpec, server: Server, classes: int) -> int:
     if spec.views != 1 or spec.embedding or spec.taps:
-        raise UserError("A server gives the top log-probabilities of text as it is: views must be 1, embedding and taps off.")
+        raise UserError(
+            "A server gives the top log-probabilities of text as it is: views must be 1, embedding and taps off."
+        )
     if spec.top is not None and spec.top > server.top:
-        raise UserError(f"The store is to keep the top {spec.top}, but the server is asked for {server.top}; ask for as many.")
+        raise UserError(
+            f"The store is to keep the top {spec.top}, but the server is asked for {server.top}; ask for as many."
+        )
     return min(spec.top or server.top, classes - 1)
 
 
@@ -230,13 +268,23 @@ class Journal:
             for line in text.split(b"\n"):
                 try:
                     said = json.loads(line)
-                    self.answers[int(said["sample"])] = Answer(said["ids"], said["log_probs"], said["tokens"], said["text"])
+                    self.answers[int(said["sample"])] = Answer(
+                        said["ids"], said["log_probs"], said["tokens"], said["text"]
+                    )
                 except (ValueError, KeyError, TypeError):
                     continue
         path.parent.mkdir(parents=True, exist_ok=True)
 
     def add(self, sample: int, answer: Answer) -> None:
-        line = json.dumps({"sample": sample, "ids": answer.ids, "log_probs": answer.log_probs, "tokens": answer.tokens, "text": answer.text})
+        line = json.dumps(
+            {
+                "sample": sample,
+                "ids": answer.ids,
+                "log_probs": answer.log_probs,
+                "tokens": answer.tokens,
+                "text": answer.text,
+            }
+        )
         with self._lock:
             try:
                 with open(self.path, "ab") as file:
@@ -244,17 +292,21 @@ class Journal:
             except OSError as error:
                 if is_full(error):
                     raise UserError(
-                        f"Could not write {self.path}: the disk is full. What was answered before is kept; free some space and start again."
+                        f"Could not write {self.path}: the disk is full. What was answered before is kept; free some "
+                        "space and start again."
                     ) from error
                 raise
             self.answers[sample] = answer
 
 
-def answered(samples: np.ndarray, ask: Callable[[int], Answer], journal: Journal, workers: int, too_long: TooLongIs, what: str) -> list[Answer]:
+def answered(
+    samples: np.ndarray, ask: Callable[[int], Answer], journal: Journal, workers: int, too_long: TooLongIs, what: str
+) -> list[Answer]:
     """The answers to these samples, in order; those that the journal holds are not asked for again.
 
     Raises:
-        UserError: a sample that is too long, unless it is to be skipped (it has then no known position); a server of which nothing comes.
+        UserError: a sample that is too long, unless it is to be skipped (it has then no known position); a server of
+            which nothing comes.
     """
 
     failed = threading.Event()
@@ -267,7 +319,10 @@ def answered(samples: np.ndarray, ask: Callable[[int], Answer], journal: Journal
         except TooLong as error:
             if too_long == "refuse":
                 failed.set()
-                raise UserError(f"Sample {sample} is too long for {what}: {error}; shorten the samples, or skip those that are too long.") from None
+                raise UserError(
+                    f"Sample {sample} is too long for {what}: {error}; shorten the samples, or skip those that are "
+                    "too long."
+                ) from None
             answer = Answer([], [])
         except BaseException:
             failed.set()
@@ -285,17 +340,23 @@ def answered(samples: np.ndarray, ask: Callable[[int], Answer], journal: Journal
     out = [journal.answers[int(s)] for s in samples]
     if len(out) > 1 and not any(a.ids for a in out):
         journal.path.unlink(missing_ok=True)
-        raise UserError(f"{what} gave no log-probabilities for any of {len(out)} samples; start it with log-probabilities on, or use another server.")
+        raise UserError(
+            f"{what} gave no log-probabilities for any of {len(out)} samples; start it with log-probabilities on, or "
+            "use another server."
+        )
     return out
 
 
-def shard_arrays(answers: Sequence[Answer], k: int, classes: int) -> tuple[dict[str, torch.Tensor], dict[str, np.ndarray]]:
+def shard_arrays(
+    answers: Sequence[Answer], k: int, classes: int
+) -> tuple[dict[str, torch.Tensor], dict[str, np.ndarray]]:
     """The columns of a shard, from the answers to its samples."""
     parts = [a.arrays(k) for a in answers]
     ids = np.concatenate([p[1] for p in parts])
     if len(ids) and not 0 <= ids.min() <= ids.max() < classes:
         raise UserError(
-            f"The server names the token {int(ids.max())}, but the data's vocabulary has {classes} tokens; they must share one tokenizer."
+            f"The server names the token {int(ids.max())}, but the data's vocabulary has {classes} tokens; they must "
+            "share one tokenizer."
         )
     plain = {
         "top.indices": ids.astype(index_dtype(classes)),

@@ -1,7 +1,8 @@
 """A teacher behind an OpenAI-compatible HTTP server, with retries and a rate limit.
 
-`Server.score` asks for the top log-probabilities of every token of a sequence (completions with `echo`), `Server.write` for a completion and the top
-log-probabilities of its tokens (completions, or chat). `asking` puts the answers into a store.
+`Server.score` asks for the top log-probabilities of every token of a sequence (completions with `echo`), `Server.write`
+for a completion and the top log-probabilities of its tokens (completions, or chat). `asking` puts the answers into a
+store.
 """
 
 from __future__ import annotations
@@ -33,7 +34,8 @@ class TooLong(Exception):
 
 @dataclass(frozen=True)
 class Answer:
-    """What a server said of one sample: for each of L positions the most probable tokens; `tokens` are those it wrote."""
+    """What a server said of one sample: for each of L positions the most probable tokens; `tokens` are those it
+    wrote."""
 
     ids: list[list[int]]
     log_probs: list[list[float]]
@@ -41,7 +43,8 @@ class Answer:
     text: str = ""
 
     def arrays(self, k: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """(L, k) log-probabilities, falling; (L, k) ids; (L,) the mass of all others. Where fewer are known, minus infinity at an id that is named already."""
+        """(L, k) log-probabilities, falling; (L, k) ids; (L,) the mass of all others. Where fewer are known, minus
+        infinity at an id that is named already."""
         values = np.full((len(self.ids), k), -np.inf, np.float32)
         ids = np.zeros((len(self.ids), k), np.int64)
         for row, (names, found) in enumerate(zip(self.ids, self.log_probs)):
@@ -89,8 +92,8 @@ class Server:
         top: how many log-probabilities to ask for at each position.
         key: an API key; default: the environment's STILLHOUSE_SERVER_KEY, then OPENAI_API_KEY.
         timeout: seconds to wait for an answer.
-        retries: how often to ask again after an error that may pass (no connection, a slow answer, 429, 5xx), waiting longer each time, or as long as
-            the server says (Retry-After).
+        retries: how often to ask again after an error that may pass (no connection, a slow answer, 429, 5xx), waiting
+            longer each time, or as long as the server says (Retry-After).
         rate: requests a second, at most.
         backoff: seconds before the first repetition; doubled for each further one.
         context: tokens that the model can read; None: the server says when a sample is too long.
@@ -109,7 +112,8 @@ class Server:
     _turn: threading.Lock = field(default_factory=threading.Lock, repr=False)
 
     def score(self, ids: Sequence[int], vocabulary: Vocabulary) -> Answer:
-        """The top log-probabilities after each of the L ids: position t is the prediction of token t + 1; the last, that of a token beyond.
+        """The top log-probabilities after each of the L ids: position t is the prediction of token t + 1; the last,
+        that of a token beyond.
 
         Raises:
             UserError: a server that cannot echo, or gives up.
@@ -117,24 +121,36 @@ class Server:
         """
         if self.context is not None and len(ids) > self.context:
             raise TooLong(f"{len(ids)} tokens, but the context holds {self.context}")
-        said = self.ask("completions", {"prompt": list(map(int, ids)), "max_tokens": 1, "echo": True, "logprobs": self.top, "temperature": 0})
+        said = self.ask(
+            "completions",
+            {"prompt": list(map(int, ids)), "max_tokens": 1, "echo": True, "logprobs": self.top, "temperature": 0},
+        )
         told = ((said.get("choices") or [{}])[0].get("logprobs") or {}).get("top_logprobs") or []
         if not told:
             return Answer([], [])
         if len(told) < len(ids):
             raise UserError(
-                f"{self.url} answered with {len(told)} positions for {len(ids)} tokens: it does not echo the prompt with its log-probabilities; "
+                f"{self.url} answered with {len(told)} positions for {len(ids)} tokens: it does not echo the prompt "
+                "with its log-probabilities; "
                 "use a server that does, or let it write completions."
             )
         rows = [_named(position or {}, vocabulary) for position in told[1 : len(ids) + 1]]
         rows += [([], [])] * (len(ids) - len(rows))
         return Answer([r[0] for r in rows], [r[1] for r in rows])
 
-    def write(self, prompt: str | Sequence[Mapping[str, str]], vocabulary: Vocabulary, max_tokens: int = 256, temperature: float = 0.0) -> Answer:
-        """A completion of a text, or of a chat's messages, and the top log-probabilities of each of its tokens; empty where the server wrote nothing.
+    def write(
+        self,
+        prompt: str | Sequence[Mapping[str, str]],
+        vocabulary: Vocabulary,
+        max_tokens: int = 256,
+        temperature: float = 0.0,
+    ) -> Answer:
+        """A completion of a text, or of a chat's messages, and the top log-probabilities of each of its tokens; empty
+        where the server wrote nothing.
 
         Raises:
-            UserError: a server that gives no log-probabilities, or writes a token that the vocabulary does not have, or gives up.
+            UserError: a server that gives no log-probabilities, or writes a token that the vocabulary does not have, or
+                gives up.
             TooLong: a prompt longer than the server's context.
         """
         common = {"max_tokens": max_tokens, "temperature": temperature}
@@ -146,18 +162,28 @@ class Server:
             rows = [_named(position or {}, vocabulary) for position in tops]
             text = choice.get("text") or ""
         else:
-            said = self.ask("chat/completions", {"messages": list(prompt), "logprobs": True, "top_logprobs": self.top, **common})
+            said = self.ask(
+                "chat/completions", {"messages": list(prompt), "logprobs": True, "top_logprobs": self.top, **common}
+            )
             choice = (said.get("choices") or [{}])[0]
             content = (choice.get("logprobs") or {}).get("content") or []
             names = [c["token"] for c in content]
-            rows = [_named({t["token"]: t["logprob"] for t in c.get("top_logprobs") or [c]}, vocabulary) for c in content]
+            rows = [
+                _named({t["token"]: t["logprob"] for t in c.get("top_logprobs") or [c]}, vocabulary) for c in content
+            ]
             text = (choice.get("message") or {}).get("content") or ""
         if text and not rows:
-            raise UserError(f"{self.url} wrote a completion without log-probabilities; start it with log-probabilities on, or use another server.")
+            raise UserError(
+                f"{self.url} wrote a completion without log-probabilities; start it with log-probabilities on, or use "
+                "another server."
+            )
         tokens = [vocabulary.id(n) for n in names[: len(rows)]]
         lost = next((n for n, t in zip(names, tokens) if t is None), None)
         if lost is not None:
-            raise UserError(f"{self.url} wrote the token {lost!r}, which the student's tokenizer does not have; they must share one vocabulary.")
+            raise UserError(
+                f"{self.url} wrote the token {lost!r}, which the student's tokenizer does not have; they must share "
+                "one vocabulary."
+            )
         return Answer([r[0] for r in rows], [r[1] for r in rows], [t for t in tokens if t is not None], text)
 
     def ask(self, path: str, payload: Mapping[str, Any]) -> dict[str, Any]:
@@ -189,12 +215,17 @@ class Server:
                         raise TooLong(text) from None
                     raise UserError(f"{url} refused the request ({error.code}): {text}") from None
                 last, wait = f"{error.code}: {text}", _retry_after(error.headers.get("Retry-After"), wait)
-            except (OSError, http.client.HTTPException, ValueError) as error:  # no connection, a timeout, an answer cut short or no JSON
+            except (
+                OSError,
+                http.client.HTTPException,
+                ValueError,
+            ) as error:  # no connection, a timeout, an answer cut short or no JSON
                 last = f"{type(error).__name__}: {error}"
             if number < self.retries:
                 time.sleep(wait)
         raise UserError(
-            f"{url} gave no answer in {self.retries + 1} tries (the last: {last}); what it answered before is kept, start the same command again to go on."
+            f"{url} gave no answer in {self.retries + 1} tries (the last: {last}); what it answered before is kept, "
+            "start the same command again to go on."
         )
 
     def _wait_turn(self) -> None:

@@ -1,4 +1,5 @@
-"""Writing a store: a teacher runs once over every view of a data set. Shards are divided among processes; what is whole is kept, the rest is made."""
+"""Writing a store: a teacher runs once over every view of a data set. Shards are divided among processes; what is whole
+is kept, the rest is made."""
 
 from __future__ import annotations
 
@@ -88,14 +89,19 @@ class Writer:
         F.write_shard(self.folder, shard, {**arrays, **plain}, {"errors": errors})
 
 
-def manifest_of(spec: StoreSpec, *, teacher: Mapping[str, Any], data: Mapping[str, Any], count: int, classes: int, row_bytes: int) -> dict[str, Any]:
-    """What a store is: format, whose signals (`teacher`), of what (`data`: fingerprint, split, transform), which and how they are kept.
+def manifest_of(
+    spec: StoreSpec, *, teacher: Mapping[str, Any], data: Mapping[str, Any], count: int, classes: int, row_bytes: int
+) -> dict[str, Any]:
+    """What a store is: format, whose signals (`teacher`), of what (`data`: fingerprint, split, transform), which and
+    how they are kept.
 
     Raises:
         UserError: as many top classes as there are.
     """
     if spec.top is not None and spec.top >= classes:
-        raise UserError(f"The top {spec.top} of {classes} classes are all of them; leave `top` out to store full logits.")
+        raise UserError(
+            f"The top {spec.top} of {classes} classes are all of them; leave `top` out to store full logits."
+        )
     rows = spec.shard_rows or max(min(SHARD_BYTES // max(row_bytes, 1), 16384, math.ceil(count / 16)), 64)
     return {
         "format": F.FORMAT,
@@ -147,20 +153,31 @@ def cache(
     if hasattr(teacher, "to"):
         teacher.to(device)
     wanted = {*(["embedding"] if spec.embedding else []), *(f"tap:{t}" for t in spec.taps)}
-    probe = _on(dataset.batch(BatchKey(0, np.arange(min(2, len(dataset)), dtype=np.int64), 0, min(2, len(dataset))), spec.seed), device)
+    probe = _on(
+        dataset.batch(BatchKey(0, np.arange(min(2, len(dataset)), dtype=np.int64), 0, min(2, len(dataset))), spec.seed),
+        device,
+    )
     teacher.attach(wanted, probe, None)
     try:
         said = teacher(probe)
         scores = _scores(said)
         if spec.top is not None and scores.ndim not in (2, 3):
             raise UserError(
-                f"The top k are kept of class scores (B, C) and of tokens (B, L, V), but the teacher gives {tuple(scores.shape)}; store it in full."
+                "The top k are kept of class scores (B, C) and of tokens (B, L, V), but the teacher gives "
+                f"{tuple(scores.shape)}; store it in full."
             )
         first, _, _ = columns(said, probe, spec)
         row_bytes = 4 * sum(v.numel() for v in first.values()) // len(probe["index"])
         writer = Writer(
             folder,
-            manifest_of(spec, teacher=teacher_facts, data=data_facts, count=len(dataset), classes=scores.shape[-1], row_bytes=row_bytes),
+            manifest_of(
+                spec,
+                teacher=teacher_facts,
+                data=data_facts,
+                count=len(dataset),
+                classes=scores.shape[-1],
+                row_bytes=row_bytes,
+            ),
         )
         live = live or Live()
         live.start("store", len(range(rank, writer.shards, world)), 0)
@@ -184,7 +201,9 @@ def _shard(
     for start in range(0, len(rows), batch_size):
         indices = rows[start : start + batch_size]
         key = BatchKey(view, indices, 0, len(indices))
-        batch, drawn = dataset.recorded(key, spec.seed) if hasattr(dataset, "recorded") else (dataset.batch(key, spec.seed), {})
+        batch, drawn = (
+            dataset.recorded(key, spec.seed) if hasattr(dataset, "recorded") else (dataset.batch(key, spec.seed), {})
+        )
         _fits(teacher, batch, indices)
         moved = _on(batch, device)
         kept, top, tokens = columns(teacher(moved), moved, spec)
@@ -209,12 +228,16 @@ def _fits(teacher: Any, batch: Batch, samples: np.ndarray) -> None:
         mask = batch["input"].get("attention_mask")
         longest = int(mask.sum(1).argmax()) if mask is not None else 0
         raise UserError(
-            f"Sample {int(samples[longest])} has {ids.shape[1]} tokens, but the teacher reads at most {limit}; shorten the samples (data.options.context, and too_long: cut or drop)."
+            f"Sample {int(samples[longest])} has {ids.shape[1]} tokens, but the teacher reads at most {limit}; "
+            "shorten the samples (data.options.context, and too_long: cut or drop)."
         )
 
 
-def columns(signals: Signals, batch: Batch, spec: StoreSpec) -> tuple[dict[str, Tensor], dict[str, Tensor], Tensor | None]:
-    """What is kept of a batch: real-valued columns, the top's indices and tail, and for tokens each sample's number of kept positions (B,).
+def columns(
+    signals: Signals, batch: Batch, spec: StoreSpec
+) -> tuple[dict[str, Tensor], dict[str, Tensor], Tensor | None]:
+    """What is kept of a batch: real-valued columns, the top's indices and tail, and for tokens each sample's number of
+    kept positions (B,).
 
     Of logits (B, L, V) those positions are kept whose label (B, L) is not -100; without such labels, all.
     """
@@ -243,7 +266,8 @@ def columns(signals: Signals, batch: Batch, spec: StoreSpec) -> tuple[dict[str, 
 
 
 def top_k(logits: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Log-probabilities of the k most probable classes, falling, their indices, and the mass of all others; (..., C) -> (..., k), (..., k), (...)."""
+    """Log-probabilities of the k most probable classes, falling, their indices, and the mass of all others; (..., C) ->
+    (..., k), (..., k), (...)."""
     log_p = torch.log_softmax(logits.float(), dim=-1)
     values, indices = log_p.topk(min(k, log_p.shape[-1]), dim=-1)
     tail = log_p.scatter(-1, indices, -math.inf).logsumexp(-1).exp()
@@ -259,7 +283,8 @@ def token_mask(batch: Batch, shape: Sequence[int], device: torch.device | str) -
 
 
 def glance(batch: Batch) -> np.ndarray:
-    """(B, 2) float32: mean and spread of each sample's input, by which a store knows later whether the student sees what the teacher saw."""
+    """(B, 2) float32: mean and spread of each sample's input, by which a store knows later whether the student sees
+    what the teacher saw."""
     x = batch["input"]
     values = [x[k] for k in sorted(x)] if isinstance(x, Mapping) else [x]
     values = [v for v in values if isinstance(v, Tensor) and v.ndim and v.dtype != torch.bool]
@@ -267,8 +292,14 @@ def glance(batch: Batch) -> np.ndarray:
         ids, label = x["input_ids"].double(), batch.get("label")
         kept = x["attention_mask"] if "attention_mask" in x else torch.ones_like(x["input_ids"])
         ids = ids * kept
-        spread = (label.double() * (label != -100)).sum(1) if isinstance(label, Tensor) and label.ndim == 2 else kept.double().sum(1)
-        return torch.stack([ids.sum(1) / kept.sum(1).clamp_min(1), spread / kept.sum(1).clamp_min(1)], 1).float().numpy()
+        spread = (
+            (label.double() * (label != -100)).sum(1)
+            if isinstance(label, Tensor) and label.ndim == 2
+            else kept.double().sum(1)
+        )
+        return (
+            torch.stack([ids.sum(1) / kept.sum(1).clamp_min(1), spread / kept.sum(1).clamp_min(1)], 1).float().numpy()
+        )
     flat = torch.cat([v.reshape(len(v), -1).to(torch.float32) for v in values], 1)
     return torch.stack([flat.mean(1), flat.std(1, correction=0)], 1).numpy()
 

@@ -28,7 +28,8 @@ class AugmentSpec(Spec):
 
     groups: Groups = Field(
         STRATEGY,
-        description="One of these a batch: color, crop, cutout, flip, scale, rotate, joined by _; '' for none. Leave flip out for digits.",
+        description="One of these a batch: color, crop, cutout, flip, scale, rotate, joined by _; '' for none. Leave "
+        "flip out for digits.",
     )
     always: Groups = Field("", description="All of these first, such as flip.")
 
@@ -54,9 +55,12 @@ class SearchSpec(Spec):
             width=[8, 32], depth=[1, 2], norm=["none", "instance"], act=["relu", "sigmoid"], pool=["avg", "max"]
         ),
         min_length=1,
-        description="Option -> its values: all combinations are candidates. Published: 720 (width 32 to 256, depth 1 to 4, 5 norms, 3 act, 3 pool).",
+        description="Option -> its values: all combinations are candidates. Published: 720 (width 32 to 256, depth 1 "
+        "to 4, 5 norms, 3 act, 3 pool).",
     )
-    networks: int = Field(1, ge=1, description="Of each candidate on the set, from an initialisation each; ranked by their mean.")
+    networks: int = Field(
+        1, ge=1, description="Of each candidate on the set, from an initialisation each; ranked by their mean."
+    )
     top: float = Field(
         0.5,
         gt=0,
@@ -75,36 +79,53 @@ class EvaluateSpec(Spec):
         "hard", description="hard: cross-entropy to class ids, SGD; soft: KL to the set's stored teacher logits, AdamW."
     )
     network: Model | None = Field(None, description="The network to train; default: the one of the recipe.")
-    networks: int = Field(3, ge=1, description="How many, each from its own initialisation: mean and spread are over them.")
+    networks: int = Field(
+        3, ge=1, description="How many, each from its own initialisation: mean and spread are over them."
+    )
     cross: list[Model] = Field(default_factory=list, description="Other architectures, trained the same way.")
     cross_networks: int = Field(1, ge=1, description="How many of each of `cross`.")
     epochs: int = Field(300, ge=1, description="Passes over the set; published: 1000 (hard), 300 (soft).")
-    batch_size: int | None = Field(None, ge=1, description="Default: 256 (hard), 64 (soft; of views, that in which they were labelled).")
-    optimizer: Literal["sgd", "adam", "adamw"] | None = Field(None, description="Default: sgd, with momentum 0.9 (hard), adamw (soft).")
-    lr: float | None = Field(None, gt=0, description="Default: 0.01 (hard; or the set's own learned rate), 0.001 (soft).")
+    batch_size: int | None = Field(
+        None, ge=1, description="Default: 256 (hard), 64 (soft; of views, that in which they were labelled)."
+    )
+    optimizer: Literal["sgd", "adam", "adamw"] | None = Field(
+        None, description="Default: sgd, with momentum 0.9 (hard), adamw (soft)."
+    )
+    lr: float | None = Field(
+        None, gt=0, description="Default: 0.01 (hard; or the set's own learned rate), 0.001 (soft)."
+    )
     weight_decay: float | None = Field(None, ge=0, description="Default: 5e-4 (hard), 0.01 (soft).")
     schedule: LRSchedule | None = Field(
         None,
-        description="Default: after half the epochs to a tenth, and a fresh optimiser state (hard); cosine to 0, by epoch (soft).",
+        description="Default: after half the epochs to a tenth, and a fresh optimiser state (hard); cosine to 0, by "
+        "epoch (soft).",
     )
-    augment: AugmentSpec | None = Field(None, description="Of training, an own draw for each image; default: as the recipe's `augment`.")
-    align_corners: bool = Field(True, description="Of the grids that scale and rotate; most published code has true, NCFM's false.")
+    augment: AugmentSpec | None = Field(
+        None, description="Of training, an own draw for each image; default: as the recipe's `augment`."
+    )
+    align_corners: bool = Field(
+        True, description="Of the grids that scale and rotate; most published code has true, NCFM's false."
+    )
     mixup: float = Field(
         0.0,
         ge=0,
         description="Mixup's alpha; 0 is off. With cutmix also on, each mixed batch takes one of the two at random.",
     )
-    cutmix: float = Field(0.0, ge=0, description="CutMix's alpha; 0 is off. Not of views, which are mixed when they are labelled.")
+    cutmix: float = Field(
+        0.0, ge=0, description="CutMix's alpha; 0 is off. Not of views, which are mixed when they are labelled."
+    )
     mix_probability: float = Field(1.0, gt=0, le=1, description="Share of the batches that are mixed, where they are.")
     temperature: float = Field(20.0, gt=0, description="soft: of both sides; no factor T^2.")
     best_every: int | None = Field(
         None,
         ge=1,
-        description="Also report the best of the accuracies after every so many epochs, as published code does: it chooses by test data.",
+        description="Also report the best of the accuracies after every so many epochs, as published code does: it "
+        "chooses by test data.",
     )
     scores: bool = Field(
         False,
-        description="Also DD-Ranking's scores, which train on random real images, on all real data, and without augmentation.",
+        description="Also DD-Ranking's scores, which train on random real images, on all real data, and without "
+        "augmentation.",
     )
     rates: list[Annotated[float, Field(gt=0)]] = Field(
         default_factory=list,
@@ -118,7 +139,9 @@ class EvaluateSpec(Spec):
     @model_validator(mode="after")
     def _fits(self) -> EvaluateSpec:
         if self.protocol == "soft" and self.continual is not None:
-            raise ValueError("continual trains on the images of some classes, and soft labels are of all; take protocol hard")
+            raise ValueError(
+                "continual trains on the images of some classes, and soft labels are of all; take protocol hard"
+            )
         if self.rates and not self.scores:
             raise ValueError("rates are tried for scores only; set scores to true, or give the one rate as lr")
         return self
@@ -141,13 +164,17 @@ class DatasetConfig(MethodConfig):
 class PixelConfig(DatasetConfig):
     """Of methods that learn pixels from the real images of each class."""
 
-    init: Literal["noise", "real", "representative", "mix"] = Field("real", description="How the images begin (see stillhouse.synthetic.initial).")
+    init: Literal["noise", "real", "representative", "mix"] = Field(
+        "real", description="How the images begin (see stillhouse.synthetic.initial)."
+    )
     iterations: int = Field(1000, ge=0, description="Outer steps; 0 leaves the set as it began.")
     batch_real: int = Field(256, ge=1, description="Real images per class and iteration.")
     lr: float = Field(1.0, gt=0, description="Of the pixels: SGD.")
     momentum: float = Field(0.5, ge=0, lt=1)
     clamp: bool = Field(False, description="Keep pixels in [0, 1] after every step; published code lets them go.")
-    mirror: bool = Field(False, description="Learn from every image and its mirror image at once (FYI); not for digits or text.")
+    mirror: bool = Field(
+        False, description="Learn from every image and its mirror image at once (FYI); not for digits or text."
+    )
 
     @model_validator(mode="after")
     def _fits_pixels(self) -> PixelConfig:

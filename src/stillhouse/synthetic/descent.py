@@ -63,7 +63,9 @@ def descend(
     """
     if not iterations:
         return Cost()
-    optimiser: torch.optim.Optimizer = torch.optim.SGD([pixels], lr) if plain else torch.optim.Adam([pixels], lr, betas=(0.5, 0.9))
+    optimiser: torch.optim.Optimizer = (
+        torch.optim.SGD([pixels], lr) if plain else torch.optim.Adam([pixels], lr, betas=(0.5, 0.9))
+    )
     peak = torch.zeros((), dtype=torch.int64)
 
     def one(i: int) -> dict[str, Tensor]:
@@ -85,8 +87,12 @@ def descend(
             after()
         return found
 
-    peak_of_tensors(lambda: None, pixels.device)  # the profiler's own start, a second, is no cost of the first iteration
-    seconds = run.loop(name, {"pixels": TensorState(pixels), "optimiser": optimiser, "peak": TensorState(peak)}, step, iterations)
+    peak_of_tensors(
+        lambda: None, pixels.device
+    )  # the profiler's own start, a second, is no cost of the first iteration
+    seconds = run.loop(
+        name, {"pixels": TensorState(pixels), "optimiser": optimiser, "peak": TensorState(peak)}, step, iterations
+    )
     return Cost(seconds, iterations, int(peak))
 
 

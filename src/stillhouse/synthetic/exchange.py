@@ -40,10 +40,14 @@ def source(path: str, spec: DataSpec, root: Path) -> Source:
     if wrong := set(spec.options) - {"real"}:
         raise unknown("option of synthetic:", sorted(wrong)[0], ["real"])
     place = existing(path, root)
-    if place.is_dir() and any((place / name).is_file() for name in ("product.json", "product/product.json", "recipe.yaml")):
+    if place.is_dir() and any(
+        (place / name).is_file() for name in ("product.json", "product/product.json", "recipe.yaml")
+    ):
         product = load_product(place)
         if not isinstance(product, SyntheticSet):
-            raise UserError(f"synthetic: '{path}' holds a product of kind '{product.kind}', not a synthetic set of labelled images.")
+            raise UserError(
+                f"synthetic: '{path}' holds a product of kind '{product.kind}', not a synthetic set of labelled images."
+            )
         real = _real(path, spec, product.made_by.get("data"), root)
         _same_classes(path, product.classes, real)
         x, y = product.training_images()
@@ -80,7 +84,10 @@ def _real(path: str, spec: DataSpec, made_from: Any, root: Path) -> DataBundle:
     """The real data by which networks are judged."""
     given = spec.options.get("real", made_from)
     if given is None:
-        raise UserError(f"synthetic: '{path}' does not name the real data that it stands for; give it as: data.options.real: cifar10.")
+        raise UserError(
+            f"synthetic: '{path}' does not name the real data that it stands for; give it as: data.options.real: "
+            "cifar10."
+        )
     try:
         real = load(DataSpec.model_validate({"name": given} if isinstance(given, str) else given), root)
     except ValidationError as error:
@@ -140,10 +147,19 @@ class _RealSplit:
 def _same_classes(path: str, classes: list[str], real: DataBundle) -> None:
     if classes != real.classes:
         i = next((i for i, (a, b) in enumerate(zip(classes, real.classes)) if a != b), None)
-        how = f"{len(classes)} classes, not {len(real.classes)}" if i is None else f"'{classes[i]}' for class {i}, not '{real.classes[i]}'"
-        raise UserError(f"synthetic: '{path}' and the real data '{real.name}' differ in their classes: the set has {how}.")
+        how = (
+            f"{len(classes)} classes, not {len(real.classes)}"
+            if i is None
+            else f"'{classes[i]}' for class {i}, not '{real.classes[i]}'"
+        )
+        raise UserError(
+            f"synthetic: '{path}' and the real data '{real.name}' differ in their classes: the set has {how}."
+        )
 
 
 def _same_shape(path: str, images: Tensor, real: DataBundle) -> None:
     if tuple(images.shape[1:]) != real.input_shape:
-        raise UserError(f"synthetic: the images of '{path}' have shape {tuple(images.shape[1:])}, but those of '{real.name}' {real.input_shape}.")
+        raise UserError(
+            f"synthetic: the images of '{path}' have shape {tuple(images.shape[1:])}, but those of '{real.name}' "
+            f"{real.input_shape}."
+        )

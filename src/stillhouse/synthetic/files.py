@@ -31,7 +31,10 @@ def to_folder(images: Tensor, labels: list[int], classes: list[str], folder: str
     """
     base = Path(folder) / "train"
     if base.exists():
-        raise UserError(f"There is a folder '{base}' already, and old images would be mixed with new ones; take another folder, or remove that one.")
+        raise UserError(
+            f"There is a folder '{base}' already, and old images would be mixed with new ones; take another folder, "
+            "or remove that one."
+        )
     temporary = base.with_name("train.partial")
     shutil.rmtree(temporary, ignore_errors=True)
     names = folder_names(classes)
@@ -56,7 +59,9 @@ def to_parquet(images: Tensor, labels: list[int], classes: list[str], logits: Te
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    encoded = pa.array([{"bytes": png(x), "path": None} for x in images], pa.struct({"bytes": pa.binary(), "path": pa.string()}))
+    encoded = pa.array(
+        [{"bytes": png(x), "path": None} for x in images], pa.struct({"bytes": pa.binary(), "path": pa.string()})
+    )
     columns: dict[str, Any] = {"img": encoded, "label": pa.array(labels, pa.int64())}
     features: dict[str, Any] = {"img": {"_type": "Image"}, "label": {"names": classes, "_type": "ClassLabel"}}
     if logits is not None:

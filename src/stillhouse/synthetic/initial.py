@@ -63,7 +63,10 @@ def representative_rows(
     from sklearn.cluster import KMeans
 
     if ipc > int(real.counts.min()):
-        raise UserError(f"{ipc} images (ipc) of each class are wanted, but '{real.classes[int(real.counts.argmin())]}' has {int(real.counts.min())}.")
+        raise UserError(
+            f"{ipc} images (ipc) of each class are wanted, but '{real.classes[int(real.counts.argmin())]}' has "
+            f"{int(real.counts.min())}."
+        )
     seed = int(torch.randint(0, 2**31 - 1, (1,), generator=generator))
     chosen = []
     for rows in real.rows:
@@ -104,13 +107,20 @@ def mixed(real: RealImages, ipc: int, factor: int, generator: torch.Generator) -
     Where the sides do not divide, the first tiles are a pixel larger.
     """
     height, width = real.images.shape[-2:]
-    if factor < 1 or any(-(-side // factor) * (factor - 1) >= side for side in (height, width)):  # `decode` would give a tile of padding
-        raise UserError(f"Images of {height} x {width} pixels cannot be cut into {factor} x {factor} tiles; take a smaller factor, 1 or more.")
+    if factor < 1 or any(
+        -(-side // factor) * (factor - 1) >= side for side in (height, width)
+    ):  # `decode` would give a tile of padding
+        raise UserError(
+            f"Images of {height} x {width} pixels cannot be cut into {factor} x {factor} tiles; take a smaller "
+            "factor, 1 or more."
+        )
     pool = real.draw(factor**2 * ipc, generator, "images (factor^2 * ipc)")
     parts = pool.view(len(real.classes), factor, factor, ipc, *pool.shape[1:])  # class, row, column, image, C, H, W
     heights, widths = ([side // factor + (i < side % factor) for i in range(factor)] for side in (height, width))
     rows = [
-        torch.cat([F.interpolate(parts[:, i, j].flatten(0, 1), size=(h, w), mode="nearest") for j, w in enumerate(widths)], -1)
+        torch.cat(
+            [F.interpolate(parts[:, i, j].flatten(0, 1), size=(h, w), mode="nearest") for j, w in enumerate(widths)], -1
+        )
         for i, h in enumerate(heights)
     ]
     return torch.cat(rows, -2)
@@ -127,5 +137,9 @@ def decode(images: Tensor, factor: int) -> Tensor:
     height, width = images.shape[-2:]
     tile_h, tile_w = -(-height // factor), -(-width // factor)
     padded = F.pad(images, (0, tile_w * factor - width, 0, tile_h * factor - height), value=0.5)
-    tiles = padded.view(len(images), -1, factor, tile_h, factor, tile_w).permute(2, 4, 0, 1, 3, 5).reshape(-1, images.shape[1], tile_h, tile_w)
+    tiles = (
+        padded.view(len(images), -1, factor, tile_h, factor, tile_w)
+        .permute(2, 4, 0, 1, 3, 5)
+        .reshape(-1, images.shape[1], tile_h, tile_w)
+    )
     return F.interpolate(tiles, size=(height, width), mode="bilinear", align_corners=False)

@@ -76,18 +76,25 @@ class SyntheticSet(Product):
         if x.ndim != 4 or not len(x):
             raise UserError(f"A synthetic set holds images (N, C, H, W), at least one; given: {tuple(x.shape)}.")
         if x.dtype != torch.float32:
-            raise UserError(f"A synthetic set holds float32 images; given: {x.dtype}. Divide uint8 images by 255 and normalise them.")
+            raise UserError(
+                f"A synthetic set holds float32 images; given: {x.dtype}. Divide uint8 images by 255 and normalise "
+                "them."
+            )
         if self.whitening is None and not len(self.mean) == len(self.std) == x.shape[1]:
             raise UserError(
-                f"The normalisation has {len(self.mean)} means and {len(self.std)} deviations, but the images have {x.shape[1]} channels."
+                f"The normalisation has {len(self.mean)} means and {len(self.std)} deviations, but the images have "
+                f"{x.shape[1]} channels."
             )
         broken = int((~x.isfinite()).flatten(1).any(1).sum())
         if broken:
-            raise UserError(f"{broken} of {len(x)} synthetic images hold NaN or infinite pixels; lower the images' learning rate.")
+            raise UserError(
+                f"{broken} of {len(x)} synthetic images hold NaN or infinite pixels; lower the images' learning rate."
+            )
         low, high = float(self.pixels().min()), float(self.pixels().max())
         if self.bounded and (low < -1e-3 or high > 1 + 1e-3):
             raise UserError(
-                f"The synthetic images have pixels from {low:.3g} to {high:.3g}, not in [0, 1]; clamp them, or say that they are not bounded."
+                f"The synthetic images have pixels from {low:.3g} to {high:.3g}, not in [0, 1]; clamp them, or say "
+                "that they are not bounded."
             )
         if float(x.abs().max()) > FAR:
             raise UserError(
@@ -96,18 +103,31 @@ class SyntheticSet(Product):
                 "for normalised ones?"
             )
         if y.shape != (len(x),) or y.is_floating_point() or y.dtype == torch.bool:
-            raise UserError(f"{len(x)} synthetic images need labels of shape ({len(x)},) that are class ids; given: {tuple(y.shape)}, {y.dtype}.")
+            raise UserError(
+                f"{len(x)} synthetic images need labels of shape ({len(x)},) that are class ids; given: "
+                f"{tuple(y.shape)}, {y.dtype}."
+            )
         if int(y.min()) < 0 or int(y.max()) >= count:
-            raise UserError(f"The labels run from {int(y.min())} to {int(y.max())}, but there are {count} classes (0 to {count - 1}).")
-        missing = [self.classes[c] for c in (torch.bincount(y.long(), minlength=count) == 0).nonzero().flatten().tolist()]
+            raise UserError(
+                f"The labels run from {int(y.min())} to {int(y.max())}, but there are {count} classes (0 to "
+                f"{count - 1})."
+            )
+        missing = [
+            self.classes[c] for c in (torch.bincount(y.long(), minlength=count) == 0).nonzero().flatten().tolist()
+        ]
         if missing:
             shown = ", ".join(f"'{m}'" for m in missing[:5]) + (" …" if len(missing) > 5 else "")
             raise UserError(f"The synthetic set has no image of {len(missing)} of its {count} classes: {shown}.")
         stored = (len(x) * self.factor**2, count)
         if self.soft is not None and self.soft.shape != stored:
-            raise UserError(f"Soft labels must have the shape {stored} (images, classes); given: {tuple(self.soft.shape)}.")
+            raise UserError(
+                f"Soft labels must have the shape {stored} (images, classes); given: {tuple(self.soft.shape)}."
+            )
         if self.views is not None and self.views.logits.shape[1:] != stored:
-            raise UserError(f"Soft labels of views must have the shape (epochs, {stored[0]}, {stored[1]}); given: {tuple(self.views.logits.shape)}.")
+            raise UserError(
+                f"Soft labels of views must have the shape (epochs, {stored[0]}, {stored[1]}); given: "
+                f"{tuple(self.views.logits.shape)}."
+            )
         self.labels = y.long()
 
     def __len__(self) -> int:
@@ -152,7 +172,9 @@ class SyntheticSet(Product):
         from stillhouse.data import IndexedDataset
 
         images, labels = self.training_images()
-        return IndexedDataset(lambda rows, epoch, seed: images[torch.from_numpy(rows)], labels.numpy(), len(self.classes))
+        return IndexedDataset(
+            lambda rows, epoch, seed: images[torch.from_numpy(rows)], labels.numpy(), len(self.classes)
+        )
 
     # ---- saving ------------------------------------------------------------------------------------------------------
 
@@ -187,7 +209,11 @@ class SyntheticSet(Product):
             t = load_file(str(Path(folder) / "images.safetensors"))
         except (OSError, SafetensorError) as error:
             raise UserError(f"The synthetic set in '{folder}' cannot be read ({error}).") from None
-        white = Whitening(t["whitening.mean"], t["whitening.matrix"], t["whitening.inverse"]) if "whitening.matrix" in t else None
+        white = (
+            Whitening(t["whitening.mean"], t["whitening.matrix"], t["whitening.inverse"])
+            if "whitening.matrix" in t
+            else None
+        )
         views = None if meta["views"] is None else ViewLabels(Views.model_validate(meta["views"]), t["views"])
         return cls(
             t["images"],
@@ -227,12 +253,20 @@ class SyntheticSet(Product):
         outside = clipped > 1e-3
         out = []
         if bool(outside.any()):
-            how = f"{float(outside.double().mean()):.1%} of the pixels lay outside [0, 1], by {float(clipped[outside].mean()):.2g} on average"
+            how = (
+                f"{float(outside.double().mean()):.1%} of the pixels lay outside [0, 1], by "
+                f"{float(clipped[outside].mean()):.2g} on average"
+            )
             out.append(f"{how}, and were clipped; the set itself, synthetic:RUN, keeps them.")
         if self.whitening is not None:
-            out.append("The images were learned whitened (zca), and are written as pictures; networks that are trained on them see them normalised.")
+            out.append(
+                "The images were learned whitened (zca), and are written as pictures; networks that are trained on "
+                "them see them normalised."
+            )
         if self.views is not None or (self.soft is not None and to == "folder"):
-            note = "; a Parquet file holds those of whole images" if self.soft is not None and self.views is None else ""
+            note = (
+                "; a Parquet file holds those of whole images" if self.soft is not None and self.views is None else ""
+            )
             out.append(f"The soft labels are not written{note}.")
         if self.lr is not None:
             out.append(f"The set was learned together with a learning rate to train with: {self.lr:.4g} (SGD).")

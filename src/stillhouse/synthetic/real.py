@@ -43,7 +43,9 @@ class RealRows:
         self.rows = list(order.split(self.counts.tolist()))
         empty = [classes[c] for c, n in enumerate(self.counts.tolist()) if not n]
         if empty:
-            raise UserError(f"The training split holds no image of the class '{empty[0]}'; every class needs some to be distilled.")
+            raise UserError(
+                f"The training split holds no image of the class '{empty[0]}'; every class needs some to be distilled."
+            )
 
     @classmethod
     def of(cls, run: Run, data: Any, device: torch.device | None = None) -> RealRows:
@@ -53,14 +55,18 @@ class RealRows:
         """
         bundle = run.data(data)
         if len(bundle.input_shape) != 3:
-            raise UserError(f"Data-set distillation makes images, but the inputs of '{data.name}' have shape {bundle.input_shape}.")
+            raise UserError(
+                f"Data-set distillation makes images, but the inputs of '{data.name}' have shape {bundle.input_shape}."
+            )
         dataset = bundle.dataset("train", train=False)
 
         def read(rows: Tensor) -> Tensor:
             from stillhouse.data import BatchKey
 
             parts = [part.numpy() for part in rows.cpu().split(512)]
-            return torch.cat([dataset.batch(BatchKey(0, part, 0, len(part)), 0)["input"] for part in parts]).to(device or run.device)
+            return torch.cat([dataset.batch(BatchKey(0, part, 0, len(part)), 0)["input"] for part in parts]).to(
+                device or run.device
+            )
 
         return RealRows(
             read,
@@ -80,7 +86,10 @@ class RealRows:
         least = int(self.counts.min())
         if count > least:
             name = self.classes[int(self.counts.argmin())]
-            raise UserError(f"{count} {what} of each class are wanted, but '{name}' has {least}; take fewer, or give more training data.")
+            raise UserError(
+                f"{count} {what} of each class are wanted, but '{name}' has {least}; take fewer, or give more "
+                "training data."
+            )
         return torch.cat([rows[torch.randperm(len(rows), generator=generator)[:count]] for rows in self.rows])
 
     def draw(self, count: int, generator: torch.Generator, what: str = "real images (batch_real)") -> Tensor:
@@ -112,9 +121,14 @@ class RealImages(RealRows):
         whitening: Whitening | None = None,
     ) -> None:
         if images.ndim != 4 or not images.is_floating_point():
-            raise UserError(f"Data-set distillation needs floating-point images (N, C, H, W); given: {tuple(images.shape)}, {images.dtype}.")
+            raise UserError(
+                f"Data-set distillation needs floating-point images (N, C, H, W); given: {tuple(images.shape)}, "
+                f"{images.dtype}."
+            )
         self.images, self.whitening = images, whitening
-        super().__init__(lambda rows: images[rows.to(images.device)], labels, classes, mean, std, tuple(images.shape[1:]))
+        super().__init__(
+            lambda rows: images[rows.to(images.device)], labels, classes, mean, std, tuple(images.shape[1:])
+        )
 
     @classmethod
     def load(cls, run: Run, data: Any, zca: bool = False, device: torch.device | None = None) -> RealImages:

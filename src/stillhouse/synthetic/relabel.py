@@ -30,7 +30,9 @@ class Views(Spec):
     batch_size: int = Field(64, ge=1)
     augment: Groups = Field("resized_crop_flip", description="All of these, an own draw for each image.")
     area: float = Field(0.08, gt=0, le=1, description="resized_crop: the smallest share of the image.")
-    mix: Literal["none", "cutmix", "mixup"] = Field("cutmix", description="With other images of the batch, one draw a batch.")
+    mix: Literal["none", "cutmix", "mixup"] = Field(
+        "cutmix", description="With other images of the batch, one draw a batch."
+    )
     alpha: float | None = Field(None, gt=0, description="Of the Beta; default: 1 (cutmix), 0.8 (mixup).")
     seed: int = 0
 
@@ -52,7 +54,9 @@ class Views(Spec):
         """
         drawn = generator(self.seed, "view", epoch, number)
         x = images[rows.to(images.device)]
-        x = apply(x, all_of(groups_of(self.augment), len(x), (x.shape[-2], x.shape[-1]), drawn, Strength(area=self.area)))
+        x = apply(
+            x, all_of(groups_of(self.augment), len(x), (x.shape[-2], x.shape[-1]), drawn, Strength(area=self.area))
+        )
         if self.mix == "none" or len(x) < 2:
             return x, rows, 1.0
         order = torch.randperm(len(x), generator=drawn)
@@ -93,7 +97,9 @@ class ViewLabels:
 
     def order(self, count: int, epoch: int) -> tuple[Tensor, ...]:
         """The rows of the batches of an epoch."""
-        return torch.tensor(permutation(count, self.made.seed, "views", epoch % self.made.epochs)).split(self.made.batch_size)
+        return torch.tensor(permutation(count, self.made.seed, "views", epoch % self.made.epochs)).split(
+            self.made.batch_size
+        )
 
 
 def running_logits(network: nn.Module, images: Tensor, batch: int = 256) -> Tensor:

@@ -48,12 +48,17 @@ def augmentation_robust_score(
     weight: Number | float = 0.5,
 ) -> Number:
     """ARS: the same of g (gain over random with augmentation) + (1 - g) (gain without)."""
-    return _normalised(weight * (synthetic_augmented - random_augmented) + (1 - weight) * (synthetic_plain - random_plain))
+    return _normalised(
+        weight * (synthetic_augmented - random_augmented) + (1 - weight) * (synthetic_plain - random_plain)
+    )
 
 
 def _normalised(value: Number) -> Number:
     if float(torch.as_tensor(value).abs().max()) > 1 + 1e-9:
-        raise UserError("DD-Ranking scores take accuracies as fractions in [0, 1]; these differ by more than 1: divide percents by 100.")
+        raise UserError(
+            "DD-Ranking scores take accuracies as fractions in [0, 1]; these differ by more than 1: divide percents "
+            "by 100."
+        )
     low, high = math.exp(-1), math.e
     grown = value.exp() if isinstance(value, Tensor) else math.exp(value)
     return (grown - low) / (high - low)

@@ -38,7 +38,9 @@ class Synthesis:
         figures: what learning cost.
     """
 
-    def __init__(self, config: PixelConfig, run: Run, features: Callable[[Tensor], Tensor] | None = None, factor: int = 1) -> None:
+    def __init__(
+        self, config: PixelConfig, run: Run, features: Callable[[Tensor], Tensor] | None = None, factor: int = 1
+    ) -> None:
         self.config, self.run, self.factor = config, run, factor
         self.real = RealImages.load(run, config.data, config.zca)
         start = initial(config.init, self.real, config.ipc, generator(run.seed, "initial"), features, max(factor, 2))
@@ -79,7 +81,8 @@ class Synthesis:
         drawn = self.generator("augment", i)
         draws = [augmentation(self.config.augment, 1, self.size, drawn) for _ in range(self.classes)]
         return tuple(  # type: ignore[return-value]
-            torch.cat([apply(part, draw) for part, draw in zip(batch.chunk(self.classes), draws)]) for batch in (real, synthetic)
+            torch.cat([apply(part, draw) for part, draw in zip(batch.chunk(self.classes), draws)])
+            for batch in (real, synthetic)
         )
 
     def optimiser(self) -> torch.optim.Optimizer:
@@ -160,7 +163,9 @@ def with_mirrors(images: Tensor, classes: int) -> Tensor:
 
 def made_by(config: DatasetConfig) -> dict[str, Any]:
     """A recipe as a product keeps it."""
-    recipe: dict[str, Any] = config.model_dump(mode="json", exclude_none=True, exclude={"variants", "groups", "evaluate"})
+    recipe: dict[str, Any] = config.model_dump(
+        mode="json", exclude_none=True, exclude={"variants", "groups", "evaluate"}
+    )
     return recipe
 
 
@@ -188,7 +193,9 @@ def _check_mirroring(run: Run, config: DatasetConfig) -> None:
             others = "_".join(g for g in groups if g != "flip")
             settings += [f"{key}.{field}={others or repr(others)}"] if "flip" in groups else []
     if settings:
-        raise UserError(f"Images of '{config.data.name}' change their class when mirrored; set {' and '.join(settings)}.")
+        raise UserError(
+            f"Images of '{config.data.name}' change their class when mirrored; set {' and '.join(settings)}."
+        )
 
 
 class TensorState:

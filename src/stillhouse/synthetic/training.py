@@ -142,7 +142,9 @@ class HardTraining(Training):
     batch_size: int
 
     @classmethod
-    def of(cls, images: Tensor, labels: Tensor, spec: EvaluateSpec, augment: AugmentSpec, lr: float | None, key: Key) -> HardTraining:
+    def of(
+        cls, images: Tensor, labels: Tensor, spec: EvaluateSpec, augment: AugmentSpec, lr: float | None, key: Key
+    ) -> HardTraining:
         """With the options of `evaluate`; `lr` where it names no rate, and else 0.01."""
         return cls(
             images=images,
@@ -187,16 +189,21 @@ class SoftTraining(Training):
     batch_size: int
 
     @classmethod
-    def of(cls, synthetic: SyntheticSet, spec: EvaluateSpec, augment: AugmentSpec, device: torch.device, key: Key) -> SoftTraining:
+    def of(
+        cls, synthetic: SyntheticSet, spec: EvaluateSpec, augment: AugmentSpec, device: torch.device, key: Key
+    ) -> SoftTraining:
         """With the options of `evaluate`.
 
         Raises `UserError` for a set without soft labels, and for views that would be mixed again.
         """
         if synthetic.views is None and synthetic.soft is None:
-            raise UserError("evaluate.protocol is soft, but the synthetic set holds no soft labels; take evaluate.protocol=hard.")
+            raise UserError(
+                "evaluate.protocol is soft, but the synthetic set holds no soft labels; take evaluate.protocol=hard."
+            )
         if synthetic.views is not None and (spec.mixup or spec.cutmix):
             raise UserError(
-                "evaluate.mixup and evaluate.cutmix cannot mix views, whose soft labels hold as they are; mix them when they are labelled."
+                "evaluate.mixup and evaluate.cutmix cannot mix views, whose soft labels hold as they are; mix them "
+                "when they are labelled."
             )
         return cls(
             images=synthetic.training_images()[0].to(device),

@@ -1,7 +1,9 @@
-"""`Task`: what is predicted, and all that follows from it without samples: how a network for it is built, called, read, judged and saved.
+"""`Task`: what is predicted, and all that follows from it without samples: how a network for it is built, called, read,
+judged and saved.
 
-A task is a frozen dataclass of plain facts. `Task()` itself is the plain loop: any model that gives logits, judged as a classifier.
-The class axis of logits is the last, and a label stands where its prediction stands: `label.shape == logits.shape[:-1]`; -100 counts for nothing.
+A task is a frozen dataclass of plain facts. `Task()` itself is the plain loop: any model that gives logits, judged as a
+classifier. The class axis of logits is the last, and a label stands where its prediction stands: `label.shape ==
+logits.shape[:-1]`; -100 counts for nothing.
 """
 
 from __future__ import annotations
@@ -54,7 +56,8 @@ class Task:
 
     @property
     def normalisation(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
-        """Mean and standard deviation per channel that inputs in [0, 1] were normalised with; () where they are used as they are."""
+        """Mean and standard deviation per channel that inputs in [0, 1] were normalised with; () where they are used as
+        they are."""
         return (), ()
 
     # ---- a network ---------------------------------------------------------------------------------------------------
@@ -64,7 +67,8 @@ class Task:
         raise UserError("There is nothing to build for: a model by name needs data.")
 
     def call(self, model: nn.Module, batch: Batch, *, losses: bool = False) -> Any:
-        """The network's output for a batch. With `losses`, a network that computes its own losses is given the targets."""
+        """The network's output for a batch. With `losses`, a network that computes its own losses is given the
+        targets."""
         return call_model(model, batch)
 
     def read(self, output: Any, batch: Batch) -> Signals:
@@ -105,7 +109,9 @@ class Task:
 
     def example(self) -> Batch:
         """A batch of one without data, for export and dry runs. Raises `UserError` where inputs have no one shape."""
-        raise UserError(f"A model of the task '{self.name}' takes inputs of no one shape, so there is no example of one.")
+        raise UserError(
+            f"A model of the task '{self.name}' takes inputs of no one shape, so there is no example of one."
+        )
 
     # ---- on disk -----------------------------------------------------------------------------------------------------
 
@@ -141,10 +147,13 @@ class Task:
 
     def predict(self, module: nn.Module, inputs: Sequence[Any]) -> list[dict[str, Any]]:
         """What the network finds in each input: labels, boxes, texts, pictures."""
-        raise UserError(f"Nothing predicts for people with a model of the task '{self.name}' yet; call its module on batches.")
+        raise UserError(
+            f"Nothing predicts for people with a model of the task '{self.name}' yet; call its module on batches."
+        )
 
     def pictures(self, batch: Batch, outputs: Signals) -> list[Tensor]:
-        """For a report's gallery, what a network finds in each sample of a batch: uint8 pictures (3, H, W); [] where there is nothing to draw."""
+        """For a report's gallery, what a network finds in each sample of a batch: uint8 pictures (3, H, W); [] where
+        there is nothing to draw."""
         return []
 
     def truth(self, batch: Batch) -> list[Tensor]:
@@ -156,7 +165,8 @@ class Task:
         return []
 
     def disagreement(self, student: Signals, teacher: Signals, batch: Batch) -> Tensor:
-        """(B,) how much student and teacher differ on each sample: by default the KL divergence of their class probabilities."""
+        """(B,) how much student and teacher differ on each sample: by default the KL divergence of their class
+        probabilities."""
         theirs = teacher.log_probs()
         kl = torch.nn.functional.kl_div(student.log_probs(), theirs, reduction="none", log_target=True).sum(-1)
         return kl.flatten(1).mean(1) if kl.ndim > 1 else kl

@@ -50,14 +50,20 @@ class Classification(Task):
 
     def example(self) -> Batch:
         if not self.input_shape:
-            raise UserError("The model takes several tensors by name, so only its weights can be exported: use the format safetensors.")
+            raise UserError(
+                "The model takes several tensors by name, so only its weights can be exported: use the format "
+                "safetensors."
+            )
         return {"input": torch.zeros(1, *self.input_shape)}
 
     @torch.no_grad()
     def predict(self, module: nn.Module, inputs: Sequence[Any]) -> list[dict[str, Any]]:
         """For each uint8 image (C, H, W): its `label`, and the five largest `probs` by class name."""
         if len(self.input_shape) != 3 or not self.mean:
-            raise UserError(f"Only classifiers of images predict for people; this one takes inputs of shape {self.input_shape}: call its module.")
+            raise UserError(
+                f"Only classifiers of images predict for people; this one takes inputs of shape {self.input_shape}: "
+                "call its module."
+            )
         channels, height, width = self.input_shape
         fitted = torch.stack([centre(with_channels(image, channels), (height, width)) for image in inputs])
         device = next(module.parameters()).device

@@ -20,7 +20,8 @@ from stillhouse.tasks.base import Task
 
 @dataclass(frozen=True)
 class Nodes(Task):
-    """Logits (N, C) of all nodes; labels (N,), -100 outside the split. A student that does without the graph reads features (N, D) alone.
+    """Logits (N, C) of all nodes; labels (N,), -100 outside the split. A student that does without the graph reads
+    features (N, D) alone.
 
     Attributes:
         classes: names, in label order.

@@ -68,8 +68,10 @@ class Segmentation(Task):
         """Maps (B, C, h, w) as (B, H, W, C): a view where the grid is the same."""
         if maps.ndim != 4 or maps.shape[1] != len(self.classes):
             raise UserError(
-                f"Segmentation needs a network that gives maps (B, {len(self.classes)}, h, w), a class axis and two of space; "
-                f"this one gives {tuple(maps.shape)}. Take one for segmentation, such as hf:config:segformer or torchvision:lraspp_mobilenet_v3_large."
+                f"Segmentation needs a network that gives maps (B, {len(self.classes)}, h, w), a class axis and two "
+                "of space; "
+                f"this one gives {tuple(maps.shape)}. Take one for segmentation, such as hf:config:segformer or "
+                "torchvision:lraspp_mobilenet_v3_large."
             )
         if tuple(maps.shape[-2:]) != grid:
             maps = F.interpolate(maps, size=grid, mode="bilinear", align_corners=False)
@@ -83,7 +85,8 @@ class Segmentation(Task):
 
     @torch.no_grad()
     def predict(self, module: nn.Module, inputs: Sequence[Any]) -> list[dict[str, Any]]:
-        """For each uint8 image (C, H, W): `shares` of the classes, `classes` (H, W) the map, `picture` the map drawn over the image.
+        """For each uint8 image (C, H, W): `shares` of the classes, `classes` (H, W) the map, `picture` the map drawn
+        over the image.
 
         The map has the image's own size.
         """
@@ -93,12 +96,16 @@ class Segmentation(Task):
             x = normalise(resized(plain, self.size)[None], self.mean, self.std).to(device)
             maps = self.read(self.call(module, {"input": x}), {"input": x}).logits
             assert maps is not None
-            whole = F.interpolate(maps.movedim(-1, 1).float(), size=plain.shape[-2:], mode="bilinear", align_corners=False)
+            whole = F.interpolate(
+                maps.movedim(-1, 1).float(), size=plain.shape[-2:], mode="bilinear", align_corners=False
+            )
             ids = whole.argmax(1)[0].cpu()
             share = torch.bincount(ids.flatten(), minlength=len(self.classes)).double() / ids.numel()
             shares = {name: round(s, 4) for name, s in zip(self.classes, share.tolist()) if s > 0}
             picture = overlay(with_channels(plain, 3), ids, len(self.classes))
-            found.append({"shares": dict(sorted(shares.items(), key=lambda s: -s[1])), "classes": ids, "picture": picture})
+            found.append(
+                {"shares": dict(sorted(shares.items(), key=lambda s: -s[1])), "classes": ids, "picture": picture}
+            )
         return found
 
     def pictures(self, batch: Batch, outputs: Signals) -> list[Tensor]:
@@ -123,7 +130,8 @@ class Segmentation(Task):
 
 
 class SegmentationMeter:
-    """`miou` (mean over the classes that occur, of intersection over union) and `pixel_accuracy`; with `classes`, `iou_NAME` of each class.
+    """`miou` (mean over the classes that occur, of intersection over union) and `pixel_accuracy`; with `classes`,
+    `iou_NAME` of each class.
 
     One (K, K) table of counts on the device, whatever the size of the test set.
     """
@@ -150,7 +158,11 @@ class SegmentationMeter:
         table = self._counts[:-1].view(len(self.classes), len(self.classes)).double()
         right, union = table.diag(), table.sum(0) + table.sum(1) - table.diag()
         iou = torch.where(union > 0, right / union.clamp_min(1), torch.nan)
-        out = {"miou": float(iou.nanmean()), "pixel_accuracy": float(right.sum() / table.sum())} if "segmentation" in self.groups else {}
+        out = (
+            {"miou": float(iou.nanmean()), "pixel_accuracy": float(right.sum() / table.sum())}
+            if "segmentation" in self.groups
+            else {}
+        )
         if "classes" in self.groups:
             out |= {f"iou_{name}": value for name, value in zip(self.classes, iou.tolist())}
         return out

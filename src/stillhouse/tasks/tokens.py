@@ -1,6 +1,7 @@
 """Tokens: language models (causal, masked, seq2seq) and classifiers of text, of transformers, with their tokenizer.
 
-A model is named as everywhere: `hf:config:TYPE` (fresh, `options` are its config's), `hf:FOLDER` or `hf:NAME` with `pretrained: true`.
+A model is named as everywhere: `hf:config:TYPE` (fresh, `options` are its config's), `hf:FOLDER` or `hf:NAME` with
+`pretrained: true`.
 """
 
 from __future__ import annotations
@@ -58,14 +59,17 @@ class Tokens(Task):
 
     Attributes:
         kind: causal, masked, seq2seq or classify.
-        vocabulary: how many tokens the tokenizer knows; logits beyond them belong to padded rows of an embedding, and are cut off.
+        vocabulary: how many tokens the tokenizer knows; logits beyond them belong to padded rows of an embedding, and
+            are cut off.
         context: tokens read at most.
-        tokenizer: a transformers tokenizer; None inside other libraries' loops, where nothing is built, saved or predicted.
+        tokenizer: a transformers tokenizer; None inside other libraries' loops, where nothing is built, saved or
+            predicted.
         classes: class names, of a classifier.
         tokenizer_name: as in the recipe, for messages.
         decoder_start: the id that a decoder begins with, of seq2seq.
         packed: whether rows hold several samples, which a model must keep apart.
-        without_head: networks are called without their output layer; `hidden`, `output_weight` and `output_bias` stand in the place of logits.
+        without_head: networks are called without their output layer; `hidden`, `output_weight` and `output_bias` stand
+            in the place of logits.
     """
 
     name: ClassVar[str] = "tokens"
@@ -102,7 +106,8 @@ class Tokens(Task):
         """A network for the kind and vocabulary.
 
         Raises:
-            UserError: what `stillhouse.models.build` raises; a vocabulary smaller than the tokenizer's; a context longer than the model's positions.
+            UserError: what `stillhouse.models.build` raises; a vocabulary smaller than the tokenizer's; a context
+                longer than the model's positions.
         """
         options = dict(spec.options)
         if spec.model.startswith("hf:"):
@@ -120,17 +125,22 @@ class Tokens(Task):
         rows = getattr(config, "vocab_size", None)
         if rows is not None and rows < self.vocabulary:
             raise UserError(
-                f"'{spec.model}' has {rows} tokens, but the tokenizer '{self.tokenizer_name}' has {self.vocabulary}; take the model's own "
+                f"'{spec.model}' has {rows} tokens, but the tokenizer '{self.tokenizer_name}' has {self.vocabulary}; "
+                "take the model's own "
                 f"tokenizer (data.options.tokenizer: hf:NAME)."
             )
         positions = getattr(config, "max_position_embeddings", None)
         if isinstance(positions, int) and 0 < positions < self.context:
-            raise UserError(f"data.options.context is {self.context}, but '{spec.model}' reads at most {positions} tokens; lower it.")
+            raise UserError(
+                f"data.options.context is {self.context}, but '{spec.model}' reads at most {positions} tokens; lower "
+                "it."
+            )
         if self.kind == "seq2seq":
             _start(model, self.decoder_start, spec.model)
         if self.packed and self.kind == "causal" and not keeps_apart(model):
             raise UserError(
-                f"'{spec.model}' lets packed samples see each other (its attention takes no note of position_ids); set data.options.pack: false."
+                f"'{spec.model}' lets packed samples see each other (its attention takes no note of position_ids); "
+                "set data.options.pack: false."
             )
         return model
 
@@ -142,13 +152,16 @@ class Tokens(Task):
             bias = {} if output.bias is None else {"output_bias": output.bias[: self.vocabulary]}
             return Signals(parts={"hidden": output.hidden, "output_weight": output.weight[: self.vocabulary], **bias})
         logits = read_logits(output)
-        return Signals(logits=logits[..., : self.vocabulary] if self.positions and logits.shape[-1] > self.vocabulary else logits)
+        return Signals(
+            logits=logits[..., : self.vocabulary] if self.positions and logits.shape[-1] > self.vocabulary else logits
+        )
 
     def compiled_part(self, model: nn.Module) -> nn.Module:
         return body_and_output(model)[0] if self.without_head else model
 
     def as_teacher(self, model: nn.Module, spec: TeacherSpec, its: Task) -> nn.Module:
-        """A teacher for students of this tokenizer; its own is that of the folder it comes from, or of the text that it was trained on."""
+        """A teacher for students of this tokenizer; its own is that of the folder it comes from, or of the text that it
+        was trained on."""
         assert spec.model is not None and isinstance(its, Tokens)
         return as_teacher(model, own_tokenizer(spec.model) or its.tokenizer, self.tokenizer, self.kind)
 
@@ -194,7 +207,10 @@ class Tokens(Task):
     def save_module(self, module: nn.Module, folder: Path) -> None:
         save: Any = getattr(module, "save_pretrained", None)
         if save is None:
-            raise UserError(f"A language product is a transformers model (hf:…), which saves itself; this student is a {type(module).__name__}.")
+            raise UserError(
+                "A language product is a transformers model (hf:…), which saves itself; this student is a "
+                f"{type(module).__name__}."
+            )
         set_names(module, self.classes)
         with quietly():
             save(folder / MODEL)
@@ -203,7 +219,9 @@ class Tokens(Task):
         import transformers
 
         with quietly():
-            model: nn.Module = getattr(transformers, AUTO[self.kind]).from_pretrained(folder / MODEL, use_safetensors=True)
+            model: nn.Module = getattr(transformers, AUTO[self.kind]).from_pretrained(
+                folder / MODEL, use_safetensors=True
+            )
         return model.eval()
 
     def weights_file(self, folder: Path) -> Path:
@@ -218,7 +236,8 @@ class Tokens(Task):
         Args:
             prompts: texts; a prompt longer than the context loses its beginning.
             max_new_tokens: at most.
-            options: of transformers' `generate`, such as do_sample, temperature, top_k; drawn from torch's default generator.
+            options: of transformers' `generate`, such as do_sample, temperature, top_k; drawn from torch's default
+                generator.
 
         Raises:
             UserError: a model that does not write.
@@ -228,13 +247,16 @@ class Tokens(Task):
         room = max(self.context - max_new_tokens, 1) if self.kind == "causal" else self.context
         rows = prompt_rows(self.tokenizer, prompts, self.kind, room)
         x = left_padded(rows, self.tokenizer.pad_token_id, next(module.parameters()).device)
-        written = module.generate(**x, max_new_tokens=max_new_tokens, pad_token_id=self.tokenizer.pad_token_id, **options)
+        written = module.generate(
+            **x, max_new_tokens=max_new_tokens, pad_token_id=self.tokenizer.pad_token_id, **options
+        )
         written = written[:, x["input_ids"].shape[1] :] if self.kind == "causal" else written[:, 1:]
         return self.tokenizer.batch_decode(written, skip_special_tokens=True)
 
     @torch.no_grad()
     def predict(self, module: Any, inputs: Sequence[Any]) -> list[dict[str, Any]]:
-        """Of a classifier, `label` and `probs` (by class name) of each text; of a model that writes, the `text` that follows each prompt.
+        """Of a classifier, `label` and `probs` (by class name) of each text; of a model that writes, the `text` that
+        follows each prompt.
 
         Raises:
             UserError: a masked language model, or a text beyond the context.
@@ -245,12 +267,19 @@ class Tokens(Task):
         rows = Ragged.of([begin + ids + close for ids in encode(self.tokenizer, inputs)])
         if len(rows) and int(rows.lengths.max()) > self.context:
             raise UserError(
-                f"Text {int(rows.lengths.argmax())} has {int(rows.lengths.max())} tokens, but the model reads {self.context}; shorten it."
+                f"Text {int(rows.lengths.argmax())} has {int(rows.lengths.max())} tokens, but the model reads "
+                f"{self.context}; shorten it."
             )
         ids = rows.padded(np.arange(len(rows)), self.tokenizer.pad_token_id)
         inside = torch.arange(ids.shape[1])[None, :] < torch.from_numpy(rows.lengths)[:, None]
         device = next(module.parameters()).device
-        probs = module(input_ids=ids.to(device), attention_mask=inside.long().to(device)).logits.float().softmax(-1).cpu().tolist()
+        probs = (
+            module(input_ids=ids.to(device), attention_mask=inside.long().to(device))
+            .logits.float()
+            .softmax(-1)
+            .cpu()
+            .tolist()
+        )
         return [{"label": self.classes[p.index(max(p))], "probs": dict(zip(self.classes, p))} for p in probs]
 
 
@@ -261,7 +290,8 @@ def _start(model: Any, start: int, name: str) -> None:
         model.config.decoder_start_token_id = model.generation_config.decoder_start_token_id = start
     elif given != start:
         raise UserError(
-            f"'{name}' begins to write with token {given}, but the data with {start}; take its own tokenizer (data.options.tokenizer: hf:NAME)."
+            f"'{name}' begins to write with token {given}, but the data with {start}; take its own tokenizer "
+            "(data.options.tokenizer: hf:NAME)."
         )
 
 

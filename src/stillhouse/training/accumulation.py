@@ -1,7 +1,9 @@
-"""The gradient of an optimiser step as that of one mean over all its samples, whatever batch and process each of them lies in.
+"""The gradient of an optimiser step as that of one mean over all its samples, whatever batch and process each of them
+lies in.
 
-A loss is a mean over its batch. Batches of unequal size, within a step or over processes, would therefore weigh their samples unequally. `StepMean`
-multiplies each loss by its batch's size before the backward pass, and divides the gradients by the sum of the sizes before the optimiser's step.
+A loss is a mean over its batch. Batches of unequal size, within a step or over processes, would therefore weigh their
+samples unequally. `StepMean` multiplies each loss by its batch's size before the backward pass, and divides the
+gradients by the sum of the sizes before the optimiser's step.
 """
 
 from __future__ import annotations
@@ -19,7 +21,8 @@ class StepMean:
     """Weighs the batches of an optimiser step by their sizes.
 
     Args:
-        reference: a usual size, the same for all batches of a step and in all processes: losses and gradients keep their usual magnitude.
+        reference: a usual size, the same for all batches of a step and in all processes: losses and gradients keep
+            their usual magnitude.
         processes: how many train together; their gradients are averaged.
         reduce: sums a tensor over processes.
 
@@ -31,7 +34,9 @@ class StepMean:
     tensor([3.5000])
     """
 
-    def __init__(self, reference: float | Tensor = 1.0, processes: int = 1, reduce: Callable[[Tensor], Tensor] | None = None) -> None:
+    def __init__(
+        self, reference: float | Tensor = 1.0, processes: int = 1, reduce: Callable[[Tensor], Tensor] | None = None
+    ) -> None:
         self.reference, self._processes, self._reduce = reference, processes, reduce
         self._total: float | Tensor = 0.0
 
@@ -51,7 +56,9 @@ class StepMean:
         """
         total, self._total = self._total, 0.0
         if self._reduce is not None and self._processes > 1 and not shared:
-            total = self._reduce(torch.as_tensor(total, dtype=torch.float32, device=parameters[0].device)) / self._processes
+            total = (
+                self._reduce(torch.as_tensor(total, dtype=torch.float32, device=parameters[0].device)) / self._processes
+            )
         factor = averaged * self.reference / total
         if isinstance(factor, Tensor) or factor != 1.0:
             gradients = [p.grad for p in parameters if p.grad is not None]

@@ -1,4 +1,5 @@
-"""What objectives may ask of the training around them: `Progress`, the protocol `Context`, and `TrainingContext`, that of a fit."""
+"""What objectives may ask of the training around them: `Progress`, the protocol `Context`, and `TrainingContext`, that
+of a fit."""
 
 from __future__ import annotations
 
@@ -17,7 +18,8 @@ from stillhouse.signals import Batch, Signals, to_device
 
 @dataclass
 class Progress:
-    """Where training is. `step` counts optimiser steps from 0; `epoch` counts from 0; `batch` counts within the epoch."""
+    """Where training is. `step` counts optimiser steps from 0; `epoch` counts from 0; `batch` counts within the
+    epoch."""
 
     step: int = 0
     epoch: int = 0
@@ -52,7 +54,8 @@ class Context(Protocol):
         ...
 
     def sweep(self, split: str, of: str = "teacher") -> Iterator[tuple[Batch, Signals]]:
-        """Batches of a split (`train`, `holdout`, `val`) under evaluation transforms with the signals of a teacher or of `"student"`; no autograd; every process sweeps the whole split."""
+        """Batches of a split (`train`, `holdout`, `val`) under evaluation transforms with the signals of a teacher or
+        of `"student"`; no autograd; every process sweeps the whole split."""
         ...
 
     def class_mean(self, what: Literal["probs", "logits", "embedding"], of: str = "teacher") -> tuple[Tensor, Tensor]:
@@ -79,8 +82,23 @@ class Context(Protocol):
 class TrainingContext(Context):
     """What objectives may ask of a fit."""
 
-    def __init__(self, module: Any, progress: Progress, splits: Mapping[str, Any], seed: int, device: torch.device, folder: Path, train: Any) -> None:
-        self.module, self.progress, self._splits, self._seed, self._device = module, progress, dict(splits), seed, device
+    def __init__(
+        self,
+        module: Any,
+        progress: Progress,
+        splits: Mapping[str, Any],
+        seed: int,
+        device: torch.device,
+        folder: Path,
+        train: Any,
+    ) -> None:
+        self.module, self.progress, self._splits, self._seed, self._device = (
+            module,
+            progress,
+            dict(splits),
+            seed,
+            device,
+        )
         self._train = train
         self._means: dict[tuple[str, str], tuple[Tensor, Tensor]] = {}
         self._holdout_batches: Any = None
@@ -98,7 +116,11 @@ class TrainingContext(Context):
         if name not in self._splits:
             raise UserError(
                 f"This training was given no '{name}' split"
-                + ("; set data.holdout to a share above 0." if name == "holdout" else f"; it has: {', '.join(self._splits) or 'none'}.")
+                + (
+                    "; set data.holdout to a share above 0."
+                    if name == "holdout"
+                    else f"; it has: {', '.join(self._splits) or 'none'}."
+                )
             )
         return self._splits[name]
 
@@ -108,7 +130,8 @@ class TrainingContext(Context):
         labels = source.labels() if hasattr(source, "labels") else None
         if labels is None:
             raise UserError(
-                f"The labels of the '{split}' split are not known beforehand; train from a recipe, or give the loader's data set a `labels()`."
+                f"The labels of the '{split}' split are not known beforehand; train from a recipe, or give the "
+                "loader's data set a `labels()`."
             )
         return labels
 
@@ -133,11 +156,16 @@ class TrainingContext(Context):
         sums: Tensor | None = None
         counts: Tensor | None = None
         for batch, said in self.sweep("train", of):
-            value = {"probs": lambda s: s.log_probs().exp(), "logits": lambda s: s.log_probs(), "embedding": lambda s: s.embedding}[what](said)
+            value = {
+                "probs": lambda s: s.log_probs().exp(),
+                "logits": lambda s: s.log_probs(),
+                "embedding": lambda s: s.embedding,
+            }[what](said)
             labels = batch["label"]
             if labels.ndim != 1:
                 raise UserError(
-                    "Class means need class ids, but the training labels are soft; switch mixup and cutmix off for the sweep, or label the data hard."
+                    "Class means need class ids, but the training labels are soft; switch mixup and cutmix off for "
+                    "the sweep, or label the data hard."
                 )
             if sums is None or counts is None:
                 classes = said.log_probs().shape[-1]

@@ -1,4 +1,5 @@
-"""The live display of a run: progress bars in a terminal, a line now and then elsewhere. It never touches the device."""
+"""The live display of a run: progress bars in a terminal, a line now and then elsewhere. It never touches the
+device."""
 
 from __future__ import annotations
 
@@ -38,7 +39,8 @@ def _short(values: Mapping[str, float]) -> str:
 class Bars(Live):
     """Rich progress bars, one line a stage; outside a terminal, one line a stage and one every ten seconds.
 
-    Of many stages (experts, the networks that judge a set) the last `SHOWN` stay, so that the one at work is always on the screen.
+    Of many stages (experts, the networks that judge a set) the last `SHOWN` stay, so that the one at work is always on
+    the screen.
     """
 
     SHOWN = 8

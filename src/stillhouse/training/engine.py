@@ -1,4 +1,5 @@
-"""`fit`: a module trained over a loader, on the resumable loop and Hugging Face Accelerate: epochs, schedule, precision, processes, averages, evaluation, best-of."""
+"""`fit`: a module trained over a loader, on the resumable loop and Hugging Face Accelerate: epochs, schedule,
+precision, processes, averages, evaluation, best-of."""
 
 from __future__ import annotations
 
@@ -74,11 +75,13 @@ def fit(
     cpu: bool = False,
     accelerator: Any = None,
 ) -> Fitted:
-    """Train a module over a loader: epochs, schedule, precision, processes, EMA, evaluation, best-of, early stop, checkpoints.
+    """Train a module over a loader: epochs, schedule, precision, processes, EMA, evaluation, best-of, early stop,
+    checkpoints.
 
     Args:
-        module: a `Distillation`, or any module with `forward(batch, progress) -> {"loss": …, term: …}`, `param_groups()`, `student`, and, where it has
-            them, `build(batch)`, `prepare(ctx)`, `begin_epoch(ctx)`, `before_step(batch, ctx)`, `after_step(batch, progress, stepped)`, `compile()`.
+        module: a `Distillation`, or any module with `forward(batch, progress) -> {"loss": …, term: …}`,
+            `param_groups()`, `student`, and, where it has them, `build(batch)`, `prepare(ctx)`, `begin_epoch(ctx)`,
+            `before_step(batch, ctx)`, `after_step(batch, progress, stepped)`, `compile()`.
         train: a `stillhouse.data.Loader`.
         spec: epochs, optimiser and the rest.
         folder: where metrics.csv and checkpoints/ go; a checkpoint of the same stage there is gone on from.
@@ -130,7 +133,9 @@ class _Fit:
             module.prepare(self.ctx)
         self.wrapped = accelerator.prepare(module)
         if accelerator.scaler is not None or accelerator.distributed_type.value in ("DEEPSPEED", "FSDP", "MEGATRON_LM"):
-            self.optimizer = accelerator.prepare(self.optimizer)  # elsewhere the wrapper does nothing, and costs 0.2 ms a step
+            self.optimizer = accelerator.prepare(
+                self.optimizer
+            )  # elsewhere the wrapper does nothing, and costs 0.2 ms a step
         if spec.trackers and accelerator.is_main_process:
             accelerator.init_trackers(folder.name)
         self._unscaled = False  # whether the gradients of this step lost the scale of fp16 already
@@ -157,10 +162,13 @@ class _Fit:
             set_memory(self.module, torch.contiguous_format)
         if self.spec.trackers:
             self.accelerator.end_training()
-        return Fitted(dict(extra.get("figures", {})), self.loop.seconds, math.ceil(self.loop.done / self.batches.per_epoch))
+        return Fitted(
+            dict(extra.get("figures", {})), self.loop.seconds, math.ceil(self.loop.done / self.batches.per_epoch)
+        )
 
     def step(self, i: int) -> Mapping[str, Tensor]:
-        """Forward and backward of batch i, and, with the last of the batches that are accumulated, a step of the optimiser."""
+        """Forward and backward of batch i, and, with the last of the batches that are accumulated, a step of the
+        optimiser."""
         module, progress, accumulate = self.module, self.progress, self.spec.accumulate
         progress.epoch, progress.batch = divmod(i, self.batches.per_epoch)
         progress.step = i // accumulate
@@ -195,7 +203,9 @@ class _Fit:
         return terms
 
     def _backward(self, batch: Batch, averaged: int) -> Mapping[str, Tensor]:
-        weighed = self.step_mean is not None and not has_positions(batch)  # positions weigh alike by their batches' `token_count`
+        weighed = self.step_mean is not None and not has_positions(
+            batch
+        )  # positions weigh alike by their batches' `token_count`
         if weighed:
             batch["weighed"] = True
         try:
@@ -274,7 +284,8 @@ class _FitLoop(Loop):
 
 
 class _Batches:
-    """A fit's batches, in one stream over its epochs; those of an optimiser step are weighed position by position, where they hold tokens or pixels."""
+    """A fit's batches, in one stream over its epochs; those of an optimiser step are weighed position by position,
+    where they hold tokens or pixels."""
 
     def __init__(self, train: Any, spec: TrainSpec) -> None:
         self.train, self.accumulate, self.epochs, self.per_epoch = train, spec.accumulate, spec.epochs, len(train)
@@ -360,15 +371,19 @@ def _average(student: nn.Module, spec: TrainSpec) -> Any:
 
 def _refuse_lonely_batch_norm(module: nn.Module, train: Any) -> None:
     module.train()
-    if getattr(train, "batch_size", 2) == 1 and any(isinstance(m, nn.modules.batchnorm._BatchNorm) and m.training for m in module.modules()):
+    if getattr(train, "batch_size", 2) == 1 and any(
+        isinstance(m, nn.modules.batchnorm._BatchNorm) and m.training for m in module.modules()
+    ):
         raise UserError(
-            "train.batch_size is 1, but the network has batch normalisation, which needs at least two samples a batch; use a larger batch."
+            "train.batch_size is 1, but the network has batch normalisation, which needs at least two samples a "
+            "batch; use a larger batch."
         )
 
 
 def _batch_of_one(error: ValueError, batch: Batch) -> Exception:
     if "Expected more than 1 value per channel" in str(error):
         return UserError(
-            "A training batch holds one sample, but the network has batch normalisation, which needs at least two; use a larger batch or more data."
+            "A training batch holds one sample, but the network has batch normalisation, which needs at least two; "
+            "use a larger batch or more data."
         )
     return error

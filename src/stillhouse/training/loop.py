@@ -1,7 +1,8 @@
 """The one resumable loop: it drives any step function, seeds each step, and logs, checks and checkpoints between steps.
 
-Randomness is a function of (seed, stage, keys of the step, rank), so a checkpoint holds no random state and a killed run goes on to the same bits.
-Terms stay on the device; every `log_every` steps they are read at once, checked to be finite, written to metrics.csv, and then a checkpoint may follow.
+Randomness is a function of (seed, stage, keys of the step, rank), so a checkpoint holds no random state and a killed
+run goes on to the same bits. Terms stay on the device; every `log_every` steps they are read at once, checked to be
+finite, written to metrics.csv, and then a checkpoint may follow.
 """
 
 from __future__ import annotations
@@ -34,7 +35,8 @@ class Stateful(Protocol):
 
 
 class Loop:
-    """Runs `step(i)` for i in [start, steps): seeds each, collects its terms, logs, checks, checkpoints, and answers Ctrl-C at the next step.
+    """Runs `step(i)` for i in [start, steps): seeds each, collects its terms, logs, checks, checkpoints, and answers
+    Ctrl-C at the next step.
 
     Args:
         folder: where metrics.csv and checkpoints/ are.
@@ -92,17 +94,26 @@ class Loop:
         try:
             saved = torch.load(self.path, map_location="cpu", weights_only=True)
         except Exception as error:
-            raise UserError(f"The checkpoint {self.path} cannot be read ({type(error).__name__}); remove it to start this stage anew.") from error
+            raise UserError(
+                f"The checkpoint {self.path} cannot be read ({type(error).__name__}); remove it to start this stage "
+                "anew."
+            ) from error
         for name, item in self.state.items():
             item.load_state_dict(saved["state"][name])
-        self.done, self.seconds, self.finished, self.extra = saved["done"], saved["seconds"], saved["finished"], saved["extra"]
+        self.done, self.seconds, self.finished, self.extra = (
+            saved["done"],
+            saved["seconds"],
+            saved["finished"],
+            saved["extra"],
+        )
         self._window = [(tuple(names), torch.tensor(values)) for names, values in saved["window"]]
         if self.main:
             self.metrics.keep(self.stage, saved["rows"])
         return True
 
     def check(self) -> None:
-        """Raises `TrainingDiverged` where weights, statistics or an optimiser's state have become NaN or infinite; waits for the device."""
+        """Raises `TrainingDiverged` where weights, statistics or an optimiser's state have become NaN or infinite;
+        waits for the device."""
         names = self._not_finite() if self.main else []
         broken = [n for n in names if n not in self._never_finite]
         if self._agreed(bool(broken)):
@@ -117,26 +128,34 @@ class Loop:
                 tensors |= {f"{name}.{k}": v for k, v in item.state_dict().items() if isinstance(v, Tensor)}
             elif isinstance(item, torch.optim.Optimizer):
                 states = item.state_dict()["state"].items()
-                tensors |= {f"{name}.{i}.{k}": v for i, state in states for k, v in state.items() if isinstance(v, Tensor)}
+                tensors |= {
+                    f"{name}.{i}.{k}": v for i, state in states for k, v in state.items() if isinstance(v, Tensor)
+                }
         tensors = {k: v for k, v in tensors.items() if v.is_floating_point() and v.device.type != "meta"}
         finite = torch.stack([v.isfinite().all() for v in tensors.values()]).tolist() if tensors else []
         return [name for name, good in zip(tensors, finite) if not good]
 
     def _diverged(self, what: str) -> TrainingDiverged:
-        """The error for a training that cannot go on, and a mark that lets a run with a lower rate continue from its last checkpoint."""
+        """The error for a training that cannot go on, and a mark that lets a run with a lower rate continue from its
+        last checkpoint."""
         if self.path.exists():
             step = torch.load(self.path, map_location="cpu", weights_only=True)["done"]
             if self.main:
                 diverged_mark(self.path).touch()
-            then = f"the checkpoint of step {step} is good, and a start in the same folder with other values of these continues from it"
+            then = (
+                f"the checkpoint of step {step} is good, and a start in the same folder with other values of these "
+                "continues from it"
+            )
         else:
             then = "no checkpoint had been written yet"
         return TrainingDiverged(
-            f"{self.stage}: {what}. Lower the learning rate (train.optimizer.lr) or the term's weight, or clip the gradient (train.clip); {then}."
+            f"{self.stage}: {what}. Lower the learning rate (train.optimizer.lr) or the term's weight, or clip the "
+            f"gradient (train.clip); {then}."
         )
 
     def save(self) -> None:
-        """Write a checkpoint now (the main process; the others wait). Raises `TrainingDiverged` as `check` does: a stored checkpoint is good."""
+        """Write a checkpoint now (the main process; the others wait). Raises `TrainingDiverged` as `check` does: a
+        stored checkpoint is good."""
         self.check()
         if self.main:
             content = {
@@ -156,7 +175,8 @@ class Loop:
         self._last_save = time.monotonic()
 
     def run(self, step: Callable[[int], Mapping[str, Tensor]], boundary: Callable[[int], bool] | None = None) -> None:
-        """Go on to the end. `boundary(done)` is called after every step that ends an epoch (see `ends_epoch`); True stops early."""
+        """Go on to the end. `boundary(done)` is called after every step that ends an epoch (see `ends_epoch`); True
+        stops early."""
         if self.finished:
             return
         rank = 0 if self.accelerator is None else self.accelerator.process_index
@@ -233,7 +253,10 @@ class Loop:
                 stacked = self.accelerator.reduce(stacked, reduction="mean")
             table = [(self._window[0][0], row) for row in stacked.tolist()]
         else:
-            table = [(names, (self.accelerator.reduce(v, reduction="mean") if self.world > 1 else v).tolist()) for names, v in self._window]
+            table = [
+                (names, (self.accelerator.reduce(v, reduction="mean") if self.world > 1 else v).tolist())
+                for names, v in self._window
+            ]
         for offset, (names, row) in enumerate(table):
             bad = [n for n, v in zip(names, row) if not math.isfinite(v)]
             if bad:
@@ -298,8 +321,11 @@ def loop(
     checkpoint_seconds: float = 20.0,
     live: Live | None = None,
 ) -> float:
-    """The same loop where there is no loader: `step(i)` does what the method does and returns named terms. Returns the seconds spent."""
-    driver = Loop(folder, stage, steps, state, seed=seed, log_every=log_every, checkpoint_seconds=checkpoint_seconds, live=live)
+    """The same loop where there is no loader: `step(i)` does what the method does and returns named terms. Returns the
+    seconds spent."""
+    driver = Loop(
+        folder, stage, steps, state, seed=seed, log_every=log_every, checkpoint_seconds=checkpoint_seconds, live=live
+    )
     driver.restore()
     driver.run(step)
     driver.save()

@@ -13,7 +13,8 @@ from stillhouse.files import is_full, written_beside
 
 
 class Metrics:
-    """metrics.csv of a run: rows of named figures, `stage`, `epoch` and `step` first. New columns rewrite the file; else rows are appended."""
+    """metrics.csv of a run: rows of named figures, `stage`, `epoch` and `step` first. New columns rewrite the file;
+    else rows are appended."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -61,7 +62,8 @@ class Metrics:
         except OSError as error:
             if is_full(error):
                 raise UserError(
-                    f"Could not write {self.path}: the disk is full. The last checkpoint is kept; free some space and start again."
+                    f"Could not write {self.path}: the disk is full. The last checkpoint is kept; free some space and "
+                    "start again."
                 ) from error
             raise
 

@@ -16,7 +16,9 @@ from stillhouse.models.anatomy import depths_of
 def optimizer_class(name: str) -> type[torch.optim.Optimizer]:
     """A class of torch.optim by its name in any case. Raises `UserError` with the nearest names."""
     classes = {
-        n.lower(): c for n, c in vars(torch.optim).items() if isinstance(c, type) and issubclass(c, torch.optim.Optimizer) and n != "Optimizer"
+        n.lower(): c
+        for n, c in vars(torch.optim).items()
+        if isinstance(c, type) and issubclass(c, torch.optim.Optimizer) and n != "Optimizer"
     }
     if name.lower() not in classes:
         raise unknown("optimizer", name, classes)
@@ -26,8 +28,9 @@ def optimizer_class(name: str) -> type[torch.optim.Optimizer]:
 def trained_in_float32(student: nn.Module) -> None:
     """Turn a student whose trained weights are in half precision to float32, in place.
 
-    In half precision an update smaller than about 1/256 (bfloat16) of a weight rounds to nothing, and float16 overflows. Frozen weights alone, such as
-    those under adapters, stay as they are. For speed there is mixed precision (`train.precision: bf16`).
+    In half precision an update smaller than about 1/256 (bfloat16) of a weight rounds to nothing, and float16
+    overflows. Frozen weights alone, such as those under adapters, stay as they are. For speed there is mixed precision
+    (`train.precision: bf16`).
     """
     if any(p.requires_grad and p.dtype in (torch.float16, torch.bfloat16) for p in student.parameters()):
         student.float()
@@ -36,23 +39,30 @@ def trained_in_float32(student: nn.Module) -> None:
             config.dtype = torch.float32
 
 
-def make_optimizer(groups: list[dict[str, Any]], spec: TrainSpec, student: nn.Module | None = None) -> torch.optim.Optimizer:
-    """The optimiser that a recipe names, any of torch.optim, over parameter groups that may set their own lr and weight_decay.
+def make_optimizer(
+    groups: list[dict[str, Any]], spec: TrainSpec, student: nn.Module | None = None
+) -> torch.optim.Optimizer:
+    """The optimiser that a recipe names, any of torch.optim, over parameter groups that may set their own lr and
+    weight_decay.
 
     Args:
         groups: options and parameters.
         spec: the training; its optimiser's `decay` and `layer_decay` divide the groups.
-        student: whose layers `layer_decay` counts, and whose `no_weight_decay()` names parameters that `decay: matrices` leaves out.
+        student: whose layers `layer_decay` counts, and whose `no_weight_decay()` names parameters that `decay:
+            matrices` leaves out.
     """
     groups = _divided(groups, spec, student)
     try:
         return optimizer_class(spec.optimizer.name)(groups, **spec.optimizer.arguments())
     except TypeError as error:
-        raise UserError(f"train.optimizer: {spec.optimizer.name} takes no such option: {str(error).split('.__init__() ')[-1]}.") from None
+        raise UserError(
+            f"train.optimizer: {spec.optimizer.name} takes no such option: {str(error).split('.__init__() ')[-1]}."
+        ) from None
 
 
 def _divided(groups: list[dict[str, Any]], spec: TrainSpec, student: nn.Module | None) -> list[dict[str, Any]]:
-    """Groups cut by whether weights decay and by depth, in the order of their parameters; as they are where neither is asked for."""
+    """Groups cut by whether weights decay and by depth, in the order of their parameters; as they are where neither is
+    asked for."""
     options = spec.optimizer
     if options.decay == "all" and options.layer_decay is None:
         return groups
@@ -88,12 +98,15 @@ def rate_factor(spec: TrainSpec, progress_epochs: float) -> float:
     if s.name == "exponential":
         return max(s.gamma ** math.floor(progress_epochs - s.warmup_epochs), floor)
     share = min((progress_epochs - s.warmup_epochs) / max(spec.epochs - s.warmup_epochs, 1e-9), 1.0)
-    falling = {"cosine": 0.5 * (1 + math.cos(math.pi * share)), "linear": 1 - share, "poly": (1 - share) ** s.power}[s.name]
+    falling = {"cosine": 0.5 * (1 + math.cos(math.pi * share)), "linear": 1 - share, "poly": (1 - share) ** s.power}[
+        s.name
+    ]
     return floor + (1 - floor) * falling
 
 
 def _one_cycle(epoch: float, rise: float, epochs: float, end: float) -> float:
-    """The factor of torch's OneCycleLR with its defaults: from 1/25 up to 1 at `rise`, then down to `end`, or to 1/250,000."""
+    """The factor of torch's OneCycleLR with its defaults: from 1/25 up to 1 at `rise`, then down to `end`, or to
+    1/250,000."""
     start, end = 1 / 25, end or 1 / 25 / 1e4
     if epoch < rise:
         low, share = start, 1 - epoch / rise

@@ -9,7 +9,14 @@ from torch.nn import functional as F
 from parity.adapters.dataset_distillation_common import convnet_of
 from parity.case import Case
 from stillhouse.functional.matching import Flat
-from stillhouse.methods.datasets.ast import balance_factor, expert_loss, momentum_path, path_distances, path_weights, perturbed
+from stillhouse.methods.datasets.ast import (
+    balance_factor,
+    expert_loss,
+    momentum_path,
+    path_distances,
+    path_weights,
+    perturbed,
+)
 from stillhouse.synthetic.initial import by_distance, nearest_in_turn
 
 
@@ -49,11 +56,17 @@ def factors(case: Case) -> None:
 
 def representative_init(case: Case) -> None:
     p = case.params
-    rows = by_distance(case["logits"], case["centers"])[: p["ipc"] // p["clusters"]].T  # the published code may take an image for two centres
+    rows = by_distance(case["logits"], case["centers"])[
+        : p["ipc"] // p["clusters"]
+    ].T  # the published code may take an image for two centres
     expected = case["indices"].view(p["clusters"], -1)
-    assert torch.equal(rows.sort(1).values, expected.sort(1).values), f"{case!r}: {rows.tolist()} is not {expected.tolist()}"
+    assert torch.equal(rows.sort(1).values, expected.sort(1).values), (
+        f"{case!r}: {rows.tolist()} is not {expected.tolist()}"
+    )
     if len(expected.unique()) == p["ipc"]:
-        assert set(nearest_in_turn(case["logits"], case["centers"], p["ipc"]).tolist()) == set(expected.flatten().tolist())
+        assert set(nearest_in_turn(case["logits"], case["centers"], p["ipc"]).tolist()) == set(
+            expected.flatten().tolist()
+        )
 
 
 def distill(case: Case) -> None:
@@ -62,13 +75,19 @@ def distill(case: Case) -> None:
     x = case.leaf("x")
     lr = torch.tensor(p["syn_lr"], dtype=x.dtype, requires_grad=True)
     batches = [(x[rows], case["y"][rows]) for rows in (i[i >= 0] for i in case["idx"])]
-    factor = balance_factor(p["start_epoch"], p["max_start_epoch"], p["log_base"], p["offset"]) if p["balance_loss"] else 1.0
+    factor = (
+        balance_factor(p["start_epoch"], p["max_start_epoch"], p["log_base"], p["offset"]) if p["balance_loss"] else 1.0
+    )
     path = momentum_path(flat.gradient, trajectory[0], batches, lr, p["inner_momentum"], factor)
     distances = path_distances(path, trajectory[1:])
     loss = (torch.tensor(path_weights(len(distances), p["middle"]), dtype=x.dtype) * distances).sum()
     loss.backward()
     case.close("theta_end", path[-1], rtol=1e-3)
-    case.close("inner_ce", torch.stack([factor * F.cross_entropy(flat(theta, a), b) for theta, (a, b) in zip(path, batches)]), rtol=1e-3)
+    case.close(
+        "inner_ce",
+        torch.stack([factor * F.cross_entropy(flat(theta, a), b) for theta, (a, b) in zip(path, batches)]),
+        rtol=1e-3,
+    )
     case.close("final_term", distances[-1], rtol=1e-3)
     if "middle_terms" in case:
         case.close("middle_terms", distances[:-1], rtol=1e-3)

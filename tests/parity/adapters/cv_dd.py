@@ -15,13 +15,20 @@ from stillhouse.synthetic.real import unnormalised
 def members(case: Case, channels: int) -> list[nn.Module]:
     """The networks whose weights are `w:NUMBER:*`."""
     numbers = sorted({int(name.partition(":")[0]) for name in case.weights})
-    return [batch_norm_net({k.partition(":")[2]: v for k, v in case.weights.items() if k.startswith(f"{n}:")}, channels) for n in numbers]
+    return [
+        batch_norm_net({k.partition(":")[2]: v for k, v in case.weights.items() if k.startswith(f"{n}:")}, channels)
+        for n in numbers
+    ]
 
 
 def voter_weights(case: Case) -> None:
     for name in case.arrays:
         if name.startswith("prior"):
-            case.close(name.replace("prior", "weight"), vote_weights(case[name].tolist(), case.params["temperature"]), rtol=1e-12)
+            case.close(
+                name.replace("prior", "weight"),
+                vote_weights(case[name].tolist(), case.params["temperature"]),
+                rtol=1e-12,
+            )
 
 
 def committee_recover(case: Case) -> None:
@@ -29,17 +36,23 @@ def committee_recover(case: Case) -> None:
     networks = members(case, x.shape[1])
     weights = case["weights:f64"]
     if p["voter"] == "prior":
-        case.close("weights:f64", vote_weights([p["prior"][name] for name in p["names"]], p["weight_temperature"]), rtol=1e-12)
+        case.close(
+            "weights:f64", vote_weights([p["prior"][name] for name in p["names"]], p["weight_temperature"]), rtol=1e-12
+        )
     statistics, descent = [BatchNormStatistics(network) for network in networks], Descent(x, p, p["iteration"])
     for t, shift in enumerate(case["rolls"].tolist()):
         rolled = torch.roll(x, shift, (2, 3))
-        loss = committee_loss(networks, statistics, weights.tolist(), rolled, case["y"], p["r_bn"], p["first_bn_multiplier"])["loss"]
+        loss = committee_loss(
+            networks, statistics, weights.tolist(), rolled, case["y"], p["r_bn"], p["first_bn_multiplier"]
+        )["loss"]
         descent.step(loss)
         if t == 0:
             case.close_grad("x0", array="grad_step0", rtol=1e-4)
         clamp_to_pixels(x, p["mean"], p["std"])
     case.close_grad("x0", array="grad_last", rtol=1e-4, atol=1e-5)
-    case.close("x_final_denorm", unnormalised(x.detach(), p["mean"], p["std"]), rtol=1e-4, atol=1e-4, where=descent.clear)
+    case.close(
+        "x_final_denorm", unnormalised(x.detach(), p["mean"], p["std"]), rtol=1e-4, atol=1e-4, where=descent.clear
+    )
 
 
 def bssl_labels(case: Case) -> None:

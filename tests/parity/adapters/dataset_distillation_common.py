@@ -18,7 +18,13 @@ from stillhouse.functional.recovery import BatchNormStatistics, clamp_to_pixels,
 from stillhouse.functional.whitening import fit_whitening
 from stillhouse.models.convnet import ConvNet
 from stillhouse.synthetic.real import unnormalised
-from stillhouse.synthetic.scores import augmentation_robust_score, hard_label_recovery, improvement_over_random, label_robust_score, soft_loss
+from stillhouse.synthetic.scores import (
+    augmentation_robust_score,
+    hard_label_recovery,
+    improvement_over_random,
+    label_robust_score,
+    soft_loss,
+)
 
 NORMS = {"instancenorm": "instance", "batchnorm": "batch", "layernorm": "layer", "groupnorm": "group", "none": "none"}
 PIXELS = {
@@ -87,7 +93,9 @@ def dsa(case: Case) -> None:
         if name.startswith("full_a:"):
             seed = int(name.partition(":")[2])
             for array, images in ((name, case["x"]), (f"full_b:{seed}", case["x2"])):
-                draws = one_of(tuple(case.params["ops"]), 1 if siamese else len(images), tuple(images.shape[-2:]), seeded(seed))
+                draws = one_of(
+                    tuple(case.params["ops"]), 1 if siamese else len(images), tuple(images.shape[-2:]), seeded(seed)
+                )
                 case.close(array, apply(images, draws))
 
 
@@ -99,7 +107,13 @@ def seeded(seed: int):
 def zca(case: Case) -> None:
     whiten = fit_whitening(case["x"], case.params["eps"])
     y = whiten(case["x"])
-    for name, value in {"y": y, "y_test": whiten(case["x_test"]), "inv": whiten.invert(y), "matrix": whiten.matrix, "mean": whiten.mean}.items():
+    for name, value in {
+        "y": y,
+        "y_test": whiten(case["x_test"]),
+        "inv": whiten.invert(y),
+        "matrix": whiten.matrix,
+        "mean": whiten.mean,
+    }.items():
         case.close(name, value, rtol=1e-4, atol=1e-5)
 
 
@@ -118,7 +132,8 @@ def mtt_unroll(case: Case) -> None:
 
 
 def batch_norm_net(weights: dict[str, Tensor], channels: int) -> nn.Sequential:
-    """[3x3 convolution, batch norm, ReLU, pool by 2] blocks, global pooling and a linear layer, of the sizes of its weights; frozen, in evaluation mode."""
+    """[3x3 convolution, batch norm, ReLU, pool by 2] blocks, global pooling and a linear layer, of the sizes of its
+    weights; frozen, in evaluation mode."""
     by_place = sorted(weights.items(), key=lambda item: int(item[0].partition(".")[0]))
     widths = [len(w) for _, w in by_place if w.ndim == 4]
     layers: list[nn.Module] = []
@@ -126,13 +141,16 @@ def batch_norm_net(weights: dict[str, Tensor], channels: int) -> nn.Sequential:
         layers += [nn.Conv2d(channels, width, 3, padding=1), nn.BatchNorm2d(width), nn.ReLU(), nn.AvgPool2d(2)]
         channels = width
     linear = by_place[-1][1]
-    network = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, len(linear))).to(linear.dtype)
+    network = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, len(linear))).to(
+        linear.dtype
+    )
     network.load_state_dict(weights)
     return network.eval().requires_grad_(False)
 
 
 class Descent:
-    """Adam on pixels as recovery uses it, with a cosine that ends at 0; `clear` says which pixels' steps are not a matter of rounding.
+    """Adam on pixels as recovery uses it, with a cosine that ends at 0; `clear` says which pixels' steps are not a
+    matter of rounding.
 
     Adam divides a gradient by its own size, so that a pixel whose gradient is mostly rounding takes a step of any size.
     """
@@ -165,7 +183,11 @@ def sre2l_recover(case: Case) -> None:
         rolled = torch.roll(x, shift, (2, 3))
         ce = F.cross_entropy(network(rolled), case["y"])
         distances = statistics.distances()
-        bn, smooth, size = statistics_loss(distances, p["first_bn_multiplier"]), total_variation(rolled), rolled.flatten(1).norm(dim=1).mean()
+        bn, smooth, size = (
+            statistics_loss(distances, p["first_bn_multiplier"]),
+            total_variation(rolled),
+            rolled.flatten(1).norm(dim=1).mean(),
+        )
         if step == 0:
             case.close("r_feature", distances, rtol=1e-4)
             case.close("tv_l2", smooth, rtol=1e-4)
@@ -190,18 +212,27 @@ def ddranking_losses(case: Case) -> None:
     for name, kind in (("kl", "kl"), ("sce", "sce"), ("mse_gt", "mse")):
         student = case["student"].clone().requires_grad_()
         factor = p["temperature"] ** 2 if p["scale_loss"] and kind != "mse" else 1.0
-        value = factor * soft_loss(student, case["teacher"], kind, p["temperature"], case["y"], p["mse_weight"], p["ce_weight"])
+        value = factor * soft_loss(
+            student, case["teacher"], kind, p["temperature"], case["y"], p["mse_weight"], p["ce_weight"]
+        )
         value.backward()
         case.close(name, value)
         case.close_grad("student", student, array=f"grad:student:{name}")
 
 
 def ddranking_scores(case: Case) -> None:
-    real, hard, syn, random, weight = (case[f"{k}:f64"] for k in ("acc_real_hard", "acc_syn_hard", "acc_syn_any", "acc_rdm_any", "w"))
+    real, hard, syn, random, weight = (
+        case[f"{k}:f64"] for k in ("acc_real_hard", "acc_syn_hard", "acc_syn_any", "acc_rdm_any", "w")
+    )
     hlr, ior = hard_label_recovery(real, hard), improvement_over_random(syn, random)
     lrs = label_robust_score(hlr, ior, weight)
     # `ars` reads the same four columns as accuracies with and without augmentation
-    for name, value in {"hlr": hlr, "ior": ior, "lrs": lrs, "ars": augmentation_robust_score(real, hard, syn, random, weight)}.items():
+    for name, value in {
+        "hlr": hlr,
+        "ior": ior,
+        "lrs": lrs,
+        "ars": augmentation_robust_score(real, hard, syn, random, weight),
+    }.items():
         case.close(f"{name}:f64", value, rtol=1e-12, atol=1e-12)
 
 

@@ -11,7 +11,9 @@ from stillhouse.signals import Signals
 def loss(case: Case) -> None:
     p = case.params
     objective = DIST(p["beta"], p["gamma"], temperature=p["tau"])
-    terms = objective(Signals(logits=case.leaf("student_logits")), Signals(logits=case["teacher_logits"]), {}, Progress())
+    terms = objective(
+        Signals(logits=case.leaf("student_logits")), Signals(logits=case["teacher_logits"]), {}, Progress()
+    )
     value = terms["inter"] + terms["intra"]
     value.backward()
     case.close("loss", value)

@@ -7,7 +7,12 @@ from torch.nn import functional as F
 
 from parity.case import Case
 from stillhouse.methods.classification.diswot.search import Space, SpaceSpec, kendall_tau
-from stillhouse.methods.classification.diswot.similarity import channel_distance, relation_distance, semantic_distance, semantic_gradient
+from stillhouse.methods.classification.diswot.similarity import (
+    channel_distance,
+    relation_distance,
+    semantic_distance,
+    semantic_gradient,
+)
 
 
 def similarity(case: Case) -> None:

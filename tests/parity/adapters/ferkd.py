@@ -36,12 +36,16 @@ def crop_replay(case: Case) -> None:
     image = case["image"].permute(2, 0, 1)[None]
     crops = replay(image, case["coords"][None], case["flip"][None], (size, size))[0].permute(0, 2, 3, 1)
     difference = (crops - case["crops"].float()).abs()
-    assert difference.max() <= 1.5, f"{case!r}: {difference.max()} grey levels"  # PIL rounds after each of its two passes
+    assert difference.max() <= 1.5, (
+        f"{case!r}: {difference.max()} grey levels"
+    )  # PIL rounds after each of its two passes
     assert difference.mean() < 0.5
 
 
 def mixed(case: Case) -> None:
-    images, labels = cutmix(case["images"], case["soft_labels"], float(case["lam"]), tuple(case["center"].tolist()), case["perm"])
+    images, labels = cutmix(
+        case["images"], case["soft_labels"], float(case["lam"]), tuple(case["center"].tolist()), case["perm"]
+    )
     case.close("mixed_images", images)
     case.close("mixed_labels", labels)
 

@@ -8,7 +8,13 @@ from torch import Tensor
 from parity.adapters.dataset_distillation_common import convnet_of, seeded
 from parity.case import Case
 from stillhouse.functional.augmentation import all_of, apply, one_of
-from stillhouse.functional.matching import Flat, feature_mean_distance, gradient_distance, gradients, trajectory_distance_by_steps
+from stillhouse.functional.matching import (
+    Flat,
+    feature_mean_distance,
+    gradient_distance,
+    gradients,
+    trajectory_distance_by_steps,
+)
 from stillhouse.methods.datasets.fyi import flip_first
 from stillhouse.synthetic.config import AugmentSpec
 from stillhouse.synthetic.synthesis import with_mirrors
@@ -48,7 +54,9 @@ def dsa_match(case: Case) -> None:
         label = torch.tensor(p["cls"])
         real_gradients = gradients(network, real, label.expand(len(real)))
         metric = p.get("dis_metric", "ours").replace("ours", "units")
-        value = gradient_distance(real_gradients, gradients(network, shown, label.expand(len(shown)), True), metric, p["eps"])
+        value = gradient_distance(
+            real_gradients, gradients(network, shown, label.expand(len(shown)), True), metric, p["eps"]
+        )
         value.backward()
         return value, x
 
@@ -60,7 +68,9 @@ def dm_match(case: Case) -> None:
 
     def loss(mirror: bool) -> tuple[Tensor, Tensor]:
         x = case["x_syn"].clone().requires_grad_()
-        value = feature_mean_distance(network.embed(case["x_real"]), network.embed(with_mirrors(x, 1) if mirror else x), 1)
+        value = feature_mean_distance(
+            network.embed(case["x_real"]), network.embed(with_mirrors(x, 1) if mirror else x), 1
+        )
         value.backward()
         return value, x
 
@@ -84,4 +94,9 @@ def mtt_fyi(case: Case) -> None:
     case.close_grad("syn_lr", lr, rtol=1e-4)
 
 
-ADAPTERS = {"dsa_match": dsa_match, "dm_match": dm_match, "mtt_fyi": mtt_fyi, "diffaug_always_flip": diffaug_always_flip}
+ADAPTERS = {
+    "dsa_match": dsa_match,
+    "dm_match": dm_match,
+    "mtt_fyi": mtt_fyi,
+    "diffaug_always_flip": diffaug_always_flip,
+}

@@ -24,7 +24,9 @@ def ufc(case: Case) -> None:
     descent, before, found, clear = Descent(u, p, p["iteration"]), x, [], []
     for t, shift in enumerate(case["rolls"].tolist()):
         before = x + u.detach()
-        descent.step(compensation_loss(network, statistics, x, u, case["y"], shift, p["r_bn"], p["first_bn_multiplier"])["loss"])
+        descent.step(
+            compensation_loss(network, statistics, x, u, case["y"], shift, p["r_bn"], p["first_bn_multiplier"])["loss"]
+        )
         for name, at in (("grad_u_step0", 0), ("grad_u_last", len(case["rolls"]) - 1)):
             if t == at:
                 case.close(name, u.grad[0], rtol=1e-4, atol=1e-5 * float(u.grad.abs().max()))

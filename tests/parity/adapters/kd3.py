@@ -29,7 +29,9 @@ def feature_align(case: Case) -> None:
     transfer = transfer_block(case["feat_s"].shape[1], channels, p["factor"]).to(case["feat_s"].dtype)
     given = {k.removeprefix("transfer."): v for k, v in case.weights.items() if k.startswith("transfer.")}
     missing = transfer.load_state_dict(given, strict=False)
-    assert not missing.unexpected_keys and all("num_batches" in k or not p["train"] or "running" in k for k in missing.missing_keys)
+    assert not missing.unexpected_keys and all(
+        "num_batches" in k or not p["train"] or "running" in k for k in missing.missing_keys
+    )
     transfer.train(p["train"])
     assert all(m.eps == p["bn_eps"] for m in transfer if isinstance(m, nn.BatchNorm2d))
     student, teacher = share_map(case.leaf("feat_s"), case["feat_t"], transfer)

@@ -14,18 +14,23 @@ from stillhouse.methods.datasets.krr_st.ridge import inner_optimiser, inner_step
 
 
 class Net(nn.Module):
-    """The published ConvNet: blocks of 3x3 convolution, norm, ReLU and 2x2 average pooling, of the file's widths and norm."""
+    """The published ConvNet: blocks of 3x3 convolution, norm, ReLU and 2x2 average pooling, of the file's widths and
+    norm."""
 
     def __init__(self, weights: dict[str, Tensor]) -> None:
         super().__init__()
         kernels = [w for k, w in weights.items() if k.endswith("block.0.weight")]
         self.layers = nn.ModuleList()
-        norm: Callable[[int], nn.Module] = partial(nn.InstanceNorm2d, affine=True) if "layers.0.block.1.weight" in weights else nn.Identity
+        norm: Callable[[int], nn.Module] = (
+            partial(nn.InstanceNorm2d, affine=True) if "layers.0.block.1.weight" in weights else nn.Identity
+        )
         if "layers.0.block.1.running_mean" in weights:
             norm = nn.BatchNorm2d
         for kernel in kernels:
             out, channels, size, _ = kernel.shape
-            block = nn.Sequential(nn.Conv2d(channels, out, size, padding=size // 2), norm(out), nn.ReLU(), nn.AvgPool2d(2))
+            block = nn.Sequential(
+                nn.Conv2d(channels, out, size, padding=size // 2), norm(out), nn.ReLU(), nn.AvgPool2d(2)
+            )
             layer = nn.Module()
             layer.block = block
             self.layers.append(layer)
@@ -60,7 +65,9 @@ def outer_step(case: Case) -> None:
     for name, leaf, grad in (("x_after", x, images_grad), ("y_after", y, targets_grad)):
         # the first step of AdamW is nearly the sign of the gradient
         clear = grad.abs() > (1e-6 if double else rtol) * grad.abs().max()
-        case.close(name, leaf, rtol=1e-8 if double else 1e-3, atol=1e-8 if double else 1e-3 * p["outer_lr"], where=clear)
+        case.close(
+            name, leaf, rtol=1e-8 if double else 1e-3, atol=1e-8 if double else 1e-3 * p["outer_lr"], where=clear
+        )
     sgd = inner_optimiser(network)
     for _ in range(p["inner_steps"]):
         inner_step(network, sgd, x0, y0)
@@ -69,10 +76,15 @@ def outer_step(case: Case) -> None:
 
 
 def solving_error(features: Tensor) -> float:
-    """The relative error that the published code's solve in float32 may make: half of eps times the condition of its matrix."""
+    """The relative error that the published code's solve in float32 may make: half of eps times the condition of its
+    matrix."""
     rows = F.pad(features.double(), (0, 1), value=1.0)
     gram = rows @ rows.T
-    return 0.5 * torch.finfo(torch.float32).eps * float(torch.linalg.cond(gram + 1e-6 * gram.trace() * torch.eye(len(gram))))
+    return (
+        0.5
+        * torch.finfo(torch.float32).eps
+        * float(torch.linalg.cond(gram + 1e-6 * gram.trace() * torch.eye(len(gram))))
+    )
 
 
 ADAPTERS = {"outer_step": outer_step}

@@ -5,7 +5,12 @@ from __future__ import annotations
 from torch.nn import functional as F
 
 from parity.case import Case
-from stillhouse.methods.classification.mcmi import OutputStatistics, conditional_information, mcmi_loss, updated_centroids
+from stillhouse.methods.classification.mcmi import (
+    OutputStatistics,
+    conditional_information,
+    mcmi_loss,
+    updated_centroids,
+)
 
 
 def loss(case: Case) -> None:

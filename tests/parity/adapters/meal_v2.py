@@ -22,8 +22,12 @@ def two_teachers(case: Case) -> None:
     objective.build(student, Signals(), {})
     discriminator = objective.discriminator
     assert isinstance(discriminator, Discriminator)
-    discriminator.load_state_dict({name: w.flatten(1) if name.endswith("weight") else w for name, w in case.weights.items()})
-    terms = objective(student, Signals(members=tuple(Signals(logits=t) for t in case["teacher_logits"])), {}, Progress())
+    discriminator.load_state_dict(
+        {name: w.flatten(1) if name.endswith("weight") else w for name, w in case.weights.items()}
+    )
+    terms = objective(
+        student, Signals(members=tuple(Signals(logits=t) for t in case["teacher_logits"])), {}, Progress()
+    )
     loss = terms["similarity"] + terms["discriminator"]
     loss.backward()
 

@@ -64,21 +64,29 @@ def tree_union_pool(case: Case) -> None:
     graphs = source_graphs(case)
     found = TreeClasses(graphs, case.params["hops"])
     for tree, first in zip(written, graphs.nodes[:-1].tolist()):
-        assert canonical(found.expand(int(found.of_node[first]))) == canonical(tree), "the tree of a graph's first node differs"
+        assert canonical(found.expand(int(found.of_node[first]))) == canonical(tree), (
+            "the tree of a graph's first node differs"
+        )
     made = union([written], [0], [1.0])
     case.close("x", made.labels[:, None])
     case.close("edge_index", made.edges)
     case.close("edge_attr", made.edge_labels[:, None])
     case.close("roots", made.roots.to(case["roots"].dtype))
     for kind in ("sum", "mean"):
-        case.close(f"pooled_{kind}", pool(case["z"], torch.zeros(len(made.labels), dtype=torch.int64), 1, made.roots, kind), atol=1e-6)
+        case.close(
+            f"pooled_{kind}",
+            pool(case["z"], torch.zeros(len(made.labels), dtype=torch.int64), 1, made.roots, kind),
+            atol=1e-6,
+        )
 
 
 def frequent_patterns(case: Case) -> None:
     held = [frozenset(row.nonzero().flatten().tolist()) for row in case["transactions"]]
     found = mine(held, case.params["threshold"])
     width = case["transactions"].shape[1]
-    expected = {frozenset(row.nonzero().flatten().tolist()): int(s) for row, s in zip(case["patterns"], case["support"])}
+    expected = {
+        frozenset(row.nonzero().flatten().tolist()): int(s) for row, s in zip(case["patterns"], case["support"])
+    }
     assert {frozenset(p): s for p, s in zip(found.itemsets, found.support)} == expected
     assert all(0 <= i < width for p in found.itemsets for i in p)
 

@@ -5,7 +5,15 @@ from __future__ import annotations
 import torch
 
 from parity.case import Case
-from stillhouse.methods.pretraining.mrdd.losses import Estimator, estimator_loss, full_bound, mask_image, sample_code, sampled_bound, variational_loss
+from stillhouse.methods.pretraining.mrdd.losses import (
+    Estimator,
+    estimator_loss,
+    full_bound,
+    mask_image,
+    sample_code,
+    sampled_bound,
+    variational_loss,
+)
 
 CLOSE = {"rtol": 1e-4, "atol": 1e-4}
 
@@ -53,7 +61,9 @@ def view_specific_loss(case: Case) -> None:
     x = case["x"]
     mean, log_variance = case.leaf("stat").chunk(2, -1)
     code = torch.cat([sample_code(mean, log_variance, case["eps"]), case["c"]], -1)
-    terms = variational_loss([x], [(code @ case["proj"]).view_as(x)], mean, log_variance, kl_weight=case.params["kld_weight"])
+    terms = variational_loss(
+        [x], [(code @ case["proj"]).view_as(x)], mean, log_variance, kl_weight=case.params["kld_weight"]
+    )
     (terms["reconstruction"] + terms["kl"]).backward()
     case.close("recon", terms["reconstruction"], **CLOSE)
     case.close("kld", terms["kl"], **CLOSE)

@@ -16,7 +16,12 @@ from stillhouse.synthetic.real import RealImages
 def cf_loss(case: Case) -> None:
     p = case.params
     value = characteristic_distance(
-        case["feat_real"], case.leaf("feat_syn"), case.leaf("t"), p["alpha"], p["beta"], unit_features=p["l2_normalised_features"]
+        case["feat_real"],
+        case.leaf("feat_syn"),
+        case.leaf("t"),
+        p["alpha"],
+        p["beta"],
+        unit_features=p["l2_normalised_features"],
     )
     value.backward()
     case.close("loss", value)
@@ -31,7 +36,10 @@ def convnet_of(case: Case) -> nn.Module:
     """The case's ConvNet for its images; its depth is how many convolutions the file holds."""
     p, weights = case.params, case.weights
     depth = sum(k.startswith("layers.conv.") and k.endswith("weight") for k in weights)
-    act, pool = p.get("act", "relu").replace("leakyrelu", "leaky_relu"), p.get("pool", "avgpooling").removesuffix("pooling")
+    act, pool = (
+        p.get("act", "relu").replace("leakyrelu", "leaky_relu"),
+        p.get("pool", "avgpooling").removesuffix("pooling"),
+    )
     width, classes = len(weights["layers.conv.0.weight"]), len(weights["classifier.weight"])
     network = ConvNet(width, depth, p.get("norm", "instance"), act, pool, classes, tuple(case["x_real"].shape[-3:]))
     named = {}
@@ -43,7 +51,8 @@ def convnet_of(case: Case) -> nn.Module:
 
 
 THROUGH_NETWORK = 1e-3
-"""Of the largest entry of a gradient: in float32 the published arrays themselves are off by half of it, where a frequency's phase is nearly 0."""
+"""Of the largest entry of a gradient: in float32 the published arrays themselves are off by half of it, where a
+frequency's phase is nearly 0."""
 
 
 def match_and_calib(case: Case) -> None:
@@ -74,7 +83,8 @@ def sampling_net(case: Case) -> None:
 
 
 def steps(case: Case) -> None:
-    """One iteration: classes in order, AdamW over all images after each. The released sampler does not move, so it is not stepped here."""
+    """One iteration: classes in order, AdamW over all images after each. The released sampler does not move, so it is
+    not stepped here."""
     p, count = case.params, case.params["ipc"]
     network, sampler = convnet_of(case), None
     if p["sampling_net"]:
@@ -84,7 +94,9 @@ def steps(case: Case) -> None:
     total, clear = 0.0, torch.ones_like(images, dtype=torch.bool)
     for c in range(p["classes"]):
         t = case[f"t{c}"] if sampler is None else sampler(case[f"noise{c}"])
-        loss = match_loss(network, case["x_real"][c], images[c * count : (c + 1) * count], t, p.get("alpha", 0.5), p.get("beta", 0.5))
+        loss = match_loss(
+            network, case["x_real"][c], images[c * count : (c + 1) * count], t, p.get("alpha", 0.5), p.get("beta", 0.5)
+        )
         optimiser.zero_grad()
         loss.backward()
         if sampler is not None and c == 0:
@@ -93,9 +105,13 @@ def steps(case: Case) -> None:
             top = max(float(weight.grad.abs().max()) for weight in sampler.parameters())
             for name, weight in sampler.named_parameters():
                 array = f"grad_neg_loss:t_layers_list.{name}"
-                case.close(array, -weight.grad, rtol=1e-4, atol=THROUGH_NETWORK * float(weight.grad.abs().max()) + 1e-6 * top)
+                case.close(
+                    array, -weight.grad, rtol=1e-4, atol=THROUGH_NETWORK * float(weight.grad.abs().max()) + 1e-6 * top
+                )
         own = images.grad[c * count : (c + 1) * count].abs()
-        clear[c * count : (c + 1) * count] = own > THROUGH_NETWORK * own.max()  # AdamW divides a gradient by its size, also one of rounding alone
+        clear[c * count : (c + 1) * count] = (
+            own > THROUGH_NETWORK * own.max()
+        )  # AdamW divides a gradient by its size, also one of rounding alone
         optimiser.step()
         total += loss.item()
     case.close("loss_total", torch.tensor(total), rtol=1e-4)
@@ -116,7 +132,8 @@ def tiles(case: Case) -> None:
         case.close(f"{name}_y", torch.cat([labels for _, labels in parts]))
 
     compare("single", [cut(x, y, factor)])
-    # the released code's other two ways are made of these: `multi` of every factor, `bound` of the largest that keeps all in a number of images
+    # the released code's other two ways are made of these: `multi` of every factor, `bound` of the largest that keeps
+    # all in a number of images
     compare("multi", [cut(x, y, by) for by in range(1, factor + 1)])
     bounded, left, room = [], len(x), case.params["bound"] - len(x)
     for by in range(factor, 0, -1):
@@ -141,7 +158,9 @@ def mixed_of(samples: Tensor, ipc: int, factor: int) -> Tensor:
     classes = len(samples)
     labels = torch.arange(classes).repeat_interleave(samples.shape[1])
     channels = samples.shape[2]
-    real = RealImages(samples.flatten(0, 1), labels, [str(c) for c in range(classes)], (0.0,) * channels, (1.0,) * channels)
+    real = RealImages(
+        samples.flatten(0, 1), labels, [str(c) for c in range(classes)], (0.0,) * channels, (1.0,) * channels
+    )
     real.draw = lambda *_: samples.flatten(0, 1)
     return mixed(real, ipc, factor, torch.Generator())
 

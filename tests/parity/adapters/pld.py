@@ -10,7 +10,12 @@ from stillhouse.objectives.pld import pld_loss, pld_ranking, pld_steps
 
 
 def loss(case: Case) -> None:
-    student, teacher, labels, temperature = case.leaf("student_logits"), case["teacher_logits"], case["labels"], case.params["tau_T"]
+    student, teacher, labels, temperature = (
+        case.leaf("student_logits"),
+        case["teacher_logits"],
+        case["labels"],
+        case.params["tau_T"],
+    )
     ranking = pld_ranking(teacher, labels)
     case.close("ranking", ranking)
     case.close("alpha", F.softmax(teacher / temperature, dim=1).gather(1, ranking))

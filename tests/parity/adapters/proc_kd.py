@@ -24,7 +24,9 @@ NAMES = {
 
 def prototype_modules(case: Case) -> None:
     layers = [case[f"teacher_feat{i}"] for i in range(sum(name.startswith("teacher_feat") for name in case.arrays))]
-    parts = Prototypes([x.shape[-1] for x in layers], case.params["dim"], case.params["num_prototypes"]).to(layers[0].dtype)
+    parts = Prototypes([x.shape[-1] for x in layers], case.params["dim"], case.params["num_prototypes"]).to(
+        layers[0].dtype
+    )
     state = {}
     for name, value in case.weights.items():
         name = re.sub(r"^([a-z_]+)\d+", r"\1", name)

@@ -1,4 +1,5 @@
-"""PS-KD against the arrays of `ps_kd`: the loss, a whole training by the released loop, and the paper's calibration figures."""
+"""PS-KD against the arrays of `ps_kd`: the loss, a whole training by the released loop, and the paper's calibration
+figures."""
 
 from __future__ import annotations
 
@@ -29,8 +30,12 @@ def training_loop(case: Case) -> None:
     past.start(labels, classes)
     module = Distillation(model, past, [PSKD(p["alpha_T"])])
     module.build({"input": x, "label": labels, "index": torch.arange(len(x))})
-    sgd = torch.optim.SGD(model.parameters(), p["lr"], momentum=p["momentum"], weight_decay=p["weight_decay"], nesterov=p["nesterov"])
-    case.close("alpha", torch.tensor([share(p["alpha_T"], e, p["epochs"]) for e in range(p["epochs"])], dtype=torch.float64))
+    sgd = torch.optim.SGD(
+        model.parameters(), p["lr"], momentum=p["momentum"], weight_decay=p["weight_decay"], nesterov=p["nesterov"]
+    )
+    case.close(
+        "alpha", torch.tensor([share(p["alpha_T"], e, p["epochs"]) for e in range(p["epochs"])], dtype=torch.float64)
+    )
     for epoch in range(p["epochs"]):
         progress = Progress(epoch=epoch, epochs=p["epochs"])
         for index in case["order"][epoch].split(p["batch_size"]):

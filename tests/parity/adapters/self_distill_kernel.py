@@ -7,7 +7,11 @@ import math
 import torch
 
 from parity.case import Case
-from stillhouse.methods.classification.self_distill_kernel import KernelSelfDistillation, sum_of_norms, weighted_targets_loss
+from stillhouse.methods.classification.self_distill_kernel import (
+    KernelSelfDistillation,
+    sum_of_norms,
+    weighted_targets_loss,
+)
 
 EXACT = {"rtol": 1e-8, "atol": 1e-8}
 
@@ -25,7 +29,9 @@ def toy(case: Case) -> None:
     case.close("B_diag", torch.stack([chain.shrinkage(t) for t in steps]), **EXACT)
     case.close("B_limit_diag", chain.shrinkage("limit"), **EXACT)
     truth = torch.sin(2 * math.pi * grid)
-    case.close("losses", torch.stack([(chain.predict(grid, t) - truth).square().mean() for t in [*steps, "limit"]]), **EXACT)
+    case.close(
+        "losses", torch.stack([(chain.predict(grid, t) - truth).square().mean() for t in [*steps, "limit"]]), **EXACT
+    )
 
 
 def dl_step(case: Case) -> None:

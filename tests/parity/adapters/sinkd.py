@@ -41,7 +41,9 @@ def total(case: Case) -> None:
     progress = Progress(epoch=p["anneal_epoch"], epochs=p["anneal_total"]) if anneal else Progress()
     student = case.leaf("student_logits")
     ce = cross_entropy(student, case["labels"])
-    terms = objective(Signals(logits=student), Signals(logits=case["teacher_logits"]), {"label": case["labels"]}, progress)
+    terms = objective(
+        Signals(logits=student), Signals(logits=case["teacher_logits"]), {"label": case["labels"]}, progress
+    )
     case.close("ce", ce, **CLOSE)
     for name, weight in (("kd", p["alpha"]), ("sinkhorn", p["beta"])):
         if weight:

@@ -12,7 +12,9 @@ def losses(case: Case) -> None:
     found = {
         "js_v2_0": lambda s: symmetric_kl(s, t, p["eps_js_v2_0"]),
         "dml": lambda s: symmetric_kl(s, t, p["eps_dml"]),
-        "dml_sum": lambda s: p["num_classes"] * symmetric_kl(s, t, p["eps_dml"]),  # the released factor, kept by mistake
+        "dml_sum": lambda s: (
+            p["num_classes"] * symmetric_kl(s, t, p["eps_dml"])
+        ),  # the released factor, kept by mistake
         "soft_ce": lambda s: soft_cross_entropy(s, t.softmax(-1)),
     }
     for name, loss in found.items():

@@ -16,7 +16,12 @@ from stillhouse.signals import Signals
 
 
 def loss(case: Case) -> None:
-    student, teacher, mask, t = case.leaf("student_logits"), case["teacher_logits"], case["mask"].bool(), case.params["t"]
+    student, teacher, mask, t = (
+        case.leaf("student_logits"),
+        case["teacher_logits"],
+        case["mask"].bool(),
+        case.params["t"],
+    )
     value = counted_mean(taid_rows(student, teacher, t), mask)
     value.backward()
     case.close("target", taid_target(student, teacher, t).exp())
@@ -28,7 +33,9 @@ def loss(case: Case) -> None:
 
 def schedule(case: Case) -> None:
     p = case.params
-    taid = TAID(p["t_start"], p["t_end"], p["alpha"], p["beta"], not p["disable_adaptive"], total_steps=p["total_steps"])
+    taid = TAID(
+        p["t_start"], p["t_end"], p["alpha"], p["beta"], not p["disable_adaptive"], total_steps=p["total_steps"]
+    )
     teacher, batch, seen = Signals(logits=case["teacher_logits"]), {"mask": case["mask"].bool()}, []
     for step, logits in enumerate(case["student_logits"]):
         value = taid(Signals(logits=logits), teacher, batch, Progress(step=step))["loss"]
@@ -54,7 +61,9 @@ def baseline_losses(case: Case) -> None:
     for theirs, ours in NAMES.items():
         objective = TokenDivergence(ours, case.params[SHARES[theirs]] if theirs in SHARES else None)
         student = case["student_logits"].clone().requires_grad_()
-        value = objective(Signals(logits=student), Signals(logits=case["teacher_logits"]), {"mask": case["mask"].bool()}, Progress())["loss"]
+        value = objective(
+            Signals(logits=student), Signals(logits=case["teacher_logits"]), {"mask": case["mask"].bool()}, Progress()
+        )["loss"]
         value.backward()
         case.close(f"loss_{theirs}", value)
         case.close_grad("student_logits", student, array=f"grad_{theirs}")

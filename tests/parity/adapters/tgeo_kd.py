@@ -7,11 +7,23 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from parity.case import Case
-from stillhouse.objectives.tgeo_kd import FusionNetwork, class_means, fused_loss, geometry_parts, geometry_state, sample_losses
+from stillhouse.objectives.tgeo_kd import (
+    FusionNetwork,
+    class_means,
+    fused_loss,
+    geometry_parts,
+    geometry_state,
+    sample_losses,
+)
 
 
 def state(case: Case, mean: Tensor, edges: str) -> Tensor:
-    vertices = (case["logit_s"].softmax(1), case["logit_t"].softmax(1), mean, F.one_hot(case["labels"], case.params["C"]).float())
+    vertices = (
+        case["logit_s"].softmax(1),
+        case["logit_t"].softmax(1),
+        mean,
+        F.one_hot(case["labels"], case.params["C"]).float(),
+    )
     found = geometry_state(*vertices, edges)
     parts = geometry_parts(*vertices, edges)
     ordered = torch.cat([parts[name] for name in case.params["order"].split(",")], dim=1)
@@ -25,7 +37,9 @@ def state_controller(case: Case) -> None:
     read = state(case, mean, case.params["edges"])
     layers = sorted({name.split(".")[0] for name in case.weights})
     network = FusionNetwork(read.shape[1], [len(case[f"w:{layer}.bias"]) for layer in layers[:-1]], slope=0.01)
-    network.load_state_dict({f"{2 * i}.{kind}": case[f"w:{layer}.{kind}"] for i, layer in enumerate(layers) for kind in ("weight", "bias")})
+    network.load_state_dict(
+        {f"{2 * i}.{kind}": case[f"w:{layer}.{kind}"] for i, layer in enumerate(layers) for kind in ("weight", "bias")}
+    )
     case.close("out:alpha", network(read))
 
 

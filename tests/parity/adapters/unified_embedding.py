@@ -11,7 +11,10 @@ from stillhouse.methods.compression.unified_embedding.table import Feature, Unif
 def assignment(case: Case) -> None:
     p = case.params
     table = UnifiedEmbedding(
-        [Feature(name, chunks) for name, chunks in p["features"]], p["buckets_per_table"], p["dim_per_table"], tables=p["num_tables"]
+        [Feature(name, chunks) for name, chunks in p["features"]],
+        p["buckets_per_table"],
+        p["dim_per_table"],
+        tables=p["num_tables"],
     )
     found = table.assignment
     case.close("feature_of_chunk", torch.tensor(found.feature))

@@ -15,7 +15,11 @@ VALUES, GRADIENTS = {"rtol": 1e-4, "atol": 1e-5}, {"rtol": 1e-3}
 def vq_step(case: Case) -> None:
     p = case.params
     steps = case.leaf("x")
-    book = Codebook(len(case["embed0"]), steps.shape[-1], p["decay"], p["commitment_weight"]).to(steps.dtype).train(p["train"])
+    book = (
+        Codebook(len(case["embed0"]), steps.shape[-1], p["decay"], p["commitment_weight"])
+        .to(steps.dtype)
+        .train(p["train"])
+    )
     book.codes = case["embed0"].clone()
     for x in steps:
         scores = book.scores(x)
@@ -38,7 +42,14 @@ def tokens(case: Case) -> None:
 
 def tokenizer_gcn(case: Case) -> None:
     p, w, x = case.params, case.weights, case["x"]
-    network = Tokenizer(x.shape[1], w["graph_layer_2.bias"].shape[0], w["linear.weight"].shape[0], p["codebook_size"], p["dropout"], by_code=False)
+    network = Tokenizer(
+        x.shape[1],
+        w["graph_layer_2.bias"].shape[0],
+        w["linear.weight"].shape[0],
+        p["codebook_size"],
+        p["dropout"],
+        by_code=False,
+    )
     ours = {
         "encode.lin.weight": w["graph_layer_1.weight"].t(),
         "encode.bias": w["graph_layer_1.bias"],
@@ -58,7 +69,9 @@ def tokenizer_gcn(case: Case) -> None:
     along = network.propagation(edges, len(x))
     h = network.train().embed(x, along)
     case.close("h1", h, **VALUES)
-    h = case["h1"] + (h - h.detach())  # to the bit: rounding decides among the nodes of one code where the edge term has its largest entry
+    h = case["h1"] + (
+        h - h.detach()
+    )  # to the bit: rounding decides among the nodes of one code where the edge term has its largest entry
     dist = network.codebook.scores(h)
     out = network.decode(h, along)
     terms = network.losses(out, edges, p["lamb_edge"], p["lamb_node"])
@@ -66,7 +79,12 @@ def tokenizer_gcn(case: Case) -> None:
     total = loss + F.cross_entropy(out["logits"][case["train_idx"]], case["labels"][case["train_idx"]])
     total.backward()
     given = {"quantized": out["quantized"], "h2": out["hidden"], "logits": out["logits"], "dist": dist}
-    for name, value in {**given, "tokenizer_loss": loss.reshape(1), "total": total, "codebook_after": network.codebook.codes}.items():
+    for name, value in {
+        **given,
+        "tokenizer_loss": loss.reshape(1),
+        "total": total,
+        "codebook_after": network.codebook.codes,
+    }.items():
         case.close(name, value, **VALUES)
     first = network.encode.lin.weight
     assert first.grad is not None
@@ -86,8 +104,8 @@ def tokenizer_gcn(case: Case) -> None:
 def ties(seen: Tensor, out: dict[str, Tensor], network: Tokenizer) -> Tensor:
     """(D * D, directions), orthonormal: where the gradient of the first layer depends on rounding alone.
 
-    All nodes of one code have one embedding, so that the largest and the smallest of the products belong to many pairs of nodes; to which of them, with
-    another input each, the gradient goes is decided by the last bit.
+    All nodes of one code have one embedding, so that the largest and the smallest of the products belong to many pairs
+    of nodes; to which of them, with another input each, the gradient goes is decided by the last bit.
     """
     z = out["to_edges"].detach()
     products, alive = z @ z.T, (out["embedding"] > 0).to(z.dtype)
@@ -96,7 +114,9 @@ def ties(seen: Tensor, out: dict[str, Tensor], network: Tokenizer) -> Tensor:
     directions = {}
     for end in (products.max(), products.min()):
         for i, j in ((products - end).abs() <= near).nonzero().tolist():
-            directions[i, codes[j]] = torch.outer(seen[i], alive[i] * (z[j] @ network.to_edges.weight.detach())).flatten()
+            directions[i, codes[j]] = torch.outer(
+                seen[i], alive[i] * (z[j] @ network.to_edges.weight.detach())
+            ).flatten()
     basis, sizes, _ = torch.linalg.svd(torch.stack(list(directions.values()), 1).double(), full_matrices=False)
     return basis[:, sizes > 1e-6 * sizes[0]]
 

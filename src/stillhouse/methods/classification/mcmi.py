@@ -69,7 +69,8 @@ def conditional_information(logits: Tensor, labels: Tensor, centroids: Tensor) -
     check_label("mcmi", labels, logits)
     if centroids.shape != (logits.shape[1],) * 2:
         raise UserError(
-            f"mcmi: centroids must have shape {(logits.shape[1],) * 2} for logits of shape {tuple(logits.shape)}; given: {tuple(centroids.shape)}."
+            f"mcmi: centroids must have shape {(logits.shape[1],) * 2} for logits of shape {tuple(logits.shape)}; "
+            f"given: {tuple(centroids.shape)}."
         )
     log_p = F.log_softmax(logits, dim=-1)
     log_q = centroids.detach().clamp_min(SMALLEST).log()[labels]
@@ -119,7 +120,10 @@ class OutputStatistics:
         """Q, (C, C) float32, rows sum to 1. Raises `UserError` for a class without samples."""
         absent = (self.counts == 0).nonzero()
         if len(absent):
-            raise UserError(f"mcmi: class {int(absent[0])} has no training sample, so it has no centroid; leave the class out of the data.")
+            raise UserError(
+                f"mcmi: class {int(absent[0])} has no training sample, so it has no centroid; leave the class out of "
+                "the data."
+            )
         return (self.sums / self.sums.sum(-1, keepdim=True)).float()
 
     def information(self, centroids: Tensor | None = None) -> float:
@@ -157,7 +161,9 @@ class MCMI(Objective):
         images: IndexedDataset | None = None,
     ) -> None:
         super().__init__()
-        checks.options("mcmi", non_negative={"lam": lam}, share={"decay": decay}, positive={"samples": samples, "guard": guard})
+        checks.options(
+            "mcmi", non_negative={"lam": lam}, share={"decay": decay}, positive={"samples": samples, "guard": guard}
+        )
         if centroids == "ema" and images is None:
             raise UserError("mcmi: centroids: ema draws samples of every class, so it needs the training set.")
         self.lam, self.when, self.decay, self.samples, self.guard, self._images = (
@@ -208,7 +214,9 @@ class MCMI(Objective):
             training, network = ctx.student.training, ctx.student.eval()
             logits = network(images)
             network.train(training)
-        self.centroids.copy_(updated_centroids(self.centroids, logits.view(len(self._rows), self.samples, -1), self.decay))
+        self.centroids.copy_(
+            updated_centroids(self.centroids, logits.view(len(self._rows), self.samples, -1), self.decay)
+        )
 
     def forward(self, student: Signals, teacher: Signals, batch: Batch, progress: Progress) -> dict[str, Tensor]:
         hard_only("mcmi", batch["label"])
@@ -232,7 +240,9 @@ class FineTune(Spec):
     )
     decay: float = Field(0.9999, ge=0, lt=1, description="ema: how much of a centroid stays.")
     samples: int = Field(8, ge=1, description="ema: samples of every class a step.")
-    guard: float = Field(0.1, gt=0, description="Stop with an error where training accuracy has fallen by more than this.")
+    guard: float = Field(
+        0.1, gt=0, description="Stop with an error where training accuracy has fallen by more than this."
+    )
     train: TrainSpec = Field(default_factory=lambda: TrainSpec(epochs=20, batch_size=64))
 
 
@@ -265,11 +275,14 @@ class MaximisedInformation(Method[Config]):
                 )
             )
         if config.fine_tune is not None:
-            steps = config.fine_tune.train.epochs * len(run.loader(source, "train", config.fine_tune.train.batch_size, train=True))
+            steps = config.fine_tune.train.epochs * len(
+                run.loader(source, "train", config.fine_tune.train.batch_size, train=True)
+            )
             stages.append(
                 Stage(
                     "mcmi",
-                    f"fine-tune it by likelihood and {config.fine_tune.lam:g} times conditional information (stored, shared)",
+                    f"fine-tune it by likelihood and {config.fine_tune.lam:g} times conditional information (stored, "
+                    "shared)",
                     steps=steps,
                 )
             )
@@ -337,7 +350,9 @@ class MaximisedInformation(Method[Config]):
                 loader = run.loader(data, "train", tune.train.batch_size, train=True)
                 run.fit("mcmi", module, loader, tune.train, evaluate=judge, splits=run.splits(data))
                 module.close()
-                figures = evaluate_classifier(network, run.loader(data, "test"), run.device, ["accuracy", "calibration"])
+                figures = evaluate_classifier(
+                    network, run.loader(data, "test"), run.device, ["accuracy", "calibration"]
+                )
                 figures |= {"cmi": information_of(network, measured, run.device), "cmi_before": before}
                 return {"weights": state_on_cpu(network), "figures": figures}
 

@@ -139,12 +139,17 @@ class MealV2(Objective):
         elif self.discriminator is None or self.sees == "probabilities":
             target = seen = teacher.log_probs().exp()
         else:
-            raise UserError(f"meal_v2: the teacher '{self.teacher}' gives no logits for the discriminator to see; set sees: probabilities.")
+            raise UserError(
+                f"meal_v2: the teacher '{self.teacher}' gives no logits for the discriminator to see; set sees: "
+                "probabilities."
+            )
         checks.same_classes("meal_v2", logits, target)
         terms = {"similarity": soft_cross_entropy(logits, self._with_labels(target, logits, batch))}
         if self.discriminator is not None:
             rows = (logits, seen) if self.sees == "logits" else (torch.softmax(logits, dim=-1), target)
-            mine = 2 * rows[0].detach() - rows[0] if self.adversarial else rows[0]  # the same value, the gradient reversed
+            mine = (
+                2 * rows[0].detach() - rows[0] if self.adversarial else rows[0]
+            )  # the same value, the gradient reversed
             terms["discriminator"] = self.weight * discriminator_loss(self.discriminator(torch.cat([mine, rows[1]])))
         return terms
 
@@ -161,7 +166,9 @@ class DiscriminatorSpec(Spec):
     """The discriminator on final outputs."""
 
     sees: Literal["logits", "probabilities"] = "logits"
-    reduction: int = Field(8, ge=1, description="K: each of its first two layers is so many times narrower than the one before.")
+    reduction: int = Field(
+        8, ge=1, description="K: each of its first two layers is so many times narrower than the one before."
+    )
     weight: float = Field(1.0, ge=0)
     lr: float | None = Field(None, gt=0, description="Its learning rate; default: the student's.")
     adversarial: bool = Field(False, description="Reverse its gradient to the student.")
@@ -173,11 +180,14 @@ class Config(MethodConfig):
     student: Model
     initial: TrainSpec | None = Field(
         None,
-        description="The student's training with labels before, stored by content; None: it has weights, or starts from scratch.",
+        description="The student's training with labels before, stored by content; None: it has weights, or starts "
+        "from scratch.",
     )
     hard_labels: float = Field(0.0, ge=0, le=1, description="Share of the label in the target; 0 in the paper.")
     discriminator: DiscriminatorSpec | None = Field(default_factory=DiscriminatorSpec)
-    train: TrainSpec = Field(description="The fine-tuning; without weight decay unless train.optimizer.weight_decay is set.")
+    train: TrainSpec = Field(
+        description="The fine-tuning; without weight decay unless train.optimizer.weight_decay is set."
+    )
     evaluate: list[str] = Field(
         default_factory=lambda: ["accuracy", "calibration", "cost"],
         description="Groups of figures: accuracy, calibration, cost.",
@@ -200,7 +210,9 @@ class MealV2Method(Method[Config]):
         stages = []
         for member in config.teacher.ensemble or [config.teacher]:
             if member.model and member.train and not member.checkpoint:
-                steps = member.train.epochs * len(run.loader(member.data or config.data, "train", member.train.batch_size, train=True))
+                steps = member.train.epochs * len(
+                    run.loader(member.data or config.data, "train", member.train.batch_size, train=True)
+                )
                 network = describe(member.model, run.model(member.network, config.data, "teacher", member.seed or 0))
                 stages.append(
                     Stage(
@@ -213,9 +225,13 @@ class MealV2Method(Method[Config]):
         student = {"student": describe(config.student.model, run.model(config.student, config.data))}
         if config.initial is not None:
             steps = config.initial.epochs * len(run.loader(config.data, "train", config.initial.batch_size, train=True))
-            stages.append(Stage("initial", "train the student with cross-entropy (stored, shared)", student, steps=steps))
+            stages.append(
+                Stage("initial", "train the student with cross-entropy (stored, shared)", student, steps=steps)
+            )
         steps = config.train.epochs * len(run.loader(config.data, "train", config.train.batch_size, train=True))
-        stages.append(Stage("student", "fine-tune the student on the teachers' averaged probabilities", student, steps=steps))
+        stages.append(
+            Stage("student", "fine-tune the student on the teachers' averaged probabilities", student, steps=steps)
+        )
         return stages
 
     def run(self, config: Config, run: Run) -> Student:
@@ -225,9 +241,13 @@ class MealV2Method(Method[Config]):
         if config.initial is not None:
             before = run.trained("initial", student, config.student, config.initial, config.data, run.seed)
             student.load_state_dict(before["weights"])
-            figures = {f"initial_{name}": value for name, value in before["figures"].items() if name in ("accuracy", "nll")}
+            figures = {
+                f"initial_{name}": value for name, value in before["figures"].items() if name in ("accuracy", "nll")
+            }
         options = {"discriminator": False} if config.discriminator is None else config.discriminator.model_dump()
-        module = Distillation(student, teacher, [Weighted(MealV2(config.hard_labels, **options), 1.0, "meal_v2")], seed=run.seed)
+        module = Distillation(
+            student, teacher, [Weighted(MealV2(config.hard_labels, **options), 1.0, "meal_v2")], seed=run.seed
+        )
         loader = run.loader(config.data, "train", config.train.batch_size, train=True)
         fitted = run.fit(
             "student",

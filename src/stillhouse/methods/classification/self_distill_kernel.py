@@ -70,12 +70,17 @@ def optimal_weight(target: Tensor, plain: Tensor, pure: Tensor) -> float:
         pure: g0, predictions of the model that was fitted to its predecessor alone (alpha 0), same shape.
     """
     if not target.shape == plain.shape == pure.shape:
-        raise UserError(f"Targets and both predictions must have one shape; given: {tuple(target.shape)}, {tuple(plain.shape)}, {tuple(pure.shape)}.")
+        raise UserError(
+            f"Targets and both predictions must have one shape; given: {tuple(target.shape)}, {tuple(plain.shape)}, "
+            f"{tuple(pure.shape)}."
+        )
     y, g1, g0 = target.double(), plain.double(), pure.double()
     apart = g1 - g0
     size = float(apart.square().sum())
     if size <= 1e-24 * max(float(g1.square().sum()), 1e-300):
-        warnings.warn("Refitting changes nothing here (the ridge is tiny): every weight is as good, so alpha is 1.", stacklevel=2)
+        warnings.warn(
+            "Refitting changes nothing here (the ridge is tiny): every weight is as good, so alpha is 1.", stacklevel=2
+        )
         return 1.0
     return float(((y - g0) * apart).sum()) / size
 
@@ -114,7 +119,10 @@ class KernelSelfDistillation:
         if kernel not in KERNELS:
             raise unknown("kernel", kernel, KERNELS)
         if not ridge > 0 or not gamma > 0 or steps < 1:
-            raise UserError(f"ridge and gamma must be above 0 and steps at least 1; given: ridge {ridge}, gamma {gamma}, steps {steps}.")
+            raise UserError(
+                f"ridge and gamma must be above 0 and steps at least 1; given: ridge {ridge}, gamma {gamma}, steps "
+                f"{steps}."
+            )
         alphas = [float(alpha)] * steps if isinstance(alpha, int | float) else [float(a) for a in alpha]
         if len(alphas) != steps:
             raise UserError(f"alpha must be one number or one for each of {steps} steps; given: {len(alphas)}.")
@@ -257,7 +265,11 @@ class WeightedTargets(Objective):
     def forward(self, student: Signals, teacher: Signals, batch: Batch, progress: Progress) -> dict[str, Tensor]:
         assert student.logits is not None
         before = None if self.alpha is None else teacher.log_probs().exp()
-        terms = {"loss": weighted_targets_loss(student.logits, batch["label"], before, 1.0 if self.alpha is None else self.alpha)}
+        terms = {
+            "loss": weighted_targets_loss(
+                student.logits, batch["label"], before, 1.0 if self.alpha is None else self.alpha
+            )
+        }
         return {**terms, "norms": self.reg_coef * sum_of_norms(self._trained)} if self.reg_coef else terms
 
 
@@ -273,8 +285,12 @@ class Config(MethodConfig):
     data: Data
     kernel: KernelSpec | None = Field(None, description="Kernel ridge regression, in closed form.")
     student: Model | None = Field(None, description="Or a network.")
-    train: TrainSpec = Field(default_factory=TrainSpec, description="student: how each of the chain's networks is trained.")
-    reg_coef: float = Field(0.0, ge=0, description="student: weight of the sum of unsquared parameter norms; the released script has 1e-4.")
+    train: TrainSpec = Field(
+        default_factory=TrainSpec, description="student: how each of the chain's networks is trained."
+    )
+    reg_coef: float = Field(
+        0.0, ge=0, description="student: weight of the sum of unsquared parameter norms; the released script has 1e-4."
+    )
     steps: int = Field(5, ge=1, description="Fits; the first has no predecessor.")
     alpha: Literal["optimal"] | float | list[float] = Field(
         "optimal", description="Weight of the labels: the best at each step, one number, or one a step."
@@ -289,8 +305,12 @@ class Config(MethodConfig):
         if (self.kernel is None) == (self.student is None):
             raise ValueError("give exactly one of kernel and student")
         if isinstance(self.alpha, list) and len(self.alpha) != self.steps:
-            raise ValueError(f"alpha must be one number or one for each of {self.steps} steps; given: {len(self.alpha)}")
-        if self.alpha != "optimal" and not all(0 <= a <= 1 for a in (self.alpha if isinstance(self.alpha, list) else [self.alpha])):
+            raise ValueError(
+                f"alpha must be one number or one for each of {self.steps} steps; given: {len(self.alpha)}"
+            )
+        if self.alpha != "optimal" and not all(
+            0 <= a <= 1 for a in (self.alpha if isinstance(self.alpha, list) else [self.alpha])
+        ):
             raise ValueError("alpha must lie between 0 and 1")
         if self.keep == "limit" and (self.student is not None or not isinstance(self.alpha, float | int)):
             raise ValueError("keep: limit needs a kernel and one constant alpha")
@@ -383,24 +403,32 @@ def _points(run: Run, data: DataSpec, split: str) -> tuple[Tensor, Tensor]:
     """A split as rows of pixels (n, p) and class ids (n,)."""
     bundle = run.data(data)
     batches = list(run.loader(data, split))
-    return torch.cat([pixels(b["input"], bundle.mean, bundle.std) for b in batches]), torch.cat([b["label"] for b in batches])
+    return torch.cat([pixels(b["input"], bundle.mean, bundle.std) for b in batches]), torch.cat(
+        [b["label"] for b in batches]
+    )
 
 
 class SelfDistillation(Method[Config]):
     def plan(self, config: Config, run: Run) -> list[Stage]:
         if run.validation(config.sample) is None and (config.alpha == "optimal" or config.keep == "best"):
-            raise UserError("alpha: optimal and keep: best need validation data: set data.val to a share above 0, or alpha to a number.")
+            raise UserError(
+                "alpha: optimal and keep: best need validation data: set data.val to a share above 0, or alpha to a "
+                "number."
+            )
         if config.kernel is not None:
             count = len(run.data(config.sample).dataset("train", train=False))
             return [
                 Stage(
                     "chain",
-                    f"decompose a {config.kernel.name} kernel of {count} samples, and take {config.steps} steps in closed form",
+                    f"decompose a {config.kernel.name} kernel of {count} samples, and take {config.steps} steps in "
+                    "closed form",
                 )
             ]
         assert config.student is not None
         fits = config.steps + (config.steps - 1 if config.alpha == "optimal" else 0)
-        steps = fits * config.train.epochs * len(run.loader(config.sample, "train", config.train.batch_size, train=True))
+        steps = (
+            fits * config.train.epochs * len(run.loader(config.sample, "train", config.train.batch_size, train=True))
+        )
         return [
             Stage(
                 "step",
@@ -439,7 +467,9 @@ class SelfDistillation(Method[Config]):
             name = step if step == "limit" else f"step{step}"
             figures[f"accuracy_{name}"] = (chain.predict(xt, step).argmax(-1) == yt).double().mean().item()
             b = chain.shrinkage(step)
-            figures[f"directions_{name}"] = (b.sum() ** 2 / b.square().sum().clamp_min(1e-300)).item()  # how many eigen-directions are in use
+            figures[f"directions_{name}"] = (
+                b.sum() ** 2 / b.square().sum().clamp_min(1e-300)
+            ).item()  # how many eigen-directions are in use
         best = min(errors, key=errors.__getitem__) if config.keep == "best" and errors else config.steps
         coefficients = chain.coefficients("limit" if config.keep == "limit" else best)
         return KernelClassifier(
@@ -475,14 +505,20 @@ class SelfDistillation(Method[Config]):
                     alpha = config.alpha[step - 1] if isinstance(config.alpha, list) else float(config.alpha)
             chain.append(self._fit(config, run, f"step.{step}", step, chain[-1] if chain else None, alpha))
             trainings += 1
-            figures[f"accuracy_step{step}"] = evaluate_classifier(chain[-1], run.loader(config.data, "test"), run.device, ["accuracy"])["accuracy"]
+            figures[f"accuracy_step{step}"] = evaluate_classifier(
+                chain[-1], run.loader(config.data, "test"), run.device, ["accuracy"]
+            )["accuracy"]
             if check is not None:
-                figures[f"val_accuracy_step{step}"] = evaluate_classifier(chain[-1], check, run.device, ["accuracy"])["accuracy"]
+                figures[f"val_accuracy_step{step}"] = evaluate_classifier(chain[-1], check, run.device, ["accuracy"])[
+                    "accuracy"
+                ]
                 kept.append(figures[f"val_accuracy_step{step}"])
         network = chain[kept.index(max(kept))] if config.keep == "best" else chain[-1]
         return run.student(network, config.student, config.data, {**figures, "trainings": float(trainings)})
 
-    def _fit(self, config: Config, run: Run, name: str, step: int, before: nn.Module | None, alpha: float | None) -> nn.Module:
+    def _fit(
+        self, config: Config, run: Run, name: str, step: int, before: nn.Module | None, alpha: float | None
+    ) -> nn.Module:
         """One network of the chain, from a fresh initialisation (the same for all that are tried at a step)."""
         assert config.student is not None
         network = run.model(config.student, config.data, role=f"step.{step}")

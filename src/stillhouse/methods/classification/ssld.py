@@ -107,7 +107,9 @@ class Agreement(Objective):
             checks.same_classes("ssld", student.logits, predicted)
             return {"loss": soft_cross_entropy(student.logits, predicted.exp())}
         return {
-            "loss": jensen_shannon(student.logits, predicted) if self.loss == "jensen_shannon" else symmetric_kl(student.logits, predicted, self.eps)
+            "loss": jensen_shannon(student.logits, predicted)
+            if self.loss == "jensen_shannon"
+            else symmetric_kl(student.logits, predicted, self.eps)
         }
 
 
@@ -193,7 +195,8 @@ class Config(MethodConfig):
     duplicates: float = Field(
         0.98,
         gt=0,
-        description="Correlation of thumbnails from which a pool image is a duplicate of a test image; above 1: none is.",
+        description="Correlation of thumbnails from which a pool image is a duplicate of a test image; above 1: none "
+        "is.",
     )
     teacher: Teacher
     teacher_bn: Literal["eval", "batch"] = "eval"
@@ -219,7 +222,11 @@ class SSLD(Method[Config]):
         if config.pool is not None:
             images = len(run.data(config.pool).dataset("train", train=True))
             stages.append(Stage("selection", f"let the teacher pick from {images} unlabelled images (stored, shared)"))
-        stages.append(Stage("student", f"train the student on {target} target images" + (" and those picked" if config.pool else "")))
+        stages.append(
+            Stage(
+                "student", f"train the student on {target} target images" + (" and those picked" if config.pool else "")
+            )
+        )
         if config.finetune.epochs:
             stages.append(
                 Stage(
@@ -266,7 +273,9 @@ class SSLD(Method[Config]):
                 larger,
                 only_classifier=True,
             )
-            figures["accuracy_larger"] = evaluate_classifier(student, run.loader(larger, "test"), run.device, ["accuracy"])["accuracy"]
+            figures["accuracy_larger"] = evaluate_classifier(
+                student, run.loader(larger, "test"), run.device, ["accuracy"]
+            )["accuracy"]
         return run.student(student, config.student, config.data, {"train_seconds": seconds, **figures})
 
     def fit(
@@ -291,7 +300,9 @@ class SSLD(Method[Config]):
             seed=run.seed,
             embedding=config.student.embedding,
         )
-        loader = Loader(dataset, spec.batch_size, seed=run.seed, shuffle=True, drop_last=True, workers=data.workers, **share())
+        loader = Loader(
+            dataset, spec.batch_size, seed=run.seed, shuffle=True, drop_last=True, workers=data.workers, **share()
+        )
         if isinstance(module, OnlyClassifier):
             module.choose(to_device(next(iter(loader)), next(student.parameters()).device))
         fitted = run.fit(name, module, loader, spec, evaluate=run.validating(data), splits=run.splits(data))
@@ -320,9 +331,15 @@ class SSLD(Method[Config]):
                 in_target.append(near_duplicates(batch["input"], own, config.duplicates))
             score, predicted, test_twin, target_twin = (torch.cat(v) for v in (scores, classes, in_test, in_target))
             rows = (~(test_twin | target_twin)).nonzero()[:, 0]
-            kept = rows if config.per_class is None else rows[top_of_each_class(score[rows], predicted[rows], config.per_class)]
+            kept = (
+                rows
+                if config.per_class is None
+                else rows[top_of_each_class(score[rows], predicted[rows], config.per_class)]
+            )
             if not len(kept):
-                raise UserError("pool: no image is left when duplicates of test and target images are removed; give another pool.")
+                raise UserError(
+                    "pool: no image is left when duplicates of test and target images are removed; give another pool."
+                )
             figures = {
                 "pool_images": len(predicted),
                 "pool_duplicates_of_test": int(test_twin.sum()),

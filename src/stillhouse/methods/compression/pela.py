@@ -104,7 +104,8 @@ class FeatureImitation(Objective):
             mine, theirs = student.taps[block].shape, teacher.taps[block].shape
             if mine != theirs:
                 raise UserError(
-                    f"pela: '{block}' gives shape {tuple(mine)} but in the original {tuple(theirs)}; they must be equal.",
+                    f"pela: '{block}' gives shape {tuple(mine)} but in the original {tuple(theirs)}; they must be "
+                    "equal.",
                 )
 
     def forward(self, student: Signals, teacher: Signals, batch: Batch, progress: Progress) -> dict[str, Tensor]:
@@ -205,7 +206,9 @@ class Config(MethodConfig):
                 "all weights are 0: there is nothing to train on; set train: null for the decomposition alone",
             )
         if self.original is not None and self.finetune is None:
-            raise ValueError("original is other data than `data`, so `finetune` must say how a new classifier is trained")
+            raise ValueError(
+                "original is other data than `data`, so `finetune` must say how a new classifier is trained"
+            )
         return self
 
     @property
@@ -223,7 +226,9 @@ class Pela(Method[Config]):
         if spec.train is not None and spec.checkpoint is None:
             network = {"teacher": describe(spec.network.model, original)}
             batches = steps(run, spec.data or source, spec.train)
-            stages.append(Stage("teacher", "train the original with cross-entropy (kept, shared)", network, steps=batches))
+            stages.append(
+                Stage("teacher", "train the original with cross-entropy (kept, shared)", network, steps=batches)
+            )
         count = len(shape_of(config, run, original).applied(original, approximate=False))
         network = {"student": describe(spec.network.model, original)}
         if config.train is not None:

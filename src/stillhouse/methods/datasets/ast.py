@@ -52,15 +52,23 @@ class Config(mtt.Config):
         default_factory=lambda: ExpertSpec(lr=0.003, momentum=0.9, weight_decay=1e-3, drop=0.6),
         description="Published: 50 to 100 of 50 epochs.",
     )
-    clip_from: float = Field(0.5, gt=0, le=1, description="Experts: the factor of the loss in the first epoch; 1: none.")
+    clip_from: float = Field(
+        0.5, gt=0, le=1, description="Experts: the factor of the loss in the first epoch; 1: none."
+    )
     clip_epochs: int = Field(10, ge=1, description="Experts: epochs over which that factor rises to 1.")
     penalty: float = Field(2.0, ge=0, description="Experts: weight of the input-gradient penalty; 0: none.")
-    penalty_norm: PenaltyNorm = Field("pixel", description="Of the input's gradient: over the channels of a pixel, or over the image.")
-    init: Literal["noise", "real", "representative", "mix"] = Field("representative", description="How the images begin.")
+    penalty_norm: PenaltyNorm = Field(
+        "pixel", description="Of the input's gradient: over the channels of a pixel, or over the image."
+    )
+    init: Literal["noise", "real", "representative", "mix"] = Field(
+        "representative", description="How the images begin."
+    )
     clusters: int = Field(10, ge=1, description="representative: centres a class, at most ipc.")
     inner_momentum: float = Field(0.9, ge=0, lt=1, description="Of the inner steps.")
     balance: bool = Field(True, description="Weigh the inner loss by the start epoch.")
-    middle: Middle = Field("agg", description="Terms of the epochs between: none, each once (agg), or more the later (adaptive).")
+    middle: Middle = Field(
+        "agg", description="Terms of the epochs between: none, each once (agg), or more the later (adaptive)."
+    )
     perturb: float = Field(1.0, ge=0, description="Noise on the convolutions of the start, relative; 0: none.")
     unroll: Literal["full", "last"] = Field(  # type: ignore[assignment]
         "full", description="last: the graph of the last 8 inner steps alone."
@@ -69,7 +77,10 @@ class Config(mtt.Config):
     @model_validator(mode="after")
     def _epochs_have_steps(self) -> Config:
         if self.inner_steps < self.expert_epochs:
-            raise ValueError(f"inner_steps {self.inner_steps} is less than expert_epochs {self.expert_epochs}; an epoch needs a step or more")
+            raise ValueError(
+                f"inner_steps {self.inner_steps} is less than expert_epochs {self.expert_epochs}; an epoch needs a "
+                "step or more"
+            )
         return self
 
 
@@ -218,7 +229,9 @@ class SmoothExpertAlignment(Method[Config]):
                 start = torch.cat([p.flatten() for p in perturbed(parameters, noise, config.perturb)])
             factor = balance_factor(epoch, config.max_start + 1) if config.balance else 1.0
             last = LAST if config.unroll == "last" else None
-            path = momentum_path(flat.gradient, start, mtt.inner_batches(made, config, i), lr, config.inner_momentum, factor, last)
+            path = momentum_path(
+                flat.gradient, start, mtt.inner_batches(made, config, i), lr, config.inner_momentum, factor, last
+            )
             distances = path_distances(path, trajectory[epoch + 1 : epoch + config.expert_epochs + 1].to(device))
             return {"loss": (weights * distances).sum(), "final": distances[-1], "inner_lr": lr.detach().clone()}
 

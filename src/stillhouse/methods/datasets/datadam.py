@@ -83,13 +83,21 @@ def activations(network: nn.Module) -> list[str]:
     """
     names = [f"{stage}.act" for stage in getattr(network, "stage_names", [])]
     if not names or not hasattr(network.get_submodule(names[0].partition(".")[0]), "act"):
-        raise UserError(f"datadam taps the activation of every stage of a ConvNet, and {type(network).__name__} has none; take stillhouse:convnet.")
+        raise UserError(
+            f"datadam taps the activation of every stage of a ConvNet, and {type(network).__name__} has none; take "
+            "stillhouse:convnet."
+        )
     if len(names) < 2:
-        raise UserError("datadam matches attention after every activation but the last, and this network has only one; take a deeper one.")
+        raise UserError(
+            "datadam matches attention after every activation but the last, and this network has only one; take a "
+            "deeper one."
+        )
     return names[:-1]
 
 
-def losses(network: nn.Module, real: Tensor, synthetic: Tensor, classes: int, power: float, task_balance: float) -> dict[str, Tensor]:
+def losses(
+    network: nn.Module, real: Tensor, synthetic: Tensor, classes: int, power: float, task_balance: float
+) -> dict[str, Tensor]:
     """`attention` (layers,) and `features`, a scalar with its weight, of class-major augmented batches; `embeddings` of
     both."""
     taps = Taps(network, activations(network))

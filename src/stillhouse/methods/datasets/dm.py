@@ -39,7 +39,8 @@ def embedding(network: nn.Module, x: Tensor) -> Tensor:
     embed: Callable[[Tensor], Tensor] | None = getattr(network, "embed", None)
     if embed is None:
         raise UserError(
-            f"Distribution matching reads a network's features by its `embed`, and {type(network).__name__} has none; take stillhouse:convnet."
+            f"Distribution matching reads a network's features by its `embed`, and {type(network).__name__} has none; "
+            "take stillhouse:convnet."
         )
     return torch.cat([embed(part) for part in few(x)])
 

@@ -41,7 +41,8 @@ class Config(PixelConfig):
     network_lr: float = Field(0.01, gt=0, description="Of the network: SGD.")
     metric: Metric = Field(
         "units",
-        description="Of gradients: cosine by output unit of each weight (published), or mse or cos of all as one vector.",
+        description="Of gradients: cosine by output unit of each weight (published), or mse or cos of all as one "
+        "vector.",
     )
     batch_train: int = Field(256, ge=1, description="Synthetic images of a step of the network.")
 

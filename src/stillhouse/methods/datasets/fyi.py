@@ -47,7 +47,9 @@ class Config(MethodConfig):
             raise ValueError("host.method is missing: name the method that learns the images, such as dm")
         method = str(self.host["method"])
         if not issubclass(catalog.method(method).Config, PixelConfig):
-            raise ValueError(f"host.method: '{method}' does not learn pixels from real images; take dm, datadam, mtt or dsa")
+            raise ValueError(
+                f"host.method: '{method}' does not learn pixels from real images; take dm, datadam, mtt or dsa"
+            )
         given = validate({**self.host, "data": self.data.model_dump(), "seed": self.seed}, "host")
         assert isinstance(given, PixelConfig)
         flips = flip_first(given.augment)
@@ -89,7 +91,8 @@ class FlipYourImages(Method[Config]):
         handed = not getattr(run.data(config.data), "flip", True)
         if config.mirror and handed and not config.handed:
             raise UserError(
-                f"fyi: images of '{config.data.name}' change their class when mirrored; set handed=true to learn from mirror images all the same."
+                f"fyi: images of '{config.data.name}' change their class when mirrored; set handed=true to learn from "
+                "mirror images all the same."
             )
         host = config._host
         return catalog.method(host.method).plan(host, run)

@@ -58,8 +58,12 @@ Amount = TypeVar("Amount", Tensor, float)
 class CompensateSpec(Spec):
     """How compensators are learned."""
 
-    iterations: int = Field(1000, ge=0, description="Published: 1000 (CIFAR), 2000 (ImageNet); 0: the natural images, repeated.")
-    lr: float = Field(0.25, gt=0, description="Adam with betas 0.5, 0.9; falls along a cosine. Of tiny images 0.05 to 0.1.")
+    iterations: int = Field(
+        1000, ge=0, description="Published: 1000 (CIFAR), 2000 (ImageNet); 0: the natural images, repeated."
+    )
+    lr: float = Field(
+        0.25, gt=0, description="Adam with betas 0.5, 0.9; falls along a cosine. Of tiny images 0.05 to 0.1."
+    )
     r_bn: float = Field(1.0, ge=0, description="Weight of the statistics; published: 1 (CIFAR), 0.01 (ImageNet).")
     first: float = Field(10.0, ge=0, description="Factor of the first layer's statistics.")
     jitter: int = Field(4, ge=0, description="Pixels of the random shift; published: 4 at 32, 32 at 224.")
@@ -67,9 +71,15 @@ class CompensateSpec(Spec):
 
 
 class Config(DatasetConfig):
-    teachers: Annotated[list[Teacher], Field(min_length=1)] = Field(description="The networks, of different architectures; published: 4 (CIFAR), 3.")
-    compensate: CompensateSpec | None = Field(default_factory=CompensateSpec, description="null: ipc natural images a class, the baseline.")
-    labels: Literal["static", "dynamic"] = Field("static", description="static: one vector an image; dynamic: one for each of the views.")
+    teachers: Annotated[list[Teacher], Field(min_length=1)] = Field(
+        description="The networks, of different architectures; published: 4 (CIFAR), 3."
+    )
+    compensate: CompensateSpec | None = Field(
+        default_factory=CompensateSpec, description="null: ipc natural images a class, the baseline."
+    )
+    labels: Literal["static", "dynamic"] = Field(
+        "static", description="static: one vector an image; dynamic: one for each of the views."
+    )
     views: Views = Field(
         default_factory=lambda: Views(augment="crop_flip", mix="mixup"),
         description="Crops, flips and mixup of training; `epochs` is of dynamic labels.",
@@ -97,7 +107,8 @@ def budget(ipc: int, networks: int, classes: int) -> int:
     natural = ipc * classes // (networks + classes)
     if natural < 1:
         raise UserError(
-            f"ipc {ipc} with {networks} networks and {classes} classes leaves no natural image a class; raise ipc or take fewer networks."
+            f"ipc {ipc} with {networks} networks and {classes} classes leaves no natural image a class; raise ipc or "
+            "take fewer networks."
         )
     return natural
 
@@ -124,7 +135,9 @@ def compensation_loss(
     return _loss(network, statistics, torch.roll(natural + compensator, tuple(shift), (2, 3)), labels, r_bn, first)
 
 
-def _loss(network: nn.Module, statistics: BatchNormStatistics, x: Tensor, labels: Tensor, r_bn: float, first: float) -> dict[str, Tensor]:
+def _loss(
+    network: nn.Module, statistics: BatchNormStatistics, x: Tensor, labels: Tensor, r_bn: float, first: float
+) -> dict[str, Tensor]:
     ce = F.cross_entropy(network(x).float(), labels)
     bn = statistics_loss(statistics.distances(), first)
     return {"loss": ce + r_bn * bn, "ce": ce, "bn": bn}
@@ -190,7 +203,9 @@ class CompensatedSet(SyntheticSet):
         natural, compensators = natural.detach().cpu(), compensators.detach().cpu().half()
         images = compensated(natural, compensators, mean, std)
         labels = torch.arange(len(classes)).repeat_interleave(len(images) // len(classes))
-        return cls(images, labels, classes, mean, std, bounded=True, made_by=recipe, natural=natural, compensators=compensators)
+        return cls(
+            images, labels, classes, mean, std, bounded=True, made_by=recipe, natural=natural, compensators=compensators
+        )
 
     def __len__(self) -> int:
         """Stored images and compensators."""
@@ -198,7 +213,9 @@ class CompensatedSet(SyntheticSet):
 
     def _tensors(self) -> dict[str, Tensor]:
         tensors = {"natural": self.natural, "compensators": self.compensators}
-        return {k: v for k, v in tensors.items() if v.numel()} | ({} if self.views is None else {"views": self.views.logits.cpu()})
+        return {k: v for k, v in tensors.items() if v.numel()} | (
+            {} if self.views is None else {"views": self.views.logits.cpu()}
+        )
 
     def save(self, folder: Path) -> None:
         super().save(folder)
@@ -227,7 +244,9 @@ class CompensatedSet(SyntheticSet):
             meta["made_by"],
         )
         if meta["views"] is not None:
-            made.views = (StaticLabels if meta["static"] else ViewLabels)(Views.model_validate(meta["views"]), t["views"])
+            made.views = (StaticLabels if meta["static"] else ViewLabels)(
+                Views.model_validate(meta["views"]), t["views"]
+            )
         made.check()
         return made
 
@@ -240,15 +259,24 @@ evaluates(CompensatedSet.kind)(judge)
 
 class InterClassFeatureCompensator(Method[Config]):
     def plan(self, config: Config, run: Run) -> list[Stage]:
-        teachers = [Stage("teacher", "train the networks with batch norm (stored, shared)")] if any(t.train for t in config.teachers) else []
+        teachers = (
+            [Stage("teacher", "train the networks with batch norm (stored, shared)")]
+            if any(t.train for t in config.teachers)
+            else []
+        )
         spec, many = config.compensate, len(config.teachers)
         natural = budget(config.ipc, many, run.data(config.data).num_classes) if spec else config.ipc
-        does = f"{natural} natural images a class" + (f" and {natural} compensators of each of {many} networks" if spec else "")
+        does = f"{natural} natural images a class" + (
+            f" and {natural} compensators of each of {many} networks" if spec else ""
+        )
         lines = plan(run, config, "compensate", does, natural * many * spec.iterations if spec else 0)
         return [*teachers, lines[0], Stage("relabel", f"{config.labels} labels: the networks' mean logits"), *lines[1:]]
 
     def run(self, config: Config, run: Run) -> CompensatedSet:
-        networks = [run.network(f"teacher.{i}", t, config.data).to(run.device).eval().requires_grad_(False) for i, t in enumerate(config.teachers)]
+        networks = [
+            run.network(f"teacher.{i}", t, config.data).to(run.device).eval().requires_grad_(False)
+            for i, t in enumerate(config.teachers)
+        ]
         real = RealRows.of(run, config.data)
         spec = config.compensate
         if spec is None:
@@ -295,10 +323,15 @@ class InterClassFeatureCompensator(Method[Config]):
 
         cost = descend(run, f"compensate.{which[0]}.{which[1]}", u, spec.lr, spec.iterations, loss)
         with torch.no_grad():
-            ends = [compensation_loss(network, statistics, natural, v, labels, (0, 0), spec.r_bn, spec.first)["bn"] for v in (0 * u, u)]
+            ends = [
+                compensation_loss(network, statistics, natural, v, labels, (0, 0), spec.r_bn, spec.first)["bn"]
+                for v in (0 * u, u)
+            ]
         return u.detach()[0], cost, torch.stack(ends).cpu()
 
-    def _labelled(self, config: Config, run: Run, networks: list[nn.Module], natural: Tensor, compensators: Tensor | None) -> CompensatedSet:
+    def _labelled(
+        self, config: Config, run: Run, networks: list[nn.Module], natural: Tensor, compensators: Tensor | None
+    ) -> CompensatedSet:
         """The set with its labels, and how often the networks' mean logits agree with the class."""
         bundle = run.data(config.data)
         none = natural.new_zeros(0, len(natural), *natural.shape[2:])

@@ -47,13 +47,16 @@ class Config(PixelConfig):
     batch_syn: int | None = Field(None, ge=1, description="Synthetic images of an inner step; default: all.")
     inner_lr: float = Field(0.01, gt=0, description="Where the learned rate of the inner steps begins.")
     lr_lr: float = Field(1e-5, ge=0, description="Of that rate: SGD.")
-    unroll: Literal["full", "steps"] = Field("full", description="steps: inner parameters as constants, with the memory of one step.")
+    unroll: Literal["full", "steps"] = Field(
+        "full", description="steps: inner parameters as constants, with the memory of one step."
+    )
 
     @model_validator(mode="after")
     def _target_exists(self) -> Config:
         if self.max_start + self.expert_epochs > self.experts.epochs:
             raise ValueError(
-                f"the latest start {self.max_start} and expert_epochs {self.expert_epochs} go beyond the experts' {self.experts.epochs} epochs"
+                f"the latest start {self.max_start} and expert_epochs {self.expert_epochs} go beyond the experts' "
+                f"{self.experts.epochs} epochs"
             )
         return self
 
@@ -90,7 +93,10 @@ class TrajectoryMatching(Method[Config]):
             epoch = int(torch.randint(config.max_start + 1, (1,), generator=drawn))
             start, target = (path[e].to(made.images.device) for e in (epoch, epoch + config.expert_epochs))
             if torch.equal(path[epoch], path[epoch + config.expert_epochs]):
-                raise UserError(f"mtt: an expert did not move between epochs {epoch} and {epoch + config.expert_epochs}; raise experts.lr.")
+                raise UserError(
+                    f"mtt: an expert did not move between epochs {epoch} and {epoch + config.expert_epochs}; raise "
+                    "experts.lr."
+                )
             batches = inner_batches(made, config, i)
             if config.unroll == "steps":
                 value = trajectory_distance_by_steps(flat.gradient, start, target, batches, lr)

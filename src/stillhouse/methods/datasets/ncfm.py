@@ -53,24 +53,40 @@ SMALLEST = 1e-12
 
 class Config(PixelConfig):
     pool: ExpertSpec = Field(
-        default_factory=lambda: ExpertSpec(count=3, epochs=3, batch_size=128, lr=0.01, momentum=0.9, weight_decay=5e-4, drop=0.2),
+        default_factory=lambda: ExpertSpec(
+            count=3, epochs=3, batch_size=128, lr=0.01, momentum=0.9, weight_decay=5e-4, drop=0.2
+        ),
         description="Networks, each kept at its start and trained; published: 20 of 60 epochs.",
     )
-    init: Literal["noise", "real", "representative", "mix"] = Field("mix", description="How the images begin; mix: a real image in every tile.")
+    init: Literal["noise", "real", "representative", "mix"] = Field(
+        "mix", description="How the images begin; mix: a real image in every tile."
+    )
     factor: int = Field(2, ge=1, description="A stored image is cut into factor x factor training images.")
-    batch_real: int = Field(256, ge=1, description="Real images per class and iteration, or all where a class has fewer; published: 1024.")
+    batch_real: int = Field(
+        256, ge=1, description="Real images per class and iteration, or all where a class has fewer; published: 1024."
+    )
     fixed_real: bool = Field(False, description="Always the first images of each class, as the released loader does.")
     alpha: float = Field(0.5, ge=0, description="Weight of the amplitude: spread and diversity.")
     beta: float = Field(0.5, ge=0, description="Weight of the phase: location and realism.")
-    sampler: Literal["gaussian", "learned"] = Field("gaussian", description="Of frequencies; learned: a network that maximises the loss.")
-    frequencies: int = Field(1024, ge=2, description="Drawn for each class and iteration; published: 4096 (gaussian), 64 (learned).")
-    frequency_variance: float = Field(1.0, gt=0, description="Of the Gaussian draws, which a learned sampler takes as its input.")
+    sampler: Literal["gaussian", "learned"] = Field(
+        "gaussian", description="Of frequencies; learned: a network that maximises the loss."
+    )
+    frequencies: int = Field(
+        1024, ge=2, description="Drawn for each class and iteration; published: 4096 (gaussian), 64 (learned)."
+    )
+    frequency_variance: float = Field(
+        1.0, gt=0, description="Of the Gaussian draws, which a learned sampler takes as its input."
+    )
     sampler_lr: float = Field(1e-3, gt=0, description="learned: SGD with momentum 0.5, upwards.")
-    calibration: float = Field(1.0, ge=0, description="Weight of the cross-entropy in the trained network, one pass an iteration; 0: none.")
+    calibration: float = Field(
+        1.0, ge=0, description="Weight of the cross-entropy in the trained network, one pass an iteration; 0: none."
+    )
     optimiser: Literal["adamw", "sgd"] = Field("adamw", description="Of the pixels; `momentum` is that of sgd.")
     lr: float = Field(0.004, gt=0, description="Of the normalised pixels.")
     weight_decay: float = Field(5e-4, ge=0, description="Of the pixels.")
-    patience: int = Field(500, ge=1, description="Iterations without a lower mean loss, after which the rate is halved.")
+    patience: int = Field(
+        500, ge=1, description="Iterations without a lower mean loss, after which the rate is halved."
+    )
     clamp: bool = Field(True, description="Keep pixels in [0, 1] after every step.")
     augment: AugmentSpec = Field(
         default_factory=lambda: AugmentSpec(always="color_crop_cutout", groups=""),
@@ -98,9 +114,16 @@ def characteristic_terms(real: Tensor, synthetic: Tensor, t: Tensor) -> tuple[Te
     Raises:
         UserError: shapes that do not fit.
     """
-    if not (real.ndim == synthetic.ndim == t.ndim == 2 and real.shape[1] == synthetic.shape[1] == t.shape[1] and len(real) and len(synthetic)):
+    if not (
+        real.ndim == synthetic.ndim == t.ndim == 2
+        and real.shape[1] == synthetic.shape[1] == t.shape[1]
+        and len(real)
+        and len(synthetic)
+    ):
         shapes = ", ".join(str(tuple(x.shape)) for x in (real, synthetic, t))
-        raise UserError(f"Characteristic functions need features (N, D), (M, D) and frequencies (K, D); given: {shapes}.")
+        raise UserError(
+            f"Characteristic functions need features (N, D), (M, D) and frequencies (K, D); given: {shapes}."
+        )
     (re_r, im_r), (re_s, im_s) = _characteristic(real.detach(), t), _characteristic(synthetic, t)
     squares_r, squares_s = re_r.square() + im_r.square(), re_s.square() + im_s.square()
     a_r, a_s = squares_r.clamp(min=SMALLEST**2).sqrt(), squares_s.clamp(min=SMALLEST**2).sqrt()  # no NaN gradient at 0
@@ -116,7 +139,9 @@ def _characteristic(features: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @full_precision
-def characteristic_distance(real: Tensor, synthetic: Tensor, t: Tensor, alpha: float = 0.5, beta: float = 0.5, unit_features: bool = True) -> Tensor:
+def characteristic_distance(
+    real: Tensor, synthetic: Tensor, t: Tensor, alpha: float = 0.5, beta: float = 0.5, unit_features: bool = True
+) -> Tensor:
     """mean_k sqrt(alpha amplitude_k + beta phase_k), a scalar (see `characteristic_terms`); the loss is 300 times it.
 
     Args:
@@ -128,7 +153,9 @@ def characteristic_distance(real: Tensor, synthetic: Tensor, t: Tensor, alpha: f
     return (alpha * amplitude + beta * phase).clamp(min=SMALLEST**2).sqrt().mean()
 
 
-def match_loss(network: nn.Module, real: Tensor, synthetic: Tensor, t: Tensor, alpha: float = 0.5, beta: float = 0.5) -> Tensor:
+def match_loss(
+    network: nn.Module, real: Tensor, synthetic: Tensor, t: Tensor, alpha: float = 0.5, beta: float = 0.5
+) -> Tensor:
     """300 times the distance of one class: images (N, C, H, W) and (M, C, H, W), frequencies (K, D) of the network's
     embedding."""
     return SCALE * characteristic_distance(real_embedding(network, real), embedding(network, synthetic), t, alpha, beta)
@@ -180,7 +207,9 @@ class CharacteristicFunctionMatching(Method[Config]):
         if config.soft_labels:
             images, labels = product.training_images()
             with torch.no_grad():
-                logits = torch.cat([matching.trained_on(pool[0])(x.to(made.images.device)).cpu() for x in images.split(256)])
+                logits = torch.cat(
+                    [matching.trained_on(pool[0])(x.to(made.images.device)).cpu() for x in images.split(256)]
+                )
             product.soft = corrected_logits(logits, labels)
             product.check()
         return product
@@ -200,7 +229,10 @@ class Matching:
     def __init__(self, made: Synthesis, config: Config, run: Run, pool: list[Tensor]) -> None:
         self.made, self.config, self.run, self.pool = made, config, run, pool
         self.device = made.images.device
-        self.mid, self.final = (run.model(config.network, config.data, role="expert").to(self.device).requires_grad_(False) for _ in range(2))
+        self.mid, self.final = (
+            run.model(config.network, config.data, role="expert").to(self.device).requires_grad_(False)
+            for _ in range(2)
+        )
         self.loaded = -1
         with torch.no_grad():
             self.dim = embedding(self.mid, made.images[:1]).shape[1]

@@ -72,7 +72,10 @@ def activation_map(network: nn.Module, taps: Taps, x: Tensor, labels: Tensor) ->
             logits = network(x.detach().requires_grad_())
         features = got[taps.names[0]]
         if features.ndim != 4:
-            raise UserError(f"An activation map needs features (B, K, h, w), but the tap '{taps.names[0]}' gives {tuple(features.shape)}; set cam.")
+            raise UserError(
+                f"An activation map needs features (B, K, h, w), but the tap '{taps.names[0]}' gives "
+                f"{tuple(features.shape)}; set cam."
+            )
         (gradient,) = torch.autograd.grad(logits.gather(1, labels[:, None]).sum(), features)
         found = (features * gradient).sum(1).detach().float()
     return found * found.shape[-2] * found.shape[-1]
@@ -107,7 +110,9 @@ def masked_step(x: Tensor, before: Tensor, masked: Tensor) -> None:
 def boxes(count: int, area: float, drawn: torch.Generator) -> Tensor:
     """Square crops (count, 3) as top, left and side, shares of the image; the areas are uniform from `area` to 1."""
     side = (area + torch.rand(count, generator=drawn) * (1 - area)).sqrt()
-    return torch.stack([torch.rand(count, generator=drawn) * (1 - side), torch.rand(count, generator=drawn) * (1 - side), side], 1)
+    return torch.stack(
+        [torch.rand(count, generator=drawn) * (1 - side), torch.rand(count, generator=drawn) * (1 - side), side], 1
+    )
 
 
 def share_inside(criticality: Tensor, box: Tensor) -> Tensor:
@@ -116,8 +121,12 @@ def share_inside(criticality: Tensor, box: Tensor) -> Tensor:
     top, left, side = (v[:, None] for v in box.to(criticality.device).unbind(1))
     rows = (torch.arange(height, device=criticality.device) + 0.5) / height
     columns = (torch.arange(width, device=criticality.device) + 0.5) / width
-    inside = ((rows >= top) & (rows < top + side))[:, :, None] & ((columns >= left) & (columns < left + side))[:, None, :]
-    weights = torch.where(criticality.amax((1, 2, 3), keepdim=True) > 0, criticality, torch.ones_like(criticality))[:, 0]
+    inside = ((rows >= top) & (rows < top + side))[:, :, None] & ((columns >= left) & (columns < left + side))[
+        :, None, :
+    ]
+    weights = torch.where(criticality.amax((1, 2, 3), keepdim=True) > 0, criticality, torch.ones_like(criticality))[
+        :, 0
+    ]
     return (weights * inside).sum((1, 2)) / weights.sum((1, 2))
 
 
@@ -205,8 +214,12 @@ class DiscoverSpec(Spec):
     pool: int = Field(300, ge=1, description="Real images a class that are looked at.")
     crops: int = Field(5, ge=1, description="Crops of each; 1 on ImageNet.")
     area: float = Field(0.25, gt=0, le=1, description="The smallest share of the image that a crop keeps.")
-    keep: float = Field(0.5, gt=0, le=1, description="The share of crops with the largest activation inside that are kept.")
-    choose: Literal["low", "high"] = Field("low", description="Of those that the network gets right: the least, or the most confident.")
+    keep: float = Field(
+        0.5, gt=0, le=1, description="The share of crops with the largest activation inside that are kept."
+    )
+    choose: Literal["low", "high"] = Field(
+        "low", description="Of those that the network gets right: the least, or the most confident."
+    )
 
 
 class RefineSpec(Spec):
@@ -215,7 +228,9 @@ class RefineSpec(Spec):
     iterations: int = Field(1000, ge=1)
     eps: float = Field(0.5, gt=0, description="Pixels at least this active stay; above 1 all are refined.")
     lr: float = Field(0.1, gt=0, description="0.25 at 224 pixels, 0.05 to 0.1 at 32; falls along a cosine.")
-    optimizer: Literal["adam", "gradient"] = Field("adam", description="The masked step: of Adam with betas 0.5, 0.9, or the plain gradient.")
+    optimizer: Literal["adam", "gradient"] = Field(
+        "adam", description="The masked step: of Adam with betas 0.5, 0.9, or the plain gradient."
+    )
     alpha_bn: float = Field(0.1, ge=0, description="Weight of the statistics: 0.01 (ImageNet) to 1 (CIFAR).")
     first: float = Field(10.0, ge=0, description="Factor of the first layer's statistics.")
     jitter: int = Field(4, ge=0, description="Pixels of the random shift.")
@@ -236,10 +251,14 @@ class DistanceSpec(Spec):
 
 class Config(DatasetConfig):
     teacher: Teacher = Field(description="The network; one with `train` is trained first.")
-    cam: str | None = Field(None, description="The submodule with the last convolutional features; default: the last stage.")
+    cam: str | None = Field(
+        None, description="The submodule with the last convolutional features; default: the last stage."
+    )
     discover: DiscoverSpec = Field(default_factory=DiscoverSpec)
     refine: RefineSpec | None = Field(default_factory=RefineSpec, description="null: the mosaics as they are.")
-    labels: Literal["distances", "soft"] = Field("distances", description="DBR's two numbers a view, or logits of every view.")
+    labels: Literal["distances", "soft"] = Field(
+        "distances", description="DBR's two numbers a view, or logits of every view."
+    )
     relabel: Views = Field(default_factory=lambda: Views(epochs=300), description="The views that are labelled.")
     distances: DistanceSpec = Field(default_factory=DistanceSpec)
 
@@ -250,7 +269,9 @@ class Config(DatasetConfig):
         return self
 
 
-def refine_loss(network: nn.Module, statistics: BatchNormStatistics, x: Tensor, labels: Tensor, spec: RefineSpec) -> dict[str, Tensor]:
+def refine_loss(
+    network: nn.Module, statistics: BatchNormStatistics, x: Tensor, labels: Tensor, spec: RefineSpec
+) -> dict[str, Tensor]:
     """L_C = CE(T(x), y) + alpha_bn (first r_1 + the other r_l), as `loss`, with its parts; x (B, C, H, W), labels
     (B,)."""
     ce = F.cross_entropy(network(x).float(), labels)
@@ -295,7 +316,10 @@ class DistanceSet(SyntheticSet):
         views, self.views = self.views, None
         super().check()
         if views is not None and views.logits.shape[1:] != (len(self.images), 2):
-            raise UserError(f"Distances of views must have the shape (epochs, {len(self.images)}, 2); given: {tuple(views.logits.shape)}.")
+            raise UserError(
+                f"Distances of views must have the shape (epochs, {len(self.images)}, 2); given: "
+                f"{tuple(views.logits.shape)}."
+            )
         self.views = None if views is None else DistanceLabels(views.made, views.logits)
 
 
@@ -321,7 +345,9 @@ class DistanceTraining(SoftTraining):
         logits = network(x).float()
         hard = share * F.cross_entropy(logits, own) + (1 - share) * F.cross_entropy(logits, partner)
         mixed = (partners != rows).to(x.device) & (share < 1)
-        return hard + self.alpha * distance_loss(distances(logits, own, partner, self.at), stored.to(x.device), mixed, self.norm)
+        return hard + self.alpha * distance_loss(
+            distances(logits, own, partner, self.at), stored.to(x.device), mixed, self.norm
+        )
 
 
 @evaluates(DistanceSet.kind)
@@ -350,7 +376,9 @@ def refined(
     regions = critical(activation_map(network, taps, start, labels), size, factor if spec.per_patch else 1)
     blank = int((regions.amax((1, 2, 3)) == 0).sum())
     if blank:
-        warnings.warn(f"{blank} of {len(start)} mosaics have no active region; they are refined everywhere.", stacklevel=2)
+        warnings.warn(
+            f"{blank} of {len(start)} mosaics have no active region; they are refined everywhere.", stacklevel=2
+        )
     step_mask = mask(regions, spec.eps)
     before = torch.empty_like(start)
 
@@ -363,16 +391,24 @@ def refined(
         masked_step(x, before, step_mask)
         clamp_to_pixels(x, real.mean, real.std)
 
-    cost = descend(run, f"refine.{slot}", x, spec.lr, spec.iterations, loss, plain=spec.optimizer == "gradient", after=masked)
+    cost = descend(
+        run, f"refine.{slot}", x, spec.lr, spec.iterations, loss, plain=spec.optimizer == "gradient", after=masked
+    )
     with torch.no_grad():
         ends = [refine_loss(network, statistics, v, labels, spec) for v in (start, x)]
-    figures = {f"{name}_{when}": float(end[name]) for when, end in zip(("initial", "refined"), ends) for name in ("ce", "bn")}
+    figures = {
+        f"{name}_{when}": float(end[name]) for when, end in zip(("initial", "refined"), ends) for name in ("ce", "bn")
+    }
     return x.detach(), figures | {"critical_pixels": float((step_mask == 0).double().mean())}, cost
 
 
 class NonCriticalRegionRefinement(Method[Config]):
     def plan(self, config: Config, run: Run) -> list[Stage]:
-        teacher = [] if config.teacher.train is None else [Stage("teacher", "train the network with batch norm (stored, shared)")]
+        teacher = (
+            []
+            if config.teacher.train is None
+            else [Stage("teacher", "train the network with batch norm (stored, shared)")]
+        )
         steps = config.refine.iterations * config.ipc if config.refine else 0
         does = f"{config.ipc} mosaics a class" + (", refined where the network does not look" if config.refine else "")
         lines = plan(run, config, "refine", does, steps)
@@ -393,7 +429,9 @@ class NonCriticalRegionRefinement(Method[Config]):
             statistics = BatchNormStatistics(network)
             seen: list[dict[str, float]] = []
             for slot, start in enumerate(starts):
-                parts[slot], found, spent = refined(config.refine, run, network, statistics, taps, start, real, slot, config.discover.factor)
+                parts[slot], found, spent = refined(
+                    config.refine, run, network, statistics, taps, start, real, slot, config.discover.factor
+                )
                 seen.append(found)
                 cost += spent
             statistics.close()
@@ -401,7 +439,9 @@ class NonCriticalRegionRefinement(Method[Config]):
         taps.remove()
         made = self._labelled(config, run, network, real, torch.stack(list(parts), 1).flatten(0, 1))  # class-major
         if config.evaluate.scores and config.evaluate.protocol == "soft":
-            made.random = self._labelled(config, run, network, real, real.draw(config.ipc, generator(run.seed, "random"), "images (ipc)"))
+            made.random = self._labelled(
+                config, run, network, real, real.draw(config.ipc, generator(run.seed, "random"), "images (ipc)")
+            )
         assert made.views is not None
         made.figures = {**figures, "label_mb": made.views.logits.numel() * made.views.logits.element_size() / 1e6}
         return made
@@ -421,7 +461,9 @@ class NonCriticalRegionRefinement(Method[Config]):
             )  # fmt: skip
             found.append(mosaic(patches, spec.factor))
         images = torch.stack(found, 1)
-        clamp_to_pixels(images.view(-1, *images.shape[2:]), real.mean, real.std)  # so that rounding does not move critical pixels later
+        clamp_to_pixels(
+            images.view(-1, *images.shape[2:]), real.mean, real.std
+        )  # so that rounding does not move critical pixels later
         return images
 
     def _labelled(self, config: Config, run: Run, network: nn.Module, real: RealRows, images: Tensor) -> SyntheticSet:

@@ -38,7 +38,9 @@ from stillhouse.synthetic.synthesis import made_by, plan
 
 class Config(DatasetConfig):
     select: Literal["random", "herding", "k_center"] = "random"
-    features: Teacher | None = Field(None, description="A network whose features (or logits) the images are compared by; default: their pixels.")
+    features: Teacher | None = Field(
+        None, description="A network whose features (or logits) the images are compared by; default: their pixels."
+    )
 
 
 def herding(x: Tensor, count: int) -> Tensor:
@@ -85,18 +87,27 @@ class Selection(Method[Config]):
             rows = self._selected(config, run, real)
         images = real.images[rows.to(real.images.device)]
         labels = torch.arange(len(real.classes)).repeat_interleave(config.ipc)
-        return SyntheticSet(images, labels, real.classes, real.mean, real.std, True, real.whitening, made_by=made_by(config))
+        return SyntheticSet(
+            images, labels, real.classes, real.mean, real.std, True, real.whitening, made_by=made_by(config)
+        )
 
     def _selected(self, config: Config, run: Run, real: RealImages) -> Tensor:
         least = int(real.counts.min())
         if config.ipc > least:
-            raise UserError(f"{config.ipc} images (ipc) of each class are wanted, but '{real.classes[int(real.counts.argmin())]}' has {least}.")
+            raise UserError(
+                f"{config.ipc} images (ipc) of each class are wanted, but '{real.classes[int(real.counts.argmin())]}' "
+                f"has {least}."
+            )
         rule = herding if config.select == "herding" else k_center
         if config.features is None:
-            return torch.cat([rows[rule(torch.from_numpy(embedded(real.images, rows, None)), config.ipc)] for rows in real.rows])
+            return torch.cat(
+                [rows[rule(torch.from_numpy(embedded(real.images, rows, None)), config.ipc)] for rows in real.rows]
+            )
         if config.zca:
             raise UserError("selection: a network of features sees normalised images; leave out zca, or features.")
         network = run.network("teacher", config.features, config.data).to(run.device)
         read = getattr(network, "embed", lambda x: read_logits(network(x)))
         with evaluating(network):
-            return torch.cat([rows[rule(torch.from_numpy(embedded(real.images, rows, read)), config.ipc)] for rows in real.rows])
+            return torch.cat(
+                [rows[rule(torch.from_numpy(embedded(real.images, rows, read)), config.ipc)] for rows in real.rows]
+            )

@@ -45,18 +45,26 @@ class RecoverSpec(Spec):
     r_bn: float = Field(0.01, ge=0, description="Weight of the statistics; published: 0.01 (ImageNet) to 1 (CIFAR).")
     first: float = Field(10.0, ge=0, description="Factor of the first layer's statistics.")
     jitter: int = Field(4, ge=0, description="Pixels of the random shift; published: 32 at 224, 4 at 32.")
-    augment: Groups = Field("", description="Before the shift, one draw a step for the whole batch: resized_crop_flip for large images.")
+    augment: Groups = Field(
+        "", description="Before the shift, one draw a step for the whole batch: resized_crop_flip for large images."
+    )
     tv: float = Field(0.0, ge=0, description="Weight of the total variation.")
     l2: float = Field(0.0, ge=0, description="Weight of the images' mean norm.")
 
 
 class Config(DatasetConfig):
     teacher: Teacher = Field(description="The squeezed network; one with `train` is trained first.")
-    recover: RecoverSpec | None = Field(default_factory=RecoverSpec, description="null: random real images under the same labels, the baseline.")
-    relabel: Views | None = Field(default_factory=Views, description="The views that are labelled; null: one soft label an image.")
+    recover: RecoverSpec | None = Field(
+        default_factory=RecoverSpec, description="null: random real images under the same labels, the baseline."
+    )
+    relabel: Views | None = Field(
+        default_factory=Views, description="The views that are labelled; null: one soft label an image."
+    )
 
 
-def recover_loss(network: nn.Module, statistics: BatchNormStatistics, x: Tensor, labels: Tensor, spec: RecoverSpec) -> dict[str, Tensor]:
+def recover_loss(
+    network: nn.Module, statistics: BatchNormStatistics, x: Tensor, labels: Tensor, spec: RecoverSpec
+) -> dict[str, Tensor]:
     """CE(f(x), y) + r_bn (first r_1 + the other r_l) [+ tv TV(x) + l2 mean |x_i|], as `loss`, with its parts.
 
     Args:
@@ -80,8 +88,16 @@ def real_images(config: Config, run: Run) -> Tensor:
 
 class SqueezeRecoverRelabel(Method[Config]):
     def plan(self, config: Config, run: Run) -> list[Stage]:
-        teacher = [] if config.teacher.train is None else [Stage("teacher", "squeeze: train the network with batch norm (stored, shared)")]
-        does = f"{config.ipc} times: recover an image of each class" if config.recover else f"take {config.ipc} random real images a class"
+        teacher = (
+            []
+            if config.teacher.train is None
+            else [Stage("teacher", "squeeze: train the network with batch norm (stored, shared)")]
+        )
+        does = (
+            f"{config.ipc} times: recover an image of each class"
+            if config.recover
+            else f"take {config.ipc} random real images a class"
+        )
         labels = f"label {config.relabel.epochs} epochs of views" if config.relabel else "label the images"
         lines = plan(run, config, "recover", does, config.recover.iterations * config.ipc if config.recover else 0)
         return [*teacher, lines[0], Stage("relabel", labels), *lines[1:]]

@@ -132,7 +132,10 @@ def check_edges(edges: Tensor, nodes: int) -> None:
     if edges.ndim != 2 or edges.shape[0] != 2:
         raise UserError(f"ff_g2m: edges must have shape (2, E); given: {tuple(edges.shape)}.")
     if edges.device.type == "cpu" and edges.numel() and not (int(edges.min()) >= 0 and int(edges.max()) < nodes):
-        raise UserError(f"ff_g2m: edges name nodes from {int(edges.min())} to {int(edges.max())}, but there are {nodes} (0 to {nodes - 1}).")
+        raise UserError(
+            f"ff_g2m: edges name nodes from {int(edges.min())} to {int(edges.max())}, but there are {nodes} (0 to "
+            f"{nodes - 1})."
+        )
 
 
 class Config(glnn.Config):
@@ -145,14 +148,19 @@ class Config(glnn.Config):
     edges_per_step: int | None = Field(None, ge=1, description="Edges drawn at each step for HFD; default: all.")
     drowning: bool = Field(
         False,
-        description="Also train a student of each ablation and plot, by epoch, how much of both frequencies it took over.",
+        description="Also train a student of each ablation and plot, by epoch, how much of both frequencies it took "
+        "over.",
     )
 
 
 class FFG2M(Method[Config]):
     def plan(self, config: Config, run: Run) -> list[Stage]:
         stages = glnn.GraphLess().plan(config, run)
-        does = "train the MLP on the labels alone" if config.lamb == 1 else f"distil into the MLP: {', '.join(config.terms)}"
+        does = (
+            "train the MLP on the labels alone"
+            if config.lamb == 1
+            else f"distil into the MLP: {', '.join(config.terms)}"
+        )
         stages[-1] = Stage("student", does, stages[-1].models, steps=config.train.epochs)
         if config.drowning:
             stages.insert(
@@ -170,7 +178,9 @@ class FFG2M(Method[Config]):
         teacher = trained_teacher(run, config.teacher, graph)
         seen = graph.observed()
         if not seen.edges.shape[1] and config.lamb < 1:
-            warnings.warn(f"ff_g2m: {graph.name} has no edges, so HFD is 0 and LFD is the soft-label loss.", stacklevel=2)
+            warnings.warn(
+                f"ff_g2m: {graph.name} has no edges, so HFD is 0 and LFD is the soft-label loss.", stacklevel=2
+            )
         figures: dict[str, float] = {}
         if config.drowning:
             for name, terms in ABLATIONS.items():
@@ -231,7 +241,9 @@ class FFG2M(Method[Config]):
         return cosine_to_neighbours(teacher.logits, LowFrequency.of(teacher.logits, seen.edges))
 
 
-def frequencies(student_logits: Tensor, teacher_logits: Tensor, once: Tensor, low: LowFrequency, tau: float) -> dict[str, float]:
+def frequencies(
+    student_logits: Tensor, teacher_logits: Tensor, once: Tensor, low: LowFrequency, tau: float
+) -> dict[str, float]:
     """How much of both frequencies a student took over: `low_cosine` (larger is more) and `high_kl`, the value of HFD
     (smaller is more)."""
     high = high_frequency_loss(student_logits, teacher_logits, once, tau)
@@ -276,7 +288,10 @@ def plot_drowning(folder: Path, teacher_cosine: float) -> Path:
             "High frequency: lower is more alike.",
         ),
     ]
-    text = "What students of one teacher took over of its agreement with neighbours and of its differences from them, by epoch."
+    text = (
+        "What students of one teacher took over of its agreement with neighbours and of its differences from them, "
+        "by epoch."
+    )
     return write(
         folder / "drowning.html",
         page("Information drowning", str(folder.name), [section("Frequencies", text, grid(parts))]),

@@ -49,7 +49,9 @@ def soft_label_loss(student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
         UserError: shapes that do not fit.
     """
     checks.same_classes("glnn", student_logits, teacher_logits)
-    return F.kl_div(F.log_softmax(student_logits, -1), F.log_softmax(teacher_logits, -1), reduction="batchmean", log_target=True)
+    return F.kl_div(
+        F.log_softmax(student_logits, -1), F.log_softmax(teacher_logits, -1), reduction="batchmean", log_target=True
+    )
 
 
 def distil(lamb: float, seen: NodeGraph, terms: Callable[[Tensor], dict[str, Tensor]]) -> Loss:
@@ -69,9 +71,13 @@ class NodeTrain(TrainSpec):
 
     epochs: int = Field(500, ge=1, description="Steps, at most.")
     batch_size: Literal[0] = Field(0, description="Not to be set: a step sees the whole graph.")
-    optimizer: OptimizerSpec = Field(default_factory=lambda: OptimizerSpec(name="adam", lr=0.01, weight_decay=5e-4), description="Default: Adam.")
+    optimizer: OptimizerSpec = Field(
+        default_factory=lambda: OptimizerSpec(name="adam", lr=0.01, weight_decay=5e-4), description="Default: Adam."
+    )
     schedule: LRSchedule = Field(default_factory=lambda: LRSchedule(name="constant"), description="Default: constant.")
-    best: Literal["accuracy"] | None = Field("accuracy", description="Keep the weights of the best validation accuracy; of equals, the last.")
+    best: Literal["accuracy"] | None = Field(
+        "accuracy", description="Keep the weights of the best validation accuracy; of equals, the last."
+    )
     patience: int | None = Field(50, ge=1, description="Stop after so many epochs that were below the best.")
 
 
@@ -244,7 +250,9 @@ def trained_teacher(run: Run, spec: TeacherGNN, graph: NodeGraph) -> TrainedTeac
     seen = graph.observed()
     seed = run.seed if spec.seed is None else spec.seed
     with keyed("model", "teacher", seed):
-        network = GNN(spec.conv, graph.num_features, spec.width, graph.num_classes, spec.layers, spec.dropout, spec.heads).to(run.device)
+        network = GNN(
+            spec.conv, graph.num_features, spec.width, graph.num_classes, spec.layers, spec.dropout, spec.heads
+        ).to(run.device)
     along = network.propagation(seen.edges, seen.num_nodes)
     train, labels = seen.split["train"], seen.labels[seen.split["train"]]
 
@@ -274,13 +282,17 @@ def described(spec: Spec, train: TrainSpec) -> dict[str, Any]:
 def new_student(spec: StudentMLP, graph: NodeGraph, run: Run) -> NodeMLP:
     """The student, initialised by the run's seed."""
     with keyed("model", "student", run.seed):
-        return NodeMLP(**spec.model_dump(), num_classes=graph.num_classes, input_shape=(graph.num_features,)).to(run.device)
+        return NodeMLP(**spec.model_dump(), num_classes=graph.num_classes, input_shape=(graph.num_features,)).to(
+            run.device
+        )
 
 
 class Config(NodeConfig):
     teacher: TeacherGNN = Field(default_factory=TeacherGNN)
     train: NodeTrain = Field(default_factory=NodeTrain, description="How the student is trained.")
-    lamb: float = Field(0.0, ge=0, le=1, description="Weight of the labels; the distillation terms have 1 - lamb. 1 is the plain MLP.")
+    lamb: float = Field(
+        0.0, ge=0, le=1, description="Weight of the labels; the distillation terms have 1 - lamb. 1 is the plain MLP."
+    )
 
 
 def node_student(module: NodeMLP, config: NodeConfig, graph: NodeGraph, figures: dict[str, float]) -> Student:
@@ -310,4 +322,8 @@ class GraphLess(Method[Config]):
         return node_student(student, config, graph, {**teacher.figures, **figures})
 
     def does(self, config: Config) -> str:
-        return "train the MLP on the labels alone" if config.lamb == 1 else "distil the graph network's soft labels into the MLP"
+        return (
+            "train the MLP on the labels alone"
+            if config.lamb == 1
+            else "distil the graph network's soft labels into the MLP"
+        )

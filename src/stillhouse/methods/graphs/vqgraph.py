@@ -57,11 +57,15 @@ from stillhouse.runs.run import Run
 from stillhouse.signals import Batch, evaluating
 
 ROWS = 1 << 16
-SCORES_IN_MEMORY = 1 << 28  # entries of S that are stored; of a larger S, a batch's rows are computed when they are needed
+SCORES_IN_MEMORY = (
+    1 << 28
+)  # entries of S that are stored; of a larger S, a batch's rows are computed when they are needed
 
 
 @full_precision
-def token_loss(vectors: Tensor, codes: Tensor, teacher_scores: Tensor, temperature: float = 4.0, scores: str = "euclidean") -> Tensor:
+def token_loss(
+    vectors: Tensor, codes: Tensor, teacher_scores: Tensor, temperature: float = 4.0, scores: str = "euclidean"
+) -> Tensor:
     """T^2 KL(softmax(S / T) || softmax(s / T)), sum over codes, mean over nodes: a scalar.
 
     Args:
@@ -78,7 +82,11 @@ def token_loss(vectors: Tensor, codes: Tensor, teacher_scores: Tensor, temperatu
             f"{tuple(teacher_scores.shape)} do not fit; "
             "expected (B, D), (M, D) and (B, M)."
         )
-    given = F.normalize(vectors, dim=-1) @ F.normalize(codes, dim=-1).t() if scores == "cosine" else -distances(vectors, codes)
+    given = (
+        F.normalize(vectors, dim=-1) @ F.normalize(codes, dim=-1).t()
+        if scores == "cosine"
+        else -distances(vectors, codes)
+    )
     target, log_q = F.log_softmax(teacher_scores / temperature, -1), F.log_softmax(given / temperature, -1)
     return temperature**2 * F.kl_div(log_q, target, reduction="batchmean", log_target=True)
 
@@ -194,7 +202,9 @@ class _OfCodes(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         table, inverse, weight = ctx.saved_tensors
         (grad,) = grads
-        summed = torch.zeros(len(table), grad.shape[1], dtype=grad.dtype, device=grad.device).index_add(0, inverse, grad)
+        summed = torch.zeros(len(table), grad.shape[1], dtype=grad.dtype, device=grad.device).index_add(
+            0, inverse, grad
+        )
         return grad @ weight, None, None, summed.t() @ table, summed.sum(0)
 
 
@@ -209,7 +219,9 @@ class Tokenizer(nn.Module):
             P, and so their gradients, belong to; the released code leaves it so.
     """
 
-    def __init__(self, inputs: int, width: int, classes: int, codes: int, dropout: float = 0.8, by_code: bool = True) -> None:
+    def __init__(
+        self, inputs: int, width: int, classes: int, codes: int, dropout: float = 0.8, by_code: bool = True
+    ) -> None:
         super().__init__()
         geometric = convolutions()
         self.encode = geometric.GCNConv(inputs, inputs, normalize=False, add_self_loops=False)
@@ -232,7 +244,9 @@ class Tokenizer(nn.Module):
         """What `forward` gives, from embeddings (N, D)."""
         quantized, index, commitment, read = self.codebook(h)
         decoders = (self.to_edges, self.to_nodes)
-        z_edges, z_nodes = (_OfCodes.apply(h, read, index, d.weight, d.bias) if self.by_code else d(quantized) for d in decoders)
+        z_edges, z_nodes = (
+            _OfCodes.apply(h, read, index, d.weight, d.bias) if self.by_code else d(quantized) for d in decoders
+        )
         hidden = F.relu(self.classify(z_edges, along))
         return {
             "logits": linear(self.fc, hidden),
@@ -250,7 +264,9 @@ class Tokenizer(nn.Module):
         """`along` for edges (2, E), both directions, without self loops."""
         return propagation(edges, nodes, "gcn")
 
-    def losses(self, out: dict[str, Tensor], edges: Tensor, edge_weight: float, node_weight: float, sample: int | None = None) -> dict[str, Tensor]:
+    def losses(
+        self, out: dict[str, Tensor], edges: Tensor, edge_weight: float, node_weight: float, sample: int | None = None
+    ) -> dict[str, Tensor]:
         """The reconstruction and commitment terms of an output on a graph's edges; `sample`: of so many nodes for the
         edge term."""
         return {
@@ -268,13 +284,17 @@ class TokenizerSpec(Spec):
     dropout: float = Field(0.5, ge=0, lt=1)
     edge_weight: float = Field(0.03, ge=0)
     node_weight: float = Field(0.001, ge=0)
-    edge_sample: int | None = Field(700, ge=2, description="Nodes drawn at each step for the edge term; null: all, exact, N x N.")
+    edge_sample: int | None = Field(
+        700, ge=2, description="Nodes drawn at each step for the edge term; null: all, exact, N x N."
+    )
     fan_out: list[int] | None = Field(
         None, description="Train on so many drawn neighbours a hop around training nodes, such as [5, 5]; default: all."
     )
     batch: int = Field(512, ge=1, description="fan_out: training nodes drawn for a step.")
     seed: int | None = Field(None, description="Of the tokenizer's training; default: the run's.")
-    train: NodeTrain = Field(default_factory=lambda: NodeTrain(epochs=100, optimizer=OptimizerSpec(name="adam", lr=2e-3, weight_decay=1e-3)))
+    train: NodeTrain = Field(
+        default_factory=lambda: NodeTrain(epochs=100, optimizer=OptimizerSpec(name="adam", lr=2e-3, weight_decay=1e-3))
+    )
 
 
 class BatchTrain(TrainSpec):
@@ -282,9 +302,13 @@ class BatchTrain(TrainSpec):
 
     epochs: int = Field(500, ge=1, description="Passes over the nodes, at most.")
     batch_size: int = Field(512, ge=1, description="Nodes of a step; the rest of an epoch is dropped.")
-    optimizer: OptimizerSpec = Field(default_factory=lambda: OptimizerSpec(name="adam", lr=0.01, weight_decay=5e-4), description="Default: Adam.")
+    optimizer: OptimizerSpec = Field(
+        default_factory=lambda: OptimizerSpec(name="adam", lr=0.01, weight_decay=5e-4), description="Default: Adam."
+    )
     schedule: LRSchedule = Field(default_factory=lambda: LRSchedule(name="constant"), description="Default: constant.")
-    best: Literal["accuracy"] | None = Field("accuracy", description="Keep the weights of the best validation accuracy; of equals, the last.")
+    best: Literal["accuracy"] | None = Field(
+        "accuracy", description="Keep the weights of the best validation accuracy; of equals, the last."
+    )
     patience: int | None = Field(50, ge=1, description="Stop after so many epochs that were below the best.")
 
 
@@ -320,7 +344,11 @@ class Tokens:
             self.logits, self.index, self._embedding = out["logits"], out["index"], out["embedding"]
             self._book = tokenizer.codebook
             self.codes = tokenizer.codebook.codes
-            self._scores = tokenizer.codebook.scores(self._embedding) if len(self._embedding) * len(self.codes) <= SCORES_IN_MEMORY else None
+            self._scores = (
+                tokenizer.codebook.scores(self._embedding)
+                if len(self._embedding) * len(self.codes) <= SCORES_IN_MEMORY
+                else None
+            )
 
     def scores(self, nodes: Tensor) -> Tensor:
         """S of some nodes: (B, M)."""
@@ -354,7 +382,10 @@ class VQGraph(Method[Config]):
     def plan(self, config: Config, run: Run) -> list[Stage]:
         t, s = config.tokenizer, config.student
         if s.layers < 2 and config.lamb_tok:
-            raise UserError("vqgraph: the code vector comes from a hidden layer: give student.layers at least 2, or set lamb_tok to 0.")
+            raise UserError(
+                "vqgraph: the code vector comes from a hidden layer: give student.layers at least 2, or set lamb_tok "
+                "to 0."
+            )
         return [
             Stage(
                 "tokenizer",
@@ -383,7 +414,9 @@ class VQGraph(Method[Config]):
                 terms["soft"] = (1 - config.lamb) * soft_label_loss(logits, tokens.logits[nodes])
                 if config.lamb_tok:
                     scores = tokens.scores(nodes)
-                    terms["tokens"] = config.lamb_tok * token_loss(vectors, tokens.codes, scores, config.temperature, config.student_scores)
+                    terms["tokens"] = config.lamb_tok * token_loss(
+                        vectors, tokens.codes, scores, config.temperature, config.student_scores
+                    )
             if config.lamb:
                 terms["ce"] = config.lamb * F.cross_entropy(model.mlp(seen.rows(train)).float(), labels)
             return terms
@@ -392,11 +425,15 @@ class VQGraph(Method[Config]):
         return node_student(mlp, config, graph, {**teacher_figures, **tokens.figures(seen), **figures})
 
     @staticmethod
-    def _tokenizer(spec: TokenizerSpec, run: Run, graph: NodeGraph, seen: NodeGraph) -> tuple[Tokenizer, dict[str, float]]:
+    def _tokenizer(
+        spec: TokenizerSpec, run: Run, graph: NodeGraph, seen: NodeGraph
+    ) -> tuple[Tokenizer, dict[str, float]]:
         """The trained tokenizer, a stage that every recipe with the same one shares, and its figures."""
         seed = run.seed if spec.seed is None else spec.seed
         with keyed("model", "teacher", seed):
-            network = Tokenizer(graph.num_features, spec.width, graph.num_classes, spec.codes, spec.dropout).to(run.device)
+            network = Tokenizer(graph.num_features, spec.width, graph.num_classes, spec.codes, spec.dropout).to(
+                run.device
+            )
         along = network.propagation(seen.edges, seen.num_nodes)
         train = seen.split["train"]
 
@@ -417,10 +454,14 @@ class VQGraph(Method[Config]):
                     ce = F.cross_entropy(out["logits"][labelled], seen.labels[labelled])
                 return {"ce": ce, **model.losses(out, edges, spec.edge_weight, spec.node_weight, spec.edge_sample)}
 
-            figures = fit_nodes(run, "tokenizer", network, loss, lambda m: m(seen.x, along)["logits"], seen, spec.train, seed=seed)
+            figures = fit_nodes(
+                run, "tokenizer", network, loss, lambda m: m(seen.x, along)["logits"], seen, spec.train, seed=seed
+            )
             return {"weights": state_on_cpu(network), "figures": figures}
 
-        stored = run.stage("tokenizer", make, {"tokenizer": described(spec, spec.train), "graph": seen.fingerprint, "seed": seed})
+        stored = run.stage(
+            "tokenizer", make, {"tokenizer": described(spec, spec.train), "graph": seen.fingerprint, "seed": seed}
+        )
         network.load_state_dict(stored["weights"])
         with evaluating(network):
             logits = network(graph.x, network.propagation(graph.edges, graph.num_nodes))["logits"]

@@ -60,10 +60,15 @@ class OnPolicyDistillation(Distillation):
         stored = [name for name, teacher in self.teachers.items() if isinstance(teacher, Stored)]
         if lmbda and stored:
             raise UserError(
-                f"on_policy: the teacher '{stored[0]}' is read from a store, which knows nothing of what the student writes; give a live teacher."
+                f"on_policy: the teacher '{stored[0]}' is read from a store, which knows nothing of what the student "
+                "writes; give a live teacher."
             )
         for entry in self.entries:
-            if lmbda and "label" in entry.objective.needs and not any(n.startswith("teacher.") for n in entry.objective.needs):
+            if (
+                lmbda
+                and "label" in entry.objective.needs
+                and not any(n.startswith("teacher.") for n in entry.objective.needs)
+            ):
                 raise UserError(
                     f"on_policy: '{entry.label}' would teach the student its own writing as the truth; leave it out, "
                     "or set lmbda: 0 (train on the data alone)."

@@ -48,7 +48,9 @@ from stillhouse.tasks.tokens import Tokens
 
 
 class Config(GeneralConfig):
-    generation: Generation = Field(default_factory=lambda: Generation(temperature=0.0), description="How the teacher writes.")
+    generation: Generation = Field(
+        default_factory=lambda: Generation(temperature=0.0), description="How the teacher writes."
+    )
     learn: Literal["written", "both", "originals"] = Field(
         "written", description="The completions that the student learns: the teacher's, both, or the data's own."
     )
@@ -65,7 +67,10 @@ class SequenceKD(GeneralDistillation[Config]):
             raise UserError(f"method sequence_kd needs text; data.name is '{config.data.name}'.")
         model = run.model(spec.network, spec.data or config.data, "teacher", spec.seed or 0)
         count = len(bundle.dataset("train"))
-        does = f"the teacher continues {count:,} prompts, by up to {config.generation.max_new_tokens} tokens each (stored, shared)"
+        does = (
+            f"the teacher continues {count:,} prompts, by up to {config.generation.max_new_tokens} tokens each "
+            "(stored, shared)"
+        )
         return [*stages[:-1], Stage("writing", does, {"teacher": describe(spec.model or "", model)}), stages[-1]]
 
     @staticmethod
@@ -79,7 +84,9 @@ class SequenceKD(GeneralDistillation[Config]):
         """Only those that an objective reads: the writer's tokens need not be the student's."""
         objectives = [objective_from_spec(o).objective for o in config.objectives]
         read = {o.teacher for o in objectives if any(n.startswith("teacher.") for n in o.needs)}
-        return {name: run.teacher(name, spec, config.data) for name, spec in config.all_teachers.items() if name in read}
+        return {
+            name: run.teacher(name, spec, config.data) for name, spec in config.all_teachers.items() if name in read
+        }
 
     def loader(self, config: Config, run: Run) -> Any:
         """The student's training batches: what the teacher wrote."""
@@ -95,14 +102,18 @@ class SequenceKD(GeneralDistillation[Config]):
             "generation": config.generation.model_dump(mode="json"),
             "batch": config.writing_batch,
         }
-        made = run.stage("writing", lambda: written(model, tokens, bundle, config.generation, config.writing_batch, run.device), uses)
+        made = run.stage(
+            "writing", lambda: written(model, tokens, bundle, config.generation, config.writing_batch, run.device), uses
+        )
         run.record["written"] = {"samples": len(made), "ended": sum(ended for _, ended in made), "example": made[0][0]}
         rows = rewritten_rows(bundle, made, config.generation.prompt, originals=config.learn == "both")
         data = TokenDataset(rows, bundle.task.kind, bundle.task.tokenizer, bundle.task.decoder_start)
         return Loader(data, config.train.batch_size, seed=run.seed, shuffle=True, drop_last=True, **share())
 
 
-def written(model: nn.Module, tokens: Any, bundle: TextBundle, how: Generation, batch_size: int, device: torch.device) -> list[tuple[str, bool]]:
+def written(
+    model: nn.Module, tokens: Any, bundle: TextBundle, how: Generation, batch_size: int, device: torch.device
+) -> list[tuple[str, bool]]:
     """What a model writes for each training prompt, in index order, and whether it came to an end by itself. Drawn
     under keys of the batch's number.
 
@@ -121,8 +132,12 @@ def written(model: nn.Module, tokens: Any, bundle: TextBundle, how: Generation, 
         rows = prompt_rows(tokens, prompts[start : start + batch_size], bundle.task.kind, limit)
         inputs = left_padded(rows, tokens.pad_token_id, device)
         with keyed("writing", number):
-            texts = writer.write(model, dict(inputs), limit - inputs["input_ids"].shape[1] if bundle.task.kind == "causal" else limit)
-        ended = (texts == tokens.eos_token_id).any(1).tolist() if tokens.eos_token_id is not None else [False] * len(texts)
+            texts = writer.write(
+                model, dict(inputs), limit - inputs["input_ids"].shape[1] if bundle.task.kind == "causal" else limit
+            )
+        ended = (
+            (texts == tokens.eos_token_id).any(1).tolist() if tokens.eos_token_id is not None else [False] * len(texts)
+        )
         out += zip(tokens.batch_decode(texts, skip_special_tokens=True), ended)
     return out
 
@@ -168,7 +183,9 @@ def rewritten_rows(bundle: TextBundle, made: list[tuple[str, bool]], prompt: int
             inputs.append(whole[:-1])
             labels.append([IGNORE] * (len(before) - 1) + whole[len(before) :])
     if not inputs:
-        raise UserError("sequence_kd: the teacher wrote nothing that fits; raise data.options.context or generation.max_new_tokens.")
+        raise UserError(
+            "sequence_kd: the teacher wrote nothing that fits; raise data.options.context or generation.max_new_tokens."
+        )
     if originals:
         assert old.labels is not None
         for ours, theirs in ((inputs, old.inputs), (labels, old.labels)):

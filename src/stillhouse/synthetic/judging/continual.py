@@ -22,7 +22,9 @@ def continual(judging: Judging, spec: ContinualSpec) -> dict[str, float]:
     `continual_accuracy`."""
     found = []
     for step, seen in enumerate(classes_seen(spec, judging.num_classes, judging.run.seed), 1):
-        trained = judging.networks(f"evaluate.continual.{step}", judging.hard_labels(judging.augment, seen), classes=seen)
+        trained = judging.networks(
+            f"evaluate.continual.{step}", judging.hard_labels(judging.augment, seen), classes=seen
+        )
         found.append(statistics.fmean(t.accuracy for t in trained))
     return {"continual_accuracy": statistics.fmean(found), **{f"continual_step{i}": a for i, a in enumerate(found, 1)}}
 
@@ -30,6 +32,8 @@ def continual(judging: Judging, spec: ContinualSpec) -> dict[str, float]:
 def classes_seen(spec: ContinualSpec, classes: int, seed: int) -> list[list[int]]:
     """The classes seen after each step, in the order they came. Raises `UserError` for more steps than classes."""
     if spec.steps > classes:
-        raise UserError(f"evaluate.continual.steps is {spec.steps}, but there are {classes} classes; take at most {classes}.")
+        raise UserError(
+            f"evaluate.continual.steps is {spec.steps}, but there are {classes} classes; take at most {classes}."
+        )
     order = permutation(classes, seed, "class order")
     return [order[: classes * step // spec.steps] for step in range(1, spec.steps + 1)]

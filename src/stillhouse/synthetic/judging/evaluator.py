@@ -45,7 +45,9 @@ def judge(product: SyntheticSet, run: Run, soft: TrainingChange | None = None) -
     best, own = spec.best_every is not None, judging.own(judging.augment)
     out = _figures("accuracy", judging.networks(judging.stage, own), best)
     for name, model in zip(_names(spec.cross), spec.cross):
-        out |= _figures(f"accuracy_{name}", judging.networks(judging.stage, own, model=model, count=spec.cross_networks), best)
+        out |= _figures(
+            f"accuracy_{name}", judging.networks(judging.stage, own, model=model, count=spec.cross_networks), best
+        )
     if spec.scores:
         out |= ranking(judging)
     if spec.continual is not None:
@@ -76,7 +78,10 @@ def planned(run: Run, config: Any) -> str:
     if spec.scores:
         does.append("and others on real images, for its scores")
     if spec.continual is not None:
-        does.append(f"continual learning in {len(classes_seen(spec.continual, run.data(config.data).num_classes, run.seed))} steps")
+        does.append(
+            f"continual learning in {len(classes_seen(spec.continual, run.data(config.data).num_classes, run.seed))} "
+            "steps"
+        )
     if spec.search is not None:
         models += candidates(spec.search)
         does.append(f"search among {len(candidates(spec.search))} architectures")
@@ -88,7 +93,11 @@ def planned(run: Run, config: Any) -> str:
 def _figures(name: str, found: Sequence[NetworkResult], best: bool) -> dict[str, float]:
     """Mean and spread of accuracies, and, where `best_every` is set, those of the best epochs."""
     values = {name: [t.accuracy for t in found]} | ({f"{name}_best": [t.best for t in found]} if best else {})
-    return {k: v for n, given in values.items() for k, v in ((n, statistics.fmean(given)), (f"{n}_std", statistics.pstdev(given)))}
+    return {
+        k: v
+        for n, given in values.items()
+        for k, v in ((n, statistics.fmean(given)), (f"{n}_std", statistics.pstdev(given)))
+    }
 
 
 def _names(models: Sequence[ModelSpec]) -> list[str]:

@@ -94,7 +94,9 @@ class Judging:
         if classes is not None:
             places = renumbered(labels, classes, self.num_classes)
             images, labels = images[places >= 0], places[places >= 0]
-        return lambda spec, seed: HardTraining.of(images, labels, _with_hard_labels(spec), augment, self.product.lr, ("judge", seed))
+        return lambda spec, seed: HardTraining.of(
+            images, labels, _with_hard_labels(spec), augment, self.product.lr, ("judge", seed)
+        )
 
     def soft_labels(self, product: SyntheticSet, augment: AugmentSpec) -> Recipe:
         """A set with its soft labels."""
@@ -141,7 +143,10 @@ class Judging:
         """
         spec, model, split = spec or self.spec, model or self.spec.network or self.config.network, split or self.test
         seeds = seeds or [1000 * self.run.seed + n for n in range(count or spec.networks)]
-        return [self._network(f"{name}.{n}", learns(spec, s), trained_on, spec, model, s, classes, split) for n, s in enumerate(seeds)]
+        return [
+            self._network(f"{name}.{n}", learns(spec, s), trained_on, spec, model, s, classes, split)
+            for n, s in enumerate(seeds)
+        ]
 
     def _network(
         self,
@@ -155,13 +160,17 @@ class Judging:
         split: str,
     ) -> NetworkResult:
         def make() -> dict[str, float]:
-            test = self.batches(split) if classes is None else _of_classes(self.batches(split), classes, self.num_classes)
+            test = (
+                self.batches(split) if classes is None else _of_classes(self.batches(split), classes, self.num_classes)
+            )
 
             def accuracy(network: nn.Module) -> float:
                 return evaluate_classifier(network, test, self.run.device, ["accuracy"])["accuracy"]
 
             with keyed("model", "judge", seed):
-                network = build(model, self.num_classes if classes is None else len(classes), self.input_shape).to(self.run.device)
+                network = build(model, self.num_classes if classes is None else len(classes), self.input_shape).to(
+                    self.run.device
+                )
             best = None if spec.best_every is None else training.Best(spec.best_every, accuracy)
             seconds = training.train(self.run, name.rpartition(".")[0], network, how, best)
             last = accuracy(network)
@@ -183,7 +192,10 @@ def first_split(run: Run, data: DataSpec, *splits: str) -> str:
     """The first of these splits that the data has. Raises `UserError` where there is none."""
     found = next((s for s in splits if run.data(data).has(s)), None)
     if found is None:
-        raise UserError("There is no data to judge the synthetic set by: give the data set a test folder, or set data.val to a share above 0.")
+        raise UserError(
+            "There is no data to judge the synthetic set by: give the data set a test folder, or set data.val to a "
+            "share above 0."
+        )
     return found
 
 

@@ -56,7 +56,9 @@ def ranking(judging: Judging) -> dict[str, float]:
     }
 
 
-def _tried(judging: Judging, name: str, learns: Recipe, trained_on: str | None = None, count: int | None = None) -> float:
+def _tried(
+    judging: Judging, name: str, learns: Recipe, trained_on: str | None = None, count: int | None = None
+) -> float:
     """The mean over networks of the accuracy that counts: of each, the best of the rates to try."""
     spec = judging.spec
     tries = [spec.model_copy(update={"lr": rate}) for rate in spec.rates] or [spec]
@@ -72,7 +74,8 @@ def _random_images(judging: Judging) -> tuple[Callable[[AugmentSpec], Recipe], s
     if judging.spec.protocol == "soft":
         if other is None:
             raise UserError(
-                "evaluate.scores with soft labels compares with random images that the same teacher labelled, and this method keeps none."
+                "evaluate.scores with soft labels compares with random images that the same teacher labelled, and "
+                "this method keeps none."
             )
         return lambda augment: judging.soft_labels(other, augment), other.fingerprint
     images, labels = judging.real()
@@ -82,7 +85,9 @@ def _random_images(judging: Judging) -> tuple[Callable[[AugmentSpec], Recipe], s
     def learns(augment: AugmentSpec) -> Recipe:
         def made(spec: EvaluateSpec, seed: int) -> Training:
             drawn = generator(seed, "random images")
-            rows = torch.cat([at[torch.randperm(len(at), generator=drawn)[:count]] for at in of_class]).to(images.device)
+            rows = torch.cat([at[torch.randperm(len(at), generator=drawn)[:count]] for at in of_class]).to(
+                images.device
+            )
             return HardTraining.of(images[rows], labels[rows], spec, augment, None, ("judge", seed))
 
         return made

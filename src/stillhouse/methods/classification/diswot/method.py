@@ -106,7 +106,9 @@ class SimilarityDistillation(Objective):
 class ScoreSpec(Spec):
     """How a candidate is scored."""
 
-    combine: Combine = Field("sum", description="sum, semantic, relation, rank_sum; or parameters, the baseline that takes the largest.")
+    combine: Combine = Field(
+        "sum", description="sum, semantic, relation, rank_sum; or parameters, the baseline that takes the largest."
+    )
     batch: int = Field(64, ge=2, description="Samples of the batch.")
     repeats: int = Field(3, ge=1, description="Initialisations and batches over which a score is averaged.")
 
@@ -118,7 +120,9 @@ class SearchSpec(Spec):
     evaluations: int = Field(5000, ge=1, description="Candidates scored.")
     population: int = Field(512, ge=1)
     initial: int = Field(10, ge=1, description="Random members to start from.")
-    parents: int | None = Field(None, ge=1, description="Draw parents from so many of the best; default: the whole population.")
+    parents: int | None = Field(
+        None, ge=1, description="Draw parents from so many of the best; default: the whole population."
+    )
 
 
 class DistilSpec(Spec):
@@ -130,7 +134,9 @@ class DistilSpec(Spec):
 
 class Config(MethodConfig):
     data: Data
-    teacher: Teacher = Field(description="Scores need its architecture alone; with `train` or a checkpoint it teaches the chosen student.")
+    teacher: Teacher = Field(
+        description="Scores need its architecture alone; with `train` or a checkpoint it teaches the chosen student."
+    )
     space: SpaceSpec = Field(default_factory=SpaceSpec)
     score: ScoreSpec = Field(default_factory=ScoreSpec)
     search: SearchSpec = Field(default_factory=SearchSpec)
@@ -146,7 +152,8 @@ class Config(MethodConfig):
     correlate: int = Field(
         0,
         ge=0,
-        description="Train so many of the scored candidates, spread over the ranking, and report rank correlations; 0 or 3 and more.",
+        description="Train so many of the scored candidates, spread over the ranking, and report rank correlations; 0 "
+        "or 3 and more.",
     )
     evaluate: list[str] = Field(default_factory=lambda: ["accuracy", "calibration", "cost"])
 
@@ -222,7 +229,9 @@ class SearchWithoutTraining(Method[Config]):
         if config.correlate:
             picked = sorted({int(i) for i in np.linspace(0, len(order) - 1, min(config.correlate, len(order))).round()})
             for i in order[picked]:
-                trained.setdefault(found.encodings[i], self._distilled(config, run, space.model(found.encodings[i]), teacher))
+                trained.setdefault(
+                    found.encodings[i], self._distilled(config, run, space.model(found.encodings[i]), teacher)
+                )
             figures |= self._correlations(config, found, trained, best)
         students = {e: t["figures"]["test_accuracy"] for e, t in trained.items()}
         candidates = [
@@ -253,8 +262,13 @@ class SearchWithoutTraining(Method[Config]):
 
         def make() -> dict[str, Any]:
             started = time.monotonic()
-            loader = Loader(bundle.dataset("train", train=False), config.score.batch, seed=run.seed, shuffle=True, drop_last=True)
-            batches = [{k: v.to(device) for k, v in next(loader.batches(epoch)).items()} for epoch in range(config.score.repeats)]
+            loader = Loader(
+                bundle.dataset("train", train=False), config.score.batch, seed=run.seed, shuffle=True, drop_last=True
+            )
+            batches = [
+                {k: v.to(device) for k, v in next(loader.batches(epoch)).items()}
+                for epoch in range(config.score.repeats)
+            ]
             for batch in batches:
                 hard_only("diswot", batch["label"])
             bare = spec.model_copy(update={"checkpoint": None, "pretrained": False})
@@ -273,7 +287,9 @@ class SearchWithoutTraining(Method[Config]):
             generator = np.random.default_rng(key(run.seed, "search"))
             options = config.search.model_dump(exclude={"name"})
             score = partial(self._score, config, run, space, teacher, batches)
-            found, best = search(space, score, generator, how=config.search.name, combine=config.score.combine, **options)
+            found, best = search(
+                space, score, generator, how=config.search.name, combine=config.score.combine, **options
+            )
             return {
                 **{k: [_json(x) for x in v] if k != "encodings" else v for k, v in vars(found).items()},
                 "best": best,
@@ -305,7 +321,10 @@ class SearchWithoutTraining(Method[Config]):
         size = cost.parameters(network)
         if size > (config.space.parameters or math.inf):
             return None
-        if config.space.multiply_adds is not None and cost.multiply_adds(network, {"input": batches[0]["input"]}) > config.space.multiply_adds:
+        if (
+            config.space.multiply_adds is not None
+            and cost.multiply_adds(network, {"input": batches[0]["input"]}) > config.space.multiply_adds
+        ):
             return None
         if config.score.combine == "parameters":
             return 0.0, 0.0, float(size)
@@ -321,7 +340,11 @@ class SearchWithoutTraining(Method[Config]):
                 embedding=config.space.embedding,
             )
             relation.append(-relation_distance(mine.feature, theirs.feature))
-            semantic.append(-semantic_distance(mine.gradient, theirs.gradient) if config.score.combine != "relation" else torch.zeros(()))
+            semantic.append(
+                -semantic_distance(mine.gradient, theirs.gradient)
+                if config.score.combine != "relation"
+                else torch.zeros(())
+            )
         return float(torch.stack(semantic).mean()), float(torch.stack(relation).mean()), float(size)
 
     @staticmethod
@@ -334,7 +357,9 @@ class SearchWithoutTraining(Method[Config]):
     def _distilled(self, config: Config, run: Run, spec: ModelSpec, teacher: Any) -> dict[str, Any]:
         """A candidate's weights and test accuracy after distillation."""
         data = config.data
-        extra = [] if config.distil is None else [SimilarityDistillation(config.distil.relation, config.distil.semantic)]
+        extra = (
+            [] if config.distil is None else [SimilarityDistillation(config.distil.relation, config.distil.semantic)]
+        )
 
         def make() -> dict[str, Any]:
             student = run.model(spec, data)
@@ -346,7 +371,9 @@ class SearchWithoutTraining(Method[Config]):
                 embedding=spec.embedding,
             )
             loader = run.loader(data, "train", config.train.batch_size, train=True)
-            fitted = run.fit("student", module, loader, config.train, evaluate=run.validating(data), splits=run.splits(data))
+            fitted = run.fit(
+                "student", module, loader, config.train, evaluate=run.validating(data), splits=run.splits(data)
+            )
             module.close()
             accuracy = evaluate_classifier(student, run.loader(data, "test"), run.device, ["accuracy"])["accuracy"]
             return {
@@ -366,7 +393,9 @@ class SearchWithoutTraining(Method[Config]):
         return run.stage("student", make, uses)
 
     @staticmethod
-    def _correlations(config: Config, found: Candidates, trained: dict[Encoding, dict[str, Any]], best: Encoding) -> dict[str, float]:
+    def _correlations(
+        config: Config, found: Candidates, trained: dict[Encoding, dict[str, Any]], best: Encoding
+    ) -> dict[str, float]:
         """Kendall's tau of scores (and of the number of parameters) with distilled accuracy, and what the choice cost
         against the best of those trained."""
         accuracy = [t["figures"]["test_accuracy"] for t in trained.values()]

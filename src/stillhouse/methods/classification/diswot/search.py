@@ -32,11 +32,16 @@ class SpaceSpec(Spec):
     )
     genes: dict[str, list[Any]] = Field(
         default_factory=lambda: {f"depths.{i}": [1, 3, 5, 7] for i in range(3)},
-        description="Option (dotted; or `model`) -> choices. The default is S1: residual nets with 1, 3, 5 or 7 blocks in each of three stages.",
+        description="Option (dotted; or `model`) -> choices. The default is S1: residual nets with 1, 3, 5 or 7 "
+        "blocks in each of three stages.",
     )
-    embedding: str | None = Field(None, description="The classifier submodule of the candidates, where it is not found by itself.")
+    embedding: str | None = Field(
+        None, description="The classifier submodule of the candidates, where it is not found by itself."
+    )
     parameters: int | None = Field(None, ge=1, description="Budget: candidates with more parameters are out.")
-    multiply_adds: int | None = Field(None, ge=1, description="Budget: candidates with more multiply-adds a sample are out.")
+    multiply_adds: int | None = Field(
+        None, ge=1, description="Budget: candidates with more multiply-adds a sample are out."
+    )
 
 
 class Space:
@@ -178,5 +183,7 @@ def search(
         while len(alive) > population:
             alive.pop(int(found.scores(combine, alive).argmin()))
     if not found.encodings:
-        raise UserError("diswot: no candidate of the space is within budget; raise space.parameters or space.multiply_adds.")
+        raise UserError(
+            "diswot: no candidate of the space is within budget; raise space.parameters or space.multiply_adds."
+        )
     return found, found.encodings[int(found.scores(combine).argmax())]

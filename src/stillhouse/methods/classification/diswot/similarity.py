@@ -70,7 +70,9 @@ def semantic_distance(student: Tensor, teacher: Tensor) -> Tensor:
 def _rows(gradient: Tensor) -> tuple[Tensor, Tensor]:
     """The unit vector of each class's gradient, (K, d), and the factor of each row of its outer product, (K, d)."""
     norm = gradient.norm(dim=1, keepdim=True)
-    return gradient / norm.clamp_min(torch.finfo(gradient.dtype).tiny), gradient * norm / (gradient.abs() * norm).clamp_min(SMALLEST)
+    return gradient / norm.clamp_min(torch.finfo(gradient.dtype).tiny), gradient * norm / (
+        gradient.abs() * norm
+    ).clamp_min(SMALLEST)
 
 
 @full_precision
@@ -82,7 +84,10 @@ def channel_distance(student: Tensor, teacher: Tensor) -> Tensor:
     """
     checks.same_rows("diswot", student, teacher)
     if student.shape[1] != teacher.shape[1]:
-        raise UserError(f"diswot: maps must have as many channels; the student's has {student.shape[1]}, the teacher's {teacher.shape[1]}.")
+        raise UserError(
+            f"diswot: maps must have as many channels; the student's has {student.shape[1]}, the teacher's "
+            f"{teacher.shape[1]}."
+        )
     difference = _channel_similarity(student) - _channel_similarity(teacher.detach())
     return difference.square().sum() / (student.shape[0] * student.shape[1])
 
@@ -98,7 +103,10 @@ def initialise(network: nn.Module) -> nn.Module:
     for module in network.modules():
         if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Linear):
             nn.init.normal_(module.weight)
-        elif isinstance(module, nn.modules.batchnorm._BatchNorm | nn.GroupNorm | nn.LayerNorm) and module.weight is not None:
+        elif (
+            isinstance(module, nn.modules.batchnorm._BatchNorm | nn.GroupNorm | nn.LayerNorm)
+            and module.weight is not None
+        ):
             nn.init.ones_(module.weight)
         else:
             continue

@@ -91,7 +91,9 @@ class RegionReplay:
         self.thresholds, self.mixing = thresholds, mixing
         self._targets = images.labels()
         self._slots = len(images) // batch_size * batch_size
-        self._order = lru_cache(maxsize=2)(lambda seed, number: np.array(permutation(len(images), seed, "order", number), dtype=np.int64))
+        self._order = lru_cache(maxsize=2)(
+            lambda seed, number: np.array(permutation(len(images), seed, "order", number), dtype=np.int64)
+        )
 
     def __len__(self) -> int:
         return len(self.images)
@@ -114,7 +116,9 @@ class RegionReplay:
         coords, flips = self.store.regions(rows, picks)
         x = replay(whole["input"], coords, flips, tuple(whole["input"].shape[-2:])).flatten(0, 1)
         targets = self._targets[torch.from_numpy(rows)][:, None].expand(-1, crops)
-        soft = adapt(self.store.labels(rows, picks), targets, band.gather(1, torch.from_numpy(picks)), self.thresholds.smoothing).flatten(0, 1)
+        soft = adapt(
+            self.store.labels(rows, picks), targets, band.gather(1, torch.from_numpy(picks)), self.thresholds.smoothing
+        ).flatten(0, 1)
         x, soft = self._mixed(x, soft, crops, (seed, "mix", key.epoch, int(slots[0])))
         return {
             "input": x,
@@ -130,10 +134,20 @@ class RegionReplay:
         with keyed(*draw):
             if np.random.random() >= mixing.probability:
                 return x, soft
-            blend = mixing.how == "batch" and mixing.mixup > 0 and (mixing.cutmix == 0 or np.random.random() < mixing.switch)
-            share = float(np.random.beta(mixing.mixup, mixing.mixup) if blend else np.random.beta(mixing.cutmix, mixing.cutmix))
+            blend = (
+                mixing.how == "batch"
+                and mixing.mixup > 0
+                and (mixing.cutmix == 0 or np.random.random() < mixing.switch)
+            )
+            share = float(
+                np.random.beta(mixing.mixup, mixing.mixup) if blend else np.random.beta(mixing.cutmix, mixing.cutmix)
+            )
             centre = (int(np.random.randint(x.shape[-2])), int(np.random.randint(x.shape[-1])))
-            partner = torch.randperm(count) if mixing.how == "batch" else within_images(crops, count // crops, torch.randperm(crops))
+            partner = (
+                torch.randperm(count)
+                if mixing.how == "batch"
+                else within_images(crops, count // crops, torch.randperm(crops))
+            )
         if blend:
             return share * x + (1 - share) * x[partner], share * soft + (1 - share) * soft[partner]
         return cutmix(x, soft, share, centre, partner)

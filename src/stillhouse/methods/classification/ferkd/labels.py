@@ -28,7 +28,10 @@ def kept_values(label_type: LabelType, top: int, classes: int) -> int:
     if label_type not in widths:
         raise unknown("type of stored label", label_type, widths)
     if label_type != "ori" and not 1 <= widths[label_type] < classes:
-        raise UserError(f"ferkd: regions.top keeps {top} of {classes} classes; keep fewer than there are, or choose regions.label_type=ori.")
+        raise UserError(
+            f"ferkd: regions.top keeps {top} of {classes} classes; keep fewer than there are, or choose "
+            "regions.label_type=ori."
+        )
     return widths[label_type]
 
 
@@ -59,7 +62,11 @@ def restore(values: Tensor, indices: Tensor, label_type: LabelType, classes: int
         return F.one_hot(indices[..., 0], classes).to(values.dtype)
     total = values.sum(-1, keepdim=True)
     if label_type == "marginal_renorm":
-        return torch.zeros(*values.shape[:-1], classes, dtype=values.dtype).to(values.device).scatter(-1, indices, values / total)
+        return (
+            torch.zeros(*values.shape[:-1], classes, dtype=values.dtype)
+            .to(values.device)
+            .scatter(-1, indices, values / total)
+        )
     rest = ((1 - total) / (classes - values.shape[-1])).clamp_min(0)
     return rest.expand(*values.shape[:-1], classes).scatter(-1, indices, values / total.clamp_min(1))
 
@@ -90,7 +97,9 @@ def adapt(soft: Tensor, labels: Tensor, band: Tensor, smoothing: float) -> Tenso
     return torch.where((band == KEPT)[..., None], soft, hard)
 
 
-def cutmix(images: Tensor, labels: Tensor, share: float, centre: tuple[int, int], partner: Tensor) -> tuple[Tensor, Tensor]:
+def cutmix(
+    images: Tensor, labels: Tensor, share: float, centre: tuple[int, int], partner: Tensor
+) -> tuple[Tensor, Tensor]:
     """Paste a box of each one's partner; labels mix by the pasted area.
 
     Args:

@@ -63,7 +63,9 @@ class RegionsConfig(Spec):
     temperature: float = Field(1.0, gt=0, description="Of the teacher.")
     precision: Literal["float32", "float16"] = "float32"
     seed: int = Field(0, description="Of the regions: one store for all seeds of a run.")
-    path: str | None = Field(None, description="A finished store to use instead; it must be of the same data, classes and input size.")
+    path: str | None = Field(
+        None, description="A finished store to use instead; it must be of the same data, classes and input size."
+    )
 
 
 class AdaptConfig(Spec):
@@ -84,7 +86,9 @@ class AdaptConfig(Spec):
 class MixConfig(Spec):
     """How regions of a batch are mixed."""
 
-    how: Mixing = Field("selfmix", description="none; selfmix: CutMix within an image; batch: mixup or CutMix across images.")
+    how: Mixing = Field(
+        "selfmix", description="none; selfmix: CutMix within an image; batch: mixup or CutMix across images."
+    )
     mixup: float = Field(0.8, ge=0, description="batch: mixup's alpha; 0 is off.")
     cutmix: float = Field(1.0, ge=0, description="CutMix's alpha.")
     probability: float = Field(1.0, ge=0, le=1, description="That a batch is mixed.")
@@ -96,10 +100,14 @@ class Config(MethodConfig):
     teacher: Teacher
     student: Model
     regions: RegionsConfig = Field(default_factory=RegionsConfig)
-    adapt: AdaptConfig | None = Field(default_factory=AdaptConfig, description="null: every stored label is trusted, which is FKD.")
+    adapt: AdaptConfig | None = Field(
+        default_factory=AdaptConfig, description="null: every stored label is trusted, which is FKD."
+    )
     crops: int = Field(4, ge=1, description="Regions taken from each image that is loaded.")
     mix: MixConfig = Field(default_factory=MixConfig)
-    labels: Literal["stored", "live"] = Field("stored", description="live: the teacher answers at every step, on the same regions.")
+    labels: Literal["stored", "live"] = Field(
+        "stored", description="live: the teacher answers at every step, on the same regions."
+    )
     temperature: float = Field(1.0, gt=0, description="Of the student.")
     train: TrainSpec = Field(default_factory=TrainSpec)
     evaluate: list[str] = Field(default_factory=lambda: ["accuracy", "calibration", "cost"])
@@ -107,7 +115,9 @@ class Config(MethodConfig):
     @model_validator(mode="after")
     def _fits(self) -> Config:
         if self.crops > self.regions.crops:
-            raise ValueError(f"crops takes {self.crops} regions of an image, but regions.crops stores only {self.regions.crops}")
+            raise ValueError(
+                f"crops takes {self.crops} regions of an image, but regions.crops stores only {self.regions.crops}"
+            )
         if self.train.batch_size % self.crops:
             raise ValueError(f"train.batch_size ({self.train.batch_size}) must be a multiple of crops ({self.crops})")
         if self.labels == "live" and self.adapt is not None:
@@ -148,7 +158,8 @@ class FerKD(Method[Config]):
             Stage("teacher", "train the teacher with cross-entropy (stored, shared)"),
             Stage(
                 "regions",
-                f"store the teacher's labels of {config.regions.crops} regions of each of {images} images (stored, shared)",
+                f"store the teacher's labels of {config.regions.crops} regions of each of {images} images (stored, "
+                "shared)",
             ),
             Stage("bands", "sort the stored regions by the teacher's confidence"),
             Stage("student", f"train the student on {config.crops} regions an image", steps=steps),
@@ -161,7 +172,10 @@ class FerKD(Method[Config]):
             raise UserError(f"train.batch_size is {size}, but there are only {count} training images.")
         teacher = run.teacher("teacher", config.teacher, config.data)
         if isinstance(teacher, nn.Module):
-            raise UserError("ferkd: the teacher must be a trained network or an ensemble: it answers once, before the student trains.")
+            raise UserError(
+                "ferkd: the teacher must be a trained network or an ensemble: it answers once, before the student "
+                "trains."
+            )
         store = region_store(config, run, teacher)
         thresholds = Thresholds() if config.adapt is None else Thresholds(**config.adapt.model_dump())
         facts = run.stage(
@@ -170,7 +184,9 @@ class FerKD(Method[Config]):
             {"store": store.facts, "thresholds": vars(thresholds)},
         )
         if facts["lost"]:
-            run.live.say(f"No region survives of any image of {', '.join(facts['lost'])}; they train on smoothed labels.")
+            run.live.say(
+                f"No region survives of any image of {', '.join(facts['lost'])}; they train on smoothed labels."
+            )
 
         dataset = RegionReplay(
             bundle.dataset("train", train=False),
@@ -183,12 +199,18 @@ class FerKD(Method[Config]):
         )
         rank, world = rank_world()
         if size % (config.crops * world):
-            raise UserError(f"train.batch_size ({size}) must be a multiple of crops x processes ({config.crops} x {world}).")
-        loader = Loader(dataset, size, seed=run.seed, drop_last=True, workers=config.data.workers, rank=rank, world=world)
+            raise UserError(
+                f"train.batch_size ({size}) must be a multiple of crops x processes ({config.crops} x {world})."
+            )
+        loader = Loader(
+            dataset, size, seed=run.seed, drop_last=True, workers=config.data.workers, rank=rank, world=world
+        )
         student = run.model(config.student, config.data)
         live = config.labels == "live"
         objective = StoredLabels(config.temperature, config.regions.temperature, live)
-        module = Distillation(student, teacher if live else None, [objective], seed=run.seed, embedding=config.student.embedding)
+        module = Distillation(
+            student, teacher if live else None, [objective], seed=run.seed, embedding=config.student.embedding
+        )
         fitted = run.fit(
             "student",
             module,
@@ -232,9 +254,13 @@ def region_store(config: Config, run: Run, teacher: Any) -> RegionStore:
         for begin in range(0, len(rows_left), at_once):
             rows = rows_left[begin : begin + at_once]
             images = dataset.batch(BatchKey(0, rows, 0, len(rows)), 0)["input"].to(run.device)
-            coords, flips = draw_regions(rows, regions.crops, tuple(images.shape[-2:]), regions.scale, regions.ratio, regions.seed)
+            coords, flips = draw_regions(
+                rows, regions.crops, tuple(images.shape[-2:]), regions.scale, regions.ratio, regions.seed
+            )
             crops = replay(images, coords.to(run.device), flips.to(run.device), tuple(images.shape[-2:])).flatten(0, 1)
-            probs = torch.cat([teacher({"input": part}).log_probs(regions.temperature).exp() for part in crops.split(512)])
+            probs = torch.cat(
+                [teacher({"input": part}).log_probs(regions.temperature).exp() for part in crops.split(512)]
+            )
             values, classes = compress(probs.unflatten(0, (len(rows), regions.crops)), regions.label_type, regions.top)
             store.write(rows, coords, flips, values.cpu(), classes.cpu())
         return {"folder": run.folder.name.removesuffix(".partial")}
@@ -261,7 +287,9 @@ def count_bands(store: RegionStore, thresholds: Thresholds, labels: Tensor, clas
         left = (band == KEPT) | (band == HARDENED)
         right = soft.argmax(-1) == target
         adapted = adapt(soft, target, band, thresholds.smoothing).argmax(-1) == target
-        sums += torch.stack([(band == KEPT).sum(), (band == HARDENED).sum(), left.sum(), right.sum(), (adapted & left).sum()])
+        sums += torch.stack(
+            [(band == KEPT).sum(), (band == HARDENED).sum(), left.sum(), right.sum(), (adapted & left).sum()]
+        )
         raw = left & (confidence >= thresholds.low) & (confidence <= thresholds.high)
         survivors.index_add_(0, labels[rows], raw.sum(1))
     total = len(store) * store.crops

@@ -94,7 +94,9 @@ def _resampling(start: Tensor, length: Tensor, out: int, full: int) -> Tensor:
     """(..., out, full) weights of a triangle filter that resizes [start, start + length) to `out` samples; rows sum to
     one."""
     step = (length / out)[..., None, None]
-    centre = (torch.arange(out, dtype=torch.float64, device=start.device)[:, None] + 0.5) * step + start[..., None, None]
+    centre = (torch.arange(out, dtype=torch.float64, device=start.device)[:, None] + 0.5) * step + start[
+        ..., None, None
+    ]
     position = torch.arange(full, dtype=torch.float64, device=start.device)
     inside = (position >= start[..., None, None]) & (position < (start + length)[..., None, None])
     weight = (1 - (position + 0.5 - centre).abs() / step.clamp_min(1)).clamp_min(0) * inside
@@ -109,7 +111,10 @@ class RegionStore:
 
     def __init__(self, folder: Path, facts: dict[str, Any], mode: Literal["r", "r+"]) -> None:
         self.folder, self.facts = folder, facts
-        self._arrays = {name: np.load(folder / f"{name}.npy", mmap_mode=mode) for name in ("coords", "flips", "values", "classes", "done")}
+        self._arrays = {
+            name: np.load(folder / f"{name}.npy", mmap_mode=mode)
+            for name in ("coords", "flips", "values", "classes", "done")
+        }
 
     @classmethod
     def create(cls, folder: Path, images: int, facts: dict[str, Any]) -> RegionStore:
@@ -152,12 +157,14 @@ class RegionStore:
         for name, value in json.loads(json.dumps(expected)).items():
             if facts.get(name) != value:
                 raise UserError(
-                    f"The store of regions in '{folder}' was made with {name} = {facts.get(name)}, but this recipe has {value}; make a new one."
+                    f"The store of regions in '{folder}' was made with {name} = {facts.get(name)}, but this recipe "
+                    f"has {value}; make a new one."
                 )
         store = cls(Path(folder), facts, "r")
         if len(store.missing()):
             raise UserError(
-                f"The store of regions in '{folder}' lacks the image {store.missing()[0]} and {len(store.missing()) - 1} others; finish it first."
+                f"The store of regions in '{folder}' lacks the image {store.missing()[0]} and "
+                f"{len(store.missing()) - 1} others; finish it first."
             )
         return store
 
@@ -208,5 +215,8 @@ class RegionStore:
     def _known(self, rows: np.ndarray) -> np.ndarray:
         beyond = rows[(rows < 0) | (rows >= len(self))]
         if len(beyond):
-            raise UserError(f"The store of regions in '{self.folder}' knows no image {int(beyond[0])}; it holds 0 to {len(self) - 1}.")
+            raise UserError(
+                f"The store of regions in '{self.folder}' knows no image {int(beyond[0])}; it holds 0 to "
+                f"{len(self) - 1}."
+            )
         return rows

@@ -121,7 +121,9 @@ class LearnedMix(nn.Module):
         if len(images) < 2:
             raise UserError("hard: mixing needs a batch of at least two images.")
         if min(images.shape[-2:]) < self.patch:
-            raise UserError(f"hard: augmentor.patch is {self.patch}, but images are {images.shape[-2]} x {images.shape[-1]} pixels.")
+            raise UserError(
+                f"hard: augmentor.patch is {self.patch}, but images are {images.shape[-2]} x {images.shape[-1]} pixels."
+            )
         partner = images[torch.randperm(len(images), device=images.device)]
         own = self.own(images)
         similarity = (own * self.other(partner)).sum(1, keepdim=True) / own.shape[1] ** 0.5

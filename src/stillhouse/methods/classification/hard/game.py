@@ -135,7 +135,9 @@ class Game(nn.Module):
         assert self.augmentor is not None and self.optimizer is not None
         changed, penalty = self.augmentor(x)
         answers = self._ask_student(changed), self._ask_teacher(changed)
-        loss = augmentor_loss(self.form, *answers, student_clean, teacher_clean, self.temperature, *self.weights) + penalty
+        loss = (
+            augmentor_loss(self.form, *answers, student_clean, teacher_clean, self.temperature, *self.weights) + penalty
+        )
         gradients = torch.autograd.grad(loss, self._learned, allow_unused=True)
         before = [p.detach().clone() for p in self._learned]
         for p, g in zip(self._learned, gradients):

@@ -98,7 +98,9 @@ class Config(MethodConfig):
     lambda_student: float = Field(1.0, ge=0, description="B: on the student's answer, which should move.")
     lambda_teacher: float = Field(3.0, ge=0, description="B: on the teacher's answer, which should not.")
     steps: int = Field(1, ge=1, description="Augmentor steps before each student step.")
-    l_min: float = Field(0.05, ge=0, description="The augmentor learns again below this share of the untrained student's loss.")
+    l_min: float = Field(
+        0.05, ge=0, description="The augmentor learns again below this share of the untrained student's loss."
+    )
     l_max: float = Field(1.0, gt=0, description="The augmentor rests above this share of the untrained student's loss.")
     temperature: float = Field(2.0, gt=0)
     label_weight: float = Field(0.0, ge=0, description="Of the cross-entropy on clean images; 0: labels are not used.")
@@ -128,7 +130,9 @@ class HARD(Method[Config]):
     def run(self, config: Config, run: Run) -> Student:
         teacher = run.teacher("teacher", config.teacher, config.data)
         if not isinstance(teacher, Frozen):
-            raise UserError("hard: the teacher must be one live, frozen network, as gradients flow through it to the augmentor.")
+            raise UserError(
+                "hard: the teacher must be one live, frozen network, as gradients flow through it to the augmentor."
+            )
         student = run.model(config.student, config.data)
         augmentor = self.augmentor(config, run)
         images = next(iter(run.loader(config.data, "train", 8)))["input"].to(run.device)
@@ -152,17 +156,24 @@ class HARD(Method[Config]):
         if augmentor is not None:
             self.show(config, run, [images, start, sample(augmentor, images, run.device)])
         figures = {"train_seconds": fitted.seconds, **shifted_accuracy(student, run, config.data, config.shifts)}
-        figures |= {f"teacher_{k}": v for k, v in shifted_accuracy(teacher.model, run, config.data, config.shifts).items()}
+        figures |= {
+            f"teacher_{k}": v for k, v in shifted_accuracy(teacher.model, run, config.data, config.shifts).items()
+        }
         return run.student(student, config.student, config.data, figures)
 
     def augmentor(self, config: Config, run: Run) -> nn.Module | None:
         """The augmentor that the recipe names; a VAE is trained first, as a stage."""
         spec, bundle = config.augmentor, run.data(config.data)
-        background = None if spec.background is None else [(spec.background - m) / s for m, s in zip(bundle.mean, bundle.std)]
+        background = (
+            None if spec.background is None else [(spec.background - m) / s for m, s in zip(bundle.mean, bundle.std)]
+        )
         if spec.kind == "none":
             return None
         if len(bundle.input_shape) != 3 or not bundle.mean:
-            raise UserError(f"hard: augmentors are for images; the inputs of '{config.data.name}' have shape {tuple(bundle.input_shape)}.")
+            raise UserError(
+                f"hard: augmentors are for images; the inputs of '{config.data.name}' have shape "
+                f"{tuple(bundle.input_shape)}."
+            )
         with keyed("augmentor", run.seed):
             if spec.kind == "affine":
                 return LearnedAffine(background, spec.sigma, spec.covariance, spec.max_area)
@@ -180,7 +191,9 @@ class HARD(Method[Config]):
 
         def make() -> dict[str, Any]:
             with run.seeded(0):
-                run.fit("vae", VAEFit(vae), run.loader(config.data, "train", spec.train.batch_size, train=True), spec.train)
+                run.fit(
+                    "vae", VAEFit(vae), run.loader(config.data, "train", spec.train.batch_size, train=True), spec.train
+                )
             return {"weights": state_on_cpu(vae), "format": 1}
 
         stored = run.stage("vae", make, {"vae": spec.model_dump(mode="json"), "data": bundle.fingerprint})
@@ -193,7 +206,9 @@ class HARD(Method[Config]):
 
         bundle = run.data(config.data)
         mean, std = (torch.tensor(v, device=run.device)[:, None, None] for v in (bundle.mean, bundle.std))
-        shown = F.interpolate(torch.cat(rows) * std + mean, scale_factor=max(64 // bundle.input_shape[-1], 1), mode="nearest")
+        shown = F.interpolate(
+            torch.cat(rows) * std + mean, scale_factor=max(64 // bundle.input_shape[-1], 1), mode="nearest"
+        )
         save_image(shown, run.folder / "augmented.png", nrow=len(rows[0]))
 
 

@@ -61,7 +61,9 @@ class Block(nn.Module):
     def __init__(self, width: int, latent: int) -> None:
         super().__init__()
         self.prior = nn.Sequential(nn.GELU(), nn.Conv2d(width, 2 * latent + width, 3, padding=1))
-        self.posterior = nn.Sequential(nn.Conv2d(2 * width, width, 3, padding=1), nn.GELU(), nn.Conv2d(width, 2 * latent, 1))
+        self.posterior = nn.Sequential(
+            nn.Conv2d(2 * width, width, 3, padding=1), nn.GELU(), nn.Conv2d(width, 2 * latent, 1)
+        )
         self.spell = nn.Sequential(nn.Conv2d(latent, width, 1))
         self.after = nn.Sequential(nn.GELU(), nn.Conv2d(width, width, 3, padding=1))
         self.latent = latent
@@ -95,12 +97,17 @@ class VAE(nn.Module):
         super().__init__()
         channels, height, breadth = input_shape
         if min(height, breadth) % 2 ** (levels - 1):
-            raise UserError(f"vae.levels: {levels} levels halve the image {levels - 1} times, but it is {height} x {breadth} pixels.")
+            raise UserError(
+                f"vae.levels: {levels} levels halve the image {levels - 1} times, but it is {height} x {breadth} "
+                "pixels."
+            )
         self.shape, self.components = tuple(input_shape), components
         self.register_buffer("mean", torch.tensor(mean)[:, None, None])
         self.register_buffer("std", torch.tensor(std)[:, None, None])
         self.stem = nn.Conv2d(channels, width, 3, padding=1)
-        self.encoder = nn.ModuleList(nn.Sequential(nn.GELU(), nn.Conv2d(width, width, 3, 1 if i == 0 else 2, 1)) for i in range(levels))
+        self.encoder = nn.ModuleList(
+            nn.Sequential(nn.GELU(), nn.Conv2d(width, width, 3, 1 if i == 0 else 2, 1)) for i in range(levels)
+        )
         self.start = nn.Parameter(torch.zeros(width, height >> (levels - 1), breadth >> (levels - 1)))
         self.latent = latent
         self.blocks = nn.ModuleList(Block(width, latent) for _ in range(levels))
@@ -125,7 +132,9 @@ class VAE(nn.Module):
             found.append(h)
         return found[::-1]
 
-    def decode(self, features: list[Tensor], edit: _Edit | None = None) -> tuple[tuple[Tensor, Tensor, Tensor], Tensor, Tensor]:
+    def decode(
+        self, features: list[Tensor], edit: _Edit | None = None
+    ) -> tuple[tuple[Tensor, Tensor, Tensor], Tensor, Tensor]:
         """The mixture (see `pixel_nll`), the divergence from the prior (B,), and the penalty of the edit."""
         h = self.start.expand(len(features[0]), -1, -1, -1)
         divergence = features[0].new_zeros(len(features[0]))

@@ -29,7 +29,9 @@ def teacher_share(epoch: float, until: float = 120, steepness: float = 5.0, deno
     return 1 - math.exp(-steepness * ((epoch + 1) / denominator - 1) ** 2) if epoch < until else 0.0
 
 
-def select(teacher_logits: Tensor, student_logits: Tensor, alpha: float, cutoff: float = 0.95) -> tuple[Tensor, Tensor, Tensor]:
+def select(
+    teacher_logits: Tensor, student_logits: Tensor, alpha: float, cutoff: float = 0.95
+) -> tuple[Tensor, Tensor, Tensor]:
     """Dynamic instance selection over a whole pool.
 
     Args:

@@ -124,7 +124,9 @@ class AlignmentTraining(nn.Module):
         mask = at_least(chosen, confidence, self._batch_size, self._say)
         self.selected.copy_(mask)
         counts = predicted[mask].bincount(minlength=logits.shape[1])
-        self.history.append({"epoch": ctx.progress.epoch, "alpha": alpha, "selected": int(mask.sum()), "classes": counts.tolist()})
+        self.history.append(
+            {"epoch": ctx.progress.epoch, "alpha": alpha, "selected": int(mask.sum()), "classes": counts.tolist()}
+        )
 
     def forward(self, batch: Batch, progress: Progress) -> dict[str, Tensor]:
         x = batch["input"]
@@ -136,9 +138,14 @@ class AlignmentTraining(nn.Module):
         terms = {"features": aligned(mine, theirs, weights if self._weigh else None)}
         terms["loss"] = terms["features"]
         if self.embed is not None and len(x) > 1:
-            share = torch.distributions.Beta(*torch.full((2,), self._mix_alpha, device=x.device)).sample((len(x), 1, 1, 1))
+            share = torch.distributions.Beta(*torch.full((2,), self._mix_alpha, device=x.device)).sample(
+                (len(x), 1, 1, 1)
+            )
             changed = mix_distribution(x, share, torch.randperm(len(x), device=x.device))
-            one, other = (gather(F.normalize(self.embed(f.mean((2, 3))), dim=1)) for f in (features, self.student.features(changed)))
+            one, other = (
+                gather(F.normalize(self.embed(f.mean((2, 3))), dim=1))
+                for f in (features, self.student.features(changed))
+            )
             terms["contrast"] = contrast(one, other, self._tau)
             terms["loss"] = terms["loss"] + self._contrast_weight * terms["contrast"]
         terms["selected"] = self.selected.float().mean()
@@ -167,18 +174,26 @@ def at_least(chosen: Tensor, confidence: Tensor, count: int, say: Callable[[str]
     """The mask (N,), or that of the `count` most confident images, with a warning, where it has fewer."""
     if int(chosen.sum()) >= count:
         return chosen
-    say(f"Only {int(chosen.sum())} images of the pool were selected, fewer than a batch: the {count} most confident are taken.")
+    say(
+        f"Only {int(chosen.sum())} images of the pool were selected, fewer than a batch: the {count} most confident "
+        "are taken."
+    )
     mask = torch.zeros_like(chosen)
     mask[confidence.topk(count).indices] = True
     return mask
 
 
 class Config(MethodConfig):
-    data: Data = Field(description="What the teacher was trained for: its classes, its normalisation and the test set; the student never sees it.")
+    data: Data = Field(
+        description="What the teacher was trained for: its classes, its normalisation and the test set; the student "
+        "never sees it."
+    )
     pool: Annotated[list[PoolPart], Field(min_length=1)] = Field(description="Where the unlabelled images come from.")
     teacher: Teacher
     student: Model
-    loss: Literal["features", "kd"] = Field("features", description="kd: the baseline, with the student's own classifier.")
+    loss: Literal["features", "kd"] = Field(
+        "features", description="kd: the baseline, with the student's own classifier."
+    )
     selection: Literal["dynamic", "teacher", "all"] = Field(
         "dynamic", description="teacher: by the teacher alone (alpha = 1), once; all: no selection."
     )
@@ -206,7 +221,9 @@ class Config(MethodConfig):
 
 class KD3(Method[Config]):
     def plan(self, config: Config, run: Run) -> list[Stage]:
-        count = len(pool_images([p.model_copy(update={"style": []}) for p in config.pool], config.data, run, train=False))
+        count = len(
+            pool_images([p.model_copy(update={"style": []}) for p in config.pool], config.data, run, train=False)
+        )
         steps = config.train.epochs * (count // config.train.batch_size)
         what = "its teacher's features and classifier" if config.loss == "features" else "logits"
         return [
@@ -235,7 +252,9 @@ class KD3(Method[Config]):
         product.figures |= shifted_accuracy(product.module, run, config.data, config.shifts)
         return product
 
-    def align(self, config: Config, run: Run, teacher: Frozen, student: nn.Module, still: Joined, moving: Joined, mask: Tensor) -> Student:
+    def align(
+        self, config: Config, run: Run, teacher: Frozen, student: nn.Module, still: Joined, moving: Joined, mask: Tensor
+    ) -> Student:
         """KD^3 itself."""
         probe = to_device(next(iter(Loader(still, 2))), torch.device("cpu"))
         teacher.to(torch.device("cpu"))
@@ -270,10 +289,16 @@ class KD3(Method[Config]):
         figures = {"train_seconds": fitted.seconds, "selected": module.selected.float().mean().item()}
         return SharedStudent(shared, config.student, run.data(config.data).task, figures)
 
-    def imitate(self, config: Config, run: Run, teacher: Frozen, student: nn.Module, still: Joined, moving: Joined, mask: Tensor) -> Student:
+    def imitate(
+        self, config: Config, run: Run, teacher: Frozen, student: nn.Module, still: Joined, moving: Joined, mask: Tensor
+    ) -> Student:
         """The baseline: distillation of logits."""
-        module = Distillation(student, teacher, [(KD(config.temperature), 1.0)], seed=run.seed, embedding=config.student.embedding)
-        fitted = run.fit("student", module, SelectedBatches(moving, lambda: mask, config.train.batch_size, run.seed), config.train)
+        module = Distillation(
+            student, teacher, [(KD(config.temperature), 1.0)], seed=run.seed, embedding=config.student.embedding
+        )
+        fitted = run.fit(
+            "student", module, SelectedBatches(moving, lambda: mask, config.train.batch_size, run.seed), config.train
+        )
         module.close()
         figures = {"train_seconds": fitted.seconds, "selected": mask.float().mean().item()}
         return run.student(student, config.student, config.data, figures)

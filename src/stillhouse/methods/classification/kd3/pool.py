@@ -27,7 +27,8 @@ class PoolPart(DataSpec):
     split: Literal["train", "holdout"] = Field("train", description="Which of its splits.")
     style: list[str | dict[str, Any]] = Field(
         default_factory=list,
-        description="Transforms as in `augment`, drawn once for every image and stored: the images then come from another distribution.",
+        description="Transforms as in `augment`, drawn once for every image and stored: the images then come from "
+        "another distribution.",
     )
 
     @property
@@ -55,7 +56,10 @@ def _part(part: PoolPart, target: DataSpec, run: Run, *, train: bool, where: str
     styled = own.dataset(part.split, train=True)
     rows = np.arange(len(styled))
     mean, std = (torch.tensor(v)[:, None, None] for v in (own.mean, own.std))
-    chunks = [styled.batch(BatchKey(0, r, 0, len(r)), part.seed)["input"] for r in np.array_split(rows, max(1, len(rows) // 512))]
+    chunks = [
+        styled.batch(BatchKey(0, r, 0, len(r)), part.seed)["input"]
+        for r in np.array_split(rows, max(1, len(rows) // 512))
+    ]
     pixels = torch.cat([((c * std + mean) * 255).round().clamp(0, 255).to(torch.uint8) for c in chunks])
     size = (pixels.shape[-2], pixels.shape[-1])
     inputs = PixelInputs(
@@ -85,7 +89,9 @@ class SelectedBatches:
         UserError: a pool of fewer images than a batch.
     """
 
-    def __init__(self, images: Joined, selected: Callable[[], Tensor], batch_size: int, seed: int, workers: int = 0) -> None:
+    def __init__(
+        self, images: Joined, selected: Callable[[], Tensor], batch_size: int, seed: int, workers: int = 0
+    ) -> None:
         if len(images) < batch_size:
             raise UserError(f"The pool holds {len(images)} images, fewer than train.batch_size ({batch_size}).")
         self.images, self.selected, self.batch_size, self.seed, self.workers = (
@@ -108,7 +114,9 @@ class SelectedBatches:
             rows = self.selected().nonzero()[:, 0].cpu().numpy()
             rows = rows[permutation(len(rows), self.seed, "selected", epoch)]
             dataset = _RepeatedRows(self.images, np.resize(rows, len(self) * self.batch_size))
-            loader = Loader(dataset, self.batch_size, seed=self.seed, shuffle=True, drop_last=True, workers=self.workers, **share())
+            loader = Loader(
+                dataset, self.batch_size, seed=self.seed, shuffle=True, drop_last=True, workers=self.workers, **share()
+            )
             yield from loader.batches(epoch, batch, epoch + 1)
             epoch, batch = epoch + 1, 0
 

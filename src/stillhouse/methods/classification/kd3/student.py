@@ -112,7 +112,9 @@ def last_map(model: nn.Module, batch: Batch) -> tuple[str, Tensor] | None:
     found = [
         (n, x)
         for n, x in calls.items()
-        if x.ndim == 4 and x.shape[1] == embedding.shape[1] and torch.allclose(x.mean((2, 3)), embedding, rtol=1e-4, atol=1e-5)
+        if x.ndim == 4
+        and x.shape[1] == embedding.shape[1]
+        and torch.allclose(x.mean((2, 3)), embedding, rtol=1e-4, atol=1e-5)
     ]
     return max(found, key=lambda item: item[1][0, 0].numel(), default=None)
 
@@ -139,9 +141,13 @@ def make_shared(student: nn.Module, teacher: nn.Module, batch: Batch, factor: in
         taps.remove()
         mine = tap, got[tap]
     if mine[1].ndim != 4:
-        raise UserError(f"kd3: the student's last stage '{mine[0]}' must give a map (B, C, H, W), but gives {tuple(mine[1].shape)}.")
+        raise UserError(
+            f"kd3: the student's last stage '{mine[0]}' must give a map (B, C, H, W), but gives {tuple(mine[1].shape)}."
+        )
     _, channels, height, width = theirs[1].shape
-    shared = SharedClassifier(student, mine[0], (mine[1].shape[1], channels), head.out_features, (height, width), factor)
+    shared = SharedClassifier(
+        student, mine[0], (mine[1].shape[1], channels), head.out_features, (height, width), factor
+    )
     shared.cls.weight.data.copy_(head.weight)
     shared.cls.bias.data.copy_(torch.zeros_like(shared.cls.bias) if head.bias is None else head.bias)
     return shared, theirs[0]

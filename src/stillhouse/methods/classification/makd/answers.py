@@ -18,7 +18,10 @@ from stillhouse.errors import UserError, unknown
 ClassAnswers = dict[str, list[str | int]]
 """Question -> names of the classes for which the answer is yes."""
 
-_GIVEN = "Question -> names of the classes for which the answer is yes; here, in a JSON file, or given by file:PATH.py:FUNCTION."
+_GIVEN = (
+    "Question -> names of the classes for which the answer is yes; here, in a JSON file, or given by "
+    "file:PATH.py:FUNCTION."
+)
 
 
 def read_class_answers(given: ClassAnswers | str) -> ClassAnswers:
@@ -75,7 +78,9 @@ class VisionLanguage(Spec):
     """A vision-language model of transformers, in a folder on disk."""
 
     path: str = Field(description="Folder of model and processor.")
-    prompt: str = Field("<image>\n{question}", description="Where the processor has no chat template: the text around a question.")
+    prompt: str = Field(
+        "<image>\n{question}", description="Where the processor has no chat template: the text around a question."
+    )
     yes_word: str = Field("Yes", description="The answer that counts as yes; one token.")
     no_word: str = Field("No", description="The answer that counts as no; one token.")
     batch_size: int = Field(8, ge=1, description="Questions in one batch.")

@@ -36,10 +36,13 @@ from stillhouse.runs.run import Run
 class AspectsSpec(Spec):
     """Questions, and exactly one source of answers."""
 
-    questions: str | list[str] | None = Field(None, description="A text file, one question a line, or the questions; default: those of `answers`.")
+    questions: str | list[str] | None = Field(
+        None, description="A text file, one question a line, or the questions; default: those of `answers`."
+    )
     file: str | None = Field(
         None,
-        description="JSON {index in the training split: [Q numbers]}, or safetensors with `aspects` (N, Q) or `yes_no` (N, Q, 2).",
+        description="JSON {index in the training split: [Q numbers]}, or safetensors with `aspects` (N, Q) or "
+        "`yes_no` (N, Q, 2).",
     )
     vision_language: VisionLanguage | None = None
     trained: TrainedAnnotator | None = None
@@ -47,7 +50,8 @@ class AspectsSpec(Spec):
     drop_below: float = Field(
         0.0,
         ge=0,
-        description="Drop questions whose answers vary less than this (variance over the images); they carry no information.",
+        description="Drop questions whose answers vary less than this (variance over the images); they carry no "
+        "information.",
     )
     permute: bool = Field(False, description="Give each image another's answers (ablation).")
 
@@ -55,7 +59,9 @@ class AspectsSpec(Spec):
     def _one_source(self) -> AspectsSpec:
         given = [k for k in ("file", "vision_language", "trained", "annotated") if getattr(self, k) is not None]
         if len(given) != 1:
-            raise ValueError(f"give exactly one of file, vision_language, trained, annotated (given: {', '.join(given) or 'none'})")
+            raise ValueError(
+                f"give exactly one of file, vision_language, trained, annotated (given: {', '.join(given) or 'none'})"
+            )
         if self.questions is None and self.trained is None and self.annotated is None:
             raise ValueError("questions are needed with file and vision_language")
         return self
@@ -98,7 +104,8 @@ def question_prompt(classes: Sequence[str], count: int = 100) -> str:
     return (
         f"Here are the classes of an image data set: {', '.join(classes)}. Write {count} yes-or-no questions about "
         "visible features (shape, colour, texture, "
-        "parts, context, behaviour) that tell these classes apart. Each question must be clear, about one feature, and "
+        "parts, context, behaviour) that tell these classes apart. Each question must be clear, about one feature, "
+        "and "
         "different from the others. "
         "Give one question a line and nothing else."
     )
@@ -108,7 +115,8 @@ def selection_prompt(questions: Sequence[str], classes: Sequence[str], count: in
     """A request to a language model to keep the most relevant and most distinct questions."""
     listed = "\n".join(questions)
     return (
-        f"Of the questions below, choose the {count} that are most relevant for telling apart {', '.join(classes)} and "
+        f"Of the questions below, choose the {count} that are most relevant for telling apart {', '.join(classes)} "
+        "and "
         "most distinct from each other. "
         f"Give one question a line, unchanged, and nothing else.\n{listed}"
     )
@@ -140,7 +148,9 @@ def aspect_table(spec: AspectsSpec, data: DataSpec, run: Run) -> tuple[list[str]
     if not any(varying):
         raise UserError(f"aspects.drop_below: no question's answers vary by {spec.drop_below} or more; lower it.")
     questions, answers = [q for q, v in zip(questions, varying) if v], answers[:, torch.tensor(varying)]
-    return questions, answers[torch.randperm(count, generator=generator(run.seed, "permute aspects"))] if spec.permute else answers
+    return questions, answers[
+        torch.randperm(count, generator=generator(run.seed, "permute aspects"))
+    ] if spec.permute else answers
 
 
 def _answer(spec: AspectsSpec, questions: list[str], data: DataSpec, run: Run) -> dict[str, dict[str, Tensor]]:
@@ -149,7 +159,9 @@ def _answer(spec: AspectsSpec, questions: list[str], data: DataSpec, run: Run) -
     if spec.trained is not None:
         model = trained_annotator(spec.trained, questions, run, data).to(run.device).eval()
         with torch.no_grad():
-            parts = [model(batch["input"].to(run.device), questions).float().cpu() for batch in run.loader(data, "train")]
+            parts = [
+                model(batch["input"].to(run.device), questions).float().cpu() for batch in run.loader(data, "train")
+            ]
     else:
         assert spec.vision_language is not None
         parts = ask(spec.vision_language, questions, data, run)
@@ -170,11 +182,15 @@ def read_answers(path: str, count: int, questions: int) -> Tensor:
 
         tensors = load_file(str(file))
         if not {"aspects", "yes_no"} & set(tensors):
-            raise UserError(f"aspects.file: {path} must hold `aspects` (N, Q) or `yes_no` (N, Q, 2); it holds: {', '.join(tensors) or 'nothing'}.")
+            raise UserError(
+                f"aspects.file: {path} must hold `aspects` (N, Q) or `yes_no` (N, Q, 2); it holds: "
+                f"{', '.join(tensors) or 'nothing'}."
+            )
         table = tensors["aspects"].float() if "aspects" in tensors else aspect_probs(tensors["yes_no"])
         if table.shape != (count, questions):
             raise UserError(
-                f"aspects.file: {path} holds answers of shape {tuple(table.shape)}, but {count} images and {questions} "
+                f"aspects.file: {path} holds answers of shape {tuple(table.shape)}, but {count} images and "
+                f"{questions} "
                 f"questions need {(count, questions)}."
             )
     else:
@@ -185,10 +201,14 @@ def read_answers(path: str, count: int, questions: int) -> Tensor:
         absent = next((i for i in range(count) if str(i) not in rows), None)
         if absent is not None or len(rows) != count:
             what = f"image '{absent}' has no answers" if absent is not None else f"it holds {len(rows)} images"
-            raise UserError(f"aspects.file: {path}: {what}; the training split has {count} images, '0' to '{count - 1}'.")
+            raise UserError(
+                f"aspects.file: {path}: {what}; the training split has {count} images, '0' to '{count - 1}'."
+            )
         wrong = next((i for i in range(count) if len(rows[str(i)]) != questions), None)
         if wrong is not None:
-            raise UserError(f"aspects.file: {path}: image '{wrong}' has {len(rows[str(wrong)])} answers to {questions} questions.")
+            raise UserError(
+                f"aspects.file: {path}: image '{wrong}' has {len(rows[str(wrong)])} answers to {questions} questions."
+            )
         table = torch.tensor([rows[str(i)] for i in range(count)], dtype=torch.float32)
     bad = (~((table >= 0) & (table <= 1))).any(1).nonzero()
     if len(bad):
@@ -198,6 +218,8 @@ def read_answers(path: str, count: int, questions: int) -> Tensor:
 
 def annotate(spec: NoisyAnswers, questions: list[str], data: DataSpec, run: Run) -> Tensor:
     """Class answers of every training image, some turned round, softened: (N, Q)."""
-    answers = class_matrix(read_class_answers(spec.answers), questions, run.data(data).classes)[run.loader(data, "train").labels()]
+    answers = class_matrix(read_class_answers(spec.answers), questions, run.data(data).classes)[
+        run.loader(data, "train").labels()
+    ]
     turned = torch.rand(answers.shape, generator=generator(data.seed, "turn answers")) < spec.flip
     return 1 - spec.confidence + (2 * spec.confidence - 1) * torch.where(turned, 1 - answers, answers)

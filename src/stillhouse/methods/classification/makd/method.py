@@ -66,7 +66,10 @@ def aspect_loss(aspect_logits: Tensor, targets: Tensor) -> Tensor:
         targets: P(yes), (B, Q), in [0, 1].
     """
     if aspect_logits.shape != targets.shape:
-        raise UserError(f"makd: aspect logits of shape {tuple(aspect_logits.shape)} but answers of {tuple(targets.shape)}; both must be (B, Q).")
+        raise UserError(
+            f"makd: aspect logits of shape {tuple(aspect_logits.shape)} but answers of {tuple(targets.shape)}; both "
+            "must be (B, Q)."
+        )
     return F.binary_cross_entropy_with_logits(aspect_logits, targets.to(aspect_logits.dtype))
 
 
@@ -168,7 +171,9 @@ evaluates(AspectClassifier.kind)(evaluate)
 
 
 class Config(General):
-    objectives: Objectives = Field(default_factory=lambda: [ObjectiveSpec(name="ce")], description="What the class logits learn.")
+    objectives: Objectives = Field(
+        default_factory=lambda: [ObjectiveSpec(name="ce")], description="What the class logits learn."
+    )
     aspects: AspectsSpec
     alpha: float = Field(4.0, ge=0, description="Weight of the aspects' binary cross-entropy; 0 is the baseline.")
     keep_aspects: bool = Field(False, description="Keep the aspect outputs in the product, as scores of attributes.")
@@ -178,7 +183,9 @@ class Config(General):
         if self.data.mixup or self.data.cutmix:
             raise ValueError("data.mixup and data.cutmix must be 0: a mixed image has no stored answer")
         if "num_classes" in self.student.options:
-            raise ValueError("student.options.num_classes: the head is widened by the number of questions; leave it out")
+            raise ValueError(
+                "student.options.num_classes: the head is widened by the number of questions; leave it out"
+            )
         return self
 
 
@@ -191,7 +198,8 @@ class MaKD(Method[Config]):
             out.append(
                 Stage(
                     "annotator",
-                    f"train {config.aspects.trained.network.model} with a text encoder on {len(questions)} questions (stored, shared)",
+                    f"train {config.aspects.trained.network.model} with a text encoder on {len(questions)} questions "
+                    "(stored, shared)",
                 )
             )
         if config.aspects.file is None:
@@ -217,7 +225,8 @@ class MaKD(Method[Config]):
         teachers = {name: run.teacher(name, spec, config.data) for name, spec in config.all_teachers.items()}
         questions, answers = aspect_table(config.aspects, config.data, run)
         run.record["aspects"] = {
-            q: {"mean": m, "variance": v} for q, m, v in zip(questions, answers.mean(0).tolist(), answers.var(0, correction=0).tolist())
+            q: {"mean": m, "variance": v}
+            for q, m, v in zip(questions, answers.mean(0).tolist(), answers.var(0, correction=0).tolist())
         }
         bundle, probe = run.data(config.data), next(iter(run.loader(config.data, "train", 2)))
         with keyed("model", "student", run.seed):

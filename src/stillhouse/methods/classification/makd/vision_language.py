@@ -18,7 +18,10 @@ def token_id(tokenizer: Any, word: str) -> int:
     """The id of a word that is one token. Raises `UserError` for one that is not."""
     ids = tokenizer.encode(word, add_special_tokens=False)
     if len(ids) != 1 or ids[0] == tokenizer.unk_token_id:
-        raise UserError(f"aspects.vision_language: '{word}' is {len(ids)} tokens (or unknown) to this model; choose a spelling that is one token.")
+        raise UserError(
+            f"aspects.vision_language: '{word}' is {len(ids)} tokens (or unknown) to this model; choose a spelling "
+            "that is one token."
+        )
     return int(ids[0])
 
 
@@ -37,7 +40,9 @@ def ask(spec: VisionLanguage, questions: list[str], data: DataSpec, run: Run) ->
         processor = AutoProcessor.from_pretrained(spec.path, local_files_only=True)
         model: Any = AutoModelForImageTextToText.from_pretrained(spec.path, local_files_only=True)
     except (OSError, ValueError) as error:
-        raise UserError(f"aspects.vision_language: could not load a model from '{spec.path}': {str(error).splitlines()[0]}") from None
+        raise UserError(
+            f"aspects.vision_language: could not load a model from '{spec.path}': {str(error).splitlines()[0]}"
+        ) from None
     model.to(run.device).eval()
     tokenizer = processor.tokenizer
     tokenizer.padding_side = "left"  # so that the last position of every row is where the answer starts

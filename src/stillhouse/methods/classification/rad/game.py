@@ -35,7 +35,9 @@ def gains(probs: np.ndarray, kind: Gain = "margin") -> np.ndarray:
     """
     p = np.asarray(probs, dtype=np.float64)
     if p.ndim != 2 or p.shape[1] < 2:
-        raise UserError(f"rad: gains are computed from probabilities (n, C) of at least two classes; given shape {p.shape}.")
+        raise UserError(
+            f"rad: gains are computed from probabilities (n, C) of at least two classes; given shape {p.shape}."
+        )
     if kind == "entropy":
         return -(p * np.log(np.maximum(p, np.finfo(np.float64).tiny))).sum(1) / np.log(p.shape[1])
     top = np.partition(p, p.shape[1] - 2, axis=1)[:, -2:]
@@ -115,7 +117,9 @@ def exact_marginals(gain: np.ndarray, correct: int, queries: int) -> np.ndarray:
     total = np.concatenate([np.ones(n), np.zeros(n + 1)])[None]
     found = linprog(cost, rows, np.zeros(n), total, [queries], [(0, 1)] * n + [(0, None)] * n + [(None, None)])
     if found.x is None:
-        raise UserError(f"rad: the linear program of the batch found no solution ({found.message}); use marginals: capped.")
+        raise UserError(
+            f"rad: the linear program of the batch found no solution ({found.message}); use marginals: capped."
+        )
     q = np.clip(found.x[:n], 0, 1)
     return q * (queries / q.sum()) if q.max() < 1 else q
 

@@ -56,16 +56,21 @@ class Config(MethodConfig):
     data: Data
     labelled: int = Field(
         ge=1,
-        description="Class-balanced training samples whose labels are known; the rest of the training split is the pool.",
+        description="Class-balanced training samples whose labels are known; the rest of the training split is the "
+        "pool.",
     )
-    teacher: Teacher = Field(description="A network with a checkpoint, or with `train`: then it is trained on the labelled samples alone.")
+    teacher: Teacher = Field(
+        description="A network with a checkpoint, or with `train`: then it is trained on the labelled samples alone."
+    )
     student: Model
     train: TrainSpec = Field(default_factory=TrainSpec, description="How the student is trained, each round.")
     query: Literal["rad", "uniform", "margin", "entropy", "coreset", "cluster_margin", "unixkd"] = "rad"
     queries: int = Field(ge=1, description="b: questions a round.")
     rounds: int = Field(5, ge=1)
     gain: Literal["margin", "entropy", "confidence"] = "margin"
-    marginals: Literal["capped", "exact"] = Field("capped", description="exact: the b-point game by a linear program (a few thousand points).")
+    marginals: Literal["capped", "exact"] = Field(
+        "capped", description="exact: the b-point game by a linear program (a few thousand points)."
+    )
     accuracy: float | None = Field(
         None,
         gt=0,
@@ -117,7 +122,9 @@ class BudgetedTeacher:
         donors: (N,) whose image each sample is answered for: itself, or another where answers are shuffled.
     """
 
-    def __init__(self, network: nn.Module, images: IndexedDataset, budget: int, donors: np.ndarray | None = None) -> None:
+    def __init__(
+        self, network: nn.Module, images: IndexedDataset, budget: int, donors: np.ndarray | None = None
+    ) -> None:
         self._network, self._images, self._budget, self._donors, self.asked = network, images, budget, donors, 0
 
     @torch.no_grad()
@@ -127,7 +134,10 @@ class BudgetedTeacher:
         Raises `UserError` beyond the budget.
         """
         if self.asked + len(rows) > self._budget:
-            raise UserError(f"rad: the budget of {self._budget} questions to the teacher is spent ({self.asked} asked, {len(rows)} more wanted).")
+            raise UserError(
+                f"rad: the budget of {self._budget} questions to the teacher is spent ({self.asked} asked, "
+                f"{len(rows)} more wanted)."
+            )
         self.asked += len(rows)
         own = rows if self._donors is None else self._donors[rows]
         device = next(self._network.parameters()).device
@@ -139,7 +149,9 @@ class BudgetedTeacher:
         return torch.cat(answers)
 
 
-def mixed(dataset: IndexedDataset, rows: np.ndarray, partners: np.ndarray, share: Tensor, epoch: int, seed: int) -> Tensor:
+def mixed(
+    dataset: IndexedDataset, rows: np.ndarray, partners: np.ndarray, share: Tensor, epoch: int, seed: int
+) -> Tensor:
     """Inputs (B, ...) of samples, each with that share (B,) of its partner; partners are read only where a share is
     above 0."""
     x = dataset.batch(BatchKey(epoch, rows, 0, len(rows)), seed)["input"]
@@ -223,7 +235,10 @@ class Questions:
         points, partners = self.pool[chosen.points], self.pool[chosen.partners]
         answers = self.answering.ask(points, partners, chosen.share)
         gain = gains(view.probs, config.gain)
-        self._bounds.append(solve(gain, view.correct).value / max(guaranteed(np.full(len(gain), 1 / len(gain)), gain, view.correct), 1e-12))
+        self._bounds.append(
+            solve(gain, view.correct).value
+            / max(guaranteed(np.full(len(gain), 1 / len(gain)), gain, view.correct), 1e-12)
+        )
         self._right += float((answers.argmax(-1) == self.labels[torch.from_numpy(points)]).sum())
         self._gain += float(gain[chosen.points].sum())
         self.known.add(points, partners, chosen.share, answers)
@@ -243,11 +258,13 @@ class RobustActiveDistillation(Method[Config]):
         pool = len(bundle.dataset("train", train=False)) - config.labelled
         if config.rounds * config.queries > pool:
             raise UserError(
-                f"rad: {config.rounds} rounds of {config.queries} queries are more than the {pool} pool samples that {config.labelled} labels leave."
+                f"rad: {config.rounds} rounds of {config.queries} queries are more than the {pool} pool samples that "
+                f"{config.labelled} labels leave."
             )
         if config.accuracy is None and run.validation(config.data) is None:
             raise UserError(
-                "rad estimates how often its teacher is right on validation data: set data.val to a share above 0, or `accuracy` to a number."
+                "rad estimates how often its teacher is right on validation data: set data.val to a share above 0, or "
+                "`accuracy` to a number."
             )
         if config.data.mixup or config.data.cutmix:
             raise UserError("rad trains on soft answers that cannot be mixed: turn data.mixup and data.cutmix off.")
@@ -290,7 +307,9 @@ class RobustActiveDistillation(Method[Config]):
                 questions.ask(self._view(config, run, student, images, questions.pool, known, right))
                 if not config.warm_start:
                     student = run.model(config.student, config.data)
-            loader = Loader(known, min(config.train.batch_size, len(known)), seed=run.seed, shuffle=True, drop_last=True)
+            loader = Loader(
+                known, min(config.train.batch_size, len(known)), seed=run.seed, shuffle=True, drop_last=True
+            )
             module = Distillation(student, None, [objective_from_spec("ce")], seed=run.seed)
             fitted = run.fit(f"round.{number}", module, loader, config.train, evaluate=run.validating(config.data))
             module.close()
@@ -328,7 +347,9 @@ class RobustActiveDistillation(Method[Config]):
         """The teacher: with weights of its own, or trained on the labelled samples."""
         spec, data = config.teacher, config.data
         if spec.model is None or spec.data is not None:
-            raise UserError("rad queries one network trained on the labelled samples: give teacher.model, and no teacher.data.")
+            raise UserError(
+                "rad queries one network trained on the labelled samples: give teacher.model, and no teacher.data."
+            )
         if spec.train is None:
             return run.teacher("teacher", spec, data).model
         seed, train = spec.seed or 0, spec.train
@@ -346,7 +367,9 @@ class RobustActiveDistillation(Method[Config]):
                     train,
                 )
                 module.close()
-                figures = evaluate_classifier(model, run.loader(data, "test"), next(model.parameters()).device, ["accuracy"])
+                figures = evaluate_classifier(
+                    model, run.loader(data, "test"), next(model.parameters()).device, ["accuracy"]
+                )
                 return {"weights": state_on_cpu(model), "figures": figures}
 
         uses = {

@@ -86,7 +86,9 @@ def cluster_margin(pool: Pool, queries: int, generator: np.random.Generator, kin
     from sklearn.cluster import AgglomerativeClustering
 
     candidates = _largest(gains(pool.probs, "margin"), min(CANDIDATES * queries, len(pool.probs)), generator)
-    cluster = AgglomerativeClustering(min(queries, len(candidates)), linkage="average").fit_predict(pool.embedding[candidates])
+    cluster = AgglomerativeClustering(min(queries, len(candidates)), linkage="average").fit_predict(
+        pool.embedding[candidates]
+    )
     turn = np.zeros(len(candidates), dtype=np.int64)  # the how-manieth of its cluster
     for c in range(cluster.max() + 1):
         turn[cluster == c] = np.arange((cluster == c).sum())

@@ -30,7 +30,9 @@ AT_ONCE = 4096  # rows of one forward pass when a model is tested
 class TableSpec(Spec):
     """A table by name."""
 
-    name: str = Field(description="csv:PATH | file:PATH.py:FUNCTION, which takes no argument and returns {column: values}")
+    name: str = Field(
+        description="csv:PATH | file:PATH.py:FUNCTION, which takes no argument and returns {column: values}"
+    )
     label: str = Field("label", description="The column to predict; its distinct values, sorted, are the classes.")
     dense: list[str] = Field(default_factory=list, description="Columns of numbers; all others are categories.")
     ignore: list[str] = Field(default_factory=list, description="Columns that are left out.")
@@ -136,10 +138,15 @@ def _load(text: str) -> Columns:
     if len(values) < 2:
         raise UserError(f"The column '{spec.label}' of {spec.name} holds one class alone.")
     try:
-        dense = torch.tensor([[float(x) for x in table[n]] for n in spec.dense]).T if spec.dense else torch.zeros(len(labels), 0)
+        dense = (
+            torch.tensor([[float(x) for x in table[n]] for n in spec.dense]).T
+            if spec.dense
+            else torch.zeros(len(labels), 0)
+        )
     except (TypeError, ValueError) as error:
         raise UserError(
-            f"A dense column of {spec.name} holds what is not a number ({error}); fill it in, or leave it among the categories."
+            f"A dense column of {spec.name} holds what is not a number ({error}); fill it in, or leave it among the "
+            "categories."
         ) from None
     order = torch.tensor(permutation(len(labels), "table", spec.seed))
     test, val = (round(len(order) * s) for s in (spec.test, spec.val))
@@ -147,8 +154,13 @@ def _load(text: str) -> Columns:
     found = torch.from_numpy(labels.astype(np.int64))
     for part, rows in split.items():
         if len(torch.unique(found[rows])) < len(values):
-            raise UserError(f"The {part} part of {spec.name} ({len(rows)} rows) lacks a class; choose another data.seed, or other shares.")
-    return Columns(names, list(spec.dense), torch.stack([encode(table[n]) for n in names], 1), dense, found, len(values), split)
+            raise UserError(
+                f"The {part} part of {spec.name} ({len(rows)} rows) lacks a class; choose another data.seed, or other "
+                "shares."
+            )
+    return Columns(
+        names, list(spec.dense), torch.stack([encode(table[n]) for n in names], 1), dense, found, len(values), split
+    )
 
 
 def load_columns(spec: TableSpec) -> Columns:

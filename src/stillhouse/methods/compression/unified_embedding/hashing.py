@@ -35,7 +35,11 @@ def encode(values: Sequence[Any] | np.ndarray | Tensor) -> Tensor:
     """
     if isinstance(values, Tensor) and not values.is_floating_point():
         return values.to(torch.int64)
-    array = values.numpy() if isinstance(values, Tensor) else np.asarray(values, dtype=None if isinstance(values, np.ndarray) else object)
+    array = (
+        values.numpy()
+        if isinstance(values, Tensor)
+        else np.asarray(values, dtype=None if isinstance(values, np.ndarray) else object)
+    )
     if array.dtype.kind in "iub":
         return torch.from_numpy(array.astype(np.int64))
     found: dict[Any, int] = {}
@@ -54,7 +58,10 @@ def _code(value: Any) -> int:
         return int.from_bytes(hashlib.blake2b(value.encode(), digest_size=8).digest(), "little", signed=True)
     if isinstance(value, int):
         return _signed(value & _MASK)
-    raise UserError(f"unified_embedding: a categorical value must be an integer, a word or None; given: {value!r} ({type(value).__name__}).")
+    raise UserError(
+        f"unified_embedding: a categorical value must be an integer, a word or None; given: {value!r} "
+        f"({type(value).__name__})."
+    )
 
 
 def salt(feature: int, chunk: int, part: int = 0) -> int:

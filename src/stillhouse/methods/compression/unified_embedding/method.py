@@ -47,7 +47,9 @@ from stillhouse.runs.products import Product, read_meta, state_on_cpu
 from stillhouse.runs.run import Run
 from stillhouse.signals import evaluating
 
-Name = Literal["unified", "hashing", "collisionless", "sum", "sum_split", "quotient", "quotient_split", "robe", "robe_split"]
+Name = Literal[
+    "unified", "hashing", "collisionless", "sum", "sum_split", "quotient", "quotient_split", "robe", "robe_split"
+]
 SCHEMES: dict[str, tuple[Scheme, bool]] = {
     "unified": ("hash", True),
     "hashing": ("hash", False),
@@ -61,10 +63,14 @@ class EmbeddingSpec(Spec):
     """The embeddings of all features."""
 
     scheme: Name = "unified"
-    share: float | None = Field(None, gt=0, description="Rows as a share of the distinct values of all features in the training split.")
+    share: float | None = Field(
+        None, gt=0, description="Rows as a share of the distinct values of all features in the training split."
+    )
     rows: int | None = Field(None, ge=1, description="Or M, the number of rows (of each of `tables`).")
     dim: int = Field(8, ge=1, description="d: width of a chunk.")
-    chunks: int | dict[str, int] = Field(1, description="Look-ups of a value: a number for all features, or by feature (others: 1).")
+    chunks: int | dict[str, int] = Field(
+        1, description="Look-ups of a value: a number for all features, or by feature (others: 1)."
+    )
     tables: int = Field(1, ge=1, description="unified: K tables, taken by chunks in turn.")
 
     @model_validator(mode="after")
@@ -95,7 +101,9 @@ class Config(MethodConfig):
     embedding: EmbeddingSpec
     head: HeadSpec = Field(default_factory=HeadSpec)
     train: TrainSpec = Field(
-        default_factory=lambda: TrainSpec(epochs=12, batch_size=64, optimizer=OptimizerSpec(name="adam", lr=2e-3, weight_decay=1e-5), best="auc")
+        default_factory=lambda: TrainSpec(
+            epochs=12, batch_size=64, optimizer=OptimizerSpec(name="adam", lr=2e-3, weight_decay=1e-5), best="auc"
+        )
     )
     pareto: ParetoSpec | None = None
 
@@ -139,7 +147,9 @@ class EmbeddingModel(Product):
         dense = [(torch.as_tensor(columns[n]).float() - m) / s for n, (m, s) in self.dense.items()]
         device = self.network.table.weight.device
         with evaluating(self.network):
-            return class_probs(self.network(self.known(codes).to(device), torch.stack(dense, 1).to(device) if dense else None)).cpu()
+            return class_probs(
+                self.network(self.known(codes).to(device), torch.stack(dense, 1).to(device) if dense else None)
+            ).cpu()
 
     def known(self, codes: Tensor) -> Tensor:
         """(n, T) codes as the table takes them: positions from 1 in the vocabularies (0: not in it) where there are
@@ -178,7 +188,9 @@ class EmbeddingModel(Product):
         return cls(network.eval(), features, embedding, head, meta["rows"], dense, meta["classes"], vocabularies)
 
 
-def build_network(features: Sequence[Feature], embedding: EmbeddingSpec, head: HeadSpec, rows: int, dense: int, classes: int) -> TableNetwork:
+def build_network(
+    features: Sequence[Feature], embedding: EmbeddingSpec, head: HeadSpec, rows: int, dense: int, classes: int
+) -> TableNetwork:
     """A fresh network."""
     scheme, shared = SCHEMES[embedding.scheme]
     table = UnifiedEmbedding(features, rows, embedding.dim, tables=embedding.tables, scheme=scheme, shared=shared)
@@ -202,7 +214,10 @@ class UnifiedEmbeddings(Method[Config]):
         rows = _rows(config.embedding, tokens)
         _features(config.embedding, data)
         steps = config.train.epochs * -(-len(data.split["train"]) // config.train.batch_size)
-        does = f"train on {len(data.names)} features with {tokens} values, by '{config.embedding.scheme}' with {rows} rows of {config.embedding.dim}"
+        does = (
+            f"train on {len(data.names)} features with {tokens} values, by '{config.embedding.scheme}' with {rows} "
+            f"rows of {config.embedding.dim}"
+        )
         stages = [Stage("model", does, steps=steps)]
         if config.pareto is not None:
             p = config.pareto
@@ -265,7 +280,10 @@ def _features(spec: EmbeddingSpec, data: Columns) -> list[Feature]:
                 raise unknown("feature (embedding.chunks)", name, data.names)
     exact = SCHEMES[spec.scheme][0] in ("exact", "quotient")  # one more value there: the unknown
     sizes = [len(v) + exact for v in data.vocabularies()]
-    return [Feature(n, spec.chunks if isinstance(spec.chunks, int) else spec.chunks.get(n, 1), s) for n, s in zip(data.names, sizes)]
+    return [
+        Feature(n, spec.chunks if isinstance(spec.chunks, int) else spec.chunks.get(n, 1), s)
+        for n, s in zip(data.names, sizes)
+    ]
 
 
 def _fitted(config: Config, spec: EmbeddingSpec, data: Columns, run: Run, name: str) -> EmbeddingModel:

@@ -88,7 +88,11 @@ class Ranking(nn.Module):
     def forward(self, batch: Batch, progress: Progress) -> dict[str, Tensor]:
         logits = self.student(batch["input"], batch.get("dense")).float()
         label = batch["label"]
-        return {"loss": F.binary_cross_entropy_with_logits(logits[:, 0], label.float()) if logits.shape[1] == 1 else F.cross_entropy(logits, label)}
+        return {
+            "loss": F.binary_cross_entropy_with_logits(logits[:, 0], label.float())
+            if logits.shape[1] == 1
+            else F.cross_entropy(logits, label)
+        }
 
 
 def class_probs(logits: Tensor) -> Tensor:

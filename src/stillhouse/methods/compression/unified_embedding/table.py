@@ -172,7 +172,10 @@ class UnifiedEmbedding(nn.Module):
         """
         if isinstance(codes, Tensor):
             if codes.ndim != 2 or codes.shape[1] != len(self.features):
-                raise UserError(f"unified_embedding: codes must be (B, {len(self.features)}), a column a feature; given: {tuple(codes.shape)}.")
+                raise UserError(
+                    f"unified_embedding: codes must be (B, {len(self.features)}), a column a feature; given: "
+                    f"{tuple(codes.shape)}."
+                )
             return self.read(self.places(codes[:, self.feature]))
         for name in codes:
             self.index(name)
@@ -206,7 +209,10 @@ class UnifiedEmbedding(nn.Module):
     def _ragged(self, name: str, values: Tensor, offsets: Tensor, pool: Pool) -> Tensor:
         ends = torch.cat([offsets[1:], offsets.new_tensor([len(values)])])
         if len(offsets) and (int(offsets[0]) != 0 or (ends < offsets).any()):
-            raise UserError(f"unified_embedding: the offsets of '{name}' must rise from 0 to at most {len(values)}, the number of values.")
+            raise UserError(
+                f"unified_embedding: the offsets of '{name}' must rise from 0 to at most {len(values)}, the number of "
+                "values."
+            )
         bag = torch.repeat_interleave(torch.arange(len(offsets), device=values.device), ends - offsets)
         found = self.lookup(name, values)
         total = found.new_zeros(len(offsets), found.shape[1]).index_add(0, bag, found)
@@ -257,7 +263,10 @@ def collisions(table: UnifiedEmbedding, values: Mapping[str, Tensor]) -> dict[st
         UserError: a scheme other than `hash` and `exact`.
     """
     if table.scheme not in ("hash", "exact"):
-        raise UserError(f"unified_embedding: collisions are counted for hash and exact, where a chunk reads one row; this table is '{table.scheme}'.")
+        raise UserError(
+            "unified_embedding: collisions are counted for hash and exact, where a chunk reads one row; this table "
+            f"is '{table.scheme}'."
+        )
     rows = []
     for t, f in enumerate(table.features):
         chunks = (table.feature == t).nonzero().flatten()
@@ -304,7 +313,9 @@ def _check(features: Sequence[Feature], rows: int, dim: int, tables: int, scheme
     if scheme not in (*PARTS, "robe"):
         raise unknown("scheme of embeddings", scheme, [*PARTS, "robe"])
     if (not shared or scheme in ("exact", "quotient")) and any(f.size is None or f.size < 1 for f in features):
-        raise UserError("unified_embedding: tables split by features, `exact` and `quotient` need the size of every feature.")
+        raise UserError(
+            "unified_embedding: tables split by features, `exact` and `quotient` need the size of every feature."
+        )
     if shared and rows < len(features):
         warnings.warn(f"unified_embedding: {rows} rows are fewer than the {len(features)} features.", stacklevel=3)
 

@@ -29,7 +29,9 @@ def vote_weights(priors: Sequence[float], temperature: float = 5.0) -> Tensor:
         UserError: fractions (all at most 1), which would make every vote equal, or numbers outside 0 to 100.
     """
     if any(not 0 <= p <= 100 for p in priors) or (len(priors) > 1 and max(priors) <= 1):
-        raise UserError(f"priors are accuracies in percent, from 0 to 100; given: {', '.join(f'{p:g}' for p in priors)}.")
+        raise UserError(
+            f"priors are accuracies in percent, from 0 to 100; given: {', '.join(f'{p:g}' for p in priors)}."
+        )
     return torch.softmax(torch.tensor(list(priors), dtype=torch.float64) / temperature, 0)
 
 
@@ -41,7 +43,9 @@ def chosen(slot: int, members: int, voters: int, how: str, priors: Sequence[floa
     if how == "best":
         return tuple(sorted(sorted(range(members), key=lambda m: -priors[m])[:voters]))
     every = list(itertools.combinations(range(members), voters))
-    at = slot if how == "in_turn" else int(torch.randint(0, len(every), (1,), generator=generator(seed, "voters", slot)))
+    at = (
+        slot if how == "in_turn" else int(torch.randint(0, len(every), (1,), generator=generator(seed, "voters", slot)))
+    )
     return every[at % len(every)]
 
 
@@ -99,17 +103,24 @@ def batch_labels(networks: Sequence[nn.Module], weights: Sequence[float], x: Ten
                 parts.append(w * torch.cat([network(half).float() for half in halves]))
             except ValueError as error:  # torch's refusal of one value a channel
                 raise UserError(
-                    f"A half batch of {len(halves[0])} images has no statistics in this network ({error}); take a larger relabel.batch_size."
+                    f"A half batch of {len(halves[0])} images has no statistics in this network ({error}); take a "
+                    "larger relabel.batch_size."
                 ) from None
     return torch.stack(parts).sum(0)
 
 
-def relabelled(networks: Sequence[nn.Module], weights: Sequence[float], images: Tensor, made: Views, statistics: str) -> Tensor:
+def relabelled(
+    networks: Sequence[nn.Module], weights: Sequence[float], images: Tensor, made: Views, statistics: str
+) -> Tensor:
     """Logits (epochs, N, classes) in half precision of all views, by `batch` or `running` statistics."""
     out: Tensor | None = None
     for epoch in range(made.epochs):
         for x, rows in made.batches(images, epoch):
-            logits = batch_labels(networks, weights, x) if statistics == "batch" else weighted_running_logits(networks, weights, x)
+            logits = (
+                batch_labels(networks, weights, x)
+                if statistics == "batch"
+                else weighted_running_logits(networks, weights, x)
+            )
             if out is None:
                 out = torch.zeros(made.epochs, len(images), logits.shape[1], dtype=torch.float16)
             out[epoch, rows] = logits.half().cpu()

@@ -73,7 +73,9 @@ class RecoverSpec(Spec):
     first: float = Field(10.0, ge=0, description="Factor of the first layer's statistics.")
     jitter: int = Field(4, ge=0, description="Pixels of the random shift; published: 4, and 32 at 224.")
     augment: Groups = Field("resized_crop_flip", description="Before the shift, one draw a step for the whole batch.")
-    area: float = Field(0.08, gt=0, le=1, description="The smallest share of the image that a crop keeps, here and where images begin.")
+    area: float = Field(
+        0.08, gt=0, le=1, description="The smallest share of the image that a crop keeps, here and where images begin."
+    )
     init: Literal["easy", "medium", "hard", "noise"] = Field(
         "medium", description="Real crops by how sure the first network is of their class, or noise."
     )
@@ -90,12 +92,18 @@ class MeasureSpec(Spec):
 
 
 class Config(DatasetConfig):
-    committee: Annotated[list[Teacher], Field(min_length=1)] = Field(description="The networks; published: 5 of different architectures.")
-    priors: list[float] | None = Field(None, description="Accuracy in percent of a network trained on the images of each alone; null: measure.")
+    committee: Annotated[list[Teacher], Field(min_length=1)] = Field(
+        description="The networks; published: 5 of different architectures."
+    )
+    priors: list[float] | None = Field(
+        None, description="Accuracy in percent of a network trained on the images of each alone; null: measure."
+    )
     measure: MeasureSpec = Field(default_factory=MeasureSpec, description="priors null: how they are measured.")
     voters: int = Field(2, ge=1, description="Networks of one image; 1 is SRe2L++ with the first network alone.")
     vote: Literal["prior", "equal", "random"] = Field("prior", description="Weights of the voters.")
-    pairs: Literal["in_turn", "random", "best"] = Field("in_turn", description="Published: best (ipc 1), in_turn (10), random (50).")
+    pairs: Literal["in_turn", "random", "best"] = Field(
+        "in_turn", description="Published: best (ipc 1), in_turn (10), random (50)."
+    )
     vote_temperature: float = Field(5.0, gt=0, description="Of priors, in recovery.")
     label_temperature: float = Field(10.0, gt=0, description="Of priors, in labelling.")
     recover: RecoverSpec = Field(default_factory=RecoverSpec)
@@ -119,8 +127,14 @@ class Config(DatasetConfig):
 
 class CommitteeVoting(Method[Config]):
     def plan(self, config: Config, run: Run) -> list[Stage]:
-        teachers = [Stage("teacher", "train the committee (stored, shared)")] if any(t.train for t in config.committee) else []
-        priors = [Stage("priors", "measure how good the images of each network alone are (stored, shared)")] if self._measures(config) else []
+        teachers = (
+            [Stage("teacher", "train the committee (stored, shared)")] if any(t.train for t in config.committee) else []
+        )
+        priors = (
+            [Stage("priors", "measure how good the images of each network alone are (stored, shared)")]
+            if self._measures(config)
+            else []
+        )
         steps = config.recover.iterations * config.ipc
         lines = plan(
             run,
@@ -138,10 +152,15 @@ class CommitteeVoting(Method[Config]):
         ]
 
     def _measures(self, config: Config) -> bool:
-        return config.priors is None and len(config.committee) > 1 and (config.vote == "prior" or config.pairs == "best")
+        return (
+            config.priors is None and len(config.committee) > 1 and (config.vote == "prior" or config.pairs == "best")
+        )
 
     def run(self, config: Config, run: Run) -> CommitteeSet:
-        members = [run.network(f"teacher.{i}", t, config.data).to(run.device).eval().requires_grad_(False) for i, t in enumerate(config.committee)]
+        members = [
+            run.network(f"teacher.{i}", t, config.data).to(run.device).eval().requires_grad_(False)
+            for i, t in enumerate(config.committee)
+        ]
         real = RealRows.of(run, config.data)
         priors = config.priors or [50.0] * len(members)
         if self._measures(config):
@@ -153,16 +172,24 @@ class CommitteeVoting(Method[Config]):
             voters = chosen(slot, len(members), config.voters, config.pairs, priors, run.seed)
             weights = vote(config, [priors[m] for m in voters], generator(run.seed, "vote", slot))
             networks = [members[m] for m in voters]
-            x, spent = recover(config.recover, run, f"recover.{slot}", networks, weights, start, real, ("recover", run.seed, slot))
+            x, spent = recover(
+                config.recover, run, f"recover.{slot}", networks, weights, start, real, ("recover", run.seed, slot)
+            )
             parts.append(x)
             cost += spent
             for m in set(range(len(members))) - set(voters):
                 outside.setdefault(m, []).append(statistics_distance(members[m], x, config.recover.first))
         images = torch.stack(parts, 1).flatten(0, 1)  # class-major
-        shares = vote_weights(priors, config.label_temperature).tolist() if config.vote == "prior" else [1 / len(members)] * len(members)
+        shares = (
+            vote_weights(priors, config.label_temperature).tolist()
+            if config.vote == "prior"
+            else [1 / len(members)] * len(members)
+        )
         made = self._labelled(config, run, real, members, shares, images)
         if config.evaluate.scores and config.evaluate.protocol == "soft":
-            made.random = self._labelled(config, run, real, members, shares, real.draw(config.ipc, generator(run.seed, "random"), "images (ipc)"))
+            made.random = self._labelled(
+                config, run, real, members, shares, real.draw(config.ipc, generator(run.seed, "random"), "images (ipc)")
+            )
         run.record["priors"] = priors
         made.figures = cost.figures() | {f"bn_outside_{m}": fmean(found) for m, found in sorted(outside.items())}
         if config.statistics == "batch":
@@ -177,7 +204,10 @@ class CommitteeVoting(Method[Config]):
 
         def alone() -> dict[str, Tensor]:
             starts = begin(real, members[0], config.recover, spec.ipc, generator("begin", m)).to(run.device)
-            each = [recover(config.recover, run, f"alone.{i}", [members[m]], [1.0], x, real, ("alone", m, i))[0] for i, x in enumerate(starts)]
+            each = [
+                recover(config.recover, run, f"alone.{i}", [members[m]], [1.0], x, real, ("alone", m, i))[0]
+                for i, x in enumerate(starts)
+            ]
             images = torch.stack(each, 1).flatten(0, 1)
             return {"images": images, "logits": relabelled(members[:1], [1.0], images, views, config.statistics)}
 
@@ -193,13 +223,16 @@ class CommitteeVoting(Method[Config]):
         made = self._set(config, real, stored["images"])
         made.views = ViewLabels(views, stored["logits"])
         evaluate = config.evaluate.model_copy(update={"epochs": spec.epochs})
-        training = StretchedTraining.like(SoftTraining.of(made, evaluate, config.augment, run.device, ("prior", m)), config.student)
+        training = StretchedTraining.like(
+            SoftTraining.of(made, evaluate, config.augment, run.device, ("prior", m)), config.student
+        )
 
         def learned() -> dict[str, float]:
             network = run.model(config.network, config.data, role="prior", seed=0).to(run.device)
             train(run, "student", network, training)
             right = [
-                running_logits(network, real.read(rows)).argmax(1).cpu() == real.labels[rows] for rows in torch.arange(len(real.labels)).split(512)
+                running_logits(network, real.read(rows)).argmax(1).cpu() == real.labels[rows]
+                for rows in torch.arange(len(real.labels)).split(512)
             ]
             return {"prior": 100 * float(torch.cat(right).double().mean())}
 
@@ -215,7 +248,9 @@ class CommitteeVoting(Method[Config]):
         labels = torch.arange(len(real.classes)).repeat_interleave(len(images) // len(real.classes))
         return CommitteeSet(images, labels, real.classes, real.mean, real.std, bounded=True, made_by=made_by(config))
 
-    def _labelled(self, config: Config, run: Run, real: RealRows, members: list[nn.Module], shares: list[float], images: Tensor) -> CommitteeSet:
+    def _labelled(
+        self, config: Config, run: Run, real: RealRows, members: list[nn.Module], shares: list[float], images: Tensor
+    ) -> CommitteeSet:
         made = self._set(config, real, images)
         uses = {
             "images": made.fingerprint,
@@ -224,7 +259,9 @@ class CommitteeVoting(Method[Config]):
             "views": config.relabel.model_dump(mode="json"),
             "statistics": config.statistics,
         }
-        stored = run.stage("relabel", lambda: {"logits": relabelled(members, shares, images, config.relabel, config.statistics)}, uses)
+        stored = run.stage(
+            "relabel", lambda: {"logits": relabelled(members, shares, images, config.relabel, config.statistics)}, uses
+        )
         made.views = ViewLabels(config.relabel, stored["logits"])
         made.check()
         return made
@@ -287,7 +324,8 @@ def begin(real: RealRows, judge: nn.Module, spec: RecoverSpec, ipc: int, drawn: 
     least, wanted = min(spec.pool, int(real.counts.min())), ipc * spec.factor**2
     if wanted > least:
         raise UserError(
-            f"{wanted} real images of each class are needed (ipc * factor^2), but {least} are looked at; raise recover.pool or lower ipc."
+            f"{wanted} real images of each class are needed (ipc * factor^2), but {least} are looked at; raise "
+            "recover.pool or lower ipc."
         )
     taken = []
     for label, rows in enumerate(real.rows):
@@ -304,8 +342,12 @@ def _surest_crops(pool: Tensor, label: int, judge: nn.Module, spec: RecoverSpec,
     """Of each image (n, C, H, W) of a class the crop that `judge` is surest of, those of the wanted difficulty
     first."""
     count, size = len(pool), (pool.shape[-2], pool.shape[-1])
-    crops = [apply(pool, all_of(("resized_crop",), count, size, drawn, Strength(area=spec.area))) for _ in range(spec.crops)]
+    crops = [
+        apply(pool, all_of(("resized_crop",), count, size, drawn, Strength(area=spec.area))) for _ in range(spec.crops)
+    ]
     sure = torch.stack([running_logits(judge, crop).softmax(1)[:, label] for crop in crops])  # crops, images
     best = torch.stack(crops)[sure.argmax(0), torch.arange(count, device=pool.device)]
-    ranks = {"easy": list(range(count - 1, -1, -1)), "hard": list(range(count)), "medium": medium_first(count)}[spec.init]
+    ranks = {"easy": list(range(count - 1, -1, -1)), "hard": list(range(count)), "medium": medium_first(count)}[
+        spec.init
+    ]
     return best[sure.amax(0).argsort(stable=True)[torch.tensor(ranks, device=pool.device)]]

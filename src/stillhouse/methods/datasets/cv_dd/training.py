@@ -21,7 +21,9 @@ from stillhouse.synthetic.training import SoftTraining
 class StudentSpec(Spec):
     """How networks learn from the set, in addition to `evaluate`."""
 
-    stretch: float = Field(1.0, ge=1, description="eta: the rate is .5 (1 + cos(pi e / (eta E))); 2 ends at half the rate.")
+    stretch: float = Field(
+        1.0, ge=1, description="eta: the rate is .5 (1 + cos(pi e / (eta E))); 2 ends at half the rate."
+    )
     accumulate: int = Field(2, ge=1, description="Batches whose gradients make one step.")
 
 

@@ -64,7 +64,9 @@ class PoolSpec(Spec):
     )
     lr: float = Field(0.1, gt=0, description="SGD with momentum 0.9 on all synthetic images.")
     weight_decay: float = Field(1e-3, ge=0)
-    literal_restart: bool = Field(False, description="As released: a slot at its limit holds a fresh, untrained network at every later visit.")
+    literal_restart: bool = Field(
+        False, description="As released: a slot at its limit holds a fresh, untrained network at every later visit."
+    )
 
 
 class Config(MethodConfig):
@@ -115,9 +117,14 @@ class SelfSupervisedDistillation(Method[Config]):
                     {"network": config.network.model},
                 )
             )
-        does = f"learn {config.images} images and representations" if config.iterations else f"take {config.images} random real images"
+        does = (
+            f"learn {config.images} images and representations"
+            if config.iterations
+            else f"take {config.images} random real images"
+        )
         networks = (
-            f"pre-train {spec.networks} networks on the set, and train them and untrained ones on {len(spec.targets) or 1} data sets ({spec.probe})"
+            f"pre-train {spec.networks} networks on the set, and train them and untrained ones on "
+            f"{len(spec.targets) or 1} data sets ({spec.probe})"
         )
         return [*stages, Stage("krr_st", does, steps=config.iterations), Stage("evaluate", networks)]
 
@@ -125,25 +132,39 @@ class SelfSupervisedDistillation(Method[Config]):
         real = RealImages.load(run, config.data)
         if config.images > len(real.images):
             raise UserError(
-                f"{config.images} synthetic images begin as as many real ones, but the training split has {len(real.images)}; take fewer."
+                f"{config.images} synthetic images begin as as many real ones, but the training split has "
+                f"{len(real.images)}; take fewer."
             )
         if not bool(real.images.isfinite().all()):
-            raise UserError(f"The training images of '{config.data.name}' hold NaN or infinite pixels; krr_st learns from every one of them.")
+            raise UserError(
+                f"The training images of '{config.data.name}' hold NaN or infinite pixels; krr_st learns from every "
+                "one of them."
+            )
         target = target_network(run, config.target, config.data, real.images)
-        rows = torch.randperm(len(real.images), generator=generator(run.seed, "initial"))[: config.images].to(real.images.device)
-        images = nn.Parameter(real.images[rows].clone() if config.start == "normalised" else unnormalised(real.images[rows], real.mean, real.std))
+        rows = torch.randperm(len(real.images), generator=generator(run.seed, "initial"))[: config.images].to(
+            real.images.device
+        )
+        images = nn.Parameter(
+            real.images[rows].clone()
+            if config.start == "normalised"
+            else unnormalised(real.images[rows], real.mean, real.std)
+        )
         targets = nn.Parameter(represented(target, real.images[rows]))
         figures = self._learn(config, run, real, target, images, targets) if config.iterations else {}
         made_by = config.model_dump(mode="json", exclude_none=True, exclude={"variants", "groups", "evaluate"})
         return RepresentationSet(images, targets, real.mean, real.std, made_by, figures)
 
-    def _learn(self, config: Config, run: Run, real: RealImages, target: nn.Module, images: nn.Parameter, targets: nn.Parameter) -> dict[str, float]:
+    def _learn(
+        self, config: Config, run: Run, real: RealImages, target: nn.Module, images: nn.Parameter, targets: nn.Parameter
+    ) -> dict[str, float]:
         """The outer loop; changes images and representations in place."""
         shape, dim = tuple(images.shape[1:]), targets.shape[1]
 
         def fresh(slot: int, generation: int) -> nn.Module:
             with keyed("krr_st pool", run.seed, slot, generation):
-                return Regressor(build(config.network, dim, shape), shape, dim, config.network.embedding).to(images.device)
+                return Regressor(build(config.network, dim, shape), shape, dim, config.network.embedding).to(
+                    images.device
+                )
 
         spec = config.pool
         pool = Pool(fresh, spec.networks, spec.limit, spec.lr, spec.weight_decay, spec.literal_restart)
@@ -161,7 +182,9 @@ class SelfSupervisedDistillation(Method[Config]):
             with torch.no_grad():
                 wanted = target(x)
             loss = outer_loss(pool.visit(slot), images, targets, x, wanted, config.ridge)["loss"]
-            images.grad, targets.grad = torch.autograd.grad(loss, [images, targets])  # of these only, not of the network's weights
+            images.grad, targets.grad = torch.autograd.grad(
+                loss, [images, targets]
+            )  # of these only, not of the network's weights
             if config.clip is not None:
                 nn.utils.clip_grad_norm_([images, targets], config.clip)
             optimiser.step()
@@ -193,6 +216,10 @@ class SelfSupervisedDistillation(Method[Config]):
         ages = torch.randint(1, pool.limit + 1, (len(pool),), generator=drawn).tolist()
 
         def step(i: int) -> dict[str, Tensor]:
-            return {"loss": torch.stack([pool.learn(slot, images, targets) for slot, age in enumerate(ages) if age > i]).mean()}
+            return {
+                "loss": torch.stack(
+                    [pool.learn(slot, images, targets) for slot, age in enumerate(ages) if age > i]
+                ).mean()
+            }
 
         run.loop("pool", {"pool": pool}, step, max(ages))

@@ -46,13 +46,20 @@ class RepresentationSet(Product):
         self.images, self.targets = (t.detach().cpu().contiguous() for t in (self.images, self.targets))
         x, y = self.images, self.targets
         if x.ndim != 4 or not len(x) or y.ndim != 2 or len(y) != len(x):
-            raise UserError(f"A set of representations holds images (m, C, H, W) and targets (m, d); given: {tuple(x.shape)} and {tuple(y.shape)}.")
+            raise UserError(
+                f"A set of representations holds images (m, C, H, W) and targets (m, d); given: {tuple(x.shape)} and "
+                f"{tuple(y.shape)}."
+            )
         if x.dtype != torch.float32 or y.dtype != torch.float32:
-            raise UserError(f"A set of representations holds float32 images and targets; given: {x.dtype} and {y.dtype}.")
+            raise UserError(
+                f"A set of representations holds float32 images and targets; given: {x.dtype} and {y.dtype}."
+            )
         for name, tensor in (("images", x), ("targets", y)):
             broken = int((~tensor.isfinite()).flatten(1).any(1).sum())
             if broken:
-                raise UserError(f"{broken} of {len(x)} synthetic {name} hold NaN or infinite values; lower the learning rate.")
+                raise UserError(
+                    f"{broken} of {len(x)} synthetic {name} hold NaN or infinite values; lower the learning rate."
+                )
 
     def __len__(self) -> int:
         return len(self.images)

@@ -68,21 +68,33 @@ def ridge_prediction(synthetic: Tensor, targets: Tensor, real: Tensor, ridge: fl
     Raises:
         UserError: shapes that do not fit, or an empty batch.
     """
-    if synthetic.ndim != 2 or real.ndim != 2 or targets.ndim != 2 or len(targets) != len(synthetic) or real.shape[1] != synthetic.shape[1]:
+    if (
+        synthetic.ndim != 2
+        or real.ndim != 2
+        or targets.ndim != 2
+        or len(targets) != len(synthetic)
+        or real.shape[1] != synthetic.shape[1]
+    ):
         raise UserError(
             "krr_st regresses targets (m, d) on features (m, p) and predicts for features (b, p); "
             f"given: {tuple(targets.shape)}, {tuple(synthetic.shape)} and {tuple(real.shape)}."
         )
     if not len(synthetic) or not len(real):
-        raise UserError(f"krr_st needs at least one synthetic and one real image; given: {len(synthetic)} and {len(real)}.")
+        raise UserError(
+            f"krr_st needs at least one synthetic and one real image; given: {len(synthetic)} and {len(real)}."
+        )
     f_s, f_r = (F.pad(f.double(), (0, 1), value=1.0) for f in (synthetic, real))
     gram = f_s @ f_s.T
     lam = ridge * gram.detach().diagonal().sum()
-    solved = torch.linalg.solve(gram + lam * torch.eye(len(gram), dtype=gram.dtype, device=gram.device), targets.double())
+    solved = torch.linalg.solve(
+        gram + lam * torch.eye(len(gram), dtype=gram.dtype, device=gram.device), targets.double()
+    )
     return (f_r @ (f_s.T @ solved)).to(targets.dtype), lam.to(targets.dtype)
 
 
-def outer_loss(network: Any, images: Tensor, targets: Tensor, real: Tensor, representations: Tensor, ridge: float = 1e-6) -> dict[str, Tensor]:
+def outer_loss(
+    network: Any, images: Tensor, targets: Tensor, real: Tensor, representations: Tensor, ridge: float = 1e-6
+) -> dict[str, Tensor]:
     """`loss`, the mean squared error of the ridge prediction for real images, with `lam` and the features `synthetic`
     and `real`.
 
@@ -103,7 +115,9 @@ def outer_optimiser(images: Tensor, targets: Tensor, lr: float) -> torch.optim.O
     return torch.optim.AdamW([images, targets], lr, weight_decay=0.0)
 
 
-def inner_optimiser(network: nn.Module, lr: float = 0.1, momentum: float = 0.9, weight_decay: float = 1e-3) -> torch.optim.Optimizer:
+def inner_optimiser(
+    network: nn.Module, lr: float = 0.1, momentum: float = 0.9, weight_decay: float = 1e-3
+) -> torch.optim.Optimizer:
     """SGD of the inner problem and of pre-training."""
     return torch.optim.SGD(network.parameters(), lr, momentum=momentum, weight_decay=weight_decay)
 
@@ -144,7 +158,9 @@ class Pool:
         self.steps, self.generations = [0] * count, [0] * count
         self.networks = [make(slot, 0) for slot in range(count)]
         self.optimisers = [self._optimiser(n) for n in self.networks]
-        self.sound = [torch.tensor(True) for _ in range(count)]  # read at the slot's next visit, so that no step waits for it
+        self.sound = [
+            torch.tensor(True) for _ in range(count)
+        ]  # read at the slot's next visit, so that no step waits for it
 
     def __len__(self) -> int:
         return len(self.networks)

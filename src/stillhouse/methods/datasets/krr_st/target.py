@@ -22,7 +22,9 @@ from stillhouse.synthetic.training import augmentation
 class TargetSpec(Spec):
     """The network whose representations the set shall teach: features before its classifier."""
 
-    network: Model = Field(description="With a checkpoint or pretrained weights it is taken as it is; else it is trained by Barlow Twins.")
+    network: Model = Field(
+        description="With a checkpoint or pretrained weights it is taken as it is; else it is trained by Barlow Twins."
+    )
     epochs: int = Field(30, ge=1)
     batch_size: int = Field(256, ge=2)
     lr: float = Field(1e-3, gt=0, description="Adam.")
@@ -55,7 +57,9 @@ def target_network(run: Run, spec: TargetSpec, data: DataSpec, images: Tensor) -
     """
     shape = tuple(images.shape[1:])
     with keyed("krr_st target", spec.seed):
-        network = Regressor(build(spec.network, run.data(data).num_classes, shape), shape, 0, spec.network.embedding).to(images.device)
+        network = Regressor(
+            build(spec.network, run.data(data).num_classes, shape), shape, 0, spec.network.embedding
+        ).to(images.device)
     if spec.trained:
         uses = {"spec": spec.model_dump(mode="json"), "data": run.data(data).fingerprint}
         network.load_state_dict(run.stage("target", lambda: _train(run, spec, network, images), uses))
@@ -71,7 +75,9 @@ def represented(target: nn.Module, images: Tensor, batch: int = 512) -> Tensor:
 def _train(run: Run, spec: TargetSpec, network: Regressor, images: Tensor) -> dict[str, Tensor]:
     with keyed("krr_st projector", spec.seed):
         width = spec.projector
-        projector = nn.Sequential(nn.Linear(network.features, width), nn.BatchNorm1d(width), nn.ReLU(), nn.Linear(width, width)).to(images.device)
+        projector = nn.Sequential(
+            nn.Linear(network.features, width), nn.BatchNorm1d(width), nn.ReLU(), nn.Linear(width, width)
+        ).to(images.device)
     optimiser = torch.optim.Adam([*network.parameters(), *projector.parameters()], spec.lr)
     size = min(spec.batch_size, len(images))
     each = max(len(images) // size, 1)
@@ -82,7 +88,10 @@ def _train(run: Run, spec: TargetSpec, network: Regressor, images: Tensor) -> di
         order = torch.randperm(len(images), generator=generator(spec.seed, "target order", epoch))
         x = images[order[at * size : (at + 1) * size].to(images.device)]
         drawn = generator(spec.seed, "target views", i)
-        a, b = (projector(network(apply(x, augmentation(spec.augment, len(x), (x.shape[-2], x.shape[-1]), drawn)))) for _ in range(2))
+        a, b = (
+            projector(network(apply(x, augmentation(spec.augment, len(x), (x.shape[-2], x.shape[-1]), drawn))))
+            for _ in range(2)
+        )
         loss = barlow_twins_loss(a, b, spec.redundancy)
         optimiser.zero_grad()
         loss.backward()

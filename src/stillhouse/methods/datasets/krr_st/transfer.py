@@ -47,15 +47,21 @@ class PretrainSpec(Spec):
 class TransferSpec(Spec):
     """Networks pre-trained on the set, and what they then learn. Accuracies are those of the last step."""
 
-    targets: list[Data] = Field(default_factory=list, description="Labelled data sets to learn then; default: the recipe's data.")
-    probe: Literal["linear", "finetune"] = Field("linear", description="linear: a linear layer on frozen features; finetune: all weights.")
+    targets: list[Data] = Field(
+        default_factory=list, description="Labelled data sets to learn then; default: the recipe's data."
+    )
+    probe: Literal["linear", "finetune"] = Field(
+        "linear", description="linear: a linear layer on frozen features; finetune: all weights."
+    )
     pretrain: PretrainSpec = Field(default_factory=PretrainSpec)
     iterations: int = Field(5000, ge=1, description="Published: 5000 (linear), 5000 or 10000 (finetune).")
     batch_size: int = Field(256, ge=1)
     lr: float | None = Field(None, gt=0, description="Falls along a cosine; default: 0.2 (linear), 0.01 (finetune).")
     weight_decay: float = Field(5e-4, ge=0)
     networks: int = Field(3, ge=1, description="How many, each from its own initialisation.")
-    cross: list[Model] = Field(default_factory=list, description="Other architectures, pre-trained and trained the same way, once each.")
+    cross: list[Model] = Field(
+        default_factory=list, description="Other architectures, pre-trained and trained the same way, once each."
+    )
     augment: AugmentSpec | None = Field(None, description="finetune: default as the recipe's `augment`.")
 
 
@@ -63,7 +69,9 @@ def check_target(target: DataSpec, bundle: Any, shape: tuple[int, ...]) -> None:
     """Raises `UserError` for a data set that a backbone of images of this (C, H, W) cannot be trained on, or that has
     no test split."""
     if not bundle.has("test"):
-        raise UserError(f"The data set '{target.name}' has no test split, so that what a network learns of it cannot be judged.")
+        raise UserError(
+            f"The data set '{target.name}' has no test split, so that what a network learns of it cannot be judged."
+        )
     found = tuple(bundle.input_shape)
     if len(found) != 3 or found[1:] != tuple(shape[1:]) or found[0] not in (1, shape[0]):
         raise UserError(
@@ -95,7 +103,9 @@ def judge(product: RepresentationSet, run: Run) -> dict[str, float]:
     out["gain_over_scratch"] = out["accuracy"] - out["accuracy_scratch"]
     for model in spec.cross:
         for how, tail in (("pretrained", ""), ("scratch", "_scratch")):
-            out[f"accuracy{tail}_{model.model.rpartition(':')[2]}"] = statistics.fmean(judging.accuracies(model, 1, how)[0])
+            out[f"accuracy{tail}_{model.model.rpartition(':')[2]}"] = statistics.fmean(
+                judging.accuracies(model, 1, how)[0]
+            )
     return out | {
         "test_loss": judging.test_loss(),
         "stored_images": float(len(product)),
@@ -133,7 +143,11 @@ class _Judging:
 
         def step(i: int) -> dict[str, Tensor]:
             epoch, at = divmod(i, batches)
-            order = torch.tensor(permutation(count, "krr_st pretrain", seed, epoch)).tensor_split(batches)[at].to(self.images.device)
+            order = (
+                torch.tensor(permutation(count, "krr_st pretrain", seed, epoch))
+                .tensor_split(batches)[at]
+                .to(self.images.device)
+            )
             return {"loss": inner_step(network, sgd, self.images[order], self.labels[order])}
 
         def make() -> dict[str, Tensor]:
@@ -154,7 +168,9 @@ class _Judging:
         out = []
         for number in range(count):
             seed = 1000 * self.run.seed + number
-            out.append([self._taught(model, seed, target, name, how) for target, name in zip(self.targets, self.names())])
+            out.append(
+                [self._taught(model, seed, target, name, how) for target, name in zip(self.targets, self.names())]
+            )
         return out
 
     def _taught(self, model: ModelSpec, seed: int, target: DataSpec, name: str, how: str) -> float:
@@ -190,7 +206,9 @@ class _Judging:
         network.head = head
         if linear:
             with evaluating(network):
-                x, x_test = (torch.cat([network.embed(part.to(device)) for part in images.split(512)]) for images in (x, x_test))
+                x, x_test = (
+                    torch.cat([network.embed(part.to(device)) for part in images.split(512)]) for images in (x, x_test)
+                )
         learner: nn.Module = head if linear else network
         lr = spec.lr or (0.2 if linear else 0.01)
         sgd = inner_optimiser(learner, lr, weight_decay=spec.weight_decay)

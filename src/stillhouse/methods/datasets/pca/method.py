@@ -48,15 +48,20 @@ class Config(MethodConfig):
     ipc: int = Field(10, ge=1, description="Stored images per class.")
     hardness: Hardness = Field(
         "easy",
-        description="Which images of a class: easy, hard, balanced (evenly spaced ranks), coverage (CCS: evenly over the range of scores), random.",
+        description="Which images of a class: easy, hard, balanced (evenly spaced ranks), coverage (CCS: evenly over "
+        "the range of scores), random.",
     )
-    cutoff: float = Field(0.3, ge=0, lt=1, description="coverage: share of the hardest images of a class that are left out first.")
+    cutoff: float = Field(
+        0.3, ge=0, lt=1, description="coverage: share of the hardest images of a class that are left out first."
+    )
     strata: int = Field(50, ge=1, description="coverage: parts of the range of scores.")
     grid: int = Field(2, ge=1, description="Tiles a side of a stored image; 1: one image.")
     confined: bool = Field(True, description="Crops stay inside one tile; false: anywhere on the stored image.")
     scorer: ScorerSpec = Field(default_factory=ScorerSpec)
     teacher: Teacher | None = Field(None, description="For evaluate.labels: soft.")
-    check: Teacher | None = Field(None, description="An independent network, whose mean predictive entropy of the chosen images is reported.")
+    check: Teacher | None = Field(
+        None, description="An independent network, whose mean predictive entropy of the chosen images is reported."
+    )
     evaluate: ProtocolSpec = Field(default_factory=ProtocolSpec)
 
 
@@ -64,7 +69,9 @@ class PruneCombineAugment(Method[Config]):
     def plan(self, config: Config, run: Run) -> list[Stage]:
         scorer, spec = config.scorer, config.evaluate
         if spec.labels == "soft" and config.teacher is None:
-            raise UserError("evaluate.labels is soft, but the recipe names no teacher; give one, or take evaluate.labels=hard.")
+            raise UserError(
+                "evaluate.labels is soft, but the recipe names no teacher; give one, or take evaluate.labels=hard."
+            )
         stages = []
         if config.hardness != "random":
             steps = scorer.train.epochs * len(run.loader(config.data, "train", scorer.train.batch_size, train=True))
@@ -89,7 +96,11 @@ class PruneCombineAugment(Method[Config]):
     def run(self, config: Config, run: Run) -> PackedSet:
         real = RealImages.load(run, config.data)
         figures: dict[str, float] = {}
-        scored = real.images.new_zeros(len(real.images)) if config.hardness == "random" else scores(run, config.data, config.network, config.scorer)
+        scored = (
+            real.images.new_zeros(len(real.images))
+            if config.hardness == "random"
+            else scores(run, config.data, config.network, config.scorer)
+        )
         drawn, count = generator(run.seed, "select"), config.ipc * config.grid**2
         rows = select(scored, real.rows, count, config.hardness, drawn, config.cutoff, config.strata)
         plain = select(scored, real.rows, config.ipc, "random", generator(run.seed, "random images"))
@@ -109,13 +120,16 @@ class PruneCombineAugment(Method[Config]):
         size = (real.images.shape[-2], real.images.shape[-1])
         return PackedSet(images, labels, real.classes, real.mean, real.std, True, made_by=made_by, grid=grid, size=size)
 
-    def _entropies(self, check: Any, config: Config, run: Run, real: RealImages, rows: dict[str, Tensor]) -> dict[str, float]:
+    def _entropies(
+        self, check: Any, config: Config, run: Run, real: RealImages, rows: dict[str, Tensor]
+    ) -> dict[str, float]:
         """Mean predictive entropy, in nats, of whole images by an independent network."""
         network = run.network("check", check, config.data).to(run.device)
         out = {}
         for name, chosen in rows.items():
             images = [
-                {"input": real.images[part.to(real.images.device)], "label": real.labels[part.to(real.images.device)]} for part in chosen.split(256)
+                {"input": real.images[part.to(real.images.device)], "label": real.labels[part.to(real.images.device)]}
+                for part in chosen.split(256)
             ]
             log_p = collect_logits(network, images, run.device)[0].log_softmax(-1)
             out[name] = float(-(log_p.exp() * log_p).sum(-1).mean())

@@ -45,7 +45,9 @@ def select(
         UserError: scores that are not finite.
     """
     if hardness != "random" and not bool(scores.isfinite().all()):
-        raise UserError("pca: scores of the training samples are not finite; train the scoring network with a lower learning rate.")
+        raise UserError(
+            "pca: scores of the training samples are not finite; train the scoring network with a lower learning rate."
+        )
     least = min(map(len, rows))
     if count > least:
         warnings.warn(
@@ -54,7 +56,8 @@ def select(
         )
     elif hardness == "easy" and count > MANY * least:
         warnings.warn(
-            f"pca: {count} of {least} images of a class are selected; at such a share easy images alone hurt: compare hardness balanced.",
+            f"pca: {count} of {least} images of a class are selected; at such a share easy images alone hurt: compare "
+            "hardness balanced.",
             stacklevel=2,
         )
     return torch.cat([_ranked(scores, r, count, hardness, generator, cutoff, strata) for r in rows])
@@ -81,7 +84,9 @@ def _ranked(
     return rows[order.repeat(-(-count // len(rows)))[:count]]
 
 
-def covering(ranked: Tensor, count: int, cutoff: float = 0.0, strata: int = 50, generator: torch.Generator | None = None) -> Tensor:
+def covering(
+    ranked: Tensor, count: int, cutoff: float = 0.0, strata: int = 50, generator: torch.Generator | None = None
+) -> Tensor:
     """(count,) positions in scores (n,) that ascend: coverage-centric selection (CCS, Zheng et al., arXiv 2210.15809).
 
     Without the share `cutoff` of the largest scores, the range of scores is cut into `strata` equal parts; the budget
@@ -124,16 +129,24 @@ def combine(images: Tensor, ipc: int, grid: int) -> Tensor:
 def resized(images: Tensor, grid: int) -> Tensor:
     """(B, C, ceil(H / grid), ceil(W / grid)), bilinear with antialiasing."""
     size = [-(-side // grid) for side in images.shape[-2:]]
-    return images if grid == 1 else F.interpolate(images, size=size, mode="bilinear", antialias=True, align_corners=False)
+    return (
+        images if grid == 1 else F.interpolate(images, size=size, mode="bilinear", antialias=True, align_corners=False)
+    )
 
 
 def cut(stored: Tensor, grid: int) -> Tensor:
     """The tiles (B, grid^2, C, h, w) of stored images (B, C, grid * h, grid * w), row-major."""
     height, width = stored.shape[-2] // grid, stored.shape[-1] // grid
-    return stored.view(len(stored), -1, grid, height, grid, width).permute(0, 2, 4, 1, 3, 5).reshape(len(stored), grid**2, -1, height, width)
+    return (
+        stored.view(len(stored), -1, grid, height, grid, width)
+        .permute(0, 2, 4, 1, 3, 5)
+        .reshape(len(stored), grid**2, -1, height, width)
+    )
 
 
-def crop_boxes(count: int, size: tuple[int, int], drawn: torch.Generator, area: float = 0.08, attempts: int = 10) -> tuple[Tensor, ...]:
+def crop_boxes(
+    count: int, size: tuple[int, int], drawn: torch.Generator, area: float = 0.08, attempts: int = 10
+) -> tuple[Tensor, ...]:
     """(top, left, height, width), each (count,) whole pixels inside an image of that (H, W): an area of [area, 1], a
     ratio of sides of [3/4, 4/3].
 
@@ -171,11 +184,15 @@ def views(
     """
     parts = cut(stored, grid) if confined else stored[:, None]
     which = torch.randint(parts.shape[1], (len(stored),), generator=drawn)
-    x = parts[torch.arange(len(stored), device=stored.device), which.to(stored.device)]  # the tile alone: nothing of its neighbours can be seen
+    x = parts[
+        torch.arange(len(stored), device=stored.device), which.to(stored.device)
+    ]  # the tile alone: nothing of its neighbours can be seen
     height, width = x.shape[-2:]
     top, left, h, w = (v.to(x) for v in crop_boxes(len(x), (height, width), drawn, area))
     mirrored = (torch.rand(len(x), generator=drawn) < flip).to(x.device)
     zero, sign = torch.zeros_like(top), torch.where(mirrored, -1.0, 1.0).to(x)
-    theta = torch.stack([sign * w / width, zero, (2 * left + w) / width - 1, zero, h / height, (2 * top + h) / height - 1], -1).view(-1, 2, 3)
+    theta = torch.stack(
+        [sign * w / width, zero, (2 * left + w) / width - 1, zero, h / height, (2 * top + h) / height - 1], -1
+    ).view(-1, 2, 3)
     grid_of = F.affine_grid(theta, [len(x), x.shape[1], *size], align_corners=False)
     return F.grid_sample(x, grid_of, padding_mode="border", align_corners=False)

@@ -42,7 +42,9 @@ class PackedSet(SyntheticSet):
         """(N * grid^2, C, H, W) and (N * grid^2,): every tile as a whole image, those of a stored image one after
         another."""
         tiles = cut(self.images, self.grid).flatten(0, 1)
-        return F.interpolate(tiles, size=self.size, mode="bilinear", align_corners=False), self.labels.repeat_interleave(self.grid**2)
+        return F.interpolate(
+            tiles, size=self.size, mode="bilinear", align_corners=False
+        ), self.labels.repeat_interleave(self.grid**2)
 
     def save(self, folder: Path) -> None:
         super().save(folder)

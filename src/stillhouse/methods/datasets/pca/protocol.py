@@ -39,16 +39,24 @@ class ProtocolSpec(Spec):
 
     labels: Literal["hard", "soft"] = Field("hard", description="soft: the recipe's teacher labels every mixed batch.")
     network: Model | None = Field(None, description="The network to train; default: the one of the recipe.")
-    networks: int = Field(3, ge=1, description="How many, each from its own initialisation: mean and spread are over them.")
-    cross: list[Model] = Field(default_factory=list, description="Other architectures, trained the same way, once each.")
+    networks: int = Field(
+        3, ge=1, description="How many, each from its own initialisation: mean and spread are over them."
+    )
+    cross: list[Model] = Field(
+        default_factory=list, description="Other architectures, trained the same way, once each."
+    )
     epochs: int = Field(300, ge=1)
-    batch_size: int = Field(128, ge=1, description="At most half of the stored images, so that batch norm sees several batches an epoch.")
+    batch_size: int = Field(
+        128, ge=1, description="At most half of the stored images, so that batch norm sees several batches an epoch."
+    )
     optimiser: Literal["adamw", "sgd"] = "adamw"
     lr: float | None = Field(None, gt=0, description="Default: 0.001 (adamw), 0.1 (sgd).")
     weight_decay: float | None = Field(None, ge=0, description="Default: 0.01 (adamw), 1e-4 (sgd).")
     area: float = Field(0.08, gt=0, le=1, description="The smallest share of a tile that a crop keeps.")
     flip: float = Field(0.5, ge=0, le=1, description="Probability of mirroring; 0 for digits.")
-    mix: Literal["none", "cutmix", "mixup"] = Field("cutmix", description="soft: one box or share and one permutation a batch.")
+    mix: Literal["none", "cutmix", "mixup"] = Field(
+        "cutmix", description="soft: one box or share and one permutation a batch."
+    )
     alpha: float | None = Field(None, gt=0, description="soft: of the Beta; default: 1 (cutmix), 0.8 (mixup).")
     temperature: float = Field(20.0, gt=0, description="soft: of both sides; no factor T^2.")
     top_k: int | None = Field(
@@ -121,7 +129,9 @@ def label_loss(
         return F.cross_entropy(logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits, labels)
     if top_k is None:
         return soft_loss(logits, teacher_logits, "kl", temperature)
-    return soft_loss(logits, top_k_labels(teacher_logits, top_k, temperature).clamp_min(1e-30).log() * temperature, "kl", temperature)
+    return soft_loss(
+        logits, top_k_labels(teacher_logits, top_k, temperature).clamp_min(1e-30).log() * temperature, "kl", temperature
+    )
 
 
 def cosine(epoch: int, epochs: int) -> float:
@@ -148,7 +158,11 @@ def optimiser(network: nn.Module, spec: ProtocolSpec) -> torch.optim.Optimizer:
         )
     parameters = dict(network.named_parameters())
     decay = 0.01 if spec.weight_decay is None else spec.weight_decay
-    groups = [{"params": [parameters[n] for n in names], "weight_decay": d} for names, d in zip(decay_groups(network), (decay, 0.0)) if names]
+    groups = [
+        {"params": [parameters[n] for n in names], "weight_decay": d}
+        for names, d in zip(decay_groups(network), (decay, 0.0))
+        if names
+    ]
     return torch.optim.AdamW(groups, spec.lr or 1e-3)
 
 
@@ -168,11 +182,16 @@ def judge(product: PackedSet, run: Run) -> dict[str, float]:
     teacher = None
     if spec.labels == "soft":
         if config.teacher is None:
-            raise UserError("evaluate.labels is soft, but the recipe names no teacher; give one, or take evaluate.labels=hard.")
+            raise UserError(
+                "evaluate.labels is soft, but the recipe names no teacher; give one, or take evaluate.labels=hard."
+            )
         teacher = run.network("teacher", config.teacher, config.data).to(run.device).eval().requires_grad_(False)
     split = next((s for s in ("test", "val", "holdout") if run.data(config.data).has(s)), None)
     if split is None:
-        raise UserError("There is no data to judge the packed set by: give the data set a test folder, or set data.val to a share above 0.")
+        raise UserError(
+            "There is no data to judge the packed set by: give the data set a test folder, or set data.val to a share "
+            "above 0."
+        )
     test = run.loader(config.data, split)
 
     def accuracies(name: str, packed: PackedSet, model: ModelSpec, count: int) -> list[float]:
@@ -213,7 +232,9 @@ def judge(product: PackedSet, run: Run) -> dict[str, float]:
     return out | {"stored_images": float(len(product)), "stored_mb": product.bytes / 1e6, "class_count_spread": spread}
 
 
-def _train(run: Run, name: str, network: nn.Module, packed: PackedSet, spec: ProtocolSpec, teacher: nn.Module | None, seed: int) -> None:
+def _train(
+    run: Run, name: str, network: nn.Module, packed: PackedSet, spec: ProtocolSpec, teacher: nn.Module | None, seed: int
+) -> None:
     images, labels = packed.images.to(run.device), packed.labels.to(run.device)
     batches = -(-len(images) // min(spec.batch_size, max(len(images) // 2, 1)))
     adam, rates = optimiser(network, spec), spec.lr or (1e-3 if spec.optimiser == "adamw" else 0.1)
@@ -223,7 +244,11 @@ def _train(run: Run, name: str, network: nn.Module, packed: PackedSet, spec: Pro
         epoch, at = divmod(i, batches)
         for group in adam.param_groups:
             group["lr"] = rates * cosine(epoch, spec.epochs)
-        rows = torch.tensor(permutation(len(images), "pca judge", seed, "order", epoch)).tensor_split(batches)[at].to(images.device)
+        rows = (
+            torch.tensor(permutation(len(images), "pca judge", seed, "order", epoch))
+            .tensor_split(batches)[at]
+            .to(images.device)
+        )
         drawn = generator("pca judge", seed, "views", i)
         x = views(images[rows], packed.grid, packed.size, drawn, spec.area, spec.flip, packed.confined)
         target = None

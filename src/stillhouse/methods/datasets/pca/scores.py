@@ -35,7 +35,8 @@ class ScorerSpec(Spec):
     networks: int = Field(1, ge=1, description="Scores are averaged over them; 1 to 10.")
     score: Score = Field(
         "el2n",
-        description="el2n: the error at the end; aum: the margin over all epochs; forgetting: how often what was right went wrong.",
+        description="el2n: the error at the end; aum: the margin over all epochs; forgetting: how often what was "
+        "right went wrong.",
     )
     train: TrainSpec = Field(
         default_factory=TrainSpec,
@@ -56,7 +57,10 @@ def el2n(logits: Tensor, labels: Tensor) -> Tensor:
     """
     z = logits if logits.ndim == 3 else logits[None]
     if z.ndim != 3 or labels.shape != z.shape[1:2]:
-        raise UserError(f"el2n compares logits (N, C) or (R, N, C) with labels (N,); given: {tuple(logits.shape)} and {tuple(labels.shape)}.")
+        raise UserError(
+            f"el2n compares logits (N, C) or (R, N, C) with labels (N,); given: {tuple(logits.shape)} and "
+            f"{tuple(labels.shape)}."
+        )
     target = F.one_hot(labels.long(), z.shape[-1]).to(z)
     return (z.softmax(-1) - target).square().sum(-1).sqrt().mean(0)
 
@@ -123,11 +127,16 @@ def scores(run: Run, data: DataSpec, network: ModelSpec, scorer: ScorerSpec) -> 
     found = []
     for number in range(scorer.networks):
         seen = _trained(run, data, spec, scorer, number)
-        found.append(seen["el2n"] if scorer.score == "el2n" else {"aum": aum, "forgetting": forgetting}[scorer.score](seen["history"]))
+        found.append(
+            seen["el2n"]
+            if scorer.score == "el2n"
+            else {"aum": aum, "forgetting": forgetting}[scorer.score](seen["history"])
+        )
     mean = torch.stack(found).mean(0)
     if scorer.score == "el2n" and float((mean < SETTLED).double().mean()) > 0.5:
         warnings.warn(
-            "pca: most scores are 0, so that they hardly rank the samples; score the samples earlier (fewer scorer.train.epochs).",
+            "pca: most scores are 0, so that they hardly rank the samples; score the samples earlier (fewer "
+            "scorer.train.epochs).",
             stacklevel=2,
         )
     return mean

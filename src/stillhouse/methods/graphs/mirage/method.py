@@ -64,16 +64,26 @@ class NetworkSpec(Spec):
 class Config(MethodConfig):
     data: Annotated[GraphSetSpec, BeforeValidator(lambda v: {"name": v} if isinstance(v, str) else v)]
     hops: int = Field(2, ge=1, description="L: the depth of trees.")
-    support: dict[int, float] | None = Field(None, description="Class -> fewest graphs that share an itemset; below 1: a share of the class.")
-    budget: float | None = Field(None, gt=0, le=1, description="Or the largest share of the training nodes that the distilled set may have.")
+    support: dict[int, float] | None = Field(
+        None, description="Class -> fewest graphs that share an itemset; below 1: a share of the class."
+    )
+    budget: float | None = Field(
+        None, gt=0, le=1, description="Or the largest share of the training nodes that the distilled set may have."
+    )
     shared: Literal["drop", "keep"] = Field("drop", description="Itemsets that are frequent in more than one class.")
     single: Literal["skip", "keep"] = Field("skip", description="Trees of one node: isolated nodes.")
     longest: int | None = Field(None, ge=1, description="The most trees of an itemset.")
     most: int = Field(10_000, ge=1, description="The most itemsets of a class; the most frequent ones are kept.")
     largest_tree: int = Field(10_000, ge=1, description="Refuse to build a tree of more nodes.")
-    select: Select = Field("mirage", description="random, herding: whole graphs of as many nodes; all: the training set.")
-    sampling: Literal["uniform", "frequency"] = Field("uniform", description="frequency: classes alike, itemsets by their support.")
-    epoch: Literal["training", "set"] = Field("training", description="Draws an epoch: as many as the training set, or the selected set, has graphs.")
+    select: Select = Field(
+        "mirage", description="random, herding: whole graphs of as many nodes; all: the training set."
+    )
+    sampling: Literal["uniform", "frequency"] = Field(
+        "uniform", description="frequency: classes alike, itemsets by their support."
+    )
+    epoch: Literal["training", "set"] = Field(
+        "training", description="Draws an epoch: as many as the training set, or the selected set, has graphs."
+    )
     network: NetworkSpec = Field(default_factory=NetworkSpec)
     train: TrainSpec = Field(
         default_factory=lambda: TrainSpec(
@@ -97,7 +107,9 @@ class Config(MethodConfig):
 
     @property
     def options(self) -> Options:
-        return Options(self.hops, self.shared == "keep", self.single == "keep", self.longest, self.most, self.largest_tree)
+        return Options(
+            self.hops, self.shared == "keep", self.single == "keep", self.longest, self.most, self.largest_tree
+        )
 
 
 @dataclass
@@ -182,7 +194,10 @@ class Mirage(Method[Config]):
         train = graphs.select(split["train"])
         for part, rows in split.items():
             if len(torch.unique(graphs.y[rows])) < graphs.num_classes:
-                raise UserError(f"mirage: the {part} part of {config.data.name} ({len(rows)} graphs) lacks a class; choose another data.split.")
+                raise UserError(
+                    f"mirage: the {part} part of {config.data.name} ({len(rows)} graphs) lacks a class; choose "
+                    "another data.split."
+                )
         size = f"a share {config.budget:g} of the nodes" if config.budget else f"supports {config.support}"
         does = f"mine {len(train)} graphs ({train.num_nodes} nodes) for sets of {config.hops}-hop trees, {size}"
         stages = [] if config.select == "all" else [Stage("distil", does)]
@@ -203,7 +218,9 @@ class Mirage(Method[Config]):
         figures: dict[str, float] = {}
         chosen, draws = train, len(train)
         if config.select != "all":
-            made = run.stage("distil", lambda: self._distil(config, train), {**_choice(config), "data": train.fingerprint})
+            made = run.stage(
+                "distil", lambda: self._distil(config, train), {**_choice(config), "data": train.fingerprint}
+            )
             draw_skew(run.folder, {config.data.name: (made["skew"]["share"], made["skew"]["covered"])}, config.hops)
             chosen, figures = _graphs(made["graphs"]), dict(made["figures"])
             if config.select == "random":
@@ -295,13 +312,18 @@ def draw_skew(folder: Path, curves: dict[str, tuple[list[float], list[float]]], 
     from stillhouse.reporting.page import figure, page, section, write
 
     plot = lines(curves, "share of distinct trees, most frequent first", "share of nodes covered")
-    words = "How skewed the computation trees are: a curve that rises at once means that few trees make up most of the data."
+    words = (
+        "How skewed the computation trees are: a curve that rises at once means that few trees make up most of the "
+        "data."
+    )
     body = section("Skew of trees", words, figure(plot, "skew", words))
     return write(folder / "trees.html", page(f"{hops}-hop computation trees", ", ".join(curves), [body]))
 
 
 def _choice(config: Config) -> dict[str, Any]:
-    return config.model_dump(mode="json", include={"hops", "support", "budget", "shared", "single", "longest", "most", "largest_tree"})
+    return config.model_dump(
+        mode="json", include={"hops", "support", "budget", "shared", "single", "longest", "most", "largest_tree"}
+    )
 
 
 def _small(graphs: Graphs) -> dict[str, Tensor]:

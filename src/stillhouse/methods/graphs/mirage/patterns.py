@@ -28,7 +28,9 @@ class Patterns:
         return len(self.itemsets)
 
 
-def frequent(transactions: Sequence[frozenset[int]], threshold: int, longest: int | None = None) -> Iterator[tuple[tuple[int, ...], int]]:
+def frequent(
+    transactions: Sequence[frozenset[int]], threshold: int, longest: int | None = None
+) -> Iterator[tuple[tuple[int, ...], int]]:
     """Every non-empty itemset that at least `threshold` transactions hold, with its support; largest support first,
     then shorter, then smaller items.
 
@@ -49,7 +51,9 @@ def frequent(transactions: Sequence[frozenset[int]], threshold: int, longest: in
         for item in items:
             holders[item] = holders.get(item, 0) | (1 << number)
     singles = sorted((i, bits) for i, bits in holders.items() if bits.bit_count() >= threshold)
-    heap: list[tuple[int, int, tuple[int, ...], int, int]] = [(-bits.bit_count(), 1, (item,), at, bits) for at, (item, bits) in enumerate(singles)]
+    heap: list[tuple[int, int, tuple[int, ...], int, int]] = [
+        (-bits.bit_count(), 1, (item,), at, bits) for at, (item, bits) in enumerate(singles)
+    ]
     heapq.heapify(heap)
     while heap:
         negative, length, itemset, last, bits = heapq.heappop(heap)
@@ -63,7 +67,9 @@ def frequent(transactions: Sequence[frozenset[int]], threshold: int, longest: in
                 heapq.heappush(heap, (-count, length + 1, (*itemset, singles[at][0]), at, both))
 
 
-def mine(transactions: Sequence[frozenset[int]], threshold: int, *, longest: int | None = None, most: int | None = None) -> Patterns:
+def mine(
+    transactions: Sequence[frozenset[int]], threshold: int, *, longest: int | None = None, most: int | None = None
+) -> Patterns:
     """All frequent itemsets; with `most`, the most frequent so many, and `truncated`: there are others.
 
     See `frequent`.

@@ -69,7 +69,10 @@ def distil(
     """
     opt, started = options or Options(), time.perf_counter()
     if (support is None) == (budget is None):
-        raise UserError("mirage: give exactly one of support (a threshold for each class) and budget (a share of the training nodes).")
+        raise UserError(
+            "mirage: give exactly one of support (a threshold for each class) and budget (a share of the training "
+            "nodes)."
+        )
     trees = TreeClasses(graphs, opt.hops)
     tree_seconds = time.perf_counter() - started
     items = trees.items()
@@ -110,7 +113,8 @@ def distil(
             found[least] = mined(least, now[least])
         if not chosen:
             raise UserError(
-                f"mirage: no support gives every class an itemset within {budget:g} of the {graphs.num_nodes} training "
+                f"mirage: no support gives every class an itemset within {budget:g} of the {graphs.num_nodes} "
+                "training "
                 "nodes; raise budget, or set "
                 f"{'longest to limit itemsets' if opt.shared else 'shared: keep'}."
             )
@@ -119,7 +123,9 @@ def distil(
         [c for c, one in chosen.items() for _ in one.itemsets],
         [float(s) for one in chosen.values() for s in one.support],
     )
-    return DistilledGraphs(made, thresholds, any(p.truncated for p in chosen.values()), trees, tree_seconds, time.perf_counter() - started)
+    return DistilledGraphs(
+        made, thresholds, any(p.truncated for p in chosen.values()), trees, tree_seconds, time.perf_counter() - started
+    )
 
 
 def random_graphs(graphs: Graphs, nodes: int, *keys: int | str) -> Tensor:
@@ -175,7 +181,10 @@ def _thresholds(support: Mapping[int, float], sizes: Mapping[int, int]) -> dict[
     """Counts from counts and shares, for every class."""
     for c in support:
         if c not in sizes:
-            raise UserError(f"mirage: support names class {c}, but the training graphs have the classes {', '.join(map(str, sizes))}.")
+            raise UserError(
+                f"mirage: support names class {c}, but the training graphs have the classes "
+                f"{', '.join(map(str, sizes))}."
+            )
     for c in sizes:
         if c not in support:
             raise UserError(f"mirage: support has no threshold for class {c}.")
@@ -186,4 +195,6 @@ def _thresholds(support: Mapping[int, float], sizes: Mapping[int, int]) -> dict[
 
 def _empty(c: int, theta: str, opt: Options, hint: str) -> str:
     why = "" if opt.shared else " that is not as frequent in another class"
-    return f"mirage: class {c} has no set of trees in {theta}{why}; {hint}{'' if opt.shared else ', or set shared: keep'}."
+    return (
+        f"mirage: class {c} has no set of trees in {theta}{why}; {hint}{'' if opt.shared else ', or set shared: keep'}."
+    )

@@ -54,7 +54,9 @@ class GraphDraws:
         draw = uniforms(key(seed, "mirage", at.epoch), index, 2)
         cls = (draw[:, 0] * len(self._rows)).astype(np.int64)
         picked = [
-            self._rows[c][np.searchsorted(self._ends[c], draw[cls == c, 1], side="right").clip(max=len(self._rows[c]) - 1)]
+            self._rows[c][
+                np.searchsorted(self._ends[c], draw[cls == c, 1], side="right").clip(max=len(self._rows[c]) - 1)
+            ]
             for c in range(len(self._rows))
         ]
         out = np.empty(len(index), dtype=np.int64)
@@ -98,7 +100,9 @@ def trained(
         seed=key(run.seed, name) & 0xFFFFFFFF,
         shuffle=True,
     )
-    fitted = run.fit(name, ClassificationModule(network), loader, spec, evaluate=lambda m, d: scores(m, parts["val"], d))
+    fitted = run.fit(
+        name, ClassificationModule(network), loader, spec, evaluate=lambda m, d: scores(m, parts["val"], d)
+    )
     found = scores(network, parts["test"], run.device)
     return {**found, "val_auc": fitted.figures["auc"], "epoch_seconds": fitted.seconds / max(fitted.epochs, 1)}
 
@@ -111,7 +115,10 @@ def scores(network: nn.Module, graphs: Graphs, device: torch.device) -> dict[str
 
     network.to(device)
     with evaluating(network):
-        logits = [network(to_device(as_batch(graphs.select(rows)), device)).float() for rows in torch.arange(len(graphs)).split(AT_ONCE)]
+        logits = [
+            network(to_device(as_batch(graphs.select(rows)), device)).float()
+            for rows in torch.arange(len(graphs)).split(AT_ONCE)
+        ]
     probs, y = torch.cat(logits).softmax(-1).cpu(), graphs.y
     auc = roc_auc_score(y, probs[:, 1]) if probs.shape[1] == 2 else roc_auc_score(y, probs, multi_class="ovr")
     return {"auc": float(auc), "accuracy": (probs.argmax(-1) == y).double().mean().item()}

@@ -116,10 +116,14 @@ class TreeClasses:
             parents.append(parent)
             edges.append(edge)
             a, b = table.starts[colour], table.starts[colour + 1]
-            todo += [(level - 1, int(table.child_colours[i]), at, int(table.child_edges[i])) for i in range(b - 1, a - 1, -1)]
+            todo += [
+                (level - 1, int(table.child_colours[i]), at, int(table.child_edges[i])) for i in range(b - 1, a - 1, -1)
+            ]
         return Tree(np.array(labels), np.array(parents), np.array(edges))
 
-    def _refine(self, labels: np.ndarray, source: np.ndarray, target: np.ndarray, edge_labels: np.ndarray, colour: np.ndarray) -> np.ndarray:
+    def _refine(
+        self, labels: np.ndarray, source: np.ndarray, target: np.ndarray, edge_labels: np.ndarray, colour: np.ndarray
+    ) -> np.ndarray:
         """A round: (N,) colours of (label, sorted (edge label, colour) of the in-neighbours)."""
         below = len(self._levels[-1].labels)
         pair = edge_labels * below + colour[source]

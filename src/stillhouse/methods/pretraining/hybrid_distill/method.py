@@ -83,7 +83,8 @@ class PruningSpec(Spec):
 
 class Config(PretrainingConfig):
     contrastive: Teacher = Field(
-        description="The teacher of features: a plain ViT with published weights, a checkpoint, or trained here with labels."
+        description="The teacher of features: a plain ViT with published weights, a checkpoint, or trained here with "
+        "labels."
     )
     masked: RelationTeacher = Field(description="The teacher of relations.")
     relations: RelationSpec = Field(default_factory=RelationSpec)

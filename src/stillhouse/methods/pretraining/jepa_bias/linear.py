@@ -36,7 +36,10 @@ class Moments:
         """
         variance = lam.double() / rho.double()
         if not bool(((variance > 0) & variance.isfinite()).all()):
-            raise UserError("jepa_bias: every feature needs a variance lam / rho above 0; one has lam 0, or lam and rho of opposite sign.")
+            raise UserError(
+                "jepa_bias: every feature needs a variance lam / rho above 0; one has lam 0, or lam and rho of "
+                "opposite sign."
+            )
         u = torch.eye(len(lam), dtype=torch.float64) if basis is None else basis.double()
         return cls(u * variance @ u.T, u * lam.double() @ u.T, u * variance @ u.T)
 
@@ -47,22 +50,32 @@ class Moments:
         Raises `UserError` for shapes that differ or a coordinate of x that is constant.
         """
         if x.shape != y.shape or x.ndim != 2:
-            raise UserError(f"jepa_bias: x and y must be (n, d) of one shape; given: {tuple(x.shape)} and {tuple(y.shape)}.")
+            raise UserError(
+                f"jepa_bias: x and y must be (n, d) of one shape; given: {tuple(x.shape)} and {tuple(y.shape)}."
+            )
         x, y = (v.double() - v.double().mean(0) for v in (x, y))
         xx = x.T @ x / len(x)
         if not bool((xx.diagonal() > 0).all()):
-            raise UserError(f"jepa_bias: coordinate {int((xx.diagonal() <= 0).nonzero()[0])} of x is constant, so it has no regression coefficient.")
+            raise UserError(
+                f"jepa_bias: coordinate {int((xx.diagonal() <= 0).nonzero()[0])} of x is constant, so it has no "
+                "regression coefficient."
+            )
         return cls(xx, y.T @ x / len(x), y.T @ y / len(x))
 
     def commutator(self) -> float:
         """||S_xx S_yx - S_yx S_xx|| / (||S_xx|| ||S_yx||), Frobenius: 0 where the exact theory holds."""
-        return float(torch.linalg.norm(self.xx @ self.yx - self.yx @ self.xx) / (torch.linalg.norm(self.xx) * torch.linalg.norm(self.yx)))
+        return float(
+            torch.linalg.norm(self.xx @ self.yx - self.yx @ self.xx)
+            / (torch.linalg.norm(self.xx) * torch.linalg.norm(self.yx))
+        )
 
     def features(self) -> tuple[Tensor, Tensor, Tensor]:
         """The common eigenbasis (d, d), lam and rho (d,), in order of falling lam; approximate where the moments do not
         commute."""
         yx = (self.yx + self.yx.T) / 2
-        mixed = self.xx / torch.linalg.norm(self.xx) + 0.7853 * yx / torch.linalg.norm(yx)  # separates features that agree in one of the two
+        mixed = self.xx / torch.linalg.norm(self.xx) + 0.7853 * yx / torch.linalg.norm(
+            yx
+        )  # separates features that agree in one of the two
         basis = torch.linalg.eigh(mixed).eigenvectors
         lam, variance = (torch.einsum("ji,jk,ki->i", basis, s, basis) for s in (yx, self.xx))
         order = lam.argsort(descending=True)
@@ -140,7 +153,11 @@ def loss(weights: Sequence[Tensor], moments: Moments, kind: Kind) -> Tensor:
     a = encoder(weights)
     target = a.detach() if kind == "jepa" else torch.eye(len(a), dtype=a.dtype)
     made = weights[-1] @ a
-    return 0.5 * ((made @ moments.xx * made).sum() - 2 * (made * (target @ moments.yx)).sum() + (target @ moments.yy * target).sum())
+    return 0.5 * (
+        (made @ moments.xx * made).sum()
+        - 2 * (made * (target @ moments.yx)).sum()
+        + (target @ moments.yy * target).sum()
+    )
 
 
 def gradients(weights: Sequence[Tensor], moments: Moments, kind: Kind) -> Weights:
@@ -167,7 +184,9 @@ def descend(weights: Weights, derivative: Callable[[Weights], Weights], span: fl
     return weights
 
 
-def flow(weights: Weights, derivative: Callable[[Weights], Weights], span: float, tolerance: float, step: float) -> tuple[Weights, float, int]:
+def flow(
+    weights: Weights, derivative: Callable[[Weights], Weights], span: float, tolerance: float, step: float
+) -> tuple[Weights, float, int]:
     """The gradient flow over a span of time by Bogacki and Shampine's pair of orders 3 and 2, with steps as long as the
     error allows.
 
@@ -188,7 +207,9 @@ def flow(weights: Weights, derivative: Callable[[Weights], Weights], span: float
         new = [w - h / 9 * (2 * a + 3 * b + 4 * c) for w, a, b, c in zip(weights, k1, k2, k3)]
         k4 = derivative(new)
         pairs = zip(k1, k2, k3, k4, new)
-        error = max(float((h * (-5 / 72 * a + b / 12 + c / 9 - d / 8)).abs().max() / w.abs().max()) for a, b, c, d, w in pairs)
+        error = max(
+            float((h * (-5 / 72 * a + b / 12 + c / 9 - d / 8)).abs().max() / w.abs().max()) for a, b, c, d, w in pairs
+        )
         grow = 0.9 * (tolerance / max(error, 1e-300)) ** (1 / 3)
         if error <= tolerance:
             weights, k1, done, taken = new, k4, done + h, taken + 1

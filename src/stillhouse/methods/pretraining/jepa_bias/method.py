@@ -73,7 +73,9 @@ Array = np.ndarray[Any, np.dtype[np.float64]]
 class IntegratorSpec(Spec):
     """How the matrices' gradient flow is followed."""
 
-    name: Literal["adaptive", "descent"] = Field("adaptive", description="adaptive: orders 3 and 2 with error control; descent: equal Euler steps.")
+    name: Literal["adaptive", "descent"] = Field(
+        "adaptive", description="adaptive: orders 3 and 2 with error control; descent: equal Euler steps."
+    )
     tolerance: float = Field(1e-6, gt=0, description="adaptive: relative error of a step.")
     step: float = Field(5e-3, gt=0, description="descent: the step; adaptive: the first one that is tried.")
     budget: int = Field(200_000, ge=1, description="Refuse a simulation that needs more steps than this.")
@@ -85,8 +87,12 @@ class Config(MethodConfig):
     content: ContentSpec = Field(default_factory=ContentSpec, description="data: how the images become features.")
     depth: int = Field(2, ge=1, le=12, description="L, layers of the encoder; the predictor is one more.")
     scale: float = Field(0.05, gt=0, description="w(0), of every layer.")
-    share: float = Field(0.5, gt=0, lt=1, description="p: a feature counts as learned when its layer scale reaches p of its end.")
-    simulate: Literal["matrices", "modes"] = Field("matrices", description="matrices: train the networks; modes: the closed form alone.")
+    share: float = Field(
+        0.5, gt=0, lt=1, description="p: a feature counts as learned when its layer scale reaches p of its end."
+    )
+    simulate: Literal["matrices", "modes"] = Field(
+        "matrices", description="matrices: train the networks; modes: the closed form alone."
+    )
     integrator: IntegratorSpec = Field(default_factory=IntegratorSpec)
     settled: float = Field(
         0.995,
@@ -127,7 +133,9 @@ def judge(product: DynamicsStudy, run: Run) -> dict[str, float]:
     if config.data is None:
         return out
     samples = pairs_of(run, config.data, config.content)
-    (x, _, _), (x_test, _, _) = (samples.draw(s, torch.arange(len(samples.clean[s])), "judge", s, config.seed) for s in ("train", "test"))
+    (x, _, _), (x_test, _, _) = (
+        samples.draw(s, torch.arange(len(samples.clean[s])), "judge", s, config.seed) for s in ("train", "test")
+    )
     labels, labels_test = samples.labels["train"].numpy(), samples.labels["test"].numpy()
     nuisance = np.arange(len(product.lam)) >= config.content.components
     energy = product.lam / product.rho
@@ -166,7 +174,9 @@ class Simulation:
         if self.spec.name == "descent":
             self.weights = descend(self.weights, derivative, span, self.spec.step)
         else:
-            self.weights, self.next_step, taken = flow(self.weights, derivative, span, self.spec.tolerance, self.next_step)
+            self.weights, self.next_step, taken = flow(
+                self.weights, derivative, span, self.spec.tolerance, self.next_step
+            )
         found = gains(self.weights, self.basis)
         self.gains.append(found.tolist())
         return {"smallest_gain": found.min(), "largest_gain": found.max(), "steps": torch.tensor(float(taken))}
@@ -186,12 +196,20 @@ class LinearDynamics(Method[Config]):
         for kind in KINDS:
             grid, steps = self._grid(config, lam, rho, kind)
             if config.simulate == "matrices":
-                does = f"follow {kind} with {config.depth} layers on {len(lam)} features to time {grid[-1]:.4g}, about {steps:,.0f} steps"
+                does = (
+                    f"follow {kind} with {config.depth} layers on {len(lam)} features to time {grid[-1]:.4g}, about "
+                    f"{steps:,.0f} steps"
+                )
                 stages.append(Stage(kind, does, steps=len(grid) - 1))
             else:
-                stages.append(Stage(kind, f"the closed form of {kind} with {config.depth} layers on {len(lam)} features"))
+                stages.append(
+                    Stage(kind, f"the closed form of {kind} with {config.depth} layers on {len(lam)} features")
+                )
         if config.nonlinear is not None:
-            does = f"train and probe a ReLU network of {config.nonlinear.layers} x {config.nonlinear.hidden} units both ways"
+            does = (
+                f"train and probe a ReLU network of {config.nonlinear.layers} x {config.nonlinear.hidden} units both "
+                "ways"
+            )
             stages.append(Stage("nonlinear", does, steps=2 * config.nonlinear.steps))
         return stages
 
@@ -203,13 +221,17 @@ class LinearDynamics(Method[Config]):
             c = config.content
             names = [f"component {i}" for i in range(c.components)] + [f"nuisance {i}" for i in range(c.nuisance)]
         study = DynamicsStudy(names, lam, rho, config.depth, config.scale, config.share, {}, {}, {}, {}, {}, {})
-        basis = orthogonal(len(lam), "basis", config.seed) if samples is None else torch.eye(len(lam), dtype=torch.float64)
+        basis = (
+            orthogonal(len(lam), "basis", config.seed) if samples is None else torch.eye(len(lam), dtype=torch.float64)
+        )
         for kind in KINDS:
             grid, _ = self._grid(config, lam, rho, kind)
             study.times[kind] = critical_time(lam, rho, config.depth, config.scale, kind, config.share)
             study.ends[kind] = np.where(theory.learned(lam, rho), encoder_gain(rho, config.depth, kind), 0.0)
             study.grid[kind] = grid
-            study.predicted[kind] = np.nan_to_num(trajectory(grid, lam, rho, config.depth, config.scale, kind) ** config.depth)
+            study.predicted[kind] = np.nan_to_num(
+                trajectory(grid, lam, rho, config.depth, config.scale, kind) ** config.depth
+            )
             study.encoders[kind] = study.ends[kind][:, None] * basis.numpy().T
             if config.simulate == "matrices":
                 moments = Moments.of_features(torch.from_numpy(lam), torch.from_numpy(rho), basis)
@@ -256,17 +278,29 @@ class LinearDynamics(Method[Config]):
         last = float(critical_time(lam[grows], rho[grows], config.depth, config.scale, kind, config.settled).max())
         end = fixed_point(rho[grows], config.depth, kind)
         layers = 1 if kind == "jepa" else config.depth + 1
-        rate = float((lam[grows] / rho[grows] * layers * end ** (2 * config.depth)).max())  # the flow's fastest rate, at its end
-        steps = last / config.integrator.step if config.integrator.name == "descent" else last * rate / 2 + 5 * config.points
+        rate = float(
+            (lam[grows] / rho[grows] * layers * end ** (2 * config.depth)).max()
+        )  # the flow's fastest rate, at its end
+        steps = (
+            last / config.integrator.step
+            if config.integrator.name == "descent"
+            else last * rate / 2 + 5 * config.points
+        )
         if config.simulate == "matrices" and not steps <= config.integrator.budget:
             raise UserError(
-                f"jepa_bias: {kind} with {config.depth} layers from scale {config.scale:g} settles at time {last:.4g}, "
+                f"jepa_bias: {kind} with {config.depth} layers from scale {config.scale:g} settles at time "
+                f"{last:.4g}, "
                 f"which takes about {steps:.3g} "
                 f"steps, beyond integrator.budget {config.integrator.budget}; raise scale, lower depth, or take "
                 "simulate: modes."
             )
-        if config.integrator.name == "descent" and config.integrator.step * rate > 0.5 and config.simulate == "matrices":
+        if (
+            config.integrator.name == "descent"
+            and config.integrator.step * rate > 0.5
+            and config.simulate == "matrices"
+        ):
             raise UserError(
-                f"jepa_bias: integrator.step {config.integrator.step:g} is too long for a rate of {rate:.3g}; take {0.1 / rate:.2g} or less."
+                f"jepa_bias: integrator.step {config.integrator.step:g} is too long for a rate of {rate:.3g}; take "
+                f"{0.1 / rate:.2g} or less."
             )
         return np.concatenate([[0.0], np.geomspace(first / 20, last, config.points - 1)]), math.ceil(steps)

@@ -78,7 +78,9 @@ class Trainer:
         self.curves: dict[str, list[float]] = {}
 
     def step(self, i: int) -> dict[str, Tensor]:
-        rows = torch.randint(len(self.pairs.clean["train"]), (self.spec.batch,), generator=generator("rows", self.seed, i))
+        rows = torch.randint(
+            len(self.pairs.clean["train"]), (self.spec.batch,), generator=generator("rows", self.seed, i)
+        )
         x, y, _ = self.pairs.draw("train", rows, "nonlinear", self.seed, i)
         self.optimizer.zero_grad()
         value = self.model((x @ self.turn).float(), (y @ self.turn).float())

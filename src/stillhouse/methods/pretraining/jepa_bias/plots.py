@@ -35,8 +35,14 @@ def write_dynamics(folder: Path, study: DynamicsStudy, title: str) -> Path:
                 f"{name}: gain of the encoder over its end, for each feature. Lines: closed form.",
             )
         ]
-        plots.append(figure(_times(study, kind), f"times-{kind}", f"{name}: when each feature reaches {study.share:g} of its end."))
-        body.append(section(name, f"Encoder of {study.depth} layers, from the layer scale {study.scale:g}.", grid(plots)))
+        plots.append(
+            figure(
+                _times(study, kind), f"times-{kind}", f"{name}: when each feature reaches {study.share:g} of its end."
+            )
+        )
+        body.append(
+            section(name, f"Encoder of {study.depth} layers, from the layer scale {study.scale:g}.", grid(plots))
+        )
     rows = []
     order = {k: {int(i): place + 1 for place, i in enumerate(study.order(k))} for k in KINDS}
     for i, feature in enumerate(study.names):
@@ -60,7 +66,11 @@ def write_dynamics(folder: Path, study: DynamicsStudy, title: str) -> Path:
         )
     )
     if study.probes:
-        body.append(section("Non-linear case", "A ReLU encoder on the same pairs, probed as it learns.", grid(_probes(study.probes))))
+        body.append(
+            section(
+                "Non-linear case", "A ReLU encoder on the same pairs, probed as it learns.", grid(_probes(study.probes))
+            )
+        )
     return write(folder / "dynamics.html", page(title, "which features a deep linear JEPA or MAE learns first", body))
 
 

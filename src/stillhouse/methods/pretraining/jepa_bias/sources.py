@@ -26,13 +26,16 @@ class FeatureSpec(Spec):
 
     model: Literal["covariance", "static", "temporal"] = Field(
         "covariance",
-        description="covariance: lam and rho; static: x = z + n, y = z + n'; temporal: x, y neighbours of a mean-reverting sequence.",
+        description="covariance: lam and rho; static: x = z + n, y = z + n'; temporal: x, y neighbours of a "
+        "mean-reverting sequence.",
     )
     lam: list[float] | None = Field(None, description="covariance: E[x y] of each feature.")
     rho: list[float] | None = Field(None, description="covariance: regression coefficient of y on x.")
     variance: list[float] | None = Field(None, description="static: of z; temporal: of the sequence.")
     noise: list[float] | None = Field(None, description="static: variance of n and of n'.")
-    gamma: list[float] | None = Field(None, description="temporal: correlation of neighbours; slow features are near 1.")
+    gamma: list[float] | None = Field(
+        None, description="temporal: correlation of neighbours; slow features are near 1."
+    )
 
     @model_validator(mode="after")
     def _fits(self) -> FeatureSpec:
@@ -40,7 +43,9 @@ class FeatureSpec(Spec):
         a, b = getattr(self, first), getattr(self, second)
         given = {n for pair in _NEEDS.values() for n in pair if getattr(self, n) is not None}
         if given != {first, second} or len(a) != len(b) or not a:
-            raise ValueError(f"model: {self.model} takes `{first}` and `{second}` and no other list, of one length above 0")
+            raise ValueError(
+                f"model: {self.model} takes `{first}` and `{second}` and no other list, of one length above 0"
+            )
         return self
 
     def numbers(self) -> tuple[Tensor, Tensor]:
@@ -60,7 +65,9 @@ class ContentSpec(Spec):
     top: float = Field(0.8, gt=0, description="Variance of the first one, after scaling all alike.")
     noise: float = Field(0.05, ge=0, description="Variance of the noise of each component, independent in x and y.")
     nuisance: int = Field(8, ge=0, description="Further coordinates, which are independent of the class.")
-    nuisance_lam: float = Field(1.0, gt=0, description="Variance of the part of a nuisance coordinate that x and y share.")
+    nuisance_lam: float = Field(
+        1.0, gt=0, description="Variance of the part of a nuisance coordinate that x and y share."
+    )
     nuisance_noise: float = Field(4.0, ge=0, description="Variance of its noise; rho is lam / (lam + noise).")
 
 
@@ -108,9 +115,14 @@ def pairs_of(run: Run, data: DataSpec, spec: ContentSpec) -> Pairs:
     center = flat["train"].mean(0)
     most = min(flat["train"].shape)
     if spec.components > most:
-        raise UserError(f"content.components is {spec.components}, but {len(flat['train'])} images of {flat['train'].shape[1]} pixels give {most}.")
+        raise UserError(
+            f"content.components is {spec.components}, but {len(flat['train'])} images of {flat['train'].shape[1]} "
+            f"pixels give {most}."
+        )
     _, values, axes = torch.linalg.svd(flat["train"] - center, full_matrices=False)
-    axes = axes * torch.sign(axes.gather(1, axes.abs().argmax(1, keepdim=True)))  # a component's sign is arbitrary: fix it
+    axes = axes * torch.sign(
+        axes.gather(1, axes.abs().argmax(1, keepdim=True))
+    )  # a component's sign is arbitrary: fix it
     scale = (spec.top / (values[0].square() / len(flat["train"]))).sqrt()
     if not values[spec.components - 1] > 1e-9 * values[0]:
         raise UserError(f"content.components is {spec.components}, but the images vary in fewer directions; lower it.")

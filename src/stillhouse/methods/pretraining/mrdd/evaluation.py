@@ -26,7 +26,9 @@ def clustering(codes: np.ndarray, labels: np.ndarray, seed: int, repeats: int = 
     from sklearn.cluster import KMeans
     from sklearn.metrics import adjusted_rand_score, normalized_mutual_info_score
 
-    found = [KMeans(len(np.unique(labels)), n_init=10, random_state=seed + r).fit_predict(codes) for r in range(repeats)]
+    found = [
+        KMeans(len(np.unique(labels)), n_init=10, random_state=seed + r).fit_predict(codes) for r in range(repeats)
+    ]
     return {
         "cluster_acc": float(np.mean([cluster_accuracy(labels, f) for f in found])),
         "nmi": float(np.mean([normalized_mutual_info_score(labels, f) for f in found])),
@@ -34,7 +36,9 @@ def clustering(codes: np.ndarray, labels: np.ndarray, seed: int, repeats: int = 
     }
 
 
-def classification(train: np.ndarray, train_labels: np.ndarray, test: np.ndarray, test_labels: np.ndarray) -> dict[str, float]:
+def classification(
+    train: np.ndarray, train_labels: np.ndarray, test: np.ndarray, test_labels: np.ndarray
+) -> dict[str, float]:
     """Test accuracy of an SVM (RBF) and of a linear probe (logistic regression on standardised codes)."""
     from sklearn.linear_model import LogisticRegression
     from sklearn.pipeline import make_pipeline
@@ -48,7 +52,9 @@ def classification(train: np.ndarray, train_labels: np.ndarray, test: np.ndarray
     }
 
 
-def redundancy(s: np.ndarray, c: np.ndarray, s_test: np.ndarray, c_test: np.ndarray, most: int = 2000) -> dict[str, float]:
+def redundancy(
+    s: np.ndarray, c: np.ndarray, s_test: np.ndarray, c_test: np.ndarray, most: int = 2000
+) -> dict[str, float]:
     """R^2 on test data of a regression from s to c, linear ridge and RBF kernel ridge (fitted on the first `most`
     samples), mean over c's dimensions."""
     from sklearn.kernel_ridge import KernelRidge

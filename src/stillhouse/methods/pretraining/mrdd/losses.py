@@ -26,7 +26,10 @@ def check_mask(shape: Sequence[int], patch: int, ratio: float) -> int:
     """
     h, w = shape[-2:]
     if patch < 1 or h % patch or w % patch:
-        raise UserError(f"mrdd: patches of {patch} x {patch} pixels do not tile views of {h} x {w}; choose a patch size that divides both.")
+        raise UserError(
+            f"mrdd: patches of {patch} x {patch} pixels do not tile views of {h} x {w}; choose a patch size that "
+            "divides both."
+        )
     if not 0 <= ratio < 1:
         raise UserError(f"mrdd: the mask ratio must be at least 0 and below 1; given: {ratio}.")
     return (h // patch) * (w // patch)
@@ -49,12 +52,17 @@ def mask_image(images: Tensor, scores: Tensor, patch: int, ratio: float) -> tupl
     count = check_mask(images.shape, patch, ratio)
     b, channels, h, w = images.shape
     if scores.shape != (b, count):
-        raise UserError(f"mrdd: scores must have shape {(b, count)} for views of shape {tuple(images.shape)}; given: {tuple(scores.shape)}.")
+        raise UserError(
+            f"mrdd: scores must have shape {(b, count)} for views of shape {tuple(images.shape)}; given: "
+            f"{tuple(scores.shape)}."
+        )
     order = scores.argsort(1)
     hidden, kept = order[:, : int(ratio * count)], order[:, int(ratio * count) :]
     drop = torch.zeros(b, count, dtype=torch.bool, device=images.device).scatter_(1, hidden, True)
     drop = drop.view(b, 1, h // patch, w // patch).repeat_interleave(patch, 2).repeat_interleave(patch, 3)
-    patches = images.view(b, channels, h // patch, patch, w // patch, patch).permute(0, 2, 4, 3, 5, 1).reshape(b, count, -1)
+    patches = (
+        images.view(b, channels, h // patch, patch, w // patch, patch).permute(0, 2, 4, 3, 5, 1).reshape(b, count, -1)
+    )
     return images.masked_fill(drop, 0.0), patches.gather(1, kept[..., None].expand(-1, -1, patches.shape[-1]))
 
 
@@ -69,7 +77,9 @@ def reconstruction(targets: Sequence[Tensor], rebuilt: Sequence[Tensor], reducti
     (`sample`); a scalar."""
     for t, r in zip(targets, rebuilt, strict=True):
         if t.shape != r.shape:
-            raise UserError(f"mrdd: a view of shape {tuple(t.shape)} was rebuilt with shape {tuple(r.shape)}; they must be equal.")
+            raise UserError(
+                f"mrdd: a view of shape {tuple(t.shape)} was rebuilt with shape {tuple(r.shape)}; they must be equal."
+            )
     total = torch.stack([(t - r).square().sum() for t, r in zip(targets, rebuilt, strict=True)]).sum()
     return total if reduction == "sum" else total / len(targets[0])
 
@@ -113,7 +123,9 @@ class Estimator(nn.Module):
     def __init__(self, specific: int, consistent: int, width: int = 100) -> None:
         super().__init__()
         self.p_mu = nn.Sequential(nn.Linear(specific, width // 2), nn.ReLU(), nn.Linear(width // 2, consistent))
-        self.p_logvar = nn.Sequential(nn.Linear(specific, width // 2), nn.ReLU(), nn.Linear(width // 2, consistent), nn.Tanh())
+        self.p_logvar = nn.Sequential(
+            nn.Linear(specific, width // 2), nn.ReLU(), nn.Linear(width // 2, consistent), nn.Tanh()
+        )
 
     def forward(self, s: Tensor) -> tuple[Tensor, Tensor]:
         """(B, specific) -> mean and log-variance of c, each (B, consistent)."""

@@ -79,7 +79,9 @@ class Config(MethodConfig):
     consistency: ConsistencySpec = Field(default_factory=ConsistencySpec)
     specific: SpecificSpec = Field(default_factory=SpecificSpec)
     best: int = Field(0, ge=0, description="The view whose s joins c in the representation.")
-    reduction: Reduction = Field("sample", description="Reconstruction over the batch: sample: mean; sum: as published.")
+    reduction: Reduction = Field(
+        "sample", description="Reconstruction over the batch: sample: mean; sum: as published."
+    )
     evaluate: EvaluationSpec = Field(default_factory=EvaluationSpec)
 
     @model_validator(mode="after")
@@ -189,7 +191,12 @@ def judge(product: MultiViewEncoder, run: Run) -> dict[str, float]:
         end = f"_{name}" if name else ""
         accuracies = evaluation.classification(train[name], train["label"], test[name], test["label"])
         out |= {"accuracy" if (k, name) == ("svm", "") else k + end: v for k, v in accuracies.items()}
-        out |= {k + end: v for k, v in evaluation.clustering(clustered[name], clustered["label"], config.seed, config.evaluate.repeats).items()}
+        out |= {
+            k + end: v
+            for k, v in evaluation.clustering(
+                clustered[name], clustered["label"], config.seed, config.evaluate.repeats
+            ).items()
+        }
     return out | evaluation.redundancy(train["s"], train["c"], test["s"], test["c"])
 
 
@@ -197,12 +204,19 @@ class DistilledDisentangling(Method[Config]):
     def plan(self, config: Config, run: Run) -> list[Stage]:
         views = ", ".join(config.views)
         steps = [
-            t.epochs * len(run.loader(config.data, "train", t.batch_size, train=True)) for t in (config.consistency.train, config.specific.train)
+            t.epochs * len(run.loader(config.data, "train", t.batch_size, train=True))
+            for t in (config.consistency.train, config.specific.train)
         ]
         parts = self._parts(config, run)
-        ConsistencyTraining(config.consistency, config.network, *parts, config.reduction)  # refuses impossible shapes before anything is trained
+        ConsistencyTraining(
+            config.consistency, config.network, *parts, config.reduction
+        )  # refuses impossible shapes before anything is trained
         ratio, lam = config.consistency.mask_ratio, config.specific.lam
-        apart = "by the estimator's likelihood, as released" if config.specific.loss == "released" else f"with {lam:g} times the bound of I(c; s)"
+        apart = (
+            "by the estimator's likelihood, as released"
+            if config.specific.loss == "released"
+            else f"with {lam:g} times the bound of I(c; s)"
+        )
         return [
             Stage(
                 "consistency",
@@ -218,7 +232,10 @@ class DistilledDisentangling(Method[Config]):
 
     def run(self, config: Config, run: Run) -> MultiViewEncoder:
         if rank_world()[1] > 1:
-            raise UserError("mrdd: the estimator of the information is trained in one process; run it without accelerate's launcher.")
+            raise UserError(
+                "mrdd: the estimator of the information is trained in one process; run it without accelerate's "
+                "launcher."
+            )
         views, count, shape = self._parts(config, run)
         consistent, figures = self._consistency(config, run)
         specific = nn.ModuleList()
@@ -235,12 +252,16 @@ class DistilledDisentangling(Method[Config]):
                     config.reduction,
                 )
             train = config.specific.train
-            fitted = run.fit(f"specific.{v}", module, run.loader(config.data, "train", train.batch_size, train=True), train)
+            fitted = run.fit(
+                f"specific.{v}", module, run.loader(config.data, "train", train.batch_size, train=True), train
+            )
             figures["train_seconds"] += fitted.seconds
             figures[f"error_{config.views[v]}"] = module.error(run.loader(config.data, "test"), run.device)
             specific.append(module.student.eval())
         dims = (config.consistency.dim, config.specific.dim)
-        return MultiViewEncoder(consistent.to(run.device), specific.to(run.device), views, config.network, shape, dims, config.best, figures)
+        return MultiViewEncoder(
+            consistent.to(run.device), specific.to(run.device), views, config.network, shape, dims, config.best, figures
+        )
 
     @staticmethod
     def _parts(config: Config, run: Run) -> tuple[ViewMaker, int, tuple[int, ...]]:
@@ -257,7 +278,9 @@ class DistilledDisentangling(Method[Config]):
             module = ConsistencyTraining(spec, config.network, *parts, config.reduction)
 
         def make() -> dict[str, Any]:
-            fitted = run.fit("consistency", module, run.loader(config.data, "train", spec.train.batch_size, train=True), spec.train)
+            fitted = run.fit(
+                "consistency", module, run.loader(config.data, "train", spec.train.batch_size, train=True), spec.train
+            )
             codes, divergence, seen = [], torch.zeros(spec.dim), 0
             with evaluating(module):
                 for batch in run.loader(config.data, "train"):

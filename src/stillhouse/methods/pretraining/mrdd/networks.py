@@ -20,12 +20,20 @@ from stillhouse.errors import UserError
 class NetworkSpec(Spec):
     """One encoder and one decoder."""
 
-    kind: Literal["conv", "dense"] = Field("conv", description="conv: residual levels, halved between; dense: layers over all pixels of a view.")
+    kind: Literal["conv", "dense"] = Field(
+        "conv", description="conv: residual levels, halved between; dense: layers over all pixels of a view."
+    )
     width: int = Field(16, ge=1, description="conv: channels at full resolution.")
-    multipliers: list[int] = Field(default_factory=lambda: [1, 2, 4], min_length=1, description="conv: of the width, one a level.")
-    latent_channels: int = Field(8, ge=1, description="conv: channels at the lowest resolution, flattened into the code's linear layer.")
+    multipliers: list[int] = Field(
+        default_factory=lambda: [1, 2, 4], min_length=1, description="conv: of the width, one a level."
+    )
+    latent_channels: int = Field(
+        8, ge=1, description="conv: channels at the lowest resolution, flattened into the code's linear layer."
+    )
     blocks: int = Field(3, ge=1, description="conv: residual blocks a level (the decoder has one more).")
-    hidden: list[int] = Field(default_factory=lambda: [128], min_length=1, description="dense: widths of the layers, input to code.")
+    hidden: list[int] = Field(
+        default_factory=lambda: [128], min_length=1, description="dense: widths of the layers, input to code."
+    )
 
 
 def latent_shape(spec: NetworkSpec, shape: Sequence[int]) -> tuple[int, int, int]:

@@ -43,7 +43,9 @@ class ConsistencySpec(Spec):
     """Stage 1: c."""
 
     dim: int = Field(10, ge=1, description="Of c, the code that the views share.")
-    mask_ratio: float = Field(0.7, ge=0, lt=1, description="Share of each view's patches that the encoder does not see.")
+    mask_ratio: float = Field(
+        0.7, ge=0, lt=1, description="Share of each view's patches that the encoder does not see."
+    )
     patch: int = Field(2, ge=1, description="Pixels a side of a patch.")
     alpha: float = Field(1.0, gt=0, description="Weight of the reconstruction.")
     kl: float = Field(0.1, ge=0, description="Weight of the KL, against a reconstruction in the scale of `reduction`.")
@@ -55,14 +57,17 @@ class SpecificSpec(Spec):
 
     dim: int = Field(10, ge=1, description="Of s, the code of one view.")
     kl: float = Field(0.05, ge=0, description="Weight of the KL.")
-    lam: float = Field(0.1, ge=0, description="Weight of the upper bound of I(c; s); 0: an auto-encoder that is given c.")
+    lam: float = Field(
+        0.1, ge=0, description="Weight of the upper bound of I(c; s); 0: an auto-encoder that is given c."
+    )
     width: int = Field(100, ge=2, description="Of the estimator q(c | s).")
     estimator_steps: int = Field(3, ge=1, description="Steps of the estimator a step of the encoder.")
     estimator_lr: float = Field(1e-3, gt=0, description="Learning rate of the estimator's AdamW.")
     clamp: bool = Field(True, description="Take max(bound, 0).")
     loss: Literal["alternating", "released"] = Field(
         "alternating",
-        description="alternating: as in the paper; released: as its code does, the estimator's likelihood alone, into the encoder too.",
+        description="alternating: as in the paper; released: as its code does, the estimator's likelihood alone, into "
+        "the encoder too.",
     )
     train: TrainSpec = Field(default_factory=_train)
 
@@ -91,10 +96,15 @@ class ConsistencyTraining(nn.Module):
 
     def forward(self, batch: Batch, progress: Progress) -> dict[str, Tensor]:
         views = self.views(batch["input"])
-        masked = [mask_image(x, torch.rand(len(x), self.patches, device=x.device), self.spec.patch, self.spec.mask_ratio)[0] for x in views]
+        masked = [
+            mask_image(x, torch.rand(len(x), self.patches, device=x.device), self.spec.patch, self.spec.mask_ratio)[0]
+            for x in views
+        ]
         mean, log_variance = self.student(masked)
         z = sample_code(mean, log_variance, torch.randn_like(mean))
-        terms = variational_loss(views, [d(z) for d in self.decoders], mean, log_variance, self.spec.alpha, self.spec.kl, self.reduction)
+        terms = variational_loss(
+            views, [d(z) for d in self.decoders], mean, log_variance, self.spec.alpha, self.spec.kl, self.reduction
+        )
         return {
             "loss": terms["reconstruction"] + terms["kl"],
             **terms,
@@ -135,7 +145,9 @@ class SpecificTraining(nn.Module):
         self.student = SpecificEncoder(network, shape, spec.dim)
         self.decoder = decoder(network, spec.dim + dim, shape)
         self.estimator = Estimator(spec.dim, dim, spec.width)
-        self._optimizer = torch.optim.AdamW(self.estimator.parameters(), lr=spec.estimator_lr, betas=(0.9, 0.95), weight_decay=1e-4)
+        self._optimizer = torch.optim.AdamW(
+            self.estimator.parameters(), lr=spec.estimator_lr, betas=(0.9, 0.95), weight_decay=1e-4
+        )
         self._last: tuple[Tensor, Tensor, Tensor] | None = None
 
     def param_groups(self) -> list[dict[str, Any]]:
@@ -163,7 +175,9 @@ class SpecificTraining(nn.Module):
             kl_weight=self.spec.kl,
             reduction=self.reduction,
         )
-        guess, doubt = functional_call(self.estimator, {k: v.detach() for k, v in self.estimator.named_parameters()}, (s,))
+        guess, doubt = functional_call(
+            self.estimator, {k: v.detach() for k, v in self.estimator.named_parameters()}, (s,)
+        )
         bound = sampled_bound(guess, doubt, c, torch.randperm(len(c), device=c.device))
         terms["bound"] = self.spec.lam * (bound.clamp_min(0) if self.spec.clamp else bound)
         self._last = (mean.detach().float(), log_variance.detach().float(), c)

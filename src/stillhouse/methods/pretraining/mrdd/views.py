@@ -55,7 +55,9 @@ class ViewMaker:
             image = inputs.float()
             if self.mean:
                 shape = (1, -1, 1, 1)
-                image = image * torch.tensor(self.std, device=image.device).view(shape) + torch.tensor(self.mean, device=image.device).view(shape)
+                image = image * torch.tensor(self.std, device=image.device).view(shape) + torch.tensor(
+                    self.mean, device=image.device
+                ).view(shape)
             views = [DERIVED[name](image.clamp(0, 1)) for name in self.names]
         if any(v.ndim != 4 or v.shape != views[0].shape for v in views):
             shapes = ", ".join(f"{n} {tuple(v.shape)}" for n, v in zip(self.names, views))
