@@ -15,7 +15,7 @@ from PIL import Image
 
 from stillhouse.config.specs import DataSpec
 from stillhouse.data import DataBundle, Loader, load
-from stillhouse.data.images import image_files, is_grey, open_image, open_mask, upright_size
+from stillhouse.data.images import image_files, is_grey, open_image, open_mask, standard, upright_size
 from stillhouse.errors import UserError
 
 
@@ -135,7 +135,7 @@ def test_an_image_is_read_upright(tmp_path: Path, kind: str, orientation: int) -
     with Image.open(path) as opened:
         wanted = np.asarray(ImageOps.exif_transpose(opened).convert("RGB"))
     read = open_image(path)
-    assert np.array_equal(np.asarray(read), wanted)
+    assert np.array_equal(np.asarray(read), wanted) and np.array_equal(np.asarray(standard(read, "again")), wanted)
     assert upright_size(path) == (read.height, read.width)
 
 
@@ -239,6 +239,23 @@ def test_every_source_reads_sixteen_bits_palettes_and_transparency_alike(
     assert bundle.input_shape == (3, 32, 32)
     found = {tuple(round(v, 1) for v in x.mean((1, 2)).tolist()) for x in pixels(bundle)}
     assert found == {(0.5, 0.5, 0.5), (1.0, 0.0, 0.0)}
+
+
+@pytest.mark.parametrize("write", SOURCES)
+def test_every_source_turns_an_image_once(tmp_path: Path, write: Callable[[Path, list[Image.Image]], str]) -> None:
+    class Turned(Image.Image):
+        """White above black, saved as a camera on its side does."""
+
+        def save(self, fp: object, *args: object, **kwargs: object) -> None:
+            exif = Image.Exif()
+            exif[0x0112] = 6
+            image = Image.new("RGB", (32, 32))
+            image.paste("white", (0, 0, 16, 32))
+            image.save(fp, "PNG", exif=exif)  # type: ignore[arg-type]
+
+    bundle = load(DataSpec(name=write(tmp_path / "x", [Turned()] * 10), augment="plain", image_size=32), tmp_path / "x")
+    read = pixels(bundle)
+    assert (read[:, :, :16] > 0.99).all() and (read[:, :, 16:] < 0.01).all()
 
 
 @pytest.mark.parametrize("write", SOURCES)

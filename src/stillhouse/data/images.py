@@ -168,7 +168,11 @@ def channels(grey: Iterable[bool]) -> int:
 def _upright(image: Image.Image) -> Image.Image:
     image.load()
     turn = _turn(image)
-    return image if turn is None else image.transpose(turn)
+    if turn is None:
+        return image
+    turned = image.transpose(turn)
+    turned.info = {k: v for k, v in image.info.items() if k == "transparency"}  # no EXIF block: it is turned once
+    return turned
 
 
 def _turn(image: Image.Image) -> Image.Transpose | None:
