@@ -57,6 +57,11 @@ class TextBundle:
         )
 
     @property
+    def tokenizer(self) -> Any:
+        """A transformers tokenizer."""
+        return self.task.tokenizer
+
+    @property
     def num_classes(self) -> int:
         """Classes, or tokens."""
         return self.task.num_classes
