@@ -35,10 +35,13 @@ SPAN = Progress(epoch=3, epochs=10, steps_per_epoch=4)
 CPU, META = torch.device("cpu"), torch.device("meta")
 
 
-def network(seed: int, device: torch.device = CPU) -> nn.Module:
+def network(seed: int, device: torch.device = CPU, pyramid: bool = False) -> nn.Module:
     """A small transformer: it has stages, tokens that fold to maps, a class token, an embedding, a final norm and a
-    head."""
+    head; or one with a patch embedding at the entrance of each stage."""
     torch.manual_seed(seed)
+    if pyramid:
+        options = {"hidden_sizes": [8] * 4, "depths": [1] * 4, "num_attention_heads": [1] * 4, "sr_ratios": [1] * 4}
+        return build(ModelSpec(model="hf:config:segformer", options=options), 10, (1, 8, 8)).to(device)
     spec = ModelSpec(model="stillhouse:vit", options={"patch": 2, "dim": 16, "depth": 4, "heads": 4})
     return build(spec, 10, (1, 8, 8)).to(device)
 
@@ -81,15 +84,17 @@ def world(name: str, device: torch.device = CPU, **options: object) -> World:
     train = Loader(bundle.dataset("train", train=False), 8, seed=0, shuffle=True)
     holdout = Loader(bundle.dataset("holdout", train=False), 8)
     family = CARDS[name].fields["family"]
-    teacher: object = Frozen(network(1, device), embedding="head")
+    torch.manual_seed(0)
+    objective = catalog.objective(name)(**options)
+    pyramid = any("patch_embeddings" in need for need in objective.needs)
+    head = "classifier" if pyramid else "head"
+    teacher: object = Frozen(network(1, device, pyramid), embedding=head)
     if family == "online":
-        teacher = CoTrained(network(1, device), embedding="head")
+        teacher = CoTrained(network(1, device, pyramid), embedding=head)
     elif family == "self-distillation":
         teacher = PastSelf()
         teacher.start(train.labels(), 10)
-    torch.manual_seed(0)
-    objective = catalog.objective(name)(**options)
-    module = Distillation(network(0, device), {"teacher": teacher}, [objective], embedding="head")
+    module = Distillation(network(0, device, pyramid), {"teacher": teacher}, [objective], embedding=head)
     batch = to_device(next(iter(train)), device)
     with device:  # what `build` makes is made there, so that optimisers hold what they step
         module.build(batch)

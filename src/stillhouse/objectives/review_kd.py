@@ -23,37 +23,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from stillhouse.distillation.objective import Objective, Progress
-from stillhouse.errors import UserError
 from stillhouse.functional import checks
 from stillhouse.functional.feature_maps import LAST_STAGES, as_map, map_tap
-from stillhouse.functional.precision import full_precision
+from stillhouse.functional.hierarchical_context import hcl_loss
 from stillhouse.signals import Batch, Signals
-
-
-@full_precision
-def hcl_loss(student: Tensor, teacher: Tensor) -> Tensor:
-    """Hierarchical context loss of one stage (section 3.3): mean squared errors at full size (weight 1) and pooled to
-    those of 4, 2, 1 that are below the map's height (1/2, 1/4, 1/8 in turn), divided by the sum of the weights.
-
-    Args:
-        student, teacher: maps (B, C, H, W) of one shape.
-    """
-    if student.shape != teacher.shape or student.ndim != 4:
-        raise UserError(
-            f"review_kd: maps must have one shape (B, C, H, W); the student's has {tuple(student.shape)}, the "
-            f"teacher's {tuple(teacher.shape)}."
-        )
-    error = student - teacher.detach()  # the mean of differences is the difference of means
-    loss, weight, total = error.square().mean(), 1.0, 1.0
-    for size in (4, 2, 1):
-        if size < student.shape[2]:
-            weight /= 2
-            total += weight
-            pooled = F.adaptive_avg_pool2d(error, size)
-            loss = loss + weight * pooled.square().mean()
-            if student.shape[2] % 4 == student.shape[3] % 4 == 0:  # pools of equal size nest
-                error = pooled
-    return loss / total
 
 
 class ABF(nn.Module):

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from parity.case import Case
-from stillhouse.objectives.review_kd import ABF, hcl_loss
+from stillhouse.functional.hierarchical_context import hcl_loss
+from stillhouse.objectives.review_kd import ABF
 
 
 def hcl(case: Case) -> None:
