@@ -1,0 +1,1 @@
+"""Methods of dense prediction: a class a pixel."""
