@@ -18,6 +18,7 @@ share. The auxiliary head counts 0.4 in both stages; the released student stage 
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -113,14 +114,10 @@ def with_label_channel(network: nn.Module, channels: int) -> nn.Module:
         )
     parent, _, last = name.rpartition(".")
     old = plain[name]
-    assert not isinstance(old.padding, str), "a convolution pads by numbers here"
-    shape = (old.kernel_size, old.stride, old.padding, old.dilation)
-    new = nn.Conv2d(channels + 1, old.out_channels, *shape, bias=old.bias is not None, padding_mode=old.padding_mode)
-    with torch.no_grad():
-        extra = 1e-4 * torch.randn_like(old.weight[:, :1])
-        new.weight.copy_(torch.cat([old.weight, extra], 1))
-        if old.bias is not None and new.bias is not None:
-            new.bias.copy_(old.bias)
+    new = copy.deepcopy(old)
+    new.in_channels = channels + 1
+    extra = 1e-4 * torch.randn_like(old.weight[:, :1])
+    new.weight = nn.Parameter(torch.cat([old.weight.detach(), extra], 1))
     setattr(network.get_submodule(parent), last, new)
     return network
 
