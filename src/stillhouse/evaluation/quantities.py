@@ -357,8 +357,8 @@ def known_names() -> list[str]:
 
 
 def _alike(name: str) -> Quantity:
-    """A figure that is known by its kind alone: `accuracy_NAME`, `NAME_accuracy` and `miou_NAME` are shares, `…_seconds`
-    and `…_mb` have their units."""
+    """A figure that is known by its kind alone: `accuracy_NAME`, `NAME_accuracy` and `miou_NAME` are shares,
+    `…_seconds` and `…_mb` have their units."""
     kind, _, what = name.partition("_")
     if kind == "accuracy" and what.endswith("_std"):
         return replace(_KNOWN["accuracy_std"], title=f"Accuracy, {what.removesuffix('_std').replace('_', ' ')}, spread")

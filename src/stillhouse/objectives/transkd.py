@@ -325,7 +325,10 @@ class TransKD(Objective):
                     f"{tuple(t.shape[2:])}; the stages of both must have the same strides."
                 )
             if len(s) * s.shape[2] * s.shape[3] == 1:
-                raise UserError(f"transkd: one image whose '{mine}' is a single pixel has no batch statistics; take a batch of 2, or larger images.")
+                raise UserError(
+                    f"transkd: one image whose '{mine}' is a single pixel has no batch statistics; "
+                    "take a batch of 2, or larger images."
+                )
 
     def _check_tokens(self, student: list[Tensor], teacher: list[Tensor]) -> None:
         for (mine, s), (theirs, t) in zip(zip(self.student_embeddings, student), zip(self.teacher_embeddings, teacher)):

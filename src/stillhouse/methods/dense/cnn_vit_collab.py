@@ -277,15 +277,15 @@ class Students(Product):
 
     @classmethod
     def load(cls, folder: Path, trust_code: bool = False) -> Students:
-        names = read_meta(folder)["students"]
-        return cls(**{name: Student.load(folder / name, trust_code) for name in names})
+        cnn, vit = (Student.load(folder / name, trust_code) for name in read_meta(folder)["students"])
+        return cls(cnn, vit)
 
 
 @evaluates(KIND)
 def evaluate(product: Students, run: Run) -> dict[str, float]:
     """The figures of both networks: `miou_cnn`, `miou_vit`, …"""
     loader, groups = run.loader(*run.judging_data()), getattr(run.config, "evaluate", ["quality", "cost"])
-    out = {}
+    out: dict[str, float] = {}
     for name in NAMES:
         student = getattr(product, name)
         weights = student.task.weights_file(run.folder / "product" / name)
@@ -300,7 +300,7 @@ class CollaborativeLearning(Method[Config]):
         check_groups(bundle.task, config.evaluate)
         networks = {name: self._network(name, config, run) for name in NAMES}
         probe = next(iter(run.loader(config.data, "train", 2)))
-        module = Collaboration(**networks, task=bundle.task, config=config)
+        module = Collaboration(networks["cnn"], networks["vit"], bundle.task, config)
         module.build(probe)
         module.close()
         steps = config.train.epochs * len(run.loader(config.data, "train", config.train.batch_size, train=True))
@@ -310,13 +310,13 @@ class CollaborativeLearning(Method[Config]):
     def run(self, config: Config, run: Run) -> Students:
         task = run.data(config.data, Segmentation).task
         networks = {name: self._network(name, config, run) for name in NAMES}
-        module = Collaboration(**networks, task=task, config=config, seed=run.seed)
+        module = Collaboration(networks["cnn"], networks["vit"], task, config, run.seed)
         loader = run.loader(config.data, "train", config.train.batch_size, train=True)
         evaluate, splits = self._validating(config, run), run.splits(config.data)
         fitted = run.fit("students", module, loader, config.train, evaluate=evaluate, splits=splits)
         module.close()
-        made = {name: run.student(networks[name], self._spec(name, config), config.data, {}) for name in NAMES}
-        return Students(**made, figures={"train_seconds": fitted.seconds})
+        cnn, vit = (run.student(networks[name], self._spec(name, config), config.data, {}) for name in NAMES)
+        return Students(cnn, vit, {"train_seconds": fitted.seconds})
 
     @staticmethod
     def _spec(name: str, config: Config) -> ModelSpec:
