@@ -79,7 +79,7 @@ def test_stored_tiles_are_whole_training_images():
 
 def test_an_exported_folder_trains_like_any_other(tmp_path: Path):
     made = small()
-    assert made.export_folder(tmp_path) == 6
+    assert "Wrote 6 images" in made.export("folder", tmp_path)[0]
     bundle = load(DataSpec(name=f"imagefolder:{tmp_path}", image_size=8, augment="plain"))
     assert bundle.classes == ["0-cat", "1-dog", "2-a_b"]
     shown = torch.from_numpy(np.array(Image.open(tmp_path / "train" / "0-cat" / "00000.png"))).permute(2, 0, 1) / 255
@@ -90,7 +90,7 @@ def test_exported_parquet_holds_images_and_labels(tmp_path: Path):
     pytest.importorskip("pyarrow")
     made = small()
     path = tmp_path / "train.parquet"
-    assert made.export_parquet(path) == 6
+    assert "Wrote 6 images" in made.export("parquet", path)[0]
     bundle = load(DataSpec(name=f"parquet:{path}", augment="plain"))
     assert bundle.input_shape == (3, 8, 8)
     assert bundle.classes == made.classes
