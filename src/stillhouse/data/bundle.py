@@ -15,7 +15,7 @@ from stillhouse.config.specs import DataSpec, NamedSpec
 from stillhouse.data.augment import transforms
 from stillhouse.data.dataset import IndexedDataset, ItemInputs, PixelInputs
 from stillhouse.data.source import SMALL, Samples, Source, find_root, measured, source
-from stillhouse.data.split import balanced, keep_classes, noisy, stratified
+from stillhouse.data.split import held_out, in_proportion, keep_classes, noisy, subsets
 from stillhouse.errors import UserError, unknown
 from stillhouse.files import digest
 from stillhouse.tasks.classification import Classification
@@ -196,18 +196,10 @@ def load(spec: NamedSpec, data_root: str | Path | None = None, seed: int = 0) ->
             f"The data set '{spec.name}' holds no training samples"
             + (f" of data.classes {spec.classes}." if spec.classes else ".")
         )
-    if "test" not in parts:
-        test = stratified(train.labels, 0.2, spec.seed, "test")
-        parts["test"], train = train.at(test), train.at(np.setdiff1d(np.arange(len(train.labels)), test))
-        if not len(train.labels):
-            raise UserError(
-                f"The data set '{spec.name}' has no test split, and one training sample is too few to take one from."
-            )
-    if spec.size is not None:
-        train = train.at(balanced(train.labels, spec.size, spec.seed, "size"))
-    if spec.test_size is not None:
-        parts["test"] = parts["test"].at(balanced(parts["test"].labels, spec.test_size, spec.seed, "test_size"))
-    splits = {**parts, **_cut(train, spec, len(classes), "val" not in parts)}
+    labels = {name: part.labels for name, part in parts.items()}
+    portions = subsets(labels, spec, 0.2 * len(train.labels), in_proportion)
+    splits = {name: parts[portion.source].at(portion.rows) for name, portion in portions.items()}
+    splits |= _held_out(splits["train"], spec, len(classes), "val" in splits)
     shape, mean, std = _form(found, spec)
     facts = (classes, shape, mean, std, sorted((name, part.identity) for name, part in splits.items()))
     task = Classification(tuple(classes), tuple(shape), tuple(mean), tuple(std))
@@ -228,22 +220,12 @@ def _whole(samples: Samples, classes: int, name: str) -> _Split:
     return _Split(samples, np.arange(len(labels)), labels)
 
 
-def _cut(train: _Split, spec: DataSpec, classes: int, needs_val: bool) -> dict[str, _Split]:
-    """Training samples as train, holdout and val. The cuts are stratified by the true labels, so that noise does not
-    move them."""
-    true, everything = train.labels, len(train.labels)
+def _held_out(train: _Split, spec: DataSpec, classes: int, has_val: bool) -> dict[str, _Split]:
+    """Training samples as train, holdout and val, with noisy labels where noise is asked for."""
+    rows = held_out(train.labels, spec, in_proportion, has_val=has_val)
     if spec.label_noise:
-        train = _Split(train.samples, train.positions, noisy(true, spec.label_noise, classes, spec.seed))
-    rest, out = np.arange(everything), {}
-    for name, share in (("val", spec.val if needs_val else 0.0), ("holdout", spec.holdout)):
-        if share:
-            taken = rest[stratified(true[rest], min(share * everything / len(rest), 1.0), spec.seed, name)]
-            out[name], rest = train.at(taken), np.setdiff1d(rest, taken)
-        if not len(rest):
-            raise UserError(
-                f"data.val {spec.val} and data.holdout {spec.holdout} leave none of {everything} samples for training."
-            )
-    return {"train": train.at(rest), **out}
+        train = _Split(train.samples, train.positions, noisy(train.labels, spec.label_noise, classes, spec.seed))
+    return {name: train.at(r) for name, r in rows.items()}
 
 
 def _form(found: Source, spec: DataSpec) -> tuple[tuple[int, ...], tuple[float, ...], tuple[float, ...]]:

@@ -21,7 +21,7 @@ from stillhouse.data.augment import transforms
 from stillhouse.data.images import EXTENSIONS, is_system, open_image, open_mask, upright_size
 from stillhouse.data.samples import Sample, SampleBundle, SampleDataset
 from stillhouse.data.source import IMAGENET_MEAN, IMAGENET_STD, existing, find_root
-from stillhouse.data.split import balanced, stratified
+from stillhouse.data.split import cut, in_proportion
 from stillhouse.errors import UserError
 from stillhouse.files import digest
 from stillhouse.functional.pictures import normalise, with_channels
@@ -90,11 +90,10 @@ def load(spec: DataSpec, data_root: str | Path | None = None) -> SampleBundle:
     everything = _Pairs(
         [p for part in parts.values() for p in part.images], [p for part in parts.values() for p in part.masks]
     )
-    splits, start = {}, 0
-    for split, part in parts.items():
-        splits[split] = np.arange(start, start + len(part.images))
-        start += len(part.images)
-    splits = _cut(splits, spec)
+    strata = {split: np.zeros(len(part.images), np.int64) for split, part in parts.items()}
+    starts = dict(zip(parts, np.cumsum([0, *map(len, strata.values())]).tolist()))
+    portions = cut(strata, spec, 0.2 * len(strata["train"]), in_proportion)
+    splits = {name: starts[portion.source] + portion.rows for name, portion in portions.items()}
     sizes = {upright_size(p) for p in everything.images}
     size = _wanted(spec, sizes, base)
     task = Segmentation(tuple(options.classes), size, IMAGENET_MEAN, IMAGENET_STD)
@@ -206,31 +205,3 @@ def _wanted(spec: DataSpec, sizes: set[tuple[int, int]], base: Path) -> tuple[in
     if len(sizes) > 1:
         raise UserError(f"The images in '{base}' have {len(sizes)} sizes; set data.image_size, such as [256, 256].")
     return next(iter(sizes))
-
-
-def _cut(splits: dict[str, np.ndarray], spec: DataSpec) -> dict[str, np.ndarray]:
-    """Subsets, holdout and validation, as functions of data.seed; a fifth for testing where there is no test split."""
-    out, train = dict(splits), splits["train"]
-
-    def some(rows: np.ndarray, share: float, what: str) -> np.ndarray:
-        return stratified(np.zeros(len(rows), np.int64), share, spec.seed, what)
-
-    if "test" not in out:
-        taken = some(train, 0.2, "test")
-        out["test"], train = train[taken], np.delete(train, taken)
-    if spec.size is not None:
-        train = train[balanced(np.zeros(len(train), np.int64), spec.size, spec.seed, "size")]
-    if spec.test_size is not None:
-        out["test"] = out["test"][
-            balanced(np.zeros(len(out["test"]), np.int64), spec.test_size, spec.seed, "test_size")
-        ]
-    everything = len(train)
-    for name, share in (("val", spec.val if "val" not in out else 0.0), ("holdout", spec.holdout)):
-        if share:
-            taken = some(train, min(share * everything / len(train), 1.0), name)
-            out[name], train = train[taken], np.delete(train, taken)
-    if not len(train):
-        raise UserError(
-            f"data.val {spec.val} and data.holdout {spec.holdout} leave none of {everything} images for training."
-        )
-    return {**out, "train": train}

@@ -1,13 +1,116 @@
-"""What is drawn once from a data set: class-balanced subsets, stratified splits and label noise, each a function of a
-seed."""
+"""What is drawn once from a data set: subsets, held-out splits and label noise, each a function of a seed.
+
+`subsets` and then `held_out` are how every data set is cut, whatever its samples are; `cut` is both. They see samples
+as positions with strata: class ids, or zeros where a sample has no class.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
 import numpy as np
 
+from stillhouse.config.specs import DataSpec
 from stillhouse.errors import UserError
 from stillhouse.randomness import key as keys
 from stillhouse.randomness import permutation, uniforms
+
+
+Draw = Callable[[np.ndarray, float, int, str], np.ndarray]
+"""(strata (n,), how many samples, seed, what they are for) -> sorted positions; at least one sample, at most all."""
+
+
+@dataclass(frozen=True)
+class Portion:
+    """Some samples of a split of the source: `rows` (n,) int64 are positions in it, in order."""
+
+    source: str
+    rows: np.ndarray
+
+
+def subsets(
+    strata: Mapping[str, np.ndarray], spec: DataSpec, test: float, draw: Draw, ordered: bool = False
+) -> dict[str, Portion]:
+    """The splits of a source, cut down as the recipe says.
+
+    In this order: without a test split, `test` of the training samples become one; `size` and `test_size` take
+    class-balanced subsets.
+
+    Args:
+        strata: split (train, and test and val where the source has them) -> (n,) int64.
+        spec: of which `size`, `test_size` and `seed` are read.
+        test: how many samples become the test split.
+        draw: how they are drawn.
+        ordered: take the last training samples for testing, where neighbours are alike.
+
+    Raises:
+        UserError: no training samples, too few for a test split, or a subset larger than the whole.
+    """
+    out = {name: Portion(name, np.arange(len(s))) for name, s in strata.items()}
+    train, count = out["train"].rows, len(strata["train"])
+    if not count:
+        raise UserError(f"The data set '{spec.name}' holds no training samples.")
+    if "test" not in out:
+        last = np.arange(count - max(int(test), 1), count)
+        chosen = last if ordered else draw(strata["train"], test, spec.seed, "test")
+        out["test"], train = Portion("train", chosen), np.setdiff1d(train, chosen)
+        if not len(train):
+            raise UserError(
+                f"The data set '{spec.name}' has no test split, and one training sample is too few to take one from."
+            )
+    if spec.size is not None:
+        train = train[balanced(strata["train"][train], spec.size, spec.seed, "size")]
+    if spec.test_size is not None:
+        part = out["test"]
+        chosen = balanced(strata[part.source][part.rows], spec.test_size, spec.seed, "test_size")
+        out["test"] = Portion(part.source, part.rows[chosen])
+    return {**out, "train": Portion("train", train)}
+
+
+def held_out(strata: np.ndarray, spec: DataSpec, draw: Draw, *, has_val: bool) -> dict[str, np.ndarray]:
+    """Positions of the training samples that stay in `train`, and of those held out as `val` and `holdout`.
+
+    Args:
+        strata: (n,) of the training samples; true labels, so that label noise does not move the cuts.
+        spec: of which `val`, `holdout` and `seed` are read; `val` only without `has_val`.
+        draw: how they are drawn.
+        has_val: whether the source has a validation split of its own.
+
+    Raises:
+        UserError: none is left for training.
+    """
+    everything = len(strata)
+    rest, out = np.arange(everything), {}
+    for name, share in (("val", 0.0 if has_val else spec.val), ("holdout", spec.holdout)):
+        if share:
+            out[name] = rest[draw(strata[rest], share * everything, spec.seed, name)]
+            rest = np.setdiff1d(rest, out[name])
+        if not len(rest):
+            raise UserError(
+                f"data.val {spec.val} and data.holdout {spec.holdout} leave none of {everything} samples for training."
+            )
+    return {"train": rest, **out}
+
+
+def cut(
+    strata: Mapping[str, np.ndarray], spec: DataSpec, test: float, draw: Draw, ordered: bool = False
+) -> dict[str, Portion]:
+    """`subsets`, then `held_out` of what is left for training."""
+    out = subsets(strata, spec, test, draw, ordered)
+    train = out["train"].rows
+    parts = held_out(strata["train"][train], spec, draw, has_val="val" in out)
+    return {**out, **{name: Portion("train", train[rows]) for name, rows in parts.items()}}
+
+
+def in_proportion(strata: np.ndarray, count: float, seed: int, what: str) -> np.ndarray:
+    """A `Draw` of the same share of every class."""
+    return stratified(strata, min(count / len(strata), 1.0), seed, what)
+
+
+def in_balance(strata: np.ndarray, count: float, seed: int, what: str) -> np.ndarray:
+    """A `Draw` of equally many samples of every class."""
+    return balanced(strata, min(max(round(count), 1), len(strata)), seed, what)
 
 
 def keep_classes(labels: np.ndarray, classes: list[int], names: list[str]) -> tuple[np.ndarray, np.ndarray]:

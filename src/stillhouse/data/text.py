@@ -21,7 +21,7 @@ from stillhouse.config.specs import DataSpec
 from stillhouse.data.corpus import Records, TextOptions, read
 from stillhouse.data.labels import class_order, ids_of
 from stillhouse.data.source import find_root
-from stillhouse.data.split import balanced
+from stillhouse.data.split import cut, in_balance
 from stillhouse.data.token_dataset import Rows, TokenDataset, packed, taken
 from stillhouse.errors import UserError, unknown
 from stillhouse.files import digest
@@ -127,7 +127,13 @@ def load(spec: DataSpec, data_root: str | Path | None = None) -> TextBundle:
         split: _rows(records, task, tokens, options, classes, f"{spec.name} ({split})")
         for split, records in found.items()
     }
-    splits = {n: packed(r, options.context) if options.pack else r for n, r in _cut(parts, spec, stream).items()}
+    strata = {n: np.zeros(len(r.inputs), np.int64) if r.classes is None else r.classes for n, r in parts.items()}
+    portions = cut(strata, spec, len(strata["train"]) // 10, in_balance, ordered=stream)
+    rows = {
+        n: parts[p.source] if len(p.rows) == len(strata[p.source]) else taken(parts[p.source], p.rows)
+        for n, p in portions.items()
+    }
+    splits = {n: packed(r, options.context) if options.pack else r for n, r in rows.items()}
     start = decoder_start(options.tokenizer, tokens) if task == "seq2seq" else 0
     packs = options.pack and task == "causal"
     facts = Tokens(task, size(tokens), options.context, tokens, tuple(classes), options.tokenizer, start, packs)
@@ -282,40 +288,3 @@ def _refuse(wrong: np.ndarray, refuse: bool, where: str, what: str, remedy: str)
     if refuse and wrong.any():
         more = f" (and {int(wrong.sum()) - 1} others)" if wrong.sum() > 1 else ""
         raise UserError(f"{where}: sample {int(np.flatnonzero(wrong)[0])}{more} {what}; {remedy}.")
-
-
-def _cut(parts: dict[str, Rows], spec: DataSpec, stream: bool) -> dict[str, Rows]:
-    """Splits and subsets, as functions of data.seed: a tenth for testing where there is no test split, `size`,
-    `test_size`, `val`, `holdout`."""
-    train = parts["train"]
-
-    def drawn(rows: Rows, count: int, what: str) -> np.ndarray:
-        return balanced(
-            np.zeros(len(rows.inputs), np.int64) if rows.classes is None else rows.classes, count, spec.seed, what
-        )
-
-    def split(rows: Rows, chosen: np.ndarray, what: str) -> tuple[Rows, Rows]:
-        rest = np.setdiff1d(np.arange(len(rows.inputs)), chosen)
-        if not len(chosen) or not len(rest):
-            raise UserError(
-                f"The data set '{spec.name}' has {len(rows.inputs)} training samples, too few to take a {what} split "
-                "from."
-            )
-        return taken(rows, chosen), taken(rows, rest)
-
-    out = dict(parts)
-    if "test" not in out:
-        count = max(len(train.inputs) // 10, 1)
-        last = np.arange(len(train.inputs) - count, len(train.inputs))
-        out["test"], train = split(train, last if stream else drawn(train, count, "test"), "test")
-    if spec.size is not None:
-        train = taken(train, drawn(train, spec.size, "size"))
-    if spec.test_size is not None:
-        out["test"] = taken(out["test"], drawn(out["test"], spec.test_size, "test_size"))
-    everything = len(train.inputs)
-    for name, share in (("val", spec.val if "val" not in out else 0.0), ("holdout", spec.holdout)):
-        if share:
-            out[name], train = split(train, drawn(train, max(round(share * everything), 1), name), name)
-    if not len(train.inputs):
-        raise UserError(f"The data set '{spec.name}' holds no training samples.")
-    return {**out, "train": train}
