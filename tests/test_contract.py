@@ -18,8 +18,7 @@ from torch import Tensor, nn
 
 from stillhouse import catalog
 from stillhouse.config.specs import DataSpec, ModelSpec, TrainSpec
-from stillhouse.data import Loader
-from stillhouse.data.bundle import load
+from stillhouse.data import Loader, load
 from stillhouse.distillation.distillation import Distillation
 from stillhouse.distillation.objective import Objective, Progress
 from stillhouse.distillation.teachers import CoTrained, Frozen, PastSelf

@@ -319,7 +319,7 @@ def test_the_fingerprint_of_a_folder_follows_its_content_and_not_its_place(tmp_p
         ({"classes": [1, 1]}, r"each once"),
         ({"classes": [1], "label_noise": 0.1}, r"label_noise needs at least two classes"),
         ({"val": 0.6, "holdout": 0.6}, r"leave none of 1438 samples for training"),
-        ({"options": {"split": "x"}}, r"'digits' takes no options; given: split"),
+        ({"options": {"split": "x"}}, r"data.options: unknown key 'split'; valid keys there: none"),
     ],
 )
 def test_splits_that_cannot_be_made_are_told_in_a_sentence(options, message):

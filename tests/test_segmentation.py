@@ -104,7 +104,7 @@ def test_classes_never_appear_by_resizing(folder: Path):
     [
         ({"options": {"classes": CLASSES}}, "data.options.ignore: 255"),
         ({"options": {"classes": ["a"], "ignore": 255}}, "name the classes"),
-        ({"mixup": 0.2}, "data.mixup is for images with one label each"),
+        ({"mixup": 0.2}, "data.mixup does nothing for 'masks:"),
         ({"options": {"clases": CLASSES}}, "did you mean 'classes'"),
     ],
 )

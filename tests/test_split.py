@@ -1,4 +1,4 @@
-"""How data sets are cut, whatever their samples are: splits without overlap, subsets, draws that only the seed moves."""
+"""How data sets are cut, whatever their samples are: splits without overlap, subsets, draws moved by the seed alone."""
 
 from __future__ import annotations
 

@@ -412,7 +412,7 @@ def test_an_empty_completion_is_refused_or_dropped(text: Any) -> None:
         ({"contxt": 5}, "unknown key 'contxt'; did you mean 'context'"),
         ({"task": "classify"}, "has none"),
         ({"task": "seq2seq"}, "needs prompts and completions"),
-        ({"mixup": 0.2}, "data.mixup is for images"),
+        ({"mixup": 0.2}, "data.mixup does nothing for 'text:"),
         ({"size": 99}, "holds 7"),
     ],
 )

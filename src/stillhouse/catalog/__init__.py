@@ -4,6 +4,7 @@ from stillhouse.catalog.finding import (
     Card,
     card,
     cards,
+    data_format,
     list_methods,
     load_file,
     method,
@@ -13,4 +14,16 @@ from stillhouse.catalog.finding import (
     task,
 )
 
-__all__ = ["Card", "card", "cards", "list_methods", "load_file", "method", "objective", "options", "read_card", "task"]
+__all__ = [
+    "Card",
+    "card",
+    "cards",
+    "data_format",
+    "list_methods",
+    "load_file",
+    "method",
+    "objective",
+    "options",
+    "read_card",
+    "task",
+]

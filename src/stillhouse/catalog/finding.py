@@ -274,6 +274,20 @@ def task(name: str) -> Any:
     return points[name].load()
 
 
+FORMATS_ABOVE = {"synthetic": "stillhouse.synthetic.exchange"}
+"""Scheme -> the module of a data format that lies in a higher room than `data`."""
+
+
+def data_format(scheme: str) -> ModuleType:
+    """The module of a data format: a file of `data/formats/`, or an entry point of the group `stillhouse.data` (scheme
+    = `module`). Only that module is imported."""
+    own = {f.stem: f"stillhouse.data.formats.{f.stem}" for f in (_PACKAGE / "data" / "formats").glob("[!_]*.py")}
+    modules = {**{p.name: p.value for p in entry_points(group="stillhouse.data")}, **own, **FORMATS_ABOVE}
+    if scheme not in modules:
+        raise unknown("data set", scheme, sorted(modules))
+    return importlib.import_module(modules[scheme])
+
+
 def options(cls: type) -> type[BaseModel]:
     """The options of an objective as a pydantic model, from the types and defaults of its `__init__`."""
     import typing

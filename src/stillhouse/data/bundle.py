@@ -1,27 +1,26 @@
-"""`load`: a `DataSpec` as a `DataBundle`, with its classes, subset, splits, noise and transforms settled."""
+"""`labelled`: a source of labelled samples as a `DataBundle`, with its classes, subset, splits, noise and transforms
+settled."""
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
 from torch import Tensor
 
-from stillhouse.config.specs import DataSpec, NamedSpec
+from stillhouse.config.specs import DataSpec
 from stillhouse.data.augment import transforms
 from stillhouse.data.dataset import IndexedDataset, ItemInputs, PixelInputs
-from stillhouse.data.source import SMALL, Samples, Source, find_root, measured, source
+from stillhouse.data.source import SMALL, Samples, Source, measured
 from stillhouse.data.split import held_out, in_proportion, keep_classes, noisy, subsets
 from stillhouse.errors import UserError, unknown
 from stillhouse.files import digest
 from stillhouse.tasks.classification import Classification
 
-OTHER_TASKS = {"text": "stillhouse.data.text", "masks": "stillhouse.data.masks", "camvid": "stillhouse.data.masks"}
-"""Scheme -> the module whose `load` gives a bundle of another task than classification."""
+KEYS = frozenset({"classes", "image_size", "augment", "mixup", "cutmix", "label_noise"})
+"""Keys of `DataSpec` that are for labelled samples."""
 SPLITS = ("train", "holdout", "val", "test")
 
 
@@ -152,33 +151,16 @@ class _Rows:
         return self.images[row]
 
 
-def load(spec: NamedSpec, data_root: str | Path | None = None, seed: int = 0) -> Any:
-    """The data set that a spec describes: a `DataBundle`, or of text a `stillhouse.data.text.TextBundle`.
+def labelled(found: Source, spec: DataSpec) -> DataBundle:
+    """A source of labelled samples as a bundle.
 
     In this order: keep `classes`; without a test split, take a stratified fifth of the training samples as one; take
-        the balanced subsets `size` and
-    `test_size`; replace `label_noise` of the training labels; cut `val` and `holdout` from training (their labels are
-    as noisy as training's).
-
-    Args:
-        spec: the recipe's `data`.
-        seed: the run's, by which a graph's random split is drawn.
-        data_root: the folder that holds the data, where the spec names none; default: STILLHOUSE_DATA, then the user's
-            cache.
+    the balanced subsets `size` and `test_size`; replace `label_noise` of the training labels; cut `val` and `holdout`
+    from training (their labels are as noisy as training's).
 
     Raises:
-        UserError: what was asked for is not there or does not fit; the message says what and where.
+        UserError: what was asked for does not fit; the message says what.
     """
-    if not isinstance(spec, DataSpec):
-        from stillhouse.data import node_graphs
-
-        if not isinstance(spec, node_graphs.GraphSpec):
-            raise UserError(f"Data of a {type(spec).__name__} is read by its method alone.")
-        return node_graphs.load(spec, data_root, seed)
-    other = OTHER_TASKS.get(spec.name.partition(":")[0])
-    if other is not None:
-        return importlib.import_module(other).load(spec, data_root)
-    found = source(spec, find_root(spec, data_root))
     parts = {
         name: _whole(samples, len(found.classes), spec.name)
         for name in ("train", "val", "test")

@@ -20,26 +20,14 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from stillhouse.config.specs import DataSpec
 from stillhouse.data.images import as_channels, channels, is_grey, is_system, open_image
 from stillhouse.data.labels import class_order, ids_of, read_labels, unnamed
-from stillhouse.data.source import IMAGENET_MEAN, IMAGENET_STD, SMALL, Samples, Source, existing
+from stillhouse.data.source import IMAGENET_MEAN, IMAGENET_STD, SMALL, Samples, Source
 from stillhouse.errors import UserError, unknown
 from stillhouse.files import cache_folder, digest
 
 DECODER = 2  # counts up where decoded pixels change, so that no older cache is read
 SPLIT_NAMES = {"train": "train", "test": "test", "val": "val", "valid": "val", "validation": "val"}
-
-
-def parquet(path: str, spec: DataSpec, root: Path) -> Source:
-    """A Parquet file, or a folder of them whose names (or folders) begin with train, test or val.
-
-    Options: `image_column` (default: img, image), `label_column` (default: label, labels, fine_label).
-    """
-    wrong = set(spec.options) - {"image_column", "label_column"}
-    if wrong:
-        raise unknown("option of parquet:", sorted(wrong)[0], ["image_column", "label_column"])
-    return read_splits(existing(path, root), spec.options.get("image_column"), spec.options.get("label_column"))
 
 
 def read_splits(path: Path, image_column: str | None, label_column: str | None) -> Source:

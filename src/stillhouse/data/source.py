@@ -3,7 +3,6 @@ is found and kept in."""
 
 from __future__ import annotations
 
-import importlib
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,25 +13,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from stillhouse.config.specs import DataSpec, NamedSpec
-from stillhouse.errors import UserError, nearest, unknown
+from stillhouse.config.specs import NamedSpec
+from stillhouse.errors import UserError, nearest
 from stillhouse.files import cache_folder, digest
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 SMALL = 96  # images up to this many pixels a side are kept decoded in memory
-
-
-NAMED = {"digits": "stillhouse.data.named:digits", "cifar10": "stillhouse.data.named:cifar10"}
-"""Data sets by name alone."""
-FORMATS = {
-    "imagefolder": ("stillhouse.data.folder:imagefolder", "PATH"),
-    "torchvision": ("stillhouse.data.libraries:torchvision", "CLASS"),
-    "hf": ("stillhouse.data.libraries:hf", "REPO"),
-    "parquet": ("stillhouse.data.parquet:parquet", "PATH"),
-    "file": ("stillhouse.data.libraries:file", "PATH.py:FUNCTION"),
-    "synthetic": ("stillhouse.synthetic.exchange:source", "PATH"),
-}
-"""Scheme -> the function that reads it, and what follows the colon."""
 
 
 @dataclass
@@ -77,28 +63,6 @@ class Source:
     mean: tuple[float, ...] | None = None
     std: tuple[float, ...] | None = None
     flip: bool = True
-
-
-def source(spec: DataSpec, root: Path) -> Source:
-    """Find the data set that `spec.name` names. Raises `UserError` in a sentence where it is unknown, missing or
-    empty."""
-    scheme, _, rest = spec.name.partition(":")
-    if scheme in NAMED and not rest:
-        if spec.options:
-            raise UserError(f"data.options: '{spec.name}' takes no options; given: {', '.join(spec.options)}.")
-        return _format(NAMED[scheme])(root)
-    if scheme in FORMATS and rest:
-        return _format(FORMATS[scheme][0])(rest, spec, root)
-    if scheme in FORMATS:
-        raise UserError(f"data.name: '{scheme}' needs to be told which: '{scheme}:{FORMATS[scheme][1]}'.")
-    raise unknown("data set", spec.name, [*NAMED, *(f"{k}:{v}" for k, (_, v) in FORMATS.items())])
-
-
-def _format(where: str) -> Callable[..., Source]:
-    """The function that reads a format, from the module that is imported when it is used."""
-    module, _, name = where.partition(":")
-    function: Callable[..., Source] = getattr(importlib.import_module(module), name)
-    return function
 
 
 def find_root(spec: NamedSpec, given: str | Path | None = None) -> Path:

@@ -16,7 +16,6 @@ from stillhouse.errors import UserError
 from stillhouse.randomness import key as keys
 from stillhouse.randomness import permutation, uniforms
 
-
 Draw = Callable[[np.ndarray, float, int, str], np.ndarray]
 """(strata (n,), how many samples, seed, what they are for) -> sorted positions; at least one sample, at most all."""
 

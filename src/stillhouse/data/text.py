@@ -14,13 +14,10 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
-from pydantic import ValidationError
 
-from stillhouse.config.messages import spell
 from stillhouse.config.specs import DataSpec
 from stillhouse.data.corpus import Records, TextOptions, read
 from stillhouse.data.labels import class_order, ids_of
-from stillhouse.data.source import find_root
 from stillhouse.data.split import cut, in_balance
 from stillhouse.data.token_dataset import Rows, TokenDataset, packed, taken
 from stillhouse.errors import UserError, unknown
@@ -95,17 +92,16 @@ class TextBundle:
         )
 
 
-def load(spec: DataSpec, data_root: str | Path | None = None) -> TextBundle:
+def load(rest: str, spec: DataSpec, options: TextOptions, root: Path) -> TextBundle:
     """`text:shakespeare`, `text:sst2`, `text:PATH` or `text:hf:NAME` as a bundle.
 
     The tokenizer learns from the whole training split, before `size`, `val` and `holdout` are taken from it, so that a
     teacher on more of the same text has the same one.
 
     Raises:
-        UserError: an option that does not fit, a sample that is too long or empty, a split that holds nothing.
+        UserError: options that do not fit the text, a sample that is too long or empty, a split that holds nothing.
     """
-    options = read_options(spec)
-    corpus = read(spec.name.removeprefix("text:"), options, find_root(spec, data_root))
+    corpus = read(rest, options, root)
     found = corpus.splits
     labelled = bool(found["train"]) and "label" in found["train"][0]
     task = options.task or ("classify" if labelled else "causal")
@@ -138,20 +134,6 @@ def load(spec: DataSpec, data_root: str | Path | None = None) -> TextBundle:
     packs = options.pack and task == "causal"
     facts = Tokens(task, size(tokens), options.context, tokens, tuple(classes), options.tokenizer, start, packs)
     return TextBundle(spec.name, facts, options, splits)
-
-
-def read_options(spec: DataSpec) -> TextOptions:
-    """data.options of text data. Raises `UserError` with the key's path, also for keys that are of images only."""
-    for key in ("classes", "image_size"):
-        if getattr(spec, key) is not None:
-            raise UserError(f"data.{key} is for images; '{spec.name}' is text.")
-    for key in ("mixup", "cutmix", "label_noise"):
-        if getattr(spec, key):
-            raise UserError(f"data.{key} is for images; '{spec.name}' is text.")
-    try:
-        return TextOptions.model_validate(spec.options)
-    except ValidationError as error:
-        raise spell(error, TextOptions, "data.options") from None
 
 
 def _rows(records: Records, task: str, tokens: Any, options: TextOptions, classes: list[str], where: str) -> Rows:

@@ -11,22 +11,42 @@ from typing import Any
 
 import numpy as np
 import torch
-from pydantic import ValidationError
+from pydantic import Field, ValidationError
 from torch import Tensor
 
 from stillhouse.config.messages import spell
-from stillhouse.config.specs import DataSpec
-from stillhouse.data import BatchKey, DataBundle, IndexedDataset, load
+from stillhouse.config.specs import DataSpec, Spec
+from stillhouse.data import BatchKey, IndexedDataset
+from stillhouse.data import load as load_data
+from stillhouse.data.bundle import KEYS, DataBundle, labelled
+from stillhouse.data.formats import imagefolder
+from stillhouse.data.parquet import read_splits
 from stillhouse.data.source import SMALL, InMemory, Samples, Source, existing
-from stillhouse.errors import UserError, unknown
+from stillhouse.errors import UserError
 from stillhouse.files import digest
 from stillhouse.runs.products import load_product
 from stillhouse.synthetic.files import folder_names
 from stillhouse.synthetic.product import SyntheticSet
 from stillhouse.synthetic.real import unnormalised
 
+__all__ = ["KEYS", "REST", "Options", "load", "source"]
+REST = "PATH"
 
-def source(path: str, spec: DataSpec, root: Path) -> Source:
+
+class Options(Spec):
+    """data.options of `synthetic:`."""
+
+    real: str | dict[str, Any] | None = Field(
+        None, description="The real data that judges, a name or its keys; default: the data that the set was made from."
+    )
+
+
+def load(rest: str, spec: DataSpec, options: Options, root: Path) -> DataBundle:
+    """A synthetic set as a bundle (see `source`)."""
+    return labelled(source(rest, options, root), spec)
+
+
+def source(path: str, options: Options, root: Path) -> Source:
     """A synthetic set as training data, judged by real data: `synthetic:PATH`.
 
     PATH is a run's folder, a product folder, or files that `stillhouse export` wrote (a folder, or a Parquet file).
@@ -37,8 +57,6 @@ def source(path: str, spec: DataSpec, root: Path) -> Source:
     Raises:
         UserError: no set there, one without labels, real data that is not known or has other classes or another size.
     """
-    if wrong := set(spec.options) - {"real"}:
-        raise unknown("option of synthetic:", sorted(wrong)[0], ["real"])
     place = existing(path, root)
     if place.is_dir() and any(
         (place / name).is_file() for name in ("product.json", "product/product.json", "recipe.yaml")
@@ -48,7 +66,7 @@ def source(path: str, spec: DataSpec, root: Path) -> Source:
             raise UserError(
                 f"synthetic: '{path}' holds a product of kind '{product.kind}', not a synthetic set of labelled images."
             )
-        real = _real(path, spec, product.made_by.get("data"), root)
+        real = _real(path, options, product.made_by.get("data"), root)
         _same_classes(path, product.classes, real)
         x, y = product.training_images()
         _same_shape(path, x, real)
@@ -60,8 +78,8 @@ def source(path: str, spec: DataSpec, root: Path) -> Source:
             x = product.training_pixels()
         train, identity = Samples(y.numpy(), product.fingerprint, *_held(x)), product.fingerprint
     else:
-        real = _real(path, spec, None, root)
-        train = _exported(path, place, spec, real, root)
+        real = _real(path, options, None, root)
+        train = _exported(path, place, real)
         mean, std, seen, identity = real.mean, real.std, partial(unnormalised, mean=real.mean, std=real.std), "pixels"
     splits = {
         name: _RealSplit(real.dataset(name, train=False), seen).samples(f"{real.fingerprint} {name} {identity}")
@@ -80,16 +98,16 @@ def source(path: str, spec: DataSpec, root: Path) -> Source:
     )
 
 
-def _real(path: str, spec: DataSpec, made_from: Any, root: Path) -> DataBundle:
+def _real(path: str, options: Options, made_from: Any, root: Path) -> DataBundle:
     """The real data by which networks are judged."""
-    given = spec.options.get("real", made_from)
+    given = made_from if options.real is None else options.real
     if given is None:
         raise UserError(
             f"synthetic: '{path}' does not name the real data that it stands for; give it as: data.options.real: "
             "cifar10."
         )
     try:
-        real = load(DataSpec.model_validate({"name": given} if isinstance(given, str) else given), root)
+        real = load_data(DataSpec.model_validate({"name": given} if isinstance(given, str) else given), root)
     except ValidationError as error:
         raise spell(error, DataSpec, "data.options.real") from None
     if not isinstance(real, DataBundle) or len(real.input_shape) != 3 or not real.mean:
@@ -97,17 +115,14 @@ def _real(path: str, spec: DataSpec, made_from: Any, root: Path) -> DataBundle:
     return real
 
 
-def _exported(path: str, place: Path, spec: DataSpec, real: DataBundle, root: Path) -> Samples:
+def _exported(path: str, place: Path, real: DataBundle) -> Samples:
     """The training images of exported files, in memory."""
     from torchvision.transforms.v2 import functional as V
 
-    from stillhouse.data import folder, parquet
-
-    plain = spec.model_copy(update={"options": {}})
     found = (
-        folder.imagefolder(str(place), plain, root)
+        imagefolder.source(place)
         if place.is_dir() and not list(place.glob("*.parquet"))
-        else parquet.parquet(str(place), plain, root)
+        else read_splits(place, None, None)
     )
     numbers = [str(i) for i in range(len(found.classes))]
     if found.classes not in (folder_names(real.classes), numbers):

@@ -1,4 +1,4 @@
-"""Images with masks of class ids beside them: `masks:PATH`, and CamVid by name. PATH holds train, val and test, each
+"""`masks:PATH`: images with masks of class ids. PATH holds train, val and test, each
 with `images` and `labels`.
 
 A mask is a PNG of class ids, grey or palette, with its image's file name. Image and mask are augmented together.
@@ -12,15 +12,14 @@ from typing import Any
 
 import numpy as np
 import torch
-from pydantic import Field, ValidationError
+from pydantic import Field
 from torchvision import tv_tensors
 
-from stillhouse.config.messages import spell
 from stillhouse.config.specs import DataSpec, Spec
 from stillhouse.data.augment import transforms
 from stillhouse.data.images import EXTENSIONS, is_system, open_image, open_mask, upright_size
 from stillhouse.data.samples import Sample, SampleBundle, SampleDataset
-from stillhouse.data.source import IMAGENET_MEAN, IMAGENET_STD, existing, find_root
+from stillhouse.data.source import IMAGENET_MEAN, IMAGENET_STD, existing
 from stillhouse.data.split import cut, in_proportion
 from stillhouse.errors import UserError
 from stillhouse.files import digest
@@ -28,7 +27,8 @@ from stillhouse.functional.pictures import normalise, with_channels
 from stillhouse.functional.ragged import IGNORE
 from stillhouse.tasks.segmentation import Segmentation
 
-CAMVID = ["sky", "building", "pole", "road", "pavement", "tree", "sign", "fence", "car", "pedestrian", "bicyclist"]
+KEYS = frozenset({"image_size", "augment"})
+REST = "PATH"
 
 
 class Options(Spec):
@@ -72,16 +72,18 @@ class _Pairs:
         return cls(list(images.values()), [masks[s] for s in images])
 
 
-def load(spec: DataSpec, data_root: str | Path | None = None) -> SampleBundle:
-    """`masks:PATH` or `camvid` as a bundle.
+def load(rest: str, spec: DataSpec, options: Options, root: Path) -> SampleBundle:
+    """The images under PATH as a bundle.
 
     Raises:
-        UserError: no folder there, images without masks, ids in a mask that are no class, or a key that is for labelled
-            images.
+        UserError: no folder there, fewer than two classes, images without masks, or ids in a mask that are no class.
     """
-    options, root = _options(spec), find_root(spec, data_root)
-    name = spec.name.removeprefix("masks:")
-    base = existing(name, root)
+    if len(options.classes) < 2:
+        raise UserError(
+            f"data.options.classes: name the classes of '{spec.name}', in the order of their ids in the masks; two at "
+            "least."
+        )
+    base = existing(rest, root)
     parts = {s: _Pairs.found(base / s, options) for s in ("train", "val", "test") if (base / s).is_dir()}
     if not parts.get("train") or not parts["train"].images:
         raise UserError(
@@ -180,23 +182,6 @@ def _resized(value: Any, size: tuple[int, int]) -> Any:
     from torchvision.transforms.v2 import functional as V
 
     return value if tuple(value.shape[-2:]) == size else V.resize(value, list(size), antialias=True)
-
-
-def _options(spec: DataSpec) -> Options:
-    for key in ("classes", "mixup", "cutmix", "label_noise"):
-        if getattr(spec, key):
-            raise UserError(f"data.{key} is for images with one label each; '{spec.name}' has masks.")
-    known = {"classes": CAMVID, "ignore": 11} if spec.name == "camvid" else {}
-    try:
-        options = Options.model_validate({**known, **spec.options})
-    except ValidationError as error:
-        raise spell(error, Options, "data.options") from None
-    if len(options.classes) < 2:
-        raise UserError(
-            f"data.options.classes: name the classes of '{spec.name}', in the order of their ids in the masks; two at "
-            "least."
-        )
-    return options
 
 
 def _wanted(spec: DataSpec, sizes: set[tuple[int, int]], base: Path) -> tuple[int, int]:

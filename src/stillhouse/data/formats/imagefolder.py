@@ -11,6 +11,8 @@ import numpy as np
 from PIL import Image
 
 from stillhouse.config.specs import DataSpec
+from stillhouse.data.bundle import KEYS, DataBundle, labelled
+from stillhouse.data.format import NoOptions as Options
 from stillhouse.data.images import EXTENSIONS, image_files, is_system, open_image
 from stillhouse.data.labels import class_order
 from stillhouse.data.layouts import refuse_other_layouts
@@ -18,9 +20,17 @@ from stillhouse.data.source import IMAGENET_MEAN, IMAGENET_STD, Samples, Source,
 from stillhouse.errors import UserError, nearest
 from stillhouse.files import digest
 
+__all__ = ["KEYS", "REST", "Options", "load", "source"]
+REST = "PATH"
 
-def imagefolder(path: str, spec: DataSpec, root: Path) -> Source:
-    """The images under PATH.
+
+def load(rest: str, spec: DataSpec, options: Options, root: Path) -> DataBundle:
+    """The images under PATH as a bundle (see `source`)."""
+    return labelled(source(existing(rest, root)), spec)
+
+
+def source(base: Path) -> Source:
+    """The images under a folder.
 
     With a `train` folder: `val` and `test` next to it are those splits; a lone `val` (ImageNet's layout) is the test
         split, and validation is
@@ -28,12 +38,9 @@ def imagefolder(path: str, spec: DataSpec, root: Path) -> Source:
     the test split. Classes are in the order of their names, or of their numbers where all are whole numbers.
 
     Raises:
-        UserError: no such folder (with the nearest), a folder of boxes or masks, no class folders, a class without
+        UserError: a file, a folder of boxes or masks, no class folders, a class without
             images, or a class that only the test split has.
     """
-    if spec.options:
-        raise UserError(f"data.options: imagefolder: takes no options; given: {', '.join(spec.options)}.")
-    base = existing(path, root)
     if not base.is_dir():
         raise UserError(f"imagefolder: '{base}' is a file; name the folder that holds train/, or the class folders.")
     train = base / "train" if (base / "train").is_dir() else base

@@ -1,4 +1,4 @@
-"""The data sets known by one word: scikit-learn's digits, and CIFAR-10."""
+"""CIFAR-10: `cifar10`."""
 
 from __future__ import annotations
 
@@ -7,29 +7,18 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from stillhouse.config.specs import DataSpec
+from stillhouse.data.bundle import KEYS, DataBundle, labelled
+from stillhouse.data.format import NoOptions as Options
 from stillhouse.data.parquet import read_splits
 from stillhouse.data.source import Source, in_memory
-from stillhouse.data.split import stratified
 from stillhouse.errors import UserError
 
-
-def digits(root: Path) -> Source:
-    """1,797 handwritten digits, 8x8 pixels; a fixed, stratified 80/20 split into training and test, whatever the
-    seed."""
-    from sklearn.datasets import load_digits
-
-    bunch = load_digits()
-    images = torch.from_numpy(np.rint(bunch.images * (255 / 16)).astype(np.uint8))[:, None]
-    labels = bunch.target.astype(np.int64)
-    test = stratified(labels, 0.2, 0, "digits test")
-    train = np.setdiff1d(np.arange(len(labels)), test)
-    parts = [in_memory(images[torch.from_numpy(p)], labels[p]) for p in (train, test)]
-    return Source(
-        parts[0], [str(i) for i in range(10)], (1, 8, 8), test=parts[1], mean=(0.3055,), std=(0.3762,), flip=False
-    )
+__all__ = ["KEYS", "REST", "Options", "load"]
+REST = ""
 
 
-def cifar10(root: Path) -> Source:
+def load(rest: str, spec: DataSpec, options: Options, root: Path) -> DataBundle:
     """CIFAR-10 from `root/cifar10/*.parquet` (the layout of Hugging Face's `uoft-cs/cifar10`), or by torchvision, which
     downloads it.
 
@@ -57,4 +46,4 @@ def cifar10(root: Path) -> Source:
         ]
         found = Source(parts[0], list(sets[0].classes), (3, 32, 32), test=parts[1])
     found.mean, found.std = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
-    return found
+    return labelled(found, spec)
