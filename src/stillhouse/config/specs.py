@@ -50,6 +50,7 @@ class NamedSpec(Spec):
 class DataSpec(NamedSpec):
     """A data set by name, its splits, and its augmentation."""
 
+    later = frozenset({"long_tail"})
     name: str = Field(
         description="digits | cifar10 | camvid | text:NAME | masks:PATH | imagefolder:PATH | torchvision:CLASS | "
         "hf:REPO | parquet:PATH | synthetic:PATH | file:PATH.py:FUNCTION"
@@ -58,6 +59,13 @@ class DataSpec(NamedSpec):
         None,
         ge=1,
         description="Train on a class-balanced, seeded subset of this many samples (taken before the holdout).",
+    )
+    long_tail: float | None = Field(
+        None,
+        gt=0.0,
+        lt=1.0,
+        description="Thin the training classes out to a long tail: class c of C keeps n * long_tail^(c / (C - 1)) "
+        "samples, seeded (taken after `size`).",
     )
     test_size: int | None = Field(
         None, ge=1, description="Evaluate on a class-balanced, seeded subset of this many test samples."

@@ -19,7 +19,7 @@ from stillhouse.errors import UserError, unknown
 from stillhouse.files import digest
 from stillhouse.tasks.classification import Classification
 
-KEYS = frozenset({"classes", "image_size", "augment", "mixup", "cutmix", "label_noise"})
+KEYS = frozenset({"classes", "image_size", "augment", "mixup", "cutmix", "label_noise", "long_tail"})
 """Keys of `DataSpec` that are for labelled samples."""
 SPLITS = ("train", "holdout", "val", "test")
 
@@ -155,8 +155,8 @@ def labelled(found: Source, spec: DataSpec) -> DataBundle:
     """A source of labelled samples as a bundle.
 
     In this order: keep `classes`; without a test split, take a stratified fifth of the training samples as one; take
-    the balanced subsets `size` and `test_size`; replace `label_noise` of the training labels; cut `val` and `holdout`
-    from training (their labels are as noisy as training's).
+    the balanced subsets `size` and `test_size`; thin training to a `long_tail`; replace `label_noise` of the training
+    labels; cut `val` and `holdout` from training (their labels are as noisy as training's).
 
     Raises:
         UserError: what was asked for does not fit; the message says what.
@@ -184,7 +184,8 @@ def labelled(found: Source, spec: DataSpec) -> DataBundle:
     splits |= _held_out(splits["train"], spec, len(classes), "val" in splits)
     shape, mean, std = _form(found, spec)
     facts = (classes, shape, mean, std, sorted((name, part.identity) for name, part in splits.items()))
-    task = Classification(tuple(classes), tuple(shape), tuple(mean), tuple(std))
+    counts = np.bincount(splits["train"].labels, minlength=len(classes)).tolist() if spec.long_tail else ()
+    task = Classification(tuple(classes), tuple(shape), tuple(mean), tuple(std), tuple(counts))
     bundle = DataBundle(spec.name, task, digest(*facts), spec, found, splits)
     if isinstance(spec.augment, list):
         transforms(spec.augment)  # a wrong name is told at once, not at the first batch

@@ -34,11 +34,11 @@ def subsets(
     """The splits of a source, cut down as the recipe says.
 
     In this order: without a test split, `test` of the training samples become one; `size` and `test_size` take
-    class-balanced subsets.
+    class-balanced subsets; `long_tail` thins what is left for training.
 
     Args:
         strata: split (train, and test and val where the source has them) -> (n,) int64.
-        spec: of which `size`, `test_size` and `seed` are read.
+        spec: of which `size`, `long_tail`, `test_size` and `seed` are read.
         test: how many samples become the test split.
         draw: how they are drawn.
         ordered: take the last training samples for testing, where neighbours are alike.
@@ -60,6 +60,8 @@ def subsets(
             )
     if spec.size is not None:
         train = train[balanced(strata["train"][train], spec.size, spec.seed, "size")]
+    if spec.long_tail is not None:
+        train = train[long_tailed(strata["train"][train], spec.long_tail, spec.seed)]
     if spec.test_size is not None:
         part = out["test"]
         chosen = balanced(strata[part.source][part.rows], spec.test_size, spec.seed, "test_size")
@@ -153,6 +155,24 @@ def balanced(labels: np.ndarray, size: int, seed: int, what: str) -> np.ndarray:
         share[: left % len(open_)] += 1
         quota[open_] = np.minimum(quota[open_] + share, counts[open_])
     return _first_of_each(labels, present, quota, seed, what)
+
+
+def long_tailed(labels: np.ndarray, ratio: float, seed: int) -> np.ndarray:
+    """Sorted positions of a subset whose classes are exponentially imbalanced, as CIFAR-LT is.
+
+    With n samples in the largest class, class c of C keeps floor(n * ratio^(c / (C - 1))): at most what it has, at
+    least one. A longer tail of the same seed is part of a shorter one.
+
+    Cao et al., NeurIPS 2019 (arXiv 1906.07413), appendix.
+
+    Args:
+        labels: (n,) class ids; classes are counted in the order of their ids.
+        ratio: samples of the last class to those of the first.
+    """
+    present, counts = np.unique(labels, return_counts=True)
+    shares = ratio ** (np.arange(len(present)) / max(len(present) - 1, 1))
+    wanted = np.floor(counts.max() * shares + 1e-9).astype(np.int64)  # 50.000…, not 49.999…
+    return _first_of_each(labels, present, np.clip(wanted, 1, counts), seed, "long_tail")
 
 
 def stratified(labels: np.ndarray, share: float, seed: int, what: str) -> np.ndarray:

@@ -19,6 +19,11 @@ from stillhouse.evaluation.judge import judge, measured, one_sample
 from stillhouse.signals import Batch, Signals, call_model, read_logits
 
 GROUPS = ("accuracy", "calibration")
+FREQUENCY = "frequency"
+"""The group of figures by how many training samples a class has."""
+MANY, FEW = 100, 20
+"""Classes of more than `MANY` training samples, and of fewer than `FEW`; as in Liu et al., CVPR 2019 (arXiv
+1904.05160)."""
 
 
 class ClassificationMeter:
@@ -27,14 +32,18 @@ class ClassificationMeter:
 
     Args:
         groups: `accuracy` gives `accuracy`, and `accuracy_top5` where there are more than 5 classes; `calibration`
-            gives `nll` (mean negative log-likelihood, in nats), `ece` (15 bins), `brier` and `aurc`.
+            gives `nll` (mean negative log-likelihood, in nats), `ece` (15 bins), `brier` and `aurc`; `frequency` gives
+            `accuracy_many`, `accuracy_medium` and `accuracy_few` over the test samples of such classes, where there are
+            any.
+        counts: training samples of each class, for `frequency`.
     """
 
-    def __init__(self, groups: Sequence[str] = GROUPS) -> None:
+    def __init__(self, groups: Sequence[str] = GROUPS, counts: Sequence[int] = ()) -> None:
+        known = (*GROUPS, FREQUENCY) if counts else GROUPS
         for group in groups:
-            if group not in GROUPS:
-                raise unknown("evaluation group", group, GROUPS)
-        self.groups = groups
+            if group not in known:
+                raise unknown("evaluation group", group, known)
+        self.groups, self._counts = groups, counts
         self._logits: list[Tensor] = []
         self._labels: list[Tensor] = []
 
@@ -86,6 +95,8 @@ class ClassificationMeter:
             out["ece"] = expected_calibration_error(probs, labels)
             out["brier"] = brier(probs, labels)
             out["aurc"] = aurc(probs.amax(-1), correct)
+        if FREQUENCY in self.groups:
+            out |= accuracy_by_frequency(correct, labels, torch.tensor(self._counts))
         return out
 
 
@@ -125,6 +136,24 @@ def collect_logits(
 ) -> tuple[Tensor, Tensor]:
     """Logits (N, C) in float32 and labels (N,) of a whole loader, on the host. Raises as `ClassificationMeter`."""
     return measured(PLAIN, model, loader, device, ClassificationMeter()).collected()
+
+
+def accuracy_by_frequency(correct: Tensor, labels: Tensor, counts: Tensor) -> dict[str, float]:
+    """`accuracy_many`, `accuracy_medium` and `accuracy_few`: accuracy over the samples whose class has more than
+    `MANY`, `FEW` to `MANY`, or fewer than `FEW` training samples. A group without samples is left out.
+
+    Args:
+        correct: (N,) bool.
+        labels: (N,) class ids.
+        counts: (C,) training samples of each class.
+    """
+    of_label = counts[labels]
+    among = {
+        "many": of_label > MANY,
+        "medium": (of_label >= FEW) & (of_label <= MANY),
+        "few": of_label < FEW,
+    }
+    return {f"accuracy_{name}": correct[own].double().mean().item() for name, own in among.items() if own.any()}
 
 
 def nll(logits: Tensor, labels: Tensor) -> float:

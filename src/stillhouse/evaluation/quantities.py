@@ -69,6 +69,13 @@ _KNOWN = {
     "accuracy_top5": Quantity(
         "Top-5 accuracy", "%", 100, 2, 1, "Share of test samples whose right class is among the five most probable."
     ),
+    "accuracy_many": Quantity(
+        "Accuracy, many", "%", 100, 2, 1, "Accuracy on classes of more than 100 training samples."
+    ),
+    "accuracy_medium": Quantity(
+        "Accuracy, medium", "%", 100, 2, 1, "Accuracy on classes of 20 to 100 training samples."
+    ),
+    "accuracy_few": Quantity("Accuracy, few", "%", 100, 2, 1, "Accuracy on classes of fewer than 20 training samples."),
     "miou": Quantity(
         "Mean IoU", "%", 100, 2, 1, "Intersection over union of predicted and true pixels, mean over the classes."
     ),

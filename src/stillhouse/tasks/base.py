@@ -34,15 +34,18 @@ class Task:
         name: as in product.json; the name of the task's file.
         parts: what its networks give besides logits: name -> shape and meaning (`Signals.parts`).
         supervised: objectives of plain training: of teachers, and of variants without one.
-        groups: figures by group, for a recipe's `evaluate`; `cost` and `step` are everybody's.
         reads: what `predict` takes: "images" (uint8 (C, H, W)), "texts", or "" where it takes batches only.
     """
 
     name: ClassVar[str] = "any"
     parts: ClassVar[Mapping[str, str]] = {}
     supervised: ClassVar[tuple[str | dict[str, Any], ...]] = ("ce",)
-    groups: ClassVar[tuple[str, ...]] = GROUPS
     reads: ClassVar[str] = ""
+
+    @property
+    def groups(self) -> tuple[str, ...]:
+        """Figures by group, for a recipe's `evaluate`; `cost` and `step` are everybody's."""
+        return GROUPS
 
     @property
     def positions(self) -> bool:

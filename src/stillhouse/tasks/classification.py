@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -11,6 +12,8 @@ from torch import Tensor, nn
 
 from stillhouse.config.specs import ModelSpec
 from stillhouse.errors import UserError
+from stillhouse.evaluation.classification import FREQUENCY, GROUPS, ClassificationMeter
+from stillhouse.evaluation.judge import Meter
 from stillhouse.functional.pictures import centre, normalise, unnormalise, with_channels
 from stillhouse.models import build
 from stillhouse.models.class_names import put_in_order
@@ -26,6 +29,7 @@ class Classification(Task):
         classes: names, in label order.
         input_shape: of one sample, (C, H, W) for images; () where inputs are mappings of tensors.
         mean, std: the normalisation per channel; () for inputs used as they are.
+        train_counts: of long-tailed data, the training samples of each class, by which classes are judged in groups.
     """
 
     name: ClassVar[str] = "classification"
@@ -34,6 +38,18 @@ class Classification(Task):
     input_shape: tuple[int, ...]
     mean: tuple[float, ...] = ()
     std: tuple[float, ...] = ()
+    train_counts: tuple[int, ...] = ()
+
+    @property
+    def groups(self) -> tuple[str, ...]:
+        return (*GROUPS, FREQUENCY) if self.train_counts else GROUPS
+
+    def meter(self, groups: Sequence[str]) -> Meter:
+        return ClassificationMeter(groups, self.train_counts)
+
+    def facts(self, folder: Path) -> dict[str, Any]:
+        found = super().facts(folder)
+        return found if self.train_counts else {k: v for k, v in found.items() if k != "train_counts"}
 
     @property
     def class_names(self) -> tuple[str, ...]:
