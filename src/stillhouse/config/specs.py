@@ -50,7 +50,7 @@ class NamedSpec(Spec):
 class DataSpec(NamedSpec):
     """A data set by name, its splits, and its augmentation."""
 
-    later = frozenset({"long_tail"})
+    later = frozenset({"long_tail", "views"})
     name: str = Field(
         description="digits | cifar10 | camvid | text:NAME | masks:PATH | imagefolder:PATH | torchvision:CLASS | "
         "hf:REPO | parquet:PATH | synthetic:PATH | file:PATH.py:FUNCTION"
@@ -95,6 +95,11 @@ class DataSpec(NamedSpec):
         description="`standard`: the data set's usual training augmentation; `plain`: none; or a list of "
         "torchvision.transforms.v2 classes by name with their arguments, such as "
         "[{RandomCrop: {size: 32, padding: 4}}, RandomHorizontalFlip].",
+    )
+    views: dict[str, list[str | dict[str, Any]]] | None = Field(
+        None,
+        description="Further views of each training sample, name -> transforms as in augment; a batch holds them under "
+        "`views`, and a teacher may read one.",
     )
     mixup: float = Field(0.0, ge=0.0, description="Mixup's alpha; 0 is off.")
     cutmix: float = Field(
@@ -302,7 +307,7 @@ class InputSpec(Spec):
 class TeacherSpec(Spec):
     """A source of knowledge. Exactly one of `model`, `ensemble`, `momentum`, `past_self`, `peer`, `store: PATH`."""
 
-    later = frozenset({"input"})
+    later = frozenset({"input", "view"})
     model: str | None = Field(None, description="A live, frozen network by name.")
     checkpoint: str | None = Field(None, description="As of a student's model.")
     pretrained: bool = Field(False, description="As of a student's model.")
@@ -312,6 +317,9 @@ class TeacherSpec(Spec):
         None,
         description="Of `model`: its own input, {size, mean, std, pool}. With pretrained and without train, its "
         "published normalisation is used by itself.",
+    )
+    view: str | None = Field(
+        None, description="Of `model`: which of data.views it reads in training, in place of the student's input."
     )
     data: DataSpec | None = Field(
         None, description="What the teacher is trained on; default: the recipe's data. The classes must be the same."
@@ -347,8 +355,11 @@ class TeacherSpec(Spec):
                 "give exactly one of model, ensemble, momentum, past_self, peer, store: PATH (given: "
                 f"{', '.join(given) or 'none'})"
             )
-        if self.input is not None and self.model is None:
-            raise ValueError(f"input is for a teacher of `model`, not for {given[0]}")
+        for key in ("input", "view"):
+            if getattr(self, key) is not None and self.model is None:
+                raise ValueError(f"{key} is for a teacher of `model`, not for {given[0]}")
+        if self.view is not None and self.store is not None:
+            raise ValueError("a store holds what a teacher says of the student's input, so it cannot be of a view")
         if self.store is not None and given[0] not in ("model", "ensemble", "store"):
             raise ValueError(f"{given[0]} changes as the student learns, so it cannot be stored")
         return self

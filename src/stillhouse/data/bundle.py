@@ -19,7 +19,7 @@ from stillhouse.errors import UserError, unknown
 from stillhouse.files import digest
 from stillhouse.tasks.classification import Classification
 
-KEYS = frozenset({"classes", "image_size", "augment", "mixup", "cutmix", "label_noise", "long_tail"})
+KEYS = frozenset({"classes", "image_size", "augment", "mixup", "cutmix", "label_noise", "long_tail", "views"})
 """Keys of `DataSpec` that are for labelled samples."""
 SPLITS = ("train", "holdout", "val", "test")
 
@@ -114,21 +114,36 @@ class DataBundle:
             raise UserError(f"data.cutmix needs images; the inputs of '{self.name}' have shape {self.input_shape}.")
         if mixing and self._spec.mixup and not self.input_shape:
             raise UserError(f"data.mixup needs inputs that are one tensor; those of '{self.name}' are mappings.")
-        return IndexedDataset(self._inputs(part, train), part.labels, self.num_classes, **mixing)
+        views = (self._spec.views or {}) if train else {}
+        if views and any(mixing.values()):
+            raise UserError("data.views hold one sample each, but data.mixup and data.cutmix mix two; set both to 0.")
+        made = {name: self._view(part, name, items) for name, items in views.items()}
+        return IndexedDataset(self._inputs(part, train), part.labels, self.num_classes, views=made, **mixing)
+
+    def _view(self, part: _Split, name: str, items: list[str | dict[str, Any]]) -> ItemInputs:
+        return self._transformed(part, transforms(items, f"data.views.{name}"), ("view", name))
+
+    def _transformed(self, part: _Split, own: Callable[[Any], Any], draw: tuple[str, ...] = ("augment",)) -> ItemInputs:
+        """A split's samples under a user's transforms."""
+        item, rows = part.samples.item, part.positions
+        if part.samples.pixels is not None:
+            images, held = self._decoded(part)
+            item, rows = _Rows(images).item, np.searchsorted(held, part.positions)
+        return ItemInputs(item, rows, own, self.input_shape, self.mean, self.std, draw)
 
     def _inputs(self, part: _Split, train: bool) -> PixelInputs | ItemInputs:
         augment = self._spec.augment if train else "plain"
-        own = transforms(augment) if isinstance(augment, list) else None
+        if isinstance(augment, list):
+            return self._transformed(part, transforms(augment))
         if part.samples.pixels is None:
-            if own is None and self.mean:
+            own = None
+            if self.mean:
                 own = _photo(
                     self._size, max(self._source.shape[-2:]) <= SMALL, augment == "standard", self._source.flip
                 )
             return ItemInputs(part.samples.item, part.positions, own, self.input_shape, self.mean, self.std)
         images, held = self._decoded(part)
         rows = np.searchsorted(held, part.positions)
-        if own is not None:
-            return ItemInputs(_Rows(images).item, rows, own, self.input_shape, self.mean, self.std)
         moves = augment == "standard"
         pad = max(images.shape[-1] // 8, 1) if moves else 0
         return PixelInputs(images, rows, self.mean, self.std, self._size, pad, moves and self._source.flip)
@@ -188,7 +203,9 @@ def labelled(found: Source, spec: DataSpec) -> DataBundle:
     task = Classification(tuple(classes), tuple(shape), tuple(mean), tuple(std), tuple(counts))
     bundle = DataBundle(spec.name, task, digest(*facts), spec, found, splits)
     if isinstance(spec.augment, list):
-        transforms(spec.augment)  # a wrong name is told at once, not at the first batch
+        transforms(spec.augment)  # a wrong name is an error at once, not at the first batch
+    for name, items in (spec.views or {}).items():
+        transforms(items, f"data.views.{name}")
     return bundle
 
 

@@ -3,7 +3,7 @@ indices)."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -45,13 +45,20 @@ class IndexedDataset:
         labels: (n,) int64.
         num_classes: classes, for mixed labels.
         mixup, cutmix: alphas; 0 is off.
+        views: name -> makes further inputs of a batch; not with mixed samples.
     """
 
     def __init__(
-        self, inputs: Inputs, labels: np.ndarray, num_classes: int, mixup: float = 0.0, cutmix: float = 0.0
+        self,
+        inputs: Inputs,
+        labels: np.ndarray,
+        num_classes: int,
+        mixup: float = 0.0,
+        cutmix: float = 0.0,
+        views: Mapping[str, Inputs] | None = None,
     ) -> None:
         self._inputs, self._labels, self.num_classes = inputs, torch.from_numpy(labels), num_classes
-        self._mixup, self._cutmix = mixup, cutmix
+        self._mixup, self._cutmix, self._views = mixup, cutmix, dict(views or {})
 
     def __len__(self) -> int:
         return len(self._labels)
@@ -74,11 +81,12 @@ class IndexedDataset:
 
     def batch(self, key: BatchKey, seed: int) -> Batch:
         """A process's share of a batch: `input` (B, ...), `label` (B,) int64 or (B, C) float32 when mixed, `index` (B,)
-        int64."""
+        int64; with views, `views` as a mapping of names to further inputs."""
         if not self._mixup and not self._cutmix:
             own = key.indices[key.start : key.stop]
             index = torch.from_numpy(own)
-            return {"input": self._inputs(own, key.epoch, seed), "label": self._labels[index], "index": index}
+            batch: Batch = {"input": self._inputs(own, key.epoch, seed), "label": self._labels[index], "index": index}
+            return batch | self._viewed(own, key.epoch, seed)
         positions = np.arange(key.start, key.stop)
         others = partners(positions, len(key.indices))
         loaded = np.union1d(positions, others)  # a share of odd size reaches into its neighbour's
@@ -105,7 +113,11 @@ class IndexedDataset:
             return self.batch(key, seed), {}
         x, drawn = self._inputs.recorded(own, key.epoch, seed)
         index = torch.from_numpy(own)
-        return {"input": x, "label": self._labels[index], "index": index}, drawn
+        batch: Batch = {"input": x, "label": self._labels[index], "index": index}
+        return batch | self._viewed(own, key.epoch, seed), drawn
+
+    def _viewed(self, own: np.ndarray, epoch: int, seed: int) -> Batch:
+        return {"views": {n: make(own, epoch, seed) for n, make in self._views.items()}} if self._views else {}
 
 
 @dataclass
@@ -162,6 +174,7 @@ class ItemInputs:
         transform: on the image, or None.
         shape: (C, H, W) of the result, for images; anything else is stacked as it is.
         mean, std: per channel; () for inputs that are no images.
+        draw: what is drawn, in the keys (seed, *draw, epoch, index).
     """
 
     item: Callable[[int], Any]
@@ -170,11 +183,12 @@ class ItemInputs:
     shape: tuple[int, ...]
     mean: tuple[float, ...]
     std: tuple[float, ...]
+    draw: tuple[str, ...] = ("augment",)
 
     def __call__(self, indices: np.ndarray, epoch: int, seed: int) -> Any:
         rows = []
         for index in indices.tolist():
-            with keyed(seed, "augment", epoch, index):
+            with keyed(seed, *self.draw, epoch, index):
                 rows.append(
                     self._image(int(self.positions[index])) if self.mean else self._plain(int(self.positions[index]))
                 )
@@ -191,7 +205,7 @@ class ItemInputs:
         with listening(self.transform) as heard:
             for index in indices.tolist():
                 heard.clear()
-                with keyed(seed, "augment", epoch, index):
+                with keyed(seed, *self.draw, epoch, index):
                     rows.append(self._image(int(self.positions[index])))
                 drawn.append(crop_and_flip(heard))
         return normalise(torch.stack(rows), self.mean, self.std), arrays(drawn)

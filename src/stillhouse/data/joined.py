@@ -95,6 +95,8 @@ class Joined:
                 continue
             rows = part.rows[index[at] - self._starts[number]]
             got = part.dataset.batch(BatchKey(key.epoch, rows, 0, len(rows)), seed)
+            if "views" in got:
+                raise UserError("Joined data sets have no views; leave data.views out.")
             values = got["input"] if part.scale is None else got["input"] * part.scale + part.shift
             x = values.new_empty(len(index), *values.shape[1:]) if x is None else x
             where = torch.from_numpy(at)

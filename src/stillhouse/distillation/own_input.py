@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from stillhouse.errors import UserError
+from stillhouse.errors import UserError, unknown
 from stillhouse.signals import Batch
 
 
@@ -64,3 +64,26 @@ class OwnInput:
 
     def _channels(self, x: Tensor, values: Sequence[float], empty: float) -> Tensor:
         return torch.tensor(tuple(values) or (empty,), dtype=x.dtype, device=x.device)[:, None, None]
+
+
+@dataclass(frozen=True)
+class ViewInput:
+    """Turns a training batch into one whose input is another view of its samples. Batches of evaluation have no views:
+    their input stays.
+
+    Attributes:
+        view: its name among the batch's `views`.
+        then: what is done to the view's images.
+    """
+
+    view: str
+    then: OwnInput | None = None
+
+    def __call__(self, batch: Batch) -> Batch:
+        """The batch with the view as its input. Raises `UserError` for a view that a batch with views does not have."""
+        views = batch.get("views")
+        if views is not None:
+            if self.view not in views:
+                raise unknown("view", self.view, views, " in this batch; data.views makes them")
+            batch = {**batch, "input": views[self.view]}
+        return batch if self.then is None else self.then(batch)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from stillhouse.distillation.objective import Progress
-from stillhouse.distillation.own_input import OwnInput
+from stillhouse.distillation.own_input import OwnInput, ViewInput
 from stillhouse.errors import UserError
 from stillhouse.signals import Batch, Signals, Taps, TopK, image_size, in_float32, own_precision
 from stillhouse.tasks.base import Task
@@ -236,7 +236,7 @@ class Frozen(Teacher):
     def fingerprint(self) -> str:
         """A hash of the weights, and of what is done to their input, recorded in place of the weights."""
         digest = hashlib.blake2b(digest_size=12)
-        if isinstance(self._reader.prepare, OwnInput):
+        if isinstance(self._reader.prepare, OwnInput | ViewInput):
             digest.update(repr(self._reader.prepare).encode())
         for key, value in self.model.state_dict().items():
             digest.update(key.encode())

@@ -7,9 +7,9 @@ from typing import Any
 from torch import nn
 
 from stillhouse.config.specs import DataSpec, InputSpec, ModelSpec, TeacherSpec, TrainSpec
-from stillhouse.distillation.own_input import OwnInput
+from stillhouse.distillation.own_input import OwnInput, ViewInput
 from stillhouse.distillation.teachers import Frozen
-from stillhouse.errors import UserError
+from stillhouse.errors import UserError, unknown
 from stillhouse.models import class_names
 from stillhouse.models.sources import published_normalisation
 from stillhouse.runs.products import state_on_cpu
@@ -47,12 +47,21 @@ class RunTeachers(RunStages):
                 f"{', '.join(task.class_names[:6])}); give both data sets the same order."
             )
         model = self.network(name, spec, data, as_saved=True)
-        prepare = self._own_input(spec, model, data)
+        prepare = self._prepare(spec, model, data)
         if type(its) is type(task):
             model, its = task.as_teacher(model, spec, its), task
         teacher = Frozen(model, embedding=spec.embedding, name=name, task=its, prepare=prepare)
         self.live_teachers.append(teacher)
         return teacher
+
+    def _prepare(self, spec: TeacherSpec, model: nn.Module, data: DataSpec) -> OwnInput | ViewInput | None:
+        """What makes the teacher's input of a batch."""
+        own = self._own_input(spec, model, data)
+        if spec.view is None:
+            return own
+        if spec.view not in (data.views or {}):
+            raise unknown("view", spec.view, data.views or {}, " in data.views")
+        return ViewInput(spec.view, own)
 
     def _own_input(self, spec: TeacherSpec, model: nn.Module, data: DataSpec) -> OwnInput | None:
         """How the data's images become the teacher's: as its spec says; of a network with published weights, normalised
@@ -72,10 +81,11 @@ class RunTeachers(RunStages):
         Its weights are in float32, or with `as_saved`, where they are not trained here, in the precision that a
         transformers folder has them in.
         """
-        if spec.input is not None and not as_saved:
+        own_input = next((k for k in ("input", "view") if getattr(spec, k) is not None), None)
+        if own_input is not None and not as_saved:
             raise UserError(
-                f"The teacher '{name}' has an `input` of its own, but this method runs its network on the data's; "
-                "leave it out."
+                f"The teacher '{name}' has an `{own_input}` of its own, but this method runs its network on the "
+                "data's; leave it out."
             )
         seed, data, own = spec.seed or 0, spec.data or data, spec.network
         if as_saved and spec.train is None and own.model.startswith("hf:"):
