@@ -8,7 +8,20 @@ random, `split` what is drawn once.
 from stillhouse.data.bundle import DataBundle
 from stillhouse.data.dataset import BatchKey, IndexedDataset
 from stillhouse.data.format import Bundle, load
-from stillhouse.data.loader import AdaptedLoader, Loader, adapt
+from stillhouse.data.loader import AdaptedLoader, BatchLoader, Loader, adapt
+from stillhouse.data.streams import Streams
 from stillhouse.signals import Batch
 
-__all__ = ["AdaptedLoader", "Batch", "BatchKey", "Bundle", "DataBundle", "IndexedDataset", "Loader", "adapt", "load"]
+__all__ = [
+    "AdaptedLoader",
+    "Batch",
+    "BatchKey",
+    "BatchLoader",
+    "Bundle",
+    "DataBundle",
+    "IndexedDataset",
+    "Loader",
+    "Streams",
+    "adapt",
+    "load",
+]

@@ -29,7 +29,27 @@ class BatchDataset(Protocol):
     def labels(self) -> Tensor: ...
 
 
-class Loader:
+class BatchLoader:
+    """What training reads: batches that can be begun anywhere. `Loader`, `AdaptedLoader` and `Streams` are such."""
+
+    def __len__(self) -> int:
+        """Batches an epoch."""
+        raise NotImplementedError
+
+    def labels(self) -> Tensor:
+        """Labels in index order."""
+        raise NotImplementedError
+
+    def batches(self, epoch: int = 0, batch: int = 0, epochs: int | None = None) -> Iterator[Batch]:
+        """One stream of batches from (epoch, batch) to the end of `epochs` (None: without end)."""
+        raise NotImplementedError
+
+    def __iter__(self) -> Iterator[Batch]:
+        """The batches of one epoch (epoch 0)."""
+        return self.batches(epochs=1)
+
+
+class Loader(BatchLoader):
     """Batches of a data set for one process.
 
     Args:
@@ -87,10 +107,6 @@ class Loader:
         """Batches an epoch."""
         full, rest = divmod(self.count, self.batch_size)
         return full if full and (self.drop_last or not rest) else full + bool(rest)
-
-    def __iter__(self) -> Iterator[Batch]:
-        """The batches of one epoch (epoch 0)."""
-        return self.batches(epochs=1)
 
     def batches(self, epoch: int = 0, batch: int = 0, epochs: int | None = None) -> Iterator[Batch]:
         """One stream of batches, over all epochs from (epoch, batch) to the end of `epochs` (None: without end);
@@ -175,7 +191,7 @@ def _as_made(batch: Any) -> Any:
     return batch
 
 
-def adapt(loader: Iterable[Any], seed: int = 0, student: nn.Module | None = None) -> Loader | AdaptedLoader:
+def adapt(loader: Iterable[Any], seed: int = 0, student: nn.Module | None = None) -> BatchLoader:
     """A user's own DataLoader, or any sized iterable of batches, with the interface of `Loader`.
 
     A batch may be a tuple (input, label), a tensor, or a mapping with `input` and `label` (and `index`), or one as
@@ -188,10 +204,10 @@ def adapt(loader: Iterable[Any], seed: int = 0, student: nn.Module | None = None
     >>> next(adapt([(torch.zeros(2, 3), torch.tensor([0, 1]))]).batches())["label"]
     tensor([0, 1])
     """
-    return loader if isinstance(loader, Loader | AdaptedLoader) else AdaptedLoader(loader, seed, student)
+    return loader if isinstance(loader, BatchLoader) else AdaptedLoader(loader, seed, student)
 
 
-class AdaptedLoader:
+class AdaptedLoader(BatchLoader):
     """Batches of a loader made elsewhere.
 
     Its random numbers (order, augmentation) are drawn under keys of (seed, epoch, batch), so that they are the same
@@ -252,9 +268,6 @@ class AdaptedLoader:
                 "attribute `targets`."
             )
         return torch.as_tensor(found).to(torch.int64)
-
-    def __iter__(self) -> Iterator[Batch]:
-        return self.batches(epochs=1)
 
     def batches(self, epoch: int = 0, batch: int = 0, epochs: int | None = None) -> Iterator[Batch]:
         """One stream of batches from (epoch, batch) to the end of `epochs` (None: without end)."""
