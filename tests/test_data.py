@@ -525,7 +525,7 @@ def test_missing_and_empty_folders_are_told(tmp_path):
     ("name", "message"),
     [
         ("digit", "no data set 'digit'; did you mean 'digits'"),
-        ("imagefolder", "needs to be told which: 'imagefolder:PATH'"),
+        ("imagefolder", "stands for many data sets; name one as 'imagefolder:PATH'"),
         ("torchvision:FashionMNST", "did you mean 'FashionMNIST'"),
         ("file:nowhere", "must be 'file:PATH.py:FUNCTION'"),
     ],

@@ -229,7 +229,7 @@ def test_a_synthetic_set_that_does_not_fit_is_refused_in_a_sentence(tmp_path: Pa
     digits_set(tmp_path / "set")
     path, set_ = export(tmp_path / "set"), f"synthetic:{tmp_path / 'set'}"
     cases = [
-        (f"synthetic:{path}", {}, "name it: data.options.real"),
+        (f"synthetic:{path}", {}, "give it as: data.options.real"),
         (set_, {"reel": "digits"}, "did you mean 'real'"),
         (set_, {"real": {"name": "digits", "siz": 3}}, "unknown key 'siz'"),
         (set_, {"real": {"name": "digits", "classes": [0, 1]}}, "the set has 10 classes, not 2"),

@@ -73,7 +73,7 @@ def test_a_format_of_another_package_is_found_by_its_entry_point(brewery: None):
     [
         ("brewery:stout", {"mixup": 0.2}, "data.mixup does nothing for 'brewery:stout'.*it takes augment"),
         ("brewery:stout", {"options": {"bottels": 3}}, "unknown key 'bottels'; did you mean 'bottles'"),
-        ("brewery", {}, "needs to be told which: 'brewery:BEER'"),
+        ("brewery", {}, "stands for many data sets; name one as 'brewery:BEER'"),
         ("brewerry:stout", {}, "did you mean 'brewery'"),
         ("cellar:x", {}, "'cellar_data' of data 'cellar:' lacks REST, Options, load"),
         ("digits:x", {}, "'digits' is one data set"),

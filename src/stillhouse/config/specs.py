@@ -53,7 +53,7 @@ class DataSpec(NamedSpec):
     later = frozenset({"long_tail", "views"})
     name: str = Field(
         description="digits | cifar10 | camvid | text:NAME | masks:PATH | imagefolder:PATH | torchvision:CLASS | "
-        "hf:REPO | parquet:PATH | synthetic:PATH | file:PATH.py:FUNCTION"
+        "hf:REPO | parquet:PATH | synthetic:PATH | file:PATH.py:FUNCTION | SCHEME:NAME of an installed package"
     )
     size: int | None = Field(
         None,
@@ -116,8 +116,7 @@ class DataSpec(NamedSpec):
     workers: int = Field(0, ge=0, description="Loader processes.")
     options: dict[str, Any] = Field(
         default_factory=dict,
-        description="Further arguments for torchvision:, hf:, parquet: and synthetic: (such as split and column "
-        "names).",
+        description="What the data format takes besides, such as split and column names.",
     )
 
 
@@ -359,7 +358,7 @@ class TeacherSpec(Spec):
             if getattr(self, key) is not None and self.model is None:
                 raise ValueError(f"{key} is for a teacher of `model`, not for {given[0]}")
         if self.view is not None and self.store is not None:
-            raise ValueError("a store holds what a teacher says of the student's input, so it cannot be of a view")
+            raise ValueError("a store holds outputs for the student's input, so its teacher cannot read a view")
         if self.store is not None and given[0] not in ("model", "ensemble", "store"):
             raise ValueError(f"{given[0]} changes as the student learns, so it cannot be stored")
         return self

@@ -92,7 +92,7 @@ def load(spec: NamedSpec, data_root: str | Path | None = None, seed: int = 0) ->
     scheme, _, rest = spec.name.partition(":")
     found = _format(scheme)
     if found.REST and not rest:
-        raise UserError(f"data.name: '{scheme}' needs to be told which: '{scheme}:{found.REST}'.")
+        raise UserError(f"data.name: '{scheme}' stands for many data sets; name one as '{scheme}:{found.REST}'.")
     if rest and not found.REST:
         raise UserError(f"data.name: '{scheme}' is one data set; leave out ':{rest}'.")
     _refuse_unheeded(spec, found.KEYS)
