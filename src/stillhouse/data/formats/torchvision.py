@@ -32,8 +32,7 @@ class Options(Spec):
 
 
 def load(rest: str, spec: DataSpec, options: Options, root: Path) -> DataBundle:
-    """A classification data set of torchvision.datasets; Downloads
-    what is not there.
+    """A classification data set of torchvision.datasets as a bundle; downloads what is not there.
 
     Raises:
         UserError: no such class (with the nearest), a wrong argument, or neither there nor to be downloaded.
