@@ -28,7 +28,7 @@ from stillhouse.functional.ragged import IGNORE
 from stillhouse.methods.language.on_policy import OnPolicyDistillation
 from stillhouse.methods.language.sequence_kd import given, rewritten_rows, written
 from stillhouse.models.tokenizer import size
-from stillhouse.models.writing import Generation, Writer
+from stillhouse.models.writing import Generation, TextWriter
 from stillhouse.runs import recipe
 from stillhouse.runs.execution import execute
 from stillhouse.signals import call_model, read_logits
@@ -79,8 +79,8 @@ def first_batch(bundle: TextBundle, count: int = 4) -> Any:
     return bundle.dataset("train").batch(BatchKey(0, np.arange(count), 0, count), 0)
 
 
-def writer(bundle: TextBundle, **how: Any) -> Writer:
-    return Writer(
+def writer(bundle: TextBundle, **how: Any) -> TextWriter:
+    return TextWriter(
         bundle.task.tokenizer,
         bundle.task.kind,
         bundle.task.context,
@@ -331,7 +331,7 @@ def test_a_student_is_never_taught_its_own_writing_as_the_truth(file: Any) -> No
         packed = bundle_of(file(questions()), pack=True)
         writer(packed).rewritten(net(packed), first_batch(packed, 2))
     with pytest.raises(UserError, match="Only causal and seq2seq"):
-        Writer(bundle.task.tokenizer, "masked", 32, Generation(), 261)
+        TextWriter(bundle.task.tokenizer, "masked", 32, Generation(), 261)
 
 
 def test_writing_stays_inside_the_context_and_the_vocabulary(file: Any) -> None:

@@ -20,7 +20,7 @@ from torch import nn
 
 import stillhouse
 from stillhouse.errors import UserError
-from stillhouse.files import written_beside
+from stillhouse.files import atomic_write
 from stillhouse.runs import execution, recipe
 from stillhouse.runs.execution import execute
 
@@ -151,8 +151,8 @@ def test_a_finished_run_whose_report_failed_makes_its_report(
 def test_files_have_the_users_mode_and_leftovers_are_swept(tmp_path: Path) -> None:
     before = os.umask(0o027)
     try:
-        with written_beside(tmp_path / "a.safetensors") as beside:
-            save_file({"x": torch.ones(1)}, str(beside))
+        with atomic_write(tmp_path / "a.safetensors") as temporary:
+            save_file({"x": torch.ones(1)}, str(temporary))
     finally:
         os.umask(before)
     assert stat.S_IMODE((tmp_path / "a.safetensors").stat().st_mode) == 0o640
@@ -167,8 +167,8 @@ def test_files_have_the_users_mode_and_leftovers_are_swept(tmp_path: Path) -> No
         (tmp_path / name).touch()
     for name in (names["old"], names["alive"]):
         os.utime(tmp_path / name, (time.time() - 7200,) * 2)
-    with written_beside(tmp_path / "b.txt") as beside:
-        beside.write_text("b")
+    with atomic_write(tmp_path / "b.txt") as temporary:
+        temporary.write_text("b")
     assert {p.name for p in tmp_path.iterdir()} == {"a.safetensors", "b.txt", names["young"], names["alive"]}
 
 

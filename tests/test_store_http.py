@@ -28,7 +28,7 @@ from stillhouse.runs.caching import make_from_server
 from stillhouse.runs.execution import execute
 from stillhouse.signals import TopK
 from stillhouse.store import Store
-from stillhouse.store.remote import Written, score, write
+from stillhouse.store.remote import CompletionDataset, score, write
 from stillhouse.store.server import Server, Vocabulary
 
 VOCABULARY, CONTEXT = 30, 12
@@ -347,7 +347,7 @@ def test_completions_are_kept_with_their_log_probabilities_and_empty_ones_are_le
         last = int(teacher.log_probs[last].argmax())
         greedy.append(last)
     assert store.tokens_of(np.array([5, 1]))[0].tolist() == greedy and not len(store.tokens_of(np.array([1]))[0])
-    data = Written(store, [[9, i] for i in range(8)])
+    data = CompletionDataset(store, [[9, i] for i in range(8)])
     assert len(data) == 7 and data.kept.tolist() == [0, 2, 3, 4, 5, 6, 7]
     batch = data.batch(BatchKey(0, np.array([4, 0]), 0, 2), 0)
     assert batch["input"]["input_ids"][0].tolist() == [9, 5, *greedy[:2]]

@@ -180,7 +180,7 @@ def bench(
 
     from rich.console import Console
 
-    from stillhouse.files import written_beside
+    from stillhouse.files import atomic_write
     from stillhouse.reporting.comparison import comparison_table, write_comparison_report
     from stillhouse.reporting.verdicts import Verdict, verdict_lines
     from stillhouse.runs.bench import bench as run_bench
@@ -210,8 +210,8 @@ def bench(
     results["command"] = " ".join(["stillhouse", *_without_places(sys.argv[1:])])
     table = comparison_table(results)  # a wrong figure is told before anything is written
     for path in filter(None, (folder / "results.json", evidence)):
-        with written_beside(path) as beside:
-            beside.write_text(json.dumps(results, indent=1) + "\n")
+        with atomic_write(path) as temporary:
+            temporary.write_text(json.dumps(results, indent=1) + "\n")
     write_comparison_report(results, folder / "report.html")
     Console().print(table)
     for line in verdict_lines([Verdict.from_record(record) for record in results["claims"]]):

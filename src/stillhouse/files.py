@@ -1,4 +1,4 @@
-"""Files that are never torn: written beside and renamed. And where what can be made again is kept."""
+"""Files that are never half written, and the folder of cached results."""
 
 from __future__ import annotations
 
@@ -19,38 +19,38 @@ from stillhouse.errors import UserError
 
 
 @contextmanager
-def written_beside(path: Path) -> Iterator[Path]:
-    """A path to write to, renamed to `path` when the block ends well: readers see the old file or the new one, never a
-    torn one.
+def atomic_write(path: Path) -> Iterator[Path]:
+    """A temporary path to write to, renamed to `path` when the block ends without an error: readers see the old file or
+    the new one, never a part of one.
 
     Raises:
-        UserError: where the disk is full; the old file is kept.
+        UserError: the disk is full; the old file is unchanged.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     sweep(path)
-    beside = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
-        yield beside
-        if beside.is_file():
-            os.chmod(beside, 0o666 & ~_umask())  # some libraries write files that only their owner can read
-        os.replace(beside, path)
+        yield temporary
+        if temporary.is_file():
+            os.chmod(temporary, 0o666 & ~_umask())  # some libraries write files that only their owner can read
+        os.replace(temporary, path)
     except BaseException as error:
-        beside.unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
         if is_full(error):
             raise UserError(
-                f"Could not write {path}: the disk is full (or over its quota). What was there before is kept; free "
-                "some space and start again."
+                f"Could not write {path}: the disk is full (or over its quota). The file that was there is unchanged; "
+                "free some space and start again."
             ) from error
         raise
 
 
 def sweep(path: Path) -> None:
-    """Remove what writers of this file that were killed on this machine an hour ago or earlier have left."""
-    for left in path.parent.glob(f".{glob.escape(path.name)}.*.partial"):
-        owner = left.name.split(".")[-2]
+    """Remove the temporary files of `path` whose process is dead, if they are more than an hour old."""
+    for file in path.parent.glob(f".{glob.escape(path.name)}.*.partial"):
+        owner = file.name.split(".")[-2]
         with suppress(OSError):
-            if owner.isdigit() and not _alive(int(owner)) and time.time() - left.stat().st_mtime > 3600:
-                left.unlink()
+            if owner.isdigit() and not _alive(int(owner)) and time.time() - file.stat().st_mtime > 3600:
+                file.unlink()
 
 
 def _alive(process: int) -> bool:
@@ -85,7 +85,7 @@ def is_full(error: BaseException) -> bool:
 
 
 def cache_folder() -> Path:
-    """Where stages and decoded data are kept: STILLHOUSE_CACHE, else `stillhouse` in the user's cache folder."""
+    """The folder of cached stages and decoded data: STILLHOUSE_CACHE, else `stillhouse` in the user's cache folder."""
     given = os.environ.get("STILLHOUSE_CACHE")
     if given:
         return Path(given).expanduser()

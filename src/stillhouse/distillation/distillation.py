@@ -18,11 +18,12 @@ from stillhouse.models.token_labels import place, refuse_copies
 from stillhouse.randomness import keyed
 from stillhouse.signals import Batch, Signals, first_samples, to_device
 from stillhouse.tasks.base import Task
+from stillhouse.training.module import TrainingModule
 
 NOTHING = Signals()
 
 
-class Distillation(nn.Module):
+class Distillation(TrainingModule):
     """Trains a student (and what learns with it) on the weighted sum of its objectives' terms.
 
     Frozen teachers stay outside the module tree: not in `state_dict()`, not flipped by `.train()`, not in DDP's
@@ -78,7 +79,7 @@ class Distillation(nn.Module):
         self._chunked = chunked
         self._built = False
         self._checked_taps = False
-        self._said: Signals | None = None
+        self._student_outputs: Signals | None = None
         self._first = [
             name
             for name in self._still
@@ -168,14 +169,17 @@ class Distillation(nn.Module):
                 reader.task = reader.task or self.task
             self._make_chunked(readers, probe)
             student = self._reader(probe)
-            said = {name: teacher(probe, student) for name, teacher in teachers.items()}
-            for owner, signals in {"student": student, **{f"teacher '{name}'": s for name, s in said.items()}}.items():
+            outputs = {name: teacher(probe, student) for name, teacher in teachers.items()}
+            for owner, signals in {
+                "student": student,
+                **{f"teacher '{name}'": s for name, s in outputs.items()},
+            }.items():
                 refuse_another_task(owner, signals, probe)
             for entry in self.entries:
-                teacher_said = said.get(entry.objective.teacher, NOTHING)
-                self._check_classes(entry, student, teacher_said)
+                theirs = outputs.get(entry.objective.teacher, NOTHING)
+                self._check_classes(entry, student, theirs)
                 self._check_positions(entry, student, probe)
-                entry.objective.build(student, teacher_said, probe)
+                entry.objective.build(student, theirs, probe)
             self.objectives.to(device)
 
     def _make_chunked(self, readers: Sequence[Reader], probe: Batch) -> None:
@@ -344,17 +348,17 @@ class Distillation(nn.Module):
         if not self._stepping:
             return
         place(batch, self.student)
-        said = batch.setdefault("_teachers", {})
+        outputs = batch.setdefault("_teachers", {})
         for entry in self._stepping:
             name = entry.objective.teacher
-            if name in self._still and name not in said:
-                said[name] = self._still[name](batch)
-            elif name in self.learning and name not in said:
-                said[name] = self.learning[name](batch).detach()
-            entry.objective.before_step(batch, said.get(name, NOTHING), ctx)
-        for name in list(said):
+            if name in self._still and name not in outputs:
+                outputs[name] = self._still[name](batch)
+            elif name in self.learning and name not in outputs:
+                outputs[name] = self.learning[name](batch).detach()
+            entry.objective.before_step(batch, outputs.get(name, NOTHING), ctx)
+        for name in list(outputs):
             if name in self.learning:
-                del said[name]
+                del outputs[name]
 
     def before_update(self, ctx: Context) -> None:
         """Before each optimiser step, when the gradients are there: objectives may read or change them."""
@@ -365,12 +369,12 @@ class Distillation(nn.Module):
         """`loss` (the weighted sum) and every term by name, unweighted: `ce`, `kd`, or `nkd.target`; scalars on the
         device."""
         place(batch, self.student)
-        said: dict[str, Signals] = dict(batch.get("_teachers") or {})
+        outputs: dict[str, Signals] = dict(batch.get("_teachers") or {})
         for (
             name
         ) in self._first:  # before the student, whose saved activations would lie under a teacher's working memory
-            if name not in said:
-                said[name] = self._still[name](batch)
+            if name not in outputs:
+                outputs[name] = self._still[name](batch)
         student = self._reader(batch)
         if not self._checked_taps:
             self._check_gradient(student)
@@ -379,10 +383,10 @@ class Distillation(nn.Module):
         for entry in self.entries:
             objective = entry.objective
             name = objective.teacher
-            if name not in said:
-                said[name] = self._ask(name, batch, student)
+            if name not in outputs:
+                outputs[name] = self._ask(name, batch, student)
             weight = entry.at(progress)
-            terms = objective(student, said[name], batch, progress)
+            terms = objective(student, outputs[name], batch, progress)
             for term, value in terms.items():
                 if term.startswith("log:"):
                     out[f"{entry.label}.{term[4:]}"] = value.detach()
@@ -390,10 +394,13 @@ class Distillation(nn.Module):
                 out[entry.label if len(terms) == 1 or term == "loss" else f"{entry.label}.{term}"] = value
                 total = value * weight if total is None else total + value * weight
         if self._observing:
-            self._said = Signals(logits=None if student.logits is None else student.logits.detach())
+            self._student_outputs = Signals(logits=None if student.logits is None else student.logits.detach())
         assert total is not None
         out["loss"] = total
         return out
+
+    def read_student(self, batch: Batch) -> Signals:
+        return self._reader(batch)
 
     def _ask(self, name: str, batch: Batch, student: Signals) -> Signals:
         if name in self._still:
@@ -412,13 +419,13 @@ class Distillation(nn.Module):
         self._checked_taps = True
 
     def after_step(self, batch: Batch, progress: Progress, stepped: bool) -> None:
-        """Teachers that learn look at what the student said, and follow it after an optimiser step."""
+        """Teachers that learn look at the student's outputs, and follow it after an optimiser step."""
         for teacher in self._observing:
-            assert self._said is not None
-            teacher.observe(batch, self._said, progress)
+            assert self._student_outputs is not None
+            teacher.observe(batch, self._student_outputs, progress)
             if stepped:
                 teacher.follow(self.student)
-        self._said = None
+        self._student_outputs = None
 
     def close(self) -> None:
         """Leave no hook on any model."""

@@ -264,14 +264,14 @@ class Ensemble(Teacher):
             member.attach((), probe, student)
 
     def __call__(self, batch: Batch, student: Signals | None = None) -> Signals:
-        said = tuple(m(batch, student) for m in self.members)
-        widths = {s.logits.shape[-1] for s in said if s.logits is not None}
+        outputs = tuple(m(batch, student) for m in self.members)
+        widths = {s.logits.shape[-1] for s in outputs if s.logits is not None}
         if len(widths) > 1:
             raise UserError(f"The members of an ensemble must have the same classes, but give {sorted(widths)}.")
         logits = (
-            torch.stack([s.logits for s in said if s.logits is not None]).mean(0) if self.mean == "logits" else None
+            torch.stack([s.logits for s in outputs if s.logits is not None]).mean(0) if self.mean == "logits" else None
         )
-        return Signals(logits=logits, members=said)
+        return Signals(logits=logits, members=outputs)
 
     def readers(self) -> list[Reader]:
         return [reader for member in self.members for reader in member.readers()]
@@ -423,8 +423,8 @@ class PastSelf(nn.Module, Teacher):
     def observe(self, batch: Batch, student: Signals, progress: Progress) -> None:
         from stillhouse.functional.gather import gather
 
-        assert self.table is not None and student.logits is not None
-        self.table[gather(batch["index"])] = gather(torch.softmax(student.logits.float(), dim=-1))
+        assert self.table is not None
+        self.table[gather(batch["index"])] = gather(torch.softmax(student.require("logits").float(), dim=-1))
 
     def get_extra_state(self) -> dict[str, Tensor | None]:
         return {"table": None if self.table is None else self.table.cpu()}

@@ -142,7 +142,7 @@ class DistillationModule(_lightning.LightningModule):  # type: ignore[misc, name
 
     def on_fit_start(self) -> None:
         for teacher in self.distillation.teachers.values():
-            if not isinstance(teacher, nn.Module) and hasattr(teacher, "to"):
+            if not isinstance(teacher, nn.Module):
                 teacher.to(self.device)
         self._context = LoaderContext(
             self.distillation,

@@ -25,7 +25,7 @@ from stillhouse.distillation.objective import Objective, Progress
 from stillhouse.distillation.teachers import Teacher
 from stillhouse.distillation.weighted import Objectives
 from stillhouse.errors import MissingExtra, UserError
-from stillhouse.files import written_beside
+from stillhouse.files import atomic_write
 from stillhouse.functional.counting import IGNORED
 from stillhouse.integrations.context import LoaderContext
 from stillhouse.models.token_labels import are_of_tokens, place, predicts_next
@@ -316,12 +316,12 @@ class DistillationTrainer(_transformers.Trainer):  # type: ignore[misc]
         assert self.distillation is not None
         if self.is_world_process_zero() and not self.args.save_only_model:
             state = {k: v for k, v in self.distillation.state_dict().items() if not k.startswith("student.")}
-            with written_beside(
+            with atomic_write(
                 Path(self.args.output_dir)
                 / f"{_transformers.trainer_utils.PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
                 / STATE_FILE
-            ) as beside:
-                torch.save(state, beside)
+            ) as temporary:
+                torch.save(state, temporary)
 
 
 class _Steps(_transformers.TrainerCallback):  # type: ignore[misc]

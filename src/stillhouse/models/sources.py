@@ -276,8 +276,8 @@ def from_file(name: str, num_classes: int | None, options: Options) -> nn.Module
 def _import(path: Path) -> ModuleType:
     """One file as a module of its own; the same file with the same text is imported once."""
     if not path.is_file():
-        beside = [p.name for p in path.parent.glob("*.py")] if path.parent.is_dir() else []
-        close = nearest(path.name, beside)
+        others = [p.name for p in path.parent.glob("*.py")] if path.parent.is_dir() else []
+        close = nearest(path.name, others)
         raise UserError(
             f"There is no file '{path}' to take a model from"
             + (f"; did you mean '{path.parent / close[0]}'?" if close else ".")

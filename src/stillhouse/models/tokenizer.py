@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from stillhouse.errors import MissingExtra, UserError, unknown
-from stillhouse.files import cache_folder, digest, written_beside
+from stillhouse.files import atomic_write, cache_folder, digest
 
 SPECIALS = {
     "pad_token": "<pad>",
@@ -168,8 +168,8 @@ def _kept(name: str, texts: Sequence[str], make: Any) -> Any:
     if place.is_file():
         return library.Tokenizer.from_file(str(place))
     made = make()
-    with written_beside(place) as beside:
-        made.save(str(beside))
+    with atomic_write(place) as temporary:
+        made.save(str(temporary))
     return made
 
 

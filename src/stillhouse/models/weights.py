@@ -55,8 +55,8 @@ def load_state(model: nn.Module, given: Mapping[str, Tensor], path: Path, owner:
 
 def _read(path: Path, owner: str) -> Any:
     if not path.is_file():
-        beside = [p.name for p in path.parent.iterdir() if p.is_file()] if path.parent.is_dir() else []
-        close = nearest(path.name, beside)
+        others = [p.name for p in path.parent.iterdir() if p.is_file()] if path.parent.is_dir() else []
+        close = nearest(path.name, others)
         raise UserError(
             f"The {owner}'s checkpoint '{path}' does not exist"
             + (f"; did you mean '{path.parent / close[0]}'?" if close else ".")

@@ -32,7 +32,7 @@ class Generation(Spec):
         return {"do_sample": True, "temperature": self.temperature, "top_k": self.top_k, "top_p": self.top_p}
 
 
-class Writer:
+class TextWriter:
     """Continues the prompts of batches.
 
     Args:

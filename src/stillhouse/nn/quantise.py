@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from stillhouse.errors import UserError
-from stillhouse.files import written_beside
+from stillhouse.files import atomic_write
 from stillhouse.functional.precision import full_precision
 
 CONSTANT = 1e-10
@@ -328,8 +328,8 @@ def save(codes: Mapping[str, PackedTensor], others: Mapping[str, Tensor], path: 
     if points:
         held["points"] = torch.cat(points)
     layout = [[name, list(c.shape), c.levels, c.bucket, c.points is not None] for name, c in codes.items()]
-    with written_beside(path) as beside:
-        save_file(held, str(beside), {"layout": json.dumps(layout)})
+    with atomic_write(path) as temporary:
+        save_file(held, str(temporary), {"layout": json.dumps(layout)})
 
 
 def load(path: Path) -> tuple[dict[str, PackedTensor], dict[str, Tensor]]:

@@ -28,6 +28,7 @@ from stillhouse.runs.products import state_on_cpu
 from stillhouse.runs.run import Run
 from stillhouse.signals import Batch
 from stillhouse.training.context import Progress
+from stillhouse.training.module import TrainingModule
 
 
 class DecoderSpec(Spec):
@@ -55,7 +56,7 @@ class MaskedTeacher(ModelSpec):
         return ModelSpec(**self.model_dump(include=set(ModelSpec.model_fields)))
 
 
-class MAE(nn.Module):
+class MAE(TrainingModule):
     """Training module of a masked autoencoder.
 
     Args:
@@ -64,6 +65,8 @@ class MAE(nn.Module):
         mask_ratio: share of the patches that the encoder does not see.
         normalise_pixels: predict each patch's pixels standardised.
     """
+
+    student: VisionTransformer
 
     def __init__(
         self,
@@ -189,10 +192,10 @@ def teacher_figures(
 ) -> dict[str, float]:
     """A teacher's figures under the probes of its student, as the stage `teacher.probe`; the teacher stays as it is."""
     uses = {
-        "teacher": Frozen(teacher).fingerprint(),
-        "probe": probe.model_dump(mode="json"),
+        "teacher": Frozen(teacher),
+        "probe": probe,
         "split": run.judging_data()[1],
-        "data": run.data(data).fingerprint,
+        "data": run.data(data),
     }
     found = run.stage("teacher.probe", lambda: probed(run, copy.deepcopy(teacher), data, probe, spec.embedding), uses)
     return {f"teacher_{name}": value for name, value in found.items()}

@@ -10,7 +10,7 @@ from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from stillhouse.files import written_beside
+from stillhouse.files import atomic_write
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
@@ -144,8 +144,8 @@ def page(title: str, subtitle: str, body: Sequence[str]) -> str:
 def write(path: Path, document: str) -> Path:
     """Write beside and rename, so that a reader never sees half a report."""
     path = Path(path)
-    with written_beside(path) as beside:
-        beside.write_text(document, encoding="utf-8")
+    with atomic_write(path) as temporary:
+        temporary.write_text(document, encoding="utf-8")
     return path
 
 

@@ -30,7 +30,7 @@ import yaml
 from stillhouse.config.reading import beside_recipe, dump, parse_sets, read_yaml, resolve
 from stillhouse.config.specs import MethodConfig
 from stillhouse.errors import MissingExtra, UserError, nearest
-from stillhouse.files import written_beside
+from stillhouse.files import atomic_write
 from stillhouse.runs.claims import judge, read_claims, varied_network
 from stillhouse.runs.evidence import recipe_hash, row_facts
 from stillhouse.runs.recipe import validate
@@ -255,8 +255,8 @@ def _start_over(jobs: Sequence[Job], out: Path) -> None:
         names = ", ".join(job.folder.name for job in old[:5]) + (", …" if len(old) > 5 else "")
         warnings.warn(f"{len(old)} runs in {out} are not of the present code and are run again: {names}.", stacklevel=1)
     out.mkdir(parents=True, exist_ok=True)
-    with written_beside(recorded) as beside:
-        beside.write_text(json.dumps({**before, **now}, indent=1) + "\n")
+    with atomic_write(recorded) as temporary:
+        temporary.write_text(json.dumps({**before, **now}, indent=1) + "\n")
 
 
 def verdicts(entries: Sequence[Entry], rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:

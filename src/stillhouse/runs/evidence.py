@@ -19,7 +19,7 @@ from typing import Any
 from stillhouse import catalog
 from stillhouse.config.reading import parse_sets, read_yaml, resolve
 from stillhouse.errors import UserError
-from stillhouse.files import written_beside
+from stillhouse.files import atomic_write
 from stillhouse.reporting.verdicts import Verdict
 from stillhouse.runs.claims import BASE, judge, row_name
 from stillhouse.runs.sources import source_hash
@@ -196,8 +196,8 @@ class Library:
             path = self.folder / f"{name}.json"
             after = json.dumps({**self.results[name], "claims": found}, indent=1) + "\n"
             if (found or "claims" in self.results[name]) and after != path.read_text(encoding="utf-8"):
-                with written_beside(path) as beside:
-                    beside.write_text(after, encoding="utf-8")
+                with atomic_write(path) as temporary:
+                    temporary.write_text(after, encoding="utf-8")
                 changed.append(path)
         return changed
 

@@ -19,7 +19,7 @@ import stillhouse
 from stillhouse import catalog
 from stillhouse.config.reading import dump
 from stillhouse.config.specs import MethodConfig
-from stillhouse.files import written_beside
+from stillhouse.files import atomic_write
 from stillhouse.processes import agreed, rank_world, together, wait
 from stillhouse.reporting.run_report import write_run_report
 from stillhouse.runs.folder import claim, held, lacks_report
@@ -106,7 +106,7 @@ def _executed(
     product = method.run(config, run)
     figures: dict[str, float] = dict(getattr(product, "figures", {}) or {})
     if main:
-        _keep(product, folder / "product")
+        _save_product(product, folder / "product")
     figures |= run.evaluated(product)  # in every process, as the judges of some products train networks, together
     if main:
         if isinstance(product, Student):
@@ -120,18 +120,18 @@ def _executed(
     return figures
 
 
-def _keep(product: Any, folder: Path) -> None:
-    beside = folder.with_name("product.partial")
-    shutil.rmtree(beside, ignore_errors=True)
-    beside.mkdir(parents=True)
-    product.save(beside)
+def _save_product(product: Any, folder: Path) -> None:
+    unfinished = folder.with_name("product.partial")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    unfinished.mkdir(parents=True)
+    product.save(unfinished)
     shutil.rmtree(folder, ignore_errors=True)
-    os.replace(beside, folder)
+    os.replace(unfinished, folder)
 
 
 def _write_json(path: Path, value: Any) -> None:
-    with written_beside(path) as beside:
-        beside.write_text(json.dumps(value, indent=1))
+    with atomic_write(path) as temporary:
+        temporary.write_text(json.dumps(value, indent=1))
 
 
 def _device_name(device: torch.device) -> str:

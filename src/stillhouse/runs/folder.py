@@ -12,7 +12,7 @@ from typing import Any
 import yaml
 
 from stillhouse.errors import UserError
-from stillhouse.files import written_beside
+from stillhouse.files import atomic_write
 
 STEADYING = frozenset({"lr", "clip", "weight"})
 """Keys that may change after a training diverged: it continues from its last good checkpoint."""
@@ -93,8 +93,8 @@ def claim(folder: Path, text: str, overwrite: bool) -> dict[str, Any]:
         changes = _earlier_changes(folder)
         if before != text and _trained(folder):
             changes |= _steadied(folder, before, text)
-    with written_beside(recipe) as beside:
-        beside.write_text(text)
+    with atomic_write(recipe) as temporary:
+        temporary.write_text(text)
     return changes
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Generic, TypeVar, get_args, get_origin
 
 from stillhouse.config.specs import MethodConfig
@@ -12,7 +12,11 @@ C = TypeVar("C", bound=MethodConfig)
 
 @dataclass
 class Stage:
-    """A line of a plan: what will be done, shown by --dry-run."""
+    """A line of a plan: what will be done, shown by --dry-run. As text it is its name.
+
+    A method names each stage once, above its class, and fills in the rest in its plan: `TEACHER = Stage("teacher",
+    "train the teacher (shared)")`, in `plan` `TEACHER.filled(steps=100)`, in `run` `run.stage(TEACHER, …)`.
+    """
 
     name: str
     does: str
@@ -20,10 +24,17 @@ class Stage:
     taps: dict[str, str] = field(default_factory=dict)
     steps: int | None = None
 
+    def filled(self, **facts: Any) -> Stage:
+        """The same stage with what the recipe decides: `does`, `models`, `taps`, `steps`."""
+        return replace(self, **facts)
+
+    def __str__(self) -> str:
+        return self.name
+
 
 class Method(Generic[C]):
-    """A paper's whole procedure, a subclass of `Method[Config]`, where Config is the recipe, whole. It says what it
-    will do in `plan`, and does it in `run`, top to bottom."""
+    """A paper's whole procedure, a subclass of `Method[Config]`, where Config is the whole recipe. `plan` lists the
+    stages; `run` does the work, top to bottom."""
 
     Config: ClassVar[type[MethodConfig]]
     searches: ClassVar[bool] = False

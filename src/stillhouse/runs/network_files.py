@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from stillhouse.errors import MissingExtra
-from stillhouse.files import written_beside
+from stillhouse.files import atomic_write
 from stillhouse.signals import Batch, read_logits
 
 FORMATS = {"onnx": "student.onnx", "torch": "student.pt2", "safetensors": "student.safetensors"}
@@ -28,15 +28,15 @@ def write_network(module: nn.Module, example: Batch | None, to: str, path: Path)
     if to == "safetensors":
         from safetensors.torch import save_model
 
-        with written_beside(path) as beside:
-            save_model(module, str(beside))
+        with atomic_write(path) as temporary:
+            save_model(module, str(temporary))
         return
     assert example is not None
     student, inputs = _Logits(module).eval(), (example["input"].repeat_interleave(2, 0),)
     batch = {0: torch.export.Dim("batch", min=1)}
     if to == "torch":
         program = torch.export.export(student, inputs, dynamic_shapes=(batch,))
-        with written_beside(path) as beside, open(beside, "wb") as file:
+        with atomic_write(path) as temporary, open(temporary, "wb") as file:
             torch.export.save(program, file)
         return
     if importlib.util.find_spec("onnxscript") is None:
@@ -51,8 +51,8 @@ def write_network(module: nn.Module, example: Batch | None, to: str, path: Path)
         verbose=False,
     )
     assert exported is not None
-    with written_beside(path) as beside:
-        exported.save(str(beside))
+    with atomic_write(path) as temporary:
+        exported.save(str(temporary))
 
 
 class _Logits(nn.Module):

@@ -1,4 +1,4 @@
-"""`RunStages`: pieces of work kept on disk, fits and loops, all in a run's folder."""
+"""`RunStages`: cached stages, fits and loops, all in a run's folder."""
 
 from __future__ import annotations
 
@@ -15,16 +15,18 @@ from stillhouse.distillation.teachers import Frozen
 from stillhouse.errors import UserError
 from stillhouse.files import cache_folder
 from stillhouse.runs.data import RunData
-from stillhouse.runs.stages import kept
+from stillhouse.runs.method import Stage
+from stillhouse.runs.stages import cached
 from stillhouse.training.display import Live
 from stillhouse.training.engine import Fitted, fit
 from stillhouse.training.loop import loop
+from stillhouse.training.module import TrainingModule
 
 T = TypeVar("T")
 
 
 class RunStages(RunData):
-    """Data, and work whose result is kept: stages, fits, loops.
+    """Data, and work whose result is stored: stages, fits, loops.
 
     Args:
         folder: the run's own folder; None for a plan, which writes nothing.
@@ -66,18 +68,23 @@ class RunStages(RunData):
         finally:
             self.seed = outer
 
-    def stage(self, name: str, make: Callable[[], T], uses: Mapping[str, Any], *, shared: bool = True) -> T:
-        """The result of `make()`, kept on disk under a hash of `uses` and reused by every run that uses the same.
+    def stage(self, stage: str | Stage, make: Callable[[], T], uses: Mapping[str, Any], *, shared: bool = True) -> T:
+        """The result of `make()`, stored under a hash of `uses` and reused by every run that uses the same.
 
-        Inside `make`, `run.folder` is the stage's own folder, so that a fit that was cut off goes on. The result may be
-        a mapping of tensors, plain JSON data, or a mapping of those two. Two processes that want the same stage take
-        turns.
+        Inside `make`, `run.folder` is the stage's own folder, so that a fit that was interrupted resumes. The result
+        may be a mapping of tensors, plain JSON data, or a mapping of those two. Two processes that want the same stage
+        take turns.
 
         Args:
-            name: one of the plan's stages (an index may follow a dot: `expert.3`).
-            uses: everything that the result depends on, as JSON data.
-            shared: keep it in the cache for other runs; False: in the run's folder.
+            stage: one of the plan's, or its name (an index may follow a dot: `expert.3`).
+            uses: everything that the result depends on: JSON data, specs, data, teachers, networks, tensors, files (see
+                `stillhouse.runs.stages.as_json`).
+            shared: store it in the cache for other runs; False: in the run's folder.
+
+        Raises:
+            UserError: a stage that is not in the plan, or a value in `uses` that has no hash.
         """
+        name = str(stage)
         if self.planned is not None and name.split(".")[0] not in self.planned:
             raise UserError(f"The stage '{name}' is not in the method's plan ({', '.join(sorted(self.planned))}).")
 
@@ -88,12 +95,12 @@ class RunStages(RunData):
             finally:
                 self._folder = outer
 
-        return kept((cache_folder() if shared else self.folder) / "stages", name, inside, uses)
+        return cached((cache_folder() if shared else self.folder) / "stages", name, inside, uses)
 
     def fit(
         self,
-        name: str,
-        module: Any,
+        stage: str | Stage,
+        module: TrainingModule,
         train: Any,
         spec: TrainSpec,
         *,
@@ -106,7 +113,7 @@ class RunStages(RunData):
             train,
             spec,
             folder=self.folder,
-            stage=name,
+            stage=str(stage),
             seed=self.seed,
             evaluate=evaluate,
             splits=splits,
@@ -114,7 +121,9 @@ class RunStages(RunData):
             cpu=self.cpu,
         )
 
-    def last_step(self, module: Any, train: Any, spec: TrainSpec, splits: Mapping[str, Any]) -> tuple[Any, Any]:
+    def last_step(
+        self, module: TrainingModule, train: Any, spec: TrainSpec, splits: Mapping[str, Any]
+    ) -> tuple[Any, Any]:
         """A batch on the device and the context of a fit's last epoch, to measure a further step by (see
         `evaluation.cost.step_cost`)."""
         from stillhouse.distillation.objective import Progress
@@ -128,11 +137,11 @@ class RunStages(RunData):
 
     def loop(
         self,
-        name: str,
+        stage: str | Stage,
         state: Mapping[str, Any],
         step: Callable[[int], Mapping[str, Tensor]],
         steps: int,
         **options: Any,
     ) -> float:
         """The same loop where there is no loader (see `stillhouse.training.loop.loop`)."""
-        return loop(self.folder, name, state, step, steps, seed=self.seed, live=self.live, **options)
+        return loop(self.folder, str(stage), state, step, steps, seed=self.seed, live=self.live, **options)

@@ -122,8 +122,8 @@ class RunTeachers(RunStages):
         bundle = self.data(data)
         store = Store(folder)
         store.check(data_facts(data, bundle), bundle.num_classes, bundle.dataset("train", train=True))
-        beside = self._stores.setdefault(data.model_dump_json(), [])
-        for other in beside:
+        opened = self._stores.setdefault(data.model_dump_json(), [])
+        for other in opened:
             if (other.views, other.manifest["seed"]) != (store.views, store.manifest["seed"]):
                 raise UserError(
                     f"The stores '{other.folder}' and '{store.folder}' hold other views of the samples ({other.views} "
@@ -131,7 +131,7 @@ class RunTeachers(RunStages):
                     f"{store.views} of seed {store.manifest['seed']}), but a student sees one view at a time; cache "
                     "both with the same views and seed."
                 )
-        beside.append(store)
+        opened.append(store)
         return Stored(store, name=name)
 
     def trained(

@@ -6,6 +6,6 @@ OpenAI-compatible HTTP server.
 """
 
 from stillhouse.store.reading import Store, StoredDataset
-from stillhouse.store.writing import Writer, cache
+from stillhouse.store.writing import StoreWriter, cache
 
-__all__ = ["Store", "StoredDataset", "Writer", "cache"]
+__all__ = ["Store", "StoreWriter", "StoredDataset", "cache"]

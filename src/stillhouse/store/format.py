@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from stillhouse.errors import UserError
-from stillhouse.files import written_beside
+from stillhouse.files import atomic_write
 
 FORMAT = 1
 ALIGN = 64
@@ -105,7 +105,7 @@ def write_shard(folder: Path, number: int, arrays: Mapping[str, np.ndarray], fac
     """Write a shard and then its record, each beside and renamed. Raises `UserError` where the disk is full; what was
     whole before stays."""
     path, listed, digest, at = shard_file(folder, number), {}, hashlib.blake2b(digest_size=16), 0
-    with written_beside(path) as beside, open(beside, "wb") as file:
+    with atomic_write(path) as temporary, open(temporary, "wb") as file:
         for name, array in arrays.items():
             array = np.ascontiguousarray(array)
             listed[name] = {"dtype": array.dtype.str, "shape": list(array.shape), "offset": at}
@@ -116,8 +116,8 @@ def write_shard(folder: Path, number: int, arrays: Mapping[str, np.ndarray], fac
     for left in path.parent.glob(f".{path.name}.*.partial"):  # of a process that was killed while it wrote this shard
         left.unlink(missing_ok=True)
     record = {"arrays": listed, "bytes": at, "checksum": digest.hexdigest(), **facts}
-    with written_beside(record_file(folder, number)) as beside:
-        beside.write_text(json.dumps(record))
+    with atomic_write(record_file(folder, number)) as temporary:
+        temporary.write_text(json.dumps(record))
 
 
 def read_record(folder: Path, number: int) -> dict[str, Any] | None:
@@ -159,8 +159,8 @@ def map_shard(folder: Path, number: int, record: Mapping[str, Any]) -> dict[str,
 
 
 def write_manifest(folder: Path, manifest: Mapping[str, Any]) -> None:
-    with written_beside(folder / "manifest.json") as beside:
-        beside.write_text(json.dumps(manifest, indent=1, sort_keys=True))
+    with atomic_write(folder / "manifest.json") as temporary:
+        temporary.write_text(json.dumps(manifest, indent=1, sort_keys=True))
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:

@@ -23,7 +23,7 @@ from stillhouse.signals import Batch
 from stillhouse.store.format import index_dtype
 from stillhouse.store.reading import Store
 from stillhouse.store.server import Answer, Server, TooLong, Vocabulary
-from stillhouse.store.writing import Writer, glance, manifest_of
+from stillhouse.store.writing import StoreWriter, glance, manifest_of
 from stillhouse.training.display import Live
 
 TooLongIs = Literal["refuse", "skip"]
@@ -59,7 +59,8 @@ def score(
         how many shards were written.
 
     Raises:
-        UserError: data that is no causal text, and what `Server.score` and `Writer` raise. What was answered is kept.
+        UserError: data that is no causal text, and what `Server.score` and `StoreWriter` raise; answers received before
+            are stored.
     """
     k = _check(spec, server, classes)
 
@@ -109,7 +110,15 @@ def score(
         return signals, {**plain, "seen": seen}
 
     return _asked(
-        Writer(folder, manifest), ask, columns, workers, too_long, f"{server.model} at {server.url}", rank, world, live
+        StoreWriter(folder, manifest),
+        ask,
+        columns,
+        workers,
+        too_long,
+        f"{server.model} at {server.url}",
+        rank,
+        world,
+        live,
     )
 
 
@@ -132,10 +141,10 @@ def write(
     of its tokens.
 
     The store holds `tokens` rows beside the signals (`Store.tokens_of`); an empty completion is a row of none.
-    `Written` trains from it.
+    `CompletionDataset` trains from it.
 
     Raises:
-        UserError: what `Server.write` and `Writer` raise. What was answered is kept.
+        UserError: what `Server.write` and `StoreWriter` raise; answers received before are stored.
     """
     k = _check(spec, server, classes)
     text = [p if isinstance(p, str) else [dict(m) for m in p] for p in prompts]
@@ -159,7 +168,7 @@ def write(
         return signals, {**plain, "tokens": np.array([t for a in answers for t in a.tokens], np.uint32)}
 
     return _asked(
-        Writer(folder, manifest),
+        StoreWriter(folder, manifest),
         lambda i: server.write(text[i], vocabulary, max_tokens),
         columns,
         workers,
@@ -171,7 +180,7 @@ def write(
     )
 
 
-class Written:
+class CompletionDataset:
     """Prompts with the completions that a store holds, and its signals: what `Loader` asks of a data set. Samples
     without a completion are left out.
 
@@ -231,7 +240,7 @@ def _check(spec: StoreSpec, server: Server, classes: int) -> int:
 
 
 def _asked(
-    writer: Writer,
+    writer: StoreWriter,
     ask: Callable[[int], Answer],
     columns: Callable[[np.ndarray, Sequence[Answer]], tuple[dict[str, Tensor], dict[str, np.ndarray]]],
     workers: int,

@@ -1,21 +1,21 @@
-"""Writing a store: a teacher runs once over every view of a data set. Shards are divided among processes; what is whole
-is kept, the rest is made."""
+"""Writing a store: a teacher runs once over every view of a data set. Shards are divided among processes; whole shards
+are left as they are, the others are written."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from stillhouse.config.specs import StoreSpec
-from stillhouse.data.dataset import BatchKey
+from stillhouse.data.dataset import BatchKey, IndexedDataset
 from stillhouse.errors import UserError
 from stillhouse.signals import Batch, Signals
 from stillhouse.store import format as F
@@ -25,12 +25,12 @@ SHARD_BYTES = 64 << 20
 
 
 def identity(manifest: Mapping[str, Any]) -> str:
-    """What a store is called inside batches: a hash of its manifest."""
+    """A store's key inside batches: a hash of its manifest."""
     return hashlib.blake2b(json.dumps(manifest, sort_keys=True).encode(), digest_size=8).hexdigest()
 
 
-class Writer:
-    """A store being written, or gone on with.
+class StoreWriter:
+    """Writes a store, or what an interrupted run left of it.
 
     Args:
         folder: of the store.
@@ -42,19 +42,19 @@ class Writer:
 
     def __init__(self, folder: str | Path, manifest: Mapping[str, Any]) -> None:
         self.folder, self.manifest = Path(folder).expanduser(), json.loads(json.dumps(manifest))
-        held = self.folder.exists() and any(not p.name.startswith(".") for p in self.folder.iterdir())
+        occupied = self.folder.exists() and any(not p.name.startswith(".") for p in self.folder.iterdir())
         if (self.folder / "manifest.json").exists():  # looked for last: another process may be writing it now
             differs = F.difference(F.read_manifest(self.folder), self.manifest)
             if differs:
                 raise UserError(f"'{self.folder}' holds another store ({differs}); choose another folder.")
-        elif held:
+        elif occupied:
             raise UserError(f"'{self.folder}' is not empty and not a store; choose another folder.")
         else:
             F.write_manifest(self.folder, self.manifest)
 
     @property
     def shards(self) -> int:
-        """How many there will be."""
+        """How many shards the whole store has."""
         return int(self.manifest["views"]) * self._blocks
 
     @property
@@ -68,7 +68,7 @@ class Writer:
         return view, np.arange(block * rows, min((block + 1) * rows, self.manifest["count"]), dtype=np.int64)
 
     def missing(self, rank: int = 0, world: int = 1) -> Iterator[int]:
-        """A process's shards that are not whole, looked at when their turn comes."""
+        """The shards of a process that are missing or damaged, each checked when its turn comes."""
         for shard in range(rank, self.shards, world):
             try:
                 record = F.read_record(self.folder, shard)
@@ -78,7 +78,7 @@ class Writer:
                 yield shard
 
     def write(self, shard: int, columns: Mapping[str, Tensor], plain: Mapping[str, np.ndarray]) -> None:
-        """Keep a shard: `columns` in the store's precision, `plain` arrays as they are."""
+        """Write a shard: `columns` in the store's precision, `plain` arrays as they are."""
         arrays: dict[str, np.ndarray] = {}
         errors = {}
         precision = self.manifest["precision"]
@@ -92,11 +92,11 @@ class Writer:
 def manifest_of(
     spec: StoreSpec, *, teacher: Mapping[str, Any], data: Mapping[str, Any], count: int, classes: int, row_bytes: int
 ) -> dict[str, Any]:
-    """What a store is: format, whose signals (`teacher`), of what (`data`: fingerprint, split, transform), which and
-    how they are kept.
+    """The manifest of a store: its format, the teacher, the data (fingerprint, split, transform), which signals and in
+    what form.
 
     Raises:
-        UserError: as many top classes as there are.
+        UserError: `top` is not below the number of classes.
     """
     if spec.top is not None and spec.top >= classes:
         raise UserError(
@@ -120,8 +120,18 @@ def manifest_of(
     }
 
 
+class Source(Protocol):
+    """What `cache` reads signals from: a teacher of `stillhouse.distillation.teachers`, such as `Frozen`."""
+
+    def to(self, device: Any) -> Any: ...
+    def attach(self, wanted: Iterable[str], probe: Batch, student: Any) -> None: ...
+    def __call__(self, batch: Batch) -> Signals: ...
+    def readers(self) -> Sequence[Any]: ...
+    def close(self) -> None: ...
+
+
 def cache(
-    teacher: Any,
+    teacher: Source,
     dataset: Any,
     folder: str | Path,
     spec: StoreSpec,
@@ -134,12 +144,12 @@ def cache(
     device: torch.device | str = "cpu",
     live: Live | None = None,
 ) -> int:
-    """Run a teacher over every view of a data set, and keep what it said.
+    """Run a teacher over every view of a data set, and store its outputs.
 
     Args:
-        teacher: `Frozen` or `Ensemble`, or anything with `attach`, `close` and a call.
+        teacher: `Frozen` or `Ensemble`.
         dataset: what `Loader` takes; view v of sample i is its input at the key (spec.seed, v, i).
-        teacher_facts, data_facts: what the manifest says of both.
+        teacher_facts, data_facts: their entries in the manifest.
         rank, world: this process's share of the shards.
         live: the display.
 
@@ -150,8 +160,7 @@ def cache(
         UserError: a folder that holds another store, a full disk, a teacher whose signals do not fit.
     """
     device = torch.device(device)
-    if hasattr(teacher, "to"):
-        teacher.to(device)
+    teacher.to(device)
     wanted = {*(["embedding"] if spec.embedding else []), *(f"tap:{t}" for t in spec.taps)}
     probe = _on(
         dataset.batch(BatchKey(0, np.arange(min(2, len(dataset)), dtype=np.int64), 0, min(2, len(dataset))), spec.seed),
@@ -159,16 +168,16 @@ def cache(
     )
     teacher.attach(wanted, probe, None)
     try:
-        said = teacher(probe)
-        scores = _scores(said)
+        signals = teacher(probe)
+        scores = _scores(signals)
         if spec.top is not None and scores.ndim not in (2, 3):
             raise UserError(
-                "The top k are kept of class scores (B, C) and of tokens (B, L, V), but the teacher gives "
+                "The top k can be stored of class scores (B, C) and of tokens (B, L, V), but the teacher gives "
                 f"{tuple(scores.shape)}; store it in full."
             )
-        first, _, _ = columns(said, probe, spec)
+        first, _, _ = columns(signals, probe, spec)
         row_bytes = 4 * sum(v.numel() for v in first.values()) // len(probe["index"])
-        writer = Writer(
+        writer = StoreWriter(
             folder,
             manifest_of(
                 spec,
@@ -201,14 +210,16 @@ def _shard(
     for start in range(0, len(rows), batch_size):
         indices = rows[start : start + batch_size]
         key = BatchKey(view, indices, 0, len(indices))
-        batch, drawn = (
-            dataset.recorded(key, spec.seed) if hasattr(dataset, "recorded") else (dataset.batch(key, spec.seed), {})
+        batch, draws = (
+            dataset.recorded(key, spec.seed)
+            if isinstance(dataset, IndexedDataset)
+            else (dataset.batch(key, spec.seed), {})
         )
         _fits(teacher, batch, indices)
         moved = _on(batch, device)
-        kept, top, tokens = columns(teacher(moved), moved, spec)
-        parts.append({k: v.cpu() for k, v in kept.items()})
-        plain.append({**{k: v.cpu().numpy() for k, v in top.items()}, "seen": glance(batch), **drawn})
+        real, top, tokens = columns(teacher(moved), moved, spec)
+        parts.append({k: v.cpu() for k, v in real.items()})
+        plain.append({**{k: v.cpu().numpy() for k, v in top.items()}, "seen": glance(batch), **draws})
         if tokens is not None:
             lengths.append(tokens.cpu().numpy())
     out = {k: torch.cat([p[k] for p in parts]) for k in parts[0]}
@@ -221,8 +232,8 @@ def _shard(
 def _fits(teacher: Any, batch: Batch, samples: np.ndarray) -> None:
     """Refuse a sample of more tokens than the teacher reads, where its config says how many those are."""
     ids = batch["input"].get("input_ids") if isinstance(batch["input"], Mapping) else None
-    for member in getattr(teacher, "members", [teacher]):
-        limit = getattr(getattr(getattr(member, "model", None), "config", None), "max_position_embeddings", None)
+    for reader in teacher.readers():
+        limit = getattr(getattr(reader.model, "config", None), "max_position_embeddings", None)
         if ids is None or not isinstance(limit, int) or not 0 < limit < ids.shape[1]:
             continue
         mask = batch["input"].get("attention_mask")
@@ -236,10 +247,10 @@ def _fits(teacher: Any, batch: Batch, samples: np.ndarray) -> None:
 def columns(
     signals: Signals, batch: Batch, spec: StoreSpec
 ) -> tuple[dict[str, Tensor], dict[str, Tensor], Tensor | None]:
-    """What is kept of a batch: real-valued columns, the top's indices and tail, and for tokens each sample's number of
-    kept positions (B,).
+    """A batch as it is stored: real-valued columns, the top's indices and tail, and for tokens the number of stored
+    positions of each sample, (B,).
 
-    Of logits (B, L, V) those positions are kept whose label (B, L) is not -100; without such labels, all.
+    Logits (B, L, V) are stored where the label (B, L) is not -100; without such labels, everywhere.
     """
     out: dict[str, Tensor] = {}
     plain: dict[str, Tensor] = {}
@@ -258,8 +269,7 @@ def columns(
             narrow = F.index_dtype(scores.shape[-1])
             plain["top.indices"] = torch.from_numpy(plain["top.indices"].cpu().numpy().astype(narrow))
     if spec.embedding:
-        assert signals.embedding is not None
-        out["embedding"] = signals.embedding
+        out["embedding"] = signals.require("embedding")
     for name in spec.taps:
         out[f"tap:{name}"] = signals.taps[name]
     return out, plain, lengths
@@ -275,7 +285,7 @@ def top_k(logits: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def token_mask(batch: Batch, shape: Sequence[int], device: torch.device | str) -> Tensor:
-    """(B, L) True at the positions that a store of tokens keeps."""
+    """(B, L) True at the positions that are stored."""
     label = batch.get("label")
     if isinstance(label, Tensor) and label.shape == torch.Size(shape) and not label.is_floating_point():
         return label.to(device) != -100
@@ -283,22 +293,22 @@ def token_mask(batch: Batch, shape: Sequence[int], device: torch.device | str) -
 
 
 def glance(batch: Batch) -> np.ndarray:
-    """(B, 2) float32: mean and spread of each sample's input, by which a store knows later whether the student sees
-    what the teacher saw."""
+    """(B, 2) float32: mean and spread of each sample's input, by which a reader checks later that the
+    student sees what the teacher saw."""
     x = batch["input"]
     values = [x[k] for k in sorted(x)] if isinstance(x, Mapping) else [x]
     values = [v for v in values if isinstance(v, Tensor) and v.ndim and v.dtype != torch.bool]
     if isinstance(x, Mapping) and "input_ids" in x:  # the padding of a batch is not the sample's
         ids, label = x["input_ids"].double(), batch.get("label")
-        kept = x["attention_mask"] if "attention_mask" in x else torch.ones_like(x["input_ids"])
-        ids = ids * kept
+        mask = x["attention_mask"] if "attention_mask" in x else torch.ones_like(x["input_ids"])
+        ids = ids * mask
         spread = (
             (label.double() * (label != -100)).sum(1)
             if isinstance(label, Tensor) and label.ndim == 2
-            else kept.double().sum(1)
+            else mask.double().sum(1)
         )
         return (
-            torch.stack([ids.sum(1) / kept.sum(1).clamp_min(1), spread / kept.sum(1).clamp_min(1)], 1).float().numpy()
+            torch.stack([ids.sum(1) / mask.sum(1).clamp_min(1), spread / mask.sum(1).clamp_min(1)], 1).float().numpy()
         )
     flat = torch.cat([v.reshape(len(v), -1).to(torch.float32) for v in values], 1)
     return torch.stack([flat.mean(1), flat.std(1, correction=0)], 1).numpy()

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from stillhouse.errors import UserError
-from stillhouse.files import written_beside
+from stillhouse.files import atomic_write
 
 
 def to_folder(images: Tensor, labels: list[int], classes: list[str], folder: str | Path) -> int:
@@ -68,7 +68,7 @@ def to_parquet(images: Tensor, labels: list[int], classes: list[str], logits: Te
         columns["logits"] = pa.array(logits.float().tolist(), pa.list_(pa.float32()))
         features["logits"] = {"feature": {"dtype": "float32", "_type": "Value"}, "_type": "List"}
     table = pa.table(columns).replace_schema_metadata({"huggingface": json.dumps({"info": {"features": features}})})
-    with written_beside(Path(path)) as temporary:
+    with atomic_write(Path(path)) as temporary:
         pq.write_table(table, temporary)
     return len(images)
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from stillhouse.errors import UserError
-from stillhouse.files import written_beside
+from stillhouse.files import atomic_write
 from stillhouse.functional.whitening import Whitening
 from stillhouse.runs.products import Product, read_meta
 from stillhouse.synthetic.files import contact_sheet, png, to_folder, to_parquet
@@ -182,7 +182,7 @@ class SyntheticSet(Product):
         from safetensors.torch import save_file
 
         folder.mkdir(parents=True, exist_ok=True)
-        with written_beside(folder / "images.safetensors") as temporary:
+        with atomic_write(folder / "images.safetensors") as temporary:
             save_file({k: v.contiguous() for k, v in self._tensors().items()}, str(temporary))
         meta = {
             "kind": self.kind,

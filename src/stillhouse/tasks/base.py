@@ -131,10 +131,10 @@ class Task:
         """Write the network's weights into a product's folder."""
         from safetensors.torch import save_model
 
-        from stillhouse.files import written_beside
+        from stillhouse.files import atomic_write
 
-        with written_beside(folder / WEIGHTS) as beside:
-            save_model(module, str(beside))
+        with atomic_write(folder / WEIGHTS) as temporary:
+            save_model(module, str(temporary))
 
     def load_module(self, spec: ModelSpec, folder: Path) -> nn.Module:
         """The network of a product's folder, in evaluation mode."""

@@ -84,8 +84,7 @@ class Classification(Task):
         fitted = torch.stack([centre(with_channels(image, channels), (height, width)) for image in inputs])
         device = next(module.parameters()).device
         x = normalise(fitted, self.mean, self.std).to(device)
-        logits = self.read(self.call(module, {"input": x}), {"input": x}).logits
-        assert logits is not None
+        logits = self.read(self.call(module, {"input": x}), {"input": x}).require("logits")
         found = []
         for probs in logits.float().softmax(-1).cpu():
             top = probs.topk(min(5, len(probs)))

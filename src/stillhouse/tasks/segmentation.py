@@ -94,8 +94,7 @@ class Segmentation(Task):
         for image in inputs:
             plain = with_channels(image, len(self.mean))
             x = normalise(resized(plain, self.size)[None], self.mean, self.std).to(device)
-            maps = self.read(self.call(module, {"input": x}), {"input": x}).logits
-            assert maps is not None
+            maps = self.read(self.call(module, {"input": x}), {"input": x}).require("logits")
             whole = F.interpolate(
                 maps.movedim(-1, 1).float(), size=plain.shape[-2:], mode="bilinear", align_corners=False
             )
@@ -109,10 +108,10 @@ class Segmentation(Task):
         return found
 
     def pictures(self, batch: Batch, outputs: Signals) -> list[Tensor]:
-        assert outputs.logits is not None
+        logits = outputs.require("logits")
         images = unnormalise(batch["input"].cpu(), self.mean, self.std)
         out = []
-        for image, ids in zip(images, outputs.logits.argmax(-1).cpu()):
+        for image, ids in zip(images, logits.argmax(-1).cpu()):
             out.append(overlay(resized(with_channels(image, 3), (ids.shape[0], ids.shape[1])), ids, len(self.classes)))
         return out
 
@@ -123,9 +122,9 @@ class Segmentation(Task):
         return [overlay(resized(with_channels(x, 3), size), y, len(self.classes)) for x, y in zip(images, label)]
 
     def disagreement(self, student: Signals, teacher: Signals, batch: Batch) -> Tensor:
-        assert student.logits is not None and teacher.logits is not None
+        mine, theirs = student.require("logits"), teacher.require("logits")
         counted = batch["label"] != IGNORE
-        differ = (student.logits.argmax(-1) != teacher.logits.argmax(-1)) & counted
+        differ = (mine.argmax(-1) != theirs.argmax(-1)) & counted
         return differ.flatten(1).sum(1) / counted.flatten(1).sum(1).clamp_min(1)
 
 
@@ -145,8 +144,7 @@ class SegmentationMeter:
 
     def add(self, batch: Batch, outputs: Signals) -> None:
         """Take the logits (B, H, W, K) of a batch and its `label` (B, H, W)."""
-        label, logits, number = batch["label"], outputs.logits, len(self.classes)
-        assert logits is not None
+        label, logits, number = batch["label"], outputs.require("logits"), len(self.classes)
         if self._counts is None:
             self._counts = torch.zeros(number * number + 1, dtype=torch.int64, device=logits.device)
         where = torch.where(label == IGNORE, number * number, label * number + logits.argmax(-1)).flatten()

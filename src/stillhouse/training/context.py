@@ -84,7 +84,7 @@ class TrainingContext(Context):
 
     def __init__(
         self,
-        module: Any,
+        module: Any,  # a `TrainingModule`, which is written in terms of this file
         progress: Progress,
         splits: Mapping[str, Any],
         seed: int,
@@ -92,14 +92,8 @@ class TrainingContext(Context):
         folder: Path,
         train: Any,
     ) -> None:
-        self.module, self.progress, self._splits, self._seed, self._device = (
-            module,
-            progress,
-            dict(splits),
-            seed,
-            device,
-        )
-        self._train = train
+        self.module, self.progress, self._train = module, progress, train
+        self._splits, self._seed, self._device = dict(splits), seed, device
         self._means: dict[tuple[str, str], tuple[Tensor, Tensor]] = {}
         self._holdout_batches: Any = None
 
@@ -127,7 +121,7 @@ class TrainingContext(Context):
     def labels(self, split: str = "train") -> Tensor:
         """Labels of a split in index order, (N,)."""
         source = self._train if split == "train" else self.split(split)
-        labels = source.labels() if hasattr(source, "labels") else None
+        labels = source.labels()
         if labels is None:
             raise UserError(
                 f"The labels of the '{split}' split are not known beforehand; train from a recipe, or give the "
@@ -146,7 +140,7 @@ class TrainingContext(Context):
         try:
             for batch in self.split(split):
                 batch = to_device(batch, self._device)
-                yield batch, self.module._reader(batch) if of == "student" else self.module.teachers[of](batch)
+                yield batch, self.module.read_student(batch) if of == "student" else self.module.teachers[of](batch)
         finally:
             student.train(mode)
 
@@ -155,12 +149,12 @@ class TrainingContext(Context):
             return self._means[what, of]
         sums: Tensor | None = None
         counts: Tensor | None = None
-        for batch, said in self.sweep("train", of):
+        for batch, signals in self.sweep("train", of):
             value = {
                 "probs": lambda s: s.log_probs().exp(),
                 "logits": lambda s: s.log_probs(),
-                "embedding": lambda s: s.embedding,
-            }[what](said)
+                "embedding": lambda s: s.require("embedding"),
+            }[what](signals)
             labels = batch["label"]
             if labels.ndim != 1:
                 raise UserError(
@@ -168,7 +162,7 @@ class TrainingContext(Context):
                     "the sweep, or label the data hard."
                 )
             if sums is None or counts is None:
-                classes = said.log_probs().shape[-1]
+                classes = signals.log_probs().shape[-1]
                 sums = torch.zeros(classes, value.shape[-1], dtype=torch.float64, device=value.device)
                 counts = torch.zeros(classes, dtype=torch.float64, device=value.device)
             sums.index_add_(0, labels, value.double())

@@ -19,13 +19,14 @@ from torch import Tensor, nn
 from stillhouse.config.specs import TrainSpec
 from stillhouse.errors import MissingExtra, UserError, unknown
 from stillhouse.evaluation.quantities import quantity
-from stillhouse.files import written_beside
+from stillhouse.files import atomic_write
 from stillhouse.functional.counting import has_positions, weigh_positions_alike
 from stillhouse.signals import Batch, to_device
 from stillhouse.training.accumulation import StepMean, samples
 from stillhouse.training.context import Progress, TrainingContext
 from stillhouse.training.display import Live
 from stillhouse.training.loop import Loop, Stateful
+from stillhouse.training.module import TrainingModule
 from stillhouse.training.optimizers import make_optimizer, rate_factor
 
 
@@ -62,7 +63,7 @@ def make_accelerator(spec: TrainSpec, folder: Path | None = None, cpu: bool = Fa
 
 
 def fit(
-    module: Any,
+    module: TrainingModule,
     train: Any,
     spec: TrainSpec,
     *,
@@ -79,17 +80,24 @@ def fit(
     checkpoints.
 
     Args:
-        module: a `Distillation`, or any module with `forward(batch, progress) -> {"loss": …, term: …}`,
-            `param_groups()`, `student`, and, where it has them, `build(batch)`, `prepare(ctx)`, `begin_epoch(ctx)`,
-            `before_step(batch, ctx)`, `after_step(batch, progress, stepped)`, `compile()`.
+        module: a `Distillation`, or a `TrainingModule` of your own.
         train: a `stillhouse.data.Loader`.
         spec: epochs, optimiser and the rest.
-        folder: where metrics.csv and checkpoints/ go; a checkpoint of the same stage there is gone on from.
+        folder: where metrics.csv and checkpoints/ go; a checkpoint of the same stage there is resumed.
         evaluate: (student, device) -> figures, at the end of epochs; written as `val/NAME`.
         splits: evaluation loaders by split, for `Context.sweep`.
 
-    On return `module.student` holds the weights to keep: the average where `ema` is set, the best where `best` is.
+    On return `module.student` has its final weights: the average where `ema` is set, the best where `best` is.
+
+    Raises:
+        UserError: a module that is no `TrainingModule`, training data without samples, one sample a batch for batch
+            norm, training that diverges.
     """
+    if not isinstance(module, TrainingModule):
+        raise UserError(
+            f"fit trains a TrainingModule, but was given a {type(module).__name__}: wrap a network in a Distillation, "
+            "or subclass stillhouse.training.module.TrainingModule."
+        )
     accelerator = accelerator or make_accelerator(spec, folder, cpu)
     return _Fit(module, train, spec, accelerator, folder, stage, seed, evaluate, splits or {}, live).run()
 
@@ -99,7 +107,7 @@ class _Fit:
 
     def __init__(
         self,
-        module: Any,
+        module: TrainingModule,
         train: Any,
         spec: TrainSpec,
         accelerator: Any,
@@ -116,7 +124,7 @@ class _Fit:
         if self.batches.per_epoch == 0:
             raise UserError("The training data holds no samples.")
         module.to(self.device)
-        if hasattr(module, "build"):
+        if type(module).build is not TrainingModule.build:  # which alone needs a batch
             module.build(next(iter(train.batches(0, 0, 1))))
             module.to(self.device)
         _refuse_lonely_batch_norm(module, train)
@@ -129,8 +137,7 @@ class _Fit:
             module.compile()
         self.progress = Progress(steps_per_epoch=self.batches.per_epoch, epochs=spec.epochs)
         self.ctx = TrainingContext(module, self.progress, splits, seed, self.device, folder, train)
-        if hasattr(module, "prepare"):
-            module.prepare(self.ctx)
+        module.prepare(self.ctx)
         self.wrapped = accelerator.prepare(module)
         if accelerator.scaler is not None or accelerator.distributed_type.value in ("DEEPSPEED", "FSDP", "MEGATRON_LM"):
             self.optimizer = accelerator.prepare(
@@ -147,7 +154,7 @@ class _Fit:
         self.keeper = _Best(spec, folder, stage, self.loop)
 
     def run(self) -> Fitted:
-        """Go on to the end, and leave in the student the weights to keep."""
+        """Train to the end, and leave the final weights in the student."""
         self.module.train()
         self.loop.run(self.step, self.boundary)
         self.batches.close()
@@ -172,7 +179,7 @@ class _Fit:
         module, progress, accumulate = self.module, self.progress, self.spec.accumulate
         progress.epoch, progress.batch = divmod(i, self.batches.per_epoch)
         progress.step = i // accumulate
-        if progress.batch == 0 and hasattr(module, "begin_epoch"):
+        if progress.batch == 0:
             module.begin_epoch(self.ctx)
             module.train()
         batch = to_device(self.batches.fetch(i), self.device)
@@ -182,24 +189,21 @@ class _Fit:
         factor = rate_factor(self.spec, i / self.batches.per_epoch)
         for group, rate in zip(self.optimizer.param_groups, self.rates):
             group["lr"] = rate * factor
-        if hasattr(module, "before_step"):
-            with self.accelerator.autocast():
-                module.before_step(batch, self.ctx)
+        with self.accelerator.autocast():
+            module.before_step(batch, self.ctx)
         with nullcontext() if steps_now else self.accelerator.no_sync(self.wrapped):
             terms = self._backward(batch, self.batches.of_step(i))
         if steps_now:
             if self.step_mean is not None and not has_positions(batch):
                 self.step_mean.finish(self._parameters(), self.batches.of_step(i))
-            if hasattr(module, "before_update"):
-                self._unscale()
-                module.before_update(self.ctx)
+            self._unscale()
+            module.before_update(self.ctx)
             self._clip()
             self.optimizer.step()
             self.optimizer.zero_grad()
             if self.ema is not None:
                 self.ema.update_parameters(module.student)
-        if hasattr(module, "after_step"):
-            module.after_step(batch, progress, steps_now)
+        module.after_step(batch, progress, steps_now)
         return terms
 
     def _backward(self, batch: Batch, averaged: int) -> Mapping[str, Tensor]:
@@ -332,8 +336,8 @@ class _Best:
         if "best" not in extra or value > extra["best"]:
             extra.update(best=value, best_epoch=epoch, waited=0, figures=dict(figures))
             if self.loop.main:
-                with written_beside(self.path) as beside:
-                    torch.save({"epoch": epoch, "model": model.state_dict()}, beside)
+                with atomic_write(self.path) as temporary:
+                    torch.save({"epoch": epoch, "model": model.state_dict()}, temporary)
             return False
         extra["waited"] = extra.get("waited", 0) + 1
         return self.spec.patience is not None and extra["waited"] >= self.spec.patience
@@ -345,10 +349,10 @@ class _Best:
             student.load_state_dict(torch.load(self.path, map_location="cpu", weights_only=True)["model"])
 
 
-def set_memory(module: nn.Module, layout: torch.memory_format) -> None:
+def set_memory(module: TrainingModule, layout: torch.memory_format) -> None:
     """Lay out the weights of a module, and of the live teachers outside it, in memory."""
     module.to(memory_format=layout)
-    for teacher in getattr(module, "teachers", {}).values():
+    for teacher in module.teachers.values():
         for reader in teacher.readers():
             reader.model.to(memory_format=layout)
 

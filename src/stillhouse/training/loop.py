@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from stillhouse.errors import TrainingDiverged, UserError
-from stillhouse.files import written_beside
+from stillhouse.files import atomic_write
 from stillhouse.randomness import seed_step
 from stillhouse.training.display import Live
 from stillhouse.training.metrics import Metrics
@@ -167,8 +167,8 @@ class Loop:
                 "rows": self.metrics.count(self.stage),
                 "window": [(list(names), values.tolist()) for names, values in self._window],
             }
-            with written_beside(self.path) as beside:
-                torch.save(content, beside)
+            with atomic_write(self.path) as temporary:
+                torch.save(content, temporary)
             diverged_mark(self.path).unlink(missing_ok=True)
         if self.world > 1:
             self.accelerator.wait_for_everyone()

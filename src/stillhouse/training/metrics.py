@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from stillhouse.errors import UserError
-from stillhouse.files import is_full, written_beside
+from stillhouse.files import atomic_write, is_full
 
 
 class Metrics:
@@ -72,5 +72,5 @@ class Metrics:
         writer = csv.DictWriter(text, self.columns, restval="")
         writer.writeheader()
         writer.writerows(self.rows)
-        with written_beside(self.path) as beside:
-            beside.write_text(text.getvalue())
+        with atomic_write(self.path) as temporary:
+            temporary.write_text(text.getvalue())

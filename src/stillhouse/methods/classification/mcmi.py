@@ -177,16 +177,15 @@ class MCMI(Objective):
         self._rows: list[Tensor] = []
 
     def build(self, student: Signals, teacher: Signals, batch: Batch) -> None:
-        assert student.logits is not None
-        classes = student.logits.shape[-1]
+        logits = student.require("logits")
+        classes = logits.shape[-1]
         self.register_buffer("centroids", torch.full((classes, classes), 1.0 / classes))
         self.register_buffer("first_accuracy", torch.tensor(float("nan")))
 
     def begin_epoch(self, ctx: Context) -> None:
         seen = OutputStatistics(len(self.centroids), self.centroids.device)
         for batch, signals in ctx.sweep("train", of="student"):
-            assert signals.logits is not None
-            seen.add(signals.logits, batch["label"])
+            seen.add(signals.require("logits"), batch["label"])
         if ctx.progress.epoch == 0 or self.when == "epoch":
             self.centroids.copy_(seen.centroids())
         now = seen.accuracy()
@@ -220,9 +219,9 @@ class MCMI(Objective):
 
     def forward(self, student: Signals, teacher: Signals, batch: Batch, progress: Progress) -> dict[str, Tensor]:
         hard_only("mcmi", batch["label"])
-        assert student.logits is not None
-        information = conditional_information(student.logits, batch["label"], self.centroids)
-        likelihood = F.cross_entropy(student.logits.float(), batch["label"])
+        logits = student.require("logits")
+        information = conditional_information(logits, batch["label"], self.centroids)
+        likelihood = F.cross_entropy(logits.float(), batch["label"])
         return {"ce": likelihood, "information": -self.lam * information, "log:cmi": information}
 
 

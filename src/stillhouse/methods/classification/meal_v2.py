@@ -122,16 +122,14 @@ class MealV2(Objective):
         self.needs = frozenset({"student.logits", "teacher.logits"} | ({"label"} if hard_labels else set()))
 
     def build(self, student: Signals, teacher: Signals, batch: Batch) -> None:
-        assert student.logits is not None
         if self.has_discriminator:
-            self.discriminator = Discriminator(student.logits.shape[1], self.reduction)
+            self.discriminator = Discriminator(student.require("logits").shape[1], self.reduction)
 
     def param_groups(self) -> list[dict[str, Any]]:
         return [group | ({"lr": self.lr} if self.lr is not None else {}) for group in super().param_groups()]
 
     def forward(self, student: Signals, teacher: Signals, batch: Batch, progress: Progress) -> dict[str, Tensor]:
-        assert student.logits is not None
-        logits = student.logits.float()
+        logits = student.require("logits").float()
         members = teacher.members or (teacher,)
         known = [m.logits for m in members if m.logits is not None]
         if len(known) == len(members):
@@ -258,5 +256,5 @@ class MealV2Method(Method[Config]):
             splits=run.splits(config.data),
         )
         module.close()
-        run.record["weights"] = {"teacher": teacher.fingerprint()} if hasattr(teacher, "fingerprint") else {}
+        run.record["weights"] = {"teacher": teacher.fingerprint()}
         return run.student(student, config.student, config.data, {**figures, "train_seconds": fitted.seconds})

@@ -263,12 +263,10 @@ class WeightedTargets(Objective):
         self._trained = [p for p in ctx.student.parameters() if p.requires_grad]
 
     def forward(self, student: Signals, teacher: Signals, batch: Batch, progress: Progress) -> dict[str, Tensor]:
-        assert student.logits is not None
+        logits = student.require("logits")
         before = None if self.alpha is None else teacher.log_probs().exp()
         terms = {
-            "loss": weighted_targets_loss(
-                student.logits, batch["label"], before, 1.0 if self.alpha is None else self.alpha
-            )
+            "loss": weighted_targets_loss(logits, batch["label"], before, 1.0 if self.alpha is None else self.alpha)
         }
         return {**terms, "norms": self.reg_coef * sum_of_norms(self._trained)} if self.reg_coef else terms
 

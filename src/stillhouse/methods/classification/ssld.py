@@ -102,14 +102,14 @@ class Agreement(Objective):
 
     def forward(self, student: Signals, teacher: Signals, batch: Batch, progress: Progress) -> dict[str, Tensor]:
         predicted = teacher.log_probs()
-        assert student.logits is not None
+        logits = student.require("logits")
         if self.loss == "ce":
-            checks.same_classes("ssld", student.logits, predicted)
-            return {"loss": soft_cross_entropy(student.logits, predicted.exp())}
+            checks.same_classes("ssld", logits, predicted)
+            return {"loss": soft_cross_entropy(logits, predicted.exp())}
         return {
-            "loss": jensen_shannon(student.logits, predicted)
+            "loss": jensen_shannon(logits, predicted)
             if self.loss == "jensen_shannon"
-            else symmetric_kl(student.logits, predicted, self.eps)
+            else symmetric_kl(logits, predicted, self.eps)
         }
 
 
@@ -350,9 +350,9 @@ class SSLD(Method[Config]):
             return {"chosen": {"rows": kept}, "figures": figures}
 
         uses = {
-            "pool": pool.fingerprint,
-            "data": target.fingerprint,
-            "teacher": teacher.fingerprint(),
+            "pool": pool,
+            "data": target,
+            "teacher": teacher,
             "per_class": config.per_class,
             "duplicates": config.duplicates,
         }

@@ -119,8 +119,7 @@ class LogitImitation(Objective):
     needs = frozenset({"student.logits", "teacher.logits"})
 
     def forward(self, student: Signals, teacher: Signals, batch: Batch, progress: Progress) -> dict[str, Tensor]:
-        assert student.logits is not None and teacher.logits is not None
-        return {"loss": mean_squared(student.logits, teacher.logits)}
+        return {"loss": mean_squared(student.require("logits"), teacher.require("logits"))}
 
 
 class Perturbation(Objective):

@@ -37,7 +37,7 @@ from torch.nn import functional as F
 from stillhouse.config.specs import Spec, Teacher
 from stillhouse.distillation.teachers import Frozen
 from stillhouse.errors import UserError
-from stillhouse.files import written_beside
+from stillhouse.files import atomic_write
 from stillhouse.functional.recovery import BatchNormStatistics, clamp_to_pixels, statistics_loss
 from stillhouse.randomness import generator, permutation
 from stillhouse.runs.evaluators import evaluates
@@ -220,7 +220,7 @@ class CompensatedSet(SyntheticSet):
     def save(self, folder: Path) -> None:
         super().save(folder)
         meta = read_meta(folder)
-        with written_beside(folder / "product.json") as temporary:
+        with atomic_write(folder / "product.json") as temporary:
             temporary.write_text(json.dumps({**meta, "static": isinstance(self.views, StaticLabels)}, indent=1))
 
     @classmethod
@@ -348,8 +348,8 @@ class InterClassFeatureCompensator(Method[Config]):
         if config.labels == "static":
             made.views = StaticLabels(config.views, logits.half()[None])
         else:
-            uses = {"images": made.fingerprint, "views": config.views.model_dump(mode="json")}
-            uses |= {"teachers": [Frozen(network).fingerprint() for network in networks]}
+            teachers = [Frozen(network) for network in networks]
+            uses = {"images": made, "views": config.views, "teachers": teachers}
             stored = run.stage("relabel", lambda: {"logits": relabel(networks, images, config.views).logits}, uses)
             made.views = ViewLabels(config.views, stored["logits"])
         made.check()

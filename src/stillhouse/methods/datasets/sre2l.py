@@ -129,11 +129,7 @@ class SqueezeRecoverRelabel(Method[Config]):
             made.soft = running_logits(network, images).cpu()
         else:
             views = config.relabel
-            uses = {
-                "images": made.fingerprint,
-                "teacher": Frozen(network).fingerprint(),
-                "views": views.model_dump(mode="json"),
-            }
+            uses = {"images": made, "teacher": Frozen(network), "views": views}
             made.views = ViewLabels(
                 views,
                 run.stage("relabel", lambda: {"logits": relabel([network], images, views).logits}, uses)["logits"],

@@ -37,6 +37,7 @@ from stillhouse.runs.products import Student, state_on_cpu
 from stillhouse.runs.run import Run
 from stillhouse.signals import Batch, evaluating
 from stillhouse.tasks.nodes import Nodes
+from stillhouse.training.module import TrainingModule
 
 Loss = Callable[[Any, Batch], dict[str, Tensor]]
 
@@ -133,7 +134,7 @@ def graph_of(config: NodeConfig, run: Run) -> NodeGraph:
     return bundle.graph.to(run.device)
 
 
-class NodeFit(nn.Module):
+class NodeFit(TrainingModule):
     """A network and its loss as what `run.fit` trains; it remembers the best test accuracy of any epoch, which is
     reported and chooses nothing."""
 
@@ -143,9 +144,6 @@ class NodeFit(nn.Module):
         super().__init__()
         self.student, self._loss, self.epoch = network, loss, 0
         self.register_buffer("top_test", torch.zeros((), dtype=torch.float64))
-
-    def param_groups(self) -> list[dict[str, Any]]:
-        return [{"params": list(self.student.parameters())}]
 
     def forward(self, batch: Batch, progress: Progress) -> dict[str, Tensor]:
         self.epoch = progress.epoch

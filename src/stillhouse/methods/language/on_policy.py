@@ -29,7 +29,7 @@ from stillhouse.distillation.weighted import objective_from_spec
 from stillhouse.errors import UserError
 from stillhouse.methods.distillation import Config as GeneralConfig
 from stillhouse.methods.distillation import GeneralDistillation
-from stillhouse.models.writing import Generation, Writer
+from stillhouse.models.writing import Generation, TextWriter
 from stillhouse.runs.run import Run
 from stillhouse.signals import Batch
 from stillhouse.tasks.tokens import Tokens
@@ -54,7 +54,7 @@ class OnPolicyDistillation(Distillation):
         UserError: an objective that would take the student's writing for the truth, or a teacher that cannot read it.
     """
 
-    def __init__(self, *args: Any, writer: Writer, lmbda: float = 0.5, warm_epochs: int = 0, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, writer: TextWriter, lmbda: float = 0.5, warm_epochs: int = 0, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.writer, self.lmbda, self.warm_epochs = writer, lmbda, warm_epochs
         stored = [name for name, teacher in self.teachers.items() if isinstance(teacher, Stored)]
@@ -96,7 +96,7 @@ class OnPolicy(GeneralDistillation[Config]):
             embedding=config.student.embedding,
             task=task,
             chunked=config.chunked,
-            writer=Writer(task.tokenizer, task.kind, task.context, config.generation, task.num_classes),
+            writer=TextWriter(task.tokenizer, task.kind, task.context, config.generation, task.num_classes),
             lmbda=config.lmbda,
             warm_epochs=config.warm_epochs,
         )

@@ -39,7 +39,7 @@ from stillhouse.methods.distillation import Config as GeneralConfig
 from stillhouse.methods.distillation import GeneralDistillation, describe
 from stillhouse.models.language import left_padded, own_tokenizer, prompt_rows
 from stillhouse.models.tokenizer import encode, marks, size
-from stillhouse.models.writing import Generation, Writer
+from stillhouse.models.writing import Generation, TextWriter
 from stillhouse.processes import share
 from stillhouse.randomness import keyed
 from stillhouse.runs.method import Stage
@@ -97,9 +97,9 @@ class SequenceKD(GeneralDistillation[Config]):
         theirs = run.data(spec.data) if spec.data is not None else bundle
         tokens = own_tokenizer(spec.model or "") or theirs.task.tokenizer
         uses = {
-            "teacher": Frozen(model).fingerprint(),
-            "data": bundle.fingerprint,
-            "generation": config.generation.model_dump(mode="json"),
+            "teacher": Frozen(model),
+            "data": bundle,
+            "generation": config.generation,
             "batch": config.writing_batch,
         }
         made = run.stage(
@@ -124,7 +124,7 @@ def written(
         batch_size: prompts at once.
     """
     limit = getattr(model.config, "max_position_embeddings", None) or bundle.task.context + how.max_new_tokens
-    writer = Writer(tokens, bundle.task.kind, limit, how, size(tokens))
+    writer = TextWriter(tokens, bundle.task.kind, limit, how, size(tokens))
     prompts = bundle.task.tokenizer.batch_decode(given(bundle, how.prompt), skip_special_tokens=True)
     model.to(device)
     out: list[tuple[str, bool]] = []

@@ -63,6 +63,7 @@ from stillhouse.runs.run import Run
 from stillhouse.signals import Batch
 from stillhouse.tasks.classification import Classification
 from stillhouse.training.context import Progress
+from stillhouse.training.module import TrainingModule
 
 Loss = Literal["l2", "smooth_l1"]
 
@@ -197,7 +198,7 @@ class MaskSpec(Spec):
         return self
 
 
-class DMJD(nn.Module):
+class DMJD(TrainingModule):
     """Training module: the encoder, a decoder for hidden patches and a head for visible ones.
 
     Args:
@@ -214,6 +215,7 @@ class DMJD(nn.Module):
         UserError: an odd grid with block masks, or a ratio that leaves no patch visible.
     """
 
+    student: VisionTransformer | ConvViT
     mean: Tensor
     std: Tensor
 

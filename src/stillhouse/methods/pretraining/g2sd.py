@@ -63,6 +63,7 @@ from stillhouse.runs.run import Run
 from stillhouse.signals import Batch
 from stillhouse.tasks.classification import Classification
 from stillhouse.training.context import Progress
+from stillhouse.training.module import TrainingModule
 
 
 def generic_target(hidden: Tensor) -> Tensor:
@@ -156,7 +157,7 @@ def feature_head(inputs: int, outputs: int) -> nn.Sequential:
     return nn.Sequential(nn.Linear(inputs, outputs), nn.GELU(), nn.Linear(outputs, outputs))
 
 
-class Generic(nn.Module):
+class Generic(TrainingModule):
     """Training module of the generic stage; the teacher stays outside the module tree.
 
     Args:
@@ -170,6 +171,8 @@ class Generic(nn.Module):
     Raises:
         UserError: different grids, or a block beyond the teacher's decoder.
     """
+
+    student: VisionTransformer
 
     def __init__(
         self,
@@ -217,7 +220,7 @@ class Generic(nn.Module):
         return {"loss": generic_loss(self.predict(images, masking), target, mask)}
 
 
-class Specific(nn.Module):
+class Specific(TrainingModule):
     """Training module of the specific stage with hard labels of the teacher.
 
     Args:

@@ -147,5 +147,5 @@ def view(
         network.train()
         outputs = reader(batch)
         reader.close()
-    assert outputs.embedding is not None and outputs.logits is not None
-    return View(map_tap(outputs, "stage:-1"), semantic_gradient(outputs.embedding, outputs.logits, batch["label"]))
+    gradient = semantic_gradient(outputs.require("embedding"), outputs.require("logits"), batch["label"])
+    return View(map_tap(outputs, "stage:-1"), gradient)

@@ -144,9 +144,9 @@ class StoredLabels(Objective):
         self.needs = frozenset({"student.logits", "teacher.logits"} if live else {"student.logits"})
 
     def forward(self, student: Signals, teacher: Signals, batch: Batch, progress: Progress) -> dict[str, Tensor]:
-        assert student.logits is not None
+        logits = student.require("logits")
         targets = teacher.log_probs(self.teacher_temperature).exp() if self.live else batch["stored"]
-        return {"loss": soft_cross_entropy(student.logits / self.temperature, targets)}
+        return {"loss": soft_cross_entropy(logits / self.temperature, targets)}
 
 
 class FerKD(Method[Config]):

@@ -17,6 +17,7 @@ from stillhouse.functional.gather import gather
 from stillhouse.functional.precision import full_precision
 from stillhouse.objectives.ce import cross_entropy
 from stillhouse.signals import Batch, call_model, read_logits
+from stillhouse.training.module import TrainingModule
 
 MOMENTUM = 0.9  # of the running mean that the balance watches
 
@@ -56,7 +57,7 @@ def balanced(active: Tensor, mean: Tensor, reference: Tensor, low: float, high: 
     return torch.where(mean > high * reference, 0.0, torch.where(mean < low * reference, 1.0, active))
 
 
-class Game(nn.Module):
+class Game(TrainingModule):
     """The training module: student and augmentor, step by step in turn. The teacher stays outside the module tree.
 
     Args:
@@ -101,10 +102,6 @@ class Game(nn.Module):
             self.register_buffer(name, torch.zeros(()))
         self.register_buffer("active", torch.ones(()))
         self._teacher_clean: Tensor | None = None
-
-    def param_groups(self) -> list[dict[str, Any]]:
-        """The student's; the augmentor has an optimiser of its own."""
-        return [{"params": [p for p in self.student.parameters() if p.requires_grad]}]
 
     def build(self, batch: Batch) -> None:
         """Move the teacher to the student's device and compare the classes."""

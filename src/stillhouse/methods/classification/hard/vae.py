@@ -8,7 +8,7 @@ al., arXiv 1701.05517), here with independent channels within a component.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from stillhouse.distillation.objective import Progress
 from stillhouse.errors import UserError
 from stillhouse.signals import Batch
+from stillhouse.training.module import TrainingModule
 
 FLOOR = 1e-3
 Edit = Literal["posterior", "latent", "finetune"]
@@ -233,15 +234,12 @@ class VAEAugmentor(nn.Module, _Edit):
         return self.vae.to_images(draw_pixels(*mixture)), penalty
 
 
-class VAEFit(nn.Module):
+class VAEFit(TrainingModule):
     """Training of a VAE on images, for `run.fit`."""
 
     def __init__(self, vae: VAE) -> None:
         super().__init__()
         self.student = vae
-
-    def param_groups(self) -> list[dict[str, Any]]:
-        return [{"params": list(self.student.parameters())}]
 
     def forward(self, batch: Batch, progress: Progress) -> dict[str, Tensor]:
         terms = self.student(batch["input"])

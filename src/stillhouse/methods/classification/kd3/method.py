@@ -59,11 +59,12 @@ from stillhouse.runs.products import Student
 from stillhouse.runs.run import Run
 from stillhouse.runs.shifted import Shifts, shifted_accuracy
 from stillhouse.signals import Batch, to_device
+from stillhouse.training.module import TrainingModule
 
 EPOCHS = 240  # of the published schedule
 
 
-class AlignmentTraining(nn.Module):
+class AlignmentTraining(TrainingModule):
     """The training module: selection before each epoch, then alignment and contrast. The teacher stays outside the
     module tree.
 
@@ -79,6 +80,7 @@ class AlignmentTraining(nn.Module):
         say: where warnings go.
     """
 
+    student: SharedClassifier
     selected: Tensor
 
     def __init__(
@@ -133,8 +135,7 @@ class AlignmentTraining(nn.Module):
         answer = self._teacher[0](batch)
         features = self.student.features(x)
         mine, theirs = share_map(features, answer.taps[self._tap], self.student.transfer)
-        assert answer.logits is not None
-        _, weights = disagreement_weights(self.student.classify(mine.detach()), answer.logits)
+        _, weights = disagreement_weights(self.student.classify(mine.detach()), answer.require("logits"))
         terms = {"features": aligned(mine, theirs, weights if self._weigh else None)}
         terms["loss"] = terms["features"]
         if self.embed is not None and len(x) > 1:

@@ -18,6 +18,7 @@ from stillhouse.models import build
 from stillhouse.randomness import key, keyed
 from stillhouse.runs.run import Run
 from stillhouse.signals import Batch
+from stillhouse.training.module import TrainingModule
 
 
 class ImageText(nn.Module):
@@ -46,7 +47,7 @@ class ImageText(nn.Module):
         return torch.einsum("bd,qkd->bqk", F.normalize(self.image(images), dim=-1), text[..., 1:]) + text[..., 0]
 
 
-class AnnotatorTraining(nn.Module):
+class AnnotatorTraining(TrainingModule):
     """Trains an `ImageText` on class answers: cross-entropy over yes and no, mean over images and questions."""
 
     answers: Tensor
@@ -55,9 +56,6 @@ class AnnotatorTraining(nn.Module):
         super().__init__()
         self.student, self.questions = student, questions
         self.register_buffer("answers", answers, persistent=False)
-
-    def param_groups(self) -> list[dict[str, Any]]:
-        return [{"params": list(self.student.parameters())}]
 
     def forward(self, batch: Batch, progress: Progress) -> dict[str, Tensor]:
         logits, yes = self.student(batch["input"], self.questions).float(), self.answers[batch["label"]]

@@ -336,9 +336,8 @@ class RobustActiveDistillation(Method[Config]):
         with evaluating(student):
             for batch in Loader(Subset(images, np.concatenate([pool, known.rows])), 256):
                 outputs = reader({**batch, "input": batch["input"].to(run.device)})
-                assert outputs.logits is not None and outputs.embedding is not None
-                probs.append(torch.softmax(outputs.logits.double(), -1).cpu())
-                embeddings.append(outputs.embedding.float().cpu())
+                probs.append(torch.softmax(outputs.require("logits").double(), -1).cpu())
+                embeddings.append(outputs.require("embedding").float().cpu())
         reader.close()
         p, e, n = torch.cat(probs).numpy(), torch.cat(embeddings).numpy(), len(pool)
         return Pool(p[:n], e[:n], e[n:], int(np.clip(round(right * n), 1, n)))

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +13,7 @@ from torch.nn import functional as F
 from stillhouse.distillation.objective import Progress
 from stillhouse.methods.compression.unified_embedding.table import UnifiedEmbedding
 from stillhouse.signals import Batch
+from stillhouse.training.module import TrainingModule
 
 
 class Cross(nn.Module):
@@ -75,15 +75,12 @@ def mean_angle(vectors: Tensor) -> float:
     return float(cosine[i, j].clamp(-1, 1).acos().mean().rad2deg())
 
 
-class Ranking(nn.Module):
+class Ranking(TrainingModule):
     """A network and its loss in nats: binary cross-entropy with one logit, cross-entropy with more."""
 
     def __init__(self, network: TableNetwork) -> None:
         super().__init__()
         self.student = network
-
-    def param_groups(self) -> list[dict[str, Any]]:
-        return [{"params": list(self.student.parameters())}]
 
     def forward(self, batch: Batch, progress: Progress) -> dict[str, Tensor]:
         logits = self.student(batch["input"], batch.get("dense")).float()

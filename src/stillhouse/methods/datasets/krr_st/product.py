@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from stillhouse.errors import UserError
-from stillhouse.files import written_beside
+from stillhouse.files import atomic_write
 from stillhouse.runs.products import Product, read_meta
 from stillhouse.synthetic.files import contact_sheet, png
 from stillhouse.synthetic.real import unnormalised
@@ -81,7 +81,7 @@ class RepresentationSet(Product):
         from safetensors.torch import save_file
 
         folder.mkdir(parents=True, exist_ok=True)
-        with written_beside(folder / "images.safetensors") as temporary:
+        with atomic_write(folder / "images.safetensors") as temporary:
             save_file({"images": self.images, "targets": self.targets}, str(temporary))
         meta = {"kind": self.kind, "format": 1, "mean": list(self.mean), "std": list(self.std), "made_by": self.made_by}
         (folder / "product.json").write_text(json.dumps(meta, indent=1))

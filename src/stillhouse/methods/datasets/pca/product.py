@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 from torch import Tensor
 from torch.nn import functional as F
 
-from stillhouse.files import written_beside
+from stillhouse.files import atomic_write
 from stillhouse.methods.datasets.pca.packing import cut
 from stillhouse.runs.products import read_meta
 from stillhouse.synthetic.product import SyntheticSet
@@ -49,7 +49,7 @@ class PackedSet(SyntheticSet):
     def save(self, folder: Path) -> None:
         super().save(folder)
         meta = read_meta(folder)
-        with written_beside(folder / "product.json") as temporary:
+        with atomic_write(folder / "product.json") as temporary:
             temporary.write_text(json.dumps({**meta, "geometry": self.geometry}, indent=1))
 
     @classmethod

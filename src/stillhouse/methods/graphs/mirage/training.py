@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import torch
@@ -18,6 +18,7 @@ from stillhouse.methods.graphs.mirage.networks import GraphNetwork, as_batch
 from stillhouse.randomness import key, uniforms
 from stillhouse.runs.run import Run
 from stillhouse.signals import Batch, evaluating, to_device
+from stillhouse.training.module import TrainingModule
 
 Sampling = Literal["uniform", "frequency"]
 AT_ONCE = 512  # graphs of one forward pass when a network is tested
@@ -68,15 +69,12 @@ class GraphDraws:
         return as_batch(self.graphs.select(self.rows(at, seed)))
 
 
-class ClassificationModule(nn.Module):
+class ClassificationModule(TrainingModule):
     """A graph network and its loss, cross-entropy in nats."""
 
     def __init__(self, network: GraphNetwork) -> None:
         super().__init__()
         self.student = network
-
-    def param_groups(self) -> list[dict[str, Any]]:
-        return [{"params": list(self.student.parameters())}]
 
     def forward(self, batch: Batch, progress: Progress) -> dict[str, Tensor]:
         return {"loss": F.cross_entropy(self.student(batch).float(), batch["label"])}

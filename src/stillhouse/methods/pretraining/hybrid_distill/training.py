@@ -24,6 +24,7 @@ from stillhouse.methods.pretraining.hybrid_distill.pruning import encode_pruned
 from stillhouse.nn.masked_vit import check_blocks, check_grid, decay_groups, encode
 from stillhouse.signals import Batch, Taps
 from stillhouse.training.context import Progress
+from stillhouse.training.module import TrainingModule
 
 
 class Source:
@@ -56,7 +57,7 @@ class Source:
         self.vit.to(device)
 
 
-class Hybrid(nn.Module):
+class Hybrid(TrainingModule):
     """Training module: the student, the layer that maps its tokens to the first teacher's, and two frozen teachers.
 
     Args:
@@ -73,6 +74,8 @@ class Hybrid(nn.Module):
     Raises:
         UserError: teachers with other patches, a block that is not there, heads or widths that do not fit.
     """
+
+    student: VisionTransformer
 
     def __init__(
         self,

@@ -26,6 +26,7 @@ from stillhouse.methods.pretraining.mrdd.losses import (
 )
 from stillhouse.methods.pretraining.mrdd.networks import ConsistencyEncoder, NetworkSpec, SpecificEncoder, decoder
 from stillhouse.signals import Batch, evaluating
+from stillhouse.training.module import TrainingModule
 
 ACTIVE = 0.01
 """A dimension of a code is in use where its KL is above so many nats."""
@@ -72,9 +73,11 @@ class SpecificSpec(Spec):
     train: TrainSpec = Field(default_factory=_train)
 
 
-class ConsistencyTraining(nn.Module):
+class ConsistencyTraining(TrainingModule):
     """Stage 1: every view is masked, one encoder reads all of them, and each decoder rebuilds its whole view from c
     alone."""
+
+    student: ConsistencyEncoder
 
     def __init__(
         self,
@@ -120,13 +123,15 @@ class ConsistencyTraining(nn.Module):
         self.student.spread.copy_(torch.where(spread > 1e-6, spread, torch.ones_like(spread)))
 
 
-class SpecificTraining(nn.Module):
+class SpecificTraining(TrainingModule):
     """Stage 2 for one view: an auto-encoder whose decoder is given [s, c], and an estimator of c from s whose bound it
     lowers.
 
     The encoder that gives c is frozen, in evaluation mode and outside the module tree. The estimator's steps follow
     each step of the encoder, with s drawn again from the same forward.
     """
+
+    student: SpecificEncoder
 
     def __init__(
         self,
