@@ -202,7 +202,7 @@ def ncfm(config: Any, real: Real, folder: Path, scratch: Path, begins: Begins) -
     loader = loaders.ClassMemDataLoader(InMemory(real), config.batch_real, device="cpu")
     condenser = module.Condenser(args, args.class_list, 3, *real.size, device="cpu")
     condenser.load_condensed_data(loader, "mix")
-    optimiser = tools.get_optimizer(
+    optimizer = tools.get_optimizer(
         optimizer="adamw",
         parameters=condenser.parameters(),
         lr=0.001,
@@ -212,7 +212,7 @@ def ncfm(config: Any, real: Real, folder: Path, scratch: Path, begins: Begins) -
     )
     aug, _ = importlib.import_module("utils.diffaug").diffaug(args, device="cpu")
     start, between, final = networks
-    condenser.condense(args, MagicMock(), loader, aug, optimiser, start, between, final)
+    condenser.condense(args, MagicMock(), loader, aug, optimizer, start, between, final)
 
 
 PEERS: dict[str, tuple[Callable[[Any, Real, Path, Path, Begins], None], str]] = {

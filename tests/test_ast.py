@@ -85,11 +85,11 @@ def test_momentum_is_that_of_sgd():
     net, x = network(), normal(3, 3, 8, 8)
     flat, labels = Flat(net), torch.tensor([0, 1, 2])
     end = momentum_path(flat.gradient, flat.vector(), batches(x, 3), torch.tensor(0.1), momentum=0.9)[-1]
-    optimiser = torch.optim.SGD(net.parameters(), 0.1, momentum=0.9)
+    optimizer = torch.optim.SGD(net.parameters(), 0.1, momentum=0.9)
     for _ in range(3):
-        optimiser.zero_grad()
+        optimizer.zero_grad()
         nn.functional.cross_entropy(net(x), labels).backward()
-        optimiser.step()
+        optimizer.step()
     assert torch.allclose(end, flat.vector(), atol=1e-5)
 
 

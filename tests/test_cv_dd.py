@@ -160,11 +160,11 @@ def test_the_student_accumulates_and_its_rate_ends_where_the_cosine_is_stretched
     plain = SoftTraining.of(made, EvaluateSpec(epochs=10, lr=0.1), AugmentSpec(groups=""), torch.device("cpu"), ("t",))
     training = StretchedTraining.like(plain, StudentSpec(stretch=2.0, accumulate=2))
     network = small().train().requires_grad_(True)
-    optimiser = training.optimiser(network)
-    assert training.steps_per_epoch == 2 and [g["weight_decay"] for g in optimiser.param_groups] == [0.01, 0.0]
-    assert all(p.ndim == 1 for p in optimiser.param_groups[1]["params"])
-    assert training.step(network, optimiser, 20).isfinite()
-    assert optimiser.param_groups[0]["lr"] == pytest.approx(0.05)
+    optimizer = training.new_optimizer(network)
+    assert training.steps_per_epoch == 2 and [g["weight_decay"] for g in optimizer.param_groups] == [0.01, 0.0]
+    assert all(p.ndim == 1 for p in optimizer.param_groups[1]["params"])
+    assert training.step(network, optimizer, 20).isfinite()
+    assert optimizer.param_groups[0]["lr"] == pytest.approx(0.05)
 
 
 def test_a_step_has_the_mean_gradient_of_its_batches():
@@ -177,7 +177,7 @@ def test_a_step_has_the_mean_gradient_of_its_batches():
         training = StretchedTraining.like(plain, StudentSpec(accumulate=accumulate))
         wanted = torch.stack([plain.loss(network, i) for i in range(batches)]).mean()
         gradients = torch.autograd.grad(wanted, list(network.parameters()))
-        loss = training.step(network, training.optimiser(network), 0)
+        loss = training.step(network, training.new_optimizer(network), 0)
         assert torch.allclose(loss, wanted) and not loss.requires_grad
         assert all(torch.allclose(p.grad, g, atol=1e-6) for p, g in zip(network.parameters(), gradients))
 

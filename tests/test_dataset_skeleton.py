@@ -170,11 +170,11 @@ def test_an_unrolled_training_is_plain_sgd():
     flat = Flat(network)
     start = flat.vector()
     end = unroll(flat.gradient, start, [(x, y), (x[:3], y[:3])], torch.tensor(0.1))
-    optimiser = torch.optim.SGD(network.parameters(), 0.1)
+    optimizer = torch.optim.SGD(network.parameters(), 0.1)
     for a, b in ((x, y), (x[:3], y[:3])):
-        optimiser.zero_grad()
+        optimizer.zero_grad()
         nn.functional.cross_entropy(network(a), b).backward()
-        optimiser.step()
+        optimizer.step()
     assert torch.allclose(end, flat.vector(), atol=1e-6)
 
 

@@ -137,7 +137,7 @@ def test_an_augmentor_step_lowers_its_loss_on_the_same_noise_and_touches_nothing
     assert all(p.grad is None for p in [*module.student.parameters(), *module._teacher[0].model.parameters()])
 
 
-def test_a_whole_step_moves_the_student_by_its_optimiser_and_the_augmentor_by_its_own_only() -> None:
+def test_a_whole_step_moves_the_student_by_its_optimizer_and_the_augmentor_by_its_own_only() -> None:
     module, batch = game()
     optimizer = torch.optim.SGD(module.param_groups(), lr=0.1)
     augmentor, teacher, statistics = (

@@ -521,7 +521,7 @@ def test_the_transformers_trainer_refuses_what_it_would_ignore(transformers: Any
         hf_trainer(tmp_path, vit(8, 1), vit(16, 0), ["ce", "kd"], label_smoothing_factor=0.1)
 
 
-def test_a_second_train_starts_objectives_and_optimiser_anew(transformers: Any, tmp_path: Path) -> None:
+def test_a_second_train_starts_objectives_and_optimizer_anew(transformers: Any, tmp_path: Path) -> None:
     trainer = hf_trainer(
         tmp_path, vit(8, 1), vit(16, 0), [CrossEntropy(), USKD(student_layer="vit.layers.0")], num_train_epochs=1
     )

@@ -96,8 +96,8 @@ def test_the_rate_falls_as_the_protocol_says_and_by_default_once_with_a_new_mome
     assert [stepped.rate(e) for e in (0, 1, 2, 3, 4, 9)] == [1, 1, 0.5, 0.5, 0.25, 0.25]
     assert [plain.rate(e) for e in (0, 6, 7, 9)] == [1, 1, 0.1, 0.1]
     network = Shares()
-    assert isinstance(stepped.optimiser(network), torch.optim.AdamW)
-    sgd = plain.optimiser(network)
+    assert isinstance(stepped.optimizer(network), torch.optim.AdamW)
+    sgd = plain.optimizer(network)
     for i in range(8):
         before = network.scale.detach().clone()
         plain.step(network, sgd, i)
@@ -167,7 +167,7 @@ def test_soft_labels_of_images_may_be_mixed_and_those_of_views_not(tmp_path: Pat
 # ---- continual learning ----------------------------------------------------------------------------------------------
 
 
-def test_beside_soft_labels_the_hard_protocol_keeps_its_own_optimiser(tmp_path: Path):
+def test_beside_soft_labels_the_hard_protocol_keeps_its_own_optimizer(tmp_path: Path):
     soft = {
         "protocol": "soft",
         "optimizer": "adam",

@@ -212,7 +212,7 @@ def test_recipes_that_cannot_work_are_refused_before_training(tmp_path: Path, ch
     assert not (tmp_path / "run" / "metrics.csv").exists()
 
 
-def test_the_estimators_optimiser_is_part_of_the_checkpoint():
+def test_the_estimators_optimizer_is_part_of_the_checkpoint():
     from stillhouse.methods.pretraining.mrdd.networks import ConsistencyEncoder
 
     network, shape, views = NetworkSpec(kind="dense", hidden=[8]), (1, 8, 8), ViewMaker(("image", "edge"))

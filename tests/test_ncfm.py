@@ -141,7 +141,7 @@ def test_the_paper_variant_judges_by_the_published_protocol():
     spec, images = config.evaluate, normal(256, 3, 8, 8)
     training = HardTraining.of(images, torch.arange(256) % 10, spec, spec.augment, None, ("test",))
     network = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(192, 10))
-    assert isinstance(training.optimiser(network), torch.optim.AdamW) and training.steps_per_epoch == 2
+    assert isinstance(training.new_optimizer(network), torch.optim.AdamW) and training.steps_per_epoch == 2
     assert [training.lr * training.rate(e) for e in (0, 399, 400, 1600, 1999)] == pytest.approx(
         [1e-3, 1e-3, 5e-4, 6.25e-5, 6.25e-5]
     )
@@ -152,7 +152,7 @@ def test_the_paper_variant_judges_by_the_published_protocol():
         False,
         100,
     )
-    assert training.step(network, training.optimiser(network), 0).isfinite()
+    assert training.step(network, training.new_optimizer(network), 0).isfinite()
 
 
 def test_a_run_that_was_cut_off_within_an_iteration_goes_on_to_the_same_images(

@@ -97,9 +97,9 @@ def test_the_mask_is_eps_where_nothing_is_active_and_0_in_critical_regions():
 
 def test_a_masked_gradient_step_is_the_papers_and_leaves_critical_pixels_bit_for_bit():
     x, m = torch.randn(2, 3, 4, 4).requires_grad_(), mask(torch.rand(2, 1, 4, 4), 0.5)
-    before, optimiser = x.detach().clone(), torch.optim.SGD([x], 0.3)
+    before, optimizer = x.detach().clone(), torch.optim.SGD([x], 0.3)
     x.grad = torch.randn(2, 3, 4, 4)
-    optimiser.step()
+    optimizer.step()
     masked_step(x, before, m)
     assert torch.allclose(x, before - m * 0.3 * x.grad, atol=1e-7)
     still = (m == 0).expand_as(x)

@@ -174,7 +174,7 @@ def test_the_student_sees_ratios_as_numbers() -> None:
     )
 
 
-def test_joint_training_gives_the_fusion_network_to_the_students_optimiser() -> None:
+def test_joint_training_gives_the_fusion_network_to_the_students_optimizer() -> None:
     module, objective = distillation(solver="joint", hidden=(6, 3), slope=0.01, edges="products")
     assert "holdout" not in objective.needs
     module(batch(1), Progress())["loss"].backward()
@@ -182,7 +182,7 @@ def test_joint_training_gives_the_fusion_network_to_the_students_optimiser() -> 
     assert sum(len(g["params"]) for g in module.param_groups()) == 2 + 6
 
 
-def test_the_inner_optimiser_is_saved_and_restored() -> None:
+def test_the_inner_optimizer_is_saved_and_restored() -> None:
     def steps(module: Distillation, first: int, last: int) -> None:
         ctx = Here(module, batch(2))
         for i in range(first, last):

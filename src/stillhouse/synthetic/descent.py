@@ -63,26 +63,26 @@ def descend(
     """
     if not iterations:
         return Cost()
-    optimiser: torch.optim.Optimizer = (
+    optimizer: torch.optim.Optimizer = (
         torch.optim.SGD([pixels], lr) if plain else torch.optim.Adam([pixels], lr, betas=(0.5, 0.9))
     )
     peak = torch.zeros((), dtype=torch.int64)
 
     def one(i: int) -> dict[str, Tensor]:
         found = loss(i)
-        optimiser.zero_grad()
+        optimizer.zero_grad()
         found["loss"].backward()
         return {k: v.detach() for k, v in found.items()}
 
     def step(i: int) -> Mapping[str, Tensor]:
-        for group in optimiser.param_groups:
+        for group in optimizer.param_groups:
             group["lr"] = lr * 0.5 * (1 + math.cos(math.pi * i / iterations))
         found: dict[str, Tensor] = {}
         if i == 0:
             peak.fill_(peak_of_tensors(lambda: found.update(one(0)), pixels.device))
         else:
             found = one(i)
-        optimiser.step()
+        optimizer.step()
         if after is not None:
             after()
         return found
@@ -91,7 +91,7 @@ def descend(
         lambda: None, pixels.device
     )  # the profiler's own start, a second, is no cost of the first iteration
     seconds = run.loop(
-        name, {"pixels": TensorState(pixels), "optimiser": optimiser, "peak": TensorState(peak)}, step, iterations
+        name, {"pixels": TensorState(pixels), "optimizer": optimizer, "peak": TensorState(peak)}, step, iterations
     )
     return Cost(seconds, iterations, int(peak))
 

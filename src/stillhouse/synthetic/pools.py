@@ -102,7 +102,7 @@ def _train(
 ) -> Tensor:
     model = run.model(network, data, role="expert", seed=seed).to(real.images.device)
     flat = Flat(model)
-    optimiser = torch.optim.SGD(model.parameters(), spec.lr, momentum=spec.momentum, weight_decay=spec.weight_decay)
+    optimizer = torch.optim.SGD(model.parameters(), spec.lr, momentum=spec.momentum, weight_decay=spec.weight_decay)
     size = min(spec.batch_size, len(real.images))
     steps = max(len(real.images) // size, 1)
     snapshots = torch.zeros(spec.epochs + 1, flat.size)
@@ -111,8 +111,8 @@ def _train(
     def step(i: int) -> dict[str, Tensor]:
         epoch, at = divmod(i, steps)
         if spec.drop < 1 and epoch == spec.epochs // 2 + 2 and not at:
-            optimiser.state.clear()
-            for group in optimiser.param_groups:
+            optimizer.state.clear()
+            for group in optimizer.param_groups:
                 group["lr"] = spec.lr * spec.drop
         order = permutation(len(real.images), seed, "expert order", epoch)
         rows = torch.tensor(order[at * size : (at + 1) * size], device=real.images.device)
@@ -125,16 +125,16 @@ def _train(
             real.labels[rows],
             epoch,
         )
-        optimiser.zero_grad()
+        optimizer.zero_grad()
         value.backward()
-        optimiser.step()
+        optimizer.step()
         if at == steps - 1:
             snapshots[epoch + 1] = flat.vector().cpu()
         return {"loss": value}
 
     run.loop(
         "expert",
-        {"network": model, "optimiser": optimiser, "snapshots": TensorState(snapshots)},
+        {"network": model, "optimizer": optimizer, "snapshots": TensorState(snapshots)},
         step,
         spec.epochs * steps,
     )

@@ -85,7 +85,7 @@ class Synthesis:
             for batch in (real, synthetic)
         )
 
-    def optimiser(self) -> torch.optim.Optimizer:
+    def new_optimizer(self) -> torch.optim.Optimizer:
         """SGD over the pixels, with the recipe's options."""
         return torch.optim.SGD([self.images], self.config.lr, momentum=self.config.momentum)
 
@@ -94,7 +94,7 @@ class Synthesis:
         name: str,
         loss: Callable[[int], Tensor | Mapping[str, Tensor]],
         *,
-        optimiser: torch.optim.Optimizer | None = None,
+        optimizer: torch.optim.Optimizer | None = None,
         extra: Mapping[str, Any] | None = None,
         after: Callable[[int], None] | None = None,
         steps: int | None = None,
@@ -105,12 +105,12 @@ class Synthesis:
             name: of the stage.
             loss: iteration -> a scalar, or named terms of which `loss` is minimised; one that has called backward
                 itself returns it detached.
-            optimiser: default: `optimiser()`.
+            optimizer: default: `new_optimizer()`.
             extra: what else a checkpoint must store, by name.
             after: called after each step.
             steps: default: `iterations`.
         """
-        optimiser = optimiser or self.optimiser()
+        optimizer = optimizer or self.new_optimizer()
         peak = _Peak()
 
         def one(i: int) -> Mapping[str, Tensor]:
@@ -121,20 +121,20 @@ class Synthesis:
             return {k: v.detach() for k, v in terms.items()}
 
         def step(i: int) -> Mapping[str, Tensor]:
-            optimiser.zero_grad()
+            optimizer.zero_grad()
             terms: dict[str, Tensor] = {}
             if i == 0:
                 peak.bytes = peak_of_tensors(lambda: terms.update(one(0)), self.images.device)
             else:
                 terms.update(one(i))
-            optimiser.step()
+            optimizer.step()
             if self.config.clamp:
                 clamp_to_pixels(self.images, self.real.mean, self.real.std)
             if after is not None:
                 after(i)
             return terms
 
-        state = {"images": TensorState(self.images), "optimiser": optimiser, "peak": peak, **(extra or {})}
+        state = {"images": TensorState(self.images), "optimizer": optimizer, "peak": peak, **(extra or {})}
         steps = self.config.iterations if steps is None else steps
         seconds = self.run.loop(name, state, step, steps, log_every=10) if steps else 0.0
         self.figures |= {

@@ -77,21 +77,21 @@ class Training:
         """The factor on `lr` in an epoch."""
         return (0.1 if epoch >= self._turn else 1.0) if self.schedule is None else rate_factor(self._spec, epoch)
 
-    def optimiser(self, network: nn.Module) -> torch.optim.Optimizer:
+    def new_optimizer(self, network: nn.Module) -> torch.optim.Optimizer:
         return make_optimizer(self.groups(network), self._spec)
 
-    def step(self, network: nn.Module, optimiser: torch.optim.Optimizer, i: int) -> Tensor:
+    def step(self, network: nn.Module, optimizer: torch.optim.Optimizer, i: int) -> Tensor:
         """One step of the optimiser at the rate of its epoch; returns the loss."""
         epoch, at = divmod(i, self.steps_per_epoch)
         if self.schedule is None and epoch == self._turn and not at:
-            optimiser.state.clear()
+            optimizer.state.clear()
         rate = self.lr * self.rate(epoch)
-        for group in optimiser.param_groups:
+        for group in optimizer.param_groups:
             group["lr"] = rate
         loss = self.loss(network, i)
-        optimiser.zero_grad()
+        optimizer.zero_grad()
         loss.backward()
-        optimiser.step()
+        optimizer.step()
         return loss.detach()
 
     def augmented(self, x: Tensor, i: int) -> Tensor:
@@ -267,18 +267,18 @@ class Best:
 def train(run: Run, name: str, network: nn.Module, training: Training, best: Best | None = None) -> float:
     """Train the network in place by the run's loop (so that a killed run resumes), and leave it in evaluation mode;
     returns the seconds spent."""
-    optimiser = training.optimiser(network)
+    optimizer = training.new_optimizer(network)
     network.train()
     each = training.steps_per_epoch
     steps = training.epochs * each
 
     def step(i: int) -> Mapping[str, Tensor]:
-        loss = training.step(network, optimiser, i)
+        loss = training.step(network, optimizer, i)
         if best is not None and ((i + 1) % (each * best.every) == 0 or i + 1 == steps):
             best.value = max(best.value, best.accuracy(network))
         return {"loss": loss}
 
-    state: dict[str, Any] = {"network": network, "optimiser": optimiser} | ({} if best is None else {"best": best})
+    state: dict[str, Any] = {"network": network, "optimizer": optimizer} | ({} if best is None else {"best": best})
     seconds = run.loop(name, state, step, steps)
     network.eval()
     return seconds

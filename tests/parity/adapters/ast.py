@@ -22,17 +22,17 @@ from stillhouse.synthetic.initial import by_distance, nearest_in_turn
 
 def expert_step(case: Case) -> None:
     p, network = case.params, convnet_of(case)
-    optimiser = torch.optim.SGD(network.parameters(), p["lr"], momentum=p["momentum"], weight_decay=p["weight_decay"])
+    optimizer = torch.optim.SGD(network.parameters(), p["lr"], momentum=p["momentum"], weight_decay=p["weight_decay"])
     names = list(case.weights)  # in the order of the parameters
     losses = []
     for step, (x, y) in enumerate(zip(case["x"], case["y"])):
         loss = expert_loss(network, x, x, y, p["loss_decay"], p["gp_lambda"])
-        optimiser.zero_grad()
+        optimizer.zero_grad()
         loss.backward()
         if step == 0:
             for name, parameter in zip(names, network.parameters(), strict=True):
                 case.close(f"grad:{name}", parameter.grad, rtol=1e-4, atol=1e-6)
-        optimiser.step()
+        optimizer.step()
         losses.append(loss.detach())
     case.close("loss", torch.stack(losses), rtol=1e-4)
     for name, parameter in zip(names, network.parameters(), strict=True):

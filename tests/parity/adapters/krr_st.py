@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from parity.case import Case
-from stillhouse.methods.datasets.krr_st.ridge import inner_optimiser, inner_step, outer_loss, outer_optimiser
+from stillhouse.methods.datasets.krr_st.ridge import inner_optimizer, inner_step, outer_loss, outer_optimizer
 
 
 class Net(nn.Module):
@@ -61,14 +61,14 @@ def outer_step(case: Case) -> None:
     for name in ("x_syn", "y_syn"):
         scale = float(case[f"grad:{name}"].abs().max())
         case.close_grad(name, rtol=rtol, atol=(1e-9 if double else rtol) * scale)
-    outer_optimiser(x, y, p["outer_lr"]).step()
+    outer_optimizer(x, y, p["outer_lr"]).step()
     for name, leaf, grad in (("x_after", x, images_grad), ("y_after", y, targets_grad)):
         # the first step of AdamW is nearly the sign of the gradient
         clear = grad.abs() > (1e-6 if double else rtol) * grad.abs().max()
         case.close(
             name, leaf, rtol=1e-8 if double else 1e-3, atol=1e-8 if double else 1e-3 * p["outer_lr"], where=clear
         )
-    sgd = inner_optimiser(network)
+    sgd = inner_optimizer(network)
     for _ in range(p["inner_steps"]):
         inner_step(network, sgd, x0, y0)
     for name, value in network.state_dict().items():

@@ -90,14 +90,14 @@ def steps(case: Case) -> None:
     if p["sampling_net"]:
         sampler = sampler_of(case.under("s"))
     images = nn.Parameter(case["x_syn0"].clone())
-    optimiser = torch.optim.AdamW([images], p["lr_img"], weight_decay=5e-4)
+    optimizer = torch.optim.AdamW([images], p["lr_img"], weight_decay=5e-4)
     total, clear = 0.0, torch.ones_like(images, dtype=torch.bool)
     for c in range(p["classes"]):
         t = case[f"t{c}"] if sampler is None else sampler(case[f"noise{c}"])
         loss = match_loss(
             network, case["x_real"][c], images[c * count : (c + 1) * count], t, p.get("alpha", 0.5), p.get("beta", 0.5)
         )
-        optimiser.zero_grad()
+        optimizer.zero_grad()
         loss.backward()
         if sampler is not None and c == 0:
             case.close("loss_class0", loss, rtol=1e-4)
@@ -112,7 +112,7 @@ def steps(case: Case) -> None:
         clear[c * count : (c + 1) * count] = (
             own > THROUGH_NETWORK * own.max()
         )  # AdamW divides a gradient by its size, also one of rounding alone
-        optimiser.step()
+        optimizer.step()
         total += loss.item()
     case.close("loss_total", torch.tensor(total), rtol=1e-4)
     case.close("x_syn1", images, rtol=1e-4, atol=1e-5, where=clear)

@@ -81,7 +81,7 @@ def qd_three_steps(case: Case) -> None:
     network = case.load(nn.Sequential(*layers))
     names = quantise.quantisable(network, first_and_last=not p["skip_first_and_last_tensor"])
     quantise.attach(network, {n: UniformLevels(2 ** p["bits"], p["bucket_size"]) for n in names})
-    optimiser = torch.optim.SGD(
+    optimizer = torch.optim.SGD(
         network.parameters(),
         p["lr"],
         p["momentum"],
@@ -91,9 +91,9 @@ def qd_three_steps(case: Case) -> None:
     losses = []
     for x, teacher, labels in zip(case["x"], case["teacher_logits"], case["labels"]):
         loss = loss_of(network(x), teacher, labels, p["temperature"], p["teacher_weight"], mean=True)
-        optimiser.zero_grad()
+        optimizer.zero_grad()
         loss.backward()
-        optimiser.step()
+        optimizer.step()
         losses.append(loss.detach())
     case.close("losses", torch.stack(losses))
     full = dict(network.named_parameters()) | {n: weight for n, (_, weight) in quantise.attached(network).items()}

@@ -215,7 +215,7 @@ class SmoothExpertAlignment(Method[Config]):
             {"params": [made.images], "lr": config.lr},
             {"params": [lr], "lr": config.lr_lr},
         ]
-        optimiser = torch.optim.SGD(groups, momentum=config.momentum)
+        optimizer = torch.optim.SGD(groups, momentum=config.momentum)
         weights = torch.tensor(path_weights(config.expert_epochs, config.middle), device=device)
 
         def loss(i: int) -> dict[str, Tensor]:
@@ -239,7 +239,7 @@ class SmoothExpertAlignment(Method[Config]):
             with torch.no_grad():
                 lr.clamp_(min=1e-6)
 
-        made.learn("ast", loss, optimiser=optimiser, extra={"inner_lr": TensorState(lr)}, after=after)
+        made.learn("ast", loss, optimizer=optimizer, extra={"inner_lr": TensorState(lr)}, after=after)
         made.figures |= {"inner_lr": lr.item(), "expert_step": mean_step(paths)}
         return made.product(lr=lr.item())
 

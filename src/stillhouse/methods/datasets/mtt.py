@@ -85,7 +85,7 @@ class TrajectoryMatching(Method[Config]):
             {"params": [made.images], "lr": config.lr},
             {"params": [lr], "lr": config.lr_lr},
         ]
-        optimiser = torch.optim.SGD(groups, momentum=config.momentum)
+        optimizer = torch.optim.SGD(groups, momentum=config.momentum)
 
         def loss(i: int) -> dict[str, Tensor]:
             drawn = made.generator("start", i)
@@ -108,7 +108,7 @@ class TrajectoryMatching(Method[Config]):
             with torch.no_grad():
                 lr.clamp_(min=1e-6)
 
-        made.learn("mtt", loss, optimiser=optimiser, extra={"inner_lr": TensorState(lr)}, after=after)
+        made.learn("mtt", loss, optimizer=optimizer, extra={"inner_lr": TensorState(lr)}, after=after)
         made.figures["inner_lr"] = lr.item()
         return made.product(lr=lr.item())
 

@@ -240,8 +240,8 @@ class Matching:
     def learn(self) -> None:
         """Minimise over the pixels; where the sampler is learned, maximise over it after each step."""
         config, made = self.config, self.made
-        optimiser = self._optimiser()
-        plateau = torch.optim.lr_scheduler.ReduceLROnPlateau(optimiser, factor=0.5, patience=config.patience)
+        optimizer = self._optimizer()
+        plateau = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, factor=0.5, patience=config.patience)
         total = torch.zeros((), device=self.device)
         extra: dict[str, Any] = {"plateau": plateau, "total": TensorState(total)}
         sampler = climber = None
@@ -283,7 +283,7 @@ class Matching:
                 plateau.step(float(total))
                 total.zero_()
 
-        made.learn("ncfm", loss, optimiser=optimiser, extra=extra, after=after, steps=config.iterations * rounds)
+        made.learn("ncfm", loss, optimizer=optimizer, extra=extra, after=after, steps=config.iterations * rounds)
         made.figures["distil_iterations"] = float(config.iterations)
         made.figures["distil_seconds_per_iteration"] = made.figures["distil_seconds"] / config.iterations
 
@@ -322,7 +322,7 @@ class Matching:
         self.trained_on(path)
         self.loaded = iteration
 
-    def _optimiser(self) -> torch.optim.Optimizer:
+    def _optimizer(self) -> torch.optim.Optimizer:
         c, images = self.config, [self.made.images]
         if c.optimiser == "sgd":
             return torch.optim.SGD(images, c.lr, momentum=c.momentum, weight_decay=c.weight_decay)

@@ -56,20 +56,20 @@ class StretchedTraining(SoftTraining):
     def rate(self, epoch: float) -> float:
         return super().rate(epoch / self.stretch)
 
-    def step(self, network: nn.Module, optimiser: torch.optim.Optimizer, i: int) -> Tensor:
+    def step(self, network: nn.Module, optimizer: torch.optim.Optimizer, i: int) -> Tensor:
         """As of any training; the batches of a step go back one after another, so that memory holds one graph at a
         time."""
         epoch, at = divmod(i, self.steps_per_epoch)
-        for group in optimiser.param_groups:
+        for group in optimizer.param_groups:
             group["lr"] = self.lr * self.rate(epoch)
         batches = self.order(epoch)[at * self.accumulate : (at + 1) * self.accumulate]
         total = torch.zeros((), device=self.images.device)
-        optimiser.zero_grad()
+        optimizer.zero_grad()
         for n, rows in enumerate(batches):
             loss = self._of_batch(network, rows, epoch, at * self.accumulate + n) / len(batches)
             loss.backward()
             total += loss.detach()
-        optimiser.step()
+        optimizer.step()
         return total
 
     def _of_batch(self, network: nn.Module, rows: Tensor, epoch: int, number: int) -> Tensor:

@@ -35,7 +35,7 @@ from stillhouse.errors import UserError
 from stillhouse.evaluation.cost import peak_of_tensors
 from stillhouse.functional.augmentation import apply
 from stillhouse.methods.datasets.krr_st.product import RepresentationSet
-from stillhouse.methods.datasets.krr_st.ridge import Pool, Regressor, outer_loss, outer_optimiser
+from stillhouse.methods.datasets.krr_st.ridge import Pool, Regressor, outer_loss, outer_optimizer
 from stillhouse.methods.datasets.krr_st.target import TargetSpec, represented, target_network
 from stillhouse.methods.datasets.krr_st.transfer import TransferSpec, check_target, judge
 from stillhouse.models import build
@@ -169,11 +169,11 @@ class SelfSupervisedDistillation(Method[Config]):
         spec = config.pool
         pool = Pool(fresh, spec.networks, spec.limit, spec.lr, spec.weight_decay, spec.literal_restart)
         self._warm(run, pool, images.detach(), targets.detach())
-        optimiser = outer_optimiser(images, targets, config.lr)
+        optimizer = outer_optimizer(images, targets, config.lr)
         batch = min(config.batch_real, len(real.images))
 
         def one(i: int) -> dict[str, Tensor]:
-            for group in optimiser.param_groups:
+            for group in optimizer.param_groups:
                 group["lr"] = config.lr * (1 - (1 - LAST_RATE) * i / config.iterations)
             drawn = generator(run.seed, "krr_st", i)
             slot = int(torch.randint(len(pool), (1,), generator=drawn))
@@ -187,7 +187,7 @@ class SelfSupervisedDistillation(Method[Config]):
             )  # of these only, not of the network's weights
             if config.clip is not None:
                 nn.utils.clip_grad_norm_([images, targets], config.clip)
-            optimiser.step()
+            optimizer.step()
             inner = pool.learn(slot, images.detach(), targets.detach())
             return {"loss": loss, "inner_loss": inner}
 
@@ -203,7 +203,7 @@ class SelfSupervisedDistillation(Method[Config]):
         state: dict[str, Any] = {
             "images": TensorState(images),
             "targets": TensorState(targets),
-            "optimiser": optimiser,
+            "optimizer": optimizer,
             "pool": pool,
             "peak": TensorState(peak),
         }

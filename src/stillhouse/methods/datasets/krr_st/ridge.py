@@ -110,25 +110,25 @@ def outer_loss(
     return {"loss": F.mse_loss(predicted, representations.detach()), "lam": lam, "synthetic": f_s, "real": f_r}
 
 
-def outer_optimiser(images: Tensor, targets: Tensor, lr: float) -> torch.optim.Optimizer:
+def outer_optimizer(images: Tensor, targets: Tensor, lr: float) -> torch.optim.Optimizer:
     """AdamW without decay over both."""
     return torch.optim.AdamW([images, targets], lr, weight_decay=0.0)
 
 
-def inner_optimiser(
+def inner_optimizer(
     network: nn.Module, lr: float = 0.1, momentum: float = 0.9, weight_decay: float = 1e-3
 ) -> torch.optim.Optimizer:
     """SGD of the inner problem and of pre-training."""
     return torch.optim.SGD(network.parameters(), lr, momentum=momentum, weight_decay=weight_decay)
 
 
-def inner_step(network: nn.Module, optimiser: torch.optim.Optimizer, images: Tensor, targets: Tensor) -> Tensor:
+def inner_step(network: nn.Module, optimizer: torch.optim.Optimizer, images: Tensor, targets: Tensor) -> Tensor:
     """One step on the mean squared error of all synthetic images, in training mode; returns the loss."""
     network.train()
     loss = F.mse_loss(network(images), targets)
-    optimiser.zero_grad()
+    optimizer.zero_grad()
     loss.backward()
-    optimiser.step()
+    optimizer.step()
     return loss.detach()
 
 
@@ -157,7 +157,7 @@ class Pool:
         self.make, self.limit, self.lr, self.weight_decay, self.literal = make, limit, lr, weight_decay, literal
         self.steps, self.generations = [0] * count, [0] * count
         self.networks = [make(slot, 0) for slot in range(count)]
-        self.optimisers = [self._optimiser(n) for n in self.networks]
+        self.optimizers = [self._optimizer(n) for n in self.networks]
         self.sound = [
             torch.tensor(True) for _ in range(count)
         ]  # read at the slot's next visit, so that no step waits for it
@@ -182,7 +182,7 @@ class Pool:
             if not self.literal:
                 self.steps[slot] = 0
             return targets.new_zeros(())
-        loss = inner_step(self.networks[slot], self.optimisers[slot], images, targets)
+        loss = inner_step(self.networks[slot], self.optimizers[slot], images, targets)
         self.steps[slot] += 1
         state = (t for t in self.networks[slot].state_dict().values() if t.is_floating_point())
         self.sound[slot] = torch.stack([loss.isfinite(), *(t.isfinite().all() for t in state)]).all()
@@ -193,7 +193,7 @@ class Pool:
             "steps": list(self.steps),
             "generations": list(self.generations),
             "networks": [n.state_dict() for n in self.networks],
-            "optimisers": [o.state_dict() for o in self.optimisers],
+            "optimizers": [o.state_dict() for o in self.optimizers],
             "sound": list(self.sound),
         }
 
@@ -203,17 +203,17 @@ class Pool:
             list(state["generations"]),
             list(state["sound"]),
         )
-        for mine, saved in ((self.networks, state["networks"]), (self.optimisers, state["optimisers"])):
+        for mine, saved in ((self.networks, state["networks"]), (self.optimizers, state["optimizers"])):
             _load_each(mine, saved)
 
     def _renew(self, slot: int) -> None:
         self.generations[slot] += 1
         self.networks[slot] = self.make(slot, self.generations[slot])
-        self.optimisers[slot] = self._optimiser(self.networks[slot])
+        self.optimizers[slot] = self._optimizer(self.networks[slot])
         self.sound[slot] = torch.tensor(True)
 
-    def _optimiser(self, network: nn.Module) -> torch.optim.Optimizer:
-        return inner_optimiser(network, self.lr, weight_decay=self.weight_decay)
+    def _optimizer(self, network: nn.Module) -> torch.optim.Optimizer:
+        return inner_optimizer(network, self.lr, weight_decay=self.weight_decay)
 
 
 def _load_each(mine: Iterable[Any], saved: Iterable[Any]) -> None:

@@ -78,7 +78,7 @@ def _train(run: Run, spec: TargetSpec, network: Regressor, images: Tensor) -> di
         projector = nn.Sequential(
             nn.Linear(network.features, width), nn.BatchNorm1d(width), nn.ReLU(), nn.Linear(width, width)
         ).to(images.device)
-    optimiser = torch.optim.Adam([*network.parameters(), *projector.parameters()], spec.lr)
+    optimizer = torch.optim.Adam([*network.parameters(), *projector.parameters()], spec.lr)
     size = min(spec.batch_size, len(images))
     each = max(len(images) // size, 1)
     network.train()
@@ -93,11 +93,11 @@ def _train(run: Run, spec: TargetSpec, network: Regressor, images: Tensor) -> di
             for _ in range(2)
         )
         loss = barlow_twins_loss(a, b, spec.redundancy)
-        optimiser.zero_grad()
+        optimizer.zero_grad()
         loss.backward()
-        optimiser.step()
+        optimizer.step()
         return {"loss": loss}
 
-    state = {"network": network, "projector": projector, "optimiser": optimiser}
+    state = {"network": network, "projector": projector, "optimizer": optimizer}
     run.loop("target", state, step, spec.epochs * each)
     return state_on_cpu(network)

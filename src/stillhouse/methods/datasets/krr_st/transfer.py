@@ -21,7 +21,7 @@ from stillhouse.data import Loader
 from stillhouse.errors import UserError
 from stillhouse.functional.augmentation import apply
 from stillhouse.methods.datasets.krr_st.product import RepresentationSet
-from stillhouse.methods.datasets.krr_st.ridge import Regressor, inner_optimiser, inner_step, outer_loss
+from stillhouse.methods.datasets.krr_st.ridge import Regressor, inner_optimizer, inner_step, outer_loss
 from stillhouse.methods.datasets.krr_st.target import represented, target_network
 from stillhouse.models import build
 from stillhouse.randomness import generator, keyed, permutation
@@ -139,7 +139,7 @@ class _Judging:
         """The same backbone, pre-trained on the set."""
         network, spec, count = self.network(model, seed), self.spec.pretrain, len(self.images)
         batches = -(-count // spec.batch_size)
-        sgd = inner_optimiser(network, spec.lr, weight_decay=spec.weight_decay)
+        sgd = inner_optimizer(network, spec.lr, weight_decay=spec.weight_decay)
 
         def step(i: int) -> dict[str, Tensor]:
             epoch, at = divmod(i, batches)
@@ -151,7 +151,7 @@ class _Judging:
             return {"loss": inner_step(network, sgd, self.images[order], self.labels[order])}
 
         def make() -> dict[str, Tensor]:
-            self.run.loop("pretrain", {"network": network, "optimiser": sgd}, step, spec.epochs * batches)
+            self.run.loop("pretrain", {"network": network, "optimizer": sgd}, step, spec.epochs * batches)
             return state_on_cpu(network)
 
         uses = {
@@ -211,7 +211,7 @@ class _Judging:
                 )
         learner: nn.Module = head if linear else network
         lr = spec.lr or (0.2 if linear else 0.01)
-        sgd = inner_optimiser(learner, lr, weight_decay=spec.weight_decay)
+        sgd = inner_optimizer(learner, lr, weight_decay=spec.weight_decay)
         batches = -(-len(x) // spec.batch_size)
         learner.train()
 
@@ -230,7 +230,7 @@ class _Judging:
             sgd.step()
             return {"loss": loss}
 
-        self.run.loop("teach", {"learner": learner, "optimiser": sgd}, step, spec.iterations)
+        self.run.loop("teach", {"learner": learner, "optimizer": sgd}, step, spec.iterations)
         with evaluating(learner):
             predicted = torch.cat([learner(part.to(device)).argmax(1).cpu() for part in x_test.split(512)])
         return float((predicted == y_test).double().mean())

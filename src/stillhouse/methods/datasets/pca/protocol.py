@@ -147,7 +147,7 @@ def decay_groups(network: nn.Module) -> tuple[list[str], list[str]]:
     return decayed, [n for n, _ in named if n not in decayed]
 
 
-def optimiser(network: nn.Module, spec: ProtocolSpec) -> torch.optim.Optimizer:
+def new_optimizer(network: nn.Module, spec: ProtocolSpec) -> torch.optim.Optimizer:
     """AdamW with decay of weight matrices only, or SGD with momentum 0.9."""
     if spec.optimiser == "sgd":
         return torch.optim.SGD(
@@ -237,7 +237,7 @@ def _train(
 ) -> None:
     images, labels = packed.images.to(run.device), packed.labels.to(run.device)
     batches = -(-len(images) // min(spec.batch_size, max(len(images) // 2, 1)))
-    adam, rates = optimiser(network, spec), spec.lr or (1e-3 if spec.optimiser == "adamw" else 0.1)
+    adam, rates = new_optimizer(network, spec), spec.lr or (1e-3 if spec.optimiser == "adamw" else 0.1)
     network.train()
 
     def step(i: int) -> Mapping[str, Tensor]:
@@ -262,4 +262,4 @@ def _train(
         adam.step()
         return {"loss": loss}
 
-    run.loop(name, {"network": network, "optimiser": adam}, step, spec.epochs * batches)
+    run.loop(name, {"network": network, "optimizer": adam}, step, spec.epochs * batches)
