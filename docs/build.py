@@ -1,7 +1,7 @@
 """Writes the generated pages: docs/recipes.md from the option types, docs/comparison.md, docs/claims.md,
 docs/catalogue.md and docs/methods/ from cards, options, recipes and evidence.
 
-`make docs` writes them anew; `python docs/build.py --check` writes nothing and exits 1 where one is stale.
+`make docs` writes them again; `python docs/build.py --check` writes nothing and exits 1 where one is stale.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ from stillhouse.runs.listing import argument_words
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"
-NOTE = "<!-- Written by docs/build.py; do not edit. `make docs` writes it anew. -->\n"
-BELOW = "<!-- From here on written by docs/build.py; do not edit. `make docs` writes it anew. -->\n"
+NOTE = "<!-- Written by docs/build.py; do not edit. `make docs` writes it again. -->\n"
+BELOW = "<!-- From here on written by docs/build.py; do not edit. `make docs` writes it again. -->\n"
 KINDS = {"objective": "Objectives", "method": "Methods"}
 
 
@@ -211,7 +211,7 @@ def options(card: Card) -> Iterator[str]:
     general = set(MethodConfig.model_fields)
     links = table_links(key_table(config, without=general))
     yield (
-        f"Keys of a recipe with `method: {card.slug}`, beside `name`, `seed` and `variants`; the types that methods "
+        f"Keys of a recipe with `method: {card.slug}`, besides `name`, `seed` and `variants`; the types that methods "
         "share are on [the recipe page](../recipes.md).\n"
     )
     yield links
@@ -323,7 +323,7 @@ def where_to_start(claims: list[tuple[str, Verdict]]) -> str:
     command = f"`stillhouse run {path}" + (f" --variant {row.variant}" if row.variant != "base" else "") + "`"
     if shown:
         return f"Where to start: {command}, the setting of the first claim that was shown."
-    against = f" beside its baseline `{first.over}`" if first.over else ""
+    against = f" against its baseline `{first.over}`" if first.over else ""
     return (
         f"Where to start: no claim was shown in these settings, so try {command}{against} on your own data before you "
         "rely on it."

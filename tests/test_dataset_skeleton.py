@@ -118,7 +118,7 @@ def test_a_strategy_is_read_and_a_wrong_one_refused():
         groups_of("colour_crop")
     with pytest.raises(UserError, match="floating-point"):
         apply(torch.zeros(2, 3, 8, 8, dtype=torch.uint8), ())
-    with pytest.raises(UserError, match="drawn for 4 images, but the batch holds 6"):
+    with pytest.raises(UserError, match="sampled for 4 images, but the batch holds 6"):
         apply(images(), all_of(["flip"], 4, (8, 8), drawn()))
 
 

@@ -367,7 +367,7 @@ def test_a_class_in_a_file_is_a_model(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="ModuleNotFoundError"):
         make(f"file:{file}:Net")
     file.write_text("def Net():\n    return 3\n")
-    with pytest.raises(UserError, match="made a int"):
+    with pytest.raises(UserError, match="returned a int"):
         make(f"file:{file}:Net")
 
 
@@ -438,7 +438,7 @@ def test_a_file_cut_off_gets_a_sentence(tmp_path: Path) -> None:
     save_file(model.state_dict(), tmp_path / "net.safetensors")
     for file in (tmp_path / "net.pth", tmp_path / "net.safetensors"):
         file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
-        with pytest.raises(UserError, match="cut off or corrupt"):
+        with pytest.raises(UserError, match="incomplete or corrupt"):
             load_weights(model, file)
 
 

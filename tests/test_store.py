@@ -398,7 +398,7 @@ def test_inputs_that_can_no_longer_be_made_again_are_refused(tmp_path: Path):
     store = written(tmp_path / "s")
     facts = FACTS["data_facts"]
     store.check(facts, CLASSES, dataset())
-    with pytest.raises(UserError, match="cannot be made again here"):
+    with pytest.raises(UserError, match="cannot be reproduced here"):
         store.check(facts, CLASSES, dataset(seed=1))
     with pytest.raises(UserError, match="scores 6 classes, but the data has 5"):
         store.check(facts, 5, dataset())

@@ -243,7 +243,7 @@ def test_a_server_that_stays_away_is_said_and_nothing_is_asked_twice(tmp_path: P
     with serving(teacher) as url:
         teacher.faults = [None] * 7 + [500] * 100
         with pytest.raises(
-            UserError, match=r"gave no answer in 2 tries \(the last: 500: busy\); what it answered before is kept"
+            UserError, match=r"gave no answer in 2 tries \(the last: 500: busy\); its earlier answers are stored"
         ):
             asked(url, tmp_path / "s", workers=1, retries=1)
         before = list(teacher.prompts[:7])
@@ -348,7 +348,7 @@ def test_completions_are_kept_with_their_log_probabilities_and_empty_ones_are_le
         greedy.append(last)
     assert store.tokens_of(np.array([5, 1]))[0].tolist() == greedy and not len(store.tokens_of(np.array([1]))[0])
     data = CompletionDataset(store, [[9, i] for i in range(8)])
-    assert len(data) == 7 and data.kept.tolist() == [0, 2, 3, 4, 5, 6, 7]
+    assert len(data) == 7 and data.samples.tolist() == [0, 2, 3, 4, 5, 6, 7]
     batch = data.batch(BatchKey(0, np.array([4, 0]), 0, 2), 0)
     assert batch["input"]["input_ids"][0].tolist() == [9, 5, *greedy[:2]]
     assert batch["label"][0].tolist() == [-100, *greedy]

@@ -35,7 +35,7 @@ def distill(
     evaluate: Callable[[nn.Module, torch.device], dict[str, float]] | None = None,
     half_weights: bool = False,
 ) -> nn.Module:
-    """Train `student` to carry what `teacher` knows, and return it (in evaluation mode, the same object).
+    """Train `student` on the outputs of `teacher`, and return it (the same object, in evaluation mode).
 
     Args:
         teacher: any `nn.Module` that returns logits, a teacher of `stillhouse.distillation.teachers`, several by name,
@@ -48,8 +48,7 @@ def distill(
             (Objective, weight) pairs.
         val_loader: evaluated at the end of epochs (accuracy and calibration).
         train: options of `TrainSpec`, such as {"epochs": 30, "optimizer": {"name": "adamw", "lr": 1e-3}}.
-        folder: metrics.csv and checkpoints go there, and a run that was cut off goes on from there; None: a temporary
-            folder.
+        folder: for metrics.csv and checkpoints; an interrupted training resumes there. None: a temporary folder.
         evaluate: figures of your own, (student, device) -> {name: number}.
         half_weights: train a half-precision student as it is.
 

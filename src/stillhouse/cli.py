@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 app = typer.Typer(
     name="stillhouse",
-    help="Knowledge distillation under one roof: make a small model carry what a big one knows.\n\nStart with: "
+    help="Knowledge distillation under one roof: train a small model on the outputs of a big one.\n\nStart with: "
     "stillhouse demo",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
@@ -69,7 +69,7 @@ def run(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Start over in a folder that holds a run.")] = False,
     cpu: Cpu = False,
 ) -> None:
-    """Run a recipe. Trains what it names, keeps the product, writes the report; a run that was cut off goes on."""
+    """Run a recipe: train, save the product, write the report. An interrupted run resumes."""
     from stillhouse.runs import recipe as recipes
 
     config = recipes.load(recipe, variant, set_ or [])
@@ -208,7 +208,7 @@ def bench(
         after=lambda job, n, total: typer.echo(f"[{n}/{total}] {job.folder.name} done", err=True),
     )
     results["command"] = " ".join(["stillhouse", *_without_places(sys.argv[1:])])
-    table = comparison_table(results)  # a wrong figure is told before anything is written
+    table = comparison_table(results)  # a wrong figure is reported before anything is written
     for path in filter(None, (folder / "results.json", evidence)):
         with atomic_write(path) as temporary:
             temporary.write_text(json.dumps(results, indent=1) + "\n")
@@ -326,18 +326,18 @@ def _check_data_root(data_root: str | None) -> None:
 )
 def cache(
     recipe: Recipe,
-    out: Annotated[Path, typer.Option(help="The store's folder; one that was cut off goes on.", metavar="FOLDER")],
+    out: Annotated[Path, typer.Option(help="The store's folder; an interrupted pass resumes.", metavar="FOLDER")],
     top: Annotated[
         int | None,
-        typer.Option(help="Keep the K most probable classes and the mass of the others; default: all.", metavar="K"),
+        typer.Option(help="Store the K most probable classes and the mass of the others; default: all.", metavar="K"),
     ] = None,
     precision: Annotated[
         str | None, typer.Option(help="fp32, fp16, bf16 or int8; default: fp32.", metavar="TYPE")
     ] = None,
     views: Annotated[int | None, typer.Option(help="Augmented views of each sample; default: 1.", metavar="N")] = None,
-    embedding: Annotated[bool, typer.Option("--embedding", help="Keep the embedding too.")] = False,
+    embedding: Annotated[bool, typer.Option("--embedding", help="Store the embedding too.")] = False,
     tap: Annotated[
-        list[str] | None, typer.Option(help="Keep this tap too. May be given several times.", metavar="LAYER")
+        list[str] | None, typer.Option(help="Store this tap too. May be given several times.", metavar="LAYER")
     ] = None,
     teacher: Annotated[str, typer.Option(help="Which of the recipe's teachers.", metavar="NAME")] = "teacher",
     set_: Sets = None,
@@ -371,7 +371,7 @@ def cache(
     ] = False,
     cpu: Cpu = False,
 ) -> None:
-    """Keep what a recipe's teacher says of its data. Students then train from the store: teacher: {store: FOLDER}."""
+    """Store the outputs of a recipe's teacher. Students then train from the store: teacher: {store: FOLDER}."""
     from stillhouse.runs import recipe as recipes
     from stillhouse.runs.caching import asked, describe, make_for, make_from_server, store_spec
     from stillhouse.training.display import Bars
@@ -382,12 +382,12 @@ def cache(
     if server is not None:
         from stillhouse.store.server import Server
 
-        kept = store_spec({k: v for k, v in given.items() if v is not None})
+        chosen = store_spec({k: v for k, v in given.items() if v is not None})
         asked_of = Server(server, server_model, top=top or 20, rate=rate)
         make_from_server(
             config,
             asked_of,
-            kept,
+            chosen,
             out,
             workers=jobs,
             too_long="skip" if skip_long else "refuse",
@@ -415,7 +415,7 @@ def export(
         ),
     ] = None,
     out: Annotated[
-        Path | None, typer.Option(help="The file or folder to write; default: beside the product.", metavar="PATH")
+        Path | None, typer.Option(help="The file or folder to write; default: next to the product.", metavar="PATH")
     ] = None,
     trust_code: Annotated[
         bool, typer.Option("--trust-code", help="Allow a model that your own Python file builds.")
@@ -459,7 +459,7 @@ def report(
         ),
     ],
 ) -> None:
-    """Write a run's or comparison's report anew."""
+    """Write the report of a run or a comparison again."""
     import json
 
     from stillhouse.errors import UserError
@@ -471,7 +471,7 @@ def report(
         path = write_run_report(folder)
         if not (folder / "evaluation.json").is_file():
             typer.echo(
-                "The run has not finished (the command that started it goes on with it); this is what there is so far."
+                "The run has not finished (the command that started it resumes it); this is what there is so far."
             )
     elif results.is_file():
         path = results.with_name("report.html") if results.name == "results.json" else Path(f"{results.stem}.html")
@@ -539,12 +539,12 @@ def main() -> None:
                 raise
             typer.echo(
                 f"stillhouse: Cannot read or write '{error.filename}': {str(error.strerror).lower()}. What was done "
-                "before is kept.",
+                "before is unchanged.",
                 err=True,
             )
             sys.exit(2)
         except KeyboardInterrupt:
-            typer.echo("stillhouse: stopped; start the same command again to go on.", err=True)
+            typer.echo("stillhouse: stopped; start the same command again to resume.", err=True)
             sys.exit(130)
 
 

@@ -1,4 +1,4 @@
-"""The errors that a user can mend: one sentence each, naming the place and the nearest valid value."""
+"""Errors that a user can fix: each is one sentence that names the place and the nearest valid value."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Iterable
 
 
 class UserError(ValueError):
-    """Something the user asked for cannot be done; the message says what, where and what to do. The command exits 2."""
+    """A request cannot be carried out; the message says what, where and what to do. The command exits with code 2."""
 
 
 class MissingExtra(UserError, ImportError):
@@ -18,7 +18,7 @@ class MissingExtra(UserError, ImportError):
 
 
 class TrainingDiverged(UserError):
-    """A loss became NaN or infinite; the message names the step and the terms. The last good checkpoint is kept."""
+    """A loss became NaN or infinite; the message names the step and the terms. The last good checkpoint stays."""
 
 
 def nearest(name: str, valid: Iterable[str], count: int = 3) -> list[str]:

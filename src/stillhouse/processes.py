@@ -1,5 +1,4 @@
-"""The processes that train together: which of them this is, what all of them take for true, and waiting for each
-other."""
+"""Processes that train together: the rank of this one, decisions that all share, and waiting for each other."""
 
 from __future__ import annotations
 
@@ -54,7 +53,7 @@ def share() -> dict[str, int]:
 
 
 def agreed(value: bool) -> bool:
-    """The main process's answer, in every process."""
+    """The main process's value, in every process."""
     if rank_world()[1] == 1:
         return value
     from accelerate.utils import broadcast_object_list
@@ -63,7 +62,7 @@ def agreed(value: bool) -> bool:
 
 
 def wait() -> None:
-    """Until all processes are here."""
+    """Wait until all processes have arrived."""
     if rank_world()[1] > 1:
         from accelerate import PartialState
 

@@ -1,5 +1,4 @@
-"""What a network says about a batch (`Signals`), and how inner tensors are captured in its one forward pass
-(`Taps`)."""
+"""A network's outputs for a batch (`Signals`), and the capture of inner tensors in its one forward pass (`Taps`)."""
 
 from __future__ import annotations
 
@@ -22,8 +21,8 @@ own keys."""
 def log_softmax(logits: Tensor) -> Tensor:
     """Log-probabilities of logits (..., C), over the last axis.
 
-    Dense logits (B, H, W, C) are views of what a network gives as (B, C, H, W): over the second axis of that, no copy
-    is made (about three times faster).
+    Dense logits (B, H, W, C) are views of a network's (B, C, H, W): over the second axis of that, nothing is copied
+    (about three times faster).
     """
     if logits.ndim > 3:
         return logits.movedim(-1, 1).log_softmax(1).movedim(1, -1)
@@ -32,7 +31,7 @@ def log_softmax(logits: Tensor) -> Tensor:
 
 @dataclass(slots=True)
 class TopK:
-    """The k most probable classes of a teacher: never made dense."""
+    """The k most probable classes of a teacher; never expanded to all classes."""
 
     log_probs: Tensor  # (..., k), at temperature 1, falling
     indices: Tensor  # (..., k)
@@ -205,11 +204,12 @@ def _described(output: Any) -> str:
 class Taps:
     """Captures the outputs of named submodules during a forward pass.
 
-    A name is a dotted submodule (`layer3`, `blocks.5.attn`): its output is captured; with `:in` at the end (`fc:in`),
-        its first input.
-    Hooks are made once, here: make a `Taps` BEFORE `torch.compile` sees the model, as hooks made later never fire. They
-        write only inside
-    `capture()`, only for the module they were made on (a deep copy's hooks stay silent), and go with `remove()`.
+    A name is a dotted submodule (`layer3`, `blocks.5.attn`), whose output is captured; with `:in` at the end (`fc:in`),
+    its first input is.
+
+    Hooks are registered here: create `Taps` before `torch.compile` sees the model, as hooks registered later never
+    fire. They capture only inside `capture()`, and only for the module they were registered on (a deep copy's hooks do
+    nothing); `remove()` removes them.
 
     Args:
         model: any module; it is not edited.
@@ -265,7 +265,7 @@ class Taps:
 
     @contextmanager
     def capture(self) -> Iterator[dict[str, Tensor]]:
-        """Collect tensors by tap name for the forward passes made inside; nothing is retained afterwards."""
+        """Collect tensors by tap name during forward passes inside the block; nothing is retained afterwards."""
         outer = self._cell[0]
         got: dict[str, Tensor] = {}
         self._cell[0] = got
@@ -331,7 +331,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     """Inside, the model is in evaluation mode and nothing is recorded for gradients; afterwards each submodule has its
     own mode back.
 
-    `no_grad`, not inference mode: tensors made inside may be used in training later.
+    `no_grad`, not inference mode: tensors created inside may be used in training later.
     """
     modes = [(module, module.training) for module in model.modules()]
     model.eval()

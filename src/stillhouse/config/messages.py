@@ -37,7 +37,7 @@ def spell(
     Args:
         where: what the sentences begin with, such as the recipe's file.
         path: where in the recipe the model stands.
-        keys: valid there beside the model's own.
+        keys: valid there besides the model's own.
     """
     places = [_place(item["loc"], model) for item in error.errors()]
     lines: dict[str, tuple[list[str], str]] = {}  # a sentence's beginning -> what is wanted there, and its end

@@ -67,11 +67,13 @@ def _no_recipe(path: Path) -> UserError:
             f"There is no recipe '{path}': a recipe is a YAML file, and `stillhouse methods {path.stem}` shows the "
             "keys of one."
         )
-    return UserError(f"There is no recipe '{path}'; `stillhouse methods` lists what recipes are made of.")
+    return UserError(
+        f"There is no recipe '{path}'; `stillhouse methods` lists the methods and objectives that a recipe can name."
+    )
 
 
 def set_key(tree: dict[str, Any], dotted: str, value: Any) -> None:
-    """Set `a.b.0.c` in nested mappings and lists; missing mappings are made."""
+    """Set `a.b.0.c` in nested mappings and lists; missing mappings are created."""
     node: Any = tree
     parts = dotted.split(".")
     for i, part in enumerate(parts):
@@ -144,7 +146,7 @@ def resolve(
 
 
 def beside_recipe(value: Any, folder: Path) -> Any:
-    """A raw recipe in which every `file:PATH.py` that lies beside the recipe (and not under the working folder) is
+    """A raw recipe in which every `file:PATH.py` in the folder of the recipe (and not under the working folder) is
     named in full."""
     if isinstance(value, dict):
         return {k: beside_recipe(v, folder) for k, v in value.items()}

@@ -74,7 +74,7 @@ class DataSpec(NamedSpec):
         0.0,
         ge=0.0,
         lt=1.0,
-        description="Share of the training samples kept out of training: steers what must not see test data.",
+        description="Share of the training samples left out of training, for choices that must not see test data.",
     )
     val: float = Field(
         0.0,
@@ -160,7 +160,7 @@ class OptimizerSpec(Spec):
     )
 
     def arguments(self) -> dict[str, Any]:
-        """Keyword arguments for the optimiser's class; sgd has momentum 0.9 unless told."""
+        """Keyword arguments for the optimiser's class; sgd has momentum 0.9 by default."""
         extra = dict(self.model_extra or {})
         if self.name == "sgd":
             extra.setdefault("momentum", 0.9)
@@ -195,7 +195,7 @@ class TrainSpec(Spec):
     batch_size: int = Field(
         128, ge=1, description="Samples of one optimiser step over all processes, before accumulation."
     )
-    optimizer: OptimizerSpec = Field(default_factory=OptimizerSpec, description="SGD with momentum 0.9, unless told.")
+    optimizer: OptimizerSpec = Field(default_factory=OptimizerSpec, description="Default: SGD with momentum 0.9.")
     schedule: LRSchedule = Field(default_factory=LRSchedule, description="The learning rate over training.")
     clip: float | None = Field(None, gt=0, description="Clip the gradient's norm.")
     accumulate: int = Field(1, ge=1, description="Batches whose gradients are averaged for one optimiser step.")
@@ -210,7 +210,7 @@ class TrainSpec(Spec):
         None,
         gt=0,
         lt=1,
-        description="Keep an exponential moving average of the student; it is what is evaluated and kept.",
+        description="Decay of an exponential moving average of the student, which is evaluated and saved in its place.",
     )
     eval_every: int = Field(1, ge=0, description="Epochs between evaluations; 0: only at the end.")
     best: str | None = Field(
@@ -229,7 +229,7 @@ class TrainSpec(Spec):
         False, description="Deterministic kernels on a GPU (slower); the CPU is deterministic as it is."
     )
     trackers: list[Literal["tensorboard", "wandb", "mlflow"]] = Field(
-        default_factory=list, description="Where figures go beside metrics.csv; each is an extra to install."
+        default_factory=list, description="Where figures are logged besides metrics.csv; each is an extra to install."
     )
 
     @model_validator(mode="after")
@@ -251,16 +251,16 @@ def _shorthand(key: str) -> BeforeValidator:
 
 
 class StoreSpec(Spec):
-    """What is kept of a teacher's signals, and how (see docs/store.md)."""
+    """Which of a teacher's signals are stored, and how (see docs/store.md)."""
 
     top: int | None = Field(
-        None, ge=1, description="Keep the k most probable classes and the mass of all others; default: full logits."
+        None, ge=1, description="Store the k most probable classes and the mass of all others; default: full logits."
     )
-    logits: bool = Field(True, description="Keep class scores; false: only embedding and taps.")
-    embedding: bool = Field(False, description="Keep the embedding.")
-    taps: list[str] = Field(default_factory=list, description="Keep these taps: submodules, or stage:N.")
+    logits: bool = Field(True, description="Store class scores; false: only embedding and taps.")
+    embedding: bool = Field(False, description="Store the embedding.")
+    taps: list[str] = Field(default_factory=list, description="Store these taps: submodules, or stage:N.")
     precision: Literal["fp32", "fp16", "bf16", "int8"] = Field(
-        "fp32", description="Of what is kept; what rounding costs is recorded."
+        "fp32", description="Of the stored values; the rounding error is recorded."
     )
     views: int = Field(
         1, ge=1, description="Augmented views of each sample; epoch e of a training replays view e mod views."
@@ -280,8 +280,8 @@ class StoreSpec(Spec):
 
 
 class InputSpec(Spec):
-    """A teacher's own input, made from the student's: pixels in [0, 1] again, pooled, resized, and normalised as the
-    teacher knows them."""
+    """A teacher's own input, computed from the student's: back to pixels in [0, 1], pooled, resized, and normalised as
+    in the teacher's training."""
 
     size: int | tuple[int, int] | None = Field(
         None, description="Resize to this many pixels a side, or to [height, width]."
@@ -325,8 +325,8 @@ class TeacherSpec(Spec):
     )
     train: TrainSpec | None = Field(
         None,
-        description="Without a checkpoint: how the teacher is trained first (with pretrained: fine-tuned), once, kept "
-        "by content.",
+        description="Without a checkpoint: how the teacher is trained first (with pretrained: fine-tuned); once, "
+        "then read from the cache.",
     )
     seed: int | None = Field(
         None,
@@ -341,8 +341,8 @@ class TeacherSpec(Spec):
     peer: ModelSpec | None = Field(None, description="A second network trained together with the student.")
     store: str | StoreSpec | None = Field(
         None,
-        description="A folder that `stillhouse cache` wrote: its signals are the teacher. Or, beside model or "
-        "ensemble, what to store: written once, kept by content, and read in place of the live teacher.",
+        description="A folder that `stillhouse cache` wrote: its signals are the teacher. Or, with model or "
+        "ensemble, what to store: written once, named by its content, and read in place of the live teacher.",
     )
 
     @model_validator(mode="after")
@@ -393,7 +393,7 @@ class WeightSpec(Spec):
 
 
 class ObjectiveSpec(Spec):
-    """One objective; the keys beside these are the options of the objective that `name` names."""
+    """One objective; all other keys are the options of the objective that `name` names."""
 
     model_config = ConfigDict(extra="allow")
     name: str = Field(description="An objective of the catalogue, or file:PATH.py:CLASS.")

@@ -12,7 +12,7 @@ RECIPE = Path(__file__).parent / "digits.yaml"
 
 
 def demo(out: Path, seeds: Sequence[int], overwrite: bool = False) -> None:
-    """Run the demonstration in `out`, print the table and write the report. What is done already is kept."""
+    """Run the demonstration in `out`, print the table and write the report. Finished runs are reused."""
     import torch
     from rich.console import Console
 

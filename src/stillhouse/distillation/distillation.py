@@ -26,25 +26,23 @@ NOTHING = Signals()
 class Distillation(TrainingModule):
     """Trains a student (and what learns with it) on the weighted sum of its objectives' terms.
 
-    Frozen teachers stay outside the module tree: not in `state_dict()`, not flipped by `.train()`, not in DDP's
-        broadcast. The parameters that an
-    objective owns, and teachers that learn (momentum, past self, co-trained), are inside.
+    Frozen teachers stay outside the module tree: not in `state_dict()`, not switched by `.train()`, not in DDP's
+    broadcast. Parameters of objectives, and teachers that learn (momentum, past self, co-trained), are inside.
 
     Args:
         student: the model being trained.
         teachers: one teacher, several by name, or none. A plain `nn.Module` becomes a `Frozen` teacher named "teacher".
         objectives: names ("kd"), mappings ({"name": "kd", "temperature": 2}), objectives, or (objective, weight) pairs;
-            a weight is a number or a
-            `WeightSchedule`. Without a weight: its published one.
-        seed: seeds the layers that objectives make.
-        embedding: the student's classifier submodule, where it is not found by itself.
+            a weight is a number or a `WeightSchedule`; default: the published weight.
+        seed: seeds the objectives' own layers.
+        embedding: the student's classifier submodule, where it cannot be detected.
         task: how the student, and teachers without a task of their own, are called and read; default: any model that
             gives logits.
         chunked: of language models: compute the losses from hidden states and the output matrix, some tokens at a time,
-            so that no tensor of all logits is made in a training step; None: where the vocabulary is big and all
+            so that a training step never has a tensor of all logits; None: where the vocabulary is big and all
             objectives, teachers and networks can. (See `functional/chunked.py`.)
 
-    Call `build(batch)` once before training: it makes the hooks and the objectives' own layers.
+    Call `build(batch)` once before training: it registers the hooks and creates the objectives' own layers.
     """
 
     def __init__(
@@ -301,7 +299,7 @@ class Distillation(TrainingModule):
     def compile(self, *args: Any, **kwargs: Any) -> None:
         """torch.compile the student and the live teachers in place (after `build`, whose hooks must come first)."""
         if not self._built:
-            raise UserError("Call build(batch) before compile(): hooks that are made after compilation never fire.")
+            raise UserError("Call build(batch) before compile(): hooks registered after compilation never fire.")
         self._reader.compile(*args, **kwargs)
         for teacher in self._still.values():
             for reader in teacher.readers():
@@ -428,7 +426,7 @@ class Distillation(TrainingModule):
         self._student_outputs = None
 
     def close(self) -> None:
-        """Leave no hook on any model."""
+        """Remove all hooks from all models."""
         self._reader.close()
         for teacher in self.teachers.values():
             teacher.close()

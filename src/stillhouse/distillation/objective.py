@@ -48,7 +48,7 @@ class Objective(nn.Module):
 
     def build(self, student: Signals, teacher: Signals, batch: Batch) -> None:
         """Make own layers to size, from a two-sample probe (evaluation mode, no autograd). Called once, before the
-        optimiser is made."""
+        optimiser exists."""
 
     def prepare(self, ctx: Context) -> None:
         """Once before training: class means, thresholds. What it sets must be buffers or be computed again: a resumed

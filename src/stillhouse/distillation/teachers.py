@@ -172,15 +172,15 @@ class Teacher:
         return []
 
     def to(self, device: Any) -> Any:
-        """Move what it holds."""
+        """Move its networks and tensors to a device."""
         return self
 
     def fingerprint(self) -> str | None:
-        """A hash of what it answers from, recorded in place of weights; None for one that learns."""
+        """A hash of its weights or its store, recorded with results; None for a teacher that learns."""
         return None
 
     def close(self) -> None:
-        """Leave no hook behind."""
+        """Remove its hooks."""
 
 
 class Frozen(Teacher):
@@ -294,7 +294,7 @@ class NotLive(UserError, AttributeError):
 
 
 class Stored(Teacher):
-    """A teacher that spoke earlier: its signals come with each batch, under `stored`, from a store
+    """A teacher whose signals were stored: they come with each batch, under `stored`, from a store
     (`stillhouse.store.Store`).
 
     Args:
@@ -323,17 +323,21 @@ class Stored(Teacher):
                 )
 
     def __call__(self, batch: Batch, student: Signals | None = None) -> Signals:
-        held = (batch.get("stored") or {}).get(self.store.id)
-        if held is None:
+        signals = (batch.get("stored") or {}).get(self.store.id)
+        if signals is None:
             raise UserError(
                 f"This batch carries no signals of the store '{self.store.folder}': a stored teacher knows the "
                 "training samples as they were cached, and no others (a sweep without augmentation needs a store of "
                 "data.augment: plain)."
             )
-        top = TopK(held["top"], held["top.indices"], held["top.tail"]) if "top" in held else None
-        taps = {k.removeprefix("tap:"): v for k, v in held.items() if k.startswith("tap:")}
+        top = TopK(signals["top"], signals["top.indices"], signals["top.tail"]) if "top" in signals else None
+        taps = {k.removeprefix("tap:"): v for k, v in signals.items() if k.startswith("tap:")}
         return Signals(
-            logits=held.get("logits"), top=top, embedding=held.get("embedding"), taps=taps, image=image_size(batch)
+            logits=signals.get("logits"),
+            top=top,
+            embedding=signals.get("embedding"),
+            taps=taps,
+            image=image_size(batch),
         )
 
     def fingerprint(self) -> str:
@@ -387,7 +391,7 @@ class Momentum(nn.Module, Teacher):
 class PastSelf(nn.Module, Teacher):
     """The student's predictions of its last epoch, by sample index; in the first epoch, the one-hot labels.
 
-    The table is (N, C) float32 probabilities beside the parameters (not a buffer: DDP does not broadcast it); it is
+    The table is (N, C) float32 probabilities outside the parameters (and no buffer: DDP does not broadcast it); it is
     part of the checkpoint.
     """
 

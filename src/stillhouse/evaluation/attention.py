@@ -60,8 +60,8 @@ def attention_figures(vit: VisionTransformer, batches: Iterable[Batch], device: 
     sums = torch.zeros(2, len(vit.blocks), dtype=torch.float64)
     count = 0
     try:
-        for held in batches:
-            images = to_device(held["input"], device)
+        for loaded in batches:
+            images = to_device(loaded["input"], device)
             with evaluating(vit), taps.capture() as found:
                 vit.forward_features(images)
             for i, name in enumerate(taps.names):

@@ -90,8 +90,8 @@ def file_size(path: str | Path) -> int:
 
 
 def step_cost(module: Any, batch: Batch, ctx: Any, rounds: int = 5) -> dict[str, float]:
-    """What a training step of a built and prepared module costs, beside a plain cross-entropy step of its student on
-    the same batch, taken in turns.
+    """The cost of a training step of a built and prepared module, and its ratio to a plain cross-entropy step of its
+    student on the same batch; the two are taken in turns.
 
     Forward passes of all networks, inner steps and the backward pass count; the optimiser does not. The student's
     weights and statistics are put back.
@@ -104,7 +104,7 @@ def step_cost(module: Any, batch: Batch, ctx: Any, rounds: int = 5) -> dict[str,
 
     Returns:
         `step_ms` and `step_ratio` (over the cross-entropy step), medians; `step_bytes`: the most that torch holds at a
-        time beyond what it held before.
+        time beyond what was allocated before.
     """
     student = module.student
     before = {k: v.clone() for k, v in student.state_dict().items()}
@@ -143,7 +143,7 @@ def times_in_turns(works: Mapping[str, Callable[[], Any]], device: torch.device,
 
 
 def peak_of_tensors(work: Callable[[], Any], device: torch.device) -> int:
-    """Bytes: the most that torch holds at a time during a call, beyond what it held before."""
+    """Bytes: the most that torch holds at a time during a call, beyond what was allocated before."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
@@ -152,12 +152,12 @@ def peak_of_tensors(work: Callable[[], Any], device: torch.device) -> int:
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler is chatty
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         work()
-    held = most = 0
+    current = most = 0
     for event in sorted(
         (e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"), key=lambda e: e.start_ns()
     ):
-        held += event.nbytes()
-        most = max(most, held)
+        current += event.nbytes()
+        most = max(most, current)
     return most
 
 
@@ -190,7 +190,7 @@ def _one_thread() -> Iterator[None]:
 
 @contextmanager
 def _unfused() -> Iterator[None]:
-    """Inside, transformer and recurrent layers run as the products they are made of: their fused kernels count as
+    """Inside, transformer and recurrent layers run as the matrix products they consist of: their fused kernels count as
     nothing."""
     kernels: tuple[Any, ...] = (torch.backends.mkldnn, torch.backends.cudnn)
     before = [k.enabled for k in kernels]

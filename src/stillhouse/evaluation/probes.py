@@ -34,8 +34,8 @@ def collect_features(embed: Callable[[Batch], Tensor], loader: Iterable[Batch], 
         UserError: soft labels, or an empty loader.
     """
     xs, ys = [], []
-    for held in loader:
-        batch = to_device(held, device)
+    for loaded in loader:
+        batch = to_device(loaded, device)
         if batch["label"].ndim != 1:
             raise UserError("Probes need class ids, but these labels are soft; switch data.mixup and data.cutmix off.")
         xs.append(embed(batch).float().cpu())

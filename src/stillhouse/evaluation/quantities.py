@@ -229,7 +229,7 @@ _KNOWN = {
         1,
         2,
         -1,
-        "The most that a training step holds beyond what was held before, as a multiple of the reference's.",
+        "The most that a training step allocates beyond what was allocated before, as a multiple of the reference's.",
     ),
     "parameters": Quantity("Parameters", "", 1, None, -1, "Numbers that the model holds.", prefixes=True),
     "multiply_adds": Quantity(
@@ -267,7 +267,7 @@ _KNOWN = {
         "Size of the float32 weights over that of codes, scales and weights that are not quantised.",
     ),
     "parameters_share": Quantity(
-        "Parameters, share", "%", 100, 1, -1, "Parameters over those of the network that it was made from."
+        "Parameters, share", "%", 100, 1, -1, "Parameters over those of the network that it was derived from."
     ),
     "perturbation": Quantity(
         "Perturbation",
@@ -294,7 +294,7 @@ _KNOWN = {
         1,
         None,
         -1,
-        "The most that torch holds at a time in a training step, beyond what it held before.",
+        "The most that torch holds at a time in a training step, beyond what was allocated before.",
         True,
     ),
     "step_whole_teacher": Quantity(
@@ -327,7 +327,7 @@ _KNOWN = {
         "Making, an iteration", "s", 1, None, -1, "Wall-clock time of one iteration."
     ),
     "distil_iterations": Quantity("Iterations", "", 1, None, 0, "Steps in which the images were learned."),
-    "distil_peak_mb": Quantity("Peak memory", "B", 1e6, None, -1, "The most that an iteration held.", prefixes=True),
+    "distil_peak_mb": Quantity("Peak memory", "B", 1e6, None, -1, "The peak of an iteration.", prefixes=True),
     "stored_images": Quantity("Images", "", 1, None, -1, "Images that the set stores."),
     "stored_mb": Quantity(
         "Size", "B", 1e6, None, -1, "Images and labels of every kind, as they are stored.", prefixes=True

@@ -1,7 +1,7 @@
 """Differentiable Siamese augmentation (Zhao and Bilen, ICML 2021, arXiv 2102.08259): drawn once, applied to as many
 batches as one likes.
 
-`one_of` and `all_of` draw, from torch generators; `apply` is a pure function of images and what was drawn, with
+`one_of` and `all_of` draw, from torch generators; `apply` is a pure function of images and the random numbers, with
 gradient in the images. A draw of count 1
 is the same for every image (Siamese: real and synthetic batches see it alike); a draw of count B has a row an image.
 Draws are tuples: `a + b` is a, then b.
@@ -117,15 +117,15 @@ def apply(x: Tensor, draws: Draws, align_corners: bool = True) -> Tensor:
             f"Augmentation with gradients needs floating-point images; given: {x.dtype}. Divide uint8 images by 255 "
             "first."
         )
-    for op, drawn in draws:
-        if len(drawn[0]) not in (1, len(x)):
-            raise UserError(f"The augmentation was drawn for {len(drawn[0])} images, but the batch holds {len(x)}.")
-        values = [v.to(x.device, non_blocking=True) for v in drawn]
+    for op, numbers in draws:
+        if len(numbers[0]) not in (1, len(x)):
+            raise UserError(f"The augmentation was sampled for {len(numbers[0])} images, but the batch holds {len(x)}.")
+        values = [v.to(x.device, non_blocking=True) for v in numbers]
         x = OPERATIONS[op](x, *values, align_corners) if op in ("scale", "rotate") else OPERATIONS[op](x, *values)
     return x
 
 
-# ---- what is drawn ---------------------------------------------------------------------------------------------------
+# ---- random numbers --------------------------------------------------------------------------------------------------
 
 
 def raw(
@@ -144,10 +144,10 @@ def raw(
 
 
 def parameters(
-    op: str, drawn: tuple[Tensor, ...], size: tuple[int, int], strength: Strength = Strength()
+    op: str, numbers: tuple[Tensor, ...], size: tuple[int, int], strength: Strength = Strength()
 ) -> tuple[Tensor, ...]:
     """What an operation takes, from the raw draws (count,)."""
-    first = drawn[0]
+    first = numbers[0]
     if op == "brightness":
         return ((first - 0.5) * strength.brightness,)
     if op == "saturation":
@@ -157,21 +157,21 @@ def parameters(
     if op == "flip":
         return (first < strength.flip,)
     if op == "scale":
-        return tuple(u * (strength.scale - 1 / strength.scale) + 1 / strength.scale for u in drawn)
+        return tuple(u * (strength.scale - 1 / strength.scale) + 1 / strength.scale for u in numbers)
     if op == "rotate":
         return ((first - 0.5) * 2 * strength.rotate / 180 * math.pi,)
     if op == "cutout":
         sides = (_share(side, strength.cutout) for side in size)
         return tuple(
             t
-            for offset, side in zip(drawn, sides)
+            for offset, side in zip(numbers, sides)
             for t in (offset.long() - side // 2, offset.long() - side // 2 + side)
         )
     if op == "resized_crop":
-        area, aspect = strength.area + first * (1 - strength.area), torch.exp((2 * drawn[1] - 1) * math.log(4 / 3))
+        area, aspect = strength.area + first * (1 - strength.area), torch.exp((2 * numbers[1] - 1) * math.log(4 / 3))
         height, width = (area / aspect).sqrt().clamp(max=1), (area * aspect).sqrt().clamp(max=1)
-        return drawn[2] * (1 - height), drawn[3] * (1 - width), height, width
-    return tuple(d.long() for d in drawn)
+        return numbers[2] * (1 - height), numbers[3] * (1 - width), height, width
+    return tuple(d.long() for d in numbers)
 
 
 # ---- operations ------------------------------------------------------------------------------------------------------
@@ -215,7 +215,7 @@ def cutout(x: Tensor, top: Tensor, bottom: Tensor, left: Tensor, right: Tensor) 
 
 
 def flip(x: Tensor, mirrored: Tensor) -> Tensor:
-    """Mirrored left-right where told."""
+    """Mirrored left-right where the flag is set."""
     return torch.where(_column(mirrored), x.flip(3), x)
 
 

@@ -1,7 +1,7 @@
 """Losses of a big vocabulary from hidden states and the output matrix, some rows at a time: no full tensor of logits is
 ever made.
 
-The gradients with respect to hidden states, matrix and bias are computed beside the loss, chunk by chunk, in the
+The gradients with respect to hidden states, matrix and bias are computed with the loss, chunk by chunk, in the
 forward pass, as fused linear losses do (Hsu et al., Liger Kernel, arXiv 2410.10989, section 3.2). They equal those of
 the plain loss of functional/token_losses.py.
 """
@@ -38,7 +38,7 @@ def linear_cross_entropy(
     Args:
         student: hidden (..., D), weight (V, D).
         labels: (...,) ids.
-        mask: (...,) True where a token counts, beside labels that are not `ignore_index`.
+        mask: (...,) True where a token counts, provided that its label is not `ignore_index`.
         count: what to divide by instead of the number of counted tokens (see `counted_mean`).
         rows: tokens of a chunk; default: as many as heads.CHUNK numbers hold.
 
@@ -117,11 +117,13 @@ def linear_divergence(
         def score_top(space: list[Tensor], part: slice) -> Tensor:
             z, chosen = space[0], indices[part]
             target = targets[part].to(z.dtype, copy=True)
-            kept = z.gather(1, chosen)
+            known = z.gather(1, chosen)
             z.scatter_(1, chosen, -math.inf)
             highest = z.amax(1, keepdim=True)
             _softmax(z)  # how the student spreads its tail
-            small = torch.cat([kept.masked_fill_(unknown[part], NEVER), highest - z.amax(1, keepdim=True).log()], dim=1)
+            small = torch.cat(
+                [known.masked_fill_(unknown[part], NEVER), highest - z.amax(1, keepdim=True).log()], dim=1
+            )
             values = compare([_log_softmax(small), target, *(torch.empty_like(small) for _ in range(spaces - 2))])
             small[:, :-1].masked_fill_(
                 unknown[part], 0.0

@@ -97,7 +97,7 @@ def in_chunks(
 
 
 class _Chunked(torch.autograd.Function):
-    """The sum over tokens that count, with its gradients made beside it; they are spent by one backward pass."""
+    """The sum over tokens that count, with its gradients, which one backward pass uses up."""
 
     @staticmethod
     def forward(

@@ -64,7 +64,7 @@ def without_classes(x: Tensor, classes: Tensor) -> Tensor:
     tensor([[1., 3.]])
     """
     ids = (classes.unsqueeze(-1) if classes.ndim == 1 else classes).sort(dim=1).values
-    kept = torch.arange(x.shape[1] - ids.shape[1], device=x.device).expand(len(x), -1)
+    others = torch.arange(x.shape[1] - ids.shape[1], device=x.device).expand(len(x), -1)
     for k in range(ids.shape[1]):  # each dropped column, from the left, moves all at and after it by one
-        kept = kept + (kept >= ids[:, k : k + 1])
-    return x.gather(1, kept)
+        others = others + (others >= ids[:, k : k + 1])
+    return x.gather(1, others)

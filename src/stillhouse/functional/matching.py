@@ -94,8 +94,8 @@ def gradients(network: nn.Module, x: Tensor, labels: Tensor, create_graph: bool 
     if create_graph:
         return torch.autograd.grad(F.cross_entropy(network(x), labels), weights, create_graph=True)
     found = [torch.zeros_like(w) for w in weights]
-    for part, told in zip(few(x), labels.split(len(few(x)[0]))):
-        loss = F.cross_entropy(network(part), told, reduction="sum") / len(x)
+    for part, part_labels in zip(few(x), labels.split(len(few(x)[0]))):
+        loss = F.cross_entropy(network(part), part_labels, reduction="sum") / len(x)
         for total, one in zip(found, torch.autograd.grad(loss, weights)):
             total.add_(one)
     return tuple(found)
@@ -133,8 +133,8 @@ class Flat:
         """(P,) by name."""
         if theta.shape != (self.size,):
             raise UserError(
-                f"The network has {self.size} parameters, but the vector has shape {tuple(theta.shape)}; was it made "
-                "by another network?"
+                f"The network has {self.size} parameters, but the vector has shape {tuple(theta.shape)}; is it "
+                "another network's?"
             )
         return {n: part.view(shape) for (n, shape), part in zip(self._shapes.items(), theta.split(self._sizes))}
 
@@ -184,12 +184,12 @@ def trajectory_distance_by_steps(
     gradient: Gradient, start: Tensor, target: Tensor, batches: Sequence[tuple[Tensor, Tensor]], lr: Tensor
 ) -> Tensor:
     """The same distance after the same steps, with a gradient that takes the memory of one step: each step's own, its
-    parameters held constant.
+    parameters constant.
 
-    Calls backward itself: what the batches and `lr` were made from collects gradients. With d = start - a G - target
-        and w = theta_k constant, step k gives
-    the gradient of (a^2 <g, g> + 2 a <g, a (G - g) - start + target>) / |start - target|^2 in its batch, where the
-    second g is a constant (FYI's code).
+    Calls backward itself: the tensors that the batches and `lr` depend on collect gradients. With
+    d = start - a G - target and w = theta_k constant, step k gives the gradient of
+    (a^2 <g, g> + 2 a <g, a (G - g) - start + target>) / |start - target|^2 in its batch, where the second g is a
+    constant (FYI's code).
 
     Returns:
         The distance, detached.
@@ -204,7 +204,7 @@ def trajectory_distance_by_steps(
     for w, g_k, (x, labels) in zip(path, taken, batches):
         g = gradient(w.requires_grad_(), x, labels)
         step = (a.square() * (g * g).sum() + 2 * a * (g * (a * (total - g_k) - start + target)).sum()) / whole
-        step.backward(retain_graph=True)  # batches may share what they were made from
+        step.backward(retain_graph=True)  # batches may depend on the same tensors
     if lr.requires_grad:
         ((start - lr * total - target).square().sum() / whole).backward()
     return (theta.detach() - target).square().sum() / whole

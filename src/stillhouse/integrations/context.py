@@ -1,4 +1,4 @@
-"""What objectives are given inside another library's loop: the `Context` over a user's loader, and objectives by
+"""Distillation inside another library's loop: the `Context` over a user's loader, and objectives by
 name."""
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Distillation inside Lightning: `DistillationModule`, for a `Trainer` of your own.
 
-Hooks and the objectives' own layers are made in `setup`, before the optimiser and before a checkpoint is restored;
+Hooks and the objectives' own layers are created in `setup`, before the optimiser and before a checkpoint is restored;
 frozen teachers stay outside the module tree. Works with the package `lightning` or `pytorch_lightning`, whichever is in
 use.
 """
@@ -54,7 +54,7 @@ class DistillationModule(_lightning.LightningModule):  # type: ignore[misc, name
     Checkpoints hold the student (`distillation.student.…`), what objectives own and what teachers learn; never a frozen
     teacher. Terms are logged as `train/NAME` at the Trainer's `log_every_n_steps`, validation as `val/accuracy` and
     `val/nll`. Objectives that look at the whole training set (class means) read your training loader as it is. Each
-    call of `fit` makes the objectives' own layers anew, unless it restores a checkpoint.
+    call of `fit` creates the objectives' own layers again, unless it restores a checkpoint.
 
     Args:
         student: the model being trained; the same object holds the weights afterwards. One in half precision is trained
@@ -135,7 +135,7 @@ class DistillationModule(_lightning.LightningModule):  # type: ignore[misc, name
         return self._optimizer(groups)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Outside training there are no objectives' layers, so their weights are left aside."""
+        """Outside training there are no objectives' layers, so their weights are ignored."""
         if not self._ready:
             mine = self.state_dict()
             checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k in mine}

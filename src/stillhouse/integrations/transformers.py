@@ -49,12 +49,12 @@ class DistillationTrainer(_transformers.Trainer):  # type: ignore[misc]
     """A transformers `Trainer` that distils.
 
     Takes what `Trainer` takes (its `model` is the student) and, by keyword, teachers and objectives. Evaluation is the
-    Trainer's own: the student's loss and your `compute_metrics`. Terms are logged by name beside `loss` at
+    Trainer's own: the student's loss and your `compute_metrics`. Terms are logged by name with `loss` at
     `logging_steps`. `save_model` and checkpoints hold the student; what objectives own is in a checkpoint's
     `distillation.pt`. `max_grad_norm` clips the student's gradient. Objectives that look at the whole training set
     (class means) read the training loader as it is. Labels of tokens (B, L) are as transformers has them: those of a
     causal model are shifted here, and every counted token of an optimiser step weighs the same, whichever of its
-    accumulated batches it lies in. Each call of `train` makes the objectives' own layers and the optimiser anew,
+    accumulated batches it lies in. Each call of `train` creates the objectives' own layers and the optimiser again,
     unless it resumes. One process or DDP.
 
     Args:
@@ -105,7 +105,7 @@ class DistillationTrainer(_transformers.Trainer):  # type: ignore[misc]
         self.model_accepts_loss_kwargs = False  # as above, for versions without `loss_is_scaled_for_ga`
         if self.args.label_smoothing_factor or getattr(self, "compute_loss_func", None) is not None:
             raise UserError(
-                "The loss is made of the objectives: instead of label_smoothing_factor or compute_loss_func, give "
+                "The loss consists of the objectives: instead of label_smoothing_factor or compute_loss_func, give "
                 "{'name': 'ce', 'label_smoothing': …}."
             )
         if self.is_fsdp_enabled or self.is_deepspeed_enabled or self.args.n_gpu > 1:
@@ -289,7 +289,7 @@ class DistillationTrainer(_transformers.Trainer):  # type: ignore[misc]
             elif self._own:
                 raise UserError(
                     f"The checkpoint {self._resume_from} holds no {STATE_FILE}, so what the objectives had learned is "
-                    "lost; start anew."
+                    "lost; start from the beginning."
                 )
         self.distillation.train()
 

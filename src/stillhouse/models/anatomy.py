@@ -117,7 +117,7 @@ def classifier(model: nn.Module, batch: Batch) -> str:
     """Dotted name of the classifier: the linear layer or convolution whose input is the embedding, found by a forward
     pass of the batch.
 
-    It is the last linear layer or convolution whose output is the logits; or, where the logits are made from its output
+    It is the last linear layer or convolution whose output is the logits; or, where its output becomes the logits
     without further weights (pooled, averaged over two heads, one token picked), the last module with weights that runs,
     if it has as many outputs as there are logits.
 
@@ -168,7 +168,7 @@ def embedding_from(tensor: Tensor) -> Tensor:
     if tensor.ndim == 2:
         return tensor
     raise UserError(
-        f"An embedding is made from (B, D), (B, D, H, W) or (B, L, D), not from shape {tuple(tensor.shape)}; set "
+        f"An embedding is pooled from (B, D), (B, D, H, W) or (B, L, D), not from shape {tuple(tensor.shape)}; set "
         "`embedding:` to another submodule."
     )
 

@@ -78,7 +78,7 @@ class InstanceNorm(nn.GroupNorm):
 
 
 class Convolution(nn.Conv2d):
-    """`nn.Conv2d` of stride 1 whose second derivative is made of ordinary convolutions."""
+    """`nn.Conv2d` of stride 1 whose second derivative consists of ordinary convolutions."""
 
     def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         if not _written_out(input, weight):

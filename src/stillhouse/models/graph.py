@@ -167,7 +167,7 @@ class NeighbourSampler:
 
     Args:
         edges: (2, E), both directions, sorted by the first row, on the host.
-        fan_out: neighbours drawn of a node at each hop, with replacement; fewer are kept where a draw repeats. -1: all
+        fan_out: neighbours sampled of a node at each hop, with replacement; repeated ones count once. -1: all
             of them.
     """
 
@@ -181,7 +181,7 @@ class NeighbourSampler:
         """Nodes (n,) with the batch's own first, and the edges among them that were drawn, (2, e) in positions of
         `nodes`, both directions."""
         nodes = batch.numpy()
-        frontier, drawn = nodes, []
+        frontier, reached_edges = nodes, []
         for fan in self.fan_out:
             degree = self._start[frontier + 1] - self._start[frontier]
             frontier, degree = frontier[degree > 0], degree[degree > 0]
@@ -192,10 +192,10 @@ class NeighbourSampler:
                 owner = np.repeat(frontier, fan)
                 at = self._start[owner] + (generator.random(len(owner)) * np.repeat(degree, fan)).astype(np.int64)
             reached = self._neighbours[at]
-            drawn.append(np.stack([owner, reached]))
+            reached_edges.append(np.stack([owner, reached]))
             frontier = np.setdiff1d(reached, nodes)
             nodes = np.concatenate([nodes, frontier])
-        ends = np.concatenate(drawn, 1)
+        ends = np.concatenate(reached_edges, 1)
         order = np.argsort(nodes)
         local = order[np.searchsorted(nodes, ends, sorter=order)]
         codes = np.unique(np.concatenate([local[0] * len(nodes) + local[1], local[1] * len(nodes) + local[0]]))

@@ -1,4 +1,4 @@
-"""What language models of transformers are made of: hidden states and an output layer, other tokenizers' ids, padding
+"""The parts of language models of transformers: hidden states and an output layer, other tokenizers' ids, padding
 for generation."""
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ class OtherIds(nn.Module):
 
 
 def headless(model: nn.Module, inputs: Mapping[str, Any]) -> Head:
-    """What a language model's logits are made of: its last hidden states, and the matrix (the live parameter) and bias
+    """The factors of a language model's logits: its last hidden states, and the matrix (the live parameter) and bias
     of its output layer.
 
     Raises:
@@ -105,17 +105,17 @@ def check_headless(model: nn.Module, inputs: Mapping[str, Any], tokens: int = 8)
     capped = any(getattr(config, name, None) for name in CAPS)  # of which small logits would show nothing
     few = {name: x[:1, :tokens] if isinstance(x, Tensor) and x.ndim > 1 else x for name, x in inputs.items()}
     with evaluating(model):
-        made, logits = headless(model, few).logits(), read_logits(model(**few))
+        computed, logits = headless(model, few).logits(), read_logits(model(**few))
     if (
         capped
-        or made.shape != logits.shape
-        or not torch.allclose(made.float(), logits.float(), rtol=1e-2, atol=1e-2 * float(logits.abs().max()))
+        or computed.shape != logits.shape
+        or not torch.allclose(computed.float(), logits.float(), rtol=1e-2, atol=1e-2 * float(logits.abs().max()))
     ):
         raise UserError(f"a {type(model).__name__} changes its logits after the output layer (it scales or caps them)")
 
 
 def can_be_headless(model: nn.Module, inputs: Mapping[str, Any]) -> bool:
-    """Whether `headless` gives what the model's logits are made of."""
+    """Whether `headless` gives the factors of the model's logits."""
     try:
         check_headless(model, inputs)
     except UserError:

@@ -269,7 +269,7 @@ def from_file(name: str, num_classes: int | None, options: Options) -> nn.Module
             raise unknown(f"option of 'file:{name}'", f"options.{key}", [f"options.{p}" for p in parameters])
     model = make(**arguments)
     if not isinstance(model, nn.Module):
-        raise UserError(f"'file:{name}' must make a torch.nn.Module, but made a {type(model).__name__}.")
+        raise UserError(f"'file:{name}' must return a torch.nn.Module, but returned a {type(model).__name__}.")
     return model
 
 
@@ -328,7 +328,7 @@ def _published(name: str, pretrained: bool, make: Callable[[], Any]) -> Any:
     except Exception as error:
         if not pretrained:
             raise
-        said = str(error).strip().splitlines() or [type(error).__name__]
+        lines = str(error).strip().splitlines() or [type(error).__name__]
         raise UserError(
-            f"Could not get the published weights of '{name}' (no network?): {said[0].rstrip('.')}."
+            f"Could not get the published weights of '{name}' (no network?): {lines[0].rstrip('.')}."
         ) from error

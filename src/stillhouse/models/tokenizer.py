@@ -1,7 +1,7 @@
-"""Tokenizers by name, as transformers keeps them: `bytes`, `characters`, `bpe:SIZE` (trained on the training text, kept
-in the cache), `hf:NAME`.
+"""Tokenizers by name, as transformers has them: `bytes`, `characters`, `bpe:SIZE` (trained on the training text and
+cached), `hf:NAME`.
 
-All are `PreTrainedTokenizerFast`, so that a product saves them beside its model and any library loads both.
+All are `PreTrainedTokenizerFast`, so that a product saves them with its model and any library loads both.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ SPECIALS = {
     "unk_token": "<unk>",
     "mask_token": "<mask>",
 }
-"""Ids 0 to 4 of every tokenizer made here."""
+"""Ids 0 to 4 of every tokenizer built here."""
 
 
 def tokenizer(name: str, texts: Sequence[str] = ()) -> Any:
@@ -93,7 +93,7 @@ def with_marks(tokens: Any) -> Any:
     """The tokenizer, which puts special tokens around a text as encoders read it.
 
     A tokenizer that was saved without a rule for that gets one: `cls_token` and `sep_token` where it has both; of those
-        made here, `<bos>` and `<eos>`.
+        built here, `<bos>` and `<eos>`.
     """
     ours = all(getattr(tokens, name) == token for name, token in SPECIALS.items())
     begin, end = tokens.cls_token, tokens.sep_token
@@ -109,7 +109,7 @@ def with_marks(tokens: Any) -> Any:
 
 
 def _called(tokens: Any, texts: list[str], *, add_special_tokens: bool = True, target: bool = False) -> list[list[int]]:
-    made = tokens(
+    encoded = tokens(
         **{"text_target" if target else "text": texts},
         add_special_tokens=add_special_tokens,
         padding=False,
@@ -118,11 +118,11 @@ def _called(tokens: Any, texts: list[str], *, add_special_tokens: bool = True, t
         return_token_type_ids=False,
         verbose=False,
     )
-    return [list(ids) for ids in made["input_ids"]]
+    return [list(ids) for ids in encoded["input_ids"]]
 
 
 def size(tokens: Any) -> int:
-    """One more than the largest id: what a model must be able to read and say."""
+    """One more than the largest id: the vocabulary that a model needs."""
     return max(tokens.get_vocab().values()) + 1
 
 
@@ -156,10 +156,10 @@ def _library() -> Any:
     return tokenizers
 
 
-def _wrapped(made: Any) -> Any:
+def _wrapped(tokenizer: Any) -> Any:
     from transformers import PreTrainedTokenizerFast
 
-    return PreTrainedTokenizerFast(tokenizer_object=made, **SPECIALS, clean_up_tokenization_spaces=False)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **SPECIALS, clean_up_tokenization_spaces=False)
 
 
 def _kept(name: str, texts: Sequence[str], make: Any) -> Any:
@@ -167,21 +167,21 @@ def _kept(name: str, texts: Sequence[str], make: Any) -> Any:
     place = cache_folder() / "tokenizers" / f"{name.replace(':', '-')}-{digest(name, library.__version__, *texts)}.json"
     if place.is_file():
         return library.Tokenizer.from_file(str(place))
-    made = make()
+    tokenizer = make()
     with atomic_write(place) as temporary:
-        made.save(str(temporary))
-    return made
+        tokenizer.save(str(temporary))
+    return tokenizer
 
 
 def _pairs(texts: Iterable[str], size: int) -> Any:
     library = _library()
     alphabet = sorted(library.pre_tokenizers.ByteLevel.alphabet())
-    made = library.Tokenizer(
+    tokenizer = library.Tokenizer(
         library.models.BPE(vocab={t: i for i, t in enumerate([*SPECIALS.values(), *alphabet])}, merges=[])
     )
-    made.pre_tokenizer = library.pre_tokenizers.ByteLevel(add_prefix_space=False)
-    made.decoder = library.decoders.ByteLevel()
-    made.add_special_tokens(list(SPECIALS.values()))
+    tokenizer.pre_tokenizer = library.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = library.decoders.ByteLevel()
+    tokenizer.add_special_tokens(list(SPECIALS.values()))
     if size > len(SPECIALS) + len(alphabet):
         trainer = library.trainers.BpeTrainer(
             vocab_size=size,
@@ -190,8 +190,8 @@ def _pairs(texts: Iterable[str], size: int) -> Any:
             show_progress=False,
             min_frequency=2,
         )
-        made.train_from_iterator(texts, trainer)
-    return made
+        tokenizer.train_from_iterator(texts, trainer)
+    return tokenizer
 
 
 def _characters(texts: Iterable[str]) -> Any:
@@ -202,11 +202,11 @@ def _characters(texts: Iterable[str]) -> Any:
             "data.options.tokenizer: 'characters' needs texts to take its characters from, but there are none."
         )
     vocabulary = {t: i for i, t in enumerate([*SPECIALS.values(), *found])}
-    made = library.Tokenizer(library.models.WordLevel(vocabulary, unk_token=SPECIALS["unk_token"]))
-    made.pre_tokenizer = library.pre_tokenizers.Split(library.Regex(r"[\s\S]"), behavior="isolated")
-    made.decoder = library.decoders.Fuse()
-    made.add_special_tokens(list(SPECIALS.values()))
-    return made
+    tokenizer = library.Tokenizer(library.models.WordLevel(vocabulary, unk_token=SPECIALS["unk_token"]))
+    tokenizer.pre_tokenizer = library.pre_tokenizers.Split(library.Regex(r"[\s\S]"), behavior="isolated")
+    tokenizer.decoder = library.decoders.Fuse()
+    tokenizer.add_special_tokens(list(SPECIALS.values()))
+    return tokenizer
 
 
 def _published(name: str) -> Any:
@@ -216,20 +216,20 @@ def _published(name: str) -> Any:
         raise MissingExtra("A tokenizer hf:", "text") from None
     folder = Path(name).expanduser()
     try:
-        made = AutoTokenizer.from_pretrained(str(folder) if folder.is_dir() else name)
+        tokenizer = AutoTokenizer.from_pretrained(str(folder) if folder.is_dir() else name)
     except Exception as error:
-        said = str(error).strip().splitlines() or [type(error).__name__]
+        lines = str(error).strip().splitlines() or [type(error).__name__]
         raise UserError(
             f"data.options.tokenizer: could not get 'hf:{name}' (no folder of that name, or no network?): "
-            f"{said[0].rstrip('.')}."
+            f"{lines[0].rstrip('.')}."
         ) from error
-    if made.eos_token is None and made.sep_token is not None:
-        made.eos_token = made.sep_token
-    if made.pad_token is None:
-        if made.eos_token is None:
+    if tokenizer.eos_token is None and tokenizer.sep_token is not None:
+        tokenizer.eos_token = tokenizer.sep_token
+    if tokenizer.pad_token is None:
+        if tokenizer.eos_token is None:
             raise UserError(
                 f"data.options.tokenizer: 'hf:{name}' has neither a padding nor an end token; give it one and save it "
                 "to a folder."
             )
-        made.pad_token = made.eos_token
-    return made
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer

@@ -1,5 +1,5 @@
 """Weights from a file into a model: safetensors, or a torch state dict read with `weights_only`; what does not fit is
-said in one sentence."""
+reported in one sentence."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def _read(path: Path, owner: str) -> Any:
             return load_file(path)
         except (SafetensorError, OSError, ValueError) as error:
             raise UserError(
-                f"The {owner}'s checkpoint '{path}' is not a readable safetensors file (cut off or corrupt?): {error}."
+                f"The {owner}'s checkpoint '{path}' is no readable safetensors file (incomplete or corrupt?): {error}."
             ) from None
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
@@ -80,28 +80,28 @@ def _read(path: Path, owner: str) -> Any:
                 "its state_dict() alone."
             ) from None
         raise UserError(
-            f"The {owner}'s checkpoint '{path}' is not a readable torch file (cut off or corrupt?)."
+            f"The {owner}'s checkpoint '{path}' is not a readable torch file (incomplete or corrupt?)."
         ) from None
     except (RuntimeError, EOFError, OSError, ValueError, KeyError, AssertionError):
         raise UserError(
-            f"The {owner}'s checkpoint '{path}' is not a readable torch file (cut off or corrupt?)."
+            f"The {owner}'s checkpoint '{path}' is not a readable torch file (incomplete or corrupt?)."
         ) from None
 
 
 def _unwrap(value: Any, path: Path, owner: str) -> dict[str, Tensor]:
-    """The state dict in what a file held, without a wrapper's prefix."""
+    """The state dict in a file's content, without a wrapper's prefix."""
     for key in ("state_dict", "model"):
         if isinstance(value, Mapping) and isinstance(value.get(key), Mapping):
             value = value[key]
     tensors = {str(k): v for k, v in value.items() if isinstance(v, Tensor)} if isinstance(value, Mapping) else {}
     if not tensors:
-        held = (
+        content = (
             f"the keys {', '.join(map(str, list(value)[:5]))}"
             if isinstance(value, Mapping) and value
             else type(value).__name__
         )
         raise UserError(
-            f"The {owner}'s checkpoint '{path}' holds no state dict (a mapping of names to tensors), but {held}."
+            f"The {owner}'s checkpoint '{path}' holds no state dict (a mapping of names to tensors), but {content}."
         )
     for prefix in WRAPPERS * 2:
         if all(k.startswith(prefix) for k in tensors):

@@ -1,4 +1,4 @@
-"""Writing with a causal model or an encoder-decoder: prompts out of a batch, and what was written as a batch again. No
+"""Generation with a causal model or an encoder-decoder: prompts out of a batch, and the written text as a batch. No
 loop over samples."""
 
 from __future__ import annotations

@@ -121,13 +121,13 @@ def linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
 def separate_attention(network: nn.Module) -> nn.Module:
     """Put a `SeparateAttention` in the place of every `nn.MultiheadAttention` of a network, one for each that is
     shared; returns the network."""
-    made: dict[int, SeparateAttention] = {}
+    replaced: dict[int, SeparateAttention] = {}
     for module in list(network.modules()):
         if isinstance(module, nn.TransformerEncoder):
             module.use_nested_tensor = False  # its own fused path, likewise
         for name, child in list(module._modules.items()):
             if isinstance(child, nn.MultiheadAttention):
-                if id(child) not in made:
-                    made[id(child)] = SeparateAttention(child)
-                setattr(module, name, made[id(child)])
+                if id(child) not in replaced:
+                    replaced[id(child)] = SeparateAttention(child)
+                setattr(module, name, replaced[id(child)])
     return network

@@ -143,26 +143,28 @@ def decompose(
     for module in network.modules():
         for parameter in module.parameters(recurse=False):
             owners.setdefault(id(parameter), []).append(module)
-    made: dict[int, LowRank] = {}
+    layers_by_id: dict[int, LowRank] = {}
     replaced: list[Replacement] = []
     for name, module in list(network.named_modules(remove_duplicate=False)):
         if not name or name in keep or any(part in name for part in omit):
             continue
         if not isinstance(module, nn.Linear | nn.Conv2d):
             continue
-        if id(module) not in made:
+        if id(module) not in layers_by_id:
             rank = _rank(module, ratio, min_outputs, pointwise, owners[id(module.weight)])
             if rank is None:
                 continue
             layer = LowRank(module, rank, approximate)
-            twin = next((made[id(other)] for other in owners[id(module.weight)] if id(other) in made), None)
+            twin = next(
+                (layers_by_id[id(other)] for other in owners[id(module.weight)] if id(other) in layers_by_id), None
+            )
             if twin is not None:
                 layer[0].weight, layer[1].weight = twin[0].weight, twin[1].weight
             else:
                 replaced.append(Replacement(name, layer, module.weight.detach().flatten(1).clone()))
-            made[id(module)] = layer
+            layers_by_id[id(module)] = layer
         parent, _, short = name.rpartition(".")
-        setattr(network.get_submodule(parent), short, made[id(module)])
+        setattr(network.get_submodule(parent), short, layers_by_id[id(module)])
     return replaced
 
 

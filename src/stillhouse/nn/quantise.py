@@ -59,7 +59,7 @@ def unscale(scaled: Tensor, alpha: Tensor, beta: Tensor, shape: Sequence[int]) -
 
 def uniform_codes(scaled: Tensor, levels: int, stochastic: bool = False) -> Tensor:
     """The level, 0 … levels - 1 (as floats), of each scaled element: the nearest one (a tie goes to the even one), or
-    at random so that the mean is kept."""
+    at random so that the mean is unchanged."""
     steps = scaled * (levels - 1)
     return (steps + torch.rand_like(steps)).floor().clamp_max(levels - 1) if stochastic else steps.round()
 
@@ -302,10 +302,10 @@ def packed(
     """Codes in rows (n, k) with their scales, packed; on the CPU."""
     flat = codes.reshape(-1)[: math.prod(shape)].to("cpu", torch.int32).numpy()
     bits = np.stack([(flat >> place & 1).astype(np.uint8) for place in range(bits_of(levels))], axis=1)
-    held = torch.from_numpy(np.packbits(bits.reshape(-1), bitorder="little"))
+    packed = torch.from_numpy(np.packbits(bits.reshape(-1), bitorder="little"))
     alpha, beta = (v.detach().reshape(-1).float().cpu() for v in (alpha, beta))
     return PackedTensor(
-        held,
+        packed,
         levels,
         alpha,
         beta,
@@ -320,16 +320,16 @@ def save(codes: Mapping[str, PackedTensor], others: Mapping[str, Tensor], path: 
     header."""
     from safetensors.torch import save_file
 
-    held = {f"other:{name}": value.contiguous() for name, value in others.items()}
+    tensors = {f"other:{name}": value.contiguous() for name, value in others.items()}
     if codes:
-        held["codes"] = torch.cat([c.codes for c in codes.values()])
-        held["scales"] = torch.cat([torch.stack([c.alpha, c.beta]) for c in codes.values()], dim=1)
+        tensors["codes"] = torch.cat([c.codes for c in codes.values()])
+        tensors["scales"] = torch.cat([torch.stack([c.alpha, c.beta]) for c in codes.values()], dim=1)
     points = [c.points for c in codes.values() if c.points is not None]
     if points:
-        held["points"] = torch.cat(points)
+        tensors["points"] = torch.cat(points)
     layout = [[name, list(c.shape), c.levels, c.bucket, c.points is not None] for name, c in codes.items()]
     with atomic_write(path) as temporary:
-        save_file(held, str(temporary), {"layout": json.dumps(layout)})
+        save_file(tensors, str(temporary), {"layout": json.dumps(layout)})
 
 
 def load(path: Path) -> tuple[dict[str, PackedTensor], dict[str, Tensor]]:
@@ -338,14 +338,14 @@ def load(path: Path) -> tuple[dict[str, PackedTensor], dict[str, Tensor]]:
 
     with safe_open(str(path), "pt") as file:
         layout = json.loads((file.metadata() or {}).get("layout", "[]"))
-        held = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is no mapping)
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is no mapping)
     codes: dict[str, PackedTensor] = {}
     at = rows = point = 0
     for name, shape, levels, bucket, learned in layout:
         count = math.prod(shape)
         size, own = -(-count * bits_of(levels) // 8), 1 if bucket is None else max(1, -(-count // bucket))
-        alpha, beta = held["scales"][:, rows : rows + own]
-        points = held["points"][point : point + levels] if learned else None
-        codes[name] = PackedTensor(held["codes"][at : at + size], levels, alpha, beta, tuple(shape), bucket, points)
+        alpha, beta = tensors["scales"][:, rows : rows + own]
+        points = tensors["points"][point : point + levels] if learned else None
+        codes[name] = PackedTensor(tensors["codes"][at : at + size], levels, alpha, beta, tuple(shape), bucket, points)
         at, rows, point = at + size, rows + own, point + levels * learned
-    return codes, {name.removeprefix("other:"): value for name, value in held.items() if name.startswith("other:")}
+    return codes, {name.removeprefix("other:"): value for name, value in tensors.items() if name.startswith("other:")}

@@ -1,4 +1,4 @@
-"""ACAM-KD: maps are compared under spatial and channel masks that teacher and student choose together, anew for every
+"""ACAM-KD: maps are compared under spatial and channel masks that teacher and student choose together, for every
 image.
 
 paper: Adaptive and Cooperative Attention Masking for Knowledge Distillation
@@ -10,7 +10,7 @@ use when: networks have maps at matching places, above all in dense prediction (
 layer `logits`)
 needs: layers of student and teacher
 
-Stands beside the task's own loss. At each layer the teacher's map asks the student's by cross-attention; from the fused
+Added to the task's own loss. At each layer the teacher's map asks the student's by cross-attention; from the fused
 map, M units give a mask over positions and one over channels; the squared differences under them are `spatial` and
 `channel`, and the overlap of the masks is `diversity`. Published: M = 6 for detection, the number of classes for
 segmentation. `inherit` starts the named parts of the student from the teacher's weights where they fit. No code was
@@ -89,7 +89,7 @@ def mask_overlap(masks: Tensor, form: Diversity = "pairwise") -> Tensor:
 @full_precision
 def cross_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     """softmax(q k^T / sqrt(C_q)) v over positions, (B, C_q, H, W), (B, C_q, h, w), (B, C, h, w) -> (B, C, H, W); the
-    attention matrix is never held.
+    attention matrix is never stored.
 
     Queries and keys are filled with zeros up to C channels, which leaves the scores as they are and lets fused kernels
     run.

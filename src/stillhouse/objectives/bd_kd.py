@@ -16,7 +16,7 @@ adapt, and that the teacher's term must not limit it. What is left open is chose
 the entropy of both predictions at `entropy_temperature` (default: `temperature`); a student surer than its peer gets
 `delta` times the forward divergence, a less sure one (or a tie) `delta` times the reverse (`rule: swap` exchanges
 them); the peer is drawn by KL(student || peer)
-(`peer_divergence: forward` for the other); delta 2, temperature 4 (2 for about ten classes), all terms weighed 1 beside
+(`peer_divergence: forward` for the other); delta 2, temperature 4 (2 for about ten classes), all terms weighed 1, with
 T^2. `delta: 1` is the fixed balance, the sum of both divergences, and the objective `dml` at temperature T is the
 forward one alone. More than two networks are not covered.
 """

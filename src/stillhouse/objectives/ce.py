@@ -3,7 +3,7 @@
 task: classification
 paper: none; the loss of supervised learning
 family: supervision
-use when: labels are there; most recipes put it beside a distillation objective
+use when: labels are there; most recipes add it to a distillation objective
 needs: labels
 
 Label smoothing is that of Szegedy et al. (CVPR 2016, arXiv 1512.00567). Soft labels (B, C) of mixup are used as they

@@ -97,7 +97,7 @@ class CRD(Objective):
         width: of the two linear embeddings and the memories.
         negatives: a sample.
         temperature: of the similarities.
-        momentum: share of a memory's row that is kept when its sample is seen.
+        momentum: share of a memory's row that remains when its sample is seen.
     """
 
     name = "crd"
@@ -126,8 +126,8 @@ class CRD(Objective):
         device = self.embed_student.weight.device
         bound = 1 / math.sqrt(self.width / 3)
         for name in ("memory_student", "memory_teacher"):
-            drawn = torch.rand(len(labels), self.width, generator=ctx.generator("crd", name))
-            self.register_buffer(name, ((2 * drawn - 1) * bound).to(device))
+            uniform = torch.rand(len(labels), self.width, generator=ctx.generator("crd", name))
+            self.register_buffer(name, ((2 * uniform - 1) * bound).to(device))
         for name in ("z_student", "z_teacher"):  # normalising constants, estimated on the first batch
             self.register_buffer(name, torch.tensor(-1.0, device=device))
         self.sampler = Negatives(labels.cpu()).to(device)

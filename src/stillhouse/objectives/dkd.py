@@ -41,7 +41,7 @@ def dkd_loss(
     Args:
         student_logits, teacher_logits: (B, C); the teacher's may be log-probabilities.
         labels: class ids (B,), or soft labels (B, C), of which the largest class is taken.
-        alpha, beta: weights of the target and the non-target part, both beside temperature^2.
+        alpha, beta: weights of the target and the non-target part, both times temperature^2.
         temperature: of both parts.
 
     Raises:

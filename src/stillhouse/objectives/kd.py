@@ -8,7 +8,7 @@ family: logits
 use when: teacher and student score the same classes; the baseline of every other logit objective
 needs: teacher logits
 
-L = T^2 * mean KL(softmax(z_t / T) || softmax(z_s / T)). The published setting weighs it 0.9 beside 0.1 of the
+L = T^2 * mean KL(softmax(z_t / T) || softmax(z_s / T)). The published setting weighs it 0.9 and 0.1 for the
 cross-entropy (`ce`). An ensemble teaches the mean of its members' softened probabilities. Of tokens and pixels those
 count whose label is not -100; labels are not read otherwise. Of a teacher that is known by its top k alone, the k
 classes and all others as one are compared (see `kd_top_loss`).

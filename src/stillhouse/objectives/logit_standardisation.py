@@ -9,7 +9,7 @@ family: logits
 use when: the teacher is much larger than the student, so that their logits differ in range
 needs: teacher logits
 
-L = T^2 * KL at temperature T of (z - mean) / (eps + std) per row, weight 9 beside the cross-entropy. The objectives kd,
+L = T^2 * KL at temperature T of (z - mean) / (eps + std) per row, weight 9 to the cross-entropy's 1. The objectives kd,
 dkd and nkd take
 `standardise: true` for the same on their own loss. Labels say what counts.
 """

@@ -47,7 +47,7 @@ def nkd_loss(
         student_logits, teacher_logits: (B, C). The teacher's may be log-probabilities.
         labels: class ids (B,), or soft labels (B, C), of which the largest class is taken.
         temperature: of the non-target part only.
-        gamma: weight of the non-target part, beside temperature^2.
+        gamma: weight of the non-target part, times temperature^2.
 
     Returns:
         `target`: -mean T_t log S_t. `non_target`: gamma * temperature^2 times the cross-entropy of the softmaxes over

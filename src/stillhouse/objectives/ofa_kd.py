@@ -10,7 +10,7 @@ use when: teacher and student differ in architecture (CNN, transformer, MLP-mixe
 be compared
 needs: labels; teacher logits; four stages of the student (three work too)
 
-Two terms, `logits` and `branches` (their sum over the stages), stand beside the cross-entropy `ce`; all weights are 1
+Two terms, `logits` and `branches` (their sum over the stages), are added to the cross-entropy `ce`; all weights are 1
 and one eps serves all logits or each has its own. Published eps lie between 1 and 1.5, larger for weaker teachers.
 Branches are dropped with the training. Stage 4 is the last, so a network of three stages has 2, 3 and 4. Transformers
 here are cut in quarters; the authors take blocks 2, 4, 10, 12 of 12
@@ -302,14 +302,14 @@ class OFAKD(Objective):
         return x.flatten(2).transpose(1, 2) if self.maps_as_tokens and x.ndim == 4 else x
 
     def forward(self, student: Signals, teacher: Signals, batch: Batch, progress: Progress) -> dict[str, Tensor]:
-        label, said = batch["label"], teacher.log_probs()
+        label, targets = batch["label"], teacher.log_probs()
         target = class_ids(label)
         options = (self.temperature, self.nontarget_exponent, self.include_hard)
-        out = {"logits": self.weights[0] * ofa_loss(student.require("logits"), said, label, self.eps[-1], *options)}
+        out = {"logits": self.weights[0] * ofa_loss(student.require("logits"), targets, label, self.eps[-1], *options)}
         total = out["logits"].new_zeros(())
         for stage, layer, eps in zip(self.stages, self.layers, self.eps):
             logits = self.branches[str(stage)](self._feature(student, layer))
-            total = total + ofa_loss(logits, said, label, eps, *options)
+            total = total + ofa_loss(logits, targets, label, eps, *options)
             out[f"log:accuracy_stage{stage}"] = (logits.detach().argmax(-1) == target).float().mean()
         return out | {"branches": self.weights[1] * total}
 

@@ -9,7 +9,7 @@ family: logits
 use when: one convex loss should replace the cross-entropy and its distillation term, with no mixing weight to tune
 needs: labels; teacher logits
 
-It is the whole loss: no cross-entropy beside it. The temperature acts on the teacher's weights only: 1 on ImageNet, 4
+It is the whole loss: no cross-entropy is added. The temperature acts on the teacher's weights only: 1 on ImageNet, 4
 on CIFAR-100. Where the teacher is confident and wrong, the true class is hardly trained on that sample, by design;
 raise the temperature for a weak teacher. Class ids only.
 """

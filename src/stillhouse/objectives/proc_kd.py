@@ -9,7 +9,7 @@ family: features
 use when: a strong transformer exists, but for other classes than the student's
 needs: labels; token layers of the teacher; a student of tokens with a final norm and head
 
-Stands beside `ce`. The teacher's tokens of three layers are fused, described by their residuals to the prototypes
+Used with `ce`. The teacher's tokens of three layers are fused, described by their residuals to the prototypes
 (VLAD) and augmented; the student's last tokens are augmented by the same prototypes; both go through the student's own
 norm and head and learn the labels (`prototype`, `augmented`); the plain logits follow the augmented ones
 (`consistency`), and the student's layers the teacher's (`features`). The product is the plain student. The released

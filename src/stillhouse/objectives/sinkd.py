@@ -10,13 +10,13 @@ use when: KD is in place and the student is warm; it knows the batch as a set, s
 sample is which
 needs: teacher logits
 
-L = alpha KD + beta * scale * sum_ij P_ij W_ij, beside (1 - alpha) of `ce`: W is the L1 distance of probabilities at
+L = alpha KD + beta * scale * sum_ij P_ij W_ij, with (1 - alpha) of `ce`: W is the L1 distance of probabilities at
 temperature 2, P the plan after 20 Sinkhorn normalisations of exp(-W / epsilon), through which the gradient flows; KD is
 the released code's cross-entropy with the teacher without a factor T^2. `reduction: sum` with scale 0.001 is the
 released code, whose plan has mass b; `mean` with scale 1 the paper's uniform marginals. The released scripts leave the
 term out unless another option is set; here it is applied. Over processes the batch is that of all ranks. Logits (B, L,
 V) are read as tokens that count, at most `tokens` of them, drawn each step (the released code mixes up the axes there).
-Language models: alpha 0.1, kd_temperature 1, beta 1, scale 0.0008, beside `ce` of weight 1. Measured on digits over
+Language models: alpha 0.1, kd_temperature 1, beta 1, scale 0.0008, with `ce` of weight 1. Measured on digits over
 five seeds: on par with KD (+0.2 points, interval -0.7 to +1.0); alone it stays at chance.
 """
 
@@ -142,7 +142,7 @@ def annealed(temperature: float, epoch: int, epochs: int) -> float:
 
 
 class SinKD(Objective):
-    """Sinkhorn distance of the batch's predictions, beside KD.
+    """Sinkhorn distance of the batch's predictions, added to KD.
 
     Args:
         alpha: weight of KD; give `ce` the weight 1 - alpha.
@@ -214,5 +214,5 @@ class SinKD(Objective):
         if len(logits) <= self.tokens:
             return logits, targets, counts
         order = torch.rand(len(logits), device=logits.device)
-        drawn = (order if counts is None else order + counts).topk(self.tokens).indices
-        return logits[drawn], targets[drawn], None if counts is None else counts[drawn]
+        chosen = (order if counts is None else order + counts).topk(self.tokens).indices
+        return logits[chosen], targets[chosen], None if counts is None else counts[chosen]

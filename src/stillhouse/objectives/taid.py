@@ -9,7 +9,7 @@ use when: the teacher is far stronger than the student; the student should be wa
 needs: teacher logits; labels or `mask` say which tokens count
 
 Target: softmax of (1 - t) student + t teacher logits. t rises from t_start at least as a ramp over training, and faster
-while the loss falls. It takes the place of the language model's loss (the authors' mixing ratio 1); list `ce` beside it
+while the loss falls. It takes the place of the language model's loss (the authors' mixing ratio 1); list `ce` with it
 to mix. The released code is followed: the loss is the cross-entropy with the target, which also drives t; `value: kl`
 is the paper's KL, of equal gradient. Three departures: t moves in training mode only, over processes it is moved by
 their mean loss, and a loss that is not finite, or of no token, leaves it as it is. With accumulation t moves each

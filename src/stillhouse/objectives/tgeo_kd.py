@@ -233,8 +233,8 @@ class TGeoKD(Objective):
 
     def prepare(self, ctx: Context) -> None:
         if self.solver == "unroll":
-            held = len(ctx.labels("holdout"))
-            self.outer_batch = min(self.outer_batch, held)
+            available = len(ctx.labels("holdout"))
+            self.outer_batch = min(self.outer_batch, available)
         means, counts = ctx.class_mean("probs", self.teacher)
         self.mean.copy_(filled(means, counts))
 
@@ -247,10 +247,12 @@ class TGeoKD(Objective):
             teacher_log_probs: (B, C), at temperature 1.
             labels: (B,) class ids.
         """
-        said = torch.softmax(student_logits, dim=-1)
-        one_hot = F.one_hot(labels, said.shape[1]).to(said.dtype)
+        student_probs = torch.softmax(student_logits, dim=-1)
+        one_hot = F.one_hot(labels, student_probs.shape[1]).to(student_probs.dtype)
         return self.fusion(
-            geometry_state(said, teacher_log_probs.exp(), self.mean[labels], one_hot, self.edges, self.geometry)
+            geometry_state(
+                student_probs, teacher_log_probs.exp(), self.mean[labels], one_hot, self.edges, self.geometry
+            )
         )
 
     def _losses(self, student_logits: Tensor, teacher: Signals, labels: Tensor) -> tuple[Tensor, Tensor]:

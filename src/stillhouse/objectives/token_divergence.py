@@ -3,7 +3,7 @@
 paper: several, each named below
 task: language
 family: logits
-use when: a baseline is wanted beside `taid` or `gkd`
+use when: a baseline for `taid` or `gkd` is wanted
 needs: teacher logits; labels or `mask` say which tokens count
 
 `forward` and `reverse` KL, `js` (generalised Jensen-Shannon; Lin 1991, and arXiv 2306.13649), `total_variation` (arXiv

@@ -37,8 +37,8 @@ class PretrainingConfig(MethodConfig):
 
 def training_data(run: Run, data: DataSpec) -> dict[str, Any]:
     """What trained weights depend on of the data, as JSON data: samples and augmentation."""
-    drawn = data.model_dump(mode="json", include={"augment", "mixup", "cutmix", "image_size"})
-    return {"data": run.data(data).fingerprint, "augment": drawn}
+    augment = data.model_dump(mode="json", include={"augment", "mixup", "cutmix", "image_size"})
+    return {"data": run.data(data).fingerprint, "augment": augment}
 
 
 def steps_of(run: Run, data: DataSpec, train: TrainSpec) -> int:
@@ -49,7 +49,7 @@ def steps_of(run: Run, data: DataSpec, train: TrainSpec) -> int:
 def pretraining_stage(run: Run, config: PretrainingConfig, what: str) -> Stage:
     """The plan's line of the stage `student`."""
     check_groups(run.data(config.data, Classification).task, config.evaluate)
-    does = f"pre-train the student by {what} (kept, shared)"
+    does = f"pre-train the student by {what} (stored, shared)"
     return Stage("student", does, {"student": config.student.model}, steps=steps_of(run, config.data, config.train))
 
 
@@ -81,12 +81,12 @@ def pretrained(
     measured = measure is not None and "step" in config.evaluate
 
     def make() -> dict[str, Any]:
-        made = module()
+        trained = module()
         loader = run.loader(config.data, "train", config.train.batch_size, train=True)
-        figures = {"train_seconds": run.fit("student", made, loader, config.train).seconds}
+        figures = {"train_seconds": run.fit("student", trained, loader, config.train).seconds}
         if measured and measure is not None:
-            figures |= measure(made, next(iter(loader))["input"].to(run.device))
-        return {"weights": state_on_cpu(made.student), "figures": figures}
+            figures |= measure(trained, next(iter(loader))["input"].to(run.device))
+        return {"weights": state_on_cpu(trained.student), "figures": figures}
 
     identity = {
         "method": config.method,

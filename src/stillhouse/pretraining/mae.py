@@ -136,8 +136,8 @@ def pixels_of_patch(vit: VisionTransformer) -> int:
 def teacher_stages(run: Run, spec: MaskedTeacher, data: DataSpec) -> list[Stage]:
     """The plan's line of the stage `teacher`."""
     if spec.train is None:
-        return [Stage("teacher", "probe the teacher (kept, shared)", {"teacher": spec.model})]
-    does = "train a masked autoencoder as the teacher (kept, shared)"
+        return [Stage("teacher", "probe the teacher (stored, shared)", {"teacher": spec.model})]
+    does = "train a masked autoencoder as the teacher (stored, shared)"
     return [Stage("teacher", does, {"teacher": spec.model}, steps=steps_of(run, spec.data or data, spec.train))]
 
 
@@ -157,9 +157,9 @@ def masked_teacher(run: Run, spec: MaskedTeacher, data: DataSpec) -> tuple[Visio
         vit = new_encoder(run, spec.network, data, "teacher")
         decoder = new_decoder(run, vit, spec.decoder, pixels_of_patch(vit), "teacher")
     if spec.train is not None:
-        made = _trained(run, spec, spec.train, spec.data or data)
-        vit.load_state_dict(made["encoder"])
-        decoder.load_state_dict(made["decoder"])
+        stored = _trained(run, spec, spec.train, spec.data or data)
+        vit.load_state_dict(stored["encoder"])
+        decoder.load_state_dict(stored["decoder"])
     vit.to(run.device).eval().requires_grad_(False)
     return vit, None if spec.train is None else decoder.to(run.device).eval().requires_grad_(False)
 
@@ -218,7 +218,7 @@ def fine_tuned_teacher(
     few = tune.data(data, run.data(data).num_classes)
     options = {**tune.model_dump(mode="json"), "train": tune.train.identity()}
     uses = {"tune": options, "from": Frozen(teacher).fingerprint(), "seed": spec.seed, **training_data(run, few)}
-    made = run.stage("fine_tuned_teacher", make, uses)
+    stored = run.stage("fine_tuned_teacher", make, uses)
     model = run.model(spec.network.model_copy(update={"checkpoint": None, "pretrained": False}), data)
-    model.load_state_dict(made["weights"])
-    return Frozen(model.to(run.device)), made["figures"]["accuracy"]
+    model.load_state_dict(stored["weights"])
+    return Frozen(model.to(run.device)), stored["figures"]["accuracy"]

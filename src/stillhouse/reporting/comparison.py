@@ -31,7 +31,7 @@ IN_TERMINAL = {
     "latency_ms": "Latency",
     "file_bytes": "File",
 }
-"""The figures that a terminal has room for beside the primary one and the gain, by short titles; MACs are
+"""The figures that a terminal has room for besides the primary one and the gain, by short titles; MACs are
 multiply-adds."""
 
 
@@ -181,7 +181,7 @@ def _plots(comparison: Comparison, shown: Quantity, suffix: str = "") -> list[st
     out = [
         section(
             f"{shown.title}, seed by seed{suffix}",
-            "Methods whose points mix can hardly be told apart; those that stand clear can.",
+            "Methods whose points overlap can hardly be distinguished; those with separate points can.",
             dot_plot(comparison.primary),
         )
     ]

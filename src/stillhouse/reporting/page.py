@@ -99,12 +99,12 @@ def labelled_picture(png: bytes | None, lines: Sequence[str]) -> str:
 
 
 def gallery(rows: Iterable[str]) -> str:
-    """Rows of labelled pictures, as many beside each other as there is room for."""
+    """Rows of labelled pictures, as many to a row as there is room for."""
     return '<div class="gallery">' + "".join(f"<div>{row}</div>" for row in rows) + "</div>"
 
 
 def legend(items: Iterable[tuple[str, str, str]]) -> str:
-    """Names beside their mark, once for several figures: (mark, colour, name)."""
+    """A legend for several figures: (mark, colour, name)."""
     inner = "".join(
         f'<li><span style="color:{escape(color)}">{escape(mark)}</span> {escape(name)}</li>'
         for mark, color, name in items
@@ -142,7 +142,7 @@ def page(title: str, subtitle: str, body: Sequence[str]) -> str:
 
 
 def write(path: Path, document: str) -> Path:
-    """Write beside and rename, so that a reader never sees half a report."""
+    """An atomic write, so that a reader never sees half a report."""
     path = Path(path)
     with atomic_write(path) as temporary:
         temporary.write_text(document, encoding="utf-8")

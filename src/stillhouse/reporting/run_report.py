@@ -1,4 +1,4 @@
-"""The report of one run: its figures, its training curves, its recipe and where it was made, from the files of the
+"""The report of one run: its figures, its training curves, its recipe and its machine, from the files of the
 run's folder."""
 
 from __future__ import annotations
@@ -114,9 +114,7 @@ def _gallery(folder: Path) -> list[str]:
         rows.append("".join(labelled_picture(png, lines) for png, lines in cells))
     how = "on which student and teacher differ most" if found["compared"] else "first in the test set"
     return [
-        section(
-            "Pictures", f"Test samples {how}; beside each, what is right and what each network finds.", gallery(rows)
-        )
+        section("Pictures", f"Test samples {how}; with each, what is right and what each network finds.", gallery(rows))
     ]
 
 

@@ -153,6 +153,6 @@ def write_claims_page(verdicts: Sequence[tuple[str, Verdict]], path: Path) -> Pa
     return write(path, page("Claims and evidence", counted(v for _, v in verdicts), body))
 
 
-def better(figure: str, said: str | None = None) -> int:
+def better(figure: str, direction: str | None = None) -> int:
     """Which way a figure is better: 1 up, -1 down, 0 not known."""
-    return {"higher": 1, "lower": -1}.get(said or "", quantity(figure).better)
+    return {"higher": 1, "lower": -1}.get(direction or "", quantity(figure).better)

@@ -94,10 +94,10 @@ class Job:
 
     def check(self) -> None:
         """Raises `UserError` for a recipe that is not valid, or a finished run of another recipe in its folder."""
-        config, held = self.config(), self.folder / "recipe.yaml"
+        config, recorded = self.config(), self.folder / "recipe.yaml"
         changed = (
-            _changed(read_yaml(held), yaml.safe_load(dump(config)), self.tree())
-            if self.done and held.is_file()
+            _changed(read_yaml(recorded), yaml.safe_load(dump(config)), self.tree())
+            if self.done and recorded.is_file()
             else None
         )
         if changed:
@@ -274,8 +274,8 @@ def _kinds(jobs: Sequence[Job]) -> dict[str, list[str]]:
     """The rows by the kind of product that they leave."""
     out: dict[str, list[str]] = {}
     for job in jobs:
-        held = job.folder / "product" / "product.json"
-        kind = json.loads(held.read_text()).get("kind", "product") if held.is_file() else "product"
+        record = job.folder / "product" / "product.json"
+        kind = json.loads(record.read_text()).get("kind", "product") if record.is_file() else "product"
         out.setdefault(kind, [])
         out[kind] += [job.entry.folder] * (job.entry.folder not in out[kind])
     return out

@@ -37,8 +37,8 @@ def asked(config: MethodConfig, name: str, given: Mapping[str, Any]) -> TeacherS
         raise UserError(
             f"The teacher '{name}' is read from the store '{spec.store}' already; give the recipe of a live teacher."
         )
-    kept = spec.store.model_dump() if spec.store is not None else {}
-    store = store_spec({**kept, **given})
+    own = spec.store.model_dump() if spec.store is not None else {}
+    store = store_spec({**own, **given})
     try:
         return TeacherSpec.model_validate({**spec.model_dump(), "store": store.model_dump()})
     except ValidationError as error:
@@ -144,19 +144,19 @@ def make_from_server(
 def describe(folder: Path) -> str:
     """What a finished store holds, what it weighs, and what rounding cost; every shard is checked."""
     store = Store(folder)
-    held = store.manifest
+    facts = store.manifest
     scores = (
-        ([f"top {held['top']} of {held['classes']} classes and the tail"] if held["top"] else ["logits"])
-        if held["logits"]
+        ([f"top {facts['top']} of {facts['classes']} classes and the tail"] if facts["top"] else ["logits"])
+        if facts["logits"]
         else []
     )
-    kept = ", ".join([*scores, *(["embedding"] if held["embedding"] else []), *(f"tap {t}" for t in held["taps"])])
+    signals = ", ".join([*scores, *(["embedding"] if facts["embedding"] else []), *(f"tap {t}" for t in facts["taps"])])
     units, unit = (store.tokens, "token") if store.tokens is not None else (len(store) * store.views, "sample and view")
     lines = [
-        f"{len(store):,} samples, {store.views} view{'s' if store.views > 1 else ''}: {kept}; {held['precision']}",
+        f"{len(store):,} samples, {store.views} view{'s' if store.views > 1 else ''}: {signals}; {facts['precision']}",
         f"{store.bytes:,} bytes, {store.bytes / max(units, 1):.1f} a {unit}",
     ]
-    if held["precision"] != "fp32":
+    if facts["precision"] != "fp32":
         lines += [
             f"rounding of {name}: at most {worst:.2g}, {rms:.2g} root mean square"
             for name, (worst, rms) in store.errors().items()

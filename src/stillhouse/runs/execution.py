@@ -22,7 +22,7 @@ from stillhouse.config.specs import MethodConfig
 from stillhouse.files import atomic_write
 from stillhouse.processes import agreed, rank_world, together, wait
 from stillhouse.reporting.run_report import write_run_report
-from stillhouse.runs.folder import claim, held, lacks_report
+from stillhouse.runs.folder import claim, lacks_report, locked
 from stillhouse.runs.gallery import write_gallery
 from stillhouse.runs.method import Stage
 from stillhouse.runs.products import Student
@@ -55,7 +55,7 @@ def execute(
     overwrite: bool = False,
     cpu: bool = False,
 ) -> dict[str, float]:
-    """Run a recipe in a folder and return the figures of its product; a run that was cut off goes on.
+    """Run a recipe in a folder and return the figures of its product; an interrupted run resumes.
 
     The folder will hold recipe.yaml (resolved), environment.json (versions, seed, device), metrics.csv, checkpoints/,
     product/, evaluation.json and report.html.
@@ -65,7 +65,7 @@ def execute(
     """
     folder = Path(folder).expanduser()
     try:
-        with together(cpu), held(folder) if rank_world()[0] == 0 else nullcontext():
+        with together(cpu), locked(folder) if rank_world()[0] == 0 else nullcontext():
             return _executed(config, folder, data_root, live, overwrite, cpu)
     finally:
         if live is not None:

@@ -16,7 +16,7 @@ def export(
     trust_code: bool = False,
     show: Callable[[str], None] = lambda sentence: None,
 ) -> Path:
-    """Write the product of a run, by default in the first format of its kind and beside the product.
+    """Write the product of a run, by default in the first format of its kind and next to the product.
 
     Args:
         show: is given what was written and what a reader should know of it, a sentence each.

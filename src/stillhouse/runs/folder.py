@@ -22,7 +22,7 @@ LOCK = ".lock"
 
 
 @contextmanager
-def held(folder: Path) -> Iterator[None]:
+def locked(folder: Path) -> Iterator[None]:
     """Inside, no other process works in the folder. Raises `UserError` where one does, or where the folder is a
     file."""
     from filelock import FileLock, Timeout

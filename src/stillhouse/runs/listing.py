@@ -53,7 +53,7 @@ def one_method(card: Card) -> Iterator[str]:
                 yield _line(key, field, words.get(key, ""))
     else:
         yield (
-            f"\nKeys of a recipe with method: {card.slug}, beside name, seed and variants (* must be given; "
+            f"\nKeys of a recipe with method: {card.slug}, besides name, seed and variants (* must be given; "
             f"`stillhouse schema {card.slug}` has the types):"
         )
         yield from _keys(catalog.method(card.slug).Config)

@@ -1,7 +1,7 @@
 """Products: what a run leaves to keep. Each kind saves to a folder, loads from it, and is judged by the evaluator of
 its kind.
 
-A product folder holds `product.json` (its kind and how it is made again) and data files: safetensors, never pickles.
+A product folder holds `product.json` (its kind, and how to build it again) and data files: safetensors, never pickles.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class Product:
     Attributes:
         kind: a key of `KINDS`, or `module:Class`.
         formats: format -> name of the file or folder; the default first.
-        figures: of its making, such as `train_seconds`; kept with the run, not with the product.
+        figures: of its production, such as `train_seconds`; saved with the run, not with the product.
     """
 
     kind: ClassVar[str]
@@ -70,7 +70,7 @@ class Student(Product):
         module: the network.
         model: how it is built again.
         task: what it predicts.
-        figures: of its training, such as `train_seconds`; kept with the run, not with the product.
+        figures: of its training, such as `train_seconds`; saved with the run, not with the product.
     """
 
     kind: ClassVar[str] = "student"
@@ -144,7 +144,7 @@ class Student(Product):
 
 
 def _facts_of_format_1(meta: Mapping[str, Any]) -> dict[str, Any]:
-    """The facts of a task as products of format 1 wrote them: beside each other, without the task's name."""
+    """The facts of a task in products of format 1: all at the top level, without the task's name."""
     if meta["kind"] == "language":
         return {"name": "tokens", "kind": meta["task"], "context": meta["context"], "classes": meta["classes"]}
     return {"name": "classification", **{k: meta[k] for k in ("classes", "input_shape", "mean", "std")}}

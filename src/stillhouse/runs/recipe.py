@@ -91,10 +91,10 @@ def check(config: BaseModel, where: str, path: KeyPath = ()) -> None:
 
 def _parts(value: Any, path: KeyPath) -> Iterable[tuple[KeyPath, BaseModel]]:
     """The models that a field holds, alone, in a list or by name, and where."""
-    held = (
+    values = (
         value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else [(None, value)]
     )
-    return [((*path, key) if key is not None else path, part) for key, part in held if isinstance(part, BaseModel)]
+    return [((*path, key) if key is not None else path, part) for key, part in values if isinstance(part, BaseModel)]
 
 
 def _check_network(model: str, options: dict[str, Any], where: str, path: KeyPath) -> None:

@@ -1,4 +1,4 @@
-"""`Run`: what a method asks for data, models, stages, loops and teachers."""
+"""`Run`: data, models, stages, loops and teachers for a method."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from stillhouse.runs.teachers import RunTeachers
 
 
 class Run(RunTeachers):
-    """What a method asks for data and models (`RunData`), stages and loops (`RunStages`), and teachers (`RunTeachers`).
+    """Gives a method data and models (`RunData`), stages and loops (`RunStages`), and teachers (`RunTeachers`).
 
     Everything is under `folder`; stages that other runs may share are in the cache.
     """

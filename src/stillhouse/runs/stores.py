@@ -44,8 +44,8 @@ def teacher_facts(spec: TeacherSpec, teacher: Any) -> dict[str, Any]:
 
 
 def make(run: Any, name: str, spec: TeacherSpec, data: DataSpec, folder: Path | None = None, **options: Any) -> Path:
-    """Write the store of a recipe's teacher (`spec.store` says what is kept), or go on with it; all processes of the
-    run take their share.
+    """Write the store of a recipe's teacher (`spec.store` says what is stored), or finish an interrupted
+    one; each process of the run writes its share.
 
     Args:
         run: a `stillhouse.runs.run.Run`.
@@ -59,7 +59,7 @@ def make(run: Any, name: str, spec: TeacherSpec, data: DataSpec, folder: Path | 
 
     assert isinstance(spec.store, StoreSpec)
     if data.mixup or data.cutmix:
-        raise UserError("Signals are kept sample by sample, but data.mixup and data.cutmix mix a batch; set both to 0.")
+        raise UserError("Stores are of single samples, but data.mixup and data.cutmix mix a batch; set both to 0.")
     teacher = run.teacher(name, spec.model_copy(update={"store": None}), data)
     bundle = run.data(data)
     facts: dict[str, Any] = {"teacher_facts": teacher_facts(spec, teacher), "data_facts": data_facts(data, bundle)}

@@ -1,8 +1,8 @@
-"""The signal store: pay for the teacher once, keep what it said, train many students from it (docs/store.md).
+"""The signal store: run the teacher once, store its outputs, train many students from them (docs/store.md).
 
 `writing` runs a teacher over a data set into shards, `reading` gives rows in any order and batches that replay the
-views, `format` is how it lies on disk, `making` writes the store that a recipe names, `server` asks a teacher behind an
-OpenAI-compatible HTTP server.
+views, `format` is the layout on disk, `server` is a teacher behind an OpenAI-compatible HTTP server,
+and `remote` stores its answers for a whole data set.
 """
 
 from stillhouse.store.reading import Store, StoredDataset

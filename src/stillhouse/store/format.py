@@ -1,5 +1,5 @@
 """How a store lies on disk: `manifest.json` says whose signals of which data they are; each shard is one file of arrays
-with a record beside it.
+with a record next to it.
 
 A shard counts once its record is there. The record names every array (dtype, shape, offset), the file's bytes and
 checksum, and what rounding cost.
@@ -66,12 +66,12 @@ def encode(values: Tensor, precision: Precision, what: str = "signals") -> dict[
 
 def decode(arrays: Mapping[str, np.ndarray], precision: Precision) -> Tensor:
     """What `encode` wrote, float32."""
-    held = arrays[""]
+    stored = arrays[""]
     if precision in ("fp32", "fp16"):
-        return torch.from_numpy(held).to(torch.float32)
+        return torch.from_numpy(stored).to(torch.float32)
     if precision == "bf16":
-        return torch.from_numpy(held).view(torch.bfloat16).to(torch.float32)
-    codes = torch.from_numpy(held)
+        return torch.from_numpy(stored).view(torch.bfloat16).to(torch.float32)
+    codes = torch.from_numpy(stored)
     low, step = torch.from_numpy(arrays[".low"]), torch.from_numpy(arrays[".step"])
     if codes.ndim == 1:
         low, step = low[:, 0], step[:, 0]
@@ -102,7 +102,7 @@ def record_file(folder: Path, number: int) -> Path:
 
 
 def write_shard(folder: Path, number: int, arrays: Mapping[str, np.ndarray], facts: Mapping[str, Any]) -> None:
-    """Write a shard and then its record, each beside and renamed. Raises `UserError` where the disk is full; what was
+    """Write a shard and then its record, each by an atomic write. Raises `UserError` where the disk is full; what was
     whole before stays."""
     path, listed, digest, at = shard_file(folder, number), {}, hashlib.blake2b(digest_size=16), 0
     with atomic_write(path) as temporary, open(temporary, "wb") as file:
@@ -127,7 +127,7 @@ def read_record(folder: Path, number: int) -> dict[str, Any] | None:
     except FileNotFoundError:
         return None
     except json.JSONDecodeError:
-        raise UserError(f"The record {record_file(folder, number)} is damaged; {remedy(folder)}") from None
+        raise UserError(f"The record {record_file(folder, number)} is damaged; {hint(folder)}") from None
     return record
 
 
@@ -149,12 +149,12 @@ def map_shard(folder: Path, number: int, record: Mapping[str, Any]) -> dict[str,
     """The arrays of a shard, memory-mapped and read-only."""
     if not record["bytes"]:
         return {n: np.empty(a["shape"], a["dtype"]) for n, a in record["arrays"].items()}
-    held = np.memmap(shard_file(folder, number), mode="r", dtype=np.uint8)
+    memory = np.memmap(shard_file(folder, number), mode="r", dtype=np.uint8)
     out = {}
     for name, array in record["arrays"].items():
         dtype, shape = np.dtype(array["dtype"]), tuple(array["shape"])
         size = dtype.itemsize * math.prod(shape)
-        out[name] = np.asarray(held[array["offset"] : array["offset"] + size]).view(dtype).reshape(shape)
+        out[name] = np.asarray(memory[array["offset"] : array["offset"] + size]).view(dtype).reshape(shape)
     return out
 
 
@@ -173,7 +173,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
             f"{folder}."
         ) from None
     except (json.JSONDecodeError, UnicodeDecodeError):
-        raise UserError(f"The manifest of the store '{folder}' is damaged; {remedy(folder)}") from None
+        raise UserError(f"The manifest of the store '{folder}' is damaged; {hint(folder)}") from None
     if manifest.get("format") != FORMAT:
         raise UserError(
             f"The store '{folder}' has the format {manifest.get('format')}, but this version reads format {FORMAT}; "
@@ -182,11 +182,11 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     return manifest
 
 
-def remedy(folder: Path) -> str:
+def hint(folder: Path) -> str:
     """What to do about a shard that is missing or damaged."""
     return (
-        f"run the command that wrote the store again (stillhouse cache … --out {folder}): it makes what is missing or "
-        "damaged and keeps the rest."
+        f"run the command that wrote the store again (stillhouse cache … --out {folder}): it writes the shards "
+        "that are missing or damaged, and leaves the rest."
     )
 
 

@@ -28,7 +28,7 @@ class Store:
             as long as it should be.
 
     Raises:
-        UserError: no store there, one that was cut off, a shard that is missing, torn or corrupted.
+        UserError: no store there, an unfinished one, a shard that is missing, incomplete or damaged.
     """
 
     def __init__(self, folder: str | Path, *, verify: bool = True) -> None:
@@ -42,7 +42,7 @@ class Store:
         if absent:
             raise UserError(
                 f"The store '{self.folder}' is not finished: {len(absent)} of {total} shards are missing (the first "
-                f"is {absent[0]}); {F.remedy(self.folder)}"
+                f"is {absent[0]}); {F.hint(self.folder)}"
             )
         self._records = [r for r in records if r is not None]
         for shard, record in enumerate(self._records):
@@ -50,7 +50,7 @@ class Store:
             short = not path.exists() or path.stat().st_size != record["bytes"]
             wrong = F.fault(self.folder, shard, record) if verify or short else None
             if wrong:
-                raise UserError(f"The shard {path} {wrong}; {F.remedy(self.folder)}")
+                raise UserError(f"The shard {path} {wrong}; {F.hint(self.folder)}")
         self._maps: dict[int, dict[str, np.ndarray]] = {}
 
     def __getstate__(self) -> dict[str, Any]:
@@ -81,9 +81,11 @@ class Store:
     @property
     def gives(self) -> frozenset[str]:
         """What a teacher read from it can give."""
-        held = self.manifest
-        out = {"top"} if held["top"] is not None else {"logits"} if held["logits"] else set()
-        return frozenset(out | ({"embedding"} if held["embedding"] else set()) | ({"taps"} if held["taps"] else set()))
+        header = self.manifest
+        out = {"top"} if header["top"] is not None else {"logits"} if header["logits"] else set()
+        return frozenset(
+            out | ({"embedding"} if header["embedding"] else set()) | ({"taps"} if header["taps"] else set())
+        )
 
     def errors(self) -> dict[str, tuple[float, float]]:
         """Rounding of each signal: (largest difference, root of the mean square) over the whole store."""
@@ -174,8 +176,8 @@ class Store:
         out: dict[str, Tensor] = {}
         for name in signals:
             if name not in along:
-                held = {s: self.column(name + s, indices, view) for s in ("", ".low", ".step") if name + s in arrays}
-                out[name] = F.decode(held, precision)
+                encoded = {s: self.column(name + s, indices, view) for s in ("", ".low", ".step") if name + s in arrays}
+                out[name] = F.decode(encoded, precision)
         if not ragged:
             if "top" in signals:
                 out["top.indices"] = torch.from_numpy(self.column("top.indices", indices, view).astype(np.int64))
@@ -214,16 +216,16 @@ class Store:
         Raises:
             UserError: what differs.
         """
-        held = self.manifest["data"]
-        other = F.difference(held["spec"], data["spec"])
-        moved = F.difference(held["transform"], data["transform"], "data") or F.difference(
-            {"split": held["split"]}, {"split": data["split"]}
+        recorded = self.manifest["data"]
+        other = F.difference(recorded["spec"], data["spec"])
+        moved = F.difference(recorded["transform"], data["transform"], "data") or F.difference(
+            {"split": recorded["split"]}, {"split": data["split"]}
         )
-        if other or (held["fingerprint"] != data["fingerprint"] and not moved):
+        if other or (recorded["fingerprint"] != data["fingerprint"] and not moved):
             raise UserError(
                 f"The store '{self.folder}' was written over other data "
                 f"({other or 'the same name and options, but other content'}); train on the data that it was written "
-                "over, or cache anew."
+                "over, or cache again."
             )
         if moved:
             raise UserError(
@@ -244,8 +246,8 @@ class Store:
             now = glance(dataset.batch(BatchKey(view, rows, 0, len(rows)), self.manifest["seed"]))
             if not np.allclose(now, self.column("seen", rows, view), rtol=1e-3, atol=1e-3):
                 raise UserError(
-                    f"The inputs that the store '{self.folder}' was written from cannot be made again here: data and "
-                    f"transforms have the same names, but view {view} differs; was a library changed? Cache anew."
+                    f"The inputs that the store '{self.folder}' was written from cannot be reproduced here: data and "
+                    f"transforms have the same names, but view {view} differs; was a library changed? Cache again."
                 )
 
 
@@ -259,7 +261,7 @@ class StoredDataset:
     """A data set whose training batches replay the views of stores, and carry what is in them (what `Loader` asks of a
     data set).
 
-    Epoch e shows view e mod views, made under the store's own seed; the order of the samples is the run's.
+    Epoch e shows view e mod views, augmented under the store's own seed; the order of the samples is the run's.
 
     Args:
         dataset: makes the inputs.

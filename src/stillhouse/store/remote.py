@@ -1,5 +1,5 @@
-"""Asking a server for a whole data set, into a store: answers are kept in a journal as they come, so that a pass that
-is cut off asks for nothing twice."""
+"""Asking a server for a whole data set, into a store: answers go to a journal as they come, so that a pass that
+is interrupted requests nothing twice."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def score(
 
     Args:
         dataset: of text (`stillhouse.data.text`), one sample a row.
-        spec: what is kept; its `top` is asked for, `views` must be 1.
+        spec: what is stored; the server is asked for its `top`, `views` must be 1.
         vocabulary: the data's.
         classes: tokens of the data's vocabulary.
         workers: requests at the same time.
@@ -85,9 +85,9 @@ def score(
         return x["input_ids"][0][inside], label[0][inside] != -100
 
     def ask(i: int) -> Answer:
-        ids, kept = sample(i)
+        ids, counted = sample(i)
         answer = server.score(ids.tolist(), vocabulary)
-        where = torch.nonzero(kept)[:, 0].tolist() if answer.ids else []
+        where = torch.nonzero(counted)[:, 0].tolist() if answer.ids else []
         return Answer([answer.ids[t] for t in where], [answer.log_probs[t] for t in where])
 
     sample(0)
@@ -137,10 +137,10 @@ def write(
     world: int = 1,
     live: Live | None = None,
 ) -> int:
-    """Ask a server for a completion of each prompt (a text, or a chat's messages), kept with the top log-probabilities
-    of its tokens.
+    """Ask a server for a completion of each prompt (a text, or a chat's messages), and store it with the top
+    log-probabilities of its tokens.
 
-    The store holds `tokens` rows beside the signals (`Store.tokens_of`); an empty completion is a row of none.
+    The store holds `tokens` rows besides the signals (`Store.tokens_of`); an empty completion is a row of none.
     `CompletionDataset` trains from it.
 
     Raises:
@@ -197,10 +197,10 @@ class CompletionDataset:
             )
         self.store, self.prompts, self.pad = store, [list(map(int, p)) for p in prompts], pad
         self.tokens = [t.tolist() for t in store.tokens_of(np.arange(len(store)))]
-        self.kept = np.array([i for i, t in enumerate(self.tokens) if t], dtype=np.int64)
+        self.samples = np.array([i for i, t in enumerate(self.tokens) if t], dtype=np.int64)
 
     def __len__(self) -> int:
-        return len(self.kept)
+        return len(self.samples)
 
     def labels(self) -> Tensor:
         raise UserError("A completion has no class.")
@@ -208,7 +208,7 @@ class CompletionDataset:
     def batch(self, key: BatchKey, seed: int) -> Batch:
         """`input` (ids and mask), `label` (B, L) (-100 on prompts and padding), `index` (B,) of the prompts, and
         `stored`."""
-        index = self.kept[key.indices[key.start : key.stop]]
+        index = self.samples[key.indices[key.start : key.stop]]
         rows = [self.prompts[i] + self.tokens[i] for i in index]
         starts = [len(self.prompts[i]) - 1 for i in index]
         length = max(map(len, rows)) - 1  # the last token is only predicted
@@ -267,7 +267,7 @@ def _asked(
 
 
 class Journal:
-    """Answers by sample, appended as they come; a line that was cut off by a kill or a full disk does not count."""
+    """Answers by sample, appended as they come; an incomplete line, left by a kill or a full disk, does not count."""
 
     def __init__(self, path: Path) -> None:
         self.path, self.answers = path, dict[int, Answer]()
@@ -276,9 +276,9 @@ class Journal:
             text = path.read_bytes()
             for line in text.split(b"\n"):
                 try:
-                    said = json.loads(line)
-                    self.answers[int(said["sample"])] = Answer(
-                        said["ids"], said["log_probs"], said["tokens"], said["text"]
+                    record = json.loads(line)
+                    self.answers[int(record["sample"])] = Answer(
+                        record["ids"], record["log_probs"], record["tokens"], record["text"]
                     )
                 except (ValueError, KeyError, TypeError):
                     continue
@@ -301,8 +301,8 @@ class Journal:
             except OSError as error:
                 if is_full(error):
                     raise UserError(
-                        f"Could not write {self.path}: the disk is full. What was answered before is kept; free some "
-                        "space and start again."
+                        f"Could not write {self.path}: the disk is full. The answers received before are stored; free "
+                        "some space and start again."
                     ) from error
                 raise
             self.answers[sample] = answer
@@ -344,7 +344,7 @@ def answered(
             for done in asked:
                 done.result()
         except BaseException:
-            failed.set()  # answers that are on their way are kept
+            failed.set()  # answers that are on their way are stored
             raise
     out = [journal.answers[int(s)] for s in samples]
     if len(out) > 1 and not any(a.ids for a in out):

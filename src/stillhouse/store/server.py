@@ -34,7 +34,7 @@ class TooLong(Exception):
 
 @dataclass(frozen=True)
 class Answer:
-    """What a server said of one sample: for each of L positions the most probable tokens; `tokens` are those it
+    """A server's answer for one sample: for each of L positions the most probable tokens; `tokens` are those it
     wrote."""
 
     ids: list[list[int]]
@@ -121,20 +121,19 @@ class Server:
         """
         if self.context is not None and len(ids) > self.context:
             raise TooLong(f"{len(ids)} tokens, but the context holds {self.context}")
-        said = self.ask(
+        reply = self.ask(
             "completions",
             {"prompt": list(map(int, ids)), "max_tokens": 1, "echo": True, "logprobs": self.top, "temperature": 0},
         )
-        told = ((said.get("choices") or [{}])[0].get("logprobs") or {}).get("top_logprobs") or []
-        if not told:
+        positions = ((reply.get("choices") or [{}])[0].get("logprobs") or {}).get("top_logprobs") or []
+        if not positions:
             return Answer([], [])
-        if len(told) < len(ids):
+        if len(positions) < len(ids):
             raise UserError(
-                f"{self.url} answered with {len(told)} positions for {len(ids)} tokens: it does not echo the prompt "
-                "with its log-probabilities; "
-                "use a server that does, or let it write completions."
+                f"{self.url} answered with {len(positions)} positions for {len(ids)} tokens: it does not echo the "
+                "prompt with its log-probabilities; use a server that does, or let it write completions."
             )
-        rows = [_named(position or {}, vocabulary) for position in told[1 : len(ids) + 1]]
+        rows = [_named(position or {}, vocabulary) for position in positions[1 : len(ids) + 1]]
         rows += [([], [])] * (len(ids) - len(rows))
         return Answer([r[0] for r in rows], [r[1] for r in rows])
 
@@ -155,17 +154,17 @@ class Server:
         """
         common = {"max_tokens": max_tokens, "temperature": temperature}
         if isinstance(prompt, str):
-            said = self.ask("completions", {"prompt": prompt, "logprobs": self.top, **common})
-            choice = (said.get("choices") or [{}])[0]
-            told = choice.get("logprobs") or {}
-            names, tops = told.get("tokens") or [], told.get("top_logprobs") or []
+            reply = self.ask("completions", {"prompt": prompt, "logprobs": self.top, **common})
+            choice = (reply.get("choices") or [{}])[0]
+            logprobs = choice.get("logprobs") or {}
+            names, tops = logprobs.get("tokens") or [], logprobs.get("top_logprobs") or []
             rows = [_named(position or {}, vocabulary) for position in tops]
             text = choice.get("text") or ""
         else:
-            said = self.ask(
+            reply = self.ask(
                 "chat/completions", {"messages": list(prompt), "logprobs": True, "top_logprobs": self.top, **common}
             )
-            choice = (said.get("choices") or [{}])[0]
+            choice = (reply.get("choices") or [{}])[0]
             content = (choice.get("logprobs") or {}).get("content") or []
             names = [c["token"] for c in content]
             rows = [
@@ -202,10 +201,10 @@ class Server:
             wait = min(self.backoff * 2**number, 60.0)
             try:
                 with urllib.request.urlopen(urllib.request.Request(url, body, headers), timeout=self.timeout) as answer:
-                    said = json.loads(answer.read())
-                if not isinstance(said, dict):
-                    raise ValueError(f"an answer of type {type(said).__name__}")
-                return said
+                    reply = json.loads(answer.read())
+                if not isinstance(reply, dict):
+                    raise ValueError(f"an answer of type {type(reply).__name__}")
+                return reply
             except urllib.error.HTTPError as error:
                 text = _message(error)
                 if error.code not in PASSING:
@@ -224,8 +223,8 @@ class Server:
             if number < self.retries:
                 time.sleep(wait)
         raise UserError(
-            f"{url} gave no answer in {self.retries + 1} tries (the last: {last}); what it answered before is kept, "
-            "start the same command again to go on."
+            f"{url} gave no answer in {self.retries + 1} tries (the last: {last}); its earlier answers are stored, "
+            "start the same command again to resume."
         )
 
     def _wait_turn(self) -> None:
@@ -250,8 +249,8 @@ def _named(position: Mapping[str, float], vocabulary: Vocabulary) -> tuple[list[
 def _message(error: urllib.error.HTTPError) -> str:
     try:
         text = error.read().decode(errors="replace")
-        said = json.loads(text)
-        inner = said.get("error", said) if isinstance(said, dict) else said
+        reply = json.loads(text)
+        inner = reply.get("error", reply) if isinstance(reply, dict) else reply
         return str(inner.get("message", inner) if isinstance(inner, dict) else inner)[:300]
     except (ValueError, OSError, http.client.HTTPException):
         return str(error.reason)

@@ -83,7 +83,7 @@ class Task:
         return model
 
     def as_teacher(self, model: nn.Module, spec: TeacherSpec, its: Task) -> nn.Module:
-        """A teacher of another task of the same kind, `its`, made to answer in this task's terms."""
+        """A teacher of another task of the same kind, `its`, wrapped so that its outputs fit this task."""
         return model
 
     @property

@@ -1,5 +1,4 @@
-"""What objectives may ask of the training around them: `Progress`, the protocol `Context`, and `TrainingContext`, that
-of a fit."""
+"""The training as its objectives see it: `Progress`, the protocol `Context`, and `TrainingContext`, that of a fit."""
 
 from __future__ import annotations
 
@@ -39,7 +38,7 @@ class Progress:
 
 
 class Context(Protocol):
-    """What an objective may ask of the training around it."""
+    """The training as an objective sees it: its models, data, progress and seed."""
 
     progress: Progress
 
@@ -80,7 +79,7 @@ class Context(Protocol):
 
 
 class TrainingContext(Context):
-    """What objectives may ask of a fit."""
+    """The context of a fit."""
 
     def __init__(
         self,
@@ -124,7 +123,7 @@ class TrainingContext(Context):
         labels = source.labels()
         if labels is None:
             raise UserError(
-                f"The labels of the '{split}' split are not known beforehand; train from a recipe, or give the "
+                f"The labels of the '{split}' split are not known before training; train from a recipe, or give the "
                 "loader's data set a `labels()`."
             )
         return labels

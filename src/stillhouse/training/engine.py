@@ -32,7 +32,7 @@ from stillhouse.training.optimizers import make_optimizer, rate_factor
 
 @dataclass
 class Fitted:
-    """What a fit leaves: the last (or best) evaluation, the seconds spent in steps, and the epochs done."""
+    """The outcome of a fit: the last (or best) evaluation, the seconds spent in steps, and the epochs done."""
 
     figures: dict[str, float] = field(default_factory=dict)
     seconds: float = 0.0
@@ -44,7 +44,7 @@ def make_accelerator(spec: TrainSpec, folder: Path | None = None, cpu: bool = Fa
     from accelerate import Accelerator, DistributedDataParallelKwargs
     from accelerate.state import AcceleratorState
 
-    for tracker in spec.trackers:  # Accelerate would leave a missing one out without a word
+    for tracker in spec.trackers:  # Accelerate ignores a missing one
         if importlib.util.find_spec(tracker) is None:
             raise MissingExtra(f"train.trackers: {tracker}", {"tensorboard": "trackers"}.get(tracker, tracker))
     AcceleratorState._reset_state()  # the precision may differ between the stages of one run
@@ -103,7 +103,7 @@ def fit(
 
 
 class _Fit:
-    """One training made ready, its step, and what follows an epoch."""
+    """The setup of one training, its step, and the end of an epoch."""
 
     def __init__(
         self,
@@ -319,7 +319,7 @@ class _Batches:
 
 
 class _Best:
-    """Keeps the weights of the best evaluation, and says when patience has run out."""
+    """Saves the weights of the best evaluation, and reports when patience has run out."""
 
     def __init__(self, spec: TrainSpec, folder: Path, stage: str, loop: Loop) -> None:
         self.spec, self.loop = spec, loop
@@ -365,7 +365,7 @@ def channels_last(x: Any) -> Any:
 
 
 def _average(student: nn.Module, spec: TrainSpec) -> Any:
-    """The exponential moving average of the student's weights and buffers, where it is asked for."""
+    """The exponential moving average of the student's weights and buffers, where the spec has one."""
     if spec.ema is None:
         return None
     from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn

@@ -1,7 +1,7 @@
 """The one resumable loop: it drives any step function, seeds each step, and logs, checks and checkpoints between steps.
 
 Randomness is a function of (seed, stage, keys of the step, rank), so a checkpoint holds no random state and a killed
-run goes on to the same bits. Terms stay on the device; every `log_every` steps they are read at once, checked to be
+run resumes to the same bits. Terms stay on the device; every `log_every` steps they are read at once, checked to be
 finite, written to metrics.csv, and then a checkpoint may follow.
 """
 
@@ -96,7 +96,7 @@ class Loop:
         except Exception as error:
             raise UserError(
                 f"The checkpoint {self.path} cannot be read ({type(error).__name__}); remove it to start this stage "
-                "anew."
+                "again."
             ) from error
         for name, item in self.state.items():
             item.load_state_dict(saved["state"][name])
@@ -136,7 +136,7 @@ class Loop:
         return [name for name, good in zip(tensors, finite) if not good]
 
     def _diverged(self, what: str) -> TrainingDiverged:
-        """The error for a training that cannot go on, and a mark that lets a run with a lower rate continue from its
+        """The error for a training that cannot continue, and a mark that lets a run with a lower rate continue from its
         last checkpoint."""
         if self.path.exists():
             step = torch.load(self.path, map_location="cpu", weights_only=True)["done"]
@@ -294,7 +294,7 @@ class Loop:
             if self._interrupted:
                 raise KeyboardInterrupt
             self._interrupted = True
-            self.live.say("Stopping after this step; start again to go on from here.")
+            self.live.say("Stopping after this step; start again to resume from here.")
 
         before = {s: signal.signal(s, answer) for s in (signal.SIGINT, signal.SIGTERM)}
         try:

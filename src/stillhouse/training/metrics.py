@@ -33,14 +33,14 @@ class Metrics:
 
     def keep(self, stage: str, count: int) -> None:
         """Drop the rows of a stage after its first `count`: what a killed run wrote past its last checkpoint."""
-        seen, kept = 0, []
+        seen, remaining = 0, []
         for row in self.rows:
             if row["stage"] == stage:
                 seen += 1
                 if seen > count:
                     continue
-            kept.append(row)
-        self.rows = kept
+            remaining.append(row)
+        self.rows = remaining
         self._rewrite()
 
     def count(self, stage: str) -> int:
@@ -62,8 +62,8 @@ class Metrics:
         except OSError as error:
             if is_full(error):
                 raise UserError(
-                    f"Could not write {self.path}: the disk is full. The last checkpoint is kept; free some space and "
-                    "start again."
+                    f"Could not write {self.path}: the disk is full. The last checkpoint is intact; free some space "
+                    "and start again."
                 ) from error
             raise
 
