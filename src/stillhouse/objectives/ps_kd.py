@@ -11,7 +11,7 @@ needs: labels; the sample index and `teacher: {past_self: true}`, or `past: snap
 
 The loss takes the place of the cross-entropy: list it alone. Published settings: alpha 0.8 on CIFAR-100; about 0.3 on
 ImageNet (not confirmed by code).
-The released code is followed: the past prediction is the one that training itself gave last epoch, stored in a table of N
+The released code is followed: the past prediction is the one that training itself gave last epoch, in a table of N
 x C probabilities (in the first
 epoch the labels). `past: snapshot` is the paper's other view, the network of the last epoch called on the present
 input: no table, no index, a second forward; it runs in evaluation mode (a choice). Soft labels of mixup need the
