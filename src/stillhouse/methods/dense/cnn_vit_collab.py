@@ -46,6 +46,7 @@ from stillhouse.runs.products import Product, Student, read_meta
 from stillhouse.runs.run import Run
 from stillhouse.signals import Batch, Signals, first_samples
 from stillhouse.tasks.segmentation import Segmentation
+from stillhouse.training.module import TrainingModule
 
 NAMES = ("cnn", "vit")
 OTHER = {"cnn": "vit", "vit": "cnn"}
@@ -146,7 +147,7 @@ def _adaptor(channels: int, width: int) -> nn.Sequential:
     return nn.Sequential(nn.Conv2d(channels, width, 1, bias=False), nn.BatchNorm2d(width))
 
 
-class Collaboration(nn.Module):
+class Collaboration(TrainingModule):
     """Both networks, their adaptors and projectors, and the loss of each; one backward of the sum.
 
     Args:

@@ -44,6 +44,7 @@ from stillhouse.runs.products import Student, state_on_cpu
 from stillhouse.runs.run import Run
 from stillhouse.signals import Batch, read_logits
 from stillhouse.tasks.segmentation import Segmentation
+from stillhouse.training.module import TrainingModule
 
 
 def fixed_codes(classes: int) -> Tensor:
@@ -206,7 +207,7 @@ def _labels(batch: Batch) -> Tensor:
     return labels
 
 
-class TeacherTraining(nn.Module):
+class TeacherTraining(TrainingModule):
     """Stage T: two label channels of one image, the cross-entropy of both, and their consistency.
 
     Args:
@@ -238,7 +239,7 @@ class TeacherTraining(nn.Module):
         return {"loss": ce + options.consistency * agreed, "ce": ce, "consistency": agreed}
 
 
-class StudentTraining(nn.Module):
+class StudentTraining(TrainingModule):
     """Stage S: the cross-entropy, and the channel-wise divergence to the teacher, which alone sees the label's channel.
 
     Args:
