@@ -192,8 +192,8 @@ class Collaboration(TrainingModule):
 
     def param_groups(self) -> list[dict[str, Any]]:
         rate = {} if self.config.cnn_lr is None else {"lr": self.config.cnn_lr}
-        rest = [*self.student["vit"].parameters(), *self.adaptors.parameters(), *self.projectors.parameters()]
-        return [{"params": rest}, {"params": [*self.student["cnn"].parameters()], **rate}]
+        rest = [*self._readers["vit"].model.parameters(), *self.adaptors.parameters(), *self.projectors.parameters()]
+        return [{"params": rest}, {"params": [*self._readers["cnn"].model.parameters()], **rate}]
 
     def forward(self, batch: Batch, progress: Progress) -> dict[str, Tensor]:
         """`loss`, the unweighted terms of each network, and the shares of pixels and regions in which it is taught."""
