@@ -53,7 +53,9 @@ def test_equal_objects_share_a_result_and_others_do_not(tmp_path: Path) -> None:
     assert compute(network) == 5 and compute(nn.Linear(3, 2)) == 6
 
 
-@pytest.mark.parametrize("value", [object(), {1, 2}, PastSelf(), Path("/tmp"), len], ids=repr)
+@pytest.mark.parametrize(
+    "value", [object(), {1, 2}, PastSelf(), Path("/tmp"), len], ids=lambda value: type(value).__name__
+)
 def test_what_has_no_content_hash_is_refused_with_its_place(value: object) -> None:
     with pytest.raises(UserError, match=r"`uses\.teachers\.1`"):
         as_json({"teachers": [0, value]})
