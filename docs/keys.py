@@ -19,6 +19,7 @@ SHARED = (
     specs.DataSpec,
     specs.ModelSpec,
     specs.TeacherSpec,
+    specs.InputSpec,
     specs.StoreSpec,
     specs.TrainSpec,
     specs.OptimizerSpec,
