@@ -205,7 +205,7 @@ def test_a_teacher_that_numbers_its_tokens_otherwise_teaches_in_chunks_as_it_doe
         )
 
     ids = torch.randint(20, (3, 6), generator=torch.Generator().manual_seed(0))
-    batch, terms = {"input": {"input_ids": ids}, "label": ids, "index": torch.arange(3)}, {}
+    batch, terms = {"input": {"input_ids": ids}, "label": ids.roll(-1, 1), "index": torch.arange(3)}, {}
     for how in (False, True):
         teacher = OtherIds(
             net(1, 50), Mapped(torch.randperm(50, generator=torch.Generator().manual_seed(1))[:20], False)

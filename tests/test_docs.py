@@ -155,7 +155,7 @@ def test_the_page_on_synthetic_sets_can_be_followed(
 ):
     names = follow(ROOT / "docs" / "synthetic-sets.md", tmp_path, monkeypatch)
     shown = capsys.readouterr().out
-    assert names["made"].images.shape == (20, 1, 8, 8)
+    assert names["product"].images.shape == (20, 1, 8, 8)
     assert "lrs" in shown and "accuracy_mlp" in shown and "Gain over random" in re.sub(r"\s+", " ", shown)
     assert "Wrote 20 images of 10 classes: small\n" in shown and (tmp_path / "small.parquet").is_file()
     assert (tmp_path / "runs" / "student-s0" / "product").is_dir() and (

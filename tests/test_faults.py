@@ -309,7 +309,7 @@ def test_ctrl_c_is_answered_at_once_and_the_next_start_goes_on(recipe_file, tmp_
         time.sleep(0.1)
     running.send_signal(signal.SIGINT)
     _, err = running.communicate(timeout=30)
-    assert running.returncode == 130 and "start again to go on" in err and "Traceback" not in err, err
+    assert running.returncode == 130 and "start again to resume" in err and "Traceback" not in err, err
     done = torch.load(folder / "checkpoints" / "student.pt", weights_only=True)["done"]
     again = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     while (

@@ -96,8 +96,8 @@ def test_the_rate_falls_as_the_protocol_says_and_by_default_once_with_a_new_mome
     assert [stepped.rate(e) for e in (0, 1, 2, 3, 4, 9)] == [1, 1, 0.5, 0.5, 0.25, 0.25]
     assert [plain.rate(e) for e in (0, 6, 7, 9)] == [1, 1, 0.1, 0.1]
     network = Shares()
-    assert isinstance(stepped.optimizer(network), torch.optim.AdamW)
-    sgd = plain.optimizer(network)
+    assert isinstance(stepped.new_optimizer(network), torch.optim.AdamW)
+    sgd = plain.new_optimizer(network)
     for i in range(8):
         before = network.scale.detach().clone()
         plain.step(network, sgd, i)

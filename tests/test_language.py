@@ -93,6 +93,7 @@ class Forward(stillhouse.Objective):
     """KL(teacher || student) over counted tokens."""
 
     name = "forward"
+    positions = True
     needs = frozenset({"student.logits", "teacher.logits"})
 
     def forward(self, student: Any, teacher: Any, batch: Any, progress: Any) -> dict[str, Tensor]:

@@ -71,7 +71,7 @@ def test_every_own_net_learns_from_a_batch(name: str) -> None:
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
     assert all(t.requires_grad for t in got.values())
     batch = {"input": torch.randn(2, 3, 32, 32)}
-    assert anatomy.classifier(model, batch) == ("head" if name in ("vit", "mixer") else "fc")
+    assert anatomy.classifier(model, batch) == ("head" if name in ("vit", "mixer", "conv_vit") else "fc")
     assert anatomy.num_outputs(model, batch) == 7
 
 
@@ -123,7 +123,7 @@ def test_the_digits_fit_every_kind_of_own_net() -> None:
         ("convnet2", {"width": 8}),
     ]:
         assert make(f"stillhouse:{name}", shape=(1, 8, 8), **options)(x).shape == (2, 7)
-    for name in ("vit", "mixer"):
+    for name in ("vit", "mixer", "conv_vit"):
         assert make(f"stillhouse:{name}", shape=(1, 8, 8), patch=2, dim=24, depth=2)(x).shape == (2, 7)
     assert make("stillhouse:mlp", shape=(1, 8, 8), widths=[8])(x).shape == (2, 7)
     assert make("stillhouse:mlp", shape=(64,), widths=[])(torch.randn(2, 64)).shape == (2, 7)
@@ -428,7 +428,7 @@ def test_a_checkpoint_that_does_not_fit_leaves_the_model_and_gets_a_sentence(tmp
     path.write_bytes(b"\x00garbage")
     refuses("not a readable torch file")
     (tmp_path / "net.safetensors").write_bytes(b"\x00garbage")
-    refuses("not a readable safetensors file", tmp_path / "net.safetensors")
+    refuses("no readable safetensors file", tmp_path / "net.safetensors")
     refuses("does not exist; did you mean '.*net.pth'", tmp_path / "nett.pth")
 
 

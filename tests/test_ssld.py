@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -98,7 +99,7 @@ def test_copies_and_mirrored_copies_of_test_images_are_found_and_others_are_not(
 def test_a_pool_is_normalised_as_the_target_is_and_gives_no_labels() -> None:
     target = load(DataSpec(name="digits", size=50))
     pool = load(DataSpec(name="digits", size=80, seed=3))
-    pool.mean, pool.std = (0.5,), (0.2,)
+    pool.task = replace(pool.task, mean=(0.5,), std=(0.2,))
     joined = Joined(
         [
             Part(target.dataset("train", train=False), np.arange(50), labelled=True),

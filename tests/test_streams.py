@@ -13,6 +13,7 @@ from stillhouse.config.specs import DataSpec, TrainSpec
 from stillhouse.data import BatchLoader, Loader, Streams, adapt, load
 from stillhouse.errors import UserError
 from stillhouse.training.engine import fit
+from stillhouse.training.module import TrainingModule
 
 
 def loader(size: int, batch: int, seed: int, workers: int = 0, **share: int) -> Loader:
@@ -73,7 +74,7 @@ class _Nothing:
         return 0
 
 
-class Consistency(nn.Module):
+class Consistency(TrainingModule):
     """Learns from both streams; stops where it is told to, as a killed process does."""
 
     def __init__(self, stop: int | None = None) -> None:

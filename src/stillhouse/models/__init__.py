@@ -14,8 +14,7 @@ from torch import nn
 
 from stillhouse.config.specs import ModelSpec
 from stillhouse.errors import UserError, nearest
-from stillhouse.models import conv_vit as conv_vit  # our own nets register themselves
-from stillhouse.models import convnet as convnet
+from stillhouse.models import convnet as convnet  # our own nets register themselves
 from stillhouse.models import densenet as densenet
 from stillhouse.models import efficientnet as efficientnet
 from stillhouse.models import mobile as mobile

@@ -3,6 +3,7 @@ rest are options."""
 
 from __future__ import annotations
 
+import importlib
 import inspect
 import re
 from collections.abc import Callable, Mapping
@@ -14,6 +15,8 @@ from stillhouse.errors import UserError, unknown
 
 N = TypeVar("N", bound=type[nn.Module])
 Fixed = Mapping[str, Any]
+LATER = {"conv_vit": "stillhouse.models.conv_vit"}
+"""Nets whose module needs another library: it is imported when one of them is asked for."""
 _NETS: dict[str, tuple[type[nn.Module], Fixed]] = {}
 _PATTERNS: list[tuple[re.Pattern[str], type[nn.Module], Callable[..., Fixed]]] = []
 
@@ -22,7 +25,7 @@ def names() -> list[str]:
     """Names of our own nets, sorted as a reader would (`resnet8` before `resnet110`). Families such as `wrn_D_K` know
     further names."""
     return sorted(
-        _NETS,
+        {*_NETS, *LATER},
         key=lambda name: [
             (part.isdigit(), int(part) if part.isdigit() else 0, part) for part in re.findall(r"\d+|\D+", name)
         ],
@@ -83,6 +86,8 @@ def check_own(name: str, options: Mapping[str, Any]) -> tuple[type[nn.Module], F
 
 
 def _find(name: str) -> tuple[type[nn.Module], Fixed]:
+    if name in LATER:
+        importlib.import_module(LATER[name])
     if name in _NETS:
         return _NETS[name]
     for pattern, cls, fixes in _PATTERNS:

@@ -34,7 +34,7 @@ def export(
         raise UserError(f"Nothing writes a product of kind '{product.kind}' for other programs; {folder} holds one.")
     to = to or next(iter(formats))
     if to not in formats:
-        raise unknown(f"export format of a product of kind '{product.kind}'", to, formats)
+        raise unknown("export format", to, formats)
     path = Path(out) if out is not None else Path(folder) / formats[to]
     for sentence in product.export(to, path):
         show(sentence)

@@ -120,7 +120,7 @@ class TrainingContext(Context):
     def labels(self, split: str = "train") -> Tensor:
         """Labels of a split in index order, (N,)."""
         source = self._train if split == "train" else self.split(split)
-        labels = source.labels()
+        labels = None if source is None else source.labels()
         if labels is None:
             raise UserError(
                 f"The labels of the '{split}' split are not known before training; train from a recipe, or give the "
