@@ -9,8 +9,8 @@ demo: $(STAMP)            ## distil a small network on real digits, in minutes
 	$(BIN)/stillhouse demo
 
 test: $(STAMP)-test       ## the default suite
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 	-$(BIN)/stillhouse evidence --check --missing
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 
 bench: $(STAMP)-bench     ## ratios against a hand-written loop and the peers
 	$(BIN)/python benchmarks/run.py
