@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from stillhouse.config.specs import ModelSpec
 from stillhouse.distillation.objective import Progress
 from stillhouse.errors import UserError
-from stillhouse.functional.ragged import IGNORE
+from stillhouse.functional.counting import IGNORED
 from stillhouse.methods.dense.cnn_vit_collab import (
     Collaboration,
     Config,
@@ -71,7 +71,7 @@ def config(**keys: object) -> Config:
 def batch() -> Batch:
     draw = torch.Generator().manual_seed(1)
     label = torch.randint(0, 3, (2, 16, 16), generator=draw)
-    label[:, :3] = IGNORE
+    label[:, :3] = IGNORED
     return {"input": torch.randn(2, 3, 32, 32, generator=draw), "label": label}
 
 
@@ -186,7 +186,7 @@ def test_a_term_reaches_its_own_network_and_never_the_one_that_teaches(term: str
 
 def test_images_without_labels_give_zeros_and_finite_gradients():
     given = batch()
-    given["label"].fill_(IGNORE)
+    given["label"].fill_(IGNORED)
     made = collaboration(*nets(), features=0)
     terms = made(given, LATE)
     terms["loss"].backward()

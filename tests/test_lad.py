@@ -16,7 +16,7 @@ from stillhouse.config.specs import ModelSpec
 from stillhouse.distillation.objective import Progress
 from stillhouse.errors import UserError
 from stillhouse.functional.channelwise import channelwise_divergence
-from stillhouse.functional.ragged import IGNORE
+from stillhouse.functional.counting import IGNORED
 from stillhouse.methods.dense.lad import (
     Channel,
     Config,
@@ -60,7 +60,7 @@ def network(seed: int = 0) -> nn.Module:
 def batch() -> Batch:
     draw = torch.Generator().manual_seed(1)
     label = torch.randint(0, 3, (4, 32, 32), generator=draw)
-    label[:, :2] = IGNORE
+    label[:, :2] = IGNORED
     return {"input": torch.randn(4, 3, 32, 32, generator=draw), "label": label}
 
 
@@ -71,7 +71,7 @@ def test_a_class_has_one_code_in_an_image_and_ignored_pixels_the_last():
     given, codes = batch(), torch.randn(4, 4)
     channel = label_channel(given["label"], codes, torch.zeros(4, 1, 32, 32), scale=2.0)
     for image in range(4):
-        for k, ids in enumerate((0, 1, 2, IGNORE)):
+        for k, ids in enumerate((0, 1, 2, IGNORED)):
             where = given["label"][image] == ids
             torch.testing.assert_close(channel[image, 0][where].unique(), 2 * codes[image, k : k + 1])
 
@@ -121,7 +121,7 @@ def test_both_paths_learn_from_their_disagreement():
 
 def test_images_without_a_label_cost_nothing():
     maps = torch.randn(2, 3, 4, 4, requires_grad=True)
-    loss = pixel_loss(maps, torch.full((2, 8, 8), IGNORE))
+    loss = pixel_loss(maps, torch.full((2, 8, 8), IGNORED))
     loss.backward()
     assert loss == 0 and maps.grad.isfinite().all()
 

@@ -24,7 +24,7 @@ from stillhouse.distillation.distillation import Distillation
 from stillhouse.distillation.teachers import Stored
 from stillhouse.errors import UserError
 from stillhouse.evaluation.judge import judge
-from stillhouse.functional.ragged import IGNORE
+from stillhouse.functional.counting import IGNORED
 from stillhouse.methods.language.on_policy import OnPolicyDistillation
 from stillhouse.methods.language.sequence_kd import given, rewritten_rows, written
 from stillhouse.models.tokenizer import size
@@ -98,7 +98,7 @@ class Forward(stillhouse.Objective):
 
     def forward(self, student: Any, teacher: Any, batch: Any, progress: Any) -> dict[str, Tensor]:
         rows = F.kl_div(student.logits.log_softmax(-1), teacher.log_probs(), reduction="none", log_target=True).sum(-1)
-        return {"loss": rows[batch["label"] != IGNORE].mean()}
+        return {"loss": rows[batch["label"] != IGNORED].mean()}
 
 
 # ---- recipes ---------------------------------------------------------------------------------------------------------
@@ -206,7 +206,7 @@ def test_perplexity_is_over_tokens_whatever_the_batches(file: Any) -> None:
     losses = []
     for i in range(len(data)):
         batch = data.batch(BatchKey(0, np.array([i]), 0, 1), 0)
-        kept = batch["label"] != IGNORE
+        kept = batch["label"] != IGNORED
         losses.append(
             F.cross_entropy(read_logits(call_model(model, batch))[kept], batch["label"][kept], reduction="none")
         )
@@ -218,7 +218,7 @@ def test_perplexity_is_over_tokens_whatever_the_batches(file: Any) -> None:
         ]
         assert judge(bundle.task, model, batches)["nll"] == pytest.approx(expected, abs=1e-5)
     with pytest.raises(UserError, match="no token"):
-        judge(bundle.task, model, [{**batch, "label": torch.full_like(batch["label"], IGNORE)}])
+        judge(bundle.task, model, [{**batch, "label": torch.full_like(batch["label"], IGNORED)}])
 
 
 # ---- the student's own writing ---------------------------------------------------------------------------------------
@@ -230,7 +230,7 @@ def test_the_students_writing_is_what_it_writes_for_each_prompt_alone(file: Any)
     made = how.rewritten(model, batch)
     for i in range(4):
         label = batch["label"][i]
-        given = int((label != IGNORE).int().argmax()) + 1
+        given = int((label != IGNORED).int().argmax()) + 1
         prompt = batch["input"]["input_ids"][i, :given]
         alone = model.generate(
             input_ids=prompt[None],
@@ -239,7 +239,7 @@ def test_the_students_writing_is_what_it_writes_for_each_prompt_alone(file: Any)
             pad_token_id=0,
             eos_token_id=bundle.task.tokenizer.eos_token_id,
         )[0]
-        counted = made["label"][i] != IGNORE
+        counted = made["label"][i] != IGNORED
         assert torch.equal(made["label"][i][counted], alone[given:])
         read = made["input"]["attention_mask"][i].bool()
         assert (
@@ -258,7 +258,7 @@ def test_what_follows_the_end_token_does_not_count(file: Any) -> None:
 
     how.write = write  # type: ignore[method-assign]
     made = how.rewritten(model, first_batch(bundle))
-    assert (made["label"] != IGNORE).sum(1).tolist() == [2, 1, 4, 3]
+    assert (made["label"] != IGNORED).sum(1).tolist() == [2, 1, 4, 3]
     with torch.no_grad():
         together = read_logits(call_model(model, made))
         for i, read in enumerate(made["input"]["attention_mask"].bool()):
@@ -273,7 +273,7 @@ def test_an_encoder_decoder_reads_back_what_it_wrote(file: Any) -> None:
     made = writer(bundle, temperature=0.0).rewritten(model, batch)
     with torch.no_grad():
         said = read_logits(call_model(model, made)).argmax(-1)
-    counted = made["label"] != IGNORE
+    counted = made["label"] != IGNORED
     assert torch.equal(said[counted], made["label"][counted])
 
 
@@ -343,7 +343,7 @@ def test_writing_stays_inside_the_context_and_the_vocabulary(file: Any) -> None:
     full = bundle_of(file([{"prompt": "x" * 14, "completion": "y"}] * 6), context=14, too_long="cut")
     batch = first_batch(full)
     again = writer(full).rewritten(net(full, n_positions=14), batch)
-    assert again["label"].shape[1] <= 14 and bool((again["label"] != IGNORE).any(1).all())
+    assert again["label"].shape[1] <= 14 and bool((again["label"] != IGNORED).any(1).all())
 
 
 # ---- the teacher's writing -------------------------------------------------------------------------------------------
@@ -369,7 +369,7 @@ def test_the_teachers_text_becomes_the_students_completions(file: Any) -> None:
         ids, label = (r.values[r.starts[i] : r.starts[i + 1]] for r in (rows.inputs, rows.labels))
         assert (
             ids[: len(prompt)].tolist() == prompt
-            and bundle.task.tokenizer.decode(label[label != IGNORE]) == "new words<eos>"
+            and bundle.task.tokenizer.decode(label[label != IGNORED]) == "new words<eos>"
         )
     both = rewritten_rows(bundle, made, 16, originals=True)
     assert len(both.inputs) == len(prompts) + sum(bool(t) or e for t, e in made)
@@ -414,6 +414,6 @@ def test_padded_rows_of_the_vocabulary_teach_nothing(file: Any) -> None:
     loss = module(batch, Progress())["loss"]
     with torch.no_grad():
         p, q = (read_logits(call_model(m, batch))[..., :261].log_softmax(-1) for m in (teacher, student))
-    assert torch.allclose(loss, (p.exp() * (p - q)).sum(-1)[batch["label"] != IGNORE].mean(), atol=1e-5)
+    assert torch.allclose(loss, (p.exp() * (p - q)).sum(-1)[batch["label"] != IGNORED].mean(), atol=1e-5)
     with pytest.raises(UserError, match="300 classes and the student 280"):
         Distillation(student, teacher, [Forward()]).build(batch)

@@ -17,7 +17,7 @@ from torch.utils.data import Dataset
 from stillhouse.errors import UserError
 from stillhouse.models.tokenizer import tokenizer
 
-PAD, IGNORE, WORDS = 0, -100, 40
+PAD, IGNORED, WORDS = 0, -100, 40
 
 
 class Texts(Dataset[dict[str, Any]]):
@@ -32,7 +32,7 @@ class Texts(Dataset[dict[str, Any]]):
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         ids = self.rows[index]
-        return {"input_ids": ids, "labels": torch.cat([torch.full((2,), IGNORE), ids[2:]])}
+        return {"input_ids": ids, "labels": torch.cat([torch.full((2,), IGNORED), ids[2:]])}
 
 
 def padded(rows: list[dict[str, Any]]) -> dict[str, Tensor]:
@@ -40,7 +40,7 @@ def padded(rows: list[dict[str, Any]]) -> dict[str, Tensor]:
         return nn.utils.rnn.pad_sequence([r[key] for r in rows], batch_first=True, padding_value=fill)
 
     mask = nn.utils.rnn.pad_sequence([torch.ones_like(r["input_ids"]) for r in rows], batch_first=True)
-    return {"input_ids": pad("input_ids", PAD), "attention_mask": mask, "labels": pad("labels", IGNORE)}
+    return {"input_ids": pad("input_ids", PAD), "attention_mask": mask, "labels": pad("labels", IGNORED)}
 
 
 @pytest.fixture

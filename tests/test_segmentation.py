@@ -19,8 +19,8 @@ from stillhouse.config.specs import DataSpec, ModelSpec
 from stillhouse.data import BatchKey, load
 from stillhouse.errors import UserError
 from stillhouse.evaluation.judge import judge
+from stillhouse.functional.counting import IGNORED
 from stillhouse.functional.pictures import normalise, unnormalise
-from stillhouse.functional.ragged import IGNORE
 from stillhouse.runs import recipe
 from stillhouse.runs.execution import execute
 from stillhouse.runs.prediction import predict
@@ -76,7 +76,7 @@ def test_image_and_mask_move_together(folder: Path):
     # a pixel's colour says its class: thing is the reddest, sky the bluest
     red, _, blue = unnormalise(batch["input"], bundle.task.mean, bundle.task.std).long().unbind(1)
     seen = torch.where(red > 150, 1, torch.where(blue > 150, 2, 0))
-    counted = batch["label"] != IGNORE
+    counted = batch["label"] != IGNORED
     assert (seen == batch["label"])[counted].all()
 
 
@@ -95,7 +95,7 @@ def test_a_batch_is_a_function_of_its_key(folder: Path):
 def test_classes_never_appear_by_resizing(folder: Path):
     bundle = load(scenes(folder, image_size=[17, 23], options={"label_stride": 2}))
     batch = first(bundle, "train", True)
-    assert batch["label"].shape == (4, 9, 12) and set(batch["label"].unique().tolist()) <= {IGNORE, 0, 1, 2}
+    assert batch["label"].shape == (4, 9, 12) and set(batch["label"].unique().tolist()) <= {IGNORED, 0, 1, 2}
     assert first(bundle, "test", False)["label"].shape == (4, 24, 32), "judged on whole masks"
 
 
@@ -143,16 +143,16 @@ def test_a_classifier_is_refused():
 
 def test_the_meter_counts_as_torchmetrics_does():
     draw = torch.Generator().manual_seed(0)
-    theirs = torchmetrics.JaccardIndex("multiclass", num_classes=3, ignore_index=IGNORE, average="none")
+    theirs = torchmetrics.JaccardIndex("multiclass", num_classes=3, ignore_index=IGNORED, average="none")
     meter, right, total = SegmentationMeter(CLASSES, GROUPS), 0, 0
     for _ in range(3):
         logits = torch.randn(2, 6, 7, 3, generator=draw)
         label = torch.randint(0, 3, (2, 6, 7), generator=draw).masked_fill(
-            torch.rand(2, 6, 7, generator=draw) < 0.3, IGNORE
+            torch.rand(2, 6, 7, generator=draw) < 0.3, IGNORED
         )
         meter.add({"label": label}, Signals(logits=logits))
         theirs.update(logits.argmax(-1), label)
-        right, total = right + int((logits.argmax(-1) == label).sum()), total + int((label != IGNORE).sum())
+        right, total = right + int((logits.argmax(-1) == label).sum()), total + int((label != IGNORED).sum())
     figures = meter.figures()
     per_class = [figures[f"iou_{c}"] for c in CLASSES]
     assert per_class == pytest.approx(theirs.compute().tolist(), abs=1e-6)
@@ -167,7 +167,7 @@ def test_a_class_that_never_occurs_does_not_count():
     assert meter.figures() == {"miou": 1.0, "pixel_accuracy": 1.0}
     with pytest.raises(UserError, match="no pixel"):
         ignored = SegmentationMeter(CLASSES, ["segmentation"])
-        ignored.add({"label": torch.full((1, 1, 2), IGNORE)}, Signals(logits=torch.zeros(1, 1, 2, 3)))
+        ignored.add({"label": torch.full((1, 1, 2), IGNORED)}, Signals(logits=torch.zeros(1, 1, 2, 3)))
         ignored.figures()
 
 

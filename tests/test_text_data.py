@@ -18,7 +18,7 @@ from stillhouse.config.specs import DataSpec, ModelSpec
 from stillhouse.data import BatchKey, load
 from stillhouse.data.text import TextBundle
 from stillhouse.errors import UserError
-from stillhouse.functional.ragged import IGNORE
+from stillhouse.functional.counting import IGNORED
 from stillhouse.models.tokenizer import encode, marks, size, tokenizer
 from stillhouse.signals import call_model, read_logits
 
@@ -74,8 +74,8 @@ def token_losses(model: nn.Module, batch: Any) -> Tensor:
     """The loss of every counted token, in order."""
     with torch.no_grad():
         logits = read_logits(call_model(model, batch))
-    losses = F.cross_entropy(logits.flatten(0, 1), batch["label"].flatten(), reduction="none", ignore_index=IGNORE)
-    return losses[batch["label"].flatten() != IGNORE]
+    losses = F.cross_entropy(logits.flatten(0, 1), batch["label"].flatten(), reduction="none", ignore_index=IGNORED)
+    return losses[batch["label"].flatten() != IGNORED]
 
 
 def alone(model: nn.Module, ids: list[int], given: int) -> Tensor:
@@ -158,10 +158,10 @@ def test_rows_have_the_special_tokens_that_transformers_gives(text: Any, tmp_pat
     ids, own, label = first(plain, "causal")
     close = after or [2]
     assert ids + label[-1:] == before + own[len(before) :][:5] + close and own[: len(before)] == before
-    assert label == [IGNORE] * (len(before) - 1) + ids[max(len(before), 1) :] + close
+    assert label == [IGNORED] * (len(before) - 1) + ids[max(len(before), 1) :] + close
     ids, own, label = first(pairs, "causal")
     assert (
-        ids == before + own[len(before) :][:2] + [10, 11] and label == [IGNORE] * (len(before) + 1) + [10, 11] + close
+        ids == before + own[len(before) :][:2] + [10, 11] and label == [IGNORED] * (len(before) + 1) + [10, 11] + close
     )
     ids, own, label = first(pairs, "seq2seq")
     assert ids == own and label == [*before, 10, 11, *close]
@@ -187,7 +187,7 @@ def test_a_plain_text_is_cut_into_rows_with_the_special_tokens_of_a_text(text: A
         )
         before = TEMPLATES[single][0]
         assert all(row[: len(before)] == before and len(row) == 10 for row in ids)
-        learned = [i for row in labels for i in row if i != IGNORE]
+        learned = [i for row in labels for i in row if i != IGNORED]
         everything = [4 + i % 20 for i in range(101)]
         assert learned == everything[: len(learned)] if before else learned == everything[1 : len(learned) + 1]
         assert len(learned) > 90
@@ -253,15 +253,15 @@ def test_a_prompt_is_read_and_not_learned(text: Any) -> None:
     losses, at = token_losses(model, batch), 0
     decoded = []
     for ids, label in zip(batch["input"]["input_ids"], batch["label"]):
-        counted = label[label != IGNORE]
+        counted = label[label != IGNORED]
         decoded.append(bundle.task.tokenizer.decode(counted[:-1]))
         assert counted[-1] == bundle.task.tokenizer.eos_token_id
-        given = int((label != IGNORE).int().argmax()) + 1
+        given = int((label != IGNORED).int().argmax()) + 1
         expected = alone(model, [*ids[:given].tolist(), *counted.tolist()], given)
         assert torch.allclose(losses[at : at + len(counted)], expected, atol=1e-5)
         at += len(counted)
     assert set(decoded) < {r["completion"] for r in records}
-    assert int((whole(text(records, prompt_loss=True))["label"] != IGNORE).sum()) > at
+    assert int((whole(text(records, prompt_loss=True))["label"] != IGNORED).sum()) > at
 
 
 def test_our_labels_give_the_loss_that_transformers_computes(text: Any) -> None:
@@ -283,10 +283,10 @@ def test_masked_tokens_are_drawn_anew_each_epoch_and_every_sample_has_one(text: 
     bundle = text([{"text": t} for t in LINES], task="masked", masked_share=0.3)
     first, again, later = whole(bundle), whole(bundle), whole(bundle, epoch=1)
     assert torch.equal(first["label"], again["label"]) and not torch.equal(first["label"], later["label"])
-    counted = first["label"] != IGNORE
+    counted = first["label"] != IGNORED
     assert bool(counted.any(1).all()) and bool((first["input"]["attention_mask"][counted] == 1).all())
     kept = whole(text([{"text": t} for t in LINES], task="masked", masked_share=1e-9))
-    assert bool(((kept["label"] != IGNORE).sum(1) == 1).all())
+    assert bool(((kept["label"] != IGNORED).sum(1) == 1).all())
     restored = torch.where(counted, first["label"], first["input"]["input_ids"])
     assert bundle.task.tokenizer.decode(restored[0], skip_special_tokens=True) in LINES
 
@@ -393,7 +393,7 @@ def test_a_cut_takes_the_beginning_of_a_prompt_and_never_its_completion(text: An
     )
     for split in ("train", "test"):
         label = whole(bundle, split)["label"]
-        counted = label[label != IGNORE]
+        counted = label[label != IGNORED]
         assert bundle.task.tokenizer.decode(counted, skip_special_tokens=True) == "answer" and label.shape[1] <= 20
 
 
@@ -403,7 +403,7 @@ def test_an_empty_completion_is_refused_or_dropped(text: Any) -> None:
         text(records)
     bundle = text(records, empty="drop")
     assert sum(len(r.inputs) for r in bundle.splits.values()) == 7
-    assert bool((whole(bundle)["label"] != IGNORE).any(1).all())
+    assert bool((whole(bundle)["label"] != IGNORED).any(1).all())
 
 
 @pytest.mark.parametrize(

@@ -22,7 +22,8 @@ from stillhouse.data.split import cut, in_balance
 from stillhouse.data.token_dataset import Rows, TokenDataset, packed, taken
 from stillhouse.errors import UserError, unknown
 from stillhouse.files import digest
-from stillhouse.functional.ragged import IGNORE, Ragged
+from stillhouse.functional.counting import IGNORED
+from stillhouse.functional.ragged import Ragged
 from stillhouse.models.tokenizer import decoder_start, encode, identity, marks, size, tokenizer, with_marks
 from stillhouse.tasks.tokens import Tokens
 
@@ -177,7 +178,7 @@ def _rows(records: Records, task: str, tokens: Any, options: TextOptions, classe
         # a cut takes from the prompt first; what is left of it is not learned
         given = [0 if options.prompt_loss else max(len(p) - (n - len(w)), 0) for p, n, w in zip(prompts, long, whole)]
         given = [max(g + len(before), 1) for g in given]
-        labels = Ragged.of([[IGNORE] * (given[i] - 1) + whole[i][given[i] :] for i in keep])
+        labels = Ragged.of([[IGNORED] * (given[i] - 1) + whole[i][given[i] :] for i in keep])
         return Rows(Ragged.of([whole[i][:-1] for i in keep]), labels)
     whole = [before + p + a + after for p, a in zip(prompts, answers)]
     keep = np.flatnonzero(~empty & _fitted(whole, options, where, ends=(len(before), len(after))))
@@ -216,7 +217,7 @@ def _blocks(text: str, task: str, tokens: Any, options: TextOptions, where: str)
     if not before:
         return Rows(_equal(pieces), _equal(ids[1 : count * length + 1].reshape(count, length)))
     inputs = Ragged.of([[*before, *piece[:-1]] for piece in pieces])
-    return Rows(inputs, Ragged.of([[IGNORE] * (len(before) - 1) + piece.tolist() for piece in pieces]))
+    return Rows(inputs, Ragged.of([[IGNORED] * (len(before) - 1) + piece.tolist() for piece in pieces]))
 
 
 def _equal(rows: np.ndarray) -> Ragged:

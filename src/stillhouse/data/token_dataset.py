@@ -16,7 +16,8 @@ from torch import Tensor
 from stillhouse.data.dataset import BatchKey
 from stillhouse.errors import UserError
 from stillhouse.files import digest
-from stillhouse.functional.ragged import IGNORE, Ragged
+from stillhouse.functional.counting import IGNORED
+from stillhouse.functional.ragged import Ragged
 from stillhouse.models.tokenizer import size
 from stillhouse.randomness import key as keys
 from stillhouse.randomness import uniforms
@@ -104,7 +105,7 @@ class TokenDataset:
             x["input_ids"], label = self._masked(x["input_ids"], inside, which, key.epoch, seed)
         else:
             assert rows.labels is not None
-            label = rows.labels.padded(which, IGNORE)
+            label = rows.labels.padded(which, IGNORED)
         if task == "seq2seq":
             x["decoder_input_ids"] = shifted_right(label, tokens.pad_token_id, self.decoder_start)
         return {"input": x, "label": label, "index": torch.from_numpy(which)}
@@ -120,12 +121,14 @@ class TokenDataset:
         tokens, mask = size(self.tokenizer), self.tokenizer.mask_token_id
         out = torch.where(drawn & (draws[1] < 0.8), mask, ids)
         out = torch.where(drawn & (draws[1] >= 0.9), (draws[2] * tokens).to(torch.int64), out)
-        return out, ids.masked_fill(~drawn, IGNORE)
+        return out, ids.masked_fill(~drawn, IGNORED)
 
 
 def shifted_right(label: Tensor, pad: int, start: int) -> Tensor:
     """What a decoder reads: `start`, then the labels (B, L) but the last, with `pad` where they are -100."""
-    return torch.cat([torch.full_like(label[:, :1], start), label[:, :-1].masked_fill(label[:, :-1] == IGNORE, pad)], 1)
+    return torch.cat(
+        [torch.full_like(label[:, :1], start), label[:, :-1].masked_fill(label[:, :-1] == IGNORED, pad)], 1
+    )
 
 
 def _packed_positions(positions: Tensor, inside: Tensor) -> Tensor:

@@ -10,8 +10,8 @@ from torch.nn import functional as F
 
 from stillhouse.errors import UserError
 from stillhouse.functional.chunked import linear_scores
+from stillhouse.functional.counting import IGNORED
 from stillhouse.functional.heads import Head, head_of
-from stillhouse.functional.ragged import IGNORE
 from stillhouse.signals import Batch, Signals
 
 
@@ -29,7 +29,7 @@ class TokenMeter:
         """Take the logits (B, L, V) of a batch, or their parts, and its `label` (B, L), which stands where its
         prediction stands."""
         label = batch["label"]
-        counted = label != IGNORE
+        counted = label != IGNORED
         losses, right = _scores(outputs, label, counted)
         sums = torch.stack([losses.double().sum(), right.double().sum(), counted.double().sum()])
         self._sums = sums if self._sums is None else self._sums + sums

@@ -1,4 +1,4 @@
-"""Rows of different lengths in two arrays, and the label that counts for nothing."""
+"""Rows of different lengths in two arrays."""
 
 from __future__ import annotations
 
@@ -8,9 +8,6 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from torch import Tensor
-
-IGNORE = -100
-"""The label of a position that counts for nothing, as in torch's cross-entropy."""
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from stillhouse.config.specs import Spec
 from stillhouse.errors import UserError
-from stillhouse.functional.ragged import IGNORE
+from stillhouse.functional.counting import IGNORED
 from stillhouse.signals import Batch, evaluating
 
 
@@ -61,7 +61,7 @@ class TextWriter:
         ids, label = batch["input"]["input_ids"], batch["label"]
         if "position_ids" in batch["input"]:
             raise UserError("Samples packed into rows have no prompts to write from; set data.options.pack: false.")
-        counted = label != IGNORE
+        counted = label != IGNORED
         first = counted.int().argmax(1)
         rows = first + counted.sum(1)  # tokens of a row that are read
         lengths = torch.where(first > 0, first + 1, torch.full_like(first, self.how.prompt)).minimum(rows)
@@ -99,7 +99,7 @@ class TextWriter:
             written = self.write(
                 model, {k: inputs[k] for k in ("input_ids", "attention_mask") if k in inputs}, self.context
             )
-            label = written.masked_fill(~self._counted(written), IGNORE)
+            label = written.masked_fill(~self._counted(written), IGNORED)
             start = inputs["decoder_input_ids"][:, :1]
             decoder = torch.cat([start, written[:, :-1]], 1)
             return {**batch, "input": {**inputs, "decoder_input_ids": decoder}, "label": label}
@@ -115,7 +115,7 @@ class TextWriter:
         )  # what is real to the front: padded at the end, as training has it
         every, real = every.gather(1, order), real.gather(1, order)
         new = torch.cat([torch.zeros_like(inside), ours], 1).gather(1, order)
-        label = every[:, 1:].masked_fill(~new[:, 1:], IGNORE)
+        label = every[:, 1:].masked_fill(~new[:, 1:], IGNORED)
         return {**batch, "input": {"input_ids": every[:, :-1], "attention_mask": real[:, :-1].long()}, "label": label}
 
     def _counted(self, written: Tensor) -> Tensor:

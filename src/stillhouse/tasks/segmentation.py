@@ -13,8 +13,8 @@ from torch.nn import functional as F
 from stillhouse.config.specs import ModelSpec
 from stillhouse.errors import UserError, unknown
 from stillhouse.evaluation.judge import Meter
+from stillhouse.functional.counting import IGNORED
 from stillhouse.functional.pictures import normalise, overlay, resized, unnormalise, with_channels
-from stillhouse.functional.ragged import IGNORE
 from stillhouse.models import build
 from stillhouse.signals import Batch, Signals, read_logits
 from stillhouse.tasks.base import Task
@@ -123,7 +123,7 @@ class Segmentation(Task):
 
     def disagreement(self, student: Signals, teacher: Signals, batch: Batch) -> Tensor:
         mine, theirs = student.require("logits"), teacher.require("logits")
-        counted = batch["label"] != IGNORE
+        counted = batch["label"] != IGNORED
         differ = (mine.argmax(-1) != theirs.argmax(-1)) & counted
         return differ.flatten(1).sum(1) / counted.flatten(1).sum(1).clamp_min(1)
 
@@ -147,7 +147,7 @@ class SegmentationMeter:
         label, logits, number = batch["label"], outputs.require("logits"), len(self.classes)
         if self._counts is None:
             self._counts = torch.zeros(number * number + 1, dtype=torch.int64, device=logits.device)
-        where = torch.where(label == IGNORE, number * number, label * number + logits.argmax(-1)).flatten()
+        where = torch.where(label == IGNORED, number * number, label * number + logits.argmax(-1)).flatten()
         self._counts.scatter_add_(0, where, torch.ones_like(where))
 
     def figures(self) -> dict[str, float]:

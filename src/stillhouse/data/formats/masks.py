@@ -23,8 +23,8 @@ from stillhouse.data.source import IMAGENET_MEAN, IMAGENET_STD, existing
 from stillhouse.data.split import cut, in_proportion
 from stillhouse.errors import UserError
 from stillhouse.files import digest
+from stillhouse.functional.counting import IGNORED
 from stillhouse.functional.pictures import normalise, with_channels
-from stillhouse.functional.ragged import IGNORE
 from stillhouse.tasks.segmentation import Segmentation
 
 KEYS = frozenset({"image_size", "augment"})
@@ -133,8 +133,8 @@ class _Source:
                 "must be alike."
             )
         if self.options.ignore is not None:
-            ids = ids.masked_fill(ids == self.options.ignore, IGNORE)
-        wrong = ids[(ids != IGNORE) & (ids >= len(self.options.classes))]
+            ids = ids.masked_fill(ids == self.options.ignore, IGNORED)
+        wrong = ids[(ids != IGNORED) & (ids >= len(self.options.classes))]
         if len(wrong):
             raise UserError(
                 f"The mask '{mask}' holds the id {int(wrong[0])}, but there are {len(self.options.classes)} classes "

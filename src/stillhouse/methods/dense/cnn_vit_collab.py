@@ -34,9 +34,9 @@ from stillhouse.config.specs import Data, MethodConfig, Model, ModelSpec, Spec, 
 from stillhouse.distillation.objective import Progress
 from stillhouse.distillation.teachers import Reader
 from stillhouse.errors import UserError
+from stillhouse.functional.counting import IGNORED
 from stillhouse.functional.feature_maps import map_tap
 from stillhouse.functional.precision import full_precision
-from stillhouse.functional.ragged import IGNORE
 from stillhouse.methods.distillation import describe
 from stillhouse.randomness import keyed
 from stillhouse.runs.evaluators import evaluates
@@ -56,7 +56,7 @@ KIND = "stillhouse.methods.dense.cnn_vit_collab:Students"
 @full_precision
 def pixel_losses(logits: Tensor, labels: Tensor) -> Tensor:
     """The cross-entropy of each pixel, (B, H, W), of logits (B, H, W, K); 0 where the label (B, H, W) is ignored."""
-    return F.cross_entropy(logits.movedim(-1, 1), labels, ignore_index=IGNORE, reduction="none")
+    return F.cross_entropy(logits.movedim(-1, 1), labels, ignore_index=IGNORED, reduction="none")
 
 
 @full_precision
@@ -200,7 +200,7 @@ class Collaboration(TrainingModule):
         signals = {name: reader(batch) for name, reader in self._readers.items()}
         logits = {name: s.require("logits") for name, s in signals.items()}
         labels: Tensor = batch["label"]
-        valid = labels != IGNORE
+        valid = labels != IGNORED
         losses = {name: pixel_losses(z, labels) for name, z in logits.items()}
         count = valid.sum().clamp_min(1)
         out = {f"{name}_ce": losses[name].sum() / count for name in NAMES}

@@ -33,8 +33,8 @@ from stillhouse.distillation.objective import Progress
 from stillhouse.errors import UserError
 from stillhouse.evaluation.judge import judge
 from stillhouse.functional.channelwise import channelwise_divergence
+from stillhouse.functional.counting import IGNORED
 from stillhouse.functional.precision import full_precision
-from stillhouse.functional.ragged import IGNORE
 from stillhouse.methods.distillation import describe
 from stillhouse.objectives.ce import cross_entropy
 from stillhouse.randomness import generator
@@ -58,7 +58,7 @@ def label_channel(
     noise: Tensor,
     pixel_noise: float = 0.03,
     scale: float = 100 / 57,
-    ignore_index: int = IGNORE,
+    ignore_index: int = IGNORED,
 ) -> Tensor:
     """The label as an input channel (section 3.2): scale (code[y] + sigma_p noise), (B, 1, H, W).
 
@@ -83,13 +83,13 @@ class Maps:
 
 
 @full_precision
-def pixel_loss(maps: Tensor, labels: Tensor, ignore_index: int = IGNORE) -> Tensor:
+def pixel_loss(maps: Tensor, labels: Tensor, ignore_index: int = IGNORED) -> Tensor:
     """Mean cross-entropy of maps (B, K, h, w), enlarged to the labels (B, H, W); 0 where no pixel counts."""
     large = F.interpolate(maps, labels.shape[-2:], mode="bilinear", align_corners=True)
     return cross_entropy(large.movedim(1, -1), labels, ignore_index=ignore_index)
 
 
-def task_loss(maps: Maps, labels: Tensor, aux_weight: float, ignore_index: int = IGNORE) -> Tensor:
+def task_loss(maps: Maps, labels: Tensor, aux_weight: float, ignore_index: int = IGNORED) -> Tensor:
     """The cross-entropy, and that of the auxiliary head."""
     loss = pixel_loss(maps.main, labels, ignore_index)
     return loss if maps.aux is None else loss + aux_weight * pixel_loss(maps.aux, labels, ignore_index)

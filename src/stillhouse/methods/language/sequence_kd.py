@@ -34,7 +34,8 @@ from stillhouse.data.token_dataset import Rows, TokenDataset
 from stillhouse.distillation.teachers import Frozen
 from stillhouse.distillation.weighted import objective_from_spec
 from stillhouse.errors import UserError
-from stillhouse.functional.ragged import IGNORE, Ragged
+from stillhouse.functional.counting import IGNORED
+from stillhouse.functional.ragged import Ragged
 from stillhouse.methods.distillation import Config as GeneralConfig
 from stillhouse.methods.distillation import GeneralDistillation, describe
 from stillhouse.models.language import left_padded, own_tokenizer, prompt_rows
@@ -153,7 +154,7 @@ def given(bundle: TextBundle, prompt: int) -> list[list[int]]:
     for first, last in pairwise(starts):
         ids = rows.inputs.values[first:last]
         if bundle.task.kind == "causal":
-            asked = int((labels.values[first:last] != IGNORE).argmax())
+            asked = int((labels.values[first:last] != IGNORED).argmax())
             ids = ids[: asked + 1 if asked >= max(special, 1) else prompt]
         out.append(ids.tolist())
     return out
@@ -181,7 +182,7 @@ def rewritten_rows(bundle: TextBundle, made: list[tuple[str, bool]], prompt: int
         whole = (before + answer)[: context + 1]
         if len(whole) > len(before):
             inputs.append(whole[:-1])
-            labels.append([IGNORE] * (len(before) - 1) + whole[len(before) :])
+            labels.append([IGNORED] * (len(before) - 1) + whole[len(before) :])
     if not inputs:
         raise UserError(
             "sequence_kd: the teacher wrote nothing that fits; raise data.options.context or generation.max_new_tokens."
