@@ -18,6 +18,7 @@ from stillhouse.methods.distillation import Config
 SHARED = (
     specs.DataSpec,
     specs.ModelSpec,
+    specs.CheckpointSpec,
     specs.TeacherSpec,
     specs.InputSpec,
     specs.StoreSpec,

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import yaml
 from safetensors.torch import save_file
 from torch import nn
 from torch.nn import functional as F
@@ -430,6 +431,60 @@ def test_a_checkpoint_that_does_not_fit_leaves_the_model_and_gets_a_sentence(tmp
     (tmp_path / "net.safetensors").write_bytes(b"\x00garbage")
     refuses("no readable safetensors file", tmp_path / "net.safetensors")
     refuses("does not exist; did you mean '.*net.pth'", tmp_path / "nett.pth")
+
+
+def test_names_are_renamed_as_the_recipe_says_and_the_message_gives_the_rule(tmp_path: Path) -> None:
+    source, path = make("stillhouse:resnet8"), tmp_path / "theirs.safetensors"
+    save_file({f"net.backbone.{k}": v for k, v in source.state_dict().items()}, path)
+    spec = {"model": "stillhouse:resnet8", "checkpoint": {"path": str(path)}}
+    with pytest.raises(UserError, match=r"lacks 'conv1\.weight'.* rename: ") as refused:
+        build(ModelSpec.model_validate(spec), 7)
+    rule = yaml.safe_load(str(refused.value).rpartition("rename: ")[2].removesuffix("}."))
+    assert rule == [[r"^net\.backbone\.", ""]]
+    spec["checkpoint"]["rename"] = rule
+    model = build(ModelSpec.model_validate(spec), 7)
+    assert all(torch.equal(v, source.state_dict()[k]) for k, v in model.state_dict().items())
+    for wrong, message in [
+        (["^encoder", ""], "matches no name of .*, whose names are such as 'net.backbone."),
+        (["(", ""], "no valid rule"),
+        ([r"\d", ""], "gives two tensors of .* the name"),
+    ]:
+        spec["checkpoint"]["rename"] = [wrong]
+        with pytest.raises(UserError, match=message):
+            build(ModelSpec.model_validate(spec), 7)
+
+
+def test_a_name_of_another_implementation_is_met_by_the_nearest_of_its_shape(tmp_path: Path) -> None:
+    state = make("stillhouse:resnet8").state_dict()
+    save_file({k.replace("bn1", "norm1"): v for k, v in state.items()}, tmp_path / "net.safetensors")
+    with pytest.raises(UserError, match=r"nearest to 'bn1.weight' is the checkpoint's 'norm1.\w+'"):
+        load_weights(make("stillhouse:resnet8"), tmp_path / "net.safetensors")
+
+
+@pytest.mark.parametrize("name", ["stillhouse:resnet8", "timm:mobilenetv3_small_050", "torchvision:mobilenet_v3_small"])
+@pytest.mark.parametrize("headless", [False, True])
+def test_a_network_that_is_trained_gets_a_new_classifier_where_only_that_differs(
+    tmp_path: Path, name: str, headless: bool
+) -> None:
+    source, path = make(name, classes=9), tmp_path / "net.safetensors"
+    state = source.state_dict()
+    last = [k for k in state if state[k].shape[:1] == (9,)]
+    save_file({k: v for k, v in state.items() if not (headless and k in last)}, path)
+    spec = ModelSpec(model=name, checkpoint=str(path))
+    with pytest.raises(UserError, match="Only the classifier"):
+        build(spec.with_classifier("same"), 7)
+    model = build(spec.with_classifier("new"), 7)
+    assert all(torch.equal(v, state[k]) for k, v in model.state_dict().items() if k not in last)
+    assert {model.state_dict()[k].shape[0] for k in last} == {7}
+
+
+def test_a_new_classifier_excuses_no_other_difference(tmp_path: Path) -> None:
+    state = make("stillhouse:resnet8", classes=9).state_dict()
+    for name, value in [("conv1.weight", torch.zeros(8, 3, 3, 3)), ("layer2.0.bn1.weight", None)]:
+        changed = {**state, name: value} if value is not None else {k: v for k, v in state.items() if k != name}
+        save_file(changed, tmp_path / "net.safetensors")
+        with pytest.raises(UserError, match="does not fit"):
+            load_weights(make("stillhouse:resnet8"), tmp_path / "net.safetensors", new_classifier=True)
 
 
 def test_a_file_cut_off_gets_a_sentence(tmp_path: Path) -> None:

@@ -12,7 +12,9 @@ import torch
 from PIL import Image
 
 import stillhouse
+from stillhouse.config.specs import ModelSpec
 from stillhouse.errors import UserError
+from stillhouse.models import build
 from stillhouse.runs import recipe
 from stillhouse.runs.execution import execute, plan
 from stillhouse.runs.products import load_product
@@ -151,3 +153,32 @@ def test_a_student_with_too_few_channels_is_told_what_to_use(tmp_path: Path, dat
     tree = {"data": {"name": "digits", "size": 50}, "student": "torchvision:resnet18", "objectives": ["ce"]}
     with pytest.raises(UserError, match="take 3 channels, but the data has 1; use a timm: or stillhouse: model"):
         run(tree, tmp_path / "run", data_root)
+
+
+def test_a_teachers_checkpoint_is_fine_tuned_with_a_new_classifier_where_the_recipe_trains_it(
+    pictures: Path, tmp_path: Path
+) -> None:
+    torch.save(build(ModelSpec(model="stillhouse:resnet8"), 5).state_dict(), tmp_path / "five.pt")
+    data = {"name": f"imagefolder:{pictures}", "image_size": 32}
+    teacher = {"model": "stillhouse:resnet8", "checkpoint": str(tmp_path / "five.pt")}
+    tree = {"data": data, "teacher": teacher, "student": "stillhouse:resnet8", "objectives": ["ce", "kd"]}
+    with pytest.raises(UserError, match="Only the classifier differs"):
+        run(tree, tmp_path / "frozen")
+    trained = {**teacher, "train": {"epochs": 1, "batch_size": 8, "optimizer": {"lr": 1e-9}}}
+    run({**tree, "teacher": trained}, tmp_path / "tuned")
+    # features of another label space need no classifier at all
+    features = {**teacher, "checkpoint": {"path": str(tmp_path / "five.pt"), "classifier": "none"}}
+    run({**tree, "teacher": features, "objectives": ["ce", "fitnet"]}, tmp_path / "features")
+    with pytest.raises(UserError, match="the teacher has 1 classes and the student 2"):
+        run({**tree, "teacher": features}, tmp_path / "scores")
+
+
+def test_a_student_starts_from_a_checkpoint_of_other_classes(pictures: Path, tmp_path: Path) -> None:
+    source = build(ModelSpec(model="stillhouse:resnet8"), 5)
+    torch.save(source.state_dict(), tmp_path / "five.pt")
+    data = {"name": f"imagefolder:{pictures}", "image_size": 32}
+    student = {"model": "stillhouse:resnet8", "checkpoint": str(tmp_path / "five.pt")}
+    train = {"epochs": 1, "batch_size": 8, "optimizer": {"lr": 1e-9}}
+    run({"data": data, "student": student, "objectives": ["ce"], "train": train}, tmp_path / "run")
+    network = stillhouse.load(tmp_path / "run")
+    assert torch.allclose(network.conv1.weight, source.conv1.weight) and network.fc.out_features == 2

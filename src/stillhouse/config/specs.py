@@ -120,14 +120,30 @@ class DataSpec(NamedSpec):
     )
 
 
+class CheckpointSpec(Spec):
+    """A file of weights, and how it fits a network."""
+
+    path: str = Field(description=".safetensors, or a .pt/.pth state dict (read with weights_only).")
+    rename: list[tuple[str, str]] = Field(
+        default_factory=list,
+        description="The file's names to the network's: [regular expression, replacement] pairs, applied in order, "
+        "such as [['^backbone\\.', '']].",
+    )
+    classifier: Literal["same", "new", "none"] | None = Field(
+        None,
+        description="same: the file's; new: not loaded where its classes differ or the file has none; none: not loaded "
+        "and of one output, for a teacher of features. Default: new for a network that is trained, else same.",
+    )
+
+
 class ModelSpec(Spec):
     """A network by name."""
 
     model: str = Field(
         description="timm:NAME | torchvision:NAME | hf:PATH-OR-CONFIG | file:PATH.py:CLASS | stillhouse:NAME"
     )
-    checkpoint: str | None = Field(
-        None, description="Weights to load: .safetensors, or a .pt/.pth state dict (read with weights_only)."
+    checkpoint: str | CheckpointSpec | None = Field(
+        None, description="Weights to load: a file, or {path, rename, classifier}."
     )
     pretrained: bool = Field(
         False, description="Take the published weights of the library that the model comes from (needs the network)."
@@ -136,6 +152,18 @@ class ModelSpec(Spec):
     embedding: str | None = Field(
         None, description="The classifier submodule whose input is the embedding; found by itself for most models."
     )
+
+    @property
+    def weights(self) -> CheckpointSpec | None:
+        """The checkpoint with its options."""
+        return CheckpointSpec(path=self.checkpoint) if isinstance(self.checkpoint, str) else self.checkpoint
+
+    def with_classifier(self, choice: Literal["same", "new"]) -> ModelSpec:
+        """The same network, whose checkpoint's classifier is treated so where the recipe leaves it open."""
+        weights = self.weights
+        if weights is None or weights.classifier is not None:
+            return self
+        return self.model_copy(update={"checkpoint": weights.model_copy(update={"classifier": choice})})
 
 
 class OptimizerSpec(Spec):
@@ -308,7 +336,7 @@ class TeacherSpec(Spec):
 
     later = frozenset({"input", "view"})
     model: str | None = Field(None, description="A live, frozen network by name.")
-    checkpoint: str | None = Field(None, description="As of a student's model.")
+    checkpoint: str | CheckpointSpec | None = Field(None, description="As of a student's model.")
     pretrained: bool = Field(False, description="As of a student's model.")
     options: dict[str, Any] = Field(default_factory=dict, description="As of a student's model.")
     embedding: str | None = Field(None, description="As of a student's model.")
@@ -325,8 +353,8 @@ class TeacherSpec(Spec):
     )
     train: TrainSpec | None = Field(
         None,
-        description="Without a checkpoint: how the teacher is trained first (with pretrained: fine-tuned); once, "
-        "then read from the cache.",
+        description="How the teacher is trained first (with checkpoint or pretrained: fine-tuned); once, then read "
+        "from the cache.",
     )
     seed: int | None = Field(
         None,

@@ -70,7 +70,7 @@ class GeneralDistillation(Method[D]):
         stages = []
         for name, spec in config.all_teachers.items():
             for member in spec.ensemble or [spec]:
-                if member.model and member.train and not member.checkpoint:
+                if member.model and member.train:
                     steps = member.train.epochs * len(
                         run.loader(member.data or config.data, "train", member.train.batch_size, train=True)
                     )

@@ -50,17 +50,20 @@ def build(spec: ModelSpec, num_classes: int | None = None, input_shape: tuple[in
             f"'{spec.model}' has no published weights: set `checkpoint:` to a file of your own, or train it, instead "
             "of `pretrained: true`."
         )
+    weights, options = spec.weights, spec.options
+    if weights is not None and weights.classifier == "none":
+        num_classes, options = 1, {k: v for k, v in options.items() if k != "num_classes"}
     try:
         if kind == "stillhouse":
-            model = build_own(name, num_classes, input_shape, spec.options)
+            model = build_own(name, num_classes, input_shape, options)
         elif kind == "timm":
-            model = sources.from_timm(name, num_classes, input_shape, spec.options, spec.pretrained)
+            model = sources.from_timm(name, num_classes, input_shape, options, spec.pretrained)
         elif kind == "torchvision":
-            model = sources.from_torchvision(name, num_classes, input_shape, spec.options, spec.pretrained)
+            model = sources.from_torchvision(name, num_classes, input_shape, options, spec.pretrained)
         elif kind == "hf":
-            model = sources.from_transformers(name, num_classes, input_shape, spec.options, spec.pretrained)
+            model = sources.from_transformers(name, num_classes, input_shape, options, spec.pretrained)
         else:
-            model = sources.from_file(name, num_classes, spec.options)
+            model = sources.from_file(name, num_classes, options)
     except UserError:
         raise
     except (TypeError, ValueError, RuntimeError, AssertionError, ArithmeticError) as error:
@@ -68,8 +71,9 @@ def build(spec: ModelSpec, num_classes: int | None = None, input_shape: tuple[in
         raise UserError(
             f"Could not build '{spec.model}'{given}: {str(error).strip().rstrip('.') or type(error).__name__}."
         ) from error
-    if spec.checkpoint is not None:
-        load_weights(model, spec.checkpoint, owner=f"model '{spec.model}'")
+    if weights is not None:
+        new = weights.classifier in ("new", "none")
+        load_weights(model, weights.path, f"model '{spec.model}'", weights.rename, new_classifier=new)
     return model
 
 

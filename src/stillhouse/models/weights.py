@@ -5,7 +5,8 @@ from __future__ import annotations
 
 import pickle
 import re
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,13 @@ from stillhouse.errors import UserError, nearest
 WRAPPERS = ("module.", "_orig_mod.")  # DataParallel and DDP, torch.compile
 
 
-def load_weights(model: nn.Module, path: str | Path, owner: str = "model") -> None:
+def load_weights(
+    model: nn.Module,
+    path: str | Path,
+    owner: str = "model",
+    rename: Sequence[tuple[str, str]] = (),
+    new_classifier: bool = False,
+) -> None:
     """Load a checkpoint into a model, whole or not at all.
 
     Takes a state dict, or one under the key `state_dict` or `model`; a prefix `module.` or `_orig_mod.` that all names
@@ -27,15 +34,44 @@ def load_weights(model: nn.Module, path: str | Path, owner: str = "model") -> No
         model: changed in place.
         path: a .safetensors file, or a torch file with nothing in it but tensors and plain values.
         owner: what messages call the model.
+        rename: (regular expression, replacement) pairs that turn the file's names into the model's, in order.
+        new_classifier: the classifier stays as the model has it where the file has one of other classes, or none.
 
     Raises:
-        UserError: a missing or unreadable file, or a checkpoint of another architecture.
+        UserError: a missing or unreadable file, a wrong expression, or a checkpoint of another architecture.
     """
     path = Path(path)
-    load_state(model, _unwrap(_read(path, owner), path, owner), path, owner)
+    given = renamed(_unwrap(_read(path, owner), path, owner), rename, path)
+    load_state(model, given, path, owner, new_classifier)
 
 
-def load_state(model: nn.Module, given: Mapping[str, Tensor], path: Path, owner: str = "model") -> None:
+def renamed(given: Mapping[str, Tensor], rename: Sequence[tuple[str, str]], path: Path) -> dict[str, Tensor]:
+    """A state dict under other names.
+
+    Raises:
+        UserError: a wrong expression, one that meets no name, or two tensors that get one name.
+    """
+    out = dict(given)
+    for pattern, replacement in rename:
+        try:
+            names = {name: re.sub(pattern, replacement, name) for name in out}
+        except (re.error, IndexError) as error:
+            raise UserError(f"checkpoint.rename: '{pattern}' to '{replacement}' is no valid rule: {error}.") from None
+        if not any(re.search(pattern, name) for name in out):
+            raise UserError(
+                f"checkpoint.rename: '{pattern}' matches no name of '{path}', whose names are such as "
+                f"'{next(iter(out))}'."
+            )
+        twice = [name for name, count in Counter(names.values()).items() if count > 1]
+        if twice:
+            raise UserError(f"checkpoint.rename: '{pattern}' gives two tensors of '{path}' the name '{twice[0]}'.")
+        out = {names[name]: value for name, value in out.items()}
+    return out
+
+
+def load_state(
+    model: nn.Module, given: Mapping[str, Tensor], path: Path, owner: str = "model", new_classifier: bool = False
+) -> None:
     """Load a state dict that was read from `path` into a model, whole or not at all; of tied weights one is enough.
     Raises as `load_weights`."""
     ours = model.state_dict()
@@ -48,9 +84,23 @@ def load_state(model: nn.Module, given: Mapping[str, Tensor], path: Path, owner:
     ]
     unexpected = [n for n in given if n not in ours]
     shapes = [n for n in given if n in ours and given[n].shape != ours[n].shape]
-    if missing or unexpected or shapes:
+    if new_classifier and not unexpected and _only_classifier(given, ours, missing, shapes):
+        given = {n: value for n, value in given.items() if n not in shapes}
+    elif missing or unexpected or shapes:
         raise UserError(_explain(given, ours, missing, unexpected, shapes, path, owner))
     model.load_state_dict(given, strict=False)
+
+
+def _only_classifier(
+    given: Mapping[str, Tensor], ours: Mapping[str, Tensor], missing: Sequence[str], shapes: Sequence[str]
+) -> bool:
+    """Whether what does not fit is the classifier alone: tensors that differ in their first axis, the classes, all by
+    the same numbers; or absent layers at the end of a model most of which is there."""
+    sizes = {(given[n].shape[:1], ours[n].shape[:1]) for n in shapes}
+    classes = len(sizes) <= 1 and all(given[n].shape[1:] == ours[n].shape[1:] for n in shapes)
+    names = [n for n in ours if not n.endswith("num_batches_tracked")]
+    at_end = set(missing) <= set(names[len(names) - len(missing) :])
+    return classes and at_end and 2 * (len(missing) + len(shapes)) <= len(names)
 
 
 def _read(path: Path, owner: str) -> Any:
@@ -131,13 +181,49 @@ def _explain(
     opening = f"The checkpoint '{path}' does not fit the {owner}: {matching} of its {len(ours)} tensors match"
     if shapes:
         first = next(n for n in ours if n in shapes)
+        told = ""
+        if not unexpected and _only_classifier(given, ours, missing, shapes):
+            told = (
+                " Only the classifier differs: train the network (`train:`), which gives it a new one, or set "
+                "checkpoint.classifier: none for a teacher of features."
+            )
         return (
             f"{opening}; the first that differs is '{first}': {tuple(given[first].shape)} in the checkpoint, "
-            f"{tuple(ours[first].shape)} in the {owner}."
+            f"{tuple(ours[first].shape)} in the {owner}.{told}"
         )
     parts = [
         f"{what} {', '.join(repr(n) for n in found[:3])}{', …' if len(found) > 3 else ''}"
         for what, found in (("the checkpoint lacks", missing), ("the model has no", unexpected))
         if found
     ]
-    return f"{opening}; {'; '.join(parts)}."
+    return f"{opening}; {'; '.join(parts)}{_hint(given, ours, missing, unexpected)}"
+
+
+def _hint(
+    given: Mapping[str, Tensor], ours: Mapping[str, Tensor], missing: Sequence[str], unexpected: Sequence[str]
+) -> str:
+    """What would make names fit: a prefix to take off or to put on, a new classifier, or the nearest name of the same
+    shape."""
+    prefixes: Counter[tuple[str, str]] = Counter()
+    for name in missing:
+        for other in unexpected:
+            if given[other].shape == ours[name].shape:
+                if other.endswith("." + name):
+                    prefixes[other.removesuffix(name), ""] += 1
+                elif name.endswith("." + other):
+                    prefixes["", name.removesuffix(other)] += 1
+    if prefixes:
+        (theirs, own), count = prefixes.most_common(1)[0]
+        if 2 * count >= len(missing):
+            return f". To rename: checkpoint: {{path: …, rename: [['^{re.escape(theirs)}', '{own}']]}}."
+    if not unexpected and _only_classifier(given, ours, missing, ()):
+        return (
+            ". Only the classifier is absent: train the network (`train:`), which gives it a new one, or set "
+            "checkpoint.classifier: none for a teacher of features."
+        )
+    if missing and unexpected:
+        alike = [n for n in unexpected if given[n].shape == ours[missing[0]].shape]
+        close = nearest(missing[0], alike, 1) or alike[:1]
+        if close:
+            return f"; the nearest to '{missing[0]}' is the checkpoint's '{close[0]}' (see checkpoint.rename)."
+    return "."

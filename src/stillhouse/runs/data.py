@@ -78,10 +78,13 @@ class RunData:
             world=world,
         )
 
-    def model(self, spec: ModelSpec, data: DataSpec, role: str = "student", seed: int | None = None) -> nn.Module:
-        """The network of a spec, sized for the data, initialised as (seed, role) say."""
+    def model(
+        self, spec: ModelSpec, data: DataSpec, role: str = "student", seed: int | None = None, trained: bool = True
+    ) -> nn.Module:
+        """The network of a spec, sized for the data, initialised as (seed, role) say. Where it is trained afterwards,
+        its classifier may be new although the rest comes from a checkpoint."""
         with keyed("model", role, self.seed if seed is None else seed):
-            module: nn.Module = self.data(data).task.build(spec)
+            module: nn.Module = self.data(data).task.build(spec.with_classifier("new" if trained else "same"))
             return module
 
     def splits(self, spec: DataSpec, batch_size: int | None = None) -> dict[str, Any]:

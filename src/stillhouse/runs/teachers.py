@@ -90,10 +90,8 @@ class RunTeachers(RunStages):
         seed, data, own = spec.seed or 0, spec.data or data, spec.network
         if as_saved and spec.train is None and own.model.startswith("hf:"):
             own = own.model_copy(update={"options": {"dtype": "auto", **own.options}})
-        model = self.model(own, data, role="teacher", seed=seed)
-        if (
-            spec.train is not None and spec.checkpoint is None
-        ):  # from published weights where it is pretrained: fine-tuned
+        model = self.model(own, data, role="teacher", seed=seed, trained=spec.train is not None)
+        if spec.train is not None:  # from published weights, or those of its checkpoint: fine-tuned
             trained = self.trained("teacher", model, spec.network, spec.train, data, seed)
             model.load_state_dict(trained["weights"])
             self.record.setdefault("teachers", {})[name] = {"model": spec.model, **trained["figures"]}
@@ -165,7 +163,7 @@ class RunTeachers(RunStages):
             )
             return {"weights": state_on_cpu(model), "figures": figures}
 
-        start = {"start": Frozen(model).fingerprint()} if spec.pretrained else {}
+        start = {"start": Frozen(model).fingerprint()} if spec.pretrained or spec.checkpoint else {}
         return self.stage(
             stage,
             make,

@@ -207,7 +207,7 @@ class MealV2Method(Method[Config]):
     def plan(self, config: Config, run: Run) -> list[Stage]:
         stages = []
         for member in config.teacher.ensemble or [config.teacher]:
-            if member.model and member.train and not member.checkpoint:
+            if member.model and member.train:
                 steps = member.train.epochs * len(
                     run.loader(member.data or config.data, "train", member.train.batch_size, train=True)
                 )

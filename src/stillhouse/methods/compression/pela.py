@@ -222,7 +222,7 @@ class Pela(Method[Config]):
         source, spec = config.source, config.teacher
         original = run.model(spec.network, source, "teacher", spec.seed or 0)
         stages = []
-        if spec.train is not None and spec.checkpoint is None:
+        if spec.train is not None:
             network = {"teacher": describe(spec.network.model, original)}
             batches = steps(run, spec.data or source, spec.train)
             stages.append(
