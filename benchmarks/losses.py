@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from objectives import PAIR, seconds
 from page import write_page
-from peers import CLASSES, PEERS, SHAPES, TRAINING, Given, Loss, one_stage_of_ofa
+from peers import CLASSES, PEERS, SHAPES, TRAINING, Loss, LossInputs, one_stage_of_ofa
 from run import RESULTS, keep
 from torch import Tensor
 
@@ -32,7 +32,7 @@ from stillhouse.signals import Signals
 LATE = Progress(epoch=100, epochs=240, steps_per_epoch=100)  # after every warm-up
 
 
-class Whole:
+class TrainingSet:
     """What an objective may ask about the training set."""
 
     def labels(self, split: str = "train") -> Tensor:
@@ -47,7 +47,7 @@ class Whole:
         )
 
 
-def random_signals(batch_size: int) -> Given:
+def random_signals(batch_size: int) -> LossInputs:
     """What both sides compute on; the student's signals ask for gradients."""
     generator = torch.Generator().manual_seed(0)
 
@@ -62,10 +62,10 @@ def random_signals(batch_size: int) -> Given:
         )
 
     index = torch.randperm(TRAINING, generator=generator)[:batch_size]
-    return Given(one(True), one(False), {"label": index % CLASSES, "index": index})
+    return LossInputs(one(True), one(False), {"label": index % CLASSES, "index": index})
 
 
-def ours(name: str, on: Given) -> tuple[Objective, Loss]:
+def ours(name: str, on: LossInputs) -> tuple[Objective, Loss]:
     """An objective of the catalogue, built and prepared, and its loss: the sum of its terms, without the published
     weight."""
     torch.manual_seed(0)
@@ -73,7 +73,7 @@ def ours(name: str, on: Given) -> tuple[Objective, Loss]:
     if name == "ofa_kd":  # the networks that it projects with are another matter
         return objective, one_stage_of_ofa(on)
     objective.build(on.student, on.teacher, on.batch)
-    objective.prepare(Whole())  # type: ignore[arg-type]
+    objective.prepare(TrainingSet())  # type: ignore[arg-type]
 
     def loss() -> Tensor:
         terms = [
@@ -86,7 +86,7 @@ def ours(name: str, on: Given) -> tuple[Objective, Loss]:
     return objective, loss
 
 
-def compare(name: str, peer: str, folder: Path | None, on: Given, rounds: int) -> dict[str, Any]:
+def compare(name: str, peer: str, folder: Path | None, on: LossInputs, rounds: int) -> dict[str, Any]:
     """Our loss and a peer's in turns: milliseconds (medians), their ratio, peaks of memory, and how far the values are
     apart."""
     objective, mine = ours(name, on)

@@ -28,7 +28,7 @@ from stillhouse.data import Loader
 from stillhouse.data.dataset import BatchKey
 from stillhouse.distillation.distillation import Distillation
 from stillhouse.distillation.objective import Objective, Progress
-from stillhouse.distillation.teachers import CoTrained, Ensemble, Frozen, PastSelf
+from stillhouse.distillation.teachers import CoTrainedTeacher, Ensemble, FrozenTeacher, PastSelf
 from stillhouse.errors import UserError
 from stillhouse.evaluation.cost import peak_of_tensors
 from stillhouse.signals import Batch, Signals, to_device
@@ -65,7 +65,7 @@ class Samples:
         return {"input": self.images[index], "label": self.labels()[index], "index": index}
 
 
-class Whole:
+class TrainingSet:
     """What an objective may ask of the whole training set beforehand."""
 
     def labels(self) -> Tensor:
@@ -92,7 +92,7 @@ class Trial:
         self._folder = tempfile.TemporaryDirectory()
         progress = Progress(epoch=1, steps_per_epoch=TRAINING // len(batch["label"]), epochs=10)
         splits = {name: Loader(Samples(), 64) for name in ("train", "holdout", "val")}
-        self.ctx = TrainingContext(self.module, progress, splits, 0, device, Path(self._folder.name), Whole())
+        self.ctx = TrainingContext(self.module, progress, splits, 0, device, Path(self._folder.name), TrainingSet())
         self.module.prepare(self.ctx)
         self.module.begin_epoch(self.ctx)
         self.module.train()
@@ -126,19 +126,19 @@ class Trial:
 
 
 def _several(network: Callable[[], nn.Module]) -> Ensemble:
-    return Ensemble([Frozen(network()), Frozen(network())])
+    return Ensemble([FrozenTeacher(network()), FrozenTeacher(network())])
 
 
 def _past(network: Callable[[], nn.Module]) -> PastSelf:
     past = PastSelf()
-    past.start(Whole().labels(), CLASSES)
+    past.start(TrainingSet().labels(), CLASSES)
     return past
 
 
 TEACHERS: dict[str, Callable[[Callable[[], nn.Module]], Any]] = {
     "none": lambda network: None,
-    "frozen": lambda network: Frozen(network()),
-    "peer": lambda network: CoTrained(network()),
+    "frozen": lambda network: FrozenTeacher(network()),
+    "peer": lambda network: CoTrainedTeacher(network()),
     "past self": _past,
     "several": _several,
 }

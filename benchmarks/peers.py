@@ -29,7 +29,7 @@ Loss = Callable[[], Tensor]
 
 
 @dataclass
-class Given:
+class LossInputs:
     """What both sides compute on."""
 
     student: Signals
@@ -51,7 +51,7 @@ class Given:
         return out[0], out[1]
 
 
-def torchdistill(name: str, on: Given, objective: Any, folder: Path | None) -> Loss:
+def torchdistill(name: str, on: LossInputs, objective: Any, folder: Path | None) -> Loss:
     """torchdistill's mid-level losses, whose constructors take the paths of what they read."""
     from torchdistill.losses import mid_level
 
@@ -112,7 +112,7 @@ def torchdistill(name: str, on: Given, objective: Any, folder: Path | None) -> L
     raise KeyError(name)
 
 
-def mdistiller(name: str, on: Given, objective: Any, folder: Path | None) -> Loss:
+def mdistiller(name: str, on: LossInputs, objective: Any, folder: Path | None) -> Loss:
     """MDistiller's functions; it is the authors' own code for DKD."""
     module = importlib.import_module(
         f"mdistiller.distillers.{ {'review_kd': 'ReviewKD', 'fitnet': 'FitNet'}.get(name, name.upper()) }"
@@ -153,7 +153,7 @@ def mdistiller(name: str, on: Given, objective: Any, folder: Path | None) -> Los
     return review
 
 
-def repdistiller(name: str, on: Given, objective: Any, folder: Path | None) -> Loss:
+def repdistiller(name: str, on: LossInputs, objective: Any, folder: Path | None) -> Loss:
     """RepDistiller's criteria; it is the authors' own code for CRD."""
     zoo = importlib.import_module("distiller_zoo")
     f_s, f_t = on.maps
@@ -184,7 +184,7 @@ def repdistiller(name: str, on: Given, objective: Any, folder: Path | None) -> L
     return lambda: embedded(on.student.embedding, on.teacher.embedding)
 
 
-def cls_kd(name: str, on: Given, objective: Any, folder: Path | None) -> Loss:
+def cls_kd(name: str, on: LossInputs, objective: Any, folder: Path | None) -> Loss:
     """The authors' NKD and USKD, without the framework they are registered in."""
     assert folder is not None
     registry: Any = types.ModuleType("mmcls.registry")
@@ -201,19 +201,19 @@ def cls_kd(name: str, on: Given, objective: Any, folder: Path | None) -> Loss:
     return lambda: uskd(pooled_tap(on.student, "stage:-2"), on.student.logits, on.batch["label"])
 
 
-def ofakd(name: str, on: Given, objective: Any, folder: Path | None) -> Loss:
+def ofakd(name: str, on: LossInputs, objective: Any, folder: Path | None) -> Loss:
     """The authors' OFA loss of one stage's logits."""
     theirs = importlib.import_module("distillers.ofa").ofa_loss
     mask = nn.functional.one_hot(on.batch["label"], CLASSES)
     return lambda: theirs(on.student.logits, on.teacher.logits, mask, 1.5, 1.0)
 
 
-def one_stage_of_ofa(on: Given) -> Loss:
+def one_stage_of_ofa(on: LossInputs) -> Loss:
     """Our side of `ofakd`: the loss of one stage's logits, without its projector."""
     return lambda: ofa_loss(on.student.logits, on.teacher.logits, on.batch["label"], eps=1.5)  # type: ignore[arg-type]
 
 
-def nd(name: str, on: Given, objective: Any, folder: Path | None) -> Loss:
+def nd(name: str, on: LossInputs, objective: Any, folder: Path | None) -> Loss:
     """The authors' ND, which reads class means as lists."""
     assert folder is not None
     theirs = _load(folder / "CIFAR" / "utils.py").DirectNormLoss(CLASSES)
@@ -239,7 +239,7 @@ class Peer:
     """
 
     title: str
-    make: Callable[[str, Given, Any, Path | None], Loss]
+    make: Callable[[str, LossInputs, Any, Path | None], Loss]
     losses: dict[str, float]
     authors: frozenset[str] = frozenset()
 
@@ -290,7 +290,7 @@ def _fusions(make: Callable[..., nn.Module], objective: Any, attention: str) -> 
     return made
 
 
-def _same_memories(contrast: Any, embed_s: Any, embed_t: Any, objective: Any, on: Given) -> tuple[Tensor, Tensor]:
+def _same_memories(contrast: Any, embed_s: Any, embed_t: Any, objective: Any, on: LossInputs) -> tuple[Tensor, Tensor]:
     """Our CRD's memories and embeddings into another's; the batch's indices, and candidates as ours draws after
     `torch.manual_seed(1)`."""
     for theirs, mine in (

@@ -23,10 +23,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from stillhouse import Distillation, Frozen, Progress
+from stillhouse import Distillation, FrozenTeacher, Progress
 from stillhouse.config.specs import DataSpec, ModelSpec, StoreSpec
 from stillhouse.data import BatchKey, Loader, load
-from stillhouse.distillation.teachers import Stored
+from stillhouse.distillation.teachers import StoredTeacher
 from stillhouse.models import build
 from stillhouse.objectives.kd import kd_loss, kd_top_loss
 from stillhouse.runs.execution import execute
@@ -150,12 +150,12 @@ def steps(student: str, blocks: int, size: int = 4, batch_size: int = 128, **stu
     with tempfile.TemporaryDirectory() as folder:
         stores = {}
         facts = {
-            "teacher_facts": {"weights": Frozen(teacher).fingerprint(), "model": "convnet3"},
+            "teacher_facts": {"weights": FrozenTeacher(teacher).fingerprint(), "model": "convnet3"},
             "data_facts": data_facts(spec, bundle),
         }
         for name, keep in {"store, full fp32": {}, "store, top 5 fp16": {"top": 5, "precision": "fp16"}}.items():
             began = time.process_time()
-            cache(Frozen(teacher), dataset, Path(folder) / name, StoreSpec(views=2, **keep), **facts)
+            cache(FrozenTeacher(teacher), dataset, Path(folder) / name, StoreSpec(views=2, **keep), **facts)
             took = time.process_time() - began
             began = time.process_time()
             stores[name] = (Store(Path(folder) / name), took, time.process_time() - began)
@@ -166,7 +166,7 @@ def steps(student: str, blocks: int, size: int = 4, batch_size: int = 128, **stu
             **{
                 name: _side(
                     network(student, 1, **student_options),
-                    Stored(s),
+                    StoredTeacher(s),
                     Loader(StoredDataset(dataset, [s]), batch_size, shuffle=True),
                     [{"name": "ce", "weight": 0.1}, KD],
                 )
@@ -174,7 +174,7 @@ def steps(student: str, blocks: int, size: int = 4, batch_size: int = 128, **stu
             },
             "live": _side(
                 network(student, 1, **student_options),
-                Frozen(teacher),
+                FrozenTeacher(teacher),
                 Loader(dataset, batch_size, shuffle=True),
                 [{"name": "ce", "weight": 0.1}, KD],
             ),
@@ -254,7 +254,7 @@ def bytes_per_token() -> dict[str, float]:
     config = validate(tree)
     run = Run(None, config, cpu=True)
     bundle, out = run.data(config.data), {}
-    teacher = Frozen(run.model(config.teacher.network, config.data, "teacher", 0))
+    teacher = FrozenTeacher(run.model(config.teacher.network, config.data, "teacher", 0))
     with tempfile.TemporaryDirectory() as folder:
         for number, (name, keep) in enumerate(KEPT.items()):
             if keep is not None:

@@ -29,7 +29,7 @@ import torch
 from memory import peak_resident
 from page import write_page
 from run import RESULTS, keep
-from synthetic_peers import ENDLESS, PEERS, Begins, Real
+from synthetic_peers import ENDLESS, PEERS, Begins, PeerImages
 
 from stillhouse import catalog
 from stillhouse.runs.recipe import load
@@ -70,11 +70,11 @@ SMALL: dict[str, tuple[str, ...]] = {
 """For growth: a narrow network, and a real side that does not hide the synthetic one."""
 
 
-class Done(BaseException):
+class LoopEnd(BaseException):
     """Ends a loop from where its next iteration would begin."""
 
 
-class Stepped(Run):
+class DrivenRun(Run):
     """A run whose main loop says where an iteration begins."""
 
     def __init__(self, folder: Path, config: Any, begins: Begins) -> None:
@@ -96,7 +96,7 @@ class Stepped(Run):
         return super().loop(name, state, told if rounds else step, steps, **options)
 
 
-class Driven:
+class DrivenLoop:
     """A loop in a thread of its own that stops where each iteration begins; `step()` lets it do one iteration."""
 
     def __init__(self, loop: Callable[[Begins], Any]) -> None:
@@ -137,7 +137,7 @@ def config_of(method: str, sets: tuple[str, ...]) -> Any:
 
 def ours(config: Any, scratch: Path, begins: Begins) -> None:
     """The method's own `run`."""
-    catalog.method(config.method).run(config, Stepped(scratch, config, begins))
+    catalog.method(config.method).run(config, DrivenRun(scratch, config, begins))
 
 
 def theirs(config: Any, folder: Path, scratch: Path, begins: Begins) -> None:
@@ -147,7 +147,7 @@ def theirs(config: Any, folder: Path, scratch: Path, begins: Begins) -> None:
     paths = [] if pool is None else experts(run, config.network, config.data, real, pool, config.augment)
     pixels = unnormalised(real.images, real.mean, real.std)
     PEERS[config.method][0](
-        config, Real(real.images, real.labels, pixels, len(real.classes), paths), folder, scratch, begins
+        config, PeerImages(real.images, real.labels, pixels, len(real.classes), paths), folder, scratch, begins
     )
 
 
@@ -161,7 +161,7 @@ def side(name: str, config: Any, folder: Path, scratch: Path) -> Callable[[Begin
 
 def turns(config: Any, folder: Path, scratch: Path, rounds: int) -> list[tuple[float, float]]:
     """CPU seconds of an iteration, (ours, theirs), in turns; the first of each warms up and is not kept."""
-    both = {name: Driven(side(name, config, folder, scratch)) for name in ("ours", "theirs")}
+    both = {name: DrivenLoop(side(name, config, folder, scratch)) for name in ("ours", "theirs")}
     blocks = []
     for turn in range(rounds + 1):
         took = {}
@@ -188,9 +188,9 @@ def peaks(loop: Callable[[Begins], None]) -> dict[str, float]:
         elif begun[0] == 4:
             found["resident"] = peak_resident()
             profile.stop()
-            raise Done
+            raise LoopEnd
 
-    with contextlib.suppress(Done):
+    with contextlib.suppress(LoopEnd):
         loop(begins)
     held = most = 0
     results: Any = profile.profiler
@@ -237,7 +237,7 @@ def part(what: str, method: str, sets: tuple[str, ...], folder: Path, rounds: in
             return turns(config, folder, Path(scratch), rounds)
         if what != "alone":
             return peaks(side(what, config, folder, Path(scratch)))
-        mine, took = Driven(side("ours", config, folder, Path(scratch))), []
+        mine, took = DrivenLoop(side("ours", config, folder, Path(scratch))), []
         for _ in range(rounds + 1):
             began = time.process_time()
             mine.step()

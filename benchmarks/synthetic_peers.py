@@ -35,7 +35,7 @@ Begins = Callable[[], None]
 """Called by a loop where an iteration begins."""
 
 
-class Real:
+class PeerImages:
     """Training images that a peer takes as its data set.
 
     Args:
@@ -53,7 +53,7 @@ class Real:
         return self.images.shape[-2], self.images.shape[-1]
 
 
-def datadam(config: Any, real: Real, folder: Path, scratch: Path, begins: Begins) -> None:
+def datadam(config: Any, real: PeerImages, folder: Path, scratch: Path, begins: Begins) -> None:
     """`main` of main_DataDAM.py."""
     module = _module(folder, "main_DataDAM")
     nn.Module.cuda = lambda self, *_: self  # type: ignore[method-assign]  # which it calls whatever the machine
@@ -74,7 +74,7 @@ def datadam(config: Any, real: Real, folder: Path, scratch: Path, begins: Begins
     module.main()
 
 
-def mtt(config: Any, real: Real, folder: Path, scratch: Path, begins: Begins) -> None:
+def mtt(config: Any, real: PeerImages, folder: Path, scratch: Path, begins: Begins) -> None:
     """`main` of distill.py, with our experts as its replay buffer."""
     service: Any = MagicMock()
 
@@ -152,13 +152,13 @@ def mtt(config: Any, real: Real, folder: Path, scratch: Path, begins: Begins) ->
     module.main(published)
 
 
-def ncfm(config: Any, real: Real, folder: Path, scratch: Path, begins: Begins) -> None:
+def ncfm(config: Any, real: PeerImages, folder: Path, scratch: Path, begins: Begins) -> None:
     """`Condenser.condense`, as condense_script.py calls it."""
     from torch import distributed
 
     distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
     module = _module(folder, "condenser.Condenser")
-    module.AsyncLoader = InForeground
+    module.AsyncLoader = ForegroundLoader
     module.gather_save_visualize = lambda *_, **__: None
     module.update_feature_extractor = _first(begins, module.update_feature_extractor)
     tools, loaders = importlib.import_module("utils.utils"), importlib.import_module("data.dataloader")
@@ -199,7 +199,7 @@ def ncfm(config: Any, real: Real, folder: Path, scratch: Path, begins: Begins) -
         "it_log": ENDLESS,
     }
     args.__dict__ |= {"dataset": "cifar10", "aug_type": config.augment.always, "mixup": "cut", "dis_metrics": "NCFM"}
-    loader = loaders.ClassMemDataLoader(InMemory(real), config.batch_real, device="cpu")
+    loader = loaders.ClassMemDataLoader(NcfmImages(real), config.batch_real, device="cpu")
     condenser = module.Condenser(args, args.class_list, 3, *real.size, device="cpu")
     condenser.load_condensed_data(loader, "mix")
     optimizer = tools.get_optimizer(
@@ -215,7 +215,7 @@ def ncfm(config: Any, real: Real, folder: Path, scratch: Path, begins: Begins) -
     condenser.condense(args, MagicMock(), loader, aug, optimizer, start, between, final)
 
 
-PEERS: dict[str, tuple[Callable[[Any, Real, Path, Path, Begins], None], str]] = {
+PEERS: dict[str, tuple[Callable[[Any, PeerImages, Path, Path, Begins], None], str]] = {
     "datadam": (datadam, "DataDistillation/DataDAM"),
     "ncfm": (ncfm, "gszfwsb/NCFM"),
     "mtt": (mtt, "GeorgeCazenavette/mtt-distillation"),
@@ -223,10 +223,10 @@ PEERS: dict[str, tuple[Callable[[Any, Real, Path, Path, Begins], None], str]] = 
 """Method -> (its authors' loop, which ends by an exception out of `begins`; the repository)."""
 
 
-class InMemory:
+class NcfmImages:
     """A data set as NCFM's loader of images in memory reads it."""
 
-    def __init__(self, real: Real) -> None:
+    def __init__(self, real: PeerImages) -> None:
         self.pixels, self.targets, self.nclass = real.pixels, real.labels.tolist(), real.classes
 
     def __len__(self) -> int:
@@ -238,7 +238,7 @@ class InMemory:
         return self.pixels[i], self.targets[i]
 
 
-class InForeground:
+class ForegroundLoader:
     """In the place of NCFM's `AsyncLoader`: the same loading, when it is asked for, by the thread that asks."""
 
     def __init__(self, loader: Any, class_list: list[int], batch_size: int, device: str) -> None:

@@ -88,7 +88,7 @@ class Turns:
 
 
 @dataclass(frozen=True)
-class Compared:
+class Ratio:
     """A side against the hand-written loop: milliseconds a step (median), and the ratio of blocks run next to each
     other (median, least, most)."""
 
@@ -99,12 +99,12 @@ class Compared:
     blocks: int
 
 
-def compare(seconds: Mapping[str, Sequence[float]], base: str) -> dict[str, Compared]:
+def compare(seconds: Mapping[str, Sequence[float]], base: str) -> dict[str, Ratio]:
     """Every side against `base`, from seconds a step by block."""
     out = {}
     for name, took in seconds.items():
         ratios = [a / b for a, b in zip(took, seconds[base])]
-        out[name] = Compared(
+        out[name] = Ratio(
             1000 * statistics.median(took), statistics.median(ratios), min(ratios), max(ratios), len(ratios)
         )
     return out

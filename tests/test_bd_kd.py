@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from stillhouse.distillation.distillation import Distillation
 from stillhouse.distillation.objective import Progress
-from stillhouse.distillation.teachers import CoTrained
+from stillhouse.distillation.teachers import CoTrainedTeacher
 from stillhouse.errors import UserError
 from stillhouse.objectives.bd_kd import BDKD, balanced_divergence, divergences, peer_divergence, surer
 from stillhouse.signals import Batch
@@ -25,7 +25,7 @@ def logits(seed: int, n: int = 16, classes: int = 5) -> Tensor:
 def module(batch: Batch, teacher: nn.Module | None = None, **options: float) -> Distillation:
     torch.manual_seed(0)
     student, peer = nn.Linear(6, 5), nn.Sequential(nn.Linear(6, 32), nn.ReLU(), nn.Linear(32, 5))
-    return Distillation(student, teacher or CoTrained(peer), [BDKD(**options)]).build(batch)
+    return Distillation(student, teacher or CoTrainedTeacher(peer), [BDKD(**options)]).build(batch)
 
 
 @pytest.fixture
@@ -125,10 +125,10 @@ def test_a_frozen_teacher_a_shared_network_and_wrong_options_get_a_sentence(batc
     with pytest.raises(UserError, match="peer:"):
         module(batch, nn.Linear(6, 5)).train()(batch, Progress())
     with pytest.raises(UserError, match="3 classes"):
-        module(batch, CoTrained(nn.Linear(6, 3)))
+        module(batch, CoTrainedTeacher(nn.Linear(6, 3)))
     for wrong in ({"delta": -1.0}, {"temperature": 0.0}, {"entropy_temperature": -2.0}):
         with pytest.raises(UserError, match=next(iter(wrong))):
             BDKD(**wrong)
     same = nn.Linear(6, 5)
     with pytest.raises(UserError, match="shares"):
-        Distillation(same, CoTrained(same), [BDKD()]).build(batch)
+        Distillation(same, CoTrainedTeacher(same), [BDKD()]).build(batch)

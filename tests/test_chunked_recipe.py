@@ -195,7 +195,7 @@ def test_a_teacher_that_numbers_its_tokens_otherwise_teaches_in_chunks_as_it_doe
     import transformers
 
     from stillhouse.distillation.distillation import Distillation
-    from stillhouse.functional.vocabularies import Mapped
+    from stillhouse.functional.vocabularies import TokenMap
     from stillhouse.models.language import OtherIds
 
     def net(seed: int, size: int) -> Any:
@@ -208,7 +208,7 @@ def test_a_teacher_that_numbers_its_tokens_otherwise_teaches_in_chunks_as_it_doe
     batch, terms = {"input": {"input_ids": ids}, "label": ids.roll(-1, 1), "index": torch.arange(3)}, {}
     for how in (False, True):
         teacher = OtherIds(
-            net(1, 50), Mapped(torch.randperm(50, generator=torch.Generator().manual_seed(1))[:20], False)
+            net(1, 50), TokenMap(torch.randperm(50, generator=torch.Generator().manual_seed(1))[:20], False)
         )
         module = Distillation(net(0, 20), teacher, ["gkd"], task=Tokens("causal", 20), chunked=how).build(batch)
         terms[how] = module(batch, STEPS)["gkd"]

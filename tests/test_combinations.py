@@ -14,8 +14,8 @@ from stillhouse import catalog, models
 from stillhouse.config.specs import ModelSpec
 from stillhouse.distillation.distillation import Distillation
 from stillhouse.distillation.objective import Progress
-from stillhouse.distillation.teachers import CoTrained, Frozen, PastSelf
-from stillhouse.distillation.weighted import Weighted
+from stillhouse.distillation.teachers import CoTrainedTeacher, FrozenTeacher, PastSelf
+from stillhouse.distillation.weighted import WeightedObjective
 from stillhouse.errors import UserError
 
 FROZEN = [
@@ -70,7 +70,9 @@ class Whole:
 def terms(names: list[str]) -> dict[str, torch.Tensor]:
     objectives = [catalog.objective(n)(**OPTIONS.get(n, {})) for n in names]
     module = Distillation(
-        network(1), {"teacher": Frozen(network(0))}, [Weighted(o, 1.0, n) for o, n in zip(objectives, names)]
+        network(1),
+        {"teacher": FrozenTeacher(network(0))},
+        [WeightedObjective(o, 1.0, n) for o, n in zip(objectives, names)],
     )
     module.build(batch())
     module.prepare(Whole())
@@ -100,7 +102,7 @@ def test_an_objective_says_beside_others_what_it_says_alone() -> None:
 def test_teachers_of_several_kinds_serve_their_own_objectives_in_one_distillation() -> None:
     past = PastSelf()
     past.start(torch.arange(20) % 5, 5)
-    teachers = {"teacher": Frozen(network(0)), "peer": CoTrained(network(2)), "past": past}
+    teachers = {"teacher": FrozenTeacher(network(0)), "peer": CoTrainedTeacher(network(2)), "past": past}
     objectives = [catalog.objective("kd")(), catalog.objective("dml")(), catalog.objective("ps_kd")()]
     objectives[1].teacher, objectives[2].teacher = "peer", "past"
     module = Distillation(network(1), teachers, objectives)
@@ -133,7 +135,7 @@ def test_objectives_without_labels_train_on_unlabelled_samples(tmp_path: Path) -
 
 
 def test_an_objective_whose_batch_has_no_label_is_refused_by_name() -> None:
-    module = Distillation(network(1), {"teacher": Frozen(network(0))}, [catalog.objective("dkd")()])
+    module = Distillation(network(1), {"teacher": FrozenTeacher(network(0))}, [catalog.objective("dkd")()])
     bare = {k: v for k, v in batch().items() if k != "label"}
     with pytest.raises(UserError, match="'dkd' needs `label`"):
         module.build(bare)

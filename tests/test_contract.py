@@ -21,7 +21,7 @@ from stillhouse.config.specs import DataSpec, ModelSpec, TrainSpec
 from stillhouse.data import Loader, load
 from stillhouse.distillation.distillation import Distillation
 from stillhouse.distillation.objective import Objective, Progress
-from stillhouse.distillation.teachers import CoTrained, Frozen, PastSelf
+from stillhouse.distillation.teachers import CoTrainedTeacher, FrozenTeacher, PastSelf
 from stillhouse.models import build
 from stillhouse.signals import Batch, Signals, to_device
 from stillhouse.training.context import TrainingContext
@@ -87,9 +87,9 @@ def world(name: str, device: torch.device = CPU, **options: object) -> World:
     objective = catalog.objective(name)(**options)
     pyramid = any("patch_embeddings" in need for need in objective.needs)
     head = "classifier" if pyramid else "head"
-    teacher: object = Frozen(network(1, device, pyramid), embedding=head)
+    teacher: object = FrozenTeacher(network(1, device, pyramid), embedding=head)
     if family == "online":
-        teacher = CoTrained(network(1, device, pyramid), embedding=head)
+        teacher = CoTrainedTeacher(network(1, device, pyramid), embedding=head)
     elif family == "self-distillation":
         teacher = PastSelf()
         teacher.start(train.labels(), 10)
@@ -243,7 +243,7 @@ def test_a_step_of_fit_reads_nothing_back(tmp_path: Path, monkeypatch: pytest.Mo
     accelerator = make_accelerator(spec, cpu=True)
     monkeypatch.setattr(accelerator.state, "device", META)
     bundle = load(DataSpec(name="digits", size=60, test_size=20))
-    module = Distillation(network(0, META), Frozen(network(1, META)), ["ce", "kd", "at"])
+    module = Distillation(network(0, META), FrozenTeacher(network(1, META)), ["ce", "kd", "at"])
     made = _Fit(
         module,
         Loader(bundle.dataset("train", train=True), 8),

@@ -42,11 +42,16 @@ def test_a_store_teaches_through_the_face(tmp_path: Path) -> None:
     images = torch.randint(0, 256, (24, 1, 4, 4), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     data = IndexedDataset(PixelInputs(images, np.arange(24), (0.5,), (0.25,), (4, 4)), np.arange(24) % 3, 3)
     teacher, student = (nn.Sequential(nn.Flatten(), nn.Linear(16, 3)) for _ in range(2))
-    cache(stillhouse.Frozen(teacher), data, tmp_path / "store", StoreSpec(), teacher_facts={}, data_facts={})
+    cache(stillhouse.FrozenTeacher(teacher), data, tmp_path / "store", StoreSpec(), teacher_facts={}, data_facts={})
     store = stillhouse.Store(tmp_path / "store")
     loader = stillhouse.Loader(stillhouse.StoredDataset(data, [store]), 8, shuffle=True)
     before = student[1].weight.detach().clone()
     stillhouse.distill(
-        stillhouse.Stored(store), student, loader, ["kd"], train={"epochs": 2, "optimizer": {"lr": 0.5}}, progress=False
+        stillhouse.StoredTeacher(store),
+        student,
+        loader,
+        ["kd"],
+        train={"epochs": 2, "optimizer": {"lr": 0.5}},
+        progress=False,
     )
     assert (student[1].weight - teacher[1].weight).norm() < (before - teacher[1].weight).norm()

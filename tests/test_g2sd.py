@@ -8,12 +8,12 @@ from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
-from stillhouse.distillation.teachers import Frozen
+from stillhouse.distillation.teachers import FrozenTeacher
 from stillhouse.errors import UserError
 from stillhouse.functional.channelwise import channelwise_cross_entropy
 from stillhouse.methods.pretraining.g2sd import (
-    Generic,
-    Specific,
+    GenericTraining,
+    SpecificTraining,
     add_token,
     generic_loss,
     imitation_losses,
@@ -31,12 +31,12 @@ def vit(**options: object) -> VisionTransformer:
     return made
 
 
-def generic(**options: object) -> Generic:
+def generic(**options: object) -> GenericTraining:
     torch.manual_seed(0)
     teacher, teacher_decoder = vit(embed_dim=24), MaskedDecoder(24, 20, 3, 2, (4, 4), 48)
     for network in (teacher, teacher_decoder):
         network.eval().requires_grad_(False)
-    return Generic(
+    return GenericTraining(
         vit(),
         MaskedDecoder(16, 12, 1, 2, (4, 4), None),
         teacher,
@@ -91,7 +91,7 @@ def test_an_encoder_with_a_token_starts_as_the_encoder_it_came_from() -> None:
 
 def test_each_token_learns_from_its_own_teacher_and_their_mean_predicts() -> None:
     student = VisionTransformerDistilled(**SIZES)
-    made = Specific(student, Frozen(vit()), smoothing=0.1).train()
+    made = SpecificTraining(student, FrozenTeacher(vit()), smoothing=0.1).train()
     terms = made(batch(), Progress())
     assert terms["loss"].item() == pytest.approx((terms["labels"] + terms["teacher"]).item() / 2)
     terms["labels"].backward(retain_graph=True)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from stillhouse.distillation.objective import Progress
-from stillhouse.distillation.teachers import Frozen
+from stillhouse.distillation.teachers import FrozenTeacher
 from stillhouse.errors import UserError
 from stillhouse.methods.classification.hard.augmentors import LearnedAffine, LearnedMix, RandomAffine
 from stillhouse.methods.classification.hard.game import Game, augmentor_loss, balanced, disagreement
@@ -39,7 +39,7 @@ def net(batch_norm: bool = True) -> nn.Module:
 
 def game(**options: object) -> tuple[Game, dict[str, Tensor]]:
     student, teacher = net(), net()
-    module = Game(student, Frozen(teacher), LearnedAffine([0.0]), **options)  # type: ignore[arg-type]
+    module = Game(student, FrozenTeacher(teacher), LearnedAffine([0.0]), **options)  # type: ignore[arg-type]
     module.train()
     return module, {"input": torch.randn(6, *SHAPE), "label": torch.arange(6) % 5}
 
@@ -187,7 +187,7 @@ def test_a_game_goes_on_from_its_state_to_the_same_augmentor() -> None:
 
 
 def test_other_classes_are_refused() -> None:
-    module = Game(net(), Frozen(nn.Sequential(nn.Flatten(), nn.Linear(64, 7))), None)
+    module = Game(net(), FrozenTeacher(nn.Sequential(nn.Flatten(), nn.Linear(64, 7))), None)
     with pytest.raises(UserError, match="same classes"):
         module.build({"input": torch.randn(2, *SHAPE)})
 

@@ -17,7 +17,7 @@ from stillhouse.methods.pretraining.hybrid_distill.pruning import (
     planned_counts,
     redundancy,
 )
-from stillhouse.methods.pretraining.hybrid_distill.training import Hybrid, Source, step_times
+from stillhouse.methods.pretraining.hybrid_distill.training import HybridTraining, Source, step_times
 from stillhouse.nn.masked_vit import embed_patches, encode, fix_positions
 from stillhouse.training.context import Progress
 
@@ -99,12 +99,12 @@ def test_a_student_equal_to_its_teacher_has_no_relation_loss_on_any_patches() ->
     assert abs(loss.item()) < 1e-6 and gradient.abs().max() < 1e-6
 
 
-def hybrid(**options: object) -> Hybrid:
+def hybrid(**options: object) -> HybridTraining:
     torch.manual_seed(0)
     arguments = {"blocks": [1], "heads": 2, "counts": {0: 12, 2: 7}, **options}
     contrastive = arguments.pop("contrastive", source())
     masked = arguments.pop("masked", source(16, 3, (1,)))
-    return Hybrid(vit(), contrastive, masked, **arguments)
+    return HybridTraining(vit(), contrastive, masked, **arguments)
 
 
 def test_both_teachers_teach_and_neither_learns() -> None:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
-from stillhouse import Distillation, Ensemble, Frozen, Momentum, PastSelf, Progress
+from stillhouse import Distillation, Ensemble, FrozenTeacher, Momentum, PastSelf, Progress
 from stillhouse.config.specs import ModelSpec
 from stillhouse.errors import MissingExtra, UserError
 from stillhouse.models import build
@@ -499,7 +499,7 @@ def test_a_text_classifier_learns_from_an_ensemble_and_its_past_self(transformer
     from_past = KD(temperature=1.0)
     from_past.teacher, from_past.name = "past", "from_past"
     student = bert(8, 2)
-    teachers = {"teacher": Ensemble([Frozen(bert(16, 0)), Frozen(bert(16, 1))]), "past": past}
+    teachers = {"teacher": Ensemble([FrozenTeacher(bert(16, 0)), FrozenTeacher(bert(16, 1))]), "past": past}
     trainer = hf_trainer(
         tmp_path,
         student,

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from stillhouse.config.specs import DataSpec, MethodConfig, ModelSpec
 from stillhouse.data import load
 from stillhouse.data.dataset import BatchKey
-from stillhouse.data.joined import Joined, unlabelled
+from stillhouse.data.joined import JoinedDataset, unlabelled
 from stillhouse.distillation.objective import Progress
-from stillhouse.distillation.teachers import Frozen
+from stillhouse.distillation.teachers import FrozenTeacher
 from stillhouse.errors import UserError
 from stillhouse.methods.classification.kd3.alignment import (
     contrast,
@@ -42,15 +42,15 @@ def resnet(seed: int = 0) -> nn.Module:
     return build(ModelSpec(model="stillhouse:resnet8"), 10, SHAPE)
 
 
-def digits(size: int = 100) -> Joined:
+def digits(size: int = 100) -> JoinedDataset:
     target = load(DataSpec(name="digits", size=size))
-    return Joined([unlabelled(target, target, train=False)])
+    return JoinedDataset([unlabelled(target, target, train=False)])
 
 
 def sharing(**options: object) -> tuple[AlignmentTraining, dict[str, Tensor]]:
     images = digits()
     probe = images.batch(BatchKey(0, np.arange(4), 0, 4), 0)
-    teacher = Frozen(resnet(1))
+    teacher = FrozenTeacher(resnet(1))
     shared, tap = make_shared(resnet(2), teacher.model, probe, 2)
     teacher.attach([f"tap:{tap}"], probe, shared)
     module = AlignmentTraining(shared, teacher, tap, images, batch_size=16, say=lambda _: None, **options)  # type: ignore[arg-type]

@@ -21,7 +21,7 @@ from stillhouse.config.specs import DataSpec, ModelSpec
 from stillhouse.data import BatchKey, load
 from stillhouse.data.text import TextBundle
 from stillhouse.distillation.distillation import Distillation
-from stillhouse.distillation.teachers import Stored
+from stillhouse.distillation.teachers import StoredTeacher
 from stillhouse.errors import UserError
 from stillhouse.evaluation.judge import judge
 from stillhouse.functional.counting import IGNORED
@@ -324,7 +324,7 @@ def test_a_student_is_never_taught_its_own_writing_as_the_truth(file: Any) -> No
     with pytest.raises(UserError, match="is read from a store"):
         OnPolicyDistillation(
             net(bundle),
-            Stored(type("Store", (), {"gives": frozenset({"logits"}), "folder": "f"})()),
+            StoredTeacher(type("Store", (), {"gives": frozenset({"logits"}), "folder": "f"})()),
             [Forward()],
             writer=writer(bundle),
         )

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from stillhouse.distillation.distillation import Distillation
 from stillhouse.distillation.objective import Progress
-from stillhouse.distillation.teachers import Ensemble, Frozen
+from stillhouse.distillation.teachers import Ensemble, FrozenTeacher
 from stillhouse.errors import UserError
 from stillhouse.methods.classification.meal_v2 import Config, Discriminator, MealV2, averaged
 from stillhouse.runs.recipe import validate
@@ -96,7 +96,7 @@ def test_few_classes_leave_the_discriminator_a_width_of_one() -> None:
 def test_the_discriminator_is_trained_beside_the_student() -> None:
     torch.manual_seed(0)
     batch = {"input": torch.randn(4, 5)}
-    teacher = Ensemble([Frozen(nn.Linear(5, 8)), Frozen(nn.Linear(5, 8))])
+    teacher = Ensemble([FrozenTeacher(nn.Linear(5, 8)), FrozenTeacher(nn.Linear(5, 8))])
     module = Distillation(nn.Linear(5, 8), teacher, [MealV2(reduction=2, lr=1e-4)]).build(batch)
     groups = module.param_groups()
     assert [g.get("lr") for g in groups] == [None, 1e-4]
@@ -108,9 +108,9 @@ def test_the_discriminator_is_trained_beside_the_student() -> None:
 def test_teachers_with_other_classes_or_without_logits_get_a_sentence() -> None:
     batch = {"input": torch.randn(4, 5)}
     with pytest.raises(UserError, match="same classes"):
-        Distillation(nn.Linear(5, 8), Ensemble([Frozen(nn.Linear(5, 8)), Frozen(nn.Linear(5, 7))]), [MealV2()]).build(
-            batch
-        )
+        Distillation(
+            nn.Linear(5, 8), Ensemble([FrozenTeacher(nn.Linear(5, 8)), FrozenTeacher(nn.Linear(5, 7))]), [MealV2()]
+        ).build(batch)
     with pytest.raises(UserError, match="9 classes"):
         Distillation(nn.Linear(5, 8), nn.Linear(5, 9), [MealV2()]).build(batch)
     known = Signals(probs=logits(1).softmax(1))

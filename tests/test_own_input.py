@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from stillhouse import Distillation, Frozen
+from stillhouse import Distillation, FrozenTeacher
 from stillhouse.config.specs import DataSpec, TeacherSpec
 from stillhouse.distillation.own_input import OwnInput
 from stillhouse.errors import UserError
@@ -65,14 +65,14 @@ class Seen(nn.Module):
 def test_taps_and_embedding_come_from_the_teachers_own_input_and_the_student_keeps_its_own() -> None:
     teacher, student = Seen(), Seen()
     batch = {"input": pixels(), "label": torch.tensor([0, 1])}
-    own = Frozen(teacher, prepare=OwnInput(size=(4, 4)))
+    own = FrozenTeacher(teacher, prepare=OwnInput(size=(4, 4)))
     module = Distillation(student, own, ["ce", "kd", "rkd"]).build(batch)
     assert {x.shape[-1] for x in teacher.inputs} == {4} and {x.shape[-1] for x in student.inputs} == {8}
     module.close()
-    assert own.fingerprint() != Frozen(teacher).fingerprint()
+    assert own.fingerprint() != FrozenTeacher(teacher).fingerprint()
 
 
-def teacher_of(run: Run, spec: dict[str, Any]) -> Frozen:
+def teacher_of(run: Run, spec: dict[str, Any]) -> FrozenTeacher:
     return run.teacher("teacher", TeacherSpec.model_validate(spec), run.config.data)
 
 

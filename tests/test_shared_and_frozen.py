@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 import stillhouse
-from stillhouse import CoTrained, Ensemble, Frozen, Momentum
+from stillhouse import CoTrainedTeacher, Ensemble, FrozenTeacher, Momentum
 from stillhouse.errors import UserError
 
 DATA = [(torch.randn(8, 5, generator=torch.Generator().manual_seed(i)), torch.arange(8) % 3) for i in range(3)]
@@ -39,8 +39,8 @@ def distill(teacher: Any, student: nn.Module) -> None:
 
 KINDS: dict[str, Callable[[nn.Module], Any]] = {
     "a plain module": lambda network: network,
-    "a member of an ensemble": lambda network: Ensemble([Frozen(Net(body())), Frozen(network)]),
-    "a peer": CoTrained,
+    "a member of an ensemble": lambda network: Ensemble([FrozenTeacher(Net(body())), FrozenTeacher(network)]),
+    "a peer": CoTrainedTeacher,
     "the second by name": lambda network: {"teacher": Net(body()), "other": network},
 }
 
@@ -143,6 +143,8 @@ def test_frozen_batch_norm_stays_frozen_under_other_trainers(tmp_path: Path) -> 
                     str(tmp_path), report_to=[], disable_tqdm=True, use_cpu=True, save_strategy="no", num_train_epochs=2
                 )
                 rows = [{"x": x, "labels": int(y)} for batch in DATA for x, y in zip(*batch)]
-                DistillationTrainer(student, arguments, train_dataset=rows, teachers=Frozen(Wrapped(body()))).train()
+                DistillationTrainer(
+                    student, arguments, train_dataset=rows, teachers=FrozenTeacher(Wrapped(body()))
+                ).train()
         assert torch.equal(student.body[1].running_mean, before), use
         assert not torch.equal(student.body[3].running_mean, moved), use

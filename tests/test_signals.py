@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 from torch.utils.checkpoint import checkpoint
 
-from stillhouse import Distillation, Ensemble, Frozen, Momentum, PastSelf, Progress, Signals, Taps
+from stillhouse import Distillation, Ensemble, FrozenTeacher, Momentum, PastSelf, Progress, Signals, Taps
 from stillhouse.distillation.teachers import Reader
 from stillhouse.errors import UserError
 from stillhouse.objectives.ce import CrossEntropy
@@ -68,7 +68,7 @@ def test_an_ensemble_averages_its_members_probabilities_at_the_temperature_asked
 
 def test_an_ensemble_of_logits_is_the_mean_logit() -> None:
     a, b = Net(seed=1).eval(), Net(seed=2).eval()
-    said = Ensemble([Frozen(a), Frozen(b)], mean="logits")(batch())
+    said = Ensemble([FrozenTeacher(a), FrozenTeacher(b)], mean="logits")(batch())
     expected = torch.log_softmax((a(batch()["input"]) + b(batch()["input"])) / 2, -1)
     assert torch.allclose(said.log_probs(), expected, atol=1e-6)
 
@@ -256,7 +256,9 @@ def test_timms_own_gradient_checkpointing_trains_a_tapped_block() -> None:
 def test_closing_leaves_no_hook_and_the_teachers_mode_as_it_was() -> None:
     student, teacher, other = Net(), Net(9, seed=1).train(), Net(9, seed=2).eval()
     module = Distillation(
-        student, {"teacher": Ensemble([Frozen(other)]), "wide": teacher}, [CrossEntropy(), KD(), _reading(ND(), "wide")]
+        student,
+        {"teacher": Ensemble([FrozenTeacher(other)]), "wide": teacher},
+        [CrossEntropy(), KD(), _reading(ND(), "wide")],
     )
     module.build(batch())
     assert not teacher.training and hooks(student) == 1 and hooks(teacher) == 1

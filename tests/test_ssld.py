@@ -12,7 +12,7 @@ from torch import nn
 
 from stillhouse.config.specs import DataSpec, ModelSpec, TrainSpec
 from stillhouse.data import Loader, load
-from stillhouse.data.joined import Joined, Part, unlabelled
+from stillhouse.data.joined import JoinedDataset, Part, unlabelled
 from stillhouse.distillation.distillation import Distillation
 from stillhouse.distillation.objective import Progress
 from stillhouse.errors import UserError
@@ -100,7 +100,7 @@ def test_a_pool_is_normalised_as_the_target_is_and_gives_no_labels() -> None:
     target = load(DataSpec(name="digits", size=50))
     pool = load(DataSpec(name="digits", size=80, seed=3))
     pool.task = replace(pool.task, mean=(0.5,), std=(0.2,))
-    joined = Joined(
+    joined = JoinedDataset(
         [
             Part(target.dataset("train", train=False), np.arange(50), labelled=True),
             unlabelled(pool, target, train=False),
@@ -120,7 +120,7 @@ def test_a_pool_is_normalised_as_the_target_is_and_gives_no_labels() -> None:
 def test_a_shuffled_join_gives_every_sample_once() -> None:
     target = load(DataSpec(name="digits", size=50))
     rows = np.array([4, 9, 11])
-    joined = Joined(
+    joined = JoinedDataset(
         [Part(target.dataset("train", train=False), np.arange(50)), unlabelled(target, target, rows, train=False)]
     )
     alone = next(iter(Loader(joined, 53)))["input"]

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from stillhouse.config.specs import MethodConfig, ModelSpec, TrainSpec
-from stillhouse.distillation.teachers import Frozen, PastSelf
+from stillhouse.distillation.teachers import FrozenTeacher, PastSelf
 from stillhouse.errors import UserError
 from stillhouse.runs.method import Stage
 from stillhouse.runs.run import Run
@@ -32,7 +32,7 @@ def test_equal_objects_share_a_result_and_others_do_not(tmp_path: Path) -> None:
 
     def compute(network: nn.Module, **changed: object) -> object:
         uses = {
-            "teacher": Frozen(network),
+            "teacher": FrozenTeacher(network),
             "network": network,
             "rows": torch.arange(3),
             "model": ModelSpec(model="stillhouse:mlp"),

@@ -20,7 +20,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from stillhouse import Frozen
+from stillhouse import FrozenTeacher
 from stillhouse.config.specs import StoreSpec
 from stillhouse.data import BatchKey, IndexedDataset, Loader
 from stillhouse.data.dataset import ItemInputs, PixelInputs
@@ -73,7 +73,7 @@ def written(
     folder: Path, net: Net | None = None, data: Any = None, *, rank: int = 0, world: int = 1, **spec: Any
 ) -> Store:
     keep = StoreSpec(**{"shard_rows": 16, **spec})
-    cache(Frozen(net or Net()), data or dataset(), folder, keep, batch_size=8, rank=rank, world=world, **FACTS)
+    cache(FrozenTeacher(net or Net()), data or dataset(), folder, keep, batch_size=8, rank=rank, world=world, **FACTS)
     return Store(folder)
 
 
@@ -104,7 +104,7 @@ def test_rows_come_in_any_order_as_the_live_teacher_gives_them(tmp_path: Path):
     rows = np.array([49, 3, 17, 3, 30])
     for view in (0, 1):
         batch = data.batch(BatchKey(view, rows, 0, 5), 0)
-        live = Frozen(net)
+        live = FrozenTeacher(net)
         live.attach({"embedding", "tap:body"}, batch, net)
         said, held = live(batch), store.read(rows, view)
         torch.testing.assert_close(held["logits"], said.logits)
@@ -554,14 +554,14 @@ def test_a_sample_longer_than_the_teachers_context_is_named_and_what_was_written
     model = Tagger()
     model.config = SimpleNamespace(max_position_embeddings=4)
     with pytest.raises(UserError, match="Sample 4 has 5 tokens, but the teacher reads at most 4"):
-        cache(Frozen(model), Text(), tmp_path / "s", StoreSpec(shard_rows=4), batch_size=2, **FACTS)
+        cache(FrozenTeacher(model), Text(), tmp_path / "s", StoreSpec(shard_rows=4), batch_size=2, **FACTS)
     assert (tmp_path / "s/shards/000000.json").exists()
     model.config.max_position_embeddings = 5
-    assert cache(Frozen(model), Text(), tmp_path / "s", StoreSpec(shard_rows=4), batch_size=2, **FACTS) == 4
+    assert cache(FrozenTeacher(model), Text(), tmp_path / "s", StoreSpec(shard_rows=4), batch_size=2, **FACTS) == 4
 
 
 def test_signals_of_tokens_lie_where_their_labels_are(tmp_path: Path):
-    cache(Frozen(Tagger()), Text(), tmp_path / "s", StoreSpec(top=2, shard_rows=7), batch_size=4, **FACTS)
+    cache(FrozenTeacher(Tagger()), Text(), tmp_path / "s", StoreSpec(top=2, shard_rows=7), batch_size=4, **FACTS)
     store = Store(tmp_path / "s")
     assert store.tokens == sum(i % 5 + 1 for i in range(20))
     rows = np.array([19, 0, 8, 7, 13])

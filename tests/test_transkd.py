@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from stillhouse.config.specs import ModelSpec
 from stillhouse.distillation.distillation import Distillation
 from stillhouse.distillation.objective import Progress
-from stillhouse.distillation.teachers import Frozen
+from stillhouse.distillation.teachers import FrozenTeacher
 from stillhouse.errors import UserError
 from stillhouse.models import build
 from stillhouse.objectives.transkd import (
@@ -41,7 +41,7 @@ def batch(count: int = 2, size: tuple[int, int] = (64, 96)) -> Batch:
 
 
 def module(student: nn.Module, teacher: nn.Module, given: Batch, **options: object) -> Distillation:
-    made = Distillation(student, Frozen(teacher, task=TASK), [TransKD(**options)], task=TASK)
+    made = Distillation(student, FrozenTeacher(teacher, task=TASK), [TransKD(**options)], task=TASK)
     return made.build(given).train()
 
 

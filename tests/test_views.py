@@ -12,7 +12,7 @@ from torch import nn
 from stillhouse.config.specs import DataSpec, MethodConfig, ModelSpec, TeacherSpec
 from stillhouse.data import BatchKey, Loader, load
 from stillhouse.distillation.own_input import OwnInput, ViewInput
-from stillhouse.distillation.teachers import Frozen
+from stillhouse.distillation.teachers import FrozenTeacher
 from stillhouse.errors import UserError
 from stillhouse.runs.run import Run
 
@@ -47,14 +47,14 @@ def test_views_leave_the_input_as_it_is_and_evaluation_has_none():
 def test_a_teacher_reads_its_view():
     one, net = batch(), nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
     own = OwnInput(((0.3055,), (0.3762,)), ((0.5,), (0.5,)))
-    frozen = Frozen(net, prepare=ViewInput("strong", own))
+    frozen = FrozenTeacher(net, prepare=ViewInput("strong", own))
     expected = net(own({"input": one["views"]["strong"]})["input"])
     assert torch.equal(frozen(one).logits, expected)
     without = {k: v for k, v in one.items() if k != "views"}
     assert torch.equal(frozen(without).logits, net(own(without)["input"]))
-    assert frozen.fingerprint() != Frozen(net, prepare=own).fingerprint()
+    assert frozen.fingerprint() != FrozenTeacher(net, prepare=own).fingerprint()
     with pytest.raises(UserError, match=r"no view 'strnog' in this batch.*did you mean 'strong'"):
-        Frozen(net, prepare=ViewInput("strnog"))(one)
+        FrozenTeacher(net, prepare=ViewInput("strnog"))(one)
 
 
 def test_a_recipes_teacher_reads_one_of_the_datas_views(tmp_path: Path):

@@ -28,12 +28,12 @@ _FACE = {
     "Objective": "stillhouse.distillation.objective",
     "WeightSchedule": "stillhouse.distillation.objective",
     "Distillation": "stillhouse.distillation.distillation",
-    "CoTrained": "stillhouse.distillation.teachers",
+    "CoTrainedTeacher": "stillhouse.distillation.teachers",
     "Ensemble": "stillhouse.distillation.teachers",
-    "Frozen": "stillhouse.distillation.teachers",
+    "FrozenTeacher": "stillhouse.distillation.teachers",
     "Momentum": "stillhouse.distillation.teachers",
     "PastSelf": "stillhouse.distillation.teachers",
-    "Stored": "stillhouse.distillation.teachers",
+    "StoredTeacher": "stillhouse.distillation.teachers",
     "Teacher": "stillhouse.distillation.teachers",
     "Store": "stillhouse.store",
     "StoredDataset": "stillhouse.store",
@@ -68,12 +68,12 @@ if TYPE_CHECKING:
     from stillhouse.distillation.distillation import Distillation as Distillation
     from stillhouse.distillation.objective import Objective as Objective
     from stillhouse.distillation.objective import WeightSchedule as WeightSchedule
-    from stillhouse.distillation.teachers import CoTrained as CoTrained
+    from stillhouse.distillation.teachers import CoTrainedTeacher as CoTrainedTeacher
     from stillhouse.distillation.teachers import Ensemble as Ensemble
-    from stillhouse.distillation.teachers import Frozen as Frozen
+    from stillhouse.distillation.teachers import FrozenTeacher as FrozenTeacher
     from stillhouse.distillation.teachers import Momentum as Momentum
     from stillhouse.distillation.teachers import PastSelf as PastSelf
-    from stillhouse.distillation.teachers import Stored as Stored
+    from stillhouse.distillation.teachers import StoredTeacher as StoredTeacher
     from stillhouse.distillation.teachers import Teacher as Teacher
     from stillhouse.errors import UserError as UserError
     from stillhouse.runs.method import Method as Method

@@ -16,7 +16,7 @@ from stillhouse.distillation.distillation import Distillation
 from stillhouse.distillation.teachers import Teacher
 from stillhouse.distillation.weighted import Objectives
 from stillhouse.errors import UserError
-from stillhouse.training.display import Bars, Live
+from stillhouse.training.display import Bars, Display
 from stillhouse.training.engine import fit
 from stillhouse.training.optimizers import trained_in_float32
 
@@ -80,7 +80,7 @@ def distill(
         trained_in_float32(student)
     module = Distillation(student, teacher, objectives, seed=seed)
     with tempfile.TemporaryDirectory() as temporary:
-        live = Bars() if progress else Live()
+        live = Bars() if progress else Display()
         try:
             where = Path(folder).expanduser() if folder is not None else Path(temporary)
             fit(module, loader, spec, folder=where, seed=seed, evaluate=evaluate, splits={"train": loader}, live=live)
@@ -125,7 +125,7 @@ def run_recipe(
 
     config = load(recipe, variant, overrides or {})
     root = None if data_root is None else str(data_root)
-    return execute(config, folder, data_root=root, live=Bars() if progress else Live(), overwrite=overwrite, cpu=cpu)
+    return execute(config, folder, data_root=root, live=Bars() if progress else Display(), overwrite=overwrite, cpu=cpu)
 
 
 def _check_types(teacher: Any, student: Any, objectives: Any) -> None:

@@ -1,4 +1,4 @@
-"""`Joined`: chosen samples of several data sets as one, such as a target set with an unlabelled pool beside it."""
+"""`JoinedDataset`: chosen samples of several data sets as one, such as a target set and an unlabelled pool."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def unlabelled(
     return Part(dataset, rows, own_std / std, (own_mean - mean) / std)
 
 
-class Joined:
+class JoinedDataset:
     """Several parts one after the other; what `stillhouse.data.Loader` asks of a data set. `index` counts through all
     parts."""
 

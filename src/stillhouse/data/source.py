@@ -101,7 +101,7 @@ def measured(samples: Samples) -> tuple[tuple[float, ...], tuple[float, ...]]:
 
 
 @dataclass
-class InMemory:
+class InMemoryImages:
     """Images (N, C, H, W), uint8 or float pixels, as `Samples` read them."""
 
     images: Tensor
@@ -115,7 +115,7 @@ class InMemory:
 
 def in_memory(images: Tensor, labels: np.ndarray) -> Samples:
     """Samples of uint8 images (N, C, H, W) that are all in memory."""
-    held = InMemory(images)
+    held = InMemoryImages(images)
     return Samples(
         labels,
         digest(tuple(images.shape), images[torch.from_numpy(evenly(len(images), 1000))].numpy()),

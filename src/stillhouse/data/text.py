@@ -23,7 +23,7 @@ from stillhouse.data.token_dataset import Rows, TokenDataset, packed, taken
 from stillhouse.errors import UserError, unknown
 from stillhouse.files import digest
 from stillhouse.functional.counting import IGNORED
-from stillhouse.functional.ragged import Ragged
+from stillhouse.functional.ragged import RaggedArray
 from stillhouse.models.tokenizer import decoder_start, encode, identity, marks, size, tokenizer, with_marks
 from stillhouse.tasks.tokens import Tokens
 
@@ -169,7 +169,7 @@ def _rows(records: Records, task: str, tokens: Any, options: TextOptions, classe
         answers = [target + a + final for a in answers]
         fits = _fitted(prompts, options, f"{where}, prompts", ends=(len(before), len(after)))
         keep = np.flatnonzero(~empty & fits & _fitted(answers, options, f"{where}, completions", ends=(len(target), 0)))
-        return Rows(Ragged.of([prompts[i] for i in keep]), Ragged.of([answers[i] for i in keep]))
+        return Rows(RaggedArray.of([prompts[i] for i in keep]), RaggedArray.of([answers[i] for i in keep]))
     if task == "causal":
         whole = [before + p + a + close for p, a in zip(prompts, answers)]
         long = [len(w) for w in whole]
@@ -178,11 +178,11 @@ def _rows(records: Records, task: str, tokens: Any, options: TextOptions, classe
         # a cut takes from the prompt first; what is left of it is not learned
         given = [0 if options.prompt_loss else max(len(p) - (n - len(w)), 0) for p, n, w in zip(prompts, long, whole)]
         given = [max(g + len(before), 1) for g in given]
-        labels = Ragged.of([[IGNORED] * (given[i] - 1) + whole[i][given[i] :] for i in keep])
-        return Rows(Ragged.of([whole[i][:-1] for i in keep]), labels)
+        labels = RaggedArray.of([[IGNORED] * (given[i] - 1) + whole[i][given[i] :] for i in keep])
+        return Rows(RaggedArray.of([whole[i][:-1] for i in keep]), labels)
     whole = [before + p + a + after for p, a in zip(prompts, answers)]
     keep = np.flatnonzero(~empty & _fitted(whole, options, where, ends=(len(before), len(after))))
-    inputs = Ragged.of([whole[i] for i in keep])
+    inputs = RaggedArray.of([whole[i] for i in keep])
     return (
         Rows(inputs)
         if task == "masked"
@@ -210,18 +210,18 @@ def _blocks(text: str, task: str, tokens: Any, options: TextOptions, where: str)
     pieces = ids[: count * length].reshape(count, length)
     if not causal:
         return Rows(
-            Ragged.of([np.concatenate([before, piece, after]) for piece in pieces])
+            RaggedArray.of([np.concatenate([before, piece, after]) for piece in pieces])
             if before or after
             else _equal(pieces)
         )
     if not before:
         return Rows(_equal(pieces), _equal(ids[1 : count * length + 1].reshape(count, length)))
-    inputs = Ragged.of([[*before, *piece[:-1]] for piece in pieces])
-    return Rows(inputs, Ragged.of([[IGNORED] * (len(before) - 1) + piece.tolist() for piece in pieces]))
+    inputs = RaggedArray.of([[*before, *piece[:-1]] for piece in pieces])
+    return Rows(inputs, RaggedArray.of([[IGNORED] * (len(before) - 1) + piece.tolist() for piece in pieces]))
 
 
-def _equal(rows: np.ndarray) -> Ragged:
-    return Ragged(rows.ravel(), np.arange(len(rows) + 1, dtype=np.int64) * rows.shape[1])
+def _equal(rows: np.ndarray) -> RaggedArray:
+    return RaggedArray(rows.ravel(), np.arange(len(rows) + 1, dtype=np.int64) * rows.shape[1])
 
 
 def _fitted(

@@ -17,7 +17,7 @@ from stillhouse.data.dataset import BatchKey
 from stillhouse.errors import UserError
 from stillhouse.files import digest
 from stillhouse.functional.counting import IGNORED
-from stillhouse.functional.ragged import Ragged
+from stillhouse.functional.ragged import RaggedArray
 from stillhouse.models.tokenizer import size
 from stillhouse.randomness import key as keys
 from stillhouse.randomness import uniforms
@@ -29,9 +29,9 @@ class Rows:
     """What a split is made of: `inputs`, and where the task has them `labels` (tokens), `positions` (packed rows),
     `classes` (N,)."""
 
-    inputs: Ragged
-    labels: Ragged | None = None
-    positions: Ragged | None = None
+    inputs: RaggedArray
+    labels: RaggedArray | None = None
+    positions: RaggedArray | None = None
     classes: np.ndarray | None = None
 
     @property
@@ -139,8 +139,8 @@ def _packed_positions(positions: Tensor, inside: Tensor) -> Tensor:
 
 
 def taken(rows: Rows, which: np.ndarray) -> Rows:
-    def part(r: Ragged | None) -> Ragged | None:
-        return None if r is None else Ragged.of([r.values[r.starts[i] : r.starts[i + 1]] for i in which])
+    def part(r: RaggedArray | None) -> RaggedArray | None:
+        return None if r is None else RaggedArray.of([r.values[r.starts[i] : r.starts[i + 1]] for i in which])
 
     inputs = part(rows.inputs)
     assert inputs is not None
@@ -161,7 +161,7 @@ def packed(rows: Rows, context: int) -> Rows:
     starts = np.cumsum([0, *fills, used], dtype=np.int64)
     positions = np.arange(len(rows.inputs.values)) - np.repeat(rows.inputs.starts[:-1], rows.inputs.lengths)
     return Rows(
-        Ragged(rows.inputs.values, starts),
-        Ragged(rows.labels.values, starts),
-        Ragged(positions.astype(np.int64), starts),
+        RaggedArray(rows.inputs.values, starts),
+        RaggedArray(rows.labels.values, starts),
+        RaggedArray(positions.astype(np.int64), starts),
     )

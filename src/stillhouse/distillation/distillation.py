@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from stillhouse.distillation.objective import Context, Objective, Progress
-from stillhouse.distillation.teachers import PLAIN, Frozen, Reader, Stored, Teacher
-from stillhouse.distillation.weighted import Objectives, Weighted, objective_from_spec
+from stillhouse.distillation.teachers import PLAIN, FrozenTeacher, Reader, StoredTeacher, Teacher
+from stillhouse.distillation.weighted import Objectives, WeightedObjective, objective_from_spec
 from stillhouse.errors import UserError, nearest
 from stillhouse.functional.counting import counted
 from stillhouse.models.token_labels import place, refuse_copies
@@ -31,7 +31,8 @@ class Distillation(TrainingModule):
 
     Args:
         student: the model being trained.
-        teachers: one teacher, several by name, or none. A plain `nn.Module` becomes a `Frozen` teacher named "teacher".
+        teachers: one teacher, several by name, or none. A plain `nn.Module` becomes a `FrozenTeacher`
+            named "teacher".
         objectives: names ("kd"), mappings ({"name": "kd", "temperature": 2}), objectives, or (objective, weight) pairs;
             a weight is a number or a `WeightSchedule`; default: the published weight.
         seed: seeds the objectives' own layers.
@@ -64,7 +65,7 @@ class Distillation(TrainingModule):
         self.seed = seed
         named = dict(teachers) if isinstance(teachers, Mapping) else ({} if teachers is None else {"teacher": teachers})
         wrapped: dict[str, Teacher] = {
-            name: t if isinstance(t, Teacher) else Frozen(t, name=name) for name, t in named.items()
+            name: t if isinstance(t, Teacher) else FrozenTeacher(t, name=name) for name, t in named.items()
         }
         self.learning = nn.ModuleDict({name: t for name, t in wrapped.items() if isinstance(t, nn.Module)})
         self._still = {name: t for name, t in wrapped.items() if not isinstance(t, nn.Module)}
@@ -87,14 +88,14 @@ class Distillation(TrainingModule):
         self._stepping = [e for e in self.entries if type(e.objective).before_step is not Objective.before_step]
 
     @staticmethod
-    def entry(item: Any) -> Weighted:
+    def entry(item: Any) -> WeightedObjective:
         """An objective in any of the forms that `objectives` takes, with its weight and its name in logs."""
-        if isinstance(item, Weighted):
+        if isinstance(item, WeightedObjective):
             return item
         if not isinstance(item, Objective | tuple):
             return objective_from_spec(item)
         objective, weight = item if isinstance(item, tuple) else (item, item.default_weight)
-        return Weighted(objective, weight, getattr(objective, "name", type(objective).__name__.lower()))
+        return WeightedObjective(objective, weight, getattr(objective, "name", type(objective).__name__.lower()))
 
     def _distinct_labels(self) -> None:
         labels = [e.label for e in self.entries]
@@ -202,7 +203,7 @@ class Distillation(TrainingModule):
                     "without label smoothing can"
                 )
         for name, teacher in self.teachers.items():
-            if not isinstance(teacher, Stored) and len(teacher.readers()) != 1:
+            if not isinstance(teacher, StoredTeacher) and len(teacher.readers()) != 1:
                 return f"the teacher '{name}' is no single network and no store"
         return None
 
@@ -214,7 +215,7 @@ class Distillation(TrainingModule):
             if need.startswith(side) and (teacher is None or e.objective.teacher == teacher)
         }
 
-    def _check_needs(self, entry: Weighted, teachers: Mapping[str, Teacher], batch: Batch) -> None:
+    def _check_needs(self, entry: WeightedObjective, teachers: Mapping[str, Teacher], batch: Batch) -> None:
         objective = entry.objective
         wanted = {n.removeprefix("teacher.").partition(":")[0] for n in objective.needs if n.startswith("teacher.")}
         if wanted:
@@ -244,7 +245,7 @@ class Distillation(TrainingModule):
                 )
 
     @staticmethod
-    def _check_classes(entry: Weighted, student: Signals, teacher: Signals) -> None:
+    def _check_classes(entry: WeightedObjective, student: Signals, teacher: Signals) -> None:
         if "teacher.logits" not in entry.objective.needs or not getattr(entry.objective, "same_classes", True):
             return
         classes = (
@@ -276,7 +277,7 @@ class Distillation(TrainingModule):
             )
 
     @staticmethod
-    def _check_positions(entry: Weighted, student: Signals, batch: Batch) -> None:
+    def _check_positions(entry: WeightedObjective, student: Signals, batch: Batch) -> None:
         """Refuse predictions of positions for an objective of samples, and labels that do not stand where the
         predictions stand."""
         logits = student.logits

@@ -1,6 +1,6 @@
-"""Teachers: what each source of knowledge gives for a batch. Frozen and Ensemble are plain objects, so they are in no
-checkpoint and no optimiser; Momentum, PastSelf and CoTrained learn with the student, so they are modules that are saved
-and restored.
+"""Teachers: what each source of knowledge gives for a batch. FrozenTeacher and Ensemble are plain objects, so they are
+in no checkpoint and no optimiser; Momentum, PastSelf and CoTrainedTeacher learn with the student, so they are modules
+that are saved and restored.
 """
 
 from __future__ import annotations
@@ -183,7 +183,7 @@ class Teacher:
         """Remove its hooks."""
 
 
-class Frozen(Teacher):
+class FrozenTeacher(Teacher):
     """A live network that is not trained: evaluation mode, no autograd, at most one forward a batch. Its outputs are
     ordinary tensors, usable as targets.
 
@@ -229,7 +229,7 @@ class Frozen(Teacher):
             self.model.eval()
         return self._reader(batch)
 
-    def to(self, device: Any) -> Frozen:
+    def to(self, device: Any) -> FrozenTeacher:
         self.model.to(device)
         return self
 
@@ -254,7 +254,7 @@ class Ensemble(Teacher):
 
     gives = frozenset({"logits"})
 
-    def __init__(self, members: Sequence[Frozen], mean: Literal["probs", "logits"] = "probs") -> None:
+    def __init__(self, members: Sequence[FrozenTeacher], mean: Literal["probs", "logits"] = "probs") -> None:
         if not members:
             raise UserError("An ensemble needs at least one member.")
         self.members, self.mean = list(members), mean
@@ -293,7 +293,7 @@ class NotLive(UserError, AttributeError):
     """A stored teacher was asked for the network itself."""
 
 
-class Stored(Teacher):
+class StoredTeacher(Teacher):
     """A teacher whose signals were stored: they come with each batch, under `stored`, from a store
     (`stillhouse.store.Store`).
 
@@ -439,7 +439,7 @@ class PastSelf(nn.Module, Teacher):
             self.table = state["table"].to(device)
 
 
-class CoTrained(nn.Module, Teacher):
+class CoTrainedTeacher(nn.Module, Teacher):
     """A peer that is trained together with the student. Its signals arrive attached: each objective detaches what its
     paper detaches."""
 

@@ -1,4 +1,4 @@
-"""`Weighted`: an objective with its weight and its name in logs; and how a recipe's entry becomes one."""
+"""`WeightedObjective`: an objective with its weight and its name in logs; and how a recipe's entry becomes one."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from stillhouse.training.context import Progress
 
 
 @dataclass(frozen=True)
-class Weighted:
+class WeightedObjective:
     """An objective in a distillation: its weight (a number, or a schedule) and its name in logs."""
 
     objective: Objective
@@ -29,14 +29,14 @@ class Weighted:
 
 
 Objectives = Sequence[
-    str | Mapping[str, Any] | ObjectiveSpec | Objective | tuple[Objective, float | WeightSchedule] | Weighted
+    str | Mapping[str, Any] | ObjectiveSpec | Objective | tuple[Objective, float | WeightSchedule] | WeightedObjective
 ]
 """Names ("kd"), mappings ({"name": "kd", "temperature": 2}), entries of a recipe, objectives, or (objective, weight)
 pairs."""
 
 
 def objective_from_spec(spec: str | Mapping[str, Any] | ObjectiveSpec) -> Any:
-    """A recipe entry as a `stillhouse.distillation.weighted.Weighted` objective."""
+    """A recipe entry as a `stillhouse.distillation.weighted.WeightedObjective` objective."""
     if not isinstance(spec, ObjectiveSpec):
         try:
             spec = ObjectiveSpec.model_validate(spec)
@@ -50,7 +50,7 @@ def objective_from_spec(spec: str | Mapping[str, Any] | ObjectiveSpec) -> Any:
     if isinstance(weight, WeightSpec):
         weight = WeightSchedule(**weight.model_dump())
     name: str = getattr(cls, "name", spec.name)
-    return Weighted(objective, weight, spec.label or name)
+    return WeightedObjective(objective, weight, spec.label or name)
 
 
 def check_objective(spec: ObjectiveSpec, where: str, path: tuple[Any, ...]) -> None:

@@ -17,7 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from stillhouse.errors import UserError
 from stillhouse.evaluation.classification import PLAIN
-from stillhouse.evaluation.judge import Judged
+from stillhouse.evaluation.judge import JudgedTask
 from stillhouse.signals import Batch, call_model, evaluating, read_logits
 
 
@@ -26,7 +26,7 @@ def parameters(model: nn.Module) -> int:
     return sum(p.numel() for p in model.parameters())
 
 
-def multiply_adds(model: nn.Module, batch: Batch, task: Judged = PLAIN) -> int:
+def multiply_adds(model: nn.Module, batch: Batch, task: JudgedTask = PLAIN) -> int:
     """Multiply-adds of one forward pass for ONE sample (the first of the batch): convolutions, matrix products,
     attention and recurrent layers.
 
@@ -46,7 +46,7 @@ def multiply_adds(model: nn.Module, batch: Batch, task: Judged = PLAIN) -> int:
 
 
 def latency(
-    model: nn.Module, batch: Batch, task: Judged = PLAIN, repeats: int = 30, warmup: int = 5
+    model: nn.Module, batch: Batch, task: JudgedTask = PLAIN, repeats: int = 30, warmup: int = 5
 ) -> dict[str, float]:
     """Milliseconds of a forward pass for one sample (the first of the batch): the `median` over repeats, with `low` and
     `high`, its 10th and 90th percentile.

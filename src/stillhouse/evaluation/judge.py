@@ -22,7 +22,7 @@ class Meter(Protocol):
         ...
 
 
-class Judged(Protocol):
+class JudgedTask(Protocol):
     """What judging asks of a task (see `stillhouse.tasks.base.Task`)."""
 
     def call(self, model: nn.Module, batch: Batch, *, losses: bool = False) -> Any: ...
@@ -43,7 +43,7 @@ M = TypeVar("M", bound=Meter)
 
 
 def judge(
-    task: Judged,
+    task: JudgedTask,
     model: nn.Module,
     loader: Iterable[Batch],
     device: torch.device | str = "cpu",
@@ -64,7 +64,7 @@ def judge(
     return measured(task, model, loader, device, task.meter(groups)).figures()
 
 
-def measured(task: Judged, model: nn.Module, loader: Iterable[Batch], device: torch.device | str, meter: M) -> M:
+def measured(task: JudgedTask, model: nn.Module, loader: Iterable[Batch], device: torch.device | str, meter: M) -> M:
     """The meter, after it was given the network's outputs for every batch."""
     with evaluating(model):
         for number, batch in enumerate(loader):

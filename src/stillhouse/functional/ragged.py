@@ -11,14 +11,14 @@ from torch import Tensor
 
 
 @dataclass(frozen=True)
-class Ragged:
+class RaggedArray:
     """Rows of different lengths: row i is `values[starts[i]:starts[i + 1]]`."""
 
     values: np.ndarray  # (T,) int64
     starts: np.ndarray  # (N + 1,) int64
 
     @classmethod
-    def of(cls, rows: Sequence[Sequence[int] | np.ndarray]) -> Ragged:
+    def of(cls, rows: Sequence[Sequence[int] | np.ndarray]) -> RaggedArray:
         starts = np.cumsum([0, *map(len, rows)], dtype=np.int64)
         return cls(np.concatenate([np.asarray(r, np.int64) for r in rows]) if rows else np.zeros(0, np.int64), starts)
 

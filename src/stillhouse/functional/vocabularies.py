@@ -18,14 +18,14 @@ from stillhouse.errors import UserError
 
 
 @dataclass(frozen=True)
-class Mapped:
+class TokenMap:
     """The teacher's id of each of the student's tokens."""
 
     ids: Tensor  # (V_student,) int64
     same: bool  # whether both number tokens alike
 
 
-def mapped(student: Mapping[str, int], teacher: Mapping[str, int]) -> Mapped:
+def mapped(student: Mapping[str, int], teacher: Mapping[str, int]) -> TokenMap:
     """The teacher's ids of the student's tokens, matched by their strings.
 
     Args:
@@ -38,7 +38,7 @@ def mapped(student: Mapping[str, int], teacher: Mapping[str, int]) -> Mapped:
     tensor([2, 0])
     """
     if all(teacher.get(token) == at for token, at in student.items()):
-        return Mapped(torch.arange(max(student.values()) + 1), True)
+        return TokenMap(torch.arange(max(student.values()) + 1), True)
     missing = [t for t in student if t not in teacher]
     if missing:
         shown = ", ".join(repr(t) for t in sorted(missing, key=student.__getitem__)[:3])
@@ -57,7 +57,7 @@ def mapped(student: Mapping[str, int], teacher: Mapping[str, int]) -> Mapped:
     ids = torch.empty(len(student), dtype=torch.int64)
     for token, at in student.items():
         ids[at] = teacher[token]
-    return Mapped(ids, False)
+    return TokenMap(ids, False)
 
 
 def trimmed(student_logits: Tensor, teacher_logits: Tensor, tokens: int | None = None) -> tuple[Tensor, Tensor]:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from stillhouse.errors import UserError
 from stillhouse.functional.heads import Head
-from stillhouse.functional.vocabularies import Mapped, mapped
+from stillhouse.functional.vocabularies import TokenMap, mapped
 from stillhouse.models.tokenizer import encode, marks, tokenizer
 from stillhouse.signals import evaluating, read_logits
 
@@ -56,7 +56,7 @@ class OtherIds(nn.Module):
 
     ids: Tensor
 
-    def __init__(self, model: nn.Module, ids: Mapped) -> None:
+    def __init__(self, model: nn.Module, ids: TokenMap) -> None:
         super().__init__()
         self.model = model
         self.register_buffer("ids", ids.ids, persistent=False)

@@ -22,7 +22,7 @@ layer_norm: Any = partial(nn.LayerNorm, eps=1e-6)
 """Layer norm with the epsilon of these networks."""
 
 
-class Encoded(NamedTuple):
+class EncoderOutput(NamedTuple):
     """What an encoder gives for N = 1 + K tokens, the class token first.
 
     Attributes:
@@ -144,7 +144,7 @@ def encode(
     ids_keep: Tensor | None = None,
     outputs_of: Sequence[int] = (),
     stop: bool = False,
-) -> Encoded:
+) -> EncoderOutput:
     """Run an encoder on given patches.
 
     Args:
@@ -161,8 +161,8 @@ def encode(
         if i in outputs_of:
             found.append(x)
             if stop and len(found) == len(outputs_of):
-                return Encoded(None, found)
-    return Encoded(vit.norm(x), found)
+                return EncoderOutput(None, found)
+    return EncoderOutput(vit.norm(x), found)
 
 
 class MaskedDecoder(nn.Module):

@@ -114,7 +114,7 @@ class PatchMerging(nn.Module):
         return out
 
 
-class BesideClassTokens(nn.Module):
+class PatchesOnly(nn.Module):
     """Applies `fn` to the patches alone: the first `class_tokens` tokens pass by."""
 
     def __init__(self, fn: nn.Module, class_tokens: int) -> None:
@@ -194,7 +194,7 @@ def token_branch(
     blocks = [
         Block(width, HEADS, mlp_ratio=4.0, qkv_bias=False, norm_layer=nn.LayerNorm) for _ in range(max(4 - stage, 1))
     ]
-    first = BesideClassTokens(nn.Sequential(*merging), class_tokens)
+    first = PatchesOnly(nn.Sequential(*merging), class_tokens)
     return initialised(
         nn.Sequential(first, nn.Sequential(*blocks), Readout(class_tokens), nn.Linear(width, num_classes))
     )

@@ -10,7 +10,7 @@ from pydantic import Field
 from torch import Tensor
 
 from stillhouse.config.specs import Data, DataSpec, MethodConfig, Model, TrainSpec
-from stillhouse.distillation.teachers import Frozen
+from stillhouse.distillation.teachers import FrozenTeacher
 from stillhouse.evaluation.cost import times_in_turns
 from stillhouse.pretraining.probing import FineTune, ProbeSpec, fine_tuned, probed
 from stillhouse.runs.judging import check_groups
@@ -104,7 +104,7 @@ def judged(
     config: PretrainingConfig,
     weights: Mapping[str, Tensor],
     figures: Mapping[str, float],
-    teacher: Frozen | None = None,
+    teacher: FrozenTeacher | None = None,
 ) -> Student:
     """The encoder with a linear probe as its classifier; a copy of it is fine-tuned where the recipe says so.
 

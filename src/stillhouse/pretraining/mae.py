@@ -16,7 +16,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from stillhouse.config.specs import Data, DataSpec, ModelSpec, Spec, TrainSpec
-from stillhouse.distillation.teachers import Frozen
+from stillhouse.distillation.teachers import FrozenTeacher
 from stillhouse.errors import UserError
 from stillhouse.functional.masking import Masking, masked_pixel_loss, patchify, random_masking, visible_count
 from stillhouse.nn.masked_vit import MaskedDecoder, as_encoder, decay_groups, encode, fix_positions, grid_of, tokens_of
@@ -192,7 +192,7 @@ def teacher_figures(
 ) -> dict[str, float]:
     """A teacher's figures under the probes of its student, as the stage `teacher.probe`; the teacher stays as it is."""
     uses = {
-        "teacher": Frozen(teacher),
+        "teacher": FrozenTeacher(teacher),
         "probe": probe,
         "split": run.judging_data()[1],
         "data": run.data(data),
@@ -207,7 +207,7 @@ def fine_tuned_teacher(
     teacher: VisionTransformer,
     data: DataSpec,
     tune: FineTune,
-) -> tuple[Frozen, float]:
+) -> tuple[FrozenTeacher, float]:
     """A copy of the teacher, fine-tuned with labels as the stage `fine_tuned_teacher` (shared), and its accuracy."""
 
     def make() -> dict[str, Any]:
@@ -217,8 +217,8 @@ def fine_tuned_teacher(
 
     few = tune.data(data, run.data(data).num_classes)
     options = {**tune.model_dump(mode="json"), "train": tune.train.identity()}
-    uses = {"tune": options, "from": Frozen(teacher).fingerprint(), "seed": spec.seed, **training_data(run, few)}
+    uses = {"tune": options, "from": FrozenTeacher(teacher).fingerprint(), "seed": spec.seed, **training_data(run, few)}
     stored = run.stage("fine_tuned_teacher", make, uses)
     model = run.model(spec.network.model_copy(update={"checkpoint": None, "pretrained": False}), data)
     model.load_state_dict(stored["weights"])
-    return Frozen(model.to(run.device)), stored["figures"]["accuracy"]
+    return FrozenTeacher(model.to(run.device)), stored["figures"]["accuracy"]

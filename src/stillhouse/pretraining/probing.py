@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from stillhouse.config.specs import DataSpec, ModelSpec, Objectives, ObjectiveSpec, Spec, TrainSpec
 from stillhouse.distillation.distillation import Distillation
-from stillhouse.distillation.teachers import Frozen, Reader
+from stillhouse.distillation.teachers import FrozenTeacher, Reader
 from stillhouse.distillation.weighted import objective_from_spec
 from stillhouse.errors import UserError
 from stillhouse.evaluation.probes import collect_features, knn_accuracy, linear_probe, probe_accuracy
@@ -126,7 +126,7 @@ def fine_tuned(
     weights: Mapping[str, Tensor],
     data: DataSpec,
     tune: FineTune,
-    teacher: Frozen | None = None,
+    teacher: FrozenTeacher | None = None,
 ) -> tuple[nn.Module, dict[str, float]]:
     """The encoder with a new classifier, trained on the labelled samples: the network and its test figures.
 

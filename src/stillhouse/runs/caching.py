@@ -18,7 +18,7 @@ from stillhouse.runs.stores import data_facts, make
 from stillhouse.store.reading import Store
 from stillhouse.store.server import Server
 from stillhouse.tasks.tokens import Tokens
-from stillhouse.training.display import Live
+from stillhouse.training.display import Display
 
 TooLongIs = Literal["refuse", "skip"]
 
@@ -70,7 +70,7 @@ def make_for(
     jobs: int = 2,
     data_root: str | None = None,
     cpu: bool = False,
-    live: Live | None = None,
+    live: Display | None = None,
 ) -> None:
     """Write the store of a recipe's teacher into a folder.
 
@@ -102,7 +102,7 @@ def make_from_server(
     workers: int = 4,
     too_long: TooLongIs = "refuse",
     data_root: str | None = None,
-    live: Live | None = None,
+    live: Display | None = None,
 ) -> None:
     """Write a store from a server's answers on a recipe's training text; its teacher, if it names one, is not looked
     at.

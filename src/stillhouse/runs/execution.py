@@ -27,7 +27,7 @@ from stillhouse.runs.gallery import write_gallery
 from stillhouse.runs.method import Stage
 from stillhouse.runs.products import Student
 from stillhouse.runs.run import Run
-from stillhouse.training.display import Live
+from stillhouse.training.display import Display
 
 
 def versions() -> dict[str, str]:
@@ -51,7 +51,7 @@ def execute(
     folder: str | Path,
     *,
     data_root: str | None = None,
-    live: Live | None = None,
+    live: Display | None = None,
     overwrite: bool = False,
     cpu: bool = False,
 ) -> dict[str, float]:
@@ -73,7 +73,7 @@ def execute(
 
 
 def _executed(
-    config: MethodConfig, folder: Path, data_root: str | None, live: Live | None, overwrite: bool, cpu: bool
+    config: MethodConfig, folder: Path, data_root: str | None, live: Display | None, overwrite: bool, cpu: bool
 ) -> dict[str, float]:
     text = dump(config)
     main = rank_world()[0] == 0

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from stillhouse.data import BatchKey
-from stillhouse.distillation.teachers import Frozen
+from stillhouse.distillation.teachers import FrozenTeacher
 from stillhouse.runs.products import Student
 from stillhouse.runs.run import Run
 from stillhouse.signals import Batch, Signals, evaluating, to_device
@@ -27,7 +27,7 @@ FOLDER = "pictures"
 @dataclass
 class _Networks:
     product: Student
-    teacher: Frozen | None
+    teacher: FrozenTeacher | None
 
     def student(self, batch: Batch) -> Signals:
         task = self.product.task

@@ -24,7 +24,7 @@ from stillhouse.processes import agreed, rank_world, wait
 
 
 @runtime_checkable
-class Fingerprinted(Protocol):
+class FingerprintedValue(Protocol):
     """What names its content by a hash: data (an attribute), teachers and products (a method)."""
 
     @property
@@ -66,7 +66,7 @@ def as_json(value: Any, where: str = "uses") -> Any:
         return hashlib.blake2b(value.read_bytes(), digest_size=16).hexdigest()
     if isinstance(value, torch.dtype | torch.device):
         return str(value)
-    if isinstance(value, Fingerprinted):
+    if isinstance(value, FingerprintedValue):
         found = value.fingerprint() if callable(value.fingerprint) else value.fingerprint
         if found is not None:
             return found

@@ -11,14 +11,14 @@ import torch
 from torch import Tensor
 
 from stillhouse.config.specs import MethodConfig, TrainSpec
-from stillhouse.distillation.teachers import Frozen
+from stillhouse.distillation.teachers import FrozenTeacher
 from stillhouse.errors import UserError
 from stillhouse.files import cache_folder
 from stillhouse.runs.data import RunData
 from stillhouse.runs.method import Stage
 from stillhouse.runs.stages import cached
-from stillhouse.training.display import Live
-from stillhouse.training.engine import Fitted, fit
+from stillhouse.training.display import Display
+from stillhouse.training.engine import FitResult, fit
 from stillhouse.training.loop import loop
 from stillhouse.training.module import TrainingModule
 
@@ -41,14 +41,14 @@ class RunStages(RunData):
         config: MethodConfig,
         *,
         data_root: str | None = None,
-        live: Live | None = None,
+        live: Display | None = None,
         cpu: bool = False,
     ) -> None:
         super().__init__(config, data_root)
-        self._folder, self.live, self.cpu = folder, live or Live(), cpu
+        self._folder, self.live, self.cpu = folder, live or Display(), cpu
         self.planned: set[str] | None = None
         self.record: dict[str, Any] = {}  # further facts for environment.json and the report
-        self.live_teachers: list[Frozen] = []  # for the pictures of the report
+        self.live_teachers: list[FrozenTeacher] = []  # for the pictures of the report
 
     @property
     def folder(self) -> Path:
@@ -106,7 +106,7 @@ class RunStages(RunData):
         *,
         evaluate: Callable[..., dict[str, float]] | None = None,
         splits: Mapping[str, Any] | None = None,
-    ) -> Fitted:
+    ) -> FitResult:
         """Train a module over a loader (see `stillhouse.training.engine.fit`) in this run's folder."""
         return fit(
             module,

@@ -8,7 +8,7 @@ from torch import nn
 
 from stillhouse.config.specs import DataSpec, InputSpec, ModelSpec, TeacherSpec, TrainSpec
 from stillhouse.distillation.own_input import OwnInput, ViewInput
-from stillhouse.distillation.teachers import Frozen
+from stillhouse.distillation.teachers import FrozenTeacher
 from stillhouse.errors import UserError, unknown
 from stillhouse.models import class_names
 from stillhouse.models.sources import published_normalisation
@@ -22,7 +22,7 @@ class RunTeachers(RunStages):
     def teacher(self, name: str, spec: TeacherSpec, data: DataSpec) -> Any:
         """A teacher from its spec; one without weights is trained first, as a stage that every recipe with the same
         teacher shares."""
-        from stillhouse.distillation.teachers import CoTrained, Ensemble, Momentum, PastSelf
+        from stillhouse.distillation.teachers import CoTrainedTeacher, Ensemble, Momentum, PastSelf
 
         if spec.store is not None:
             return self._stored(name, spec, data)
@@ -38,7 +38,7 @@ class RunTeachers(RunStages):
             past.start(self.loader(data, "train").labels(), bundle.num_classes)
             return past
         if spec.peer is not None:
-            return CoTrained(self.model(spec.peer, data, role=name), embedding=spec.peer.embedding)
+            return CoTrainedTeacher(self.model(spec.peer, data, role=name), embedding=spec.peer.embedding)
         task, its = self.data(data).task, self.data(spec.data or data).task
         if its.class_names != task.class_names and set(its.class_names) == set(task.class_names):
             raise UserError(
@@ -50,7 +50,7 @@ class RunTeachers(RunStages):
         prepare = self._prepare(spec, model, data)
         if type(its) is type(task):
             model, its = task.as_teacher(model, spec, its), task
-        teacher = Frozen(model, embedding=spec.embedding, name=name, task=its, prepare=prepare)
+        teacher = FrozenTeacher(model, embedding=spec.embedding, name=name, task=its, prepare=prepare)
         self.live_teachers.append(teacher)
         return teacher
 
@@ -107,7 +107,7 @@ class RunTeachers(RunStages):
     def _stored(self, name: str, spec: TeacherSpec, data: DataSpec) -> Any:
         """A teacher read from its store, which is written first where the recipe says what to keep and not where it
         is."""
-        from stillhouse.distillation.teachers import Stored
+        from stillhouse.distillation.teachers import StoredTeacher
         from stillhouse.runs.stores import data_facts, make
         from stillhouse.store import Store
 
@@ -130,7 +130,7 @@ class RunTeachers(RunStages):
                     "both with the same views and seed."
                 )
         opened.append(store)
-        return Stored(store, name=name)
+        return StoredTeacher(store, name=name)
 
     def trained(
         self, stage: str, model: nn.Module, spec: ModelSpec, train: TrainSpec, data: DataSpec, seed: int
@@ -163,7 +163,7 @@ class RunTeachers(RunStages):
             )
             return {"weights": state_on_cpu(model), "figures": figures}
 
-        start = {"start": Frozen(model).fingerprint()} if spec.pretrained or spec.checkpoint else {}
+        start = {"start": FrozenTeacher(model).fingerprint()} if spec.pretrained or spec.checkpoint else {}
         return self.stage(
             stage,
             make,

@@ -24,7 +24,7 @@ from stillhouse.store.format import index_dtype
 from stillhouse.store.reading import Store
 from stillhouse.store.server import Answer, Server, TooLong, Vocabulary
 from stillhouse.store.writing import StoreWriter, glance, manifest_of
-from stillhouse.training.display import Live
+from stillhouse.training.display import Display
 
 TooLongIs = Literal["refuse", "skip"]
 
@@ -42,7 +42,7 @@ def score(
     too_long: TooLongIs = "refuse",
     rank: int = 0,
     world: int = 1,
-    live: Live | None = None,
+    live: Display | None = None,
 ) -> int:
     """Ask a server for the top log-probabilities at every position of a causal data set whose label is not -100.
 
@@ -135,7 +135,7 @@ def write(
     too_long: TooLongIs = "refuse",
     rank: int = 0,
     world: int = 1,
-    live: Live | None = None,
+    live: Display | None = None,
 ) -> int:
     """Ask a server for a completion of each prompt (a text, or a chat's messages), and store it with the top
     log-probabilities of its tokens.
@@ -248,9 +248,9 @@ def _asked(
     what: str,
     rank: int,
     world: int,
-    live: Live | None,
+    live: Display | None,
 ) -> int:
-    live = live or Live()
+    live = live or Display()
     live.start("store", len(range(rank, writer.shards, world)), 0)
     written = 0
     for shard in writer.missing(rank, world):

@@ -19,7 +19,7 @@ from stillhouse.data.dataset import BatchKey, IndexedDataset
 from stillhouse.errors import UserError
 from stillhouse.signals import Batch, Signals
 from stillhouse.store import format as F
-from stillhouse.training.display import Live
+from stillhouse.training.display import Display
 
 SHARD_BYTES = 64 << 20
 
@@ -121,7 +121,7 @@ def manifest_of(
 
 
 class Source(Protocol):
-    """What `cache` reads signals from: a teacher of `stillhouse.distillation.teachers`, such as `Frozen`."""
+    """What `cache` reads signals from: a teacher of `stillhouse.distillation.teachers`, such as `FrozenTeacher`."""
 
     def to(self, device: Any) -> Any: ...
     def attach(self, wanted: Iterable[str], probe: Batch, student: Any) -> None: ...
@@ -142,12 +142,12 @@ def cache(
     rank: int = 0,
     world: int = 1,
     device: torch.device | str = "cpu",
-    live: Live | None = None,
+    live: Display | None = None,
 ) -> int:
     """Run a teacher over every view of a data set, and store its outputs.
 
     Args:
-        teacher: `Frozen` or `Ensemble`.
+        teacher: `FrozenTeacher` or `Ensemble`.
         dataset: what `Loader` takes; view v of sample i is its input at the key (spec.seed, v, i).
         teacher_facts, data_facts: their entries in the manifest.
         rank, world: this process's share of the shards.
@@ -188,7 +188,7 @@ def cache(
                 row_bytes=row_bytes,
             ),
         )
-        live = live or Live()
+        live = live or Display()
         live.start("store", len(range(rank, writer.shards, world)), 0)
         written = 0
         for shard in writer.missing(rank, world):

@@ -21,7 +21,7 @@ from stillhouse.data import load as load_data
 from stillhouse.data.bundle import KEYS, DataBundle, labelled
 from stillhouse.data.formats import imagefolder
 from stillhouse.data.parquet import read_splits
-from stillhouse.data.source import SMALL, InMemory, Samples, Source, existing
+from stillhouse.data.source import SMALL, InMemoryImages, Samples, Source, existing
 from stillhouse.errors import UserError
 from stillhouse.files import digest
 from stillhouse.runs.products import load_product
@@ -136,7 +136,7 @@ def _exported(path: str, place: Path, real: DataBundle) -> Samples:
 
 
 def _held(x: Tensor) -> tuple[Callable[[int], Any], Callable[[np.ndarray], Tensor] | None]:
-    stored = InMemory(x)
+    stored = InMemoryImages(x)
     return stored.item, stored if max(x.shape[-2:]) <= SMALL else None
 
 

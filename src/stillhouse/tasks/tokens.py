@@ -23,7 +23,7 @@ from stillhouse.evaluation.judge import Meter
 from stillhouse.evaluation.language import TokenMeter
 from stillhouse.functional import heads
 from stillhouse.functional.heads import Head
-from stillhouse.functional.ragged import Ragged
+from stillhouse.functional.ragged import RaggedArray
 from stillhouse.models import build
 from stillhouse.models.class_names import put_in_order, set_names
 from stillhouse.models.language import (
@@ -264,7 +264,7 @@ class Tokens(Task):
         if self.kind != "classify":
             return [{"text": text} for text in self.generate(module, inputs)]
         begin, close = marks(self.tokenizer)
-        rows = Ragged.of([begin + ids + close for ids in encode(self.tokenizer, inputs)])
+        rows = RaggedArray.of([begin + ids + close for ids in encode(self.tokenizer, inputs)])
         if len(rows) and int(rows.lengths.max()) > self.context:
             raise UserError(
                 f"Text {int(rows.lengths.argmax())} has {int(rows.lengths.max())} tokens, but the model reads "

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 
-class Live:
+class Display:
     """Shows nothing; the base of the displays."""
 
     def start(self, stage: str, total: int, done: int) -> None:
@@ -36,7 +36,7 @@ def _short(values: Mapping[str, float]) -> str:
     return "  ".join(f"{k.removeprefix('val/')} {v:.3f}" for k, v in shown)
 
 
-class Bars(Live):
+class Bars(Display):
     """Rich progress bars, one line a stage; outside a terminal, one line a stage and one every ten seconds.
 
     Of many stages (experts, the networks that judge a set) the last `SHOWN` stay, so that the one at work is always on

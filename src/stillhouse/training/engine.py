@@ -24,14 +24,14 @@ from stillhouse.functional.counting import has_positions, weigh_positions_alike
 from stillhouse.signals import Batch, to_device
 from stillhouse.training.accumulation import StepMean, samples
 from stillhouse.training.context import Progress, TrainingContext
-from stillhouse.training.display import Live
+from stillhouse.training.display import Display
 from stillhouse.training.loop import Loop, Stateful
 from stillhouse.training.module import TrainingModule
 from stillhouse.training.optimizers import make_optimizer, rate_factor
 
 
 @dataclass
-class Fitted:
+class FitResult:
     """The outcome of a fit: the last (or best) evaluation, the seconds spent in steps, and the epochs done."""
 
     figures: dict[str, float] = field(default_factory=dict)
@@ -72,10 +72,10 @@ def fit(
     seed: int = 0,
     evaluate: Callable[[nn.Module, torch.device], dict[str, float]] | None = None,
     splits: Mapping[str, Any] | None = None,
-    live: Live | None = None,
+    live: Display | None = None,
     cpu: bool = False,
     accelerator: Any = None,
-) -> Fitted:
+) -> FitResult:
     """Train a module over a loader: epochs, schedule, precision, processes, EMA, evaluation, best-of, early stop,
     checkpoints.
 
@@ -116,7 +116,7 @@ class _Fit:
         seed: int,
         evaluate: Callable[[nn.Module, torch.device], dict[str, float]] | None,
         splits: Mapping[str, Any],
-        live: Live | None,
+        live: Display | None,
     ) -> None:
         self.module, self.spec, self.accelerator, self.evaluate = module, spec, accelerator, evaluate
         self.device = accelerator.device
@@ -153,7 +153,7 @@ class _Fit:
         self.loop.restore()
         self.keeper = _Best(spec, folder, stage, self.loop)
 
-    def run(self) -> Fitted:
+    def run(self) -> FitResult:
         """Train to the end, and leave the final weights in the student."""
         self.module.train()
         self.loop.run(self.step, self.boundary)
@@ -169,7 +169,7 @@ class _Fit:
             set_memory(self.module, torch.contiguous_format)
         if self.spec.trackers:
             self.accelerator.end_training()
-        return Fitted(
+        return FitResult(
             dict(extra.get("figures", {})), self.loop.seconds, math.ceil(self.loop.done / self.batches.per_epoch)
         )
 
@@ -254,7 +254,7 @@ class _Fit:
 class _FitLoop(Loop):
     """The loop of a fit: whole between optimiser steps, with an end to each epoch, and keys by epoch and batch."""
 
-    def __init__(self, fit: _Fit, folder: Path, stage: str, seed: int, live: Live | None) -> None:
+    def __init__(self, fit: _Fit, folder: Path, stage: str, seed: int, live: Display | None) -> None:
         spec, per_epoch = fit.spec, fit.batches.per_epoch
         state: dict[str, Stateful] = {"module": fit.module, "optimizer": fit.optimizer}
         if fit.ema is not None:

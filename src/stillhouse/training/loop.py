@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from stillhouse.errors import TrainingDiverged, UserError
 from stillhouse.files import atomic_write
 from stillhouse.randomness import seed_step
-from stillhouse.training.display import Live
+from stillhouse.training.display import Display
 from stillhouse.training.metrics import Metrics
 
 
@@ -60,7 +60,7 @@ class Loop:
         accelerator: Any = None,
         keys: Callable[[int], tuple[int | str, ...]] | None = None,
         where: Callable[[int], tuple[int, int]] | None = None,
-        live: Live | None = None,
+        live: Display | None = None,
         trackers: bool = False,
     ) -> None:
         self.folder, self.stage, self.steps, self.state = folder, stage, steps, dict(state)
@@ -68,7 +68,7 @@ class Loop:
         self.accelerator = accelerator
         self.keys = keys or (lambda i: (i,))
         self.where = where or (lambda i: (0, i + 1))
-        self.live = live or Live()
+        self.live = live or Display()
         self.trackers = trackers
         self.main = accelerator is None or accelerator.is_main_process
         self.world = 1 if accelerator is None else accelerator.num_processes
@@ -319,7 +319,7 @@ def loop(
     seed: int = 0,
     log_every: int = 50,
     checkpoint_seconds: float = 20.0,
-    live: Live | None = None,
+    live: Display | None = None,
 ) -> float:
     """The same loop where there is no loader: `step(i)` does what the method does and returns named terms. Returns the
     seconds spent."""

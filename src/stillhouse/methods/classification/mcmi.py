@@ -37,7 +37,7 @@ from stillhouse.data import BatchKey, IndexedDataset, Loader
 from stillhouse.data.subset import Subset
 from stillhouse.distillation.distillation import Distillation
 from stillhouse.distillation.objective import Context, Objective, Progress
-from stillhouse.distillation.teachers import Frozen
+from stillhouse.distillation.teachers import FrozenTeacher
 from stillhouse.distillation.weighted import objective_from_spec
 from stillhouse.errors import UserError
 from stillhouse.evaluation.classification import collect_logits, evaluate_classifier
@@ -322,7 +322,7 @@ class MaximisedInformation(Method[Config]):
             figures |= self._omitted(config, run, student)
         return run.student(student, config.student, config.data, figures)
 
-    def _fine_tune(self, config: Config, run: Run, first: Frozen) -> dict[str, Any]:
+    def _fine_tune(self, config: Config, run: Run, first: FrozenTeacher) -> dict[str, Any]:
         """The teacher's weights after fine-tuning, and its figures: test accuracy and nll, and the information on
         training data, before and after."""
         spec, tune = config.teacher, config.fine_tune

@@ -33,7 +33,7 @@ from torch.nn import functional as F
 from stillhouse.config.specs import Data, MethodConfig, Model, Spec, Teacher, TrainSpec
 from stillhouse.distillation.distillation import Distillation
 from stillhouse.distillation.objective import Objective, Progress
-from stillhouse.distillation.weighted import Weighted
+from stillhouse.distillation.weighted import WeightedObjective
 from stillhouse.errors import UserError
 from stillhouse.functional import checks
 from stillhouse.functional.divergences import soft_cross_entropy
@@ -244,7 +244,7 @@ class MealV2Method(Method[Config]):
             }
         options = {"discriminator": False} if config.discriminator is None else config.discriminator.model_dump()
         module = Distillation(
-            student, teacher, [Weighted(MealV2(config.hard_labels, **options), 1.0, "meal_v2")], seed=run.seed
+            student, teacher, [WeightedObjective(MealV2(config.hard_labels, **options), 1.0, "meal_v2")], seed=run.seed
         )
         loader = run.loader(config.data, "train", config.train.batch_size, train=True)
         fitted = run.fit(

@@ -35,10 +35,10 @@ from torch.nn import functional as F
 
 from stillhouse.config.specs import Data, DataSpec, MethodConfig, Model, Spec, Teacher, TrainSpec
 from stillhouse.data import DataBundle, Loader
-from stillhouse.data.joined import Joined, Part, unlabelled
+from stillhouse.data.joined import JoinedDataset, Part, unlabelled
 from stillhouse.distillation.distillation import Distillation
 from stillhouse.distillation.objective import Objective, Progress
-from stillhouse.distillation.teachers import Ensemble, Frozen
+from stillhouse.distillation.teachers import Ensemble, FrozenTeacher
 from stillhouse.errors import UserError
 from stillhouse.evaluation.classification import evaluate_classifier
 from stillhouse.functional import checks
@@ -113,7 +113,7 @@ class Agreement(Objective):
         }
 
 
-class BatchStatistics(Frozen):
+class BatchStatistics(FrozenTeacher):
     """A frozen teacher whose batch normalisation uses the statistics of the batch; its buffers do not move."""
 
     @torch.no_grad()
@@ -255,10 +255,10 @@ class SSLD(Method[Config]):
         if config.teacher_bn == "batch":
             teacher = BatchStatistics(teacher.model, embedding=config.teacher.embedding)
 
-        seconds = self.fit("student", config, run, student, teacher, Joined(parts), config.train, config.data)
+        seconds = self.fit("student", config, run, student, teacher, JoinedDataset(parts), config.train, config.data)
         if config.finetune.epochs:
             spec = slower(config.train, config.finetune.epochs, config.finetune.rate)
-            seconds += self.fit("finetune", config, run, student, teacher, Joined(parts[:1]), spec, config.data)
+            seconds += self.fit("finetune", config, run, student, teacher, JoinedDataset(parts[:1]), spec, config.data)
         if config.fix:
             larger = config.data.model_copy(update={"image_size": config.fix.image_size, "augment": "plain"})
             spec = slower(config.train, config.fix.epochs, config.fix.rate)
@@ -268,7 +268,7 @@ class SSLD(Method[Config]):
                 run,
                 student,
                 teacher,
-                Joined([target_part(run.data(larger))]),
+                JoinedDataset([target_part(run.data(larger))]),
                 spec,
                 larger,
                 only_classifier=True,
@@ -285,7 +285,7 @@ class SSLD(Method[Config]):
         run: Run,
         student: nn.Module,
         teacher: Any,
-        dataset: Joined,
+        dataset: JoinedDataset,
         spec: TrainSpec,
         data: DataSpec,
         only_classifier: bool = False,
@@ -323,7 +323,7 @@ class SSLD(Method[Config]):
                 _thumbnails(run.loader(config.data, "train")),
             )
             scores, classes, in_test, in_target = [], [], [], []
-            for batch in Loader(Joined([unlabelled(pool, target, train=False)]), 512):
+            for batch in Loader(JoinedDataset([unlabelled(pool, target, train=False)]), 512):
                 score, predicted = teacher(to_device(batch, run.device)).log_probs().exp().max(-1)
                 scores.append(score.cpu())
                 classes.append(predicted.cpu())

@@ -35,7 +35,7 @@ from torch.nn import functional as F
 from stillhouse.config.specs import Data, DataSpec, MethodConfig, ModelSpec, Spec, Teacher, TrainSpec
 from stillhouse.distillation.distillation import Distillation
 from stillhouse.distillation.objective import Objective, Progress
-from stillhouse.distillation.teachers import Frozen
+from stillhouse.distillation.teachers import FrozenTeacher
 from stillhouse.errors import UserError
 from stillhouse.evaluation import cost
 from stillhouse.functional.precision import full_precision
@@ -240,7 +240,7 @@ class Pela(Method[Config]):
 
     def run(self, config: Config, run: Run) -> LowRankStudent:
         teacher = run.teacher("teacher", config.teacher, config.source)
-        if not isinstance(teacher, Frozen):
+        if not isinstance(teacher, FrozenTeacher):
             raise UserError("pela: the teacher must be one network, which is made smaller.")
         network = run.model(config.teacher.network, config.source)
         network.load_state_dict(teacher.model.state_dict())
@@ -265,7 +265,7 @@ class Pela(Method[Config]):
         spec: TrainSpec,
         run: Run,
         network: nn.Module,
-        teacher: Frozen,
+        teacher: FrozenTeacher,
         replaced: Sequence[Replacement],
     ) -> dict[str, float]:
         """Train the low-rank copy in place; its accuracy before where there is a test split, and the seconds."""

@@ -39,7 +39,7 @@ from torch import Tensor, nn
 from stillhouse.config.specs import ModelSpec, Objectives, OptimizerSpec, Spec, TrainSpec
 from stillhouse.distillation.distillation import Distillation
 from stillhouse.distillation.objective import Progress
-from stillhouse.distillation.teachers import Frozen
+from stillhouse.distillation.teachers import FrozenTeacher
 from stillhouse.distillation.weighted import objective_from_spec
 from stillhouse.methods import distillation as general
 from stillhouse.models.weights import load_state
@@ -344,7 +344,7 @@ class QuantizedDistillation(general.GeneralDistillation[Config]):
         figures: dict[str, float],
     ) -> Student:
         """DQ."""
-        teacher = Frozen(run.model(config.student, config.data))
+        teacher = FrozenTeacher(run.model(config.student, config.data))
         teacher.model.load_state_dict(student.state_dict())
         start, weights = config.levels.start, dict(student.named_parameters())
         quantise.attach(student, {n: LearnedLevels(weights[n], c, config.bucket, start) for n, c in counts.items()})

@@ -35,7 +35,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from stillhouse.config.specs import Spec, Teacher
-from stillhouse.distillation.teachers import Frozen
+from stillhouse.distillation.teachers import FrozenTeacher
 from stillhouse.errors import UserError
 from stillhouse.files import atomic_write
 from stillhouse.functional.recovery import BatchNormStatistics, clamp_to_pixels, statistics_loss
@@ -348,7 +348,7 @@ class InterClassFeatureCompensator(Method[Config]):
         if config.labels == "static":
             made.views = StaticLabels(config.views, logits.half()[None])
         else:
-            teachers = [Frozen(network) for network in networks]
+            teachers = [FrozenTeacher(network) for network in networks]
             uses = {"images": made, "views": config.views, "teachers": teachers}
             stored = run.stage("relabel", lambda: {"logits": relabel(networks, images, config.views).logits}, uses)
             made.views = ViewLabels(config.views, stored["logits"])

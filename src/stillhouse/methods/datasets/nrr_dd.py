@@ -33,7 +33,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from stillhouse.config.specs import Spec, Teacher
-from stillhouse.distillation.teachers import Frozen
+from stillhouse.distillation.teachers import FrozenTeacher
 from stillhouse.errors import UserError
 from stillhouse.functional.augmentation import apply
 from stillhouse.functional.precision import full_precision
@@ -473,7 +473,7 @@ class NonCriticalRegionRefinement(Method[Config]):
         made = kind(images, labels, real.classes, real.mean, real.std, bounded=True, made_by=made_by(config))
         uses = {
             "images": made.fingerprint,
-            "teacher": Frozen(network).fingerprint(),
+            "teacher": FrozenTeacher(network).fingerprint(),
             "views": config.relabel.model_dump(mode="json"),
             "labels": config.labels,
             "temperature": config.distances.temperature,

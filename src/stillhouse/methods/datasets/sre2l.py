@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from stillhouse.config.specs import Spec, Teacher
-from stillhouse.distillation.teachers import Frozen
+from stillhouse.distillation.teachers import FrozenTeacher
 from stillhouse.functional.recovery import BatchNormStatistics, clamp_to_pixels, statistics_loss, total_variation
 from stillhouse.randomness import generator
 from stillhouse.runs.method import Method, Stage
@@ -129,7 +129,7 @@ class SqueezeRecoverRelabel(Method[Config]):
             made.soft = running_logits(network, images).cpu()
         else:
             views = config.relabel
-            uses = {"images": made, "teacher": Frozen(network), "views": views}
+            uses = {"images": made, "teacher": FrozenTeacher(network), "views": views}
             made.views = ViewLabels(
                 views,
                 run.stage("relabel", lambda: {"logits": relabel([network], images, views).logits}, uses)["logits"],

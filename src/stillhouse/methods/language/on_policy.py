@@ -24,7 +24,7 @@ from pydantic import Field
 
 from stillhouse.distillation.distillation import Distillation
 from stillhouse.distillation.objective import Context
-from stillhouse.distillation.teachers import Stored
+from stillhouse.distillation.teachers import StoredTeacher
 from stillhouse.distillation.weighted import objective_from_spec
 from stillhouse.errors import UserError
 from stillhouse.methods.distillation import Config as GeneralConfig
@@ -57,7 +57,7 @@ class OnPolicyDistillation(Distillation):
     def __init__(self, *args: Any, writer: TextWriter, lmbda: float = 0.5, warm_epochs: int = 0, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.writer, self.lmbda, self.warm_epochs = writer, lmbda, warm_epochs
-        stored = [name for name, teacher in self.teachers.items() if isinstance(teacher, Stored)]
+        stored = [name for name, teacher in self.teachers.items() if isinstance(teacher, StoredTeacher)]
         if lmbda and stored:
             raise UserError(
                 f"on_policy: the teacher '{stored[0]}' is read from a store, which knows nothing of what the student "

@@ -31,11 +31,11 @@ from stillhouse.config.specs import TeacherSpec
 from stillhouse.data import Loader
 from stillhouse.data.text import TextBundle
 from stillhouse.data.token_dataset import Rows, TokenDataset
-from stillhouse.distillation.teachers import Frozen
+from stillhouse.distillation.teachers import FrozenTeacher
 from stillhouse.distillation.weighted import objective_from_spec
 from stillhouse.errors import UserError
 from stillhouse.functional.counting import IGNORED
-from stillhouse.functional.ragged import Ragged
+from stillhouse.functional.ragged import RaggedArray
 from stillhouse.methods.distillation import Config as GeneralConfig
 from stillhouse.methods.distillation import GeneralDistillation, describe
 from stillhouse.models.language import left_padded, own_tokenizer, prompt_rows
@@ -98,7 +98,7 @@ class SequenceKD(GeneralDistillation[Config]):
         theirs = run.data(spec.data) if spec.data is not None else bundle
         tokens = own_tokenizer(spec.model or "") or theirs.task.tokenizer
         uses = {
-            "teacher": Frozen(model),
+            "teacher": FrozenTeacher(model),
             "data": bundle,
             "generation": config.generation,
             "batch": config.writing_batch,
@@ -191,4 +191,4 @@ def rewritten_rows(bundle: TextBundle, made: list[tuple[str, bool]], prompt: int
         assert old.labels is not None
         for ours, theirs in ((inputs, old.inputs), (labels, old.labels)):
             ours += [row.tolist() for row in np.split(theirs.values, theirs.starts[1:-1])]
-    return Rows(Ragged.of(inputs), Ragged.of(labels))
+    return Rows(RaggedArray.of(inputs), RaggedArray.of(labels))

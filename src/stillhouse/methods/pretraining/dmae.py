@@ -32,7 +32,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from stillhouse.config.specs import Spec
-from stillhouse.distillation.teachers import Frozen
+from stillhouse.distillation.teachers import FrozenTeacher
 from stillhouse.errors import UserError
 from stillhouse.evaluation.cost import times_in_turns
 from stillhouse.functional.masking import Masking, take_tokens
@@ -222,7 +222,7 @@ class MaskedDistillation(Method[Config]):
         uses = {
             **config.model_dump(mode="json", include={"decoder", "mask_ratio", "normalise_pixels"}),
             "align": None if aligned is None else config.align.model_dump(mode="json"),
-            "teacher": None if aligned is None else Frozen(aligned).fingerprint(),
+            "teacher": None if aligned is None else FrozenTeacher(aligned).fingerprint(),
         }
         made = pretrained(run, config, lambda: self._module(config, run, aligned), uses, step_times)
         figures |= made["figures"]

@@ -34,7 +34,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from stillhouse.config.specs import ModelSpec, Spec
-from stillhouse.distillation.teachers import Frozen
+from stillhouse.distillation.teachers import FrozenTeacher
 from stillhouse.distillation.weighted import objective_from_spec
 from stillhouse.errors import UserError
 from stillhouse.functional import checks
@@ -157,7 +157,7 @@ def feature_head(inputs: int, outputs: int) -> nn.Sequential:
     return nn.Sequential(nn.Linear(inputs, outputs), nn.GELU(), nn.Linear(outputs, outputs))
 
 
-class Generic(TrainingModule):
+class GenericTraining(TrainingModule):
     """Training module of the generic stage; the teacher stays outside the module tree.
 
     Args:
@@ -220,7 +220,7 @@ class Generic(TrainingModule):
         return {"loss": generic_loss(self.predict(images, masking), target, mask)}
 
 
-class Specific(TrainingModule):
+class SpecificTraining(TrainingModule):
     """Training module of the specific stage with hard labels of the teacher.
 
     Args:
@@ -229,7 +229,7 @@ class Specific(TrainingModule):
         smoothing: of the labels.
     """
 
-    def __init__(self, student: VisionTransformerDistilled, teacher: Frozen, smoothing: float = 0.1) -> None:
+    def __init__(self, student: VisionTransformerDistilled, teacher: FrozenTeacher, smoothing: float = 0.1) -> None:
         super().__init__()
         student.set_distilled_training(True)  # two outputs in training, their mean in evaluation
         self.student, self._teacher, self.smoothing = student, [teacher], smoothing
@@ -356,7 +356,7 @@ class GenericToSpecific(Method[Config]):
             add_token(weights, student)
         few = config.tune.data(config.data, bundle.num_classes)
         loader = run.loader(few, "train", config.tune.train.batch_size, train=True)
-        module = Specific(student, tutor, config.smoothing)
+        module = SpecificTraining(student, tutor, config.smoothing)
         figures["fine_tune_seconds"] = run.fit("specific", module, loader, config.tune.train).seconds
         return run.student(student, config.token_student, config.data, figures)
 
@@ -372,7 +372,7 @@ class GenericToSpecific(Method[Config]):
         if config.start == "scratch":
             return state_on_cpu(new_encoder(run, config.student, config.data, "student"))
 
-        def module() -> Generic | MAE:
+        def module() -> GenericTraining | MAE:
             student = new_encoder(run, config.student, config.data, "student")
             outputs = pixels_of_patch(student) if config.start == "mae" else None
             own = new_decoder(run, student, config.generic.decoder, outputs, "student")
@@ -384,7 +384,7 @@ class GenericToSpecific(Method[Config]):
                 )
             with keyed("head", run.seed):
                 block, supervise = config.generic.teacher_block, config.generic.supervise
-                return Generic(student, own, teacher, decoder, block, config.mask_ratio, supervise)
+                return GenericTraining(student, own, teacher, decoder, block, config.mask_ratio, supervise)
 
         generic = config.start == "generic" and teacher is not None and decoder is not None
         uses = {
@@ -393,7 +393,9 @@ class GenericToSpecific(Method[Config]):
                 mode="json",
                 exclude=set() if generic else {"teacher_block", "supervise"},
             ),
-            "teacher": [Frozen(n).fingerprint() for n in (teacher, decoder) if n is not None] if generic else None,
+            "teacher": [FrozenTeacher(n).fingerprint() for n in (teacher, decoder) if n is not None]
+            if generic
+            else None,
         }
         made = pretrained(run, config, module, uses, step_time)
         encoder = run.model(config.student, config.data)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from stillhouse.distillation.objective import Progress
-from stillhouse.distillation.teachers import Frozen
+from stillhouse.distillation.teachers import FrozenTeacher
 from stillhouse.functional import checks
 from stillhouse.functional.divergences import kl_divergence
 from stillhouse.functional.gather import gather
@@ -78,7 +78,7 @@ class Game(TrainingModule):
     def __init__(
         self,
         student: nn.Module,
-        teacher: Frozen,
+        teacher: FrozenTeacher,
         augmentor: nn.Module | None,
         *,
         rate: float = 2e-2,

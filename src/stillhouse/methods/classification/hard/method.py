@@ -32,7 +32,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from stillhouse.config.specs import Data, MethodConfig, Model, OptimizerSpec, Spec, Teacher, TrainSpec
-from stillhouse.distillation.teachers import Frozen
+from stillhouse.distillation.teachers import FrozenTeacher
 from stillhouse.errors import UserError
 from stillhouse.methods.classification.hard.augmentors import Augmentor, LearnedAffine, LearnedMix, RandomAffine
 from stillhouse.methods.classification.hard.game import Game
@@ -129,7 +129,7 @@ class HARD(Method[Config]):
 
     def run(self, config: Config, run: Run) -> Student:
         teacher = run.teacher("teacher", config.teacher, config.data)
-        if not isinstance(teacher, Frozen):
+        if not isinstance(teacher, FrozenTeacher):
             raise UserError(
                 "hard: the teacher must be one live, frozen network, as gradients flow through it to the augmentor."
             )

@@ -35,10 +35,10 @@ from torch.nn import functional as F
 
 from stillhouse.config.specs import Data, MethodConfig, Model, Teacher, TrainSpec
 from stillhouse.data import Loader
-from stillhouse.data.joined import Joined
+from stillhouse.data.joined import JoinedDataset
 from stillhouse.distillation.distillation import Distillation
 from stillhouse.distillation.objective import Progress
-from stillhouse.distillation.teachers import Frozen
+from stillhouse.distillation.teachers import FrozenTeacher
 from stillhouse.errors import UserError
 from stillhouse.functional.gather import gather
 from stillhouse.methods.classification.kd3.alignment import (
@@ -86,9 +86,9 @@ class AlignmentTraining(TrainingModule):
     def __init__(
         self,
         student: SharedClassifier,
-        teacher: Frozen,
+        teacher: FrozenTeacher,
         tap: str,
-        images: Joined,
+        images: JoinedDataset,
         *,
         dynamic: bool = True,
         cutoff: float = 0.95,
@@ -160,7 +160,7 @@ class AlignmentTraining(TrainingModule):
 
 
 @torch.no_grad()
-def pool_logits(network: Any, images: Joined, device: torch.device) -> Tensor:
+def pool_logits(network: Any, images: JoinedDataset, device: torch.device) -> Tensor:
     """(N, C) logits of a teacher or a network over the pool, in its order; evaluation mode."""
     if isinstance(network, nn.Module):
         training = network.training
@@ -238,7 +238,7 @@ class KD3(Method[Config]):
 
     def run(self, config: Config, run: Run) -> Student:
         teacher = run.teacher("teacher", config.teacher, config.data)
-        if not isinstance(teacher, Frozen):
+        if not isinstance(teacher, FrozenTeacher):
             raise UserError("kd3: the teacher must be one frozen network, whose classifier is reused.")
         teacher.to(run.device)
         student = run.model(config.student, config.data)
@@ -254,7 +254,14 @@ class KD3(Method[Config]):
         return product
 
     def align(
-        self, config: Config, run: Run, teacher: Frozen, student: nn.Module, still: Joined, moving: Joined, mask: Tensor
+        self,
+        config: Config,
+        run: Run,
+        teacher: FrozenTeacher,
+        student: nn.Module,
+        still: JoinedDataset,
+        moving: JoinedDataset,
+        mask: Tensor,
     ) -> Student:
         """KD^3 itself."""
         probe = to_device(next(iter(Loader(still, 2))), torch.device("cpu"))
@@ -291,7 +298,14 @@ class KD3(Method[Config]):
         return SharedStudent(shared, config.student, run.data(config.data).task, figures)
 
     def imitate(
-        self, config: Config, run: Run, teacher: Frozen, student: nn.Module, still: Joined, moving: Joined, mask: Tensor
+        self,
+        config: Config,
+        run: Run,
+        teacher: FrozenTeacher,
+        student: nn.Module,
+        still: JoinedDataset,
+        moving: JoinedDataset,
+        mask: Tensor,
     ) -> Student:
         """The baseline: distillation of logits."""
         module = Distillation(

@@ -13,7 +13,7 @@ from torch import Tensor
 from stillhouse.config.specs import DataSpec
 from stillhouse.data import BatchKey, Loader
 from stillhouse.data.dataset import IndexedDataset, PixelInputs
-from stillhouse.data.joined import Joined, Part, unlabelled
+from stillhouse.data.joined import JoinedDataset, Part, unlabelled
 from stillhouse.errors import UserError
 from stillhouse.processes import share
 from stillhouse.randomness import permutation
@@ -38,14 +38,14 @@ class PoolPart(DataSpec):
         return DataSpec(**{**kept, "augment": self.style or self.augment, "mixup": 0.0, "cutmix": 0.0})
 
 
-def pool_images(parts: list[PoolPart], target: DataSpec, run: Run, *, train: bool) -> Joined:
+def pool_images(parts: list[PoolPart], target: DataSpec, run: Run, *, train: bool) -> JoinedDataset:
     """All images of the pool, normalised as the target's are: augmented for training, or in the one view that selection
     sees.
 
     A styled part lies in memory and is augmented by shifted crops and (colour images) flips; others by their own
     `augment`.
     """
-    return Joined([_part(part, target, run, train=train, where=f"pool.{i}") for i, part in enumerate(parts)])
+    return JoinedDataset([_part(part, target, run, train=train, where=f"pool.{i}") for i, part in enumerate(parts)])
 
 
 def _part(part: PoolPart, target: DataSpec, run: Run, *, train: bool, where: str) -> Part:
@@ -90,7 +90,7 @@ class SelectedBatches:
     """
 
     def __init__(
-        self, images: Joined, selected: Callable[[], Tensor], batch_size: int, seed: int, workers: int = 0
+        self, images: JoinedDataset, selected: Callable[[], Tensor], batch_size: int, seed: int, workers: int = 0
     ) -> None:
         if len(images) < batch_size:
             raise UserError(f"The pool holds {len(images)} images, fewer than train.batch_size ({batch_size}).")
@@ -124,7 +124,7 @@ class SelectedBatches:
 class _RepeatedRows:
     """Images by a list of rows in which some may come twice."""
 
-    def __init__(self, images: Joined, rows: np.ndarray) -> None:
+    def __init__(self, images: JoinedDataset, rows: np.ndarray) -> None:
         self.images, self.rows = images, rows
 
     def __len__(self) -> int:

@@ -39,7 +39,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from stillhouse.config.specs import Spec, Teacher
-from stillhouse.distillation.teachers import Frozen
+from stillhouse.distillation.teachers import FrozenTeacher
 from stillhouse.errors import UserError
 from stillhouse.functional.augmentation import Strength, all_of, apply
 from stillhouse.functional.recovery import BatchNormStatistics, clamp_to_pixels
@@ -213,7 +213,7 @@ class CommitteeVoting(Method[Config]):
 
         data = run.data(config.data).fingerprint
         uses = {
-            "members": [Frozen(members[0]).fingerprint(), Frozen(members[m]).fingerprint()],
+            "members": [FrozenTeacher(members[0]).fingerprint(), FrozenTeacher(members[m]).fingerprint()],
             "recover": config.recover.model_dump(mode="json"),
             "labels": [views.model_dump(mode="json"), config.statistics],
             "data": data,
@@ -254,7 +254,7 @@ class CommitteeVoting(Method[Config]):
         made = self._set(config, real, images)
         uses = {
             "images": made.fingerprint,
-            "members": [Frozen(network).fingerprint() for network in members],
+            "members": [FrozenTeacher(network).fingerprint() for network in members],
             "shares": shares,
             "views": config.relabel.model_dump(mode="json"),
             "statistics": config.statistics,

@@ -31,12 +31,12 @@ from torch import nn
 
 from stillhouse.config.specs import InputSpec, Spec, Teacher
 from stillhouse.distillation.own_input import OwnInput
-from stillhouse.distillation.teachers import Frozen
+from stillhouse.distillation.teachers import FrozenTeacher
 from stillhouse.errors import UserError
 from stillhouse.evaluation.attention import attention_figures
 from stillhouse.methods.pretraining.hybrid_distill.losses import FeatureLoss
 from stillhouse.methods.pretraining.hybrid_distill.pruning import planned_counts
-from stillhouse.methods.pretraining.hybrid_distill.training import Hybrid, Source, step_times
+from stillhouse.methods.pretraining.hybrid_distill.training import HybridTraining, Source, step_times
 from stillhouse.nn.masked_vit import as_encoder, check_blocks, grid_of, heads_of
 from stillhouse.pretraining.encoder import PretrainingConfig, judged, pretrained, pretraining_stage, tuning_stages
 from stillhouse.pretraining.mae import MaskedTeacher, masked_teacher, new_encoder, teacher_stages
@@ -118,7 +118,7 @@ class HybridDistillation(Method[Config]):
         sources = self._sources(config, run)
         uses = {
             **config.model_dump(mode="json", include={"relations", "features", "pruning"}),
-            **{name: Frozen(source.vit).fingerprint() for name, source in sources.items()},
+            **{name: FrozenTeacher(source.vit).fingerprint() for name, source in sources.items()},
             "inputs": [None if s.input is None else s.input.model_dump() for s in (config.contrastive, config.masked)],
         }
         made = pretrained(run, config, lambda: self._module(config, run, sources), uses, step_times)
@@ -166,7 +166,7 @@ class HybridDistillation(Method[Config]):
         return {name: attention_figures(vit, [{"input": x}], run.device) for name, (vit, x) in networks.items()}
 
     @staticmethod
-    def _module(config: Config, run: Run, sources: dict[str, Source]) -> Hybrid:
+    def _module(config: Config, run: Run, sources: dict[str, Source]) -> HybridTraining:
         student = new_encoder(run, config.student, config.data, "student")
         depth, length = len(student.blocks), grid_of(student)[0] * grid_of(student)[1]
         points = config.pruning.points or [0, depth // 3, 2 * depth // 3]
@@ -180,7 +180,7 @@ class HybridDistillation(Method[Config]):
                 "set relations.heads to a number that divides both widths."
             )
         with keyed("projection", run.seed):
-            return Hybrid(
+            return HybridTraining(
                 student,
                 sources.get("contrastive"),
                 masked,

@@ -35,7 +35,7 @@ def planned_counts(length: int, keep: float, points: int) -> list[int]:
     return [max(round(length * keep ** (s / points)), 1) for s in range(1, points + 1)]
 
 
-class Pruned(NamedTuple):
+class PrunedTokens(NamedTuple):
     """A student's run with fewer and fewer patches.
 
     Attributes:
@@ -47,7 +47,7 @@ class Pruned(NamedTuple):
     kept: list[Tensor]
 
 
-def encode_pruned(vit: VisionTransformer, images: Tensor, counts: dict[int, int]) -> Pruned:
+def encode_pruned(vit: VisionTransformer, images: Tensor, counts: dict[int, int]) -> PrunedTokens:
     """Run an encoder that drops its most redundant patches before the blocks in `counts`, until so many are left."""
     x = embed_patches(vit, images)
     kept = torch.arange(x.shape[1] - 1, device=x.device).expand(len(x), -1)
@@ -59,4 +59,4 @@ def encode_pruned(vit: VisionTransformer, images: Tensor, counts: dict[int, int]
             x = torch.cat([x[:, :1], take_tokens(x[:, 1:], ids)], 1)
         seen.append(kept)
         x = block(x)
-    return Pruned(vit.norm(x), seen)
+    return PrunedTokens(vit.norm(x), seen)

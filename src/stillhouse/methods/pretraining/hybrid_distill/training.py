@@ -57,7 +57,7 @@ class Source:
         self.vit.to(device)
 
 
-class Hybrid(TrainingModule):
+class HybridTraining(TrainingModule):
     """Training module: the student, the layer that maps its tokens to the first teacher's, and two frozen teachers.
 
     Args:
@@ -143,7 +143,7 @@ class Hybrid(TrainingModule):
         return {"loss": total, **terms}
 
 
-def step_times(module: Hybrid, images: Tensor) -> dict[str, float]:
+def step_times(module: HybridTraining, images: Tensor) -> dict[str, float]:
     """`step_ms`: milliseconds of a pre-training step without the optimiser; and where patches are dropped,
     `step_unpruned`: the same step with all patches, over that."""
 
