@@ -5,13 +5,17 @@ from __future__ import annotations
 from itertools import islice
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor, nn
 
-from stillhouse.config.specs import DataSpec, TrainSpec
-from stillhouse.data import BatchLoader, Loader, Streams, adapt, load
+from stillhouse.config.specs import DataSpec, MethodConfig, TrainSpec, UnlabelledSpec
+from stillhouse.data import BatchKey, BatchLoader, Loader, Streams, adapt, load
 from stillhouse.errors import UserError
+from stillhouse.runs.recipe import validate
+from stillhouse.runs.run import Run
 from stillhouse.training.engine import fit
 from stillhouse.training.module import TrainingModule
 
@@ -104,3 +108,74 @@ def test_a_training_that_was_stopped_in_mid_epoch_ends_in_the_same_weights(tmp_p
     fit(resumed, streams(), spec, folder=tmp_path / "cut", cpu=True)
     assert steps[0] == 11
     assert all(map(torch.equal, whole.state_dict().values(), resumed.state_dict().values()))
+
+
+POOL = {"name": "digits", "classes": [0, 1, 2], "size": 30}
+
+
+def test_a_recipe_leaves_unlabelled_samples_over():
+    spec = DataSpec(**POOL, holdout=0.2, unlabelled=UnlabelledSpec(size=100, foreign=0.6))
+    bundle = load(spec)
+    known, pool = (bundle.dataset(s, train=False) for s in ("train", "unlabelled"))
+    assert known.labels().tolist().count(0) == 8  # of 10, a fifth held out
+    assert torch.bincount(pool.labels() + 1, minlength=4)[0] == 60 and len(pool) == 100
+    everything = torch.cat([s.batch(BatchKey(0, np.arange(len(s)), 0, len(s)), 0)["input"] for s in (known, pool)])
+    assert len(everything.flatten(1).unique(dim=0)) == len(everything)
+    rest = load(DataSpec(**POOL, unlabelled=UnlabelledSpec()))
+    assert (
+        len(rest.dataset("unlabelled", train=False))
+        == len(load(DataSpec(**{**POOL, "size": None})).dataset("train", train=True)) - 30
+    )
+    assert "unlabelled" not in spec.model_copy(update={"unlabelled": None}).model_dump()
+
+
+def test_a_run_makes_both_streams(tmp_path: Path):
+    run = Run(tmp_path, MethodConfig())
+    both = run.streams(DataSpec(**POOL, unlabelled=UnlabelledSpec(batch_size=16)), 10)
+    batch = next(iter(both))
+    assert batch["input"].shape == (10, 1, 8, 8) and batch["unlabelled"]["input"].shape == (16, 1, 8, 8)
+    assert both.batch_size == 10 and len(both) == both.unlabelled.count // 16 and both.unlabelled.seed != run.seed
+    other = DataSpec(name="digits", image_size=32)
+    images = DataSpec(name="cifar10", size=40, test_size=40, unlabelled=UnlabelledSpec(data=other))
+    with pytest.raises(UserError, match=r"have shape \(1, 32, 32\), those of 'cifar10' \(3, 32, 32\)"):
+        run.streams(images, 10)
+    with pytest.raises(UserError, match=r"set data\.unlabelled, such as"):
+        run.streams(DataSpec(**POOL), 10)
+
+
+def test_another_data_set_is_normalised_as_the_labelled_one(tmp_path: Path):
+    for name, level in (("bright", 200), ("dark", 20)):
+        for label in ("a", "b"):
+            for i in range(4):
+                path = tmp_path / name / "train" / label / f"{i}.png"
+                path.parent.mkdir(parents=True, exist_ok=True)
+                Image.new("RGB", (8, 8), (level + i, level - i, level)).save(path)
+    bright, dark = (
+        DataSpec(name=f"imagefolder:{tmp_path / n}", augment="plain", image_size=8) for n in ("bright", "dark")
+    )
+    run = Run(tmp_path, MethodConfig())
+    spec = bright.model_copy(update={"unlabelled": UnlabelledSpec(data=dark)})
+    task, pool = run.data(spec).task, run.streams(spec, 2).unlabelled.dataset
+    pixels = pool[0]["input"] * torch.tensor(task.std)[:, None, None] + torch.tensor(task.mean)[:, None, None]
+    assert ((255 * pixels).round() - 20).abs().max() <= 4
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"size": None}, "set size, or unlabelled.data"),
+        ({"classes": None, "unlabelled": {"foreign": 0.5}}, "needs `classes`"),
+        ({"unlabelled": {"data": {"name": "digits"}, "size": 3}}, "set data.size there"),
+        ({"unlabelled": {"size": 100000}}, "100000 samples of the data set's classes were asked for"),
+        ({"unlabelled": {"foreign": 0.99}}, "set data.unlabelled.size lower"),
+    ],
+)
+def test_unlabelled_samples_that_are_not_there_are_refused(keys: dict, message: str):
+    with pytest.raises((UserError, ValueError), match=message):
+        load(DataSpec(**{**POOL, "unlabelled": {}, **keys}))
+
+
+def test_a_method_that_reads_no_unlabelled_samples_refuses_them():
+    recipe = {"data": {**POOL, "unlabelled": {}}, "student": "stillhouse:mlp", "objectives": ["ce"]}
+    with pytest.raises(UserError, match=r"data\.unlabelled does nothing for the method 'distillation'"):
+        validate(recipe)

@@ -47,10 +47,37 @@ class NamedSpec(Spec):
     )
 
 
+class UnlabelledSpec(Spec):
+    """Samples that are read without their labels, for methods that learn from both kinds."""
+
+    data: DataSpec | None = Field(
+        None,
+        description="Another data set, whose training samples they are, as augmented there; default: the training "
+        "samples that data.size leaves over, as augmented here.",
+    )
+    size: int | None = Field(None, ge=1, description="How many, seeded, whatever their classes; default: all.")
+    foreign: float = Field(
+        0.0,
+        ge=0.0,
+        lt=1.0,
+        description="Share of them that is of classes outside data.classes: m brings ceil(m * T / (1 - m)) samples to "
+        "T of these classes.",
+    )
+    batch_size: int | None = Field(None, ge=1, description="Samples of a batch; default: train.batch_size.")
+
+    @model_validator(mode="after")
+    def _one_source(self) -> UnlabelledSpec:
+        if self.data is not None and (self.size is not None or self.foreign):
+            raise ValueError("size and foreign are for what data.size leaves over; with `data`, set data.size there")
+        if self.data is not None and self.data.unlabelled is not None:
+            raise ValueError("unlabelled data cannot have unlabelled data of its own")
+        return self
+
+
 class DataSpec(NamedSpec):
     """A data set by name, its splits, and its augmentation."""
 
-    later = frozenset({"long_tail", "views"})
+    later = frozenset({"long_tail", "views", "unlabelled"})
     name: str = Field(
         description="digits | cifar10 | camvid | text:NAME | masks:PATH | imagefolder:PATH | torchvision:CLASS | "
         "hf:REPO | parquet:PATH | synthetic:PATH | file:PATH.py:FUNCTION | SCHEME:NAME of an installed package"
@@ -113,11 +140,22 @@ class DataSpec(NamedSpec):
     seed: int = Field(
         0, description="Seed of the subset, the splits and the label noise: one split for all seeds of a run."
     )
+    unlabelled: UnlabelledSpec | None = Field(
+        None, description="Samples read without their labels, for methods that learn from both kinds."
+    )
     workers: int = Field(0, ge=0, description="Loader processes.")
     options: dict[str, Any] = Field(
         default_factory=dict,
         description="What the data format takes besides, such as split and column names.",
     )
+
+    @model_validator(mode="after")
+    def _has_samples_without_labels(self) -> DataSpec:
+        if self.unlabelled is not None and self.unlabelled.data is None and self.size is None:
+            raise ValueError("unlabelled samples are those that `size` leaves over: set size, or unlabelled.data")
+        if self.unlabelled is not None and self.unlabelled.foreign and self.classes is None:
+            raise ValueError("unlabelled.foreign needs `classes`, outside which its samples lie")
+        return self
 
 
 class CheckpointSpec(Spec):

@@ -14,14 +14,16 @@ from stillhouse.config.specs import DataSpec
 from stillhouse.data.augment import transforms
 from stillhouse.data.dataset import IndexedDataset, ItemInputs, PixelInputs
 from stillhouse.data.source import SMALL, Samples, Source, measured
-from stillhouse.data.split import held_out, in_proportion, keep_classes, noisy, subsets
+from stillhouse.data.split import foreign, held_out, in_proportion, keep_classes, noisy, subsets
 from stillhouse.errors import UserError, unknown
 from stillhouse.files import digest
 from stillhouse.tasks.classification import Classification
 
-KEYS = frozenset({"classes", "image_size", "augment", "mixup", "cutmix", "label_noise", "long_tail", "views"})
+KEYS = frozenset(
+    {"classes", "image_size", "augment", "mixup", "cutmix", "label_noise", "long_tail", "views", "unlabelled"}
+)
 """Keys of `DataSpec` that are for labelled samples."""
-SPLITS = ("train", "holdout", "val", "test")
+SPLITS = ("train", "holdout", "val", "test", "unlabelled")
 
 
 @dataclass
@@ -109,7 +111,7 @@ class DataBundle:
             how = f"; set data.{split}, such as data.{split}=0.1" if split in ("holdout", "val") else ""
             raise UserError(f"The data set '{self.name}' has no {split} split{how}.")
         part = self._splits[split]
-        mixing = {"mixup": self._spec.mixup, "cutmix": self._spec.cutmix} if train else {}
+        mixing = {"mixup": self._spec.mixup, "cutmix": self._spec.cutmix} if train and split != "unlabelled" else {}
         if mixing and self._spec.cutmix and len(self.input_shape) != 3:
             raise UserError(f"data.cutmix needs images; the inputs of '{self.name}' have shape {self.input_shape}.")
         if mixing and self._spec.mixup and not self.input_shape:
@@ -170,8 +172,9 @@ def labelled(found: Source, spec: DataSpec) -> DataBundle:
     """A source of labelled samples as a bundle.
 
     In this order: keep `classes`; without a test split, take a stratified fifth of the training samples as one; take
-    the balanced subsets `size` and `test_size`; thin training to a `long_tail`; replace `label_noise` of the training
-    labels; cut `val` and `holdout` from training (their labels are as noisy as training's).
+    the balanced subsets `size` and `test_size`, and `unlabelled` samples from what `size` leaves; thin training to a
+    `long_tail`; replace `label_noise` of the training labels; cut `val` and `holdout` from training (their labels are
+    as noisy as training's).
 
     Raises:
         UserError: what was asked for does not fit; the message says what.
@@ -197,6 +200,8 @@ def labelled(found: Source, spec: DataSpec) -> DataBundle:
     portions = subsets(labels, spec, 0.2 * len(train.labels), in_proportion)
     splits = {name: parts[portion.source].at(portion.rows) for name, portion in portions.items()}
     splits |= _held_out(splits["train"], spec, len(classes), "val" in splits)
+    if spec.unlabelled is not None and spec.unlabelled.foreign:
+        splits["unlabelled"] = _with_foreign(splits["unlabelled"], found.train, spec)
     shape, mean, std = _form(found, spec)
     facts = (classes, shape, mean, std, sorted((name, part.identity) for name, part in splits.items()))
     counts = np.bincount(splits["train"].labels, minlength=len(classes)).tolist() if spec.long_tail else ()
@@ -226,6 +231,13 @@ def _held_out(train: _Split, spec: DataSpec, classes: int, has_val: bool) -> dic
     if spec.label_noise:
         train = _Split(train.samples, train.positions, noisy(train.labels, spec.label_noise, classes, spec.seed))
     return {name: train.at(r) for name, r in rows.items()}
+
+
+def _with_foreign(known: _Split, samples: Samples, spec: DataSpec) -> _Split:
+    """Unlabelled samples and those of classes outside the task's, whose label is -1."""
+    outside = foreign(samples.labels, spec, len(known.labels))
+    labels = np.concatenate([known.labels, np.full(len(outside), -1, known.labels.dtype)])
+    return _Split(samples, np.concatenate([known.positions, outside]), labels)
 
 
 def _form(found: Source, spec: DataSpec) -> tuple[tuple[int, ...], tuple[float, ...], tuple[float, ...]]:

@@ -17,7 +17,7 @@ from stillhouse.randomness import keyed
 from stillhouse.signals import Batch
 from stillhouse.tasks.base import Task
 
-SPLITS = ("train", "holdout", "val", "test")
+SPLITS = ("train", "holdout", "val", "test", "unlabelled")
 Sample = dict[str, Any]
 """`input`, and a target under the task's own names."""
 

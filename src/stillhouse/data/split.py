@@ -6,6 +6,7 @@ as positions with strata: class ids, or zeros where a sample has no class.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
@@ -34,17 +35,19 @@ def subsets(
     """The splits of a source, cut down as the recipe says.
 
     In this order: without a test split, `test` of the training samples become one; `size` and `test_size` take
-    class-balanced subsets; `long_tail` thins what is left for training.
+    class-balanced subsets; `long_tail` thins what is left for training; `unlabelled` are training samples that `size`
+    left over.
 
     Args:
         strata: split (train, and test and val where the source has them) -> (n,) int64.
-        spec: of which `size`, `long_tail`, `test_size` and `seed` are read.
+        spec: of which `size`, `long_tail`, `test_size`, `unlabelled` and `seed` are read.
         test: how many samples become the test split.
         draw: how they are drawn.
         ordered: take the last training samples for testing, where neighbours are alike.
 
     Raises:
-        UserError: no training samples, too few for a test split, or a subset larger than the whole.
+        UserError: no training samples, too few for a test split, a subset larger than the whole, or no
+            samples left to be unlabelled.
     """
     out = {name: Portion(name, np.arange(len(s))) for name, s in strata.items()}
     train, count = out["train"].rows, len(strata["train"])
@@ -59,7 +62,10 @@ def subsets(
                 f"The data set '{spec.name}' has no test split, and one training sample is too few to take one from."
             )
     if spec.size is not None:
-        train = train[balanced(strata["train"][train], spec.size, spec.seed, "size")]
+        chosen = balanced(strata["train"][train], spec.size, spec.seed, "size")
+        rest, train = np.delete(train, chosen), train[chosen]
+        if spec.unlabelled is not None and spec.unlabelled.data is None:
+            out["unlabelled"] = Portion("train", rest[_without_labels(len(rest), spec)])
     if spec.long_tail is not None:
         train = train[long_tailed(strata["train"][train], spec.long_tail, spec.seed)]
     if spec.test_size is not None:
@@ -67,6 +73,40 @@ def subsets(
         chosen = balanced(strata[part.source][part.rows], spec.test_size, spec.seed, "test_size")
         out["test"] = Portion(part.source, part.rows[chosen])
     return {**out, "train": Portion("train", train)}
+
+
+def _without_labels(count: int, spec: DataSpec) -> np.ndarray:
+    """Sorted positions of the unlabelled samples of known classes, among `count` such."""
+    assert spec.unlabelled is not None
+    size, foreign = spec.unlabelled.size, spec.unlabelled.foreign
+    wanted = count if size is None else round(size * (1 - foreign))
+    if not 0 < wanted <= count:
+        raise UserError(
+            f"data.unlabelled: {wanted} samples of the data set's classes were asked for, but data.size {spec.size} "
+            f"leaves {count}; choose other sizes."
+        )
+    return np.sort(np.array(permutation(count, spec.seed, "unlabelled")[:wanted], np.int64))
+
+
+def foreign(labels: np.ndarray, spec: DataSpec, known: int) -> np.ndarray:
+    """Sorted positions of samples outside `spec.classes`, of which a pool with `known` others has its foreign share.
+
+    Args:
+        labels: (n,) of all samples, by the data set's own class ids.
+        known: unlabelled samples of the classes.
+
+    Raises:
+        UserError: fewer such samples than the share needs.
+    """
+    share = spec.unlabelled.foreign if spec.unlabelled is not None else 0.0
+    outside = np.flatnonzero(~np.isin(labels, spec.classes or []))
+    wanted = math.ceil(share * known / (1 - share) - 1e-9)
+    if wanted > len(outside):
+        raise UserError(
+            f"data.unlabelled.foreign {share} needs {wanted} samples outside data.classes beside {known} inside, but "
+            f"there are {len(outside)}; set data.unlabelled.size lower."
+        )
+    return np.sort(outside[permutation(len(outside), spec.seed, "foreign")[:wanted]])
 
 
 def held_out(strata: np.ndarray, spec: DataSpec, draw: Draw, *, has_val: bool) -> dict[str, np.ndarray]:

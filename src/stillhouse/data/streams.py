@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
 
 from torch import Tensor
 
+from stillhouse.data.bundle import DataBundle
 from stillhouse.data.loader import BatchLoader, Loader
 from stillhouse.errors import UserError
 from stillhouse.signals import Batch
@@ -90,6 +93,31 @@ class Streams(BatchLoader):
         finally:
             for stream in (labelled, unlabelled):
                 _close(stream)
+
+
+def pool_for(target: Any, pool: Any) -> Any:
+    """Another data set as unlabelled inputs of the target's networks: its images normalised as the target's are.
+
+    Args:
+        target, pool: bundles of `stillhouse.data`.
+
+    Raises:
+        UserError: inputs of another shape.
+    """
+    if type(target) is not type(pool):
+        raise UserError(
+            f"data.unlabelled: '{pool.name}' is data for {pool.task.name}, but '{target.name}' for {target.task.name}; "
+            "choose data of one kind."
+        )
+    if not isinstance(pool, DataBundle):
+        return pool
+    if tuple(target.input_shape) != tuple(pool.input_shape):
+        raise UserError(
+            f"data.unlabelled: the inputs of '{pool.name}' have shape {tuple(pool.input_shape)}, those of "
+            f"'{target.name}' {tuple(target.input_shape)}; set data.unlabelled.data.image_size, and choose images of "
+            "as many channels."
+        )
+    return replace(pool, task=replace(pool.task, mean=target.mean, std=target.std), _pixels={})
 
 
 def _close(stream: Iterator[Batch]) -> None:

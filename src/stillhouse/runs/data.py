@@ -13,6 +13,7 @@ from stillhouse.config.specs import DataSpec, MethodConfig, ModelSpec, NamedSpec
 from stillhouse.errors import UserError
 from stillhouse.evaluation.judge import judge
 from stillhouse.processes import rank_world
+from stillhouse.randomness import key as keys
 from stillhouse.randomness import keyed
 from stillhouse.runs.products import Student
 from stillhouse.tasks.base import Task
@@ -52,8 +53,6 @@ class RunData:
     def loader(self, spec: NamedSpec, split: str, batch_size: int | None = None, *, train: bool = False) -> Any:
         """A loader of a split, by default of batches that suit evaluation; `train=True`: shuffled and augmented as the
         run's seed says, sharded over processes."""
-        from stillhouse.data import Loader
-
         bundle = self.data(spec)
         dataset = bundle.dataset(split, train=train)
         if isinstance(spec, DataSpec) and split == "train" and (train or spec.augment == "plain"):
@@ -65,18 +64,31 @@ class RunData:
                 else dataset
             )
         default: int = bundle.evaluation_batch
-        rank, world = rank_world() if train else (0, 1)
-        workers = spec.workers if train and isinstance(spec, DataSpec) else 0
-        return Loader(
-            dataset,
-            batch_size or default,
-            seed=self.seed,
-            shuffle=train,
-            drop_last=train,
-            workers=workers,
-            rank=rank,
-            world=world,
-        )
+        workers = spec.workers if isinstance(spec, DataSpec) else 0
+        return _loader(dataset, batch_size or default, self.seed, train, workers)
+
+    def streams(self, spec: DataSpec, batch_size: int) -> Any:
+        """Training batches, each of which carries one of `data.unlabelled` (a `stillhouse.data.Streams`).
+
+        Raises:
+            UserError: data without `unlabelled`.
+        """
+        from stillhouse.data import Streams
+        from stillhouse.data.streams import pool_for
+
+        other = spec.unlabelled
+        if other is None:
+            raise UserError(
+                f"The method '{self.config.method}' learns from unlabelled samples too: set data.unlabelled, such as "
+                "{size: 1000}."
+            )
+        bundle, workers = self.data(spec), spec.workers
+        if other.data is None:
+            pool = bundle.dataset("unlabelled", train=True)
+        else:
+            pool, workers = pool_for(bundle, self.data(other.data)).dataset("train", train=True), other.data.workers
+        unlabelled = _loader(pool, other.batch_size or batch_size, keys(self.seed, "unlabelled"), True, workers)
+        return Streams(self.loader(spec, "train", batch_size, train=True), unlabelled)
 
     def model(
         self, spec: ModelSpec, data: DataSpec, role: str = "student", seed: int | None = None, trained: bool = True
@@ -136,6 +148,23 @@ class RunData:
         """Figures of a network over a loader, as the task of its data is judged; by default all groups."""
         task = self.data(data).task
         return judge(task, model, loader, device, task.groups if groups is None else groups)
+
+
+def _loader(dataset: Any, batch_size: int, seed: int, train: bool, workers: int) -> Any:
+    """Batches of a data set; of training: shuffled, whole, and a share for each process."""
+    from stillhouse.data import Loader
+
+    rank, world = rank_world() if train else (0, 1)
+    return Loader(
+        dataset,
+        batch_size,
+        seed=seed,
+        shuffle=train,
+        drop_last=train,
+        workers=workers if train else 0,
+        rank=rank,
+        world=world,
+    )
 
 
 def _reads_store(config: Any) -> bool:

@@ -40,6 +40,9 @@ class Method(Generic[C]):
     searches: ClassVar[bool] = False
     """Whether it chooses the student's network, so that the number of parameters may vary with the seed."""
 
+    unlabelled: ClassVar[bool] = False
+    """Whether it reads `data.unlabelled`; other methods refuse the key."""
+
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
         for base in vars(cls).get("__orig_bases__", ()):

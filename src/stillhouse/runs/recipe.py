@@ -13,7 +13,7 @@ from pydantic import BaseModel, ValidationError
 from stillhouse import catalog
 from stillhouse.config.messages import spell, unknown_key
 from stillhouse.config.reading import beside_recipe, dump, parse_sets, read_yaml, resolve, set_key
-from stillhouse.config.specs import MethodConfig, ModelSpec, ObjectiveSpec, OptimizerSpec, TeacherSpec
+from stillhouse.config.specs import DataSpec, MethodConfig, ModelSpec, ObjectiveSpec, OptimizerSpec, TeacherSpec
 from stillhouse.errors import UserError
 from stillhouse.runs.claims import read_claims
 
@@ -30,13 +30,14 @@ def validate(tree: Mapping[str, Any], where: str = "recipe") -> MethodConfig:
     if not isinstance(method, str):
         raise UserError(f"{where}: 'method' must be a method's name; given: {method!r}.")
     try:
-        config = catalog.method(method).Config
+        found = catalog.method(method)
     except UserError as error:
         raise UserError(f"{where}: method: {error}") from None
     try:
-        valid = config.model_validate(dict(tree))
+        valid = found.Config.model_validate(dict(tree))
     except ValidationError as error:
-        raise spell(error, config, where) from None
+        raise spell(error, found.Config, where) from None
+    _refuse_unlabelled(valid, where, method, ("data",) if found.unlabelled else None)
     check(valid, where)
     return valid
 
@@ -87,6 +88,16 @@ def check(config: BaseModel, where: str, path: KeyPath = ()) -> None:
             elif isinstance(part, ModelSpec | TeacherSpec) and part.model is not None:
                 _check_network(part.model, part.options, where, here)
             check(part, where, here)
+
+
+def _refuse_unlabelled(config: BaseModel, where: str, method: str, read: KeyPath | None, path: KeyPath = ()) -> None:
+    """Raises `UserError` for a data set with `unlabelled` anywhere but where the method reads it."""
+    for name in type(config).model_fields:
+        for here, part in _parts(getattr(config, name), (*path, name)):
+            if isinstance(part, DataSpec) and part.unlabelled is not None and here != read:
+                key = ".".join(map(str, here))
+                raise UserError(f"{where}: {key}.unlabelled does nothing for the method '{method}'; leave it out.")
+            _refuse_unlabelled(part, where, method, read, here)
 
 
 def _parts(value: Any, path: KeyPath) -> Iterable[tuple[KeyPath, BaseModel]]:

@@ -116,6 +116,8 @@ class RunTeachers(RunStages):
                 f"The teacher '{name}' is read from a store, sample by sample, but data.mixup and data.cutmix mix a "
                 "batch; set both to 0."
             )
+        if data.unlabelled is not None:
+            raise UserError(f"The teacher '{name}' is read from a store, which holds no data.unlabelled; run it live.")
         folder = spec.store if isinstance(spec.store, str) else make(self, name, spec, data)
         bundle = self.data(data)
         store = Store(folder)
@@ -140,6 +142,7 @@ class RunTeachers(RunStages):
         from stillhouse.distillation.distillation import Distillation
         from stillhouse.distillation.weighted import objective_from_spec
 
+        data = data.model_copy(update={"unlabelled": None})
         bundle = self.data(data)
 
         def make() -> dict[str, Any]:

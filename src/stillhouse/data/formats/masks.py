@@ -27,7 +27,7 @@ from stillhouse.functional.counting import IGNORED
 from stillhouse.functional.pictures import normalise, with_channels
 from stillhouse.tasks.segmentation import Segmentation
 
-KEYS = frozenset({"image_size", "augment"})
+KEYS = frozenset({"image_size", "augment", "unlabelled"})
 REST = "PATH"
 
 
