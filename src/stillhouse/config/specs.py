@@ -15,15 +15,18 @@ from pydantic import (
     ConfigDict,
     Field,
     SerializerFunctionWrapHandler,
+    field_validator,
     model_serializer,
     model_validator,
 )
+
+from stillhouse.config.names import folder_name
 
 
 class Spec(BaseModel):
     """Base of all options: unknown keys are errors, values are coerced only where nothing is lost."""
 
-    model_config = ConfigDict(extra="forbid", validate_default=False, protected_namespaces=())
+    model_config = ConfigDict(extra="forbid", validate_default=False, protected_namespaces=(), allow_inf_nan=False)
     later: ClassVar[frozenset[str]] = frozenset()
     """Fields that came later: a dump leaves them out at their defaults, so that stages and run folders of before stay
     valid."""
@@ -536,7 +539,7 @@ class MethodConfig(Spec):
 
     method: str = Field("distillation", description="The method's slug.")
     name: str | None = Field(None, description="The run's name; default: the recipe's file name.")
-    seed: int = Field(0, description="Of the student's weights, the order of samples and augmentation.")
+    seed: int = Field(0, ge=0, description="Of the student's weights, the order of samples and augmentation.")
     variants: dict[str, dict[str, Any]] = Field(
         default_factory=dict,
         description="Named overrides (dotted keys), chosen by --variant: the paper's setting, the baselines.",
@@ -550,3 +553,8 @@ class MethodConfig(Spec):
         default_factory=list,
         description="What the paper says will happen; `stillhouse bench` gives each claim its verdict.",
     )
+
+    @field_validator("name")
+    @classmethod
+    def _names_a_folder(cls, name: str | None) -> str | None:
+        return None if name is None else folder_name(name, "a run's folder is named by it")

@@ -25,9 +25,8 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-import yaml
-
-from stillhouse.config.reading import beside_recipe, dump, parse_sets, read_yaml, resolve
+from stillhouse.config.names import folder_name
+from stillhouse.config.reading import beside_recipe, dump, parse_sets, parse_yaml, read_yaml, resolve, variants_of
 from stillhouse.config.specs import MethodConfig
 from stillhouse.errors import MissingExtra, UserError, nearest
 from stillhouse.files import atomic_write
@@ -96,7 +95,7 @@ class Job:
         """Raises `UserError` for a recipe that is not valid, or a finished run of another recipe in its folder."""
         config, recorded = self.config(), self.folder / "recipe.yaml"
         changed = (
-            _changed(read_yaml(recorded), yaml.safe_load(dump(config)), self.tree())
+            _changed(read_yaml(recorded), parse_yaml(dump(config), "the recipe"), self.tree())
             if self.done and recorded.is_file()
             else None
         )
@@ -136,7 +135,7 @@ def entries(recipes: Sequence[str | Path], variants: Sequence[str] | None = None
     for path in map(Path, recipes):
         tree = read_yaml(path)
         read_claims(tree, str(path))
-        there: dict[str, Any] = tree.get("variants") or {}
+        there: dict[str, Any] = variants_of(tree, str(path))
         found: list[Entry] = []
         if variants is None:
             base = [] if any(not overrides for overrides in there.values()) else [Entry(path, None)]
@@ -164,13 +163,13 @@ def _groups(given: Any, path: Path) -> list[dict[str, Any]]:
     """The group and what it sets, for each group of a recipe; [{}] where there are none."""
     if not given:
         return [{}]
-    if not isinstance(given, dict) or len(given) != 1 or not isinstance(next(iter(given.values())), dict):
+    if not isinstance(given, dict) or len(given) != 1 or not all(isinstance(v, dict) and v for v in given.values()):
         raise UserError(
             f"{path}: groups takes one dotted key with named values, such as student: "
             f"{{small: stillhouse:resnet8, other: stillhouse:vgg8}}."
         )
     ((dotted, values),) = given.items()
-    return [{"group": str(name), "sets": (f"{dotted}={json.dumps(value)}",)} for name, value in values.items()]
+    return [{"group": folder_name(str(name), f"{path}: groups.{dotted}"), "sets": (f"{dotted}={json.dumps(value)}",)} for name, value in values.items()]
 
 
 def bench(

@@ -16,6 +16,7 @@ from pydantic import ValidationError
 
 from stillhouse import catalog
 from stillhouse.config.messages import spell
+from stillhouse.config.reading import named_values, variants_of
 from stillhouse.config.specs import ClaimSpec
 from stillhouse.errors import UserError, nearest, unknown
 from stillhouse.evaluation.quantities import known, known_names, quantity
@@ -36,6 +37,8 @@ def read_claims(tree: Mapping[str, Any], where: str = "recipe") -> list[ClaimSpe
         UserError: a key, row or figure that does not exist, with the nearest that does; a figure without a better
             direction.
     """
+    variants_of(tree, where)
+    named_values(tree, "groups", where)
     given = tree.get("claims")
     if given is not None and not isinstance(given, list):
         wanted = "each entry has says, figure, of, and one of over, at_least, at_most"

@@ -9,8 +9,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-import yaml
-
+from stillhouse.config.reading import parse_yaml
 from stillhouse.errors import UserError
 from stillhouse.files import atomic_write
 
@@ -116,7 +115,8 @@ def _earlier_changes(folder: Path) -> dict[str, Any]:
 def _steadied(folder: Path, before: str, now: str) -> dict[str, Any]:
     """What differs between two recipes of a training that diverged. Raises `UserError` for anything else that
     differs."""
-    old, new = dict(_leaves(yaml.safe_load(before))), dict(_leaves(yaml.safe_load(now)))
+    there = str(folder / "recipe.yaml")
+    old, new = dict(_leaves(parse_yaml(before, there))), dict(_leaves(parse_yaml(now, "the recipe")))
     changed = {key: [old.get(key), new.get(key)] for key in {**old, **new} if old.get(key) != new.get(key)}
     other = [key for key in changed if key.rpartition(".")[2] not in STEADYING]
     if other or not any((folder / "checkpoints").glob("*.diverged")):
