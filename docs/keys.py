@@ -19,6 +19,7 @@ SHARED = (
     specs.DataSpec,
     specs.ModelSpec,
     specs.CheckpointSpec,
+    specs.UnlabelledSpec,
     specs.TeacherSpec,
     specs.InputSpec,
     specs.StoreSpec,

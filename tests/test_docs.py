@@ -372,7 +372,7 @@ def test_the_page_on_checkpoints_can_be_followed(
         "the renamed weights are others"
     )
     assert names["teacher"](torch.zeros(2, 1, 8, 8)).shape == (2, 10)
-    assert accuracy(tmp_path / "runs" / "three-s0") > 0.9
+    assert accuracy(tmp_path / "runs" / "three-s0") > 0.8
 
 
 def test_the_page_on_text_classifiers_can_be_followed(

@@ -161,6 +161,9 @@ class DataSpec(NamedSpec):
         return self
 
 
+UnlabelledSpec.model_rebuild()  # it names DataSpec, which names it
+
+
 class CheckpointSpec(Spec):
     """A file of weights, and how it fits a network."""
 
