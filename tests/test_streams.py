@@ -136,8 +136,8 @@ def test_a_run_makes_both_streams(tmp_path: Path):
     assert batch["input"].shape == (10, 1, 8, 8) and batch["unlabelled"]["input"].shape == (16, 1, 8, 8)
     assert both.batch_size == 10 and len(both) == both.unlabelled.count // 16 and both.unlabelled.seed != run.seed
     other = DataSpec(name="digits", image_size=32)
-    images = DataSpec(name="cifar10", size=40, test_size=40, unlabelled=UnlabelledSpec(data=other))
-    with pytest.raises(UserError, match=r"have shape \(1, 32, 32\), those of 'cifar10' \(3, 32, 32\)"):
+    images = DataSpec(name="digits", size=40, image_size=16, unlabelled=UnlabelledSpec(data=other))
+    with pytest.raises(UserError, match=r"have shape \(1, 32, 32\), those of 'digits' \(1, 16, 16\)"):
         run.streams(images, 10)
     with pytest.raises(UserError, match=r"set data\.unlabelled, such as"):
         run.streams(DataSpec(**POOL), 10)

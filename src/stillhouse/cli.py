@@ -24,7 +24,22 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-Recipe = Annotated[Path, typer.Argument(help="A recipe file (YAML).", metavar="RECIPE")]
+
+def _located(recipe: Path) -> Path:
+    """A recipe's file, also of one that comes with the package and is given by its name."""
+    from stillhouse.config.shipped import located
+
+    return located(recipe)
+
+
+Recipe = Annotated[
+    Path,
+    typer.Argument(
+        help="A recipe file (YAML), or the name of one that `stillhouse recipe` lists.",
+        metavar="RECIPE",
+        callback=_located,
+    ),
+]
 Sets = Annotated[
     list[str] | None,
     typer.Option("--set", help="Override a key: train.epochs=3. May be given several times.", metavar="KEY=VALUE"),
@@ -106,6 +121,52 @@ def _print_plan(stages: list[Stage]) -> None:
             typer.echo(f"     tap {name}: {path}")
 
 
+@app.command(epilog="Example: stillhouse recipe kd > mine.yaml")
+def recipe(
+    name: Annotated[str | None, typer.Argument(help="A recipe; without it, all are listed.", metavar="NAME")] = None,
+) -> None:
+    """Print a recipe that comes with the package, or list them."""
+    import textwrap
+
+    from stillhouse.config import shipped
+
+    if name is not None:
+        typer.echo(shipped.text(name), nl=False)
+        return
+    family = ""
+    for label, path in shipped.shipped().items():
+        if path.parent.name != family:
+            family = path.parent.name
+            typer.echo(f"{family}:")
+        typer.echo(f"  {label:<28} {textwrap.shorten(shipped.about(path), 90, placeholder=' …')}")
+
+
+@app.command(
+    epilog="Example: stillhouse init --data imagefolder:photos --teacher timm:resnet50 --student "
+    "timm:mobilenetv3_small_100"
+)
+def init(
+    data: Annotated[str, typer.Option(help="A data set by name, such as imagefolder:PATH.", metavar="NAME")],
+    teacher: Annotated[str, typer.Option(help="The big network by name, such as timm:resnet50.", metavar="NAME")],
+    student: Annotated[str, typer.Option(help="The small network by name.", metavar="NAME")],
+    out: Annotated[Path, typer.Option(help="The recipe to write.", metavar="FILE")] = Path("recipe.yaml"),
+    pretrained: Annotated[
+        bool, typer.Option(help="Start timm's and torchvision's networks from their published weights.")
+    ] = True,
+    data_root: DataRoot = None,
+) -> None:
+    """Write a recipe to start from, with a schedule that suits the data, a baseline and a claim. Asks nothing."""
+    from stillhouse.errors import UserError
+    from stillhouse.runs.draft import draft
+
+    if out.exists():
+        raise UserError(f"'{out}' is there already; choose another file with --out.")
+    _check_data_root(data_root)
+    text = draft(data, teacher, student, pretrained=pretrained, data_root=data_root)
+    out.write_text(text.replace("FILE", str(out)), encoding="utf-8")
+    typer.echo(f"Wrote {out}. Next: stillhouse run {out} --dry-run, then stillhouse bench {out} --seeds 0,1,2")
+
+
 @app.command(epilog="Example: stillhouse methods nkd_uskd")
 def methods(
     name: Annotated[
@@ -133,7 +194,11 @@ def methods(
 def bench(
     recipe: Annotated[
         list[Path],
-        typer.Argument(help="Recipes (YAML); each of them and each of its variants is a row.", metavar="RECIPE"),
+        typer.Argument(
+            help="Recipes (YAML, or names); each of them and each of its variants is a row.",
+            metavar="RECIPE",
+            callback=lambda given: [_located(r) for r in given],
+        ),
     ],
     variants: Annotated[
         str | None,

@@ -15,6 +15,7 @@ from pydantic import BaseModel
 from stillhouse import catalog
 from stillhouse.config.messages import shown
 from stillhouse.config.names import folder_name
+from stillhouse.config.shipped import shipped
 from stillhouse.errors import UserError, nearest
 
 
@@ -123,7 +124,9 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     if not path.is_file():
         raise _no_recipe(path)
     if path.stat().st_size > 4 * LARGEST:
-        raise UserError(f"{path} is no recipe: it has {path.stat().st_size:,} bytes, where a recipe has a few thousand.")
+        raise UserError(
+            f"{path} is no recipe: it has {path.stat().st_size:,} bytes, where a recipe has a few thousand."
+        )
     try:
         text = path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
@@ -148,14 +151,17 @@ def _no_recipe(path: Path) -> UserError:
     close = nearest(path.name, [p.name for p in path.parent.glob("*.y*ml")] if path.parent.is_dir() else [], 1)
     if close:
         return UserError(f"There is no recipe '{path}'; did you mean '{path.parent / close[0]}'?")
-    ours = next(Path("recipes").rglob(f"{path.stem}.yaml"), None)
-    if ours is not None:
-        return UserError(f"There is no recipe '{path}'; did you mean '{ours}'?")
+    ours = shipped()
+    if path.stem in ours:
+        return UserError(f"There is no recipe '{path}'; did you mean '{path.stem}', which comes with the package?")
     if path.stem in catalog.cards():
         return UserError(
             f"There is no recipe '{path}': a recipe is a YAML file, and `stillhouse methods {path.stem}` shows the "
             "keys of one."
         )
+    close = nearest(path.stem, ours, 1)
+    if close:
+        return UserError(f"There is no recipe '{path}'; did you mean '{close[0]}', which comes with the package?")
     return UserError(
         f"There is no recipe '{path}'; `stillhouse methods` lists the methods and objectives that a recipe can name."
     )
@@ -221,7 +227,9 @@ def named_values(tree: Mapping[str, Any], key: str, where: str) -> dict[str, Any
     if given is None:
         return {}
     if not isinstance(given, Mapping):
-        raise UserError(f"{where}: '{key}' must be a mapping of names to keys with their values; given: {shown(given)}.")
+        raise UserError(
+            f"{where}: '{key}' must be a mapping of names to keys with their values; given: {shown(given)}."
+        )
     for name, values in given.items():
         if not isinstance(name, str):
             raise UserError(f"{where}: a name in '{key}' must be text; given: {shown(name)} (put it in quotes).")

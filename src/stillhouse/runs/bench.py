@@ -169,7 +169,10 @@ def _groups(given: Any, path: Path) -> list[dict[str, Any]]:
             f"{{small: stillhouse:resnet8, other: stillhouse:vgg8}}."
         )
     ((dotted, values),) = given.items()
-    return [{"group": folder_name(str(name), f"{path}: groups.{dotted}"), "sets": (f"{dotted}={json.dumps(value)}",)} for name, value in values.items()]
+    return [
+        {"group": folder_name(str(name), f"{path}: groups.{dotted}"), "sets": (f"{dotted}={json.dumps(value)}",)}
+        for name, value in values.items()
+    ]
 
 
 def bench(
