@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from enum import Enum
 from typing import Any
 
 import numpy as np
@@ -108,10 +109,17 @@ def _transform(item: str | dict[str, Any], where: str) -> Any:
             close = nearest(argument, takes, 1)
             there = f"did you mean '{close[0]}'?" if close else f"it takes: {', '.join(takes) or 'none'}."
             raise UserError(f"{where}.{name}: unknown argument '{argument}'; {there}")
+    parameters = inspect.signature(getattr(v2, name)).parameters
     try:
-        return getattr(v2, name)(**arguments)
+        named = {k: _member(v, parameters[k].default) for k, v in arguments.items()}
+        return getattr(v2, name)(**named)
     except Exception as error:
         raise UserError(f"{where}.{name}: {str(error).replace('.__init__()', '').rstrip('.')}.") from None
+
+
+def _member(value: Any, default: Any) -> Any:
+    """The member of an enumeration by its value, where the argument's default is one: a recipe writes `cifar10`."""
+    return type(default)(value) if isinstance(default, Enum) and isinstance(value, str) else value
 
 
 def _takes(cls: type) -> list[str]:

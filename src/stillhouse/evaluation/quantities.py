@@ -76,6 +76,25 @@ _KNOWN = {
         "Accuracy, medium", "%", 100, 2, 1, "Accuracy on classes of 20 to 100 training samples."
     ),
     "accuracy_few": Quantity("Accuracy, few", "%", 100, 2, 1, "Accuracy on classes of fewer than 20 training samples."),
+    "tail_gain": Quantity(
+        "Tail gain",
+        "points",
+        100,
+        2,
+        1,
+        "Accuracy of the tail's expert above that of the head's, on classes of fewer than 20 training samples.",
+    ),
+    "head_gain": Quantity(
+        "Head gain",
+        "points",
+        100,
+        2,
+        1,
+        "Accuracy of the head's expert above that of the tail's, on all other classes.",
+    ),
+    "expert_disagreement": Quantity(
+        "Experts disagree", "%", 100, 2, 0, "Share of test samples to which two experts give different classes; mean."
+    ),
     "miou": Quantity(
         "Mean IoU", "%", 100, 2, 1, "Intersection over union of predicted and true pixels, mean over the classes."
     ),

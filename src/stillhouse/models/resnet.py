@@ -1,20 +1,23 @@
 """ResNets for 32 px images (He et al., arXiv 1512.03385), as the distillation papers use them on CIFAR (CRD, arXiv
 1910.10699).
 
-Three-stage nets of 6n+2 layers (`resnet20`, `resnet8x4`, …; 1x1 convolutions as shortcuts) and the four-stage nets with
-a 3x3 stem (`resnet18`, …). Stages are `layer1` …, each output after its ReLU; `layer3.2.relu:in` is a block's output
-before it. The classifier is `fc`.
+Three-stage nets of 6n+2 layers (`resnet20`, `resnet8x4`, …; 1x1 convolutions as shortcuts, or with `shortcut: pad` the
+parameter-free ones of He et al.) and the four-stage nets with a 3x3 stem (`resnet18`, …). Stages are `layer1` …, each
+output after its ReLU; `layer3.2.relu:in` is a block's output before it. The classifier is `fc`.
 """
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from stillhouse.errors import UserError
 from stillhouse.models.initialisation import he_fan_out
 from stillhouse.models.registry import register
+
+Shortcut = Literal["conv", "pad"]
 
 
 class BasicBlock(nn.Module):
@@ -22,13 +25,13 @@ class BasicBlock(nn.Module):
 
     expansion = 1
 
-    def __init__(self, inputs: int, width: int, stride: int) -> None:
+    def __init__(self, inputs: int, width: int, stride: int, kind: Shortcut = "conv") -> None:
         super().__init__()
         self.conv1 = nn.Conv2d(inputs, width, 3, stride, 1, bias=False)
         self.bn1 = nn.BatchNorm2d(width)
         self.conv2 = nn.Conv2d(width, width, 3, 1, 1, bias=False)
         self.bn2 = nn.BatchNorm2d(width)
-        self.downsample = shortcut(inputs, width, stride)
+        self.downsample = shortcut(inputs, width, stride, kind)
         self.relu = nn.ReLU()
 
     def forward(self, x: Tensor) -> Tensor:
@@ -41,7 +44,7 @@ class Bottleneck(nn.Module):
 
     expansion = 4
 
-    def __init__(self, inputs: int, width: int, stride: int) -> None:
+    def __init__(self, inputs: int, width: int, stride: int, kind: Shortcut = "conv") -> None:
         super().__init__()
         self.conv1 = nn.Conv2d(inputs, width, 1, bias=False)
         self.bn1 = nn.BatchNorm2d(width)
@@ -49,7 +52,7 @@ class Bottleneck(nn.Module):
         self.bn2 = nn.BatchNorm2d(width)
         self.conv3 = nn.Conv2d(width, 4 * width, 1, bias=False)
         self.bn3 = nn.BatchNorm2d(4 * width)
-        self.downsample = shortcut(inputs, 4 * width, stride)
+        self.downsample = shortcut(inputs, 4 * width, stride, kind)
         self.relu = nn.ReLU()
 
     def forward(self, x: Tensor) -> Tensor:
@@ -58,10 +61,28 @@ class Bottleneck(nn.Module):
         return self.relu(self.bn3(self.conv3(out)) + self.downsample(x))
 
 
-def shortcut(inputs: int, outputs: int, stride: int) -> nn.Module:
-    """The identity, or a 1x1 convolution with batch norm where the shape changes."""
+class PaddedShortcut(nn.Module):
+    """Every second pixel, and channels of zeros before and after, as many on either side: option A of He et al."""
+
+    def __init__(self, inputs: int, outputs: int, stride: int) -> None:
+        super().__init__()
+        if outputs < inputs or (outputs - inputs) % 2:
+            raise UserError(
+                f"shortcut: pad adds channels on both sides alike, so it cannot make {outputs} of {inputs}; choose "
+                "widths that rise by even numbers."
+            )
+        self.stride, self.added = stride, (outputs - inputs) // 2
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.pad(x[:, :, :: self.stride, :: self.stride], (0, 0, 0, 0, self.added, self.added))
+
+
+def shortcut(inputs: int, outputs: int, stride: int, kind: Shortcut = "conv") -> nn.Module:
+    """The identity; where the shape changes, a 1x1 convolution with batch norm, or `PaddedShortcut`."""
     if stride == 1 and inputs == outputs:
         return nn.Identity()
+    if kind == "pad":
+        return PaddedShortcut(inputs, outputs, stride)
     return nn.Sequential(nn.Conv2d(inputs, outputs, 1, stride, bias=False), nn.BatchNorm2d(outputs))
 
 
@@ -76,6 +97,7 @@ class ResNet(nn.Module):
         num_classes: C.
         input_shape: (channels, height, width).
         stem_stride: of the first convolution; 2 makes the whole net four times cheaper.
+        shortcut: where a stage begins, a 1x1 convolution, or `pad` without parameters.
     """
 
     published_names: ClassVar[dict[str, str]] = {r"\bshortcut\.": "downsample.", r"^linear\.": "fc."}
@@ -89,6 +111,7 @@ class ResNet(nn.Module):
         num_classes: int = 10,
         input_shape: tuple[int, ...] = (3, 32, 32),
         stem_stride: int = 1,
+        shortcut: Shortcut = "conv",
     ) -> None:
         super().__init__()
         block = Bottleneck if bottleneck else BasicBlock
@@ -100,7 +123,7 @@ class ResNet(nn.Module):
         for i, (name, width, depth) in enumerate(zip(self.stage_names, widths, depths)):
             blocks = []
             for j in range(depth):
-                blocks.append(block(inputs, width, stride=2 if i > 0 and j == 0 else 1))
+                blocks.append(block(inputs, width, 2 if i > 0 and j == 0 else 1, shortcut))
                 inputs = width * block.expansion
             setattr(self, name, nn.Sequential(*blocks))
         self.avgpool = nn.AdaptiveAvgPool2d(1)
