@@ -355,6 +355,7 @@ class InputSpec(Spec):
     """A teacher's own input, computed from the student's: back to pixels in [0, 1], pooled, resized, and normalised as
     in the teacher's training."""
 
+    later = frozenset({"interpolation"})
     size: int | tuple[int, int] | None = Field(
         None, description="Resize to this many pixels a side, or to [height, width]."
     )
@@ -363,6 +364,7 @@ class InputSpec(Spec):
     )
     std: tuple[float, ...] | None = Field(None, description="Its standard deviation per channel.")
     pool: int | None = Field(None, ge=2, description="Average squares of this many pixels a side first.")
+    interpolation: Literal["bilinear", "bicubic"] = Field("bilinear", description="How to resize.")
 
     @model_validator(mode="after")
     def _both_or_neither(self) -> InputSpec:

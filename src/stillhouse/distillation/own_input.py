@@ -24,6 +24,7 @@ class OwnInput:
         own: those of the teacher.
         size: (height, width) to resize to; None: as they are.
         pool: side of the squares that are averaged first; 1: none.
+        interpolation: bilinear or bicubic, antialiased.
 
     >>> grey = {"input": torch.zeros(1, 1, 4, 4)}
     >>> OwnInput(given=((0.5,), (0.5,)), own=((0.5, 0.4, 0.3), (0.1, 0.1, 0.1)), size=(2, 2))(grey)["input"][0, :, 0, 0]
@@ -34,6 +35,7 @@ class OwnInput:
     own: tuple[Sequence[float], Sequence[float]] = ((), ())
     size: tuple[int, int] | None = None
     pool: int = 1
+    interpolation: str = "bilinear"
 
     def __call__(self, batch: Batch) -> Batch:
         """The batch with the teacher's input; all else as it is. Raises `UserError` for what is no image."""
@@ -50,7 +52,7 @@ class OwnInput:
         if self.pool > 1:
             x = F.avg_pool2d(x, self.pool)
         if self.size is not None and tuple(x.shape[2:]) != tuple(self.size):
-            x = F.interpolate(x, self.size, mode="bilinear", align_corners=False, antialias=True)
+            x = F.interpolate(x, self.size, mode=self.interpolation, align_corners=False, antialias=True)
         if not self.own[0]:
             return x
         if len(self.own[0]) not in (1, x.shape[1]) and x.shape[1] != 1:

@@ -156,6 +156,21 @@ def accuracy_by_frequency(correct: Tensor, labels: Tensor, counts: Tensor) -> di
     return {f"accuracy_{name}": correct[own].double().mean().item() for name, own in among.items() if own.any()}
 
 
+def gains_by_frequency(head: Tensor, tail: Tensor, labels: Tensor, counts: Tensor) -> dict[str, float]:
+    """Of two predictions, what one wins where classes are rare and the other elsewhere: `tail_gain`, the accuracy of
+    `tail` above that of `head` over samples of classes with fewer than `FEW` training samples, and `head_gain`, the
+    opposite over all others. A group without samples is left out.
+
+    Args:
+        head, tail: (N,) bool, whether they are right.
+        labels: (N,) class ids.
+        counts: (C,) training samples of each class.
+    """
+    gain, rare = tail.double() - head.double(), counts[labels] < FEW
+    parts = {"tail_gain": gain[rare], "head_gain": -gain[~rare]}
+    return {name: part.mean().item() for name, part in parts.items() if len(part)}
+
+
 def nll(logits: Tensor, labels: Tensor) -> float:
     """Mean negative log-likelihood in nats of logits (N, C) (log-probabilities serve as well) and labels (N,)."""
     return F.nll_loss(F.log_softmax(logits, dim=-1), labels, reduction="none").double().mean().item()

@@ -90,11 +90,18 @@ _KNOWN = {
         100,
         2,
         1,
-        "Accuracy of the head's expert above that of the tail's, on all other classes.",
+        "Accuracy of the head's expert above the tail's, on all other classes.",
     ),
     "expert_disagreement": Quantity(
         "Experts disagree", "%", 100, 2, 0, "Share of test samples to which two experts give different classes; mean."
     ),
+    "token_cosine": Quantity(
+        "Token cosine", "", 1, 3, -1, "Mean cosine of the class token and the distillation token of test images."
+    ),
+    "components_cls": Quantity(
+        "Components, class token", "", 1, 0, 0, "Principal components that hold 90 % of the variance over test images."
+    ),
+    "components_dist": Quantity("Components, distillation token", "", 1, 0, 0, "The same of the distillation token."),
     "miou": Quantity(
         "Mean IoU", "%", 100, 2, 1, "Intersection over union of predicted and true pixels, mean over the classes."
     ),

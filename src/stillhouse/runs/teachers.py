@@ -47,23 +47,24 @@ class RunTeachers(RunStages):
                 f"{', '.join(task.class_names[:6])}); give both data sets the same order."
             )
         model = self.network(name, spec, data, as_saved=True)
-        prepare = self._prepare(spec, model, data)
+        prepare = self.own_input(spec, model, data)
         if type(its) is type(task):
             model, its = task.as_teacher(model, spec, its), task
         teacher = FrozenTeacher(model, embedding=spec.embedding, name=name, task=its, prepare=prepare)
         self.live_teachers.append(teacher)
         return teacher
 
-    def _prepare(self, spec: TeacherSpec, model: nn.Module, data: DataSpec) -> OwnInput | ViewInput | None:
-        """What makes the teacher's input of a batch."""
-        own = self._own_input(spec, model, data)
+    def own_input(self, spec: TeacherSpec, model: nn.Module, data: DataSpec) -> OwnInput | ViewInput | None:
+        """What makes a teacher's input of a batch of the data, as its spec says; None: nothing, it reads the
+        student's."""
+        own = self._own_images(spec, model, data)
         if spec.view is None:
             return own
         if spec.view not in (data.views or {}):
             raise unknown("view", spec.view, data.views or {}, " in data.views")
         return ViewInput(spec.view, own)
 
-    def _own_input(self, spec: TeacherSpec, model: nn.Module, data: DataSpec) -> OwnInput | None:
+    def _own_images(self, spec: TeacherSpec, model: nn.Module, data: DataSpec) -> OwnInput | None:
         """How the data's images become the teacher's: as its spec says; of a network with published weights, normalised
         as these were."""
         wanted, given = spec.input or InputSpec(), self.data(data).task.normalisation
@@ -73,7 +74,7 @@ class RunTeachers(RunStages):
         if spec.input is None and own in (None, given):
             return None
         size = (wanted.size, wanted.size) if isinstance(wanted.size, int) else wanted.size
-        return OwnInput(given, own or ((), ()), size, wanted.pool or 1)
+        return OwnInput(given, own or ((), ()), size, wanted.pool or 1, wanted.interpolation)
 
     def network(self, name: str, spec: TeacherSpec, data: DataSpec, as_saved: bool = False) -> nn.Module:
         """The network of a live teacher with its weights, trained first where it has none.

@@ -35,7 +35,7 @@ from torch.nn import functional as F
 
 from stillhouse.config.specs import Data, MethodConfig, Model, ModelSpec, Spec, TrainSpec
 from stillhouse.errors import UserError, unknown
-from stillhouse.evaluation.classification import FEW, accuracy_by_frequency, collect_logits
+from stillhouse.evaluation.classification import accuracy_by_frequency, collect_logits, gains_by_frequency
 from stillhouse.functional.divergences import kl_terms
 from stillhouse.functional.precision import full_precision
 from stillhouse.models import load_weights
@@ -365,9 +365,7 @@ class DiverseExperts(Method[Config]):
             out |= {f"{k}_expert_{number + 1}": v for k, v in figures.items()}
         if len(counts):
             order = sorted(range(len(predicted)), key=config.exponents.__getitem__)
-            rare = counts[labels] < FEW
-            gain = (predicted[order[-1]] == labels).double() - (predicted[order[0]] == labels).double()
-            out |= {"tail_gain": gain[rare].mean().item(), "head_gain": -gain[~rare].mean().item()}
+            out |= gains_by_frequency(*(predicted[i] == labels for i in (order[0], order[-1])), labels, counts)
         pairs = [(a != b).double().mean() for a, b in combinations(predicted, 2)]
         return {**out, "expert_disagreement": float(torch.stack(pairs).mean())} if pairs else out
 
