@@ -1,0 +1,5 @@
+"""AutoDistil: see `method`."""
+
+
+
+
