@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from stillhouse.errors import UserError
+from stillhouse.evaluation.statistics import rank_correlation
 from stillhouse.runs.execution import execute, plan
 from stillhouse.runs.products import load_product
 from stillhouse.runs.recipe import validate
@@ -22,7 +23,6 @@ from stillhouse.runs.run import Run
 from stillhouse.synthetic.config import AugmentSpec, EvaluateSpec
 from stillhouse.synthetic.judging.evaluator import judge
 from stillhouse.synthetic.judging.protocol import Judging, renumbered
-from stillhouse.synthetic.judging.search import rank_correlation
 from stillhouse.synthetic.training import HardTraining, SoftTraining
 
 PLAIN = AugmentSpec(groups="")

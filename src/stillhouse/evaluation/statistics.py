@@ -65,3 +65,16 @@ def paired_difference(values: Sequence[float], baseline: Sequence[float], confid
     differences = [v - b for v, b in zip(values, baseline)]
     low, high = mean_interval(differences, confidence)
     return Difference(mean(differences), low, high, len(differences))
+
+
+def rank_correlation(a: Sequence[float], b: Sequence[float]) -> float:
+    """Spearman's rank correlation, in [-1, 1]; 0 where all of one side are equal, which is no order.
+
+    >>> rank_correlation([0.1, 0.2, 0.3], [1.0, 2.0, 30.0])
+    1.0
+    """
+    from scipy.stats import spearmanr
+
+    if len(set(a)) == 1 or len(set(b)) == 1:
+        return 0.0
+    return float(spearmanr(a, b).statistic)

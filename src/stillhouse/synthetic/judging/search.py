@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from stillhouse.config.specs import ModelSpec
+from stillhouse.evaluation.statistics import rank_correlation
 from stillhouse.synthetic.config import SearchSpec
 from stillhouse.synthetic.judging.protocol import Judging, first_split
 
@@ -60,16 +61,3 @@ def candidates(spec: SearchSpec) -> list[ModelSpec]:
     """
     combinations: list[tuple[Any, ...]] = list(itertools.product(*spec.grid.values()))
     return [ModelSpec(model=spec.model, options=dict(zip(spec.grid, values))) for values in combinations]
-
-
-def rank_correlation(a: Sequence[float], b: Sequence[float]) -> float:
-    """Spearman's rank correlation, in [-1, 1]; 0 where all of one side are equal, which is no order.
-
-    >>> rank_correlation([0.1, 0.2, 0.3], [1.0, 2.0, 30.0])
-    1.0
-    """
-    from scipy.stats import spearmanr
-
-    if len(set(a)) == 1 or len(set(b)) == 1:
-        return 0.0
-    return float(spearmanr(a, b).statistic)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import random
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 from pydantic import Field
@@ -129,10 +128,6 @@ def drawn(count: int, step: int, between: int = 2) -> list[int]:
             "in all; widen it, or lower `between`."
         )
     return [count - 1, 0, *random.Random(step).sample(range(1, count - 1), between)]
-
-
-def cheapest_first(nets: Sequence[SubNet], whole: Whole, tokens: int) -> list[SubNet]:
-    return sorted(nets, key=lambda net: whole.multiply_adds(net, tokens))
 
 
 def spread(count: int, wanted: int) -> list[int]:

@@ -80,7 +80,7 @@ def relation_distance(
         if pairs is None:
             total = total + weight * squares.mean()
         else:
-            total = total + weight * (squares * pairs).sum() / (pairs.sum() * s.shape[1])
+            total = total + weight * (squares * pairs).sum() / (pairs.sum() * s.shape[1]).clamp_min(1)
     return total
 
 
@@ -134,7 +134,13 @@ class Sandwich(TrainingModule):
     ) -> None:
         super().__init__()
         self.student, self.nets, self._teacher = student, list(nets), [teacher]
-        self.kind, self.padding, self.weights, self.between, self.offset = kind, padding, tuple(weights), between, offset
+        self.kind, self.padding, self.weights, self.between, self.offset = (
+            kind,
+            padding,
+            tuple(weights),
+            between,
+            offset,
+        )
         drawn(len(nets), 0, between)  # a space that is too small is refused here
 
     def distance(self, net: SubNet, batch: Batch, targets: Sequence[Tensor]) -> Tensor:
@@ -160,4 +166,3 @@ class Sandwich(TrainingModule):
                 sums += found.double().cpu()
                 count += 1
         return (sums / max(count, 1)).tolist()
-
