@@ -37,9 +37,9 @@ def supernet_of(case: Case) -> SuperNet:
 def superlm(case: Case) -> None:
     supernet, heads = supernet_of(case), case.params["teacher_relation_heads"]
     inputs = {"input_ids": case["input_ids"]}
-    mask = case["attention_mask"] if "attention_mask" in case else None
-    if mask is not None:
-        inputs["attention_mask"] = mask
+    mask = None
+    if "attention_mask" in case:
+        mask = inputs["attention_mask"] = case["attention_mask"]
     padded = torch.zeros(case["input_ids"].shape) if mask is None else 1 - mask
     targets = [case[f"teacher_{part}"] for part in ("qq", "kk", "vv")]
     total = torch.zeros(())

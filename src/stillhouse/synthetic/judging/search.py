@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import itertools
 import statistics
-from collections.abc import Sequence
 from typing import Any
 
 from stillhouse.config.specs import ModelSpec

@@ -9,24 +9,24 @@ family: architecture search, relations of tokens
 use when: a text encoder is wanted at several costs, and nobody knows which depth and width to give up
 needs: an encoder of BERT's kind (transformers); text without labels; labels only for the fine-tuning at the end
 
-The dimensions of the teacher are cut into small spaces, each with shared weights of its own that start as the teacher's.
-A sub-network has the leading entries of every weight and evenly spread layers; heads stay as wide as the teacher's. Each
-step trains the largest, the smallest and two drawn sub-networks of a space, whose gradients add up. Their last layer's
-relations of queries, keys and values (dot products of tokens, head by head) match those of the teacher's last layer:
-scaled scores, as the released code has it, or their softmax, as the paper writes (`relation.kind`). Relations need no
-projection, labels or logits, so that the same loss on held-out text ranks all sub-networks: the one with the least
-under `search.max_cost` is cut out, with weights of its own, and fine-tuned. `search.choose: proxy` fine-tunes the
+The teacher's dimensions are cut into small spaces, each with shared weights of its own, which start as the teacher's. A
+sub-network has the leading entries of every weight and evenly spread layers; its heads stay as wide as the teacher's.
+Each step trains the largest, the smallest and two drawn sub-networks of a space, whose gradients add up. Their last
+layer's relations of queries, keys and values (dot products of tokens, head by head) match those of the teacher's last
+layer: scaled scores, as the released code has it, or their softmax, as the paper writes (`relation.kind`). Relations
+need no projection, labels or logits, so that the same loss on held-out text ranks all sub-networks: the one with the
+least under `search.max_cost` is cut out, with weights of its own, and fine-tuned. `search.choose: proxy` fine-tunes the
 sub-networks of `rank` instead and takes the one that is best at the task.
 
 Published: spaces of 256 around BERT-base, text of 128 tokens, all pairs of positions counted. Here the padding of
-shorter texts is left out of the loss by default. Weight decay, as published, also shrinks entries that no
-sub-network has. A cut network has the layers of its class, but unless its hidden size is heads x head size, only
-`stillhouse.load` can build it. Training whole sub-networks as masked language models, the paper's weaker way to train
-the shared weights, is not here.
+shorter texts is left out of the loss by default. Weight decay, as published, also shrinks entries that no sub-network
+has. A cut network is of its transformers class, but unless its hidden size is heads x head size, only `stillhouse.load`
+can build it. Training the shared weights as masked language models, which the paper finds weaker, is not here.
 """
 
 from __future__ import annotations
 
+import copy
 import random
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -72,7 +72,7 @@ class SearchSpec(Spec):
     max_cost: float = Field(
         0.5,
         gt=0,
-        description="Multiply-adds of the layers on a text of data.options.context tokens, over the teacher's.",
+        description="Multiply-adds of the layers on a text of data.options.context tokens, of the teacher's.",
     )
     choose: Literal["relation", "proxy", "random", "largest", "smallest"] = Field(
         "relation",
@@ -266,8 +266,13 @@ class AutoDistil(Method[Config]):
                 }
             return out
 
-        uses = {**shared_uses(config, run, teacher), "spaces": config.spaces, "search": [search.batches, search.batch_size],
-                "compare": config.compare, "seed": run.seed}  # fmt: skip
+        uses = {
+            **shared_uses(config, run, teacher),
+            "spaces": config.spaces,
+            "search": [search.batches, search.batch_size],
+            "compare": config.compare,
+            "seed": run.seed,
+        }
         made = run.stage("search", make, uses)
         tokens = run.data(config.text).task.context
         whole_cost = whole.multiply_adds(whole.itself, tokens)
@@ -276,11 +281,8 @@ class AutoDistil(Method[Config]):
             for name, nets in spaces.items()
             for net, distance in zip(nets, made[name]["all"])
         ]
-        figures = {
-            "spearman_size": rank_correlation(
-                [f.distance for f in found], [whole.parameter_count(f.net) for f in found]
-            )
-        }
+        sizes = [whole.parameter_count(f.net) for f in found]
+        figures = {"spearman_size": rank_correlation([f.distance for f in found], sizes)}
         first = next(iter(spaces))
         for at, end in enumerate(("smallest", "largest", *([] if shape is None else ["compared"]))):
             figures[f"distance_{end}"] = made[first]["after"][at]
@@ -364,8 +366,6 @@ def shared_uses(config: Config, run: Run, teacher: nn.Module) -> dict[str, Any]:
 
 def with_encoder(model: nn.Module, supernet: SuperNet) -> nn.Module:
     """A copy of a whole network whose encoder has the shared weights."""
-    import copy
-
     out: Any = copy.deepcopy(model)
     out.base_model.load_state_dict(supernet.encoder.state_dict())
     return out.requires_grad_(True)
