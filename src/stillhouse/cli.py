@@ -503,6 +503,15 @@ def predict(
     out: Annotated[
         Path | None, typer.Option(help="Write predictions.jsonl and pictures here.", metavar="FOLDER")
     ] = None,
+    classes: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--class", help="Of a student that embeds texts: a class to choose among; repeat.", metavar="NAME"
+        ),
+    ] = None,
+    texts: Annotated[
+        list[str] | None, typer.Option("--text", help="Likewise, a whole text; repeat.", metavar="TEXT")
+    ] = None,
     trust_code: Annotated[
         bool, typer.Option("--trust-code", help="Allow a model that your own Python file builds.")
     ] = False,
@@ -510,7 +519,7 @@ def predict(
     """Show what a student finds in images or texts: labels with probabilities, overlays, boxes, text."""
     from stillhouse.runs.prediction import predict as predictions
 
-    for line in predictions(folder, inputs, out, trust_code):
+    for line in predictions(folder, inputs, out, trust_code, classes or (), texts or ()):
         typer.echo(line)
 
 

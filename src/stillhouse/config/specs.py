@@ -380,7 +380,7 @@ class InputSpec(Spec):
 class TeacherSpec(Spec):
     """A source of knowledge. Exactly one of `model`, `ensemble`, `momentum`, `past_self`, `peer`, `store: PATH`."""
 
-    later = frozenset({"input", "view"})
+    later = frozenset({"input", "view", "objectives", "teacher"})
     model: str | None = Field(None, description="A live, frozen network by name.")
     checkpoint: str | CheckpointSpec | None = Field(None, description="As of a student's model.")
     pretrained: bool = Field(False, description="As of a student's model.")
@@ -401,6 +401,12 @@ class TeacherSpec(Spec):
         None,
         description="How the teacher is trained first (with checkpoint or pretrained: fine-tuned); once, then read "
         "from the cache.",
+    )
+    objectives: list[ObjectiveSpec] | None = Field(
+        None, description="What `train` minimises; default: the plain training of its task, such as cross-entropy."
+    )
+    teacher: TeacherSpec | None = Field(
+        None, description="Whom `objectives` read: a teacher that was distilled itself."
     )
     seed: int | None = Field(
         None,
@@ -431,6 +437,11 @@ class TeacherSpec(Spec):
         for key in ("input", "view"):
             if getattr(self, key) is not None and self.model is None:
                 raise ValueError(f"{key} is for a teacher of `model`, not for {given[0]}")
+        for key in ("objectives", "teacher"):
+            if getattr(self, key) is not None and self.train is None:
+                raise ValueError(f"{key} says how the teacher is trained, so it needs `train`")
+        if self.teacher is not None and self.objectives is None:
+            raise ValueError("a teacher's own `teacher` needs `objectives` that read it")
         if self.view is not None and self.store is not None:
             raise ValueError("a store holds outputs for the student's input, so its teacher cannot read a view")
         if self.store is not None and given[0] not in ("model", "ensemble", "store"):

@@ -101,6 +101,10 @@ class DataBundle:
             raise unknown("split", split, SPLITS)
         return split in self._splits
 
+    def positions(self, split: str) -> np.ndarray:
+        """(n,) of the split's samples, in order, in what the format read for it (`_source`)."""
+        return self._splits[split].positions.copy()
+
     def dataset(self, split: str, *, train: bool) -> IndexedDataset:
         """A split's samples, with training augmentation (`train=True`) or as they are evaluated.
 

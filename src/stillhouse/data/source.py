@@ -4,7 +4,7 @@ is found and kept in."""
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -84,6 +84,27 @@ def existing(path: str, root: Path) -> Path:
     close = nearest(tried.name, siblings, 1)
     hint = f"; did you mean '{siblings[close[0]]}'?" if close else f", nor under the data root '{root}'."
     raise UserError(f"There is no file or folder '{path}'{hint}")
+
+
+def located(value: Any, root: Path) -> Any:
+    """Options of networks with the files and folders that they name, which may lie under the data root: the value of
+    every key `checkpoint`, and of every key `model` that begins with `hf:`. What is on neither place is left as it is.
+    """
+    if isinstance(value, Mapping):
+        return {k: _placed(k, v, root) for k, v in value.items()}
+    return [located(v, root) for v in value] if isinstance(value, list) else value
+
+
+def _placed(key: str, value: Any, root: Path) -> Any:
+    if key == "checkpoint" and isinstance(value, Mapping):
+        return {k: _placed("checkpoint" if k == "path" else k, v, root) for k, v in value.items()}
+    if not isinstance(value, str):
+        return located(value, root)
+    scheme = "hf:" if key == "model" and value.startswith("hf:") else ""
+    path = Path(value.removeprefix(scheme)).expanduser()
+    if (key == "checkpoint" or scheme) and not path.exists() and (root / path).exists():
+        return f"{scheme}{root / path}"
+    return value
 
 
 def evenly(n: int, count: int) -> np.ndarray:

@@ -418,7 +418,10 @@ class Distillation(TrainingModule):
         self._checked_taps = True
 
     def after_step(self, batch: Batch, progress: Progress, stepped: bool) -> None:
-        """Teachers that learn look at the student's outputs, and follow it after an optimiser step."""
+        """The student's weights are put back into the range of its task; teachers that learn look at its outputs, and
+        follow it after an optimiser step."""
+        if stepped:
+            self.task.constrain(self.student)
         for teacher in self._observing:
             assert self._student_outputs is not None
             teacher.observe(batch, self._student_outputs, progress)

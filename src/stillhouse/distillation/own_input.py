@@ -6,11 +6,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from stillhouse.errors import UserError, unknown
+from stillhouse.functional.pictures import renormalise
 from stillhouse.signals import Batch
 
 
@@ -51,21 +51,12 @@ class OwnInput:
             raise UserError("A teacher's own `input` is for images (B, C, H, W), which this data does not give.")
         if self.pool > 1:
             x = F.avg_pool2d(x, self.pool)
-        if self.size is not None and tuple(x.shape[2:]) != tuple(self.size):
-            x = F.interpolate(x, self.size, mode=self.interpolation, align_corners=False, antialias=True)
-        if not self.own[0]:
-            return x
-        if len(self.own[0]) not in (1, x.shape[1]) and x.shape[1] != 1:
+        if len(self.own[0]) not in (0, 1, x.shape[1]) and x.shape[1] != 1:
             raise UserError(
                 f"The teacher's input has mean and std of {len(self.own[0])} channels, but the images have "
                 f"{x.shape[1]}."
             )
-        mean, std = (self._channels(x, values, empty) for values, empty in zip(self.given, (0.0, 1.0)))
-        own_mean, own_std = (self._channels(x, values, 0.0) for values in self.own)
-        return x * (std / own_std) + (mean - own_mean) / own_std
-
-    def _channels(self, x: Tensor, values: Sequence[float], empty: float) -> Tensor:
-        return torch.tensor(tuple(values) or (empty,), dtype=x.dtype, device=x.device)[:, None, None]
+        return renormalise(x, self.given, self.own, self.size, self.interpolation)
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from stillhouse.signals import Batch, Signals, Taps, TopK, image_size, in_float3
 from stillhouse.tasks.base import Task
 
 PLAIN = Task()
-EVERYTHING = frozenset({"logits", "embedding", "taps"})
+EVERYTHING = frozenset({"logits", "embedding", "taps", "parts"})
 
 
 class Reader:
@@ -60,7 +60,7 @@ class Reader:
         probe = self._prepared(probe)
         self._channels_last = None
         for name in sorted(set(wanted)):
-            if name == "embedding":
+            if name == "embedding" and not (self.task or PLAIN).embeds:
                 from stillhouse.models.anatomy import classifier
 
                 self._classifier = self._classifier or classifier(self.model, probe)
@@ -146,7 +146,7 @@ class Teacher:
     `nn.Module` too, and is saved.
 
     Attributes:
-        gives: kinds of signals: logits, top, embedding, taps.
+        gives: kinds of signals: logits, top, embedding, taps, parts.
         reads_student: whether its answer depends on the student's signals.
         hint: what a message adds where it does not give what an objective needs.
     """

@@ -33,6 +33,8 @@ class JudgedTask(Protocol):
 
     def one(self, batch: Batch) -> Batch: ...
 
+    def ready(self, model: nn.Module) -> Any: ...
+
     @property
     def prefers_chunks(self) -> bool: ...
 
@@ -66,6 +68,7 @@ def judge(
 
 def measured(task: JudgedTask, model: nn.Module, loader: Iterable[Batch], device: torch.device | str, meter: M) -> M:
     """The meter, after it was given the network's outputs for every batch."""
+    task = task.ready(model)
     with evaluating(model):
         for number, batch in enumerate(loader):
             batch = to_device(batch, device)

@@ -69,6 +69,30 @@ _KNOWN = {
     "accuracy_top5": Quantity(
         "Top-5 accuracy", "%", 100, 2, 1, "Share of test samples whose right class is among the five most probable."
     ),
+    "accuracy_base": Quantity(
+        "Accuracy, base", "%", 100, 2, 1, "Accuracy on the classes that training saw, among these."
+    ),
+    "accuracy_new": Quantity(
+        "Accuracy, new", "%", 100, 2, 1, "Accuracy on the classes that training did not see, among these."
+    ),
+    "accuracy_harmonic": Quantity(
+        "Accuracy, harmonic", "%", 100, 2, 1, "Harmonic mean of the accuracies on base and on new classes."
+    ),
+    **{
+        f"{way}_r{rank}": Quantity(
+            f"{title} R@{rank}",
+            "%",
+            100,
+            2,
+            1,
+            f"Share of {query} that have a right {answer} among the {rank} nearest.",
+        )
+        for way, title, query, answer in (
+            ("image_to_text", "Image to text", "images", "text"),
+            ("text_to_image", "Text to image", "texts", "image"),
+        )
+        for rank in (1, 5, 10)
+    },
     "accuracy_many": Quantity(
         "Accuracy, many", "%", 100, 2, 1, "Accuracy on classes of more than 100 training samples."
     ),

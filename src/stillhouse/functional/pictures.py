@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import colorsys
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -20,6 +21,34 @@ def unnormalise(images: Tensor, mean: tuple[float, ...], std: tuple[float, ...])
     """The inverse of `normalise`: (B, C, H, W) float32 as uint8."""
     centre, scale = (torch.tensor(v, dtype=torch.float32, device=images.device)[:, None, None] for v in (mean, std))
     return ((images * scale + centre).clamp(0, 1) * 255).round().to(torch.uint8)
+
+
+def renormalise(
+    images: Tensor,
+    given: tuple[Sequence[float], Sequence[float]],
+    own: tuple[Sequence[float], Sequence[float]],
+    size: tuple[int, int] | None = None,
+    interpolation: str = "bilinear",
+) -> Tensor:
+    """Float images (B, C, H, W) as another network sees them.
+
+    Args:
+        images: normalised by the mean and standard deviation per channel `given`; () for images in [0, 1].
+        own: the other network's; () leaves the values as they are.
+        size: (H, W) to resize to; None: as they are.
+        interpolation: how, bilinear or bicubic.
+    """
+    if size is not None and tuple(images.shape[2:]) != tuple(size):
+        images = F.interpolate(images, size, mode=interpolation, align_corners=False, antialias=True)
+    if not own[0] or (tuple(given[0]), tuple(given[1])) == (tuple(own[0]), tuple(own[1])):
+        return images
+    mean, std = (_channels(images, values, empty) for values, empty in zip(given, (0.0, 1.0)))
+    own_mean, own_std = (_channels(images, values, 0.0) for values in own)
+    return images * (std / own_std) + (mean - own_mean) / own_std
+
+
+def _channels(images: Tensor, values: Sequence[float], empty: float) -> Tensor:
+    return torch.tensor(tuple(values) or (empty,), dtype=images.dtype, device=images.device)[:, None, None]
 
 
 def with_channels(image: Tensor, channels: int) -> Tensor:

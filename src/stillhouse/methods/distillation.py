@@ -74,7 +74,7 @@ class GeneralDistillation(Method[D]):
                     steps = member.train.epochs * len(
                         run.loader(member.data or config.data, "train", member.train.batch_size, train=True)
                     )
-                    model = run.model(member.network, config.data, "teacher", member.seed or 0)
+                    model = run.model(member.network, member.data or config.data, "teacher", member.seed or 0)
                     stages.append(
                         Stage(
                             "teacher",
@@ -108,20 +108,23 @@ class GeneralDistillation(Method[D]):
             "student": (
                 student,
                 config.student.embedding,
+                run.data(config.data).task,
                 [n for o in objectives for n in o.needs if n.startswith("student.")],
             )
         }
         for name, spec in config.all_teachers.items():
             wanted = [n for o in objectives if o.teacher == name for n in o.needs if n.startswith("teacher.")]
             if spec.model and wanted:
+                own = spec.data or config.data
                 networks[name] = (
-                    run.model(spec.network, config.data, "teacher", spec.seed or 0),
+                    run.model(spec.network, own, "teacher", spec.seed or 0),
                     spec.embedding,
+                    run.data(own).task,
                     wanted,
                 )
         out: dict[str, str] = {}
-        for name, (model, embedding, wanted) in networks.items():
-            reader = Reader(model.eval(), name, embedding, run.data(config.data).task)
+        for name, (model, embedding, task, wanted) in networks.items():
+            reader = Reader(model.eval(), name, embedding, task)
             with torch.no_grad():
                 reader.attach({n.partition(".")[2] for n in wanted}, probe)
                 reader(probe)

@@ -32,6 +32,7 @@ TASKS = {  # options.task: the Auto class, and its mapping from config classes t
     "causal": ("AutoModelForCausalLM", "MODEL_FOR_CAUSAL_LM_MAPPING"),
     "masked": ("AutoModelForMaskedLM", "MODEL_FOR_MASKED_LM_MAPPING"),
     "seq2seq": ("AutoModelForSeq2SeqLM", "MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING"),
+    "features": ("AutoModel", "MODEL_MAPPING"),
 }
 
 DTYPES = ("float32", "bfloat16", "float16", "auto")

@@ -10,6 +10,9 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from stillhouse.errors import MissingExtra, UserError, unknown
 from stillhouse.files import atomic_write, cache_folder, digest
 
@@ -21,6 +24,7 @@ SPECIALS = {
     "mask_token": "<mask>",
 }
 """Ids 0 to 4 of every tokenizer built here."""
+LEGACY_END = 2
 
 
 def tokenizer(name: str, texts: Sequence[str] = ()) -> Any:
@@ -95,7 +99,7 @@ def with_marks(tokens: Any) -> Any:
     A tokenizer that was saved without a rule for that gets one: `cls_token` and `sep_token` where it has both; of those
         built here, `<bos>` and `<eos>`.
     """
-    ours = all(getattr(tokens, name) == token for name, token in SPECIALS.items())
+    ours = all(getattr(tokens, name) == token for name, token in SPECIALS.items() if name != "eos_token")
     begin, end = tokens.cls_token, tokens.sep_token
     if ours and not (begin and end):
         begin, end = tokens.bos_token, tokens.eos_token
@@ -233,3 +237,36 @@ def _published(name: str) -> Any:
             )
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
+
+
+def texts_padded(tokens: Any, texts: Sequence[str], context: int) -> dict[str, Tensor]:
+    """Texts as an encoder reads them: `input_ids` and `attention_mask` (T, L), padded to the longest.
+
+    A text of more than `context` tokens is cut before its end mark, which encoders such as CLIP's pool.
+    """
+    begin, close = marks(tokens)
+    room = context - len(begin) - len(close)
+    rows = [begin + ids[:room] + close for ids in encode(tokens, list(texts))]
+    length = max(map(len, rows), default=0)
+    ids = torch.full((len(rows), length), int(tokens.pad_token_id), dtype=torch.int64)
+    inside = torch.zeros(len(rows), length, dtype=torch.int64)
+    for i, row in enumerate(rows):
+        ids[i, : len(row)] = torch.tensor(row)
+        inside[i, : len(row)] = 1
+    return {"input_ids": ids, "attention_mask": inside}
+
+
+def with_last_end(tokens: Any) -> Any:
+    """The tokenizer with an end mark of the largest id, where it has id 2: CLIP networks of transformers pool the
+    largest id of a text where the end mark is 2, and the end mark elsewhere."""
+    if tokens.eos_token_id == LEGACY_END:
+        tokens.add_special_tokens({"eos_token": "<end>"})
+    return tokens
+
+
+def too_long(tokens: Any, texts: Sequence[str], context: int) -> int:
+    """How many texts have more than `context` tokens."""
+    begin, close = marks(tokens)
+    room = context - len(begin) - len(close)
+    doubtful = [t for t in texts if len(t.encode()) > room]  # a token is at least a byte
+    return sum(len(ids) > room for ids in encode(tokens, doubtful))

@@ -95,8 +95,12 @@ class RunData:
     ) -> nn.Module:
         """The network of a spec, sized for the data, initialised as (seed, role) say. Where it is trained afterwards,
         its classifier may be new although the rest comes from a checkpoint."""
+        from stillhouse.data.source import find_root, located
+
+        spec = spec.with_classifier("new" if trained else "same")
+        found = ModelSpec.model_validate(located(spec.model_dump(), find_root(data, self.data_root)))
         with keyed("model", role, self.seed if seed is None else seed):
-            module: nn.Module = self.data(data).task.build(spec.with_classifier("new" if trained else "same"))
+            module: nn.Module = self.data(data).task.build(found)
             return module
 
     def splits(self, spec: DataSpec, batch_size: int | None = None) -> dict[str, Any]:

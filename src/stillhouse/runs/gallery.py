@@ -18,6 +18,7 @@ from stillhouse.distillation.teachers import FrozenTeacher
 from stillhouse.runs.products import Student
 from stillhouse.runs.run import Run
 from stillhouse.signals import Batch, Signals, evaluating, to_device
+from stillhouse.tasks.base import Task
 
 SHOWN = 8
 SEARCHED = 64  # test batches looked through
@@ -28,9 +29,10 @@ FOLDER = "pictures"
 class _Networks:
     product: Student
     teacher: FrozenTeacher | None
+    task: Task
 
     def student(self, batch: Batch) -> Signals:
-        task = self.product.task
+        task = self.task
         return task.read(task.call(self.product.module, batch), batch)
 
 
@@ -40,7 +42,7 @@ def write_gallery(run: Run, product: Student) -> None:
     task = product.task
     loader = run.loader(spec, split)
     teachers = [t for t in run.live_teachers if type(t.task) is type(task) and t.task.class_names == task.class_names]
-    networks = _Networks(product, teachers[0] if teachers else None)
+    networks = _Networks(product, teachers[0] if teachers else None, task.ready(product.module))
     with evaluating(product.module):
         device = next(product.module.parameters()).device
         first = to_device(next(iter(loader)), device)

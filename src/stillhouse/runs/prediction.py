@@ -17,13 +17,20 @@ from stillhouse.runs.products import Student, load_product
 
 
 def predict(
-    folder: str | Path, inputs: Sequence[str], out: str | Path | None = None, trust_code: bool = False
+    folder: str | Path,
+    inputs: Sequence[str],
+    out: str | Path | None = None,
+    trust_code: bool = False,
+    names: Sequence[str] = (),
+    texts: Sequence[str] = (),
 ) -> Iterator[str]:
     """A line for each input, as it is found; with `out`, `predictions.jsonl` and a PNG for each picture go there.
 
     Args:
         folder: a run's folder, or a product folder.
         inputs: image files or folders of them; or texts, for a product that reads texts.
+        names: of a product that embeds texts, the classes to choose among; default: those it was trained with.
+        texts: likewise, whole texts to choose among.
 
     Raises:
         UserError: a product that predicts nothing for people, or an input that is not there or no image.
@@ -34,6 +41,10 @@ def predict(
             f"{folder} holds a product of kind '{product.kind}', which predicts nothing for people; load it and call "
             "its module."
         )
+    if names and texts:
+        raise UserError("Give class names or whole texts to choose among, not both.")
+    if names or texts:
+        product.task = product.task.among(names or texts, whole=bool(texts))
     place = None if out is None else Path(out).expanduser()
     if place is not None:
         place.mkdir(parents=True, exist_ok=True)

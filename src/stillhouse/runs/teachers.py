@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from torch import nn
 
-from stillhouse.config.specs import DataSpec, InputSpec, ModelSpec, TeacherSpec, TrainSpec
+from stillhouse.config.specs import DataSpec, InputSpec, ModelSpec, ObjectiveSpec, TeacherSpec, TrainSpec
 from stillhouse.distillation.own_input import OwnInput, ViewInput
 from stillhouse.distillation.teachers import FrozenTeacher
 from stillhouse.errors import UserError, unknown
@@ -40,7 +41,8 @@ class RunTeachers(RunStages):
         if spec.peer is not None:
             return CoTrainedTeacher(self.model(spec.peer, data, role=name), embedding=spec.peer.embedding)
         task, its = self.data(data).task, self.data(spec.data or data).task
-        if its.class_names != task.class_names and set(its.class_names) == set(task.class_names):
+        alike = type(its) is type(task)
+        if alike and its.class_names != task.class_names and set(its.class_names) == set(task.class_names):
             raise UserError(
                 f"The teacher '{name}' is trained on the student's classes in another order "
                 f"({', '.join(its.class_names[:6])}, not "
@@ -48,8 +50,7 @@ class RunTeachers(RunStages):
             )
         model = self.network(name, spec, data, as_saved=True)
         prepare = self.own_input(spec, model, data)
-        if type(its) is type(task):
-            model, its = task.as_teacher(model, spec, its), task
+        model, its = (task.as_teacher(model, spec, its), task) if alike else its.serving(model, task)
         teacher = FrozenTeacher(model, embedding=spec.embedding, name=name, task=its, prepare=prepare)
         self.live_teachers.append(teacher)
         return teacher
@@ -93,7 +94,9 @@ class RunTeachers(RunStages):
             own = own.model_copy(update={"options": {"dtype": "auto", **own.options}})
         model = self.model(own, data, role="teacher", seed=seed, trained=spec.train is not None)
         if spec.train is not None:  # from published weights, or those of its checkpoint: fine-tuned
-            trained = self.trained("teacher", model, spec.network, spec.train, data, seed)
+            trained = self.trained(
+                "teacher", model, spec.network, spec.train, data, seed, spec.objectives, spec.teacher
+            )
             model.load_state_dict(trained["weights"])
             self.record.setdefault("teachers", {})[name] = {"model": spec.model, **trained["figures"]}
         elif spec.checkpoint is None and not spec.pretrained:
@@ -136,10 +139,22 @@ class RunTeachers(RunStages):
         return StoredTeacher(store, name=name)
 
     def trained(
-        self, stage: str, model: nn.Module, spec: ModelSpec, train: TrainSpec, data: DataSpec, seed: int
+        self,
+        stage: str,
+        model: nn.Module,
+        spec: ModelSpec,
+        train: TrainSpec,
+        data: DataSpec,
+        seed: int,
+        objectives: Sequence[ObjectiveSpec] | None = None,
+        teacher: TeacherSpec | None = None,
     ) -> dict[str, Any]:
-        """A network trained alone, on what its task calls plain training, as a shared stage: {"weights": tensors,
-        "figures": test figures}."""
+        """A network trained by itself as a shared stage: {"weights": tensors, "figures": test figures}.
+
+        Args:
+            objectives: what is minimised; default: what its task calls plain training.
+            teacher: whom they read.
+        """
         from stillhouse.distillation.distillation import Distillation
         from stillhouse.distillation.weighted import objective_from_spec
 
@@ -151,15 +166,17 @@ class RunTeachers(RunStages):
                 self._stores,
                 {},
             )  # a network trained alone sees its own augmentation, not the views of a store
+            shown = list(self.live_teachers)  # a teacher's teacher is in no picture
             try:
                 with self.seeded(seed):
-                    objectives = [objective_from_spec(o) for o in bundle.task.supervised]
-                    module = Distillation(model, None, objectives, seed=seed, task=bundle.task)
+                    losses = [objective_from_spec(o) for o in objectives or bundle.task.supervised]
+                    source = None if teacher is None else self.teacher("teacher's teacher", teacher, data)
+                    module = Distillation(model, source, losses, seed=seed, task=bundle.task)
                     loader = self.loader(data, "train", train.batch_size, train=True)
                     self.fit(stage, module, loader, train, evaluate=self.validating(data))
                 module.close()
             finally:
-                self._stores = stores
+                self._stores, self.live_teachers = stores, shown
             figures = (
                 self.figures(model, data, self.loader(data, "test"), next(model.parameters()).device)
                 if bundle.has("test")
@@ -167,7 +184,13 @@ class RunTeachers(RunStages):
             )
             return {"weights": state_on_cpu(model), "figures": figures}
 
-        start = {"start": FrozenTeacher(model).fingerprint()} if spec.pretrained or spec.checkpoint else {}
+        start: dict[str, Any] = {}
+        if spec.pretrained or spec.checkpoint:
+            start["start"] = FrozenTeacher(model).fingerprint()
+        if objectives is not None:
+            start["objectives"] = [o.model_dump(mode="json") for o in objectives]
+        if teacher is not None:
+            start["teacher"] = self._identity(teacher, data)
         return self.stage(
             stage,
             make,
@@ -180,6 +203,20 @@ class RunTeachers(RunStages):
                 "seed": seed,
             },
         )
+
+    def _identity(self, spec: TeacherSpec, data: DataSpec) -> dict[str, Any]:
+        """What a teacher from a spec depends on, as JSON data."""
+        own = spec.data or data
+        train = None if spec.train is None else spec.train.identity()
+        nested = None if spec.teacher is None else self._identity(spec.teacher, own)
+        facts = spec.model_dump(mode="json", exclude={"train", "teacher", "data"})
+        return {
+            **facts,
+            "train": train,
+            "teacher": nested,
+            "data": self.data(own).fingerprint,
+            "augment": _augmentation(own),
+        }
 
 
 def _augmentation(spec: DataSpec) -> dict[str, Any]:

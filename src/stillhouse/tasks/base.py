@@ -35,12 +35,14 @@ class Task:
         parts: what its networks give besides logits: name -> shape and meaning (`Signals.parts`).
         supervised: objectives of plain training: of teachers, and of variants without one.
         reads: what `predict` takes: "images" (uint8 (C, H, W)), "texts", or "" where it takes batches only.
+        embeds: whether `read` gives the embedding, so that no classifier is looked for.
     """
 
     name: ClassVar[str] = "any"
     parts: ClassVar[Mapping[str, str]] = {}
     supervised: ClassVar[tuple[str | dict[str, Any], ...]] = ("ce",)
     reads: ClassVar[str] = ""
+    embeds: ClassVar[bool] = False
 
     @property
     def groups(self) -> tuple[str, ...]:
@@ -85,6 +87,17 @@ class Task:
     def as_teacher(self, model: nn.Module, spec: TeacherSpec, its: Task) -> nn.Module:
         """A teacher of another task of the same kind, `its`, wrapped so that its outputs fit this task."""
         return model
+
+    def serving(self, model: nn.Module, student: Task) -> tuple[nn.Module, Task]:
+        """A teacher of this task for a student of another: the network, and the task by which it is called and read."""
+        return model, self
+
+    def ready(self, model: nn.Module) -> Task:
+        """This task with what it computes of a network once, before the network is judged or shown; default: itself."""
+        return self
+
+    def constrain(self, model: nn.Module) -> None:
+        """Put weights of a trained network back into their range, after each optimiser step."""
 
     @property
     def prefers_chunks(self) -> bool:
@@ -152,6 +165,20 @@ class Task:
         """What the network finds in each input: labels, boxes, texts, pictures."""
         raise UserError(
             f"Nothing predicts for people with a model of the task '{self.name}' yet; call its module on batches."
+        )
+
+    def among(self, names: Sequence[str], whole: bool = False) -> Task:
+        """This task with the classes that a user names.
+
+        Args:
+            names: class names, or with `whole`, texts to be taken as they are.
+
+        Raises:
+            UserError: a network whose classes are fixed.
+        """
+        raise UserError(
+            f"The classes of this product are fixed ({', '.join(self.class_names[:6])}…); only one that embeds texts "
+            "takes others."
         )
 
     def pictures(self, batch: Batch, outputs: Signals) -> list[Tensor]:

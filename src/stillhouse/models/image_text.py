@@ -1,0 +1,77 @@
+"""Networks that embed images and texts into one space: how they are called, whatever library they come from.
+
+Such a network has `get_image_features(pixel_values=…)`, `get_text_features(input_ids=…, attention_mask=…)` and the
+parameter `logit_scale`, the logarithm of what cosines are multiplied by: the CLIP and SigLIP families of transformers
+have, and `stillhouse:two_towers`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from stillhouse.errors import UserError
+
+LARGEST_SCALE = 100.0
+"""Cosines are multiplied by no more than this (Radford et al. 2021, section 2.5)."""
+_METHODS = ("get_image_features", "get_text_features", "logit_scale")
+
+
+def check(model: nn.Module, name: str) -> None:
+    """Raises `UserError` for a network that does not embed images and texts."""
+    missing = [m for m in _METHODS if not hasattr(model, m)]
+    if missing:
+        raise UserError(
+            f"'{name}' is a {type(model).__name__}, which does not embed images and texts (it has no {missing[0]}); "
+            "take a CLIP or SigLIP of transformers, such as hf:config:clip, or stillhouse:two_towers."
+        )
+
+
+def image_features(model: Any, images: Tensor) -> Tensor:
+    """(B, D) embeddings of images (B, C, H, W), before they are normalised."""
+    return _pooled(model.get_image_features(pixel_values=images))
+
+
+def text_features(model: Any, tokens: Mapping[str, Tensor]) -> Tensor:
+    """(T, D) embeddings of texts, before they are normalised; `tokens` holds input_ids (T, L) and, for encoders that
+    read it, attention_mask (T, L)."""
+    config = getattr(model, "config", None)
+    if str(getattr(config, "model_type", "")).startswith("siglip"):
+        tokens = _to_the_end(tokens["input_ids"], cast(Any, config).text_config)
+    return _pooled(model.get_text_features(**tokens))
+
+
+def _to_the_end(ids: Tensor, config: Any) -> dict[str, Tensor]:
+    """Texts as SigLIP was trained on them: padded to all its positions, of which it pools the last, and read whole."""
+    missing = config.max_position_embeddings - ids.shape[1]
+    return {"input_ids": F.pad(ids, (0, missing), value=config.pad_token_id or 0)}
+
+
+def scale(model: Any) -> Tensor:
+    """What cosines are multiplied by, (): the exponential of `logit_scale`, in float32, at most `LARGEST_SCALE`."""
+    value: Tensor = model.logit_scale.float().reshape(())
+    return value.clamp(max=math.log(LARGEST_SCALE)).exp()
+
+
+def bias(model: Any) -> Tensor | None:
+    """What is added to scaled cosines, (): SigLIP's `logit_bias`; None where there is none."""
+    value = getattr(model, "logit_bias", None)
+    return None if value is None else value.float().reshape(())
+
+
+@torch.no_grad()
+def clamp_scale(model: Any) -> None:
+    """Put `logit_scale` back to at most the logarithm of `LARGEST_SCALE`, where it is trained."""
+    if model.logit_scale.requires_grad:
+        model.logit_scale.clamp_(max=math.log(LARGEST_SCALE))
+
+
+def _pooled(output: Any) -> Tensor:
+    """Features as a tensor: transformers 5 gives an output object, earlier versions a tensor."""
+    found: Tensor = output if isinstance(output, Tensor) else output.pooler_output
+    return found
