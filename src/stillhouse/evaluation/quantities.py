@@ -93,6 +93,22 @@ _KNOWN = {
         )
         for rank in (1, 5, 10)
     },
+    "accuracy_ce_head": Quantity(
+        "Accuracy, label head", "%", 100, 2, 1, "Accuracy of the head that learns from labels, alone."
+    ),
+    "accuracy_kd_head": Quantity(
+        "Accuracy, teacher head", "%", 100, 2, 1, "Accuracy of the head that learns from the teacher, alone."
+    ),
+    "alpha": Quantity("Label head's share", "", 1, 2, 0, "Weight of the label head in the mixture of two heads."),
+    "beta": Quantity("Teacher head's temperature", "", 1, 2, 0, "What the teacher head's logits are divided by."),
+    "gradient_cosine": Quantity(
+        "Gradient cosine",
+        "",
+        1,
+        3,
+        1,
+        "Cosine between the gradients of two losses by the features, mean over training; below 0 they conflict.",
+    ),
     "accuracy_many": Quantity(
         "Accuracy, many", "%", 100, 2, 1, "Accuracy on classes of more than 100 training samples."
     ),

@@ -15,7 +15,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from stillhouse.config.specs import ModelSpec
 from stillhouse.errors import UserError
+from stillhouse.models import build
 
 LARGEST_SCALE = 100.0
 """Cosines are multiplied by no more than this (Radford et al. 2021, section 2.5)."""
@@ -69,6 +71,61 @@ def clamp_scale(model: Any) -> None:
     """Put `logit_scale` back to at most the logarithm of `LARGEST_SCALE`, where it is trained."""
     if model.logit_scale.requires_grad:
         model.logit_scale.clamp_(max=math.log(LARGEST_SCALE))
+
+
+class ImageTower(nn.Module):
+    """The image half of a network that embeds images and texts: (B, C, H, W) to (B, D), before it is normalised.
+
+    Args:
+        network: the whole; its text half is dropped.
+        example: an input of one image, (1, C, H, W).
+
+    Attributes:
+        width: D.
+    """
+
+    def __init__(self, network: nn.Module, example: Tensor) -> None:
+        super().__init__()
+        for name in _TEXT_PARTS:
+            if hasattr(network, name):
+                setattr(network, name, nn.Identity() if isinstance(getattr(network, name), nn.Module) else None)
+        self.network = network
+        mode = network.training
+        with torch.no_grad():
+            self.width = int(image_features(network.eval(), example).shape[-1])
+        network.train(mode)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return image_features(self.network, images)
+
+
+def image_tower(spec: ModelSpec, shape: tuple[int, ...]) -> ImageTower:
+    """The image half of the network of a spec, without weights; the text half of a fresh one is built as small as it
+    gets before it is dropped."""
+    options = dict(spec.options)
+    if spec.model == "stillhouse:two_towers":
+        options["text"] = {"model": "hf:config:bert", "options": _NO_TEXT}
+    elif spec.model.startswith("hf:config:"):
+        vision = {"image_size": shape[1], "num_channels": shape[0], **options.get("vision_config", {})}
+        options |= {"task": "features", "text_config": _NO_TEXT, "vision_config": vision}
+    elif spec.model.startswith("hf:"):
+        options = {"task": "features", **options}
+    plain = spec.model_copy(update={"options": options, "checkpoint": None, "pretrained": False})
+    return ImageTower(build(plain, None, shape), torch.zeros(1, *shape))
+
+
+_TEXT_PARTS = ("text_model", "text", "text_projection", "logit_scale", "logit_bias")
+_NO_TEXT = {
+    "vocab_size": 128,
+    "hidden_size": 8,
+    "intermediate_size": 8,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 1,
+    "max_position_embeddings": 8,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
 
 
 def _pooled(output: Any) -> Tensor:

@@ -12,6 +12,7 @@ from torch import nn
 from stillhouse.config.specs import DataSpec, MethodConfig, ModelSpec, NamedSpec, TeacherSpec
 from stillhouse.errors import UserError
 from stillhouse.evaluation.judge import judge
+from stillhouse.models.backbone import Backbone, backbone
 from stillhouse.processes import rank_world
 from stillhouse.randomness import key as keys
 from stillhouse.randomness import keyed
@@ -95,13 +96,21 @@ class RunData:
     ) -> nn.Module:
         """The network of a spec, sized for the data, initialised as (seed, role) say. Where it is trained afterwards,
         its classifier may be new although the rest comes from a checkpoint."""
-        from stillhouse.data.source import find_root, located
-
-        spec = spec.with_classifier("new" if trained else "same")
-        found = ModelSpec.model_validate(located(spec.model_dump(), find_root(data, self.data_root)))
+        found = self._located(spec.with_classifier("new" if trained else "same"), data)
         with keyed("model", role, self.seed if seed is None else seed):
             module: nn.Module = self.data(data).task.build(found)
             return module
+
+    def backbone(self, spec: ModelSpec, data: DataSpec, role: str = "student") -> Backbone:
+        """The network of a spec without its last layer, for the data's images, initialised as (seed, role) say."""
+        with keyed("model", role, self.seed):
+            return backbone(self._located(spec, data), self.data(data).input_shape)
+
+    def _located(self, spec: ModelSpec, data: DataSpec) -> ModelSpec:
+        """The spec with files that lie under the data root."""
+        from stillhouse.data.source import find_root, located
+
+        return ModelSpec.model_validate(located(spec.model_dump(), find_root(data, self.data_root)))
 
     def splits(self, spec: DataSpec, batch_size: int | None = None) -> dict[str, Any]:
         """Evaluation loaders of the splits that may steer training: train, and holdout and val where they exist."""

@@ -72,9 +72,13 @@ class RunTeachers(RunStages):
         own = (wanted.mean, wanted.std) if wanted.mean is not None and wanted.std is not None else None
         if own is None and spec.pretrained and spec.train is None:
             own = published_normalisation(spec.network, model)
-        if spec.input is None and own in (None, given):
+        its = self.data(spec.data or data).task
+        if own is None and its.normalisation != given and all(its.normalisation):
+            own = its.normalisation  # of the data that it is trained on
+        needed = its.image_size if its.image_size != self.data(data).task.image_size else None
+        if spec.input is None and own in (None, given) and needed is None:
             return None
-        size = (wanted.size, wanted.size) if isinstance(wanted.size, int) else wanted.size
+        size = (wanted.size, wanted.size) if isinstance(wanted.size, int) else wanted.size or needed
         return OwnInput(given, own or ((), ()), size, wanted.pool or 1, wanted.interpolation)
 
     def network(self, name: str, spec: TeacherSpec, data: DataSpec, as_saved: bool = False) -> nn.Module:

@@ -65,6 +65,11 @@ class Task:
         they are."""
         return (), ()
 
+    @property
+    def image_size(self) -> tuple[int, int] | None:
+        """(H, W) that its networks need their images to have; None where they take what they are given."""
+        return None
+
     # ---- a network ---------------------------------------------------------------------------------------------------
 
     def build(self, spec: ModelSpec) -> nn.Module:

@@ -73,6 +73,10 @@ class ImageText(Task):
     def normalisation(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
         return self.mean, self.std
 
+    @property
+    def image_size(self) -> tuple[int, int] | None:
+        return self.size
+
     # ---- a network ---------------------------------------------------------------------------------------------------
 
     def build(self, spec: ModelSpec) -> nn.Module:
