@@ -332,6 +332,16 @@ _KNOWN = {
         1,
         "Size of the float32 weights over that of codes, scales and weights that are not quantised.",
     ),
+    "bytes_per_image": Quantity(
+        "Bytes an image", "B", 1, 1, -1, "Mean length of what is sent for an image; of JPEG without headers and tables."
+    ),
+    "ideal_bytes": Quantity(
+        "Bytes, ideal", "B", 1, 1, -1, "The same as the prior has it, before any coder: bits over eight."
+    ),
+    "encode_ms": Quantity("Encoding", "ms", 1, None, -1, "Median time of one image to the string that is sent."),
+    "device_parameters": Quantity(
+        "Parameters, device", "", 1, None, -1, "Numbers that the device's part of the network holds.", prefixes=True
+    ),
     "parameters_share": Quantity(
         "Parameters, share", "%", 100, 1, -1, "Parameters over those of the network that it was derived from."
     ),

@@ -52,10 +52,10 @@ def predict(
     product.module.eval()
     if product.task.reads == "images":
         for path in _files(inputs):
-            yield _shown(path.name, product.predict([_decoded(path)])[0], place)
+            yield shown(path.name, product.predict([decoded(path)])[0], place)
     else:
         for number, text in enumerate(inputs):
-            yield _shown(text if len(text) < 60 else f"text {number}", product.predict([text])[0], place)
+            yield shown(text if len(text) < 60 else f"text {number}", product.predict([text])[0], place)
 
 
 def _files(inputs: Sequence[str]) -> list[Path]:
@@ -74,12 +74,13 @@ def _files(inputs: Sequence[str]) -> list[Path]:
     return found
 
 
-def _decoded(path: Path) -> Tensor:
+def decoded(path: Path) -> Tensor:
+    """A file's image, uint8 (3, H, W)."""
     return torch.from_numpy(np.array(open_image(path).convert("RGB"))).permute(2, 0, 1)
 
 
-def _shown(name: str, found: dict[str, Any], place: Path | None) -> str:
-    """The line of one input; its JSON and its picture are written."""
+def shown(name: str, found: dict[str, Any], place: Path | None = None) -> str:
+    """The line of one input; with a place, its JSON and its picture are written there."""
     plain = {k: v for k, v in found.items() if not isinstance(v, Tensor)}
     if place is not None:
         picture = found.get("picture")

@@ -51,6 +51,10 @@ class Segmentation(Task):
     def class_names(self) -> tuple[str, ...]:
         return self.classes
 
+    @property
+    def normalisation(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
+        return self.mean, self.std
+
     def build(self, spec: ModelSpec) -> nn.Module:
         options = dict(spec.options)
         if spec.model.startswith("hf:"):
