@@ -145,6 +145,7 @@ class RateSpec(Spec):
     """How many bytes are spent, in each codec."""
 
     beta: float = Field(0.08, gt=0, description="learned: weight of the bits; more of it makes fewer bytes.")
+    label_beta: float = Field(1e-3, gt=0, description="The same where the network learns labels, whose loss is smaller.")
     bits: int = Field(8, ge=1, le=8, description="quantised: of each number of the latents.")
     channels: int | None = Field(None, ge=1, description="quantised: of the latents; null: as many as `channels`.")
     quality: int = Field(50, ge=1, le=95, description="jpeg: its quality.")
@@ -258,7 +259,7 @@ class EntropicStudent(Method[Config]):
         bottleneck = network.get_submodule(split.at)
         assert isinstance(bottleneck, Bottleneck)
         learned, labels = isinstance(bottleneck.code, LearnedCode), config.learn == "labels"
-        task = run.data(config.data).task
+        beta, task = config.rate.label_beta if labels else config.rate.beta, run.data(config.data).task
 
         def make() -> dict[str, Any]:
             network.requires_grad_(labels)
@@ -268,7 +269,7 @@ class EntropicStudent(Method[Config]):
             if labels:
                 losses = [objective_from_spec(o) for o in task.supervised]
             if isinstance(bottleneck.code, LearnedCode):
-                losses.append((Rate(f"{split.at}.code.prior", mean=labels), config.rate.beta))
+                losses.append((Rate(f"{split.at}.code.prior", mean=labels), beta))
                 losses.append((QuantileLoss(bottleneck.code.prior), 1.0))
             module = Distillation(network, None if labels else teacher, losses, seed=run.seed, task=task)
             seconds = self.fitted(BOTTLENECK, module, config.train, config, run)
@@ -276,7 +277,6 @@ class EntropicStudent(Method[Config]):
             tables = bottleneck.code.extra_tensors()
             return {"weights": state_on_cpu(network), "tables": tables, "figures": {"train_seconds": seconds}}
 
-        spent = config.rate.beta if learned else config.rate.bits
         uses = {
             "teacher": teacher,
             "data": run.data(config.data),
@@ -284,7 +284,7 @@ class EntropicStudent(Method[Config]):
             "split": split,
             "compared": names,
             "learn": config.learn,
-            "spent": spent,
+            "spent": beta if learned else config.rate.bits,
             "train": config.train,
             "seed": run.seed,
         }
