@@ -18,7 +18,6 @@ from stillhouse.config.names import folder_name
 from stillhouse.config.shipped import shipped
 from stillhouse.errors import UserError, nearest
 
-
 LARGEST = 100_000
 """Bytes of a recipe file; the largest here has 5,000."""
 DEEPEST = 40
@@ -114,6 +113,8 @@ def parse_yaml(text: str, what: str) -> Any:
         mark = getattr(error, "problem_mark", None)
         at = f" at line {mark.line + 1}, column {mark.column + 1}" if mark else ""
         problem = getattr(error, "problem", None) or str(error).splitlines()[0]
+        if problem.startswith("but "):  # found something else
+            problem = f"{getattr(error, 'context', '')}, {problem}"
         raise UserError(f"{what} is not valid YAML{at}: {problem}.") from None
 
 

@@ -66,11 +66,14 @@ def build(spec: ModelSpec, num_classes: int | None = None, input_shape: tuple[in
             model = sources.from_file(name, num_classes, options)
     except UserError:
         raise
-    except (TypeError, ValueError, RuntimeError, AssertionError, ArithmeticError) as error:
+    except Exception as error:  # a library refuses its options by errors of its own
+        if kind == "file" and not isinstance(
+            error, TypeError | ValueError | RuntimeError | AssertionError | ArithmeticError
+        ):
+            raise
         given = f" with options {spec.options}" if spec.options else ""
-        raise UserError(
-            f"Could not build '{spec.model}'{given}: {str(error).strip().rstrip('.') or type(error).__name__}."
-        ) from error
+        reason = " ".join(str(error).split()).rstrip(".") or type(error).__name__
+        raise UserError(f"Could not build '{spec.model}'{given}: {reason}.") from error
     if weights is not None:
         new = weights.classifier in ("new", "none")
         load_weights(model, weights.path, f"model '{spec.model}'", weights.rename, new_classifier=new)

@@ -277,10 +277,10 @@ class Journal:
             for line in text.split(b"\n"):
                 try:
                     record = json.loads(line)
-                    self.answers[int(record["sample"])] = Answer(
-                        record["ids"], record["log_probs"], record["tokens"], record["text"]
-                    )
-                except (ValueError, KeyError, TypeError):
+                    answer = Answer(record["ids"], record["log_probs"], record["tokens"], record["text"])
+                    answer.check()
+                    self.answers[int(record["sample"])] = answer
+                except (ValueError, KeyError, TypeError, RecursionError):
                     continue
         path.parent.mkdir(parents=True, exist_ok=True)
 

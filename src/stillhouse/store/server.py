@@ -12,20 +12,29 @@ import http.client
 import json
 import math
 import os
+import socket
 import threading
 import time
 import urllib.error
+import urllib.parse
 import urllib.request
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
+from stillhouse.config.messages import shown
 from stillhouse.errors import UserError
 
 PASSING = (408, 409, 425, 429, 500, 502, 503, 504)
 """Answers that may be others a moment later."""
+LARGEST = 1 << 27
+"""Bytes of an answer."""
+HIGHEST = 1e-3
+"""How far a log-probability may lie above 0, by a server's rounding; the sum of probabilities, ten times as far above
+1."""
 
 
 class TooLong(Exception):
@@ -41,6 +50,16 @@ class Answer:
     log_probs: list[list[float]]
     tokens: list[int] = field(default_factory=list)
     text: str = ""
+
+    def check(self) -> None:
+        """Raises `TypeError` or `ValueError` for an answer, read from a file, that `Server` did not give."""
+        if len(self.ids) != len(self.log_probs) or not isinstance(self.text, str):
+            raise ValueError("not as many ids as log-probabilities")
+        for names, values in zip(self.ids, self.log_probs):
+            if len(names) != len(values) or not all(isinstance(v, float | int) and v <= 0 for v in values):
+                raise ValueError("values that are no log-probabilities")
+        if any(not isinstance(n, int) or not 0 <= n < 10**9 for row in (*self.ids, self.tokens) for n in row):
+            raise ValueError("ids that are no tokens")
 
     def arrays(self, k: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """(L, k) log-probabilities, falling; (L, k) ids; (L,) the mass of all others. Where fewer are known, minus
@@ -77,7 +96,7 @@ class Vocabulary:
     def id(self, name: str) -> int | None:
         """None for a token that it does not have: its mass counts to the others."""
         head, _, number = name.partition("token_id:")
-        if not head and number.isdigit():
+        if not head and number.isdecimal() and len(number) < 10:
             return int(number)
         return self._ids.get(name)
 
@@ -91,12 +110,17 @@ class Server:
         model: as the server calls it.
         top: how many log-probabilities to ask for at each position.
         key: an API key; default: the environment's STILLHOUSE_SERVER_KEY, then OPENAI_API_KEY.
-        timeout: seconds to wait for an answer.
+        timeout: seconds to wait for a whole answer.
         retries: how often to ask again after an error that may pass (no connection, a slow answer, 429, 5xx), waiting
             longer each time, or as long as the server says (Retry-After).
         rate: requests a second, at most.
         backoff: seconds before the first repetition; doubled for each further one.
         context: tokens that the model can read; None: the server says when a sample is too long.
+
+    A redirection is followed, to another host without the key.
+
+    Raises:
+        UserError: a URL that is not one of HTTP, or a key that no header can hold.
     """
 
     url: str
@@ -110,6 +134,23 @@ class Server:
     context: int | None = None
     _next: float = field(default=0.0, repr=False)
     _turn: threading.Lock = field(default_factory=threading.Lock, repr=False)
+
+    def __post_init__(self) -> None:
+        parts = urllib.parse.urlsplit(self.url)
+        if parts.scheme not in ("http", "https") or not parts.hostname or not self.url.isprintable() or " " in self.url:
+            raise UserError(f"A server's address begins with http:// or https://; given: {shown(self.url)}.")
+        if "@" in parts.netloc:
+            raise UserError(
+                "A server's address is written into the store, so it may hold no password; give the key by "
+                "STILLHOUSE_SERVER_KEY."
+            )
+        key = self._key
+        if key is not None and not (key.isascii() and key.isprintable() and " " not in key):
+            raise UserError("The server's key (STILLHOUSE_SERVER_KEY) holds characters that no header can hold.")
+
+    @property
+    def _key(self) -> str | None:
+        return self.key or os.environ.get("STILLHOUSE_SERVER_KEY") or os.environ.get("OPENAI_API_KEY") or None
 
     def score(self, ids: Sequence[int], vocabulary: Vocabulary) -> Answer:
         """The top log-probabilities after each of the L ids: position t is the prediction of token t + 1; the last,
@@ -125,7 +166,8 @@ class Server:
             "completions",
             {"prompt": list(map(int, ids)), "max_tokens": 1, "echo": True, "logprobs": self.top, "temperature": 0},
         )
-        positions = ((reply.get("choices") or [{}])[0].get("logprobs") or {}).get("top_logprobs") or []
+        logprobs = self._choice(reply).part("logprobs", dict)
+        positions = logprobs.part("top_logprobs", list).items()
         if not positions:
             return Answer([], [])
         if len(positions) < len(ids):
@@ -133,7 +175,7 @@ class Server:
                 f"{self.url} answered with {len(positions)} positions for {len(ids)} tokens: it does not echo the "
                 "prompt with its log-probabilities; use a server that does, or let it write completions."
             )
-        rows = [_named(position or {}, vocabulary) for position in positions[1 : len(ids) + 1]]
+        rows = [_named(position.mapping(), vocabulary) for position in positions[1 : len(ids) + 1]]
         rows += [([], [])] * (len(ids) - len(rows))
         return Answer([r[0] for r in rows], [r[1] for r in rows])
 
@@ -155,22 +197,29 @@ class Server:
         common = {"max_tokens": max_tokens, "temperature": temperature}
         if isinstance(prompt, str):
             reply = self.ask("completions", {"prompt": prompt, "logprobs": self.top, **common})
-            choice = (reply.get("choices") or [{}])[0]
-            logprobs = choice.get("logprobs") or {}
-            names, tops = logprobs.get("tokens") or [], logprobs.get("top_logprobs") or []
-            rows = [_named(position or {}, vocabulary) for position in tops]
-            text = choice.get("text") or ""
+            choice = self._choice(reply)
+            logprobs = choice.part("logprobs", dict)
+            names = [token.of(str) for token in logprobs.part("tokens", list).items()]
+            rows = [_named(p.mapping(), vocabulary) for p in logprobs.part("top_logprobs", list).items()]
+            text = choice.part("text", str).of(str)
         else:
             reply = self.ask(
                 "chat/completions", {"messages": list(prompt), "logprobs": True, "top_logprobs": self.top, **common}
             )
-            choice = (reply.get("choices") or [{}])[0]
-            content = (choice.get("logprobs") or {}).get("content") or []
-            names = [c["token"] for c in content]
+            choice = self._choice(reply)
+            content = choice.part("logprobs", dict).part("content", list).items()
+            names = [c.part("token", str).of(str) for c in content]
+            tops = [c.part("top_logprobs", list).items() or [c] for c in content]
             rows = [
-                _named({t["token"]: t["logprob"] for t in c.get("top_logprobs") or [c]}, vocabulary) for c in content
+                _named({t.part("token", str).of(str): t.part("logprob", object) for t in top}, vocabulary)
+                for top in tops
             ]
-            text = (choice.get("message") or {}).get("content") or ""
+            text = choice.part("message", dict).part("content", str).of(str)
+        if rows and len(names) != len(rows):
+            raise UserError(
+                f"{self.url} gave an answer that cannot be read: it names {len(names)} tokens, with log-probabilities "
+                f"of {len(rows)}."
+            )
         if text and not rows:
             raise UserError(
                 f"{self.url} wrote a completion without log-probabilities; start it with log-probabilities on, or use "
@@ -185,14 +234,19 @@ class Server:
             )
         return Answer([r[0] for r in rows], [r[1] for r in rows], [t for t in tokens if t is not None], text)
 
+    def _choice(self, reply: Mapping[str, Any]) -> _Part:
+        """The one choice of an answer; an empty one where there is none."""
+        choices = _Part(reply, "the answer", self.url).part("choices", list).items()
+        return choices[0] if choices else _Part({}, "choices.0", self.url)
+
     def ask(self, path: str, payload: Mapping[str, Any]) -> dict[str, Any]:
         """POST, again and again while the error may pass.
 
         Raises:
-            UserError: an error that will not pass, or the last of `retries`.
+            UserError: an error that will not pass, an answer without end, or the last of `retries`.
             TooLong: a 400 that speaks of the context's length.
         """
-        key = self.key or os.environ.get("STILLHOUSE_SERVER_KEY") or os.environ.get("OPENAI_API_KEY")
+        key = self._key
         headers = {"Content-Type": "application/json", **({"Authorization": f"Bearer {key}"} if key else {})}
         body, url = json.dumps({"model": self.model, **payload}).encode(), f"{self.url.rstrip('/')}/{path}"
         last = ""
@@ -200,8 +254,7 @@ class Server:
             self._wait_turn()
             wait = min(self.backoff * 2**number, 60.0)
             try:
-                with urllib.request.urlopen(urllib.request.Request(url, body, headers), timeout=self.timeout) as answer:
-                    reply = json.loads(answer.read())
+                reply = json.loads(_posted(urllib.request.Request(url, body, headers), self.timeout))
                 if not isinstance(reply, dict):
                     raise ValueError(f"an answer of type {type(reply).__name__}")
                 return reply
@@ -214,12 +267,15 @@ class Server:
                         raise TooLong(text) from None
                     raise UserError(f"{url} refused the request ({error.code}): {text}") from None
                 last, wait = f"{error.code}: {text}", _retry_after(error.headers.get("Retry-After"), wait)
+            except UserError:
+                raise
             except (
                 OSError,
                 http.client.HTTPException,
                 ValueError,
+                RecursionError,
             ) as error:  # no connection, a timeout, an answer cut short or no JSON
-                last = f"{type(error).__name__}: {error}"
+                last = " ".join(f"{type(error).__name__}: {error}".split())[:300]
             if number < self.retries:
                 time.sleep(wait)
         raise UserError(
@@ -237,23 +293,199 @@ class Server:
         time.sleep(at - now)
 
 
-def _named(position: Mapping[str, float], vocabulary: Vocabulary) -> tuple[list[int], list[float]]:
+T = TypeVar("T")
+_KINDS = {dict: "a mapping", list: "a list", str: "text"}
+
+
+@dataclass(frozen=True)
+class _Part:
+    """A part of an answer and its place there, for sentences about what is not as it should be."""
+
+    value: Any
+    place: str
+    url: str
+
+    def of(self, kind: type[T]) -> T:
+        """The value, which is of a kind; an empty one where it is null."""
+        if self.value is None:
+            return kind()
+        if not isinstance(self.value, kind):
+            raise self.fault(f"must be {_KINDS[kind]}, but is {shown(self.value)}")
+        return self.value
+
+    def part(self, key: str, kind: type) -> _Part:
+        inner = _Part(self.of(dict).get(key), f"{self.place}.{key}".removeprefix("the answer."), self.url)
+        inner.of(kind)
+        return inner
+
+    def items(self) -> list[_Part]:
+        return [_Part(value, f"{self.place}.{i}", self.url) for i, value in enumerate(self.of(list))]
+
+    def mapping(self) -> dict[str, _Part]:
+        return {key: _Part(value, f"{self.place}.{key}", self.url) for key, value in self.of(dict).items()}
+
+    def log_prob(self) -> float | None:
+        """The value as a log-probability; None where it is null or minus infinity."""
+        value = self.value
+        if value is None or value == -math.inf:
+            return None
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise self.fault(f"must be a log-probability, but is {shown(value)}")
+        if not value <= HIGHEST:  # so also for one that is not a number
+            raise self.fault(f"is {value:.6g}, but no log-probability is above 0 (are these probabilities or scores?)")
+        return min(float(value), 0.0) if value > -1e30 else None
+
+    def fault(self, what: str) -> UserError:
+        return UserError(f"{self.url} gave an answer that cannot be read: {self.place} {what}.")
+
+
+def _named(position: Mapping[str, _Part], vocabulary: Vocabulary) -> tuple[list[int], list[float]]:
+    """Ids and log-probabilities of the tokens that the vocabulary has.
+
+    Raises:
+        UserError: a value that is no log-probability, or probabilities whose sum is above 1.
+    """
     found: dict[int, float] = {}
-    for name, value in position.items():
+    total = 0.0
+    for name, part in position.items():
+        value = part.log_prob()
+        if value is None:
+            continue
+        total += math.exp(value)
+        if total > 1 + 10 * HIGHEST:
+            raise part.fault(f"and the tokens before it have probabilities of {total:.4g} together, which is above 1")
         token = vocabulary.id(name)
-        if token is not None and value is not None and math.isfinite(value):
-            found[token] = max(float(value), found.get(token, -math.inf))
+        if token is not None:
+            found[token] = max(value, found.get(token, -math.inf))
     return list(found), list(found.values())
+
+
+# ---- HTTP ------------------------------------------------------------------------------------------------------------
+
+
+class _Redirects(urllib.request.HTTPRedirectHandler):
+    """Follows with the same request, to another origin without its key."""
+
+    max_redirections = 5
+
+    def redirect_request(
+        self, req: urllib.request.Request, fp: Any, code: int, msg: str, headers: Any, newurl: str
+    ) -> urllib.request.Request | None:
+        there, here = urllib.parse.urlsplit(newurl), urllib.parse.urlsplit(req.full_url)
+        if code == 303 or there.scheme not in ("http", "https"):
+            return None  # an error of this code
+        fp.close()  # its text may be without end
+        same = (there.scheme, there.netloc) == (here.scheme, here.netloc)
+        kept = {k: v for k, v in req.header_items() if k in ("Content-type", "Authorization")}
+        if not same:
+            kept.pop("Authorization", None)
+        return urllib.request.Request(newurl, req.data, kept)
+
+    def http_error_308(self, req: urllib.request.Request, fp: Any, code: int, msg: str, headers: Any) -> Any:
+        return self.http_error_302(req, fp, code, msg, headers)
+
+
+class _Deadline:
+    """Ends a connection that has not given its headers in time, whatever trickles in."""
+
+    def __init__(self, seconds: float) -> None:
+        self.end, self.passed = time.monotonic() + seconds, False
+        self._connections: list[http.client.HTTPConnection] = []
+        self._timer = threading.Timer(seconds, self._cut)
+        self._timer.daemon = True
+        self._timer.start()
+
+    def _cut(self) -> None:
+        self.passed = True
+        for connection in self._connections:
+            with suppress(OSError, AttributeError):
+                connection.sock.shutdown(socket.SHUT_RDWR)
+
+    def http(self, host: str, **options: Any) -> http.client.HTTPConnection:
+        self._connections.append(http.client.HTTPConnection(host, **options))
+        return self._connections[-1]
+
+    def https(self, host: str, **options: Any) -> http.client.HTTPConnection:
+        self._connections.append(http.client.HTTPSConnection(host, **options))
+        return self._connections[-1]
+
+    def close(self) -> None:
+        self._timer.cancel()
+
+
+class _Http(urllib.request.HTTPHandler):
+    def __init__(self, deadline: _Deadline) -> None:
+        super().__init__()
+        self.deadline = deadline
+
+    def http_open(self, req: urllib.request.Request) -> Any:
+        return self.do_open(self.deadline.http, req)  # type: ignore[arg-type]
+
+
+class _Https(urllib.request.HTTPSHandler):
+    def __init__(self, deadline: _Deadline) -> None:
+        super().__init__()
+        self.deadline = deadline
+
+    def https_open(self, req: urllib.request.Request) -> Any:
+        return self.do_open(self.deadline.https, req)  # type: ignore[arg-type]
+
+
+def _posted(request: urllib.request.Request, seconds: float) -> bytes:
+    """The whole answer, in this time at most. Raises what urllib does, `TimeoutError`, and `UserError` for an answer
+    without end."""
+    deadline = _Deadline(seconds)
+    opener = urllib.request.OpenerDirector()
+    for handler in (
+        urllib.request.ProxyHandler(),
+        _Http(deadline),
+        _Https(deadline),
+        urllib.request.HTTPDefaultErrorHandler(),
+        _Redirects(),
+        urllib.request.HTTPErrorProcessor(),
+        urllib.request.UnknownHandler(),
+    ):
+        opener.add_handler(handler)
+    try:
+        with opener.open(request, timeout=seconds) as answer:
+            return _read(answer, deadline.end, LARGEST, request.full_url)
+    except urllib.error.HTTPError as error:
+        with suppress(OSError, http.client.HTTPException, UserError):
+            error.stillhouse_body = _read(error, deadline.end, 1 << 16, request.full_url)  # type: ignore[attr-defined]
+        raise
+    except (OSError, http.client.HTTPException):
+        if deadline.passed:
+            raise TimeoutError(f"no whole answer in {seconds:g} seconds") from None
+        raise
+    finally:
+        deadline.close()
+
+
+def _read(answer: Any, end: float, largest: int, url: str) -> bytes:
+    parts: list[bytes] = []
+    size = 0
+    while chunk := answer.read1(1 << 20):
+        parts.append(chunk)
+        size += len(chunk)
+        if size > largest:
+            raise UserError(
+                f"{url} gave an answer of more than {largest >> 20} MB, which no answer needs; it was not read."
+            )
+        if time.monotonic() > end:
+            raise TimeoutError("no whole answer in time")
+    if getattr(answer, "length", None):
+        raise http.client.IncompleteRead(b"", answer.length)
+    return b"".join(parts)
 
 
 def _message(error: urllib.error.HTTPError) -> str:
     try:
-        text = error.read().decode(errors="replace")
+        text = getattr(error, "stillhouse_body", b"").decode(errors="replace")
         reply = json.loads(text)
         inner = reply.get("error", reply) if isinstance(reply, dict) else reply
-        return str(inner.get("message", inner) if isinstance(inner, dict) else inner)[:300]
-    except (ValueError, OSError, http.client.HTTPException):
-        return str(error.reason)
+        return " ".join(str(inner.get("message", inner) if isinstance(inner, dict) else inner).split())[:300]
+    except (ValueError, RecursionError):
+        return " ".join(str(error.reason).split())[:300]
 
 
 def _retry_after(header: str | None, otherwise: float) -> float:
@@ -262,9 +494,11 @@ def _retry_after(header: str | None, otherwise: float) -> float:
         return otherwise
     try:
         seconds = float(header)
+        if math.isnan(seconds):
+            return otherwise
     except ValueError:
         try:
             seconds = email.utils.parsedate_to_datetime(header).timestamp() - time.time()
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):
             return otherwise
     return min(max(seconds, 0.0), 300.0)
