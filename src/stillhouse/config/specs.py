@@ -82,7 +82,7 @@ class DataSpec(NamedSpec):
 
     later = frozenset({"long_tail", "views", "unlabelled"})
     name: str = Field(
-        description="digits | cifar10 | camvid | text:NAME | masks:PATH | imagefolder:PATH | torchvision:CLASS | "
+        description="digits | cifar10 | camvid | text:NAME | masks:PATH | restore:PATH | imagefolder:PATH | torchvision:CLASS | "
         "hf:REPO | parquet:PATH | synthetic:PATH | file:PATH.py:FUNCTION | SCHEME:NAME of an installed package"
     )
     size: int | None = Field(

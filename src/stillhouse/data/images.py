@@ -57,6 +57,12 @@ def is_grey(source: str | os.PathLike[str] | bytes, where: str) -> bool:
     return _guarded(where, lambda: _opened(source, where, lambda image: image.mode in GREY))
 
 
+def is_transparent(path: str | os.PathLike[str]) -> bool:
+    """Whether an image has an alpha channel or a transparent colour, from the file's header alone. Raises as
+    `open_image`."""
+    return _guarded(f"'{path!s}'", lambda: _opened(path, f"'{path!s}'", lambda image: image.has_transparency_data))
+
+
 def upright_size(path: str | os.PathLike[str]) -> tuple[int, int]:
     """(height, width) of the image that `open_image` gives, from the file's header alone. Raises as `open_image`."""
 

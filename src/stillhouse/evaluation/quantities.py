@@ -148,6 +148,26 @@ _KNOWN = {
     "pixel_accuracy": Quantity(
         "Pixel accuracy", "%", 100, 2, 1, "Share of labelled pixels whose class is the right one."
     ),
+    "psnr": Quantity(
+        "PSNR, Y",
+        "dB",
+        1,
+        2,
+        1,
+        "Peak signal-to-noise ratio of luma (BT.601, 16 to 235, not rounded; peak 255), without as many pixels at each "
+        "side as the scale; mean over the images.",
+    ),
+    "ssim": Quantity(
+        "SSIM, Y", "", 1, 4, 1, "Structural similarity of the same luma and region (Gaussian window of 11, sigma 1.5)."
+    ),
+    "psnr_uint8": Quantity("PSNR, Y rounded", "dB", 1, 2, 1, "As PSNR, of luma rounded to whole levels first."),
+    "ssim_uint8": Quantity("SSIM, Y rounded", "", 1, 4, 1, "As SSIM, of luma rounded to whole levels first."),
+    "psnr_rgb": Quantity("PSNR, RGB", "dB", 1, 2, 1, "As PSNR, over the three colours, 0 to 255."),
+    "psnr_baseline": Quantity(
+        "PSNR, bicubic", "dB", 1, 2, 0, "As PSNR, of the input enlarged by bicubic interpolation."
+    ),
+    "ssim_baseline": Quantity("SSIM, bicubic", "", 1, 4, 0, "As SSIM, of the input enlarged by bicubic interpolation."),
+    "psnr_gain": Quantity("Gain over bicubic", "dB", 1, 2, 1, "PSNR above that of bicubic interpolation."),
     "accuracy_std": Quantity(
         "Accuracy, spread",
         "points",

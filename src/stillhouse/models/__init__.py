@@ -7,6 +7,7 @@ small nets, `stillhouse:NAME`.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
 from typing import Any
 
@@ -17,6 +18,7 @@ from stillhouse.errors import UserError, nearest
 from stillhouse.models import convnet as convnet  # our own nets register themselves
 from stillhouse.models import densenet as densenet
 from stillhouse.models import efficientnet as efficientnet
+from stillhouse.models import imdn as imdn
 from stillhouse.models import mobile as mobile
 from stillhouse.models import resnet as resnet
 from stillhouse.models import sources
@@ -26,7 +28,7 @@ from stillhouse.models import wide_resnet as wide_resnet
 from stillhouse.models.registry import build_own, check_own, names, register
 from stillhouse.models.weights import load_weights
 
-__all__ = ["build", "check", "load_weights", "names", "register"]
+__all__ = ["accepts", "build", "check", "load_weights", "names", "register"]
 
 KINDS = ("stillhouse", "timm", "torchvision", "hf", "file")
 
@@ -92,6 +94,15 @@ def check(model: str, options: Mapping[str, Any]) -> None:
         sources.check_timm(name)
     elif kind == "torchvision":
         sources.check_torchvision(name)
+
+
+def accepts(model: str, option: str) -> bool:
+    """Whether one of our nets takes an option that its name does not fix; of other libraries' False."""
+    kind, _, name = model.partition(":")
+    if kind != "stillhouse":
+        return False
+    cls, fixed = check_own(name, {})
+    return option in inspect.signature(cls).parameters and option not in fixed
 
 
 def _unknown_kind(model: str) -> UserError:

@@ -23,6 +23,8 @@ from stillhouse.tasks.base import Task
 SHOWN = 8
 SEARCHED = 64  # test batches looked through
 FOLDER = "pictures"
+Columns = dict[str, tuple[list[Tensor], list[str]]]
+"""Who finds it -> pictures and captions, one a sample."""
 
 
 @dataclass
@@ -53,14 +55,25 @@ def write_gallery(run: Run, product: Student) -> None:
             if networks.teacher
             else np.arange(min(SHOWN, len(loader.dataset)))
         )
-        batch = to_device(loader.dataset.batch(BatchKey(0, rows, 0, len(rows)), run.seed), device)
-        columns = {
-            "truth": (task.truth(batch), task.captions(batch, None)),
-            "student": _drawn(product, batch, networks.student(batch)),
-        }
-        if networks.teacher is not None:
-            columns["teacher"] = _drawn(product, batch, networks.teacher(batch))
+        columns: Columns = {}
+        for start in range(0, len(rows), loader.batch_size):  # images of several sizes do not fit into one batch
+            part = rows[start : start + loader.batch_size]
+            batch = to_device(loader.dataset.batch(BatchKey(0, part, 0, len(part)), run.seed), device)
+            for name, (pictures, captions) in _columns(networks, batch).items():
+                there = columns.setdefault(name, ([], []))
+                there[0].extend(pictures)
+                there[1].extend(captions)
     _write(run.folder / FOLDER, columns, rows, networks.teacher is not None)
+
+
+def _columns(networks: _Networks, batch: Batch) -> Columns:
+    """What is shown of the samples of a batch, by the name of who finds it."""
+    task = networks.product.task
+    columns = {"truth": (task.truth(batch), task.captions(batch, None))}
+    found = {**task.baselines(batch), "student": networks.student(batch)}
+    if networks.teacher is not None:
+        found["teacher"] = networks.teacher(batch)
+    return columns | {name: (task.pictures(batch, out), task.captions(batch, out)) for name, out in found.items()}
 
 
 def _most_different(networks: _Networks, batches: Iterable[Batch], device: torch.device) -> np.ndarray:
@@ -74,11 +87,7 @@ def _most_different(networks: _Networks, batches: Iterable[Batch], device: torch
     return np.array([index for _, index in found])
 
 
-def _drawn(product: Student, batch: Batch, outputs: Signals) -> tuple[list[Tensor], list[str]]:
-    return product.task.pictures(batch, outputs), product.task.captions(batch, outputs)
-
-
-def _write(folder: Path, columns: dict[str, tuple[list[Tensor], list[str]]], rows: np.ndarray, compared: bool) -> None:
+def _write(folder: Path, columns: Columns, rows: np.ndarray, compared: bool) -> None:
     from torchvision.utils import save_image
 
     folder.mkdir(exist_ok=True)

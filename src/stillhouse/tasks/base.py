@@ -199,6 +199,10 @@ class Task:
         """What stands under each of `pictures`; under each of `truth` without outputs."""
         return []
 
+    def baselines(self, batch: Batch) -> dict[str, Signals]:
+        """For a report's gallery, what needs no network, by name: of an image to be restored, the input enlarged."""
+        return {}
+
     def disagreement(self, student: Signals, teacher: Signals, batch: Batch) -> Tensor:
         """(B,) how much student and teacher differ on each sample: by default the KL divergence of their class
         probabilities."""
