@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from stillhouse.config.specs import DataSpec, TrainSpec
 from stillhouse.data import BatchKey, Loader, load
 from stillhouse.distillation.own_input import ViewInput
-from stillhouse.distillation.teachers import Frozen
+from stillhouse.distillation.teachers import FrozenTeacher
 from stillhouse.errors import UserError
 from stillhouse.methods.classification.deit_lt import (
     DeiTLT,
@@ -54,7 +54,7 @@ def vit() -> VisionTransformerDistilled:
 
 def module(start: int | None = 2, view: str | None = None, **options: object) -> tuple[DeiTLT, Seeing]:
     seeing = Seeing()
-    teacher = Frozen(seeing, prepare=None if view is None else ViewInput(view))
+    teacher = FrozenTeacher(seeing, prepare=None if view is None else ViewInput(view))
     weights = torch.linspace(0.1, 3, CLASSES)
     return DeiTLT(vit(), teacher, weights, start, clean=view is not None, **options), seeing
 
@@ -182,7 +182,7 @@ def test_a_training_that_was_stopped_ends_in_the_same_weights(tmp_path: Path, st
     spec = TrainSpec(epochs=3, batch_size=16, log_every=1, checkpoint_seconds=0)
 
     def trained(folder: str, at: int = -1) -> dict[str, Tensor]:
-        made = Stopping(vit(), Frozen(Seeing()), torch.linspace(0.1, 3, CLASSES), start=2)
+        made = Stopping(vit(), FrozenTeacher(Seeing()), torch.linspace(0.1, 3, CLASSES), start=2)
         made.stop = at
         fit(made, Loader(data, 16, shuffle=True), spec, folder=tmp_path / folder, cpu=True)
         return made.student.state_dict()

@@ -27,7 +27,7 @@ from stillhouse.data.text_files import read_json, read_json_lines
 from stillhouse.errors import UserError, unknown
 from stillhouse.files import digest
 from stillhouse.functional.counting import IGNORED
-from stillhouse.functional.ragged import Ragged
+from stillhouse.functional.ragged import RaggedArray
 from stillhouse.models.tokenizer import encode, identity, marks, size, tokenizer
 from stillhouse.randomness import permutation
 from stillhouse.signals import Batch
@@ -173,7 +173,7 @@ class ConversationDataset:
         """`input` (`input_ids`, `attention_mask`), `label` (B, L), `index` (B,)."""
         which = key.indices[key.start : key.stop]
         rows = [self._row(int(i), key.epoch, seed) for i in which]
-        ids, labels = Ragged.of([r[0][:-1] for r in rows]), Ragged.of([r[1][1:] for r in rows])
+        ids, labels = RaggedArray.of([r[0][:-1] for r in rows]), RaggedArray.of([r[1][1:] for r in rows])
         every = np.arange(len(rows))
         x = ids.padded(every, self.tokenizer.pad_token_id)
         inside = torch.arange(x.shape[1])[None, :] < torch.from_numpy(ids.lengths)[:, None]

@@ -7,7 +7,6 @@ import torch
 from torch.nn import functional as F
 
 from parity.case import Case
-from stillhouse.methods.compression.entropic_student.coding import RangeCoder
 from stillhouse.methods.compression.entropic_student.layers import decoder, encoder, gdn1
 from stillhouse.methods.compression.entropic_student.method import distortion
 from stillhouse.methods.compression.entropic_student.network import LearnedCode

@@ -37,7 +37,7 @@ from stillhouse.config.specs import Data, DataSpec, MethodConfig, Model, Teacher
 from stillhouse.data import Loader
 from stillhouse.data.augment import mix, partners
 from stillhouse.data.dataset import BatchKey
-from stillhouse.distillation.teachers import Frozen
+from stillhouse.distillation.teachers import FrozenTeacher
 from stillhouse.errors import UserError
 from stillhouse.evaluation.classification import accuracy_by_frequency, gains_by_frequency
 from stillhouse.functional import checks
@@ -230,7 +230,7 @@ class DeiTLT(TrainingModule):
     def __init__(
         self,
         student: nn.Module,
-        teacher: Frozen | None,
+        teacher: FrozenTeacher | None,
         weights: Tensor,
         start: int | None,
         alpha: float = 0.5,
@@ -456,7 +456,7 @@ class DistilledLongTail(Method[Config]):
             **share(),
         )
 
-    def taught(self, config: Config, run: Run) -> Frozen | None:
+    def taught(self, config: Config, run: Run) -> FrozenTeacher | None:
         """The frozen teacher, trained first where it has no weights."""
         spec, data = config.teacher, config.data
         if spec is None:
@@ -465,7 +465,7 @@ class DistilledLongTail(Method[Config]):
             model = run.network("teacher", spec, data, as_saved=True)
         else:
             model = self._trained(config, run, spec, spec.train)
-        return Frozen(model, embedding=spec.embedding, prepare=run.own_input(spec, model, data))
+        return FrozenTeacher(model, embedding=spec.embedding, prepare=run.own_input(spec, model, data))
 
     def _trained(self, config: Config, run: Run, spec: LongTailTeacher, train: TrainSpec) -> nn.Module:
         data, seed = config.teacher_data, spec.seed or 0
@@ -484,7 +484,7 @@ class DistilledLongTail(Method[Config]):
             return {"weights": state_on_cpu(model), "figures": figures}
 
         uses = {
-            "start": Frozen(model).fingerprint() if spec.pretrained else None,
+            "start": FrozenTeacher(model).fingerprint() if spec.pretrained else None,
             "model": spec.network,
             "loss": spec.loss,
             "rho": spec.rho,

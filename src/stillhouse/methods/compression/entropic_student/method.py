@@ -38,7 +38,7 @@ from torch.nn import functional as F
 from stillhouse.config.specs import Data, MethodConfig, ModelSpec, Objectives, OptimizerSpec, Spec, Teacher, TrainSpec
 from stillhouse.distillation.distillation import Distillation
 from stillhouse.distillation.objective import Objective, Progress
-from stillhouse.distillation.teachers import Frozen
+from stillhouse.distillation.teachers import FrozenTeacher
 from stillhouse.distillation.weighted import objective_from_spec
 from stillhouse.errors import UserError
 from stillhouse.evaluation import cost
@@ -47,7 +47,6 @@ from stillhouse.functional.precision import full_precision
 from stillhouse.methods.compression.entropic_student.deployment import write_halves
 from stillhouse.methods.compression.entropic_student.network import (
     Bottleneck,
-    FixedCode,
     JpegInput,
     LearnedCode,
     Split,
@@ -207,7 +206,7 @@ class EntropicStudent(Method[Config]):
 
     def run(self, config: Config, run: Run) -> SplitStudent:
         teacher = run.teacher("teacher", config.teacher, config.data)
-        if not isinstance(teacher, Frozen):
+        if not isinstance(teacher, FrozenTeacher):
             raise UserError("entropic_student: the teacher must be one network, which is cut in two.")
         run.record["weights"] = {"teacher": teacher.fingerprint()}
         network = run.model(config.teacher.network, config.data)
@@ -253,7 +252,7 @@ class EntropicStudent(Method[Config]):
         return found[found.index(split.at) :]
 
     def stage_one(
-        self, config: Config, run: Run, teacher: Frozen, network: nn.Module, split: Split, names: list[str]
+        self, config: Config, run: Run, teacher: FrozenTeacher, network: nn.Module, split: Split, names: list[str]
     ) -> dict[str, float]:
         """Train encoder, code and decoder in place, and make the tables; the figures."""
         bottleneck = network.get_submodule(split.at)

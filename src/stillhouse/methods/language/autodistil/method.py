@@ -38,7 +38,7 @@ from torch import nn
 
 from stillhouse.config.specs import Data, DataSpec, MethodConfig, ModelSpec, Spec, Teacher, TrainSpec
 from stillhouse.distillation.distillation import Distillation
-from stillhouse.distillation.teachers import Frozen
+from stillhouse.distillation.teachers import FrozenTeacher
 from stillhouse.distillation.weighted import objective_from_spec
 from stillhouse.errors import UserError
 from stillhouse.evaluation.statistics import rank_correlation
@@ -203,7 +203,7 @@ class AutoDistil(Method[Config]):
         network = cut_out(source, whole, chosen.net)
         if config.fine_tune is not None:
             figures["train_seconds"] = tuned(run, "student", network, config.data, config.fine_tune)
-        run.record["weights"] = {"teacher": Frozen(teacher).fingerprint()}
+        run.record["weights"] = {"teacher": FrozenTeacher(teacher).fingerprint()}
         plain = run.student(network.to(run.device), config.teacher.network, config.data, figures)
         return SubNetStudent(plain.module, plain.model, plain.task, plain.figures, chosen.net, whole)
 
@@ -356,7 +356,7 @@ def choice(search: SearchSpec, found: list[Found], ranked: list[tuple[Found, flo
 def shared_uses(config: Config, run: Run, teacher: nn.Module) -> dict[str, Any]:
     """What the shared weights of every space depend on."""
     return {
-        "teacher": Frozen(teacher),
+        "teacher": FrozenTeacher(teacher),
         "data": run.data(config.text),
         "relation": config.relation,
         "between": config.between,
