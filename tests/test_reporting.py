@@ -298,3 +298,37 @@ def test_a_contact_sheet_has_a_row_a_class_and_stays_small():
     assert sheet(3, 2, 32) == (3, 3 * 66 + 2, 2 * 66 + 2)
     assert sheet(20, 1, 8) == (3, 2 * 66 + 2, 10 * 66 + 2), "one image a class: ten classes a row"
     assert sheet(200, 2, 64) == (3, 100 * 50 + 2, 2 * 50 + 2), "the first hundred classes, made small"
+
+
+def test_a_report_opens_with_what_the_student_is_worth(tmp_path: Path) -> None:
+    from stillhouse.runs.execution import execute
+    from stillhouse.runs.recipe import validate
+
+    teacher = {"model": "stillhouse:mlp", "options": {"widths": [64]}, "train": {"epochs": 1}}
+    tree = {"data": {"name": "digits", "size": 200}, "teacher": teacher, "student": "stillhouse:mlp"}
+    execute(validate({**tree, "objectives": ["ce", "kd"], "train": {"epochs": 1}}), tmp_path / "run", cpu=True)
+    html = (tmp_path / "run" / "report.html").read_text()
+    facts = json.loads((tmp_path / "run" / "environment.json").read_text())["teachers"]["teacher"]
+    assert facts["model"] == "stillhouse:mlp" and facts["parameters"] == 65 * 64 + 65 * 10
+    assert re.search(
+        r"The student is [\d.]+ times larger and [\d.]+ times slower than the teacher, at [\d.]+ points", html
+    )
+
+
+def test_the_headline_of_a_comparison_says_how_sure_it_is() -> None:
+    from stillhouse.reporting.comparison import compare, headline
+
+    def row(label: str, values: list[float], size: int) -> dict[str, Any]:
+        metrics = {"accuracy": values, "parameters": [size] * len(values)}
+        return {"label": label, "seeds": list(range(len(values))), "metrics": metrics}
+
+    teacher = {"label": "teacher", "metrics": {"accuracy": [0.95], "parameters": [500]}}
+    rows = [row("kd", [0.91, 0.94, 0.91], 100), row("alone", [0.90, 0.91, 0.905], 100)]
+    told = headline(compare({"rows": rows, "baseline": "alone", "teacher": teacher}))
+    assert told.startswith("kd: 5.0 times smaller than the teacher, at 3.00 points less; +1.50 points over alone")
+    assert "not certain with 3 seeds" in told
+    rows[0] = row("kd", [0.92, 0.93, 0.925], 100)
+    assert ", certain with 3 seeds" in headline(compare({"rows": rows, "baseline": "alone"}))
+    assert "may be chance" in headline(
+        compare({"rows": [row("kd", [0.9], 1), row("alone", [0.8], 1)], "baseline": "alone"})
+    )

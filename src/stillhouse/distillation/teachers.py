@@ -57,7 +57,7 @@ class Reader:
     def attach(self, wanted: Iterable[str], probe: Batch) -> None:
         """Make the hooks for `embedding` and `tap:NAME` (a submodule, or `stage:N`), before any compilation."""
         self.close()
-        probe = self._prepared(probe)
+        probe = self.prepared(probe)
         self._channels_last = None
         for name in sorted(set(wanted)):
             if name == "embedding" and not (self.task or PLAIN).embeds:
@@ -101,7 +101,7 @@ class Reader:
             nullcontext({}) if self._taps is None else self._taps.capture()
         )
         with captured as got:
-            own = self._prepared(batch)
+            own = self.prepared(batch)
             output = task.call(self.model, own, losses=self.losses and self.model.training)
         signals = task.read(output, batch)
         signals.logits = None if signals.logits is None else in_float32(signals.logits)
@@ -125,7 +125,8 @@ class Reader:
             )
         return {path: x.movedim(-1, 1) if path in self._channels_last else x for path, x in got.items()}
 
-    def _prepared(self, batch: Batch) -> Batch:
+    def prepared(self, batch: Batch) -> Batch:
+        """The batch with the network's own input."""
         return batch if self.prepare is None else self.prepare(batch)
 
     def compile(self, *args: Any, **kwargs: Any) -> None:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from stillhouse.evaluation.quantities import Quantity
 from stillhouse.evaluation.statistics import mean, mean_interval
+from stillhouse.reporting.headline import against_teacher, means, over_baseline
 from stillhouse.reporting.page import cards, code, figure, folded, grid, legend, page, pairs, section, table, write
 from stillhouse.reporting.rows import Comparison, compare
 from stillhouse.reporting.verdicts import Verdict, counted, verdict_table
@@ -98,7 +99,7 @@ def write_comparison_report(results: Mapping[str, Any], path: Path) -> Path:
     parts = [(f" · {g}", comparison.only(g)) for g in comparison.groups] or [("", comparison)]
     meaning = f"{shown.title}: {shown.meaning or 'the figure that the methods are compared by.'}"
     body = [
-        *(section(f"At a glance{name}", meaning, cards(_glance(part, shown))) for name, part in parts),
+        *(section(f"At a glance{name}", headline(part) + meaning, cards(_glance(part, shown))) for name, part in parts),
         section(
             "All figures",
             f"{comparison.note} Click on a header to sort.",
@@ -111,6 +112,19 @@ def write_comparison_report(results: Mapping[str, Any], path: Path) -> Path:
     ]
     about = [str(results[k]) for k in ("slug", "created", "device") if results.get(k)]
     return write(path, page(comparison.title, " · ".join(about), body))
+
+
+def headline(comparison: Comparison) -> str:
+    """A sentence on the first row that is not the baseline, against teacher and baseline; "" where there is none."""
+    row = next((r for r in comparison.rows if r.label != comparison.baseline and r.values(comparison.primary)), None)
+    if row is None:
+        return ""
+    teacher = comparison.teacher
+    parts = [against_teacher(means(row.figures), means(teacher.figures), comparison.primary)] if teacher else []
+    if row.gain is not None and comparison.baseline is not None:
+        parts.append(over_baseline(row.gain, comparison.baseline, comparison.primary))
+    told = "; ".join(filter(None, parts))
+    return f"{row.label}: {told}. " if told else ""
 
 
 def _glance(comparison: Comparison, shown: Quantity) -> list[tuple[str, str, str]]:

@@ -15,6 +15,7 @@ import yaml
 
 from stillhouse.errors import UserError
 from stillhouse.evaluation.quantities import in_reading_order, quantity
+from stillhouse.reporting.headline import against_teacher, primary_of
 from stillhouse.reporting.page import (
     cards,
     code,
@@ -62,16 +63,19 @@ def write_run_report(folder: str | Path) -> Path:
         )
 
     body = []
+    teachers = (environment or {}).pop("teachers", None) or {}
     if evaluation and "stored_images" in evaluation:
         body += _of_a_set(evaluation, product or {}, folder / "product" / "sheet.png")
     elif evaluation:
         body.append(
             section(
-                "Results", "What the finished product does on test data, and what it costs.", cards(_shown(evaluation))
+                "Results",
+                _headline(evaluation, teachers) + "What the finished product does on test data, and what it costs.",
+                cards(_shown(evaluation)),
             )
         )
     body += _gallery(folder / "pictures")
-    for name, figures in ((environment or {}).pop("teachers", None) or {}).items():
+    for name, figures in teachers.items():
         facts = {title: value for title, value, _ in _shown(figures)}
         body.append(
             section(f"Teacher: {name}", "The network that the student learned from, judged on test data.", pairs(facts))
@@ -95,6 +99,16 @@ def write_run_report(folder: str | Path) -> Path:
         body.append(_environment(environment))
     title, subtitle = _names(recipe, folder)
     return write(folder / "report.html", page(title, subtitle, body))
+
+
+def _headline(evaluation: Mapping[str, Any], teachers: Mapping[str, Mapping[str, Any]]) -> str:
+    """A sentence on the student against the only teacher; "" where there are several or none."""
+    figures = {k: v for k, v in evaluation.items() if isinstance(v, int | float)}
+    primary = primary_of(figures)
+    if len(teachers) != 1 or primary is None:
+        return ""
+    text = against_teacher(figures, next(iter(teachers.values())), primary)
+    return f"The student is {text}. " if text else ""
 
 
 def _gallery(folder: Path) -> list[str]:

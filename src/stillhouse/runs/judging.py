@@ -27,6 +27,13 @@ def evaluate(product: Student, run: Run) -> dict[str, float]:
     recipe's `evaluate` names."""
     loader = run.loader(*run.judging_data())
     groups = getattr(run.config, "evaluate", [*product.task.groups, "cost"])
+    if "cost" in groups:
+        for teacher in run.live_teachers:
+            reader = teacher.readers()[0]
+            facts = run.record.setdefault("teachers", {}).setdefault(
+                reader.owner, {"model": type(teacher.model).__name__}
+            )
+            facts |= costs_of(teacher.model, teacher.task or product.task, reader.prepared(next(iter(loader))))
     return figures_of(product.module, product.task, loader, groups, product.task.weights_file(run.folder / "product"))
 
 
@@ -58,10 +65,18 @@ def figures_of(
     judged = [g for g in task.groups if g in groups or QUALITY in groups]
     out = judge(task, module, loader, device, judged) if judged else {}
     if "cost" in groups:
-        sample = to_device(task.one(next(iter(loader))), device)
-        out["parameters"] = cost.parameters(module)
-        out["multiply_adds"] = cost.multiply_adds(module, sample, task)
-        out["latency_ms"] = cost.latency(module, sample, task)["median"]
+        out |= costs_of(module, task, next(iter(loader)))
         if weights is not None:
             out["file_bytes"] = cost.file_size(weights)
     return out
+
+
+def costs_of(module: nn.Module, task: Task, batch: Batch) -> dict[str, float]:
+    """`parameters`, `multiply_adds` and `latency_ms` of a network for the first sample of a batch."""
+    device = next((p.device for p in module.parameters()), torch.device("cpu"))
+    sample = to_device(task.one(batch), device)
+    return {
+        "parameters": cost.parameters(module),
+        "multiply_adds": cost.multiply_adds(module, sample, task),
+        "latency_ms": cost.latency(module, sample, task)["median"],
+    }
