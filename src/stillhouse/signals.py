@@ -51,7 +51,9 @@ class Signals:
         Signals, ...
     ] = ()  # of an ensemble; without `logits`, its output is the mean of the members' probabilities
     parts: dict[str, Tensor] = field(default_factory=dict)  # what else its task's networks give, by name (`Task.parts`)
-    losses: dict[str, Tensor] = field(default_factory=dict)  # a network's own, where they are wanted, in training
+    losses: dict[str, Tensor] = field(
+        default_factory=dict
+    )  # a network's own, where they are wanted, in training; their sum is minimised, `log:NAME` is only logged
     image: tuple[int, int] | None = None  # height and width of the images that the network saw
 
     def require(self, signal: str) -> Tensor:
@@ -310,6 +312,8 @@ def first_samples(batch: Batch, n: int) -> Batch:
     def cut(value: Any) -> Any:
         if isinstance(value, Mapping):
             return {k: cut(v) for k, v in value.items()}
+        if isinstance(value, list):
+            return value[:n]  # of ragged targets, one a sample
         return value[:n] if isinstance(value, Tensor) and value.ndim else value
 
     return {key: cut(value) for key, value in batch.items()}

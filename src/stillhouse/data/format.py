@@ -95,7 +95,7 @@ def load(spec: NamedSpec, data_root: str | Path | None = None, seed: int = 0) ->
         raise UserError(f"data.name: '{scheme}' stands for many data sets; name one as '{scheme}:{found.REST}'.")
     if rest and not found.REST:
         raise UserError(f"data.name: '{scheme}' is one data set; leave out ':{rest}'.")
-    _refuse_unheeded(spec, found.KEYS)
+    refuse_unheeded(spec, found.KEYS)
     try:
         options = found.Options.model_validate(spec.options)
     except ValidationError as error:
@@ -112,7 +112,7 @@ def _format(scheme: str) -> Format:
     return checked
 
 
-def _refuse_unheeded(spec: DataSpec, keys: frozenset[str]) -> None:
+def refuse_unheeded(spec: DataSpec, keys: frozenset[str]) -> None:
     """Raises `UserError` for a key that is set and does nothing; `augment: plain` is what every format can do."""
     for key in type(spec).model_fields:
         value = getattr(spec, key)

@@ -35,6 +35,8 @@ def refuse_other_layouts(folder: Path) -> None:
         kind = _kind(place)
         if kind is not None:
             masks = f" To train on its masks, use data.name: masks:{folder}." if "segmentation" in kind else ""
+            scheme = next((s for s, word in (("voc", "VOC"), ("coco", "COCO")) if word in kind), None)
+            masks = f" To train on its boxes, use data.name: {scheme}:{place}." if scheme else masks
             raise UserError(
                 f"imagefolder: '{place}' is {kind}; read as classes, its folders would be what is learned.{masks} "
                 "To classify its images, copy them into a folder for each class (train/CLASS/*.jpg)."

@@ -281,7 +281,14 @@ class Distillation(TrainingModule):
         """Refuse predictions of positions for an objective of samples, and labels that do not stand where the
         predictions stand."""
         logits = student.logits
-        if logits is None or "student.logits" not in entry.objective.needs:
+        if "student.logits" not in entry.objective.needs:
+            return
+        if logits is None and student.parts and not entry.objective.reads_hidden:
+            raise UserError(
+                f"The objective '{entry.label}' reads logits, but the student gives none, only "
+                f"{', '.join(student.parts)}; take an objective that reads its taps, such as fitnet or at."
+            )
+        if logits is None:
             return
         if entry.objective.positions:
             counted(batch, logits.shape[:-1])

@@ -22,10 +22,11 @@ class Objective(nn.Module):
 
     Attributes:
         needs: what must be there: `"label"`, `"index"`, `"holdout"`, `"student.logits"`, `"student.embedding"`,
-            `"student.tap:NAME"`, `"teacher.logits"` (any form of full class probabilities), `"teacher.embedding"`,
-            `"teacher.tap:NAME"`, `"student.part:NAME"`, `"teacher.part:NAME"` (what networks of the task give besides).
-            NAME of a tap is a dotted submodule, or `stage:N` (1-based; negative counts from the end) for the model's
-            N-th stage. Set it in `__init__` where it depends on options. Checked at start; what is not
+            `"student.tap:NAME"`, `"student.losses"` (the network's own, in training), `"teacher.logits"` (any form of
+            full class probabilities), `"teacher.embedding"`, `"teacher.tap:NAME"`, `"student.part:NAME"`,
+            `"teacher.part:NAME"` (what networks of the task give besides). NAME of a tap is a dotted submodule, or
+            `stage:N` (1-based; negative counts from the end) for the model's N-th stage. Set it in `__init__` where it
+            depends on options. Checked at start; what is not
             named is not captured.
         default_weight: the published weight, used where the recipe gives none.
         reads_top: whether the k most probable classes with the mass of all others (`Signals.top`) will do where `needs`

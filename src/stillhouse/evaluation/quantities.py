@@ -168,6 +168,19 @@ _KNOWN = {
     ),
     "ssim_baseline": Quantity("SSIM, bicubic", "", 1, 4, 0, "As SSIM, of the input enlarged by bicubic interpolation."),
     "psnr_gain": Quantity("Gain over bicubic", "dB", 1, 2, 1, "PSNR above that of bicubic interpolation."),
+    "ap": Quantity(
+        "AP",
+        "%",
+        100,
+        2,
+        1,
+        "Average precision of boxes: mean over intersections over union of 0.5 to 0.95 and over the classes (COCO).",
+    ),
+    "ap50": Quantity("AP50", "%", 100, 2, 1, "The same where a box is right from an intersection over union of 0.5."),
+    "ap75": Quantity("AP75", "%", 100, 2, 1, "The same from 0.75."),
+    "ap_small": Quantity("AP, small", "%", 100, 2, 1, "AP of boxes below 32 x 32 pixels of the image's own size."),
+    "ap_medium": Quantity("AP, medium", "%", 100, 2, 1, "AP of boxes of 32 x 32 to 96 x 96 pixels."),
+    "ap_large": Quantity("AP, large", "%", 100, 2, 1, "AP of larger boxes."),
     "accuracy_std": Quantity(
         "Accuracy, spread",
         "points",
@@ -469,6 +482,8 @@ def _alike(name: str) -> Quantity:
         return Quantity(f"Accuracy, {what.replace('_', ' ')}", "%", 100, 2, 1)
     if kind == "miou" and what:
         return replace(_KNOWN["miou"], title=f"Mean IoU, {what.replace('_', ' ')}")
+    if name.startswith("ap_class_"):
+        return replace(_KNOWN["ap"], title=f"AP, {name.removeprefix('ap_class_').replace('_', ' ')}")
     if kind == "iou" and what:
         return Quantity(
             f"IoU, {what.replace('_', ' ')}",

@@ -16,8 +16,8 @@ R = TypeVar("R")
 
 
 def full_precision(loss: Callable[P, R]) -> Callable[P, R]:
-    """Decorate a function of tensors: float16 and bfloat16 arguments arrive as float32 and autocast is off inside;
-    float32 and float64 stay as they are.
+    """Decorate a function of tensors and lists of them: float16 and bfloat16 arguments arrive as float32 and autocast is
+    off inside; float32 and float64 stay as they are.
 
     >>> @full_precision
     ... def total(x: Tensor) -> Tensor:
@@ -30,7 +30,8 @@ def full_precision(loss: Callable[P, R]) -> Callable[P, R]:
     def run(*args: P.args, **kwargs: P.kwargs) -> R:
         raised = [_raise(a) for a in args]
         named = {k: _raise(v) for k, v in kwargs.items()}
-        device = next((a.device.type for a in (*raised, *named.values()) if isinstance(a, Tensor)), "cpu")
+        given = [b for a in (*raised, *named.values()) for b in (a if isinstance(a, list) else [a])]
+        device = next((a.device.type for a in given if isinstance(a, Tensor)), "cpu")
         with without_autocast(device):
             return loss(*raised, **named)
 
@@ -45,4 +46,6 @@ def without_autocast(device: str) -> AbstractContextManager[Any]:
 
 
 def _raise(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_raise(v) for v in value]
     return value.float() if isinstance(value, Tensor) and value.dtype in (torch.float16, torch.bfloat16) else value

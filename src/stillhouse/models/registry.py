@@ -15,7 +15,11 @@ from stillhouse.errors import UserError, unknown
 
 N = TypeVar("N", bound=type[nn.Module])
 Fixed = Mapping[str, Any]
-LATER = {"conv_vit": "stillhouse.models.conv_vit", "two_towers": "stillhouse.models.two_towers"}
+LATER = {
+    "conv_vit": "stillhouse.models.conv_vit",
+    "pyramid_detector": "stillhouse.models.pyramid_detector",
+    "two_towers": "stillhouse.models.two_towers",
+}
 """Nets whose module needs another library: it is imported when one of them is asked for."""
 _NETS: dict[str, tuple[type[nn.Module], Fixed]] = {}
 _PATTERNS: list[tuple[re.Pattern[str], type[nn.Module], Callable[..., Fixed]]] = []

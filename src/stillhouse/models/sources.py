@@ -29,6 +29,7 @@ TASKS = {  # options.task: the Auto class, and its mapping from config classes t
     "image": ("AutoModelForImageClassification", "MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING"),
     "segmentation": ("AutoModelForSemanticSegmentation", "MODEL_FOR_SEMANTIC_SEGMENTATION_MAPPING"),
     "restoration": ("AutoModelForImageToImage", "MODEL_FOR_IMAGE_TO_IMAGE_MAPPING"),
+    "detection": ("AutoModelForObjectDetection", "MODEL_FOR_OBJECT_DETECTION_MAPPING"),
     "text": ("AutoModelForSequenceClassification", "MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING"),
     "causal": ("AutoModelForCausalLM", "MODEL_FOR_CAUSAL_LM_MAPPING"),
     "masked": ("AutoModelForMaskedLM", "MODEL_FOR_MASKED_LM_MAPPING"),
@@ -161,7 +162,7 @@ def from_transformers(
     dtype = str(arguments.pop("dtype", "float32")).removeprefix("torch.")
     if dtype not in DTYPES:
         raise unknown("options.dtype", dtype, DTYPES)
-    if num_classes is not None and task in ("image", "segmentation", "text"):
+    if num_classes is not None and task in ("image", "segmentation", "detection", "text"):
         arguments.setdefault("num_labels", num_classes)
     auto = getattr(transformers, TASKS[task][0])
     owner = f"hf:{name}"
@@ -172,7 +173,7 @@ def from_transformers(
                 "transformers config", f"hf:config:{kind}", [f"hf:config:{k}" for k in transformers.CONFIG_MAPPING]
             )
         plain = transformers.AutoConfig.for_model(kind)
-        if task in ("image", "segmentation") and input_shape is not None:
+        if task in ("image", "segmentation", "detection") and input_shape is not None:
             if hasattr(plain, "num_channels"):
                 arguments.setdefault("num_channels", input_shape[0])
             if isinstance(getattr(plain, "image_size", None), int) and input_shape[1] == input_shape[2]:

@@ -41,8 +41,7 @@ def load_weights(
         UserError: a missing or unreadable file, a wrong expression, or a checkpoint of another architecture.
     """
     path = Path(path)
-    given = renamed(_unwrap(_read(path, owner), path, owner), rename, path)
-    load_state(model, given, path, owner, new_classifier)
+    load_state(model, renamed(read_state(path, owner), rename, path), path, owner, new_classifier)
 
 
 def renamed(given: Mapping[str, Tensor], rename: Sequence[tuple[str, str]], path: Path) -> dict[str, Tensor]:
@@ -101,6 +100,13 @@ def _only_classifier(
     names = [n for n in ours if not n.endswith("num_batches_tracked")]
     at_end = set(missing) <= set(names[len(names) - len(missing) :])
     return classes and at_end and 2 * (len(missing) + len(shapes)) <= len(names)
+
+
+def read_state(path: str | Path, owner: str = "model") -> dict[str, Tensor]:
+    """The state dict in a checkpoint, without a wrapper's prefix. Raises `UserError` for a missing or unreadable
+    file."""
+    path = Path(path)
+    return _unwrap(_read(path, owner), path, owner)
 
 
 def _read(path: Path, owner: str) -> Any:

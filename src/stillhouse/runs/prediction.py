@@ -91,7 +91,7 @@ def shown(name: str, found: dict[str, Any], place: Path | None = None) -> str:
             plain["picture"] = f"{Path(name).stem}.png"
         with open(place / "predictions.jsonl", "a", encoding="utf-8") as file:
             file.write(json.dumps({"input": name, **plain}, ensure_ascii=False) + "\n")
-    return f"{name}: {'; '.join(_words(v) for v in plain.values())}"
+    return f"{name}: {'; '.join(_words(v) for v in plain.values() if not isinstance(v, list))}"
 
 
 def _words(value: Any) -> str:

@@ -1,21 +1,24 @@
-"""`hf:REPO`: an image classification data set for `datasets.load_dataset`: a repository of the Hub, or a folder."""
+"""`hf:REPO`: images with a class, or with boxes (a column of objects), for `datasets.load_dataset`: a repository of the
+Hub, or a folder."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from PIL import Image
 from pydantic import ConfigDict, Field
 
 from stillhouse.config.specs import DataSpec, Spec
+from stillhouse.data.box_tables import boxed_tables, has_boxes
 from stillhouse.data.bundle import KEYS, DataBundle, labelled
 from stillhouse.data.images import channels
 from stillhouse.data.labels import whole_numbers
 from stillhouse.data.parquet import DECODER, DecodedImages, cell_is_grey, decoded
+from stillhouse.data.samples import SampleBundle
 from stillhouse.data.sequences import sampled, source_of
 from stillhouse.data.source import SMALL, Samples
 from stillhouse.errors import MissingExtra, UserError, unknown
@@ -34,6 +37,11 @@ class Options(Spec):
     train_split: str | None = Field(None, description="Default: train.")
     val_split: str | None = Field(None, description="Default: validation, val, valid.")
     test_split: str | None = Field(None, description="Default: test.")
+    objects_column: str | None = Field(None, description="Of images with boxes: default: objects.")
+    box_format: Literal["xywh", "xyxy"] = Field("xywh", description="What a box's four numbers are, in pixels.")
+    box_classes: list[str] = Field(
+        default_factory=list, description="Class names of boxes in label order; default: as the data set names them."
+    )
 
     @property
     def splits(self) -> dict[str, str | None]:
@@ -41,8 +49,8 @@ class Options(Spec):
         return {"train": self.train_split, "val": self.val_split, "test": self.test_split}
 
 
-def load(rest: str, spec: DataSpec, options: Options, root: Path) -> DataBundle:
-    """An image classification data set for `datasets.load_dataset`: a repository of the Hub, or a local folder.
+def load(rest: str, spec: DataSpec, options: Options, root: Path) -> DataBundle | SampleBundle:
+    """Images with classes or boxes for `datasets.load_dataset`: a repository of the Hub, or a local folder.
 
     Raises:
         UserError: not found, or without these columns or splits. MissingExtra: `datasets` is not installed.
@@ -78,6 +86,10 @@ def load(rest: str, spec: DataSpec, options: Options, root: Path) -> DataBundle:
         chosen["test"], chosen["val"] = chosen["val"], None
     features = chosen["train"].features
     image = _hf_column(features, options.image_column, ["image", "img"], "image_column", repo)
+    if options.label_column is None and has_boxes(features, options.objects_column):
+        tables = {split: table for split, table in chosen.items() if table is not None}
+        pictures = {s: _Column.of(table, image, f"hf:{repo} ({s})") for s, table in tables.items()}
+        return boxed_tables(tables, lambda split, row: pictures[split].item(row), options, spec)
     label = _hf_column(features, options.label_column, ["label", "labels", "fine_label"], "label_column", repo)
     columns = {
         split: _Column.of(table, image, f"hf:{repo} ({split})") for split, table in chosen.items() if table is not None

@@ -1,4 +1,4 @@
-"""`torchvision:CLASS`: a classification data set of torchvision.datasets."""
+"""`torchvision:CLASS`: a data set of torchvision.datasets: for classification, or VOCDetection."""
 
 from __future__ import annotations
 
@@ -8,13 +8,16 @@ from typing import Any
 
 import numpy as np
 import torch
-from pydantic import ConfigDict
+from pydantic import ConfigDict, ValidationError
 from torch import Tensor
 
+from stillhouse.config.messages import spell
 from stillhouse.config.specs import DataSpec, Spec
 from stillhouse.data.bundle import KEYS, DataBundle, labelled
+from stillhouse.data.formats import voc
 from stillhouse.data.images import open_image
 from stillhouse.data.labels import whole_numbers
+from stillhouse.data.samples import SampleBundle
 from stillhouse.data.sequences import sequence_samples, source_of
 from stillhouse.data.source import Samples, in_memory
 from stillhouse.errors import UserError, unknown
@@ -25,14 +28,18 @@ REST = "CLASS"
 WRITTEN = {"MNIST", "EMNIST", "KMNIST", "QMNIST", "USPS", "SVHN", "Omniglot", "RenderedSST2", "GTSRB"}
 
 
+BOXES = "VOCDetection"
+OTHER_BOXES = {"CocoDetection": "coco:PATH", "CocoCaptions": "coco:PATH"}
+
+
 class Options(Spec):
     """data.options of `torchvision:`: further arguments of the class, such as split."""
 
     model_config = ConfigDict(extra="allow")
 
 
-def load(rest: str, spec: DataSpec, options: Options, root: Path) -> DataBundle:
-    """A classification data set of torchvision.datasets as a bundle; downloads what is not there.
+def load(rest: str, spec: DataSpec, options: Options, root: Path) -> DataBundle | SampleBundle:
+    """A data set of torchvision.datasets as a bundle; downloads what is not there.
 
     Raises:
         UserError: no such class (with the nearest), a wrong argument, or neither there nor to be downloaded.
@@ -43,6 +50,10 @@ def load(rest: str, spec: DataSpec, options: Options, root: Path) -> DataBundle:
     if name not in datasets.__all__:
         raise unknown("data set in torchvision.datasets called", name, datasets.__all__)
     cls = getattr(datasets, name)
+    if name == BOXES:
+        return _voc_boxes(cls, given, spec, root)
+    if name in OTHER_BOXES:
+        raise UserError(f"torchvision:{name} is images with boxes: name their files as data.name {OTHER_BOXES[name]}.")
     takes = inspect.signature(cls.__init__).parameters
     for option in given:
         if option not in takes:
@@ -74,6 +85,28 @@ def load(rest: str, spec: DataSpec, options: Options, root: Path) -> DataBundle:
     }
     found = source_of(samples, getattr(sets["train"], "classes", None), f"torchvision:{name}", flip=name not in WRITTEN)
     return labelled(found, spec)
+
+
+def _voc_boxes(cls: Any, given: dict[str, Any], spec: DataSpec, root: Path) -> SampleBundle:
+    """The Pascal VOC folder of a year; options besides `year` are those of `voc:`."""
+    year = str(given.pop("year", 2012))
+    base = root / "VOCdevkit" / f"VOC{year}"
+    if not base.is_dir():
+        try:
+            root.mkdir(parents=True, exist_ok=True)
+            for image_set in ("train", "test") if year == "2007" else ("train",):
+                cls(str(root), year=year, image_set=image_set, download=True)
+        except (RuntimeError, OSError, ValueError) as error:
+            raise UserError(
+                f"torchvision:{BOXES}: '{base}' is not there and could not be downloaded "
+                f"({' '.join(str(error).split()).rstrip('.')}); name the folder that holds it with --data-root or "
+                "STILLHOUSE_DATA."
+            ) from None
+    try:
+        options = voc.Options.model_validate(given)
+    except ValidationError as error:
+        raise spell(error, voc.Options, "data.options") from None
+    return voc.read(base, spec, options)
 
 
 def _torchvision_split(cls: Any, arguments: dict[str, Any], root: Path, takes: Any) -> Any:
