@@ -16,14 +16,15 @@ from stillhouse.signals import Batch
 
 @dataclass(frozen=True)
 class Part:
-    """Samples `rows` (n,) of a data set. Inputs x become `scale * x + shift` (per channel); without `labelled`, every
-    label is -1."""
+    """Samples `rows` (n,) of a data set. Inputs x become `scale * x + shift` (per channel). Labels are `labels` (n,),
+    or with `labelled` the data set's own, else -1."""
 
     dataset: IndexedDataset
     rows: np.ndarray
     scale: Tensor | None = None
     shift: Tensor | None = None
     labelled: bool = False
+    labels: Tensor | None = None
 
 
 def unlabelled(
@@ -76,31 +77,42 @@ class JoinedDataset:
 
     def labels(self) -> Tensor:
         """(n,) class ids, -1 where a part is unlabelled."""
-        return torch.cat(
-            [
-                p.dataset.labels()[torch.from_numpy(p.rows)] if p.labelled else torch.full((len(p.rows),), -1)
-                for p in self.parts
-            ]
-        )
+        return torch.cat([_labels(part, torch.arange(len(part.rows))) for part in self.parts])
 
     def batch(self, key: BatchKey, seed: int) -> Batch:
-        """`input`, `label` (B,), `index` (B,)."""
+        """`input`, `label` (B,), `index` (B,), and the `views` that all parts have.
+
+        Raises:
+            UserError: parts with other views.
+        """
         index = key.indices[key.start : key.stop]
         source = np.searchsorted(self._starts, index, side="right") - 1
-        x: Tensor | None = None
+        inputs: dict[str | None, Tensor] = {}  # view -> values; None: the input itself
         label = torch.full((len(index),), -1)
         for number, part in enumerate(self.parts):
             at = np.flatnonzero(source == number)
             if not len(at):
                 continue
-            rows = part.rows[index[at] - self._starts[number]]
+            where, own = torch.from_numpy(at), index[at] - self._starts[number]
+            rows = part.rows[own]
             got = part.dataset.batch(BatchKey(key.epoch, rows, 0, len(rows)), seed)
-            if "views" in got:
-                raise UserError("Joined data sets have no views; leave data.views out.")
-            values = got["input"] if part.scale is None else got["input"] * part.scale + part.shift
-            x = values.new_empty(len(index), *values.shape[1:]) if x is None else x
-            where = torch.from_numpy(at)
-            x[where] = values
-            if part.labelled:
-                label[where] = got["label"]
-        return {"input": x, "label": label, "index": torch.from_numpy(index)}
+            found: dict[str | None, Tensor] = {None: got["input"], **got.get("views", {})}
+            if inputs and found.keys() != inputs.keys():
+                raise UserError("Joined data sets need the same data.views.")
+            for name, x in found.items():
+                values = x if part.scale is None else x * part.scale + part.shift
+                if name not in inputs:
+                    inputs[name] = values.new_empty(len(index), *values.shape[1:])
+                inputs[name][where] = values
+            label[where] = _labels(part, torch.from_numpy(own))
+        batch: Batch = {"input": inputs.pop(None), "label": label, "index": torch.from_numpy(index)}
+        return batch | ({"views": inputs} if inputs else {})
+
+
+def _labels(part: Part, own: Tensor) -> Tensor:
+    """Class ids of some of a part's samples, by position in the part."""
+    if part.labels is not None:
+        return part.labels[own]
+    if part.labelled:
+        return part.dataset.labels()[torch.from_numpy(part.rows)[own]]
+    return torch.full((len(own),), -1)

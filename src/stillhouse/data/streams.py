@@ -17,28 +17,29 @@ from stillhouse.signals import Batch
 class Streams(BatchLoader):
     """Batches of labelled data, each of which carries one of unlabelled data under `unlabelled`.
 
-    An epoch is one pass over the longer of the two. The shorter is cycled: batch g of the whole training (g counts
-    through the epochs) is its batch g mod length, of its own epoch g // length, so that every pass has an order and an
-    augmentation of its own, and a start in mid-epoch gives the same batches.
+    An epoch is one pass over the longer of the two, or `length` batches. The shorter is cycled: batch g of the whole
+    training (g counts through the epochs) is its batch g mod length, of its own epoch g // length, so that every pass
+    has an order and an augmentation of its own, and a start in mid-epoch gives the same batches.
 
     Args:
         labelled: what the batch itself is; also gives labels, counts and sizes.
         unlabelled: its batches lose their `label`. Give it a seed of its own: with the same seed, data sets of equal
             length come in the same order.
+        length: batches of an epoch; None: one pass over the longer.
 
     Raises:
         UserError: one of the two holds no samples.
     """
 
-    def __init__(self, labelled: Loader, unlabelled: BatchLoader) -> None:
-        self.labelled, self.unlabelled = labelled, unlabelled
+    def __init__(self, labelled: Loader, unlabelled: BatchLoader, length: int | None = None) -> None:
+        self.labelled, self.unlabelled, self.length = labelled, unlabelled, length
         for name, loader in (("labelled", labelled), ("unlabelled", unlabelled)):
             if not len(loader):
                 raise UserError(f"The {name} data holds no samples.")
 
     def __len__(self) -> int:
-        """Batches an epoch: of the longer."""
-        return max(len(self.labelled), len(self.unlabelled))
+        """Batches an epoch."""
+        return self.length or max(len(self.labelled), len(self.unlabelled))
 
     @property
     def dataset(self) -> object:

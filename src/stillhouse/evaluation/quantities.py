@@ -135,6 +135,21 @@ _KNOWN = {
     "expert_disagreement": Quantity(
         "Experts disagree", "%", 100, 2, 0, "Share of test samples to which two experts give different classes; mean."
     ),
+    "weight_auroc": Quantity(
+        "Weights, AUROC",
+        "%",
+        100,
+        1,
+        1,
+        "How often an unlabelled image of a known class weighs more than one of an unknown class.",
+    ),
+    "weight_known": Quantity("Weight, known classes", "", 1, 3, 0, "Mean over unlabelled images of known classes."),
+    "weight_foreign": Quantity("Weight, unknown classes", "", 1, 3, 0, "Mean over the others."),
+    "pseudo_accuracy": Quantity(
+        "Pseudo-labels", "%", 100, 1, 1, "Share of right pseudo-labels among unlabelled images of known classes."
+    ),
+    "moved": Quantity("Moved", "", 1, 0, 0, "Unlabelled images that became labelled ones."),
+    "moved_precision": Quantity("Moved, right", "%", 100, 1, 1, "Share of them whose label is right."),
     "token_cosine": Quantity(
         "Token cosine", "", 1, 3, -1, "Mean cosine of the class token and the distillation token of test images."
     ),

@@ -20,13 +20,13 @@ class PreActivationBlock(nn.Module):
     """Batch norm, ReLU, 3x3 convolution, twice; where the width changes, the shortcut is a 1x1 convolution of the
     activated input."""
 
-    def __init__(self, inputs: int, width: int, stride: int) -> None:
+    def __init__(self, inputs: int, width: int, stride: int, slope: float = 0.0) -> None:
         super().__init__()
         self.bn1 = nn.BatchNorm2d(inputs)
-        self.relu1 = nn.ReLU()
+        self.relu1 = rectifier(slope)
         self.conv1 = nn.Conv2d(inputs, width, 3, stride, 1, bias=False)
         self.bn2 = nn.BatchNorm2d(width)
-        self.relu2 = nn.ReLU()
+        self.relu2 = rectifier(slope)
         self.conv2 = nn.Conv2d(width, width, 3, 1, 1, bias=False)
         self.shortcut = None if inputs == width else nn.Conv2d(inputs, width, 1, stride, bias=False)
 
@@ -34,6 +34,11 @@ class PreActivationBlock(nn.Module):
         active = self.relu1(self.bn1(x))
         out = self.conv2(self.relu2(self.bn2(self.conv1(active))))
         return out + (x if self.shortcut is None else self.shortcut(active))
+
+
+def rectifier(slope: float) -> nn.Module:
+    """A ReLU, or one that is leaky with this slope."""
+    return nn.LeakyReLU(slope) if slope else nn.ReLU()
 
 
 @register(
@@ -52,6 +57,7 @@ class WideResNet(nn.Module):
         factor: stages have 16, 32 and 64 times this many channels.
         num_classes: C.
         input_shape: (channels, height, width).
+        slope: of leaky ReLUs; 0: plain ones.
     """
 
     layer1: nn.Sequential
@@ -60,7 +66,12 @@ class WideResNet(nn.Module):
     published_names: ClassVar[dict[str, str]] = {r"^block(\d)\.layer\.": r"layer\1.", r"\.convShortcut\.": ".shortcut."}
 
     def __init__(
-        self, depth: int, factor: int, num_classes: int = 10, input_shape: tuple[int, ...] = (3, 32, 32)
+        self,
+        depth: int,
+        factor: int,
+        num_classes: int = 10,
+        input_shape: tuple[int, ...] = (3, 32, 32),
+        slope: float = 0.0,
     ) -> None:
         super().__init__()
         if depth < 10 or (depth - 4) % 6 or factor < 1:
@@ -74,13 +85,13 @@ class WideResNet(nn.Module):
         for i, name in enumerate(self.stage_names):
             width, stride = 16 * 2**i * factor, 1 if i == 0 else 2
             blocks = [
-                PreActivationBlock(inputs if j == 0 else width, width, stride if j == 0 else 1)
+                PreActivationBlock(inputs if j == 0 else width, width, stride if j == 0 else 1, slope)
                 for j in range((depth - 4) // 6)
             ]
             setattr(self, name, nn.Sequential(*blocks))
             inputs = width
         self.bn1 = nn.BatchNorm2d(inputs)
-        self.relu = nn.ReLU()
+        self.relu = rectifier(slope)
         self.avgpool = nn.AdaptiveAvgPool2d(1)
         self.fc = nn.Linear(inputs, num_classes)
         he_fan_out(self)
