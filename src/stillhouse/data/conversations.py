@@ -21,7 +21,7 @@ from torch import Tensor
 from stillhouse import catalog
 from stillhouse.config.specs import DataSpec, Spec
 from stillhouse.data.dataset import BatchKey
-from stillhouse.data.source import existing
+from stillhouse.data.source import existing, located
 from stillhouse.data.split import cut, in_balance
 from stillhouse.data.text_files import read_json, read_json_lines
 from stillhouse.errors import UserError, unknown
@@ -305,7 +305,8 @@ def load(rest: str, spec: DataSpec, options: ConversationOptions, root: Path) ->
     """
     found = {name: _merged(turns) if options.merge else turns for name, turns in _read(rest, options, root).items()}
     texts = sorted({text for turns in found["train"] for turn in turns for text in turn} | {options.template.system})
-    tokens = tokenizer(options.tokenizer, [*texts, options.template.user, options.template.assistant])
+    name: str = located({"model": options.tokenizer}, root)["model"]
+    tokens = tokenizer(name, [*texts, options.template.user, options.template.assistant])
     strata = {name: np.zeros(len(turns), np.int64) for name, turns in found.items()}
     portions = cut(strata, spec, len(found["train"]) // 10, in_balance)
     splits = {name: [found[p.source][i] for i in p.rows] for name, p in portions.items()}

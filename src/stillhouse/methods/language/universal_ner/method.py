@@ -19,8 +19,8 @@ an answer that were answered by an empty list, and `teacher_f1` what the annotat
 
 The released code lacks the step that draws negatives: their number is ours [R], as many as there are types in the
 passage, from 1 to 8. Its training and inference texts differ in a word and a blank; here both are one template, of
-which `data.options.template.spaced: false` is the released form. Questions that do not fit into the context are left out
-whole, where the released code cuts an answer. Without an `annotator` the data's own answers are learned: the
+which `data.options.template.spaced: false` is the released form. Questions that do not fit into the context are left
+out whole, where the released code cuts an answer. Without an `annotator` the data's own answers are learned: the
 supervised form, in which `also` adds further data sets, each told by its name before the text.
 """
 
