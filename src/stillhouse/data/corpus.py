@@ -1,5 +1,5 @@
-"""Where text comes from: tiny Shakespeare, SST-2, a user's plain text, JSONL, JSON, CSV, TSV or Parquet file, or a
-Hugging Face data set.
+"""Where text comes from: tiny Shakespeare, SST-2, CrossNER's passages by domain, a user's plain text, JSONL, JSON, CSV,
+TSV or Parquet file, or a Hugging Face data set.
 
 `read` gives a `Corpus`: records by split, mappings with `text`, with `text` and `label`, or with `prompt` and
 `completion`.
@@ -83,7 +83,7 @@ def read(name: str, options: TextOptions, root: Path) -> Corpus:
     """The records of a source of text.
 
     Args:
-        name: shakespeare | sst2 | PATH | hf:NAME.
+        name: shakespeare | sst2 | crossner | PATH | hf:NAME.
         options: columns, further files.
         root: the folder that holds the data.
 
@@ -97,10 +97,16 @@ def read(name: str, options: TextOptions, root: Path) -> Corpus:
         folder = existing("sst2", root)
         parts = {"train": "train", "val": "dev", "test": "test"}
         return Corpus({split: _sst2(existing(str(folder / f"{part}.tsv"), root)) for split, part in parts.items()})
+    if name == "crossner":
+        return Corpus({"train": _domains(existing("ner", root))})
     if name.startswith("hf:"):
         return _labelled(_published(name.removeprefix("hf:"), options), options, f"text:{name}")
     if not Path(name).suffix and not Path(name).expanduser().exists():
-        raise unknown("text data set", f"text:{name}", ["text:shakespeare", "text:sst2", "text:PATH", "text:hf:NAME"])
+        raise unknown(
+            "text data set",
+            f"text:{name}",
+            ["text:shakespeare", "text:sst2", "text:crossner", "text:PATH", "text:hf:NAME"],
+        )
     files = {
         split: existing(p, root)
         for split, p in (("train", name), ("val", options.val), ("test", options.test))
@@ -150,6 +156,16 @@ def _plain(path: Path, encoding: str | None) -> Records:
 def _sst2(path: Path) -> Records:
     rows = [line.rsplit("\t", 1) for line in read_text(path).split("\n") if line.strip()]
     return [{"text": text, "label": ("negative", "positive")[int(label)]} for text, label in rows]
+
+
+def _domains(folder: Path) -> Records:
+    """The passages of CrossNER's conversations, each once, with the domain that they are of."""
+    found: dict[str, str] = {}
+    for path in sorted(folder.glob("CrossNER_*.json")):
+        for record in read_json(path):
+            text = str(record["conversations"][0]["value"]).removeprefix("Text: ")
+            found.setdefault(text, path.stem.removeprefix("CrossNER_").lower())
+    return [{"text": text, "label": domain} for text, domain in found.items()]
 
 
 def _names(path: Path, column: str) -> list[str] | None:

@@ -18,6 +18,7 @@ import numpy as np
 from stillhouse.config.specs import DataSpec
 from stillhouse.data.corpus import Records, TextOptions, read
 from stillhouse.data.labels import class_order, ids_of
+from stillhouse.data.source import located
 from stillhouse.data.split import cut, in_balance
 from stillhouse.data.token_dataset import Rows, TokenDataset, packed, taken
 from stillhouse.errors import UserError, unknown
@@ -114,7 +115,8 @@ def load(rest: str, spec: DataSpec, options: TextOptions, root: Path) -> TextBun
     texts = [r[k] for r in found["train"] for k in ("stream", "text", "prompt", "completion") if k in r]
     if not any(texts):
         raise UserError(f"The data set '{spec.name}' holds no text.")
-    tokens, stream = tokenizer(options.tokenizer, texts), "stream" in found["train"][0]
+    name: str = located({"model": options.tokenizer}, root)["model"]
+    tokens, stream = tokenizer(name, texts), "stream" in found["train"][0]
     if task in ("classify", "masked") and not stream:
         tokens = with_marks(tokens)
     classes = (corpus.classes or class_order(r["label"] for r in found["train"])) if task == "classify" else []
@@ -131,7 +133,7 @@ def load(rest: str, spec: DataSpec, options: TextOptions, root: Path) -> TextBun
         for n, p in portions.items()
     }
     splits = {n: packed(r, options.context) if options.pack else r for n, r in rows.items()}
-    start = decoder_start(options.tokenizer, tokens) if task == "seq2seq" else 0
+    start = decoder_start(name, tokens) if task == "seq2seq" else 0
     packs = options.pack and task == "causal"
     facts = Tokens(task, size(tokens), options.context, tokens, tuple(classes), options.tokenizer, start, packs)
     return TextBundle(spec.name, facts, options, splits)

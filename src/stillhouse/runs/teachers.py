@@ -50,7 +50,11 @@ class RunTeachers(RunStages):
             )
         model = self.network(name, spec, data, as_saved=True)
         prepare = self.own_input(spec, model, data)
-        model, its = (task.as_teacher(model, spec, its), task) if alike else its.serving(model, task)
+        if alike:
+            found = spec.model_copy(update={"model": self._located(spec.network, data).model})
+            model, its = task.as_teacher(model, found, its), task
+        else:
+            model, its = its.serving(model, task)
         teacher = FrozenTeacher(model, embedding=spec.embedding, name=name, task=its, prepare=prepare)
         self.live_teachers.append(teacher)
         return teacher

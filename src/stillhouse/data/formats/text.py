@@ -5,4 +5,4 @@ from stillhouse.data.text import load
 
 __all__ = ["KEYS", "REST", "Options", "load"]
 KEYS: frozenset[str] = frozenset()
-REST = "shakespeare, text:sst2, text:PATH or text:hf:NAME"
+REST = "shakespeare, text:sst2, text:crossner, text:PATH or text:hf:NAME"
