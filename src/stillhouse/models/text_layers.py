@@ -1,0 +1,74 @@
+"""Where language models of transformers hold hidden states, queries and keys: names of submodules to tap."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from stillhouse.errors import UserError
+
+LAYOUTS = (
+    # the layers, what goes into the first of them, and the queries and keys of a layer
+    ("encoder.layer", "embeddings", ("attention.self.query", "attention.self.key")),  # BERT, RoBERTa, ELECTRA
+    ("transformer.layer", "embeddings", ("attention.q_lin", "attention.k_lin")),  # DistilBERT
+    ("h", "drop", None),  # GPT-2
+    ("layers", "embed_tokens", None),  # Llama, Qwen, Mistral, Gemma
+)
+
+
+def hidden_taps(model: nn.Module) -> list[str]:
+    """Names of submodules whose outputs are the hidden states: the embeddings' first, then each layer's.
+
+    Raises:
+        UserError: a model of another layout.
+    """
+    base, prefix = _base(model)
+    layers, first, _ = _layout(model)
+    count = len(base.get_submodule(layers))
+    return [f"{prefix}{first}", *(f"{prefix}{layers}.{i}" for i in range(count))]
+
+
+def attention_taps(model: nn.Module) -> list[tuple[str, str]]:
+    """For each layer the names of the submodules whose outputs are its queries and its keys, of all heads.
+
+    Raises:
+        UserError: a model whose attention is no plain function of these, such as one with rotary positions.
+    """
+    base, prefix = _base(model)
+    layers, _, parts = _layout(model)
+    if parts is None:
+        raise UserError(
+            f"The attention maps of a {type(model).__name__} cannot be read from its queries and keys; compare hidden "
+            "states."
+        )
+    count = len(base.get_submodule(layers))
+    return [(f"{prefix}{layers}.{i}.{parts[0]}", f"{prefix}{layers}.{i}.{parts[1]}") for i in range(count)]
+
+
+def heads_of(model: nn.Module) -> int:
+    """How many attention heads a model of transformers has."""
+    config: Any = model.config
+    return int(config.num_attention_heads)
+
+
+def _base(model: nn.Module) -> tuple[nn.Module, str]:
+    """The model without its head, and what stands before the names of its parts."""
+    whole: Any = model
+    base = getattr(whole, "base_model", None)
+    if not isinstance(base, nn.Module) or not hasattr(whole, "config"):
+        raise UserError(f"A {type(model).__name__} is no language model of transformers.")
+    name = next(n for n, m in model.named_modules() if m is base)
+    return base, f"{name}." if name else ""
+
+
+def _layout(model: nn.Module) -> tuple[str, str, tuple[str, str] | None]:
+    base, _ = _base(model)
+    names = dict(base.named_modules())
+    for layout in LAYOUTS:
+        if layout[0] in names and layout[1] in names:
+            return layout
+    raise UserError(
+        f"Where a {type(model).__name__} holds its hidden states is not known; known are models laid out as BERT, "
+        "DistilBERT, GPT-2 or Llama."
+    )
