@@ -101,6 +101,12 @@ _KNOWN = {
     ),
     "alpha": Quantity("Label head's share", "", 1, 2, 0, "Weight of the label head in the mixture of two heads."),
     "beta": Quantity("Teacher head's temperature", "", 1, 2, 0, "What the teacher head's logits are divided by."),
+    "accuracy_before": Quantity(
+        "Accuracy, before", "%", 100, 2, 1, "Accuracy of what training began from, after compression alone."
+    ),
+    "sparsity": Quantity(
+        "Sparsity", "%", 100, 1, 0, "Share of the original's weights, of those that may go, that is gone."
+    ),
     "gradient_cosine": Quantity(
         "Gradient cosine",
         "",

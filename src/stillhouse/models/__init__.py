@@ -15,6 +15,7 @@ from torch import nn
 
 from stillhouse.config.specs import ModelSpec
 from stillhouse.errors import UserError, nearest
+from stillhouse.models import clip as clip
 from stillhouse.models import convnet as convnet  # our own nets register themselves
 from stillhouse.models import densenet as densenet
 from stillhouse.models import efficientnet as efficientnet

@@ -91,6 +91,8 @@ class ImageText(Task):
             options.setdefault("task", "features")
         if spec.model.startswith("hf:config:"):
             self._fit_config(options, spec.model.removeprefix("hf:config:"))
+        if spec.model == "stillhouse:clip":
+            options = {"vocabulary": size(self.tokenizer), "context": self.context, **options}
         if spec.model == "stillhouse:two_towers":
             options.setdefault("normalised", self.normalisation)
             text = dict(options.get("text") or {})
