@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from stillhouse.config.specs import Spec
 from stillhouse.errors import UserError
 from stillhouse.functional.precision import full_precision
 from stillhouse.nn.attention import SeparateProjections, separate_attention
@@ -290,62 +291,92 @@ def separated(network: nn.Module, projections: Sequence[str]) -> nn.Module:
     return network
 
 
-def places(network: nn.Module, mlps: Sequence[str], projections: Sequence[str]) -> dict[str, bool]:
-    """Names of the modules to replace, each with whether it is a projection; the network's attention is taken apart.
+class Place(Spec):
+    """A module that is replaced: a projection or an MLP, the width of its tokens, and hidden units of a learner."""
+
+    projection: bool
+    dim: int
+    width: int
+
+
+class Shape(Spec):
+    """Which modules of a network become adaptive, by which a product's network is built again.
+
+    Attributes:
+        places: by name.
+        count: N.
+        projections: last parts of the names of attention's projections.
+        fixed: learners that every token has; None: the gates say.
+    """
+
+    places: dict[str, Place]
+    count: int
+    projections: list[str]
+    fixed: int | None = None
+
+    def applied(self, network: nn.Module) -> dict[str, AdaptiveModule]:
+        """Put adaptive modules into a network, in place; by name."""
+        separated(network, self.projections)
+        out: dict[str, AdaptiveModule] = {}
+        for name, place in self.places.items():
+            path, _, last = name.rpartition(".")
+            parent = network.get_submodule(path)
+            old = getattr(parent, last)
+            activation: Activation = "identity" if place.projection else "gelu"
+            new = AdaptiveModule(place.dim, place.width, self.count, activation, least=int(place.projection))
+            new.fixed = self.fixed
+            setattr(parent, last, new.to(next(old.parameters()).device).train(old.training))
+            out[name] = new
+        return out
+
+
+def shape_of(
+    network: nn.Module,
+    mlps: Sequence[str],
+    projections: Sequence[str],
+    count: int,
+    total_factor: float,
+    task: Task,
+    batch: Batch,
+) -> Shape:
+    """The modules of a network that adaptive ones can replace; the network's attention is taken apart.
+
+    Args:
+        mlps, projections: last parts of their names.
+        count: N.
+        total_factor: cost of all learners over that of what they replace.
+        task, batch: a call, which tells the widths.
 
     Raises:
-        UserError: there are none.
+        UserError: there are none; a module whose input and output differ in shape; learners without a hidden unit.
     """
     found: dict[str, bool] = {}
-    for name, module in network.named_modules():
+    for name, module in separated(network, projections).named_modules():
         parts = name.split(".")
         if parts[-1] in mlps:
             found[name] = False
         elif isinstance(module, nn.Linear) and module.in_features == module.out_features:
             own = parts[-3] if parts[-2:-1] == ["parts"] else parts[-1]
-            if own in projections and not any(name.startswith(f"{mlp}.") for mlp in found):
+            if own in projections and not any(name.startswith(f"{outer}.") for outer in found):
                 found[name] = True
     if not found:
         raise UserError(
             f"acm: {type(network).__name__} has no module named {', '.join([*mlps, *projections]) or 'anything'}; give "
             "the last parts of the names of its MLPs in `mlps`, and of its attention's projections in `projections`."
         )
-    return found
-
-
-def replace(
-    network: nn.Module, found: dict[str, bool], count: int, total_factor: float, task: Task, batch: Batch
-) -> dict[str, AdaptiveModule]:
-    """Put adaptive modules into a network, in place; by name.
-
-    Args:
-        network: taken apart.
-        found: names, each with whether it is a projection.
-        count: N.
-        total_factor: cost of all learners over that of what they replace.
-        task, batch: a call, which tells the widths.
-
-    Raises:
-        UserError: a module whose input and output differ in shape, or learners without a hidden unit.
-    """
     taps = Taps(network, [tap for name in found for tap in (name, f"{name}:in")])
     with evaluating(network), taps.capture() as got:
         task.call(network, batch)
     taps.remove()
-    out: dict[str, AdaptiveModule] = {}
+    out: dict[str, Place] = {}
     for name, projection in found.items():
         before, after = got[f"{name}:in"].shape, got[name].shape
         if before != after or len(before) < 2:
             raise UserError(f"acm: '{name}' maps {tuple(before)} to {tuple(after)}; only tokens of one width will do.")
-        dim, old = before[-1], network.get_submodule(name)
-        share = total_factor / count
-        inner = next((m.out_features for m in old.modules() if isinstance(m, nn.Linear)), 0)
-        width = round(share * ((dim * dim + dim) / (2 * dim + 1) if projection else inner))
+        dim = before[-1]
+        inner = next((m.out_features for m in network.get_submodule(name).modules() if isinstance(m, nn.Linear)), 0)
+        width = round(total_factor / count * ((dim * dim + dim) / (2 * dim + 1) if projection else inner))
         if width < 1:
             raise UserError(f"acm: {count} learners in the place of '{name}' would have no hidden unit; take fewer.")
-        new = AdaptiveModule(dim, width, count, "identity" if projection else "gelu", least=1 if projection else 0)
-        parameter = next(old.parameters())
-        path, _, last = name.rpartition(".")
-        setattr(network.get_submodule(path), last, new.to(parameter.device).train(old.training))
-        out[name] = new
-    return out
+        out[name] = Place(projection=projection, dim=dim, width=width)
+    return Shape(places=out, count=count, projections=list(projections))

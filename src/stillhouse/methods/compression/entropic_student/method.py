@@ -328,7 +328,7 @@ class SplitStudent(Student):
         quality: of JPEG; None where it is cut.
     """
 
-    kind: ClassVar[str] = "stillhouse.methods.compression.entropic_student.method:SplitStudent"
+    kind: ClassVar[str] = "stillhouse.methods.compression.entropic_student:SplitStudent"
     formats: ClassVar[Mapping[str, str]] = {"split": "split", **network_files.FORMATS}
     split: Split | None = None
     quality: int | None = None
