@@ -35,7 +35,7 @@ from torch.nn import functional as F
 
 from stillhouse.config.specs import Data, DataSpec, MethodConfig, Model, ModelSpec, TrainSpec
 from stillhouse.data import BatchKey, DataBundle, Loader, Streams
-from stillhouse.data.joined import Joined, Part
+from stillhouse.data.joined import JoinedDataset, Part
 from stillhouse.data.streams import pool_for
 from stillhouse.errors import UserError
 from stillhouse.functional.precision import full_precision
@@ -333,7 +333,7 @@ class WeightAware(Method[Config]):
         spec, batch = self.viewed(config), config.teacher.train.batch_size
         own = run.data(spec).dataset("train", train=True)
         other = self.pool(config, run, train=True, spec=spec)
-        joined = Joined([Part(data, np.arange(len(data))) for data in (own, other)])
+        joined = JoinedDataset([Part(data, np.arange(len(data))) for data in (own, other)])
         return Loader(joined, batch, seed=run.seed, shuffle=True, drop_last=True, workers=spec.workers, **share())
 
     def viewed(self, config: Config) -> DataSpec:
@@ -454,16 +454,16 @@ class WeightAware(Method[Config]):
         known = [Part(own, np.arange(len(own)), labelled=True)]
         if len(moved[0]):
             known.append(Part(pool, moved[0].numpy(), labels=moved[1]))
-        rest = Joined([Part(pool, left.numpy())])
+        rest = JoinedDataset([Part(pool, left.numpy())])
         seed, workers = keys(run.seed, "round", number), spec.workers
         assert other is not None
 
-        def loader(data: Joined, size: int, seed: int) -> Loader:
+        def loader(data: JoinedDataset, size: int, seed: int) -> Loader:
             size = max(min(size, len(data)), 1)
             return Loader(data, size, seed=seed, shuffle=True, drop_last=True, workers=workers, **share())
 
         streams = Streams(
-            loader(Joined(known), batch, seed),
+            loader(JoinedDataset(known), batch, seed),
             loader(rest, other.batch_size or batch, keys(seed, "unlabelled")),
             config.steps,
         )

@@ -74,7 +74,7 @@ from stillhouse.training.module import TrainingModule
 
 JUDGED = 8  # test batches by which gates and work are judged
 MLPS = ["mlp", "feed_forward"]
-PROJECTIONS = "qkv q k v proj out q_proj k_proj v_proj out_proj query key value".split()
+PROJECTIONS = ["qkv", "q", "k", "v", "proj", "out", "q_proj", "k_proj", "v_proj", "out_proj", "query", "key", "value"]
 
 
 # ---- phases 1 and 2 --------------------------------------------------------------------------------------------------
