@@ -40,7 +40,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from stillhouse.config.specs import Data, MethodConfig, ModelSpec, Objectives, OptimizerSpec, Teacher, TrainSpec
 from stillhouse.distillation.distillation import Distillation
 from stillhouse.distillation.objective import Objective, Progress
-from stillhouse.distillation.teachers import Frozen
+from stillhouse.distillation.teachers import FrozenTeacher
 from stillhouse.distillation.weighted import objective_from_spec
 from stillhouse.errors import UserError
 from stillhouse.evaluation import cost
@@ -96,7 +96,7 @@ class _ModuleWise(TrainingModule):
         super().__init__()
         self.student = network
         self.adaptive = dict(modules)
-        self.teacher = Frozen(teacher, task=task)
+        self.teacher = FrozenTeacher(teacher, task=task)
 
     def build(self, batch: Batch) -> None:
         device = next(self.student.parameters()).device
@@ -279,7 +279,7 @@ class AdaptiveComputation(Method[Config]):
 
     def run(self, config: Config, run: Run) -> AdaptiveStudent:
         given = run.teacher("teacher", config.teacher, config.data)
-        if not isinstance(given, Frozen):
+        if not isinstance(given, FrozenTeacher):
             raise UserError("acm: the teacher must be one network, whose modules are replaced.")
         run.record["weights"] = {"teacher": given.fingerprint()}
         task = run.data(config.data).task
