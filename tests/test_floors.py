@@ -12,7 +12,7 @@ import stillhouse
 PACKAGE = Path(stillhouse.__file__).parent
 FLOORS = (
     "errors",
-    "files processes randomness signals",
+    "devices files processes randomness signals",
     "catalog",
     "config",
     "functional",
@@ -36,7 +36,7 @@ FLOORS = (
 )
 """From the ground up; rooms of one floor do not import each other."""
 FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms.split()}
-MODULES_AT_THE_ROOT = 12
+MODULES_AT_THE_ROOT = 13
 
 
 def imports() -> dict[str, set[str]]:

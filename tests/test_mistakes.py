@@ -186,6 +186,7 @@ def test_a_comparison_does_not_take_a_run_of_another_recipe_for_its_own(command)
     says = refused(command, *arguments, "--set", "train.epochs=1")
     assert "b/alone-s0 holds a finished run of another recipe ('train.epochs: 2' there, 'train.epochs: 1' now)" in says
     assert "'data.size' there, 'data.size: null' now" in refused(command, *arguments, "--set", "data.size=null")
+    assert "The row 'alone'" in says and "--overwrite" in says
     held = Path("b/alone-s0/recipe.yaml")
     held.write_text("".join(line for line in held.read_text().splitlines(True) if "deterministic" not in line))
     assert command(*arguments)[0] == 0, "a run from before an option came is the same run"

@@ -12,10 +12,12 @@ from torch import nn
 
 from stillhouse.config.messages import spell
 from stillhouse.config.specs import TrainSpec
+from stillhouse.devices import on_device
 from stillhouse.distillation.distillation import Distillation
 from stillhouse.distillation.teachers import Teacher
 from stillhouse.distillation.weighted import Objectives
 from stillhouse.errors import UserError
+from stillhouse.files import full_disk_reported
 from stillhouse.training.display import Bars, Display
 from stillhouse.training.engine import fit
 from stillhouse.training.optimizers import trained_in_float32
@@ -34,6 +36,7 @@ def distill(
     progress: bool = True,
     evaluate: Callable[[nn.Module, torch.device], dict[str, float]] | None = None,
     half_weights: bool = False,
+    device: str | None = None,
 ) -> nn.Module:
     """Train `student` on the outputs of `teacher`, and return it (the same object, in evaluation mode).
 
@@ -51,6 +54,11 @@ def distill(
         folder: for metrics.csv and checkpoints; an interrupted training resumes there. None: a temporary folder.
         evaluate: figures of your own, (student, device) -> {name: number}.
         half_weights: train a half-precision student as it is.
+        device: the device to train on, such as cuda:1; None: the first GPU that torch sees, else the CPU.
+
+    Raises:
+        UserError: what does not fit together, such as other class counts, a tap that does not exist, or a device that
+            is not there, before anything is trained; training that diverges.
 
     >>> import torch, stillhouse
     >>> data = [(torch.randn(8, 4), torch.randint(0, 3, (8,))) for _ in range(4)]
@@ -79,11 +87,13 @@ def distill(
     if not half_weights:
         trained_in_float32(student)
     module = Distillation(student, teacher, objectives, seed=seed)
-    with tempfile.TemporaryDirectory() as temporary:
+    with tempfile.TemporaryDirectory() as temporary, on_device(device) as cpu:
         live = Bars() if progress else Display()
         try:
             where = Path(folder).expanduser() if folder is not None else Path(temporary)
-            fit(module, loader, spec, folder=where, seed=seed, evaluate=evaluate, splits={"train": loader}, live=live)
+            splits = {"train": loader}
+            with full_disk_reported(str(where)):
+                fit(module, loader, spec, folder=where, seed=seed, evaluate=evaluate, splits=splits, live=live, cpu=cpu)
         finally:
             live.close()
             module.close()
@@ -100,6 +110,7 @@ def run_recipe(
     overwrite: bool = False,
     progress: bool = True,
     cpu: bool = False,
+    device: str | None = None,
 ) -> dict[str, float]:
     """Run a recipe as `stillhouse run` does, and return the figures of its product; `stillhouse.load(folder)` gives the
     product.
@@ -112,6 +123,7 @@ def run_recipe(
         data_root: folder that holds the data sets; default: STILLHOUSE_DATA.
         overwrite: start over in a folder that holds a run.
         cpu: use no GPU.
+        device: the device to work on, such as cuda:1; None: the first GPU that torch sees, else the CPU.
 
     Raises:
         UserError: a mistake in the recipe, or a folder that holds a finished run or one of another recipe.
@@ -125,7 +137,8 @@ def run_recipe(
 
     config = load(recipe, variant, overrides or {})
     root = None if data_root is None else str(data_root)
-    return execute(config, folder, data_root=root, live=Bars() if progress else Display(), overwrite=overwrite, cpu=cpu)
+    live = Bars() if progress else Display()
+    return execute(config, folder, data_root=root, live=live, overwrite=overwrite, cpu=cpu, device=device)
 
 
 def _check_types(teacher: Any, student: Any, objectives: Any) -> None:

@@ -47,7 +47,15 @@ Sets = Annotated[
 DataRoot = Annotated[
     str | None, typer.Option(help="Folder that holds the data sets; default: STILLHOUSE_DATA.", metavar="FOLDER")
 ]
-Cpu = Annotated[bool, typer.Option("--cpu", help="Use no GPU.")]
+Cpu = Annotated[bool, typer.Option("--cpu", help="Use no GPU; the same as --device cpu.")]
+Device = Annotated[
+    str | None,
+    typer.Option(
+        help="Work on this device (cpu, cuda, cuda:1, mps), or say that it is not there; default: the first GPU that "
+        "torch sees, else the CPU.",
+        metavar="NAME",
+    ),
+]
 
 
 def _version(value: bool) -> None:
@@ -83,6 +91,7 @@ def run(
     ] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Start over in a folder that holds a run.")] = False,
     cpu: Cpu = False,
+    device: Device = None,
 ) -> None:
     """Run a recipe: train, save the product, write the report. An interrupted run resumes."""
     from stillhouse.runs import recipe as recipes
@@ -93,7 +102,7 @@ def run(
         from stillhouse.runs.execution import plan
 
         typer.echo(recipes.dump(config))
-        _print_plan(plan(config, data_root=data_root))
+        _print_plan(plan(config, data_root=data_root, cpu=cpu, device=device))
         return
     from stillhouse.evaluation.quantities import quantity
     from stillhouse.runs.execution import execute
@@ -101,7 +110,7 @@ def run(
 
     folder = out or Path("runs") / f"{config.name}-s{config.seed}"
     _ready(folder, data_root)
-    figures = execute(config, folder, data_root=data_root, live=Bars(), overwrite=overwrite, cpu=cpu)
+    figures = execute(config, folder, data_root=data_root, live=Bars(), overwrite=overwrite, cpu=cpu, device=device)
     if os.environ.get("RANK", "0") == "0":
         width = max(map(len, figures), default=0)
         for name, value in figures.items():
@@ -237,7 +246,11 @@ def bench(
     data_root: DataRoot = None,
     engine: Annotated[str, typer.Option(help="local, or ray.", metavar="NAME")] = "local",
     jobs: Annotated[int, typer.Option("--jobs", "-j", min=1, help="Runs at the same time.", metavar="N")] = 1,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Start over the rows whose folders hold runs of other recipes.")
+    ] = False,
     cpu: Cpu = False,
+    device: Device = None,
 ) -> None:
     """Compare recipes and variants over seeds, and judge the recipes' claims. Finished runs of the same recipe and code
     are reused."""
@@ -266,6 +279,8 @@ def bench(
         sets=set_ or [],
         data_root=data_root,
         cpu=cpu,
+        device=device,
+        overwrite=overwrite,
         engine=engine,
         jobs=jobs,
         slug=evidence.stem if evidence else recipe[0].stem,
@@ -435,8 +450,10 @@ def cache(
         bool, typer.Option("--skip-long", help="Pass over samples that the server's context does not hold.")
     ] = False,
     cpu: Cpu = False,
+    device: Device = None,
 ) -> None:
     """Store the outputs of a recipe's teacher. Students then train from the store: teacher: {store: FOLDER}."""
+    from stillhouse.devices import on_device
     from stillhouse.runs import recipe as recipes
     from stillhouse.runs.caching import asked, describe, make_for, make_from_server, store_spec
     from stillhouse.training.display import Bars
@@ -462,7 +479,8 @@ def cache(
         typer.echo(describe(out))
         return
     spec = asked(config, teacher, {k: v for k, v in given.items() if v is not None})
-    make_for(config, teacher, spec, out, engine=engine, jobs=jobs, data_root=data_root, cpu=cpu, live=Bars())
+    with on_device(device, cpu) as on_cpu:
+        make_for(config, teacher, spec, out, engine=engine, jobs=jobs, data_root=data_root, cpu=on_cpu, live=Bars())
     if os.environ.get("RANK", "0") == "0":
         typer.echo(describe(out))
 
@@ -600,11 +618,13 @@ def main() -> None:
     import warnings
 
     from stillhouse.errors import UserError
+    from stillhouse.files import full_disk_reported
 
     with warnings.catch_warnings():
         warnings.showwarning = _show_warning
         try:
-            app()
+            with full_disk_reported("a file"):
+                app()
         except UserError as error:
             typer.echo(f"stillhouse: {error}", err=True)
             sys.exit(2)

@@ -5,10 +5,14 @@ from __future__ import annotations
 import errno
 import glob
 import hashlib
+import json
 import os
+import platform
+import shutil
+import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -82,6 +86,114 @@ def is_full(error: BaseException) -> bool:
     return number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) or any(
         w in text for w in ("No space left", "File too large", "PytorchStreamWriter failed", "unexpected pos")
     )
+
+
+@contextmanager
+def full_disk_reported(what: str) -> Iterator[None]:
+    """Turns the errors of a full disk, whichever library raises them and whatever was being written, into a sentence.
+
+    Args:
+        what: the folder that is written to.
+
+    Raises:
+        UserError: the disk is full.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        if not is_full(error):
+            raise
+        raise UserError(
+            f"The disk is full (or over its quota), so that {getattr(error, 'filename', None) or what} could not be "
+            "written. What was stored before is unchanged; free some space and start again to resume."
+        ) from error
+
+
+@contextmanager
+def turn(path: Path, what: str, say: Callable[[str], None]) -> Iterator[None]:
+    """Inside, no other process works on `path`; one that must wait says for whom, and since when that one works.
+
+    Args:
+        path: what is worked on; `path`.lock and `path`.owner.json lie next to it.
+        what: its name for people.
+        say: shows a sentence.
+    """
+    from filelock import FileLock, Timeout
+
+    lock, owner = FileLock(f"{path}.lock"), path.with_name(f"{path.name}.owner.json")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        say(f"Waiting for {_owner(owner)}, which works on {what} in {path}.")
+        lock.acquire()
+    try:
+        facts = {"pid": os.getpid(), "host": platform.node(), "since": time.strftime("%Y-%m-%d %H:%M:%S")}
+        owner.write_text(json.dumps({**facts, "command": " ".join(sys.argv)[:300]}))
+        yield
+    finally:
+        owner.unlink(missing_ok=True)
+        lock.release()
+
+
+def _owner(file: Path) -> str:
+    """Which process, and since when; in plain words where it left no readable note."""
+    try:
+        facts = json.loads(file.read_text())
+        command = f" ({facts['command']})" if facts["command"] else ""
+        return f"process {facts['pid']} on {facts['host']}{command}, at work since {facts['since']}"
+    except (OSError, ValueError, KeyError, TypeError):
+        return "another process"
+
+
+def file_hash(path: Path) -> str:
+    """A hash of a file's bytes."""
+    out = hashlib.blake2b(digest_size=16)
+    with open(path, "rb") as file:
+        while chunk := file.read(1 << 22):
+            out.update(chunk)
+    return out.hexdigest()
+
+
+CHECKSUMS = "checksums.json"
+
+
+def write_checksums(folder: Path) -> None:
+    """Record the hash of every file in a folder, by its path in it."""
+    files = sorted(p for p in folder.rglob("*") if p.is_file() and p.name != CHECKSUMS)
+    with atomic_write(folder / CHECKSUMS) as temporary:
+        temporary.write_text(json.dumps({str(p.relative_to(folder)): file_hash(p) for p in files}, indent=1))
+
+
+def damage(folder: Path) -> str | None:
+    """What is wrong with a folder by its checksums, such as `model.safetensors was changed or damaged`; None where
+    nothing is, and where it has none."""
+    record = folder / CHECKSUMS
+    if not record.exists():
+        return None
+    try:
+        listed = json.loads(record.read_text())
+        pairs = [(str(name), str(found)) for name, found in listed.items()]
+    except (OSError, ValueError, AttributeError, RecursionError):
+        return f"{CHECKSUMS} is not readable"
+    for name, found in pairs:
+        path = folder / name
+        if Path(name).is_absolute() or ".." in Path(name).parts:
+            return f"{CHECKSUMS} names a file outside"
+        if not path.is_file():
+            return f"{name} is missing"
+        if file_hash(path) != found:
+            return f"{name} was changed or damaged"
+    return None
+
+
+def remove(path: Path) -> None:
+    """Remove a file, a folder or a link, and nothing that a link leads to."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def cache_folder() -> Path:

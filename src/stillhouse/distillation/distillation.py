@@ -78,6 +78,7 @@ class Distillation(TrainingModule):
         self._chunked = chunked
         self._built = False
         self._checked_taps = False
+        self._classes: int | None = None  # of the student's logits, where it makes one prediction a sample
         self._student_outputs: Signals | None = None
         self._first = [
             name
@@ -132,7 +133,7 @@ class Distillation(TrainingModule):
             teacher.to(device)
         mode = self.training
         try:
-            self._probe(probe, teachers, device)
+            self._probe(probe, batch, teachers, device)
             for name, teacher in teachers.items():
                 refuse_shared_state(self.student, teacher, name)
         except BaseException:
@@ -155,7 +156,7 @@ class Distillation(TrainingModule):
         for norm in self._frozen_norms:
             norm.eval()
 
-    def _probe(self, probe: Batch, teachers: Mapping[str, Any], device: torch.device) -> None:
+    def _probe(self, probe: Batch, batch: Batch, teachers: Mapping[str, Any], device: torch.device) -> None:
         with torch.no_grad(), keyed("build", self.seed):
             self.student.eval()
             self._reader.attach(self._wanted("student."), probe)
@@ -168,7 +169,11 @@ class Distillation(TrainingModule):
                 reader.task = reader.task or self.task
             self._make_chunked(readers, probe)
             student = self._reader(probe)
+            self._classes = (
+                student.logits.shape[-1] if student.logits is not None and student.logits.ndim == 2 else None
+            )
             outputs = {name: teacher(probe, student) for name, teacher in teachers.items()}
+            refuse_other_classes(student, batch, self.task)
             for owner, signals in {
                 "student": student,
                 **{f"teacher '{name}'": s for name, s in outputs.items()},
@@ -334,7 +339,13 @@ class Distillation(TrainingModule):
                 objective raises.
         """
         readers = [e.label for e in self.entries if "label" in e.objective.needs]
-        missing = _unlabelled(ctx) if readers else 0
+        labels = _class_ids(ctx)
+        if labels is not None and self._classes is not None and len(labels) and int(labels.max()) >= self._classes:
+            raise UserError(
+                f"The training data has the label {int(labels.max())}, but the student gives scores of {self._classes} "
+                f"classes (0 to {self._classes - 1}); give it a class for each label."
+            )
+        missing = int((labels == -1).sum()) if readers and labels is not None else 0
         if missing:
             raise UserError(
                 f"The objective '{readers[0]}' needs labels, but {missing:,} training samples have none (label -1); "
@@ -491,6 +502,27 @@ def refuse_shared_state(student: nn.Module, teacher: Teacher, name: str) -> None
             )
 
 
+def refuse_other_classes(student: Signals, batch: Batch, task: Task) -> None:
+    """Raises `UserError` where the student's logits are for other classes than the data has, or a label is beyond
+    them."""
+    logits, label = student.logits, batch.get("label")
+    if logits is None:
+        return
+    classes = logits.shape[-1]
+    if task.class_names and len(task.class_names) != classes:
+        raise UserError(
+            f"The student gives scores of {classes} classes, but the data has {len(task.class_names)}; leave the "
+            "number of classes out of its options, or choose other data."
+        )
+    if isinstance(label, Tensor) and not label.is_floating_point() and label.numel() and logits.ndim == label.ndim + 1:
+        largest = int(label.max())
+        if largest >= classes:
+            raise UserError(
+                f"The data has the label {largest}, but the student gives scores of {classes} classes "
+                f"(0 to {classes - 1}); give it a class for each label."
+            )
+
+
 def refuse_another_task(owner: str, signals: Signals, batch: Batch) -> None:
     """Raises `UserError` where a network gives a score map or a sequence of scores for samples that have one class
     each."""
@@ -505,10 +537,10 @@ def refuse_another_task(owner: str, signals: Signals, batch: Batch) -> None:
         )
 
 
-def _unlabelled(ctx: Context) -> int:
-    """How many training samples have the class id -1; 0 where labels are not known beforehand."""
+def _class_ids(ctx: Context) -> Tensor | None:
+    """The class ids of the training samples; None where they are not known beforehand, or are no class ids."""
     try:
         labels = ctx.labels("train")
     except UserError:
-        return 0
-    return int((labels == -1).sum()) if labels.ndim == 1 and not labels.is_floating_point() else 0
+        return None
+    return labels if labels.ndim == 1 and not labels.is_floating_point() else None

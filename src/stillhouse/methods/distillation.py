@@ -14,7 +14,6 @@ from __future__ import annotations
 
 from typing import Any, TypeVar
 
-import torch
 from pydantic import Field, model_validator
 
 from stillhouse.config.specs import Data, MethodConfig, Model, Objectives, Teacher, TrainSpec
@@ -22,6 +21,7 @@ from stillhouse.distillation.distillation import Distillation
 from stillhouse.distillation.weighted import objective_from_spec
 from stillhouse.errors import UserError
 from stillhouse.evaluation.cost import step_cost
+from stillhouse.processes import rank_world
 from stillhouse.runs.judging import check_groups
 from stillhouse.runs.method import Method, Stage
 from stillhouse.runs.products import Student
@@ -98,39 +98,17 @@ class GeneralDistillation(Method[D]):
         return stages
 
     def _taps(self, config: D, run: Run, student: Any) -> dict[str, str]:
-        """Where the objectives will tap the student and the live teachers; a wrong name is found here, before anything
-        is trained."""
-        from stillhouse.distillation.teachers import Reader
-
-        probe = next(iter(run.loader(config.data, "train", 2)))
-        objectives = [objective_from_spec(o).objective for o in config.objectives]
-        networks = {
-            "student": (
-                student,
-                config.student.embedding,
-                run.data(config.data).task,
-                [n for o in objectives for n in o.needs if n.startswith("student.")],
-            )
-        }
-        for name, spec in config.all_teachers.items():
-            wanted = [n for o in objectives if o.teacher == name for n in o.needs if n.startswith("teacher.")]
-            if spec.model and wanted:
-                own = spec.data or config.data
-                networks[name] = (
-                    run.model(spec.network, own, "teacher", spec.seed or 0),
-                    spec.embedding,
-                    run.data(own).task,
-                    wanted,
-                )
-        out: dict[str, str] = {}
-        for name, (model, embedding, task, wanted) in networks.items():
-            reader = Reader(model.eval(), name, embedding, task)
-            with torch.no_grad():
-                reader.attach({n.partition(".")[2] for n in wanted}, probe)
-                reader(probe)
-            out |= {f"{name} {k}": v for k, v in reader.paths.items()}
-            reader.close()
-        return out
+        """Where the objectives will tap the student and the live teachers. What would be trained is built for it, with
+        teachers that were not trained, so that whatever does not fit is found before anything is trained."""
+        with run.rehearsal():
+            teachers = self.teachers(config, run)
+            batch = next(iter(run.loader(config.data, "train", 2 * rank_world()[1], train=True)))
+            module = self.module(config, run, student, teachers)
+            try:
+                module.build(batch)
+                return {f"{name} {k}": v for name, found in module.taps().items() for k, v in found.items()}
+            finally:
+                module.close()
 
     def teachers(self, config: D, run: Run) -> dict[str, Any]:
         """The teachers by name."""

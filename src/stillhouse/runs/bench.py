@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import signal
 import statistics
 import subprocess
@@ -32,6 +31,7 @@ from stillhouse.errors import MissingExtra, UserError, nearest
 from stillhouse.files import atomic_write
 from stillhouse.runs.claims import judge, read_claims, varied_network
 from stillhouse.runs.evidence import recipe_hash, row_facts
+from stillhouse.runs.folder import clear, diverged, locked, trained
 from stillhouse.runs.recipe import validate
 from stillhouse.runs.sources import source_hash
 
@@ -65,6 +65,7 @@ class Job:
     sets: tuple[str, ...]
     data_root: str | None
     cpu: bool
+    device: str | None = None
 
     @property
     def done(self) -> bool:
@@ -74,7 +75,7 @@ class Job:
         """In this process."""
         from stillhouse.runs.execution import execute
 
-        execute(self.config(), self.folder, data_root=self.data_root, live=live, cpu=self.cpu)
+        execute(self.config(), self.folder, data_root=self.data_root, live=live, cpu=self.cpu, device=self.device)
 
     def tree(self) -> dict[str, Any]:
         """Its recipe as it was written, with the variant and all that is set."""
@@ -91,19 +92,23 @@ class Job:
         tree = {**beside_recipe(self.tree(), self.entry.recipe.parent), "name": self.folder.name}
         return validate(tree, str(self.entry.recipe))
 
-    def check(self) -> None:
-        """Raises `UserError` for a recipe that is not valid, or a finished run of another recipe in its folder."""
+    def difference(self) -> str | None:
+        """Where the recipe of the run in its folder is another; None where there is none, where it is the same, or
+        where nothing of an unfinished one was trained. Raises `UserError` for a recipe that is not valid."""
         config, recorded = self.config(), self.folder / "recipe.yaml"
-        changed = (
-            _changed(read_yaml(recorded), parse_yaml(dump(config), "the recipe"), self.tree())
-            if self.done and recorded.is_file()
-            else None
-        )
-        if changed:
-            raise UserError(
-                f"{self.folder} holds a finished run of another recipe ({changed}); choose another folder with --out, "
-                "or remove that one."
-            )
+        ours = recorded.is_file() and (self.folder / "environment.json").is_file()
+        if not ours or not (self.done or (trained(self.folder) and not diverged(self.folder))):
+            return None
+        return _changed(read_yaml(recorded), parse_yaml(dump(config), "the recipe"), self.tree())
+
+    def plan(self) -> None:
+        """Raises `UserError`, which names the row, for what can be known to fail before anything is trained."""
+        from stillhouse.runs.execution import plan
+
+        try:
+            plan(self.config(), data_root=self.data_root, cpu=self.cpu, device=self.device)
+        except UserError as error:
+            raise UserError(f"The row '{self.entry.folder}': {error}") from error
 
     def command(self) -> list[str]:
         """The same as a command for a process of its own."""
@@ -122,7 +127,12 @@ class Job:
         ]
         out += ["--variant", self.entry.variant] if self.entry.variant else []
         out += [x for s in (*self.sets, *self.entry.sets) for x in ("--set", s)]
-        return out + (["--data-root", self.data_root] if self.data_root else []) + (["--cpu"] if self.cpu else [])
+        return (
+            out
+            + (["--data-root", self.data_root] if self.data_root else [])
+            + (["--cpu"] if self.cpu else [])
+            + (["--device", self.device] if self.device else [])
+        )
 
 
 def entries(recipes: Sequence[str | Path], variants: Sequence[str] | None = None) -> list[Entry]:
@@ -186,6 +196,8 @@ def bench(
     sets: Sequence[str] = (),
     data_root: str | None = None,
     cpu: bool = False,
+    device: str | None = None,
+    overwrite: bool = False,
     engine: str = "local",
     jobs: int = 1,
     slug: str | None = None,
@@ -195,8 +207,8 @@ def bench(
     """Run every row for every seed (reusing what is done) and return the results (see `collect`) with the verdicts of
     the recipes' claims.
 
-    All recipes are checked before the first is run. Which code a run is of is recorded in `out`/sources.json as it
-    starts; a run of other code, finished or not, is started over.
+    All recipes are checked and planned before the first is run. Which code a run is of is recorded in
+    `out`/sources.json as it starts; a run of other code, finished or not, is started over.
 
     Args:
         out: one folder a run below it.
@@ -204,6 +216,8 @@ def bench(
             row.
         reference: the row whose training step is the unit of the others' cost, where recipes measure it (`evaluate:
             [step]`); default: `kd`, or the baseline.
+        device: the device to work on; None: the first GPU that torch sees, else the CPU.
+        overwrite: start over the rows whose folders hold runs of other recipes.
         primary: the figure that rows are compared by; default: `accuracy`, or the first that there is.
         engine: `local` (this process; with `jobs` > 1, so many processes) or `ray`.
     """
@@ -220,11 +234,20 @@ def bench(
     reference = reference or ("kd" if "kd" in labels else baseline)
     if reference not in labels:
         raise UserError(f"The reference '{reference}' is no row of this comparison; rows: {', '.join(labels)}.")
-    every = [Job(e, s, out / f"{e.folder}-s{s}", tuple(sets), data_root, cpu) for s in seeds for e in rows]
+    every = [Job(e, s, out / f"{e.folder}-s{s}", tuple(sets), data_root, cpu, device) for s in seeds for e in rows]
+    others = [(job, changed) for job in every if (changed := job.difference())]
+    if others and not overwrite:
+        job, changed = others[0]
+        more = f", and {len(others) - 1} more rows" if others[1:] else ""
+        raise UserError(
+            f"The row '{job.entry.folder}': {job.folder} holds {'a finished' if job.done else 'an unfinished'} run of "
+            f"another recipe ({changed}){more}; start over with --overwrite, or choose another folder with --out."
+        )
     for job in every:
-        if job.done or job.seed == seeds[0]:  # other seeds are the same recipe
-            job.check()
-    _start_over(every, out)
+        again = not job.done or job in (other for other, _ in others)
+        if again and job.seed == seeds[0]:  # other seeds are the same recipe
+            job.plan()
+    _start_over(every, out, [job for job, _ in others])
     todo = [j for j in every if not j.done]
     for number, job in enumerate(_finished(todo, engine, jobs, live), 1):
         if after is not None:
@@ -243,8 +266,12 @@ def bench(
     return results if primary is None else {**results, "primary": primary}
 
 
-def _start_over(jobs: Sequence[Job], out: Path) -> None:
-    """Remove the runs that are not of the present code, and record for every run which code it is of."""
+def _start_over(jobs: Sequence[Job], out: Path, others: Sequence[Job] = ()) -> None:
+    """Remove the runs of other recipes and those that are not of the present code, and record for every run which code
+    it is of."""
+    for job in others:
+        with locked(job.folder):
+            clear(job.folder)
     recorded = out / "sources.json"
     before = json.loads(recorded.read_text()) if recorded.is_file() else {}
     now = {job.folder.name: job.sources for job in jobs}
@@ -252,7 +279,8 @@ def _start_over(jobs: Sequence[Job], out: Path) -> None:
     there = [job for job in jobs if all((job.folder / name).is_file() for name in of_a_run)]
     old = [job for job in there if before.get(job.folder.name) != now[job.folder.name]]
     for job in old:
-        shutil.rmtree(job.folder)
+        with locked(job.folder):
+            clear(job.folder)
     if old:
         names = ", ".join(job.folder.name for job in old[:5]) + (", …" if len(old) > 5 else "")
         warnings.warn(f"{len(old)} runs in {out} are not of the present code and are run again: {names}.", stacklevel=1)

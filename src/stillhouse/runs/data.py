@@ -56,6 +56,11 @@ class RunData:
         run's seed says, sharded over processes."""
         bundle = self.data(spec)
         dataset = bundle.dataset(split, train=train)
+        if train and batch_size is not None and batch_size > len(dataset) > 0:
+            raise UserError(
+                f"A batch of {batch_size:,} samples is larger than the {split} split of '{spec.name}', which has "
+                f"{len(dataset):,}; set batch_size to at most that."
+            )
         if isinstance(spec, DataSpec) and split == "train" and (train or spec.augment == "plain"):
             from stillhouse.store import StoredDataset
 

@@ -8,18 +8,22 @@ import platform
 import shutil
 import sys
 import time
+from collections.abc import Iterator
 from contextlib import nullcontext
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import BaseModel
 
 import stillhouse
 from stillhouse import catalog
 from stillhouse.config.reading import dump
-from stillhouse.config.specs import MethodConfig
-from stillhouse.files import atomic_write
+from stillhouse.config.specs import MethodConfig, TrainSpec
+from stillhouse.devices import on_device
+from stillhouse.errors import UserError
+from stillhouse.files import atomic_write, full_disk_reported, write_checksums
 from stillhouse.processes import agreed, rank_world, together, wait
 from stillhouse.reporting.run_report import write_run_report
 from stillhouse.runs.folder import claim, lacks_report, locked
@@ -28,6 +32,7 @@ from stillhouse.runs.method import Stage
 from stillhouse.runs.products import Student
 from stillhouse.runs.run import Run
 from stillhouse.training.display import Display
+from stillhouse.training.engine import check_trackers
 
 
 def versions() -> dict[str, str]:
@@ -41,9 +46,44 @@ def versions() -> dict[str, str]:
     return out
 
 
-def plan(config: MethodConfig, *, data_root: str | None = None) -> list[Stage]:
-    """What a recipe would do."""
-    return catalog.method(config.method).plan(config, Run(None, config, data_root=data_root, cpu=True))
+def plan(
+    config: MethodConfig, *, data_root: str | None = None, cpu: bool = False, device: str | None = None
+) -> list[Stage]:
+    """What a recipe would do here. Raises `UserError` for what can be known to fail before anything is trained."""
+    with on_device(device, cpu) as on_cpu:
+        check_machine(config, on_cpu)
+        return catalog.method(config.method).plan(config, Run(None, config, data_root=data_root, cpu=True))
+
+
+def check_machine(config: MethodConfig, cpu: bool) -> None:
+    """Raises `UserError` where a training of the recipe needs what this machine, or this installation, has not.
+
+    Args:
+        cpu: whether the run is to stay on the CPU.
+    """
+    from accelerate import PartialState
+
+    cpu = cpu or PartialState().device.type == "cpu"
+    for path, spec in trainings(config):
+        if cpu and spec.precision == "fp16":
+            raise UserError(
+                f"{path}.precision: fp16 needs a GPU, and this run is on the CPU; take bf16 or full "
+                f"(--set {path}.precision=full)."
+            )
+        check_trackers(spec, path)
+
+
+def trainings(config: BaseModel, path: str = "") -> Iterator[tuple[str, TrainSpec]]:
+    """Every training that a recipe describes, with its path."""
+    for name in type(config).model_fields:
+        value = getattr(config, name)
+        parts = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+        for key, part in [("", value), *parts]:
+            here = ".".join(str(p) for p in (path, name, key) if p != "")
+            if isinstance(part, TrainSpec):
+                yield here, part
+            elif isinstance(part, BaseModel):
+                yield from trainings(part, here)
 
 
 def execute(
@@ -54,19 +94,30 @@ def execute(
     live: Display | None = None,
     overwrite: bool = False,
     cpu: bool = False,
+    device: str | None = None,
 ) -> dict[str, float]:
     """Run a recipe in a folder and return the figures of its product; an interrupted run resumes.
 
     The folder will hold recipe.yaml (resolved), environment.json (versions, seed, device), metrics.csv, checkpoints/,
     product/, evaluation.json and report.html.
 
+    Args:
+        device: the device to work on, such as cuda:1; None: the first that torch sees.
+
     Raises:
-        UserError: a folder that holds a finished run (unless `overwrite`), or an unfinished run of another recipe.
+        UserError: a folder that holds a finished run (unless `overwrite`), or an unfinished run of another recipe; a
+            device that is not there.
     """
     folder = Path(folder).expanduser()
     try:
-        with together(cpu), locked(folder) if rank_world()[0] == 0 else nullcontext():
-            return _executed(config, folder, data_root, live, overwrite, cpu)
+        with (
+            on_device(device, cpu) as on_cpu,
+            together(on_cpu),
+            locked(folder) if rank_world()[0] == 0 else nullcontext(),
+            full_disk_reported(str(folder)),
+        ):
+            check_machine(config, on_cpu)
+            return _executed(config, folder, data_root, live, overwrite, on_cpu)
     finally:
         if live is not None:
             live.close()
@@ -125,6 +176,7 @@ def _save_product(product: Any, folder: Path) -> None:
     shutil.rmtree(unfinished, ignore_errors=True)
     unfinished.mkdir(parents=True)
     product.save(unfinished)
+    write_checksums(unfinished)
     shutil.rmtree(folder, ignore_errors=True)
     os.replace(unfinished, folder)
 

@@ -79,27 +79,37 @@ def claim(folder: Path, text: str, overwrite: bool) -> dict[str, Any]:
         )
     changes: dict[str, Any] = {}
     if overwrite and there:
-        for path in folder.iterdir():
-            if path.is_dir() and not path.is_symlink():
-                shutil.rmtree(path)
-            elif path.name != LOCK:
-                path.unlink()
+        clear(folder)
     elif "evaluation.json" in there:
         raise UserError(
             f"{folder} holds a finished run; choose another folder with --out, or start over with --overwrite."
         )
     elif before is not None:
         changes = _earlier_changes(folder)
-        if before != text and _trained(folder):
+        if before != text and trained(folder):
             changes |= _steadied(folder, before, text)
     with atomic_write(recipe) as temporary:
         temporary.write_text(text)
     return changes
 
 
-def _trained(folder: Path) -> bool:
+def clear(folder: Path) -> None:
+    """Remove everything in a run's folder but its lock; what a link leads to stays."""
+    for path in folder.iterdir():
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        elif path.name != LOCK:
+            path.unlink()
+
+
+def trained(folder: Path) -> bool:
     """Whether an unfinished run holds anything that was trained."""
     return any(p.is_file() for name in ("checkpoints", "stages") for p in (folder / name).rglob("*"))
+
+
+def diverged(folder: Path) -> bool:
+    """Whether a training of an unfinished run diverged."""
+    return any((folder / "checkpoints").glob("*.diverged"))
 
 
 def _earlier_changes(folder: Path) -> dict[str, Any]:
@@ -119,7 +129,7 @@ def _steadied(folder: Path, before: str, now: str) -> dict[str, Any]:
     old, new = dict(_leaves(parse_yaml(before, there))), dict(_leaves(parse_yaml(now, "the recipe")))
     changed = {key: [old.get(key), new.get(key)] for key in {**old, **new} if old.get(key) != new.get(key)}
     other = [key for key in changed if key.rpartition(".")[2] not in STEADYING]
-    if other or not any((folder / "checkpoints").glob("*.diverged")):
+    if other or not diverged(folder):
         key = (other or list(changed))[0]
         was, wanted = ("absent" if v is None else repr(v) for v in changed[key])
         raise UserError(

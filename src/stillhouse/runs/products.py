@@ -21,6 +21,7 @@ from typing_extensions import Self
 from stillhouse import catalog
 from stillhouse.config.specs import ModelSpec
 from stillhouse.errors import UserError, unknown
+from stillhouse.files import CHECKSUMS, damage
 from stillhouse.models.class_names import label_maps
 from stillhouse.runs import network_files
 from stillhouse.tasks.base import Task
@@ -32,6 +33,9 @@ KINDS = {
 }
 """Kind -> where its class is. A method that leaves another kind names it in `Product.kind` as `module:Class`, or adds a
 line here."""
+
+
+AGAIN = "Copy it again from where it was made, or run its recipe again."
 
 
 class Product:
@@ -117,6 +121,10 @@ class Student(Product):
     def load(cls, folder: Path, trust_code: bool = False) -> Self:
         meta = read_meta(folder)
         spec = ModelSpec.model_validate(meta["model"]) if "model" in meta else ModelSpec(model="hf:model")
+        spec = spec.model_copy(update={"checkpoint": None, "pretrained": False})
+        place = Path(spec.model.partition(":")[2])
+        if spec.model.startswith(("file:", "hf:")) and (place.is_absolute() or ".." in place.parts):
+            raise UserError(f"The product in {folder} names '{spec.model}', which lies outside of it. {AGAIN}")
         if spec.model.startswith("file:") and not trust_code:
             raise UserError(
                 f"The product in {folder} is built by the Python file '{spec.model}'; load it with trust_code=True if "
@@ -185,7 +193,12 @@ def read_meta(folder: Path) -> dict[str, Any]:
             f"There is no product in '{folder}': it holds no product.json. Give a run's folder, or the product folder "
             "inside it."
         )
-    meta: dict[str, Any] = json.loads(path.read_text())
+    try:
+        meta: dict[str, Any] = json.loads(path.read_text())
+        if not isinstance(meta, dict):
+            raise ValueError("no mapping")
+    except (ValueError, RecursionError):
+        raise UserError(f"{path} is damaged: it is no JSON mapping. {AGAIN}") from None
     return meta
 
 
@@ -194,14 +207,31 @@ def load_product(folder: str | Path, trust_code: bool = False) -> Any:
     folder = Path(folder).expanduser()
     if (folder / "product" / "product.json").is_file():
         folder = folder / "product"
-    kind = read_meta(folder).get("kind", "")
+    kind = str(read_meta(folder).get("kind", ""))
+    wrong = damage(folder)
+    if wrong is not None:
+        raise UserError(
+            f"The product in {folder} is not as it was written: {wrong}. {AGAIN} If you changed it yourself, remove "
+            f"{CHECKSUMS} there."
+        )
     module, _, name = KINDS.get(kind, kind).partition(":")
     if not name or module not in {c.module for c in catalog.list_methods()} | {
         w.partition(":")[0] for w in KINDS.values()
     }:
         raise unknown("kind of product", kind, KINDS)  # a file may name only the modules of installed methods
-    cls = getattr(importlib.import_module(module), name)
-    return cls.load(folder, trust_code)
+    cls = getattr(importlib.import_module(module), name, None)
+    if not isinstance(cls, type) or not issubclass(cls, Product):
+        raise unknown("kind of product", kind, KINDS)
+    try:
+        return cls.load(folder, trust_code)
+    except (UserError, MemoryError):
+        raise
+    except Exception as error:  # whatever a file that no run wrote may cause
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(
+            f"The product in {folder} cannot be loaded ({type(error).__name__}: {reason}); a file of it is damaged, or "
+            f"of another version. {AGAIN}"
+        ) from error
 
 
 def load(folder: str | Path, trust_code: bool = False) -> Any:

@@ -120,7 +120,7 @@ def _check_network(model: str, options: dict[str, Any], where: str, path: KeyPat
 def _check_optimizer(spec: OptimizerSpec, where: str, path: KeyPath) -> None:
     import inspect
 
-    from stillhouse.training.optimizers import optimizer_class
+    from stillhouse.training.optimizers import check_optimizer, optimizer_class
 
     try:
         valid = [p for p in inspect.signature(optimizer_class(spec.name)).parameters if p != "params"]
@@ -129,3 +129,7 @@ def _check_optimizer(spec: OptimizerSpec, where: str, path: KeyPath) -> None:
     for key in spec.arguments():
         if key not in valid:
             raise UserError(f"{where}: {unknown_key(key, ['name', *valid], path, f' for {spec.name}')}")
+    try:
+        check_optimizer(spec.name, spec.arguments())
+    except UserError as error:
+        raise UserError(f"{where}: {'.'.join(map(str, path))}: {error}") from None

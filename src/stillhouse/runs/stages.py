@@ -7,8 +7,10 @@ import hashlib
 import json
 import os
 import shutil
+import sys
+import time
 from collections.abc import Callable, Mapping
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -17,9 +19,10 @@ import torch
 from pydantic import BaseModel
 from torch import Tensor, nn
 
+from stillhouse.config.names import folder_name
 from stillhouse.config.specs import TrainSpec
 from stillhouse.errors import UserError
-from stillhouse.files import atomic_write, digest
+from stillhouse.files import atomic_write, damage, digest, remove, turn, write_checksums
 from stillhouse.processes import agreed, rank_world, wait
 
 
@@ -83,9 +86,19 @@ def _tensor_hash(x: Tensor) -> str:
     return digest(str(x.dtype), tuple(x.shape), x.reshape(-1).view(torch.uint8).numpy())
 
 
-def cached(root: Path, name: str, make: Callable[[Path], Any], uses: Mapping[str, Any]) -> Any:
+RESUMABLE = 14 * 24 * 3600
+"""Seconds after which work that was interrupted, and that nothing resumed, is removed."""
+
+
+def to_stderr(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def cached(
+    root: Path, name: str, make: Callable[[Path], Any], uses: Mapping[str, Any], say: Callable[[str], None] = to_stderr
+) -> Any:
     """What `make(folder)` returned for these `uses`: computed now, or read if it was computed before. Two processes
-    that want the same take turns.
+    that want the same take turns. A result that is damaged is computed again.
 
     Args:
         root: the folder of all results.
@@ -93,26 +106,67 @@ def cached(root: Path, name: str, make: Callable[[Path], Any], uses: Mapping[str
         make: works in the folder that it is given, which has the files of an earlier call that was interrupted; returns
             a mapping of tensors, JSON data, or a mapping of those two.
         uses: all that the result depends on (see `as_json`).
-    """
-    from filelock import FileLock
+        say: shows a sentence: that it waits for another process, or that a result was damaged.
 
+    Raises:
+        UserError: a name that cannot be a folder's, and what `as_json` raises.
+    """
     facts = as_json(uses)
     key = json.dumps({"name": name, "format": 1, **facts}, sort_keys=True)
     hashed = hashlib.blake2b(key.encode(), digest_size=10).hexdigest()
-    done, working = root / f"{name}-{hashed}", root / f"{name}-{hashed}.partial"
+    done = root / f"{folder_name(name, 'stage')}-{hashed}"
+    working = done.with_name(f"{done.name}.partial")
     root.mkdir(parents=True, exist_ok=True)
     main = rank_world()[0] == 0
-    with FileLock(str(done) + ".lock") if main else nullcontext():
-        if not agreed((done / "result.json").exists()):
+    result = None
+    with turn(done, f"the stage '{name}'", say) if main else nullcontext():
+        if main:
+            sweep_interrupted(root)
+            result = _whole(done, name, say)
+        if agreed(result is None):
             working.mkdir(exist_ok=True)
-            result = make(working)
+            made = make(working)
             if main:
                 (working / "uses.json").write_text(json.dumps(facts, indent=1, sort_keys=True))
-                _save(working, result)
+                _save(working, made)
                 shutil.rmtree(working / "checkpoints", ignore_errors=True)
+                for left in working.glob(".*.partial"):
+                    left.unlink()
+                write_checksums(working)
                 os.replace(working, done)
         wait()
-    return _load(done)
+    return _load(done) if result is None else result[0]
+
+
+def _whole(done: Path, name: str, say: Callable[[str], None]) -> tuple[Any] | None:
+    """A stored result; None where there is none, or where it is damaged, which is removed."""
+    if not done.is_symlink() and not done.exists():
+        return None
+    reason = "it is no folder" if done.is_symlink() or not done.is_dir() else damage(done)
+    if reason is None:
+        try:
+            return (_load(done),)
+        except Exception as error:  # whatever a file that is not as it was written may cause
+            reason = f"{type(error).__name__} when it was read"
+    say(f"The stored stage '{name}' in {done} is damaged ({reason}), so it is computed again.")
+    remove(done)
+    return None
+
+
+def sweep_interrupted(root: Path) -> None:
+    """Remove what interrupted stages left, where nobody works on it: after an hour if there is nothing to resume, else
+    after `RESUMABLE` seconds."""
+    from filelock import FileLock, Timeout
+
+    for folder in root.glob("*.partial"):
+        if folder.is_symlink() or not folder.is_dir():
+            continue
+        files = [p for p in folder.rglob("*") if p.is_file() and not p.name.endswith(".partial")]
+        with suppress(OSError, Timeout):
+            age = time.time() - max(p.stat().st_mtime for p in (folder, *files))
+            if age > (RESUMABLE if files else 3600):
+                with FileLock(str(folder.with_suffix("")) + ".lock", timeout=0):
+                    shutil.rmtree(folder)
 
 
 def _save(folder: Path, value: Any) -> None:
@@ -139,7 +193,7 @@ def _load(folder: Path) -> Any:
 
     index = json.loads((folder / "result.json").read_text())
     parts = {
-        name: load_file(str(folder / part["tensors"])) if "tensors" in part else part["value"]
+        name: load_file(str(folder / folder_name(part["tensors"], "result"))) if "tensors" in part else part["value"]
         for name, part in index.items()
     }
     return parts[""] if set(parts) == {""} else parts

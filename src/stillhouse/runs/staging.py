@@ -57,7 +57,10 @@ class RunStages(RunData):
 
     @property
     def device(self) -> torch.device:
-        return torch.device("cuda" if torch.cuda.is_available() and not self.cpu else "cpu")
+        """Where this run's networks are, as `--device` demands, else the first that torch sees."""
+        from accelerate import PartialState
+
+        return torch.device("cpu") if self.cpu else torch.device(PartialState().device)
 
     @contextmanager
     def seeded(self, seed: int) -> Iterator[None]:
@@ -95,7 +98,7 @@ class RunStages(RunData):
             finally:
                 self._folder = outer
 
-        return cached((cache_folder() if shared else self.folder) / "stages", name, inside, uses)
+        return cached((cache_folder() if shared else self.folder) / "stages", name, inside, uses, self.live.say)
 
     def fit(
         self,

@@ -10,7 +10,7 @@ from typing import Any
 
 from stillhouse.config.specs import DataSpec, StoreSpec, TeacherSpec
 from stillhouse.errors import UserError
-from stillhouse.files import cache_folder
+from stillhouse.files import cache_folder, turn
 from stillhouse.processes import rank_world, wait
 from stillhouse.store.writing import cache
 from stillhouse.tasks.classification import Classification
@@ -55,8 +55,6 @@ def make(run: Any, name: str, spec: TeacherSpec, data: DataSpec, folder: Path | 
     Returns:
         the folder.
     """
-    from filelock import FileLock
-
     assert isinstance(spec.store, StoreSpec)
     if data.mixup or data.cutmix:
         raise UserError("Stores are of single samples, but data.mixup and data.cutmix mix a batch; set both to 0.")
@@ -80,7 +78,7 @@ def make(run: Any, name: str, spec: TeacherSpec, data: DataSpec, folder: Path | 
         **options,
     }
     alone = options["world"] == 1
-    with FileLock(str(folder) + ".lock") if alone else nullcontext():
+    with turn(folder, f"the store of '{name}'", run.live.say) if alone else nullcontext():
         cache(teacher, bundle.dataset("train", train=True), folder, spec.store, **facts, **options)
     wait()
     return folder

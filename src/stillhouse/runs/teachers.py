@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from torch import nn
@@ -19,6 +20,19 @@ from stillhouse.runs.staging import RunStages
 
 class RunTeachers(RunStages):
     """Data, stages, and teachers from specs."""
+
+    rehearsing = False
+
+    @contextmanager
+    def rehearsal(self) -> Iterator[None]:
+        """Inside, teachers are made as for training, but not trained or stored: what does not fit together is found
+        before anything is trained."""
+        outer = self.rehearsing, self.live_teachers, self._stores
+        self.rehearsing, self.live_teachers, self._stores = True, [], {}
+        try:
+            yield
+        finally:
+            self.rehearsing, self.live_teachers, self._stores = outer
 
     def teacher(self, name: str, spec: TeacherSpec, data: DataSpec) -> Any:
         """A teacher from its spec; one without weights is trained first, as a stage that every recipe with the same
@@ -102,11 +116,12 @@ class RunTeachers(RunStages):
             own = own.model_copy(update={"options": {"dtype": "auto", **own.options}})
         model = self.model(own, data, role="teacher", seed=seed, trained=spec.train is not None)
         if spec.train is not None:  # from published weights, or those of its checkpoint: fine-tuned
-            trained = self.trained(
-                "teacher", model, spec.network, spec.train, data, seed, spec.objectives, spec.teacher
-            )
-            model.load_state_dict(trained["weights"])
-            self.record.setdefault("teachers", {})[name] = {"model": spec.model, **trained["figures"]}
+            if not self.rehearsing:
+                trained = self.trained(
+                    "teacher", model, spec.network, spec.train, data, seed, spec.objectives, spec.teacher
+                )
+                model.load_state_dict(trained["weights"])
+                self.record.setdefault("teachers", {})[name] = {"model": spec.model, **trained["figures"]}
         elif spec.checkpoint is None and not spec.pretrained:
             raise UserError(
                 f"The teacher '{name}' ({spec.model}) has no weights: give it a `checkpoint`, `pretrained: true`, or "
@@ -130,9 +145,11 @@ class RunTeachers(RunStages):
             )
         if data.unlabelled is not None:
             raise UserError(f"The teacher '{name}' is read from a store, which holds no data.unlabelled; run it live.")
+        if self.rehearsing and not isinstance(spec.store, str):
+            return self.teacher(name, spec.model_copy(update={"store": None}), data)
         folder = spec.store if isinstance(spec.store, str) else make(self, name, spec, data)
         bundle = self.data(data)
-        store = Store(folder)
+        store = Store(folder, verify=not self.rehearsing)
         store.check(data_facts(data, bundle), bundle.num_classes, bundle.dataset("train", train=True))
         opened = self._stores.setdefault(data.model_dump_json(), [])
         for other in opened:

@@ -13,7 +13,7 @@ import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
@@ -117,18 +117,54 @@ def write_shard(folder: Path, number: int, arrays: Mapping[str, np.ndarray], fac
         left.unlink(missing_ok=True)
     record = {"arrays": listed, "bytes": at, "checksum": digest.hexdigest(), **facts}
     with atomic_write(record_file(folder, number)) as temporary:
-        temporary.write_text(json.dumps(record))
+        temporary.write_text(json.dumps(sealed(record)))
+
+
+def sealed(facts: Mapping[str, Any]) -> dict[str, Any]:
+    """JSON data with a hash of themselves, under `seal`."""
+    text = json.dumps(facts, sort_keys=True)
+    return {**facts, "seal": hashlib.blake2b(text.encode(), digest_size=8).hexdigest()}
+
+
+def unsealed(text: str) -> dict[str, Any]:
+    """What `sealed` gave. Raises `ValueError` for anything else; what was written before there were seals is taken."""
+    try:
+        facts = json.loads(text)
+    except RecursionError:
+        raise ValueError("nested without end") from None
+    if not isinstance(facts, dict):
+        raise ValueError("no mapping")
+    seal = facts.pop("seal", None)
+    if seal is not None and sealed(facts)["seal"] != seal:
+        raise ValueError("another seal")
+    return facts
 
 
 def read_record(folder: Path, number: int) -> dict[str, Any] | None:
-    """A shard's record; None where there is none."""
+    """A shard's record; None where there is none. Raises `UserError` for one that is damaged."""
     try:
-        record: dict[str, Any] = json.loads(record_file(folder, number).read_text())
+        record = unsealed(record_file(folder, number).read_text())
+        _check_record(record)
     except FileNotFoundError:
         return None
-    except json.JSONDecodeError:
+    except (ValueError, KeyError, TypeError, AttributeError):
         raise UserError(f"The record {record_file(folder, number)} is damaged; {hint(folder)}") from None
     return record
+
+
+def _check_record(record: Mapping[str, Any]) -> None:
+    """Raises `ValueError`, `KeyError` or `TypeError` for arrays that are not plain numbers inside the shard's file."""
+    if not isinstance(record["checksum"], str) or not isinstance(record["bytes"], int):
+        raise ValueError("no checksum")
+    for sizes in record["errors"].values():
+        if not all(isinstance(sizes[key], int | float) for key in ("largest", "squares", "count")):
+            raise ValueError("no rounding")
+    for array in record["arrays"].values():
+        dtype, shape, at = np.dtype(array["dtype"]), array["shape"], array["offset"]
+        if dtype.kind not in "biuf" or not all(isinstance(n, int) and n >= 0 for n in (at, *shape)):
+            raise ValueError("no array of numbers")
+        if at + dtype.itemsize * math.prod(shape) > record["bytes"]:
+            raise ValueError("an array beyond the file")
 
 
 def fault(folder: Path, number: int, record: Mapping[str, Any]) -> str | None:
@@ -160,26 +196,53 @@ def map_shard(folder: Path, number: int, record: Mapping[str, Any]) -> dict[str,
 
 def write_manifest(folder: Path, manifest: Mapping[str, Any]) -> None:
     with atomic_write(folder / "manifest.json") as temporary:
-        temporary.write_text(json.dumps(manifest, indent=1, sort_keys=True))
+        temporary.write_text(json.dumps(sealed(manifest), indent=1, sort_keys=True))
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
     """Raises `UserError` where there is no store, a damaged manifest, or one of a later format."""
     try:
-        manifest: dict[str, Any] = json.loads((folder / "manifest.json").read_text())
+        manifest = unsealed((folder / "manifest.json").read_text())
     except FileNotFoundError:
         raise UserError(
             f"There is no store at '{folder}' (no manifest.json); write one with: stillhouse cache RECIPE --out "
             f"{folder}."
         ) from None
-    except (json.JSONDecodeError, UnicodeDecodeError):
-        raise UserError(f"The manifest of the store '{folder}' is damaged; {hint(folder)}") from None
+    except ValueError:
+        raise DamagedManifest(f"The manifest of the store '{folder}' is damaged; {hint(folder)}") from None
     if manifest.get("format") != FORMAT:
         raise UserError(
             f"The store '{folder}' has the format {manifest.get('format')}, but this version reads format {FORMAT}; "
             "cache it again."
         )
+    try:
+        _check_manifest(manifest)
+    except (ValueError, KeyError, TypeError):
+        raise DamagedManifest(f"The manifest of the store '{folder}' is damaged; {hint(folder)}") from None
     return manifest
+
+
+class DamagedManifest(UserError):
+    """A manifest that is not as it was written."""
+
+
+def _check_manifest(manifest: Mapping[str, Any]) -> None:
+    """Raises `ValueError`, `KeyError` or `TypeError` for a manifest whose entries are not what they should be."""
+    counts = [manifest[key] for key in ("count", "classes", "views", "shard_rows")]
+    if not all(isinstance(n, int) and 0 < n < 1 << 48 for n in counts) or not isinstance(manifest["seed"], int):
+        raise ValueError("no counts")
+    if math.ceil(counts[0] / counts[3]) * counts[2] > 1 << 22:
+        raise ValueError("shards without end")
+    if manifest["top"] is not None and not 0 < manifest["top"] < counts[1]:
+        raise ValueError("no top")
+    if not all(isinstance(manifest[key], bool) for key in ("logits", "embedding")):
+        raise ValueError("no signals")
+    if manifest["precision"] not in get_args(Precision) or not all(isinstance(t, str) for t in manifest["taps"]):
+        raise ValueError("no precision")
+    if not all(isinstance(part, Mapping) for part in (manifest["teacher"], manifest["data"])):
+        raise ValueError("no teacher")
+    if not {"fingerprint", "split", "spec", "transform"} <= set(manifest["data"]):
+        raise ValueError("no data")
 
 
 def hint(folder: Path) -> str:

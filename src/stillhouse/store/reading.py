@@ -46,12 +46,28 @@ class Store:
             )
         self._records = [r for r in records if r is not None]
         for shard, record in enumerate(self._records):
+            if not self._belongs(shard, record):
+                path = F.record_file(self.folder, shard)
+                raise UserError(f"The record {path} is of another store, or damaged; {F.hint(self.folder)}")
+        for shard, record in enumerate(self._records):
             path = F.shard_file(self.folder, shard)
             short = not path.exists() or path.stat().st_size != record["bytes"]
             wrong = F.fault(self.folder, shard, record) if verify or short else None
             if wrong:
                 raise UserError(f"The shard {path} {wrong}; {F.hint(self.folder)}")
         self._maps: dict[int, dict[str, np.ndarray]] = {}
+
+    def _belongs(self, shard: int, record: Mapping[str, Any]) -> bool:
+        """Whether a record is of this store, and its arrays have a row for each of its samples."""
+        first = shard % self._blocks * self.manifest["shard_rows"]
+        rows = min(self.manifest["shard_rows"], self.manifest["count"] - first)
+        arrays = record["arrays"]
+        if "offsets" in arrays:
+            whole = arrays["offsets"]["shape"] == [rows + 1]
+        else:
+            whole = all(a["shape"][:1] == [rows] for a in arrays.values())
+        same = arrays.keys() == self._records[0]["arrays"].keys()
+        return whole and same and record.get("store", self.id) == self.id
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_maps": {}}

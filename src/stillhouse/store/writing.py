@@ -42,9 +42,14 @@ class StoreWriter:
 
     def __init__(self, folder: str | Path, manifest: Mapping[str, Any]) -> None:
         self.folder, self.manifest = Path(folder).expanduser(), json.loads(json.dumps(manifest))
+        self.id = identity(self.manifest)
         occupied = self.folder.exists() and any(not p.name.startswith(".") for p in self.folder.iterdir())
         if (self.folder / "manifest.json").exists():  # looked for last: another process may be writing it now
-            differs = F.difference(F.read_manifest(self.folder), self.manifest)
+            try:
+                differs = F.difference(F.read_manifest(self.folder), self.manifest)
+            except F.DamagedManifest:  # written again; shards of another store are known by their records
+                differs = None
+                F.write_manifest(self.folder, self.manifest)
             if differs:
                 raise UserError(f"'{self.folder}' holds another store ({differs}); choose another folder.")
         elif occupied:
@@ -74,7 +79,8 @@ class StoreWriter:
                 record = F.read_record(self.folder, shard)
             except UserError:
                 record = None
-            if record is None or F.fault(self.folder, shard, record):
+            other = record is not None and record.get("store", self.id) != self.id
+            if record is None or other or F.fault(self.folder, shard, record):
                 yield shard
 
     def write(self, shard: int, columns: Mapping[str, Tensor], plain: Mapping[str, np.ndarray]) -> None:
@@ -86,7 +92,7 @@ class StoreWriter:
             encoded = F.encode(values, precision, name)
             errors[name] = F.rounding(values, encoded, precision)
             arrays |= {name + suffix: array for suffix, array in encoded.items()}
-        F.write_shard(self.folder, shard, {**arrays, **plain}, {"errors": errors})
+        F.write_shard(self.folder, shard, {**arrays, **plain}, {"errors": errors, "store": self.id})
 
 
 def manifest_of(

@@ -39,14 +39,21 @@ class FitResult:
     epochs: int = 0
 
 
+def check_trackers(spec: TrainSpec, where: str = "train") -> None:
+    """Raises `MissingExtra` for a tracker that is not installed, which Accelerate would ignore."""
+    for tracker in spec.trackers:
+        if importlib.util.find_spec(tracker) is None:
+            raise MissingExtra(f"{where}.trackers: {tracker}", {"tensorboard": "trackers"}.get(tracker, tracker))
+
+
 def make_accelerator(spec: TrainSpec, folder: Path | None = None, cpu: bool = False) -> Any:
     """An `Accelerator` for one fit: device, processes and precision are Accelerate's."""
-    from accelerate import Accelerator, DistributedDataParallelKwargs
+    from accelerate import Accelerator, DistributedDataParallelKwargs, PartialState
     from accelerate.state import AcceleratorState
 
-    for tracker in spec.trackers:  # Accelerate ignores a missing one
-        if importlib.util.find_spec(tracker) is None:
-            raise MissingExtra(f"train.trackers: {tracker}", {"tensorboard": "trackers"}.get(tracker, tracker))
+    check_trackers(spec)
+    if spec.precision == "fp16" and (cpu or PartialState().device.type == "cpu"):
+        raise UserError("train.precision: fp16 needs a GPU, and this training is on the CPU; take bf16 or full.")
     AcceleratorState._reset_state()  # the precision may differ between the stages of one run
     precision = {"full": "no", "bf16": "bf16", "fp16": "fp16"}[spec.precision]
     accelerator = Accelerator(

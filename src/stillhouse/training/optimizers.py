@@ -25,6 +25,25 @@ def optimizer_class(name: str) -> type[torch.optim.Optimizer]:
     return classes[name.lower()]
 
 
+def check_optimizer(name: str, arguments: dict[str, Any]) -> None:
+    """Make and step the optimiser once, on a weight of its own. Raises `UserError` for a value that its class refuses,
+    and for one that cannot be stepped by gradients alone."""
+    weight = nn.Parameter(torch.zeros(2, 2))
+    weight.grad = torch.zeros_like(weight)
+    try:
+        optimizer = optimizer_class(name)([weight], **arguments)
+    except UserError:
+        raise
+    except Exception as error:
+        reason = " ".join(str(error).split()).split(".__init__() ")[-1].rstrip(".") or type(error).__name__
+        raise UserError(f"{name} does not take these options: {reason}.") from None
+    try:
+        optimizer.step()
+    except Exception as error:
+        reason = " ".join(str(error).split()).rstrip(".")
+        raise UserError(f"{name} cannot train here with these options: {reason}.") from None
+
+
 def trained_in_float32(student: nn.Module) -> None:
     """Turn a student whose trained weights are in half precision to float32, in place.
 
@@ -53,11 +72,10 @@ def make_optimizer(
     """
     groups = _divided(groups, spec, student)
     try:
-        return optimizer_class(spec.optimizer.name)(groups, **spec.optimizer.arguments())
-    except TypeError as error:
-        raise UserError(
-            f"train.optimizer: {spec.optimizer.name} takes no such option: {str(error).split('.__init__() ')[-1]}."
-        ) from None
+        check_optimizer(spec.optimizer.name, spec.optimizer.arguments())
+    except UserError as error:
+        raise UserError(f"train.optimizer: {error}") from None
+    return optimizer_class(spec.optimizer.name)(groups, **spec.optimizer.arguments())
 
 
 def _divided(groups: list[dict[str, Any]], spec: TrainSpec, student: nn.Module | None) -> list[dict[str, Any]]:
