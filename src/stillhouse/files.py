@@ -156,6 +156,19 @@ def file_hash(path: Path) -> str:
     return out.hexdigest()
 
 
+def read_json(path: Path) -> dict[str, Any]:
+    """A file that holds one JSON mapping. Raises `UserError` for one that is not, or is not any more."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(value, dict):
+            raise ValueError
+    except (ValueError, RecursionError):
+        raise UserError(
+            f"{path} is damaged: it holds no JSON mapping; remove it, or the folder that it is in."
+        ) from None
+    return value
+
+
 CHECKSUMS = "checksums.json"
 
 

@@ -22,6 +22,7 @@ from torch import nn
 from stillhouse.config.specs import ModelSpec
 from stillhouse.errors import MissingExtra, UserError, nearest, unknown
 from stillhouse.models.class_names import label_maps
+from stillhouse.models.published import TORCHVISION, published
 
 Shape = tuple[int, ...]
 Options = Mapping[str, Any]
@@ -93,7 +94,7 @@ def from_timm(
         sized = {"img_size": height if height == width else (height, width), **arguments}
 
     def make(kwargs: dict[str, Any]) -> nn.Module:
-        return _published(
+        return published(
             name, pretrained, lambda: _call(timm.create_model, f"timm:{name}", name, pretrained=pretrained, **kwargs)
         )
 
@@ -129,9 +130,10 @@ def from_torchvision(
         return _call(models.get_model, owner, name, weights=None, **arguments)
     weights = models.get_model_weights(name).DEFAULT
     if arguments.get("num_classes") == len(weights.meta.get("categories", ())):
-        return _published(name, True, lambda: _call(models.get_model, owner, name, weights=weights, **arguments))
+        make = lambda: _call(models.get_model, owner, name, weights=weights, **arguments)  # noqa: E731
+        return published(name, True, make, TORCHVISION)
     model = _call(models.get_model, owner, name, weights=None, **arguments)
-    state = _published(name, True, lambda: weights.get_state_dict(progress=False, check_hash=True))
+    state = published(name, True, lambda: weights.get_state_dict(progress=False, check_hash=True), TORCHVISION)
     ours = model.state_dict()
     model.load_state_dict({k: v for k, v in state.items() if k in ours and v.shape == ours[k].shape}, strict=False)
     return model
@@ -187,7 +189,7 @@ def from_transformers(
             "`pretrained: true` to download it."
         )
     source = str(folder) if folder.is_dir() else name
-    config = _published(
+    config = published(
         name, pretrained and not folder.is_dir(), lambda: transformers.AutoConfig.from_pretrained(source)
     )
     _check_config(config, arguments, owner)
@@ -208,7 +210,7 @@ def _load_folder(auto: Any, source: str, config: Any, owner: str, dtype: str, do
     """A model with its weights. A classifier may be new (a folder of a bare encoder), but of another size, or with most
     weights absent, it is refused."""
     options = {"config": config, "dtype": dtype, "ignore_mismatched_sizes": True, "output_loading_info": True}
-    model, info = _published(owner, download, lambda: auto.from_pretrained(source, **options))
+    model, info = published(owner, download, lambda: auto.from_pretrained(source, **options))
     if info["mismatched_keys"]:
         name, given, ours = min(info["mismatched_keys"])
         raise UserError(
@@ -320,18 +322,3 @@ def _call(make: Callable[..., Any], owner: str, *args: Any, **kwargs: Any) -> An
         if match and match[1] in kwargs:
             raise UserError(f"options.{match[1]}: '{owner}' fixes it by its name; choose another name.") from None
         raise
-
-
-def _published(name: str, pretrained: bool, make: Callable[[], Any]) -> Any:
-    """Run what may download; whatever goes wrong there (no network, no such weights) becomes one sentence."""
-    try:
-        return make()
-    except UserError:
-        raise
-    except Exception as error:
-        if not pretrained:
-            raise
-        lines = str(error).strip().splitlines() or [type(error).__name__]
-        raise UserError(
-            f"Could not get the published weights of '{name}' (no network?): {lines[0].rstrip('.')}."
-        ) from error

@@ -28,7 +28,7 @@ from stillhouse.config.names import folder_name
 from stillhouse.config.reading import beside_recipe, dump, parse_sets, parse_yaml, read_yaml, resolve, variants_of
 from stillhouse.config.specs import MethodConfig
 from stillhouse.errors import MissingExtra, UserError, nearest
-from stillhouse.files import atomic_write
+from stillhouse.files import atomic_write, read_json
 from stillhouse.runs.claims import judge, read_claims, varied_network
 from stillhouse.runs.evidence import recipe_hash, row_facts
 from stillhouse.runs.folder import clear, diverged, locked, trained
@@ -273,7 +273,7 @@ def _start_over(jobs: Sequence[Job], out: Path, others: Sequence[Job] = ()) -> N
         with locked(job.folder):
             clear(job.folder)
     recorded = out / "sources.json"
-    before = json.loads(recorded.read_text()) if recorded.is_file() else {}
+    before = read_json(recorded) if recorded.is_file() else {}
     now = {job.folder.name: job.sources for job in jobs}
     of_a_run = ("recipe.yaml", "environment.json")  # nothing that is not a run's is ever removed
     there = [job for job in jobs if all((job.folder / name).is_file() for name in of_a_run)]
@@ -305,7 +305,7 @@ def _kinds(jobs: Sequence[Job]) -> dict[str, list[str]]:
     out: dict[str, list[str]] = {}
     for job in jobs:
         record = job.folder / "product" / "product.json"
-        kind = json.loads(record.read_text()).get("kind", "product") if record.is_file() else "product"
+        kind = read_json(record).get("kind", "product") if record.is_file() else "product"
         out.setdefault(kind, [])
         out[kind] += [job.entry.folder] * (job.entry.folder not in out[kind])
     return out
@@ -425,8 +425,8 @@ def collect(jobs: Sequence[Job], baseline: str, slug: str, reference: str | None
     for job in jobs:
         if not job.done:
             continue
-        figures = json.loads((job.folder / "evaluation.json").read_text())
-        environment = json.loads((job.folder / "environment.json").read_text())
+        figures = read_json(job.folder / "evaluation.json")
+        environment = read_json(job.folder / "environment.json")
         entry = job.entry
         row = rows.setdefault(
             entry.folder,
@@ -473,7 +473,7 @@ def _facts(job: Job) -> dict[str, Any]:
     """What a row is of: hashes of its recipe and code, its data, the steps of its stages, and whether its method
     searches for its network."""
     tree = job.tree()
-    environment = json.loads((job.folder / "environment.json").read_text())
+    environment = read_json(job.folder / "environment.json")
     return {
         "recipe_hash": recipe_hash(tree),
         "source_hash": job.sources,

@@ -23,10 +23,10 @@ from stillhouse.config.reading import dump
 from stillhouse.config.specs import MethodConfig, TrainSpec
 from stillhouse.devices import on_device
 from stillhouse.errors import UserError
-from stillhouse.files import atomic_write, full_disk_reported, write_checksums
+from stillhouse.files import atomic_write, full_disk_reported, read_json, write_checksums
 from stillhouse.processes import agreed, rank_world, together, wait
 from stillhouse.reporting.run_report import write_run_report
-from stillhouse.runs.folder import claim, lacks_report, locked
+from stillhouse.runs.folder import claim, lacks_report, locked, seconds_before
 from stillhouse.runs.gallery import write_gallery
 from stillhouse.runs.method import Stage
 from stillhouse.runs.products import Student
@@ -132,8 +132,9 @@ def _executed(
         if main:
             write_run_report(folder)
         wait()
-        done: dict[str, float] = json.loads((folder / "evaluation.json").read_text())
+        done: dict[str, float] = read_json(folder / "evaluation.json")
         return done
+    before = seconds_before(folder) if main and not overwrite else 0.0
     changes = claim(folder, text, overwrite) if main else {}
     wait()
     method = catalog.method(config.method)
@@ -147,6 +148,8 @@ def _executed(
             {
                 "versions": versions(),
                 "seed": config.seed,
+                "started": time.time(),
+                "seconds before": before,
                 "device": _device_name(run.device),
                 "processes": rank_world()[1],
                 "command": " ".join(["stillhouse", *sys.argv[1:]]),
@@ -162,8 +165,8 @@ def _executed(
     if main:
         if isinstance(product, Student):
             write_gallery(run, product)
-        figures.setdefault("run_seconds", time.monotonic() - started)
-        environment = json.loads((folder / "environment.json").read_text())
+        figures.setdefault("run_seconds", before + time.monotonic() - started)
+        environment = read_json(folder / "environment.json")
         _write_json(folder / "environment.json", {**environment, **run.record})
         _write_json(folder / "evaluation.json", figures)
         write_run_report(folder)

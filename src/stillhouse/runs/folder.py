@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import Any
 
 from stillhouse.config.reading import parse_yaml
 from stillhouse.errors import UserError
-from stillhouse.files import atomic_write
+from stillhouse.files import atomic_write, remove
 
 STEADYING = frozenset({"lr", "clip", "weight"})
 """Keys that may change after a training diverged: it continues from its last good checkpoint."""
@@ -94,17 +93,30 @@ def claim(folder: Path, text: str, overwrite: bool) -> dict[str, Any]:
 
 
 def clear(folder: Path) -> None:
-    """Remove everything in a run's folder but its lock; what a link leads to stays."""
-    for path in folder.iterdir():
-        if path.is_dir() and not path.is_symlink():
-            shutil.rmtree(path)
-        elif path.name != LOCK:
-            path.unlink()
+    """Remove everything in a run's folder but its lock; what a link leads to stays. What says that the folder is a
+    run's goes last, so that one that is half removed is still known as such."""
+    last = ("environment.json", "recipe.yaml")
+    for path in sorted(folder.iterdir(), key=lambda p: last.index(p.name) if p.name in last else -1):
+        if path.name != LOCK:
+            remove(path)
 
 
 def trained(folder: Path) -> bool:
     """Whether an unfinished run holds anything that was trained."""
-    return any(p.is_file() for name in ("checkpoints", "stages") for p in (folder / name).rglob("*"))
+    files = (p for name in ("checkpoints", "stages") for p in (folder / name).rglob("*") if p.is_file())
+    return any(not p.name.startswith(".") and not p.name.endswith((".lock", ".owner.json")) for p in files)
+
+
+def seconds_before(folder: Path) -> float:
+    """How long earlier starts of an unfinished run worked: up to the last file that they wrote in its folder."""
+    try:
+        facts = json.loads((folder / "environment.json").read_text())
+        before, started = float(facts.get("seconds before", 0.0)), float(facts["started"])
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return 0.0
+    files = [folder / "metrics.csv", *(p for name in ("checkpoints", "stages") for p in (folder / name).rglob("*"))]
+    last = max((p.stat().st_mtime for p in files if p.is_file()), default=started)
+    return before + max(last - started, 0.0)
 
 
 def diverged(folder: Path) -> bool:
