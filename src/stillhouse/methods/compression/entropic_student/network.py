@@ -29,6 +29,34 @@ STRIDES = (1, 2, 4)
 # ---- codes of latents ------------------------------------------------------------------------------------------------
 
 
+class Grid(nn.Module):
+    """Latents as whole steps from an origin.
+
+    Args:
+        low: the origin, (1, C, 1, 1) or one number.
+        step: the step.
+        top: the last step; symbols are clamped to 0 … top; None: they are not.
+    """
+
+    low: Tensor
+    step: Tensor
+
+    def __init__(self, low: Tensor, step: Tensor, top: int | None) -> None:
+        super().__init__()
+        self.register_buffer("low", low.detach().clone())
+        self.register_buffer("step", step.detach().clone())
+        self.top = top
+
+    def symbols(self, latent: Tensor) -> Tensor:
+        """The nearest steps, real numbers."""
+        steps = ((latent - self.low) / self.step).round()
+        return steps if self.top is None else steps.clamp(0, self.top)
+
+    def values(self, symbols: Tensor) -> Tensor:
+        """The latents that symbols stand for."""
+        return self.low + symbols * self.step
+
+
 class LearnedCode(nn.Module):
     """Latents as integers around their medians, under a learned prior.
 
@@ -52,6 +80,10 @@ class LearnedCode(nn.Module):
     def values(self, symbols: Tensor) -> Tensor:
         """The latents that symbols stand for."""
         return symbols + self.prior.medians
+
+    def grid(self) -> Grid:
+        """The same rounding without the prior."""
+        return Grid(self.prior.medians, torch.ones(()), None)
 
     def bits(self, latent: Tensor) -> Tensor:
         """(B,) ideal bits of quantised or relaxed latents."""
@@ -106,6 +138,10 @@ class FixedCode(nn.Module):
     def values(self, symbols: Tensor) -> Tensor:
         """The latents that symbols stand for."""
         return self.low + symbols * self.step
+
+    def grid(self) -> Grid:
+        """The same rounding, for a deployed half."""
+        return Grid(self.low, self.step, 2**self.width - 1)
 
     def bits(self, latent: Tensor) -> Tensor:
         """(B,) as many for every sample."""
@@ -330,10 +366,10 @@ class DevicePart(nn.Module):
 
     def __init__(self, bottleneck: Bottleneck) -> None:
         super().__init__()
-        self.encoder, self.code = bottleneck.encoder, bottleneck.code
+        self.encoder, self.grid = bottleneck.encoder, bottleneck.code.grid()
 
     def forward(self, images: Tensor) -> Tensor:
-        return self.code.symbols(self.encoder(images)).to(torch.int32)
+        return self.grid.symbols(self.encoder(images)).to(torch.int32)
 
 
 class ServerPart(nn.Module):
@@ -356,7 +392,7 @@ class ServerPart(nn.Module):
 
     def forward(self, symbols: Tensor) -> Tensor:
         self._received[:] = [symbols]
-        output = read_logits(self.network(torch.zeros(len(symbols), *self.image, device=symbols.device)))
+        output = read_logits(self.network(torch.zeros(symbols.shape[0], *self.image, device=symbols.device)))
         self._received.clear()
         return output
 
@@ -366,10 +402,10 @@ class _Receiver(nn.Module):
 
     def __init__(self, bottleneck: Bottleneck, received: list[Tensor]) -> None:
         super().__init__()
-        self.code, self.decoder, self._received = bottleneck.code, bottleneck.decoder, received
+        self.grid, self.decoder, self._received = bottleneck.code.grid(), bottleneck.decoder, received
 
     def forward(self, image: Tensor) -> Tensor:
-        features: Tensor = self.decoder(self.code.values(self._received[0].float()))
+        features: Tensor = self.decoder(self.grid.values(self._received[0].float()))
         return features
 
 
