@@ -361,6 +361,31 @@ _KNOWN = {
         "Multiplications with addition for one sample: the work of one prediction.",
         prefixes=True,
     ),
+    "mean_multiply_adds": Quantity(
+        "Multiply-adds, mean",
+        "",
+        1,
+        None,
+        -1,
+        "Multiplications with addition that were done for a test sample, on average, by a network that skips work.",
+        prefixes=True,
+    ),
+    "speedup": Quantity("Speed", "×", 1, 2, 1, "Time of the dense network over this one's, on the same batch, in turns."),
+    "learners_share": Quantity(
+        "Learners that ran", "%", 100, 1, -1, "Cost of the learners that ran for test samples over the cost of all."
+    ),
+    "token_spread": Quantity(
+        "Spread over tokens", "", 1, 3, 0, "Standard deviation over tokens of the share of learners that they had."
+    ),
+    "sample_spread": Quantity(
+        "Spread over samples", "", 1, 3, 0, "Standard deviation over samples of the mean share of learners."
+    ),
+    "gate_accuracy": Quantity(
+        "Gates", "%", 100, 1, 1, "How often a gate chose the number of learners that its label says, on test data."
+    ),
+    "gate_gain": Quantity(
+        "Gates over majority", "points", 100, 1, 1, "The same, less the share of the most frequent label."
+    ),
     "latency_ms": Quantity(
         "Latency",
         "ms",

@@ -141,13 +141,23 @@ class Gate(nn.Module):
         dim: D.
         choices: N + 1.
         least: columns below are never chosen.
+        width, depth: of the layers between, and how many there are in all.
+        temperature: tau of the soft sample.
     """
 
-    def __init__(self, dim: int, choices: int, least: int = 0) -> None:
+    def __init__(
+        self,
+        dim: int,
+        choices: int,
+        least: int = 0,
+        width: int = GATE_WIDTH,
+        depth: int = GATE_DEPTH,
+        temperature: float = GATE_TEMPERATURE,
+    ) -> None:
         super().__init__()
-        widths = [dim, *[GATE_WIDTH] * (GATE_DEPTH - 1), choices - least]
+        widths = [dim, *[width] * (depth - 1), choices - least]
         self.net = nn.ModuleList(nn.Linear(a, b) for a, b in zip(widths, widths[1:]))
-        self.least = least
+        self.least, self.temperature = least, temperature
 
     def logits(self, x: Tensor) -> Tensor:
         """(..., N + 1 - least)."""
@@ -162,7 +172,7 @@ class Gate(nn.Module):
         """The one-hot choice of logits, float32."""
         logits = logits.float()
         if self.training:
-            hard = F.gumbel_softmax(logits, GATE_TEMPERATURE, hard=True)
+            hard = F.gumbel_softmax(logits, self.temperature, hard=True)
         else:
             hard = F.one_hot(logits.argmax(-1), logits.shape[-1]).to(logits.dtype)
         return F.pad(hard, (self.least, 0))
