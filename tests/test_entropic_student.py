@@ -143,7 +143,9 @@ def test_divisive_normalisation_is_undone_where_channels_do_not_mix():
     x, forward, back = torch.randn(2, 4, 3, 3), GDN(4), GDN(4, inverse=True)
     norm = 1 + 0.1 * x.abs()
     torch.testing.assert_close(forward(x), x / norm, rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(gdn1(x / norm, back.beta, torch.zeros(4, 4), inverse=True), x / norm, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        gdn1(x / norm, back.beta, torch.zeros(4, 4), inverse=True), x / norm, rtol=1e-4, atol=1e-5
+    )
 
 
 # ---- the cut ---------------------------------------------------------------------------------------------------------
@@ -166,7 +168,9 @@ def test_a_network_is_cut_where_a_chain_ends(at: str):
 
 def test_torchvisions_segmentation_networks_are_cut_inside_their_backbone():
     task = Segmentation(("a", "b"), (33, 48), (0.5,) * 3, (0.25,) * 3)
-    network = torchvision.models.segmentation.lraspp_mobilenet_v3_large(num_classes=2, weights=None, weights_backbone=None)
+    network = torchvision.models.segmentation.lraspp_mobilenet_v3_large(
+        num_classes=2, weights=None, weights_backbone=None
+    )
     batch = {"input": torch.randn(2, 3, 33, 48)}
     split = cut(network, "backbone.3", task, batch, 4, "learned")
     split.applied(network)

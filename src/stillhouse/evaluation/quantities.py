@@ -370,7 +370,9 @@ _KNOWN = {
         "Multiplications with addition that were done for a test sample, on average, by a network that skips work.",
         prefixes=True,
     ),
-    "speedup": Quantity("Speed", "×", 1, 2, 1, "Time of the dense network over this one's, on the same batch, in turns."),
+    "speedup": Quantity(
+        "Speed", "×", 1, 2, 1, "Time of the dense network over this one's, on the same batch, in turns."
+    ),
     "learners_share": Quantity(
         "Learners that ran", "%", 100, 1, -1, "Cost of the learners that ran for test samples over the cost of all."
     ),

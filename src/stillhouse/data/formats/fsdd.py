@@ -31,7 +31,9 @@ class Options(Spec):
 
     bands: int = Field(32, ge=8, le=128, description="Mel bands, the spectrogram's height.")
     frames: int = Field(32, ge=4, le=400, description="Frames, its width.")
-    seconds: float = Field(0.8, gt=0, le=10, description="What it shows; longer recordings are cut, shorter ones padded.")
+    seconds: float = Field(
+        0.8, gt=0, le=10, description="What it shows; longer recordings are cut, shorter ones padded."
+    )
     speakers: list[str] | None = Field(None, description="Only recordings of these; null: of all.")
 
 
@@ -65,7 +67,7 @@ def spectrogram(sound: np.ndarray, bands: int = 32, frames: int = 32, seconds: f
     windows = held[starts[:, None] + np.arange(WINDOW)] * np.hanning(WINDOW)
     power = np.abs(np.fft.rfft(windows, 2 * WINDOW)) ** 2
     mel = power @ mel_filters(bands, power.shape[1]).T
-    decibels = 10 * np.log10(np.maximum(mel, 1e-10) / max(mel.max(), 1e-10))
+    decibels = 10 * np.log10(np.maximum(mel, 1e-10) / max(mel.max(), 1.0))
     image = np.rint(np.clip(1 + decibels / RANGE, 0, 1) * 255).astype(np.uint8)
     return torch.from_numpy(np.ascontiguousarray(image.T[::-1]))[None]
 
@@ -82,7 +84,9 @@ def load(rest: str, spec: DataSpec, options: Options, root: Path) -> DataBundle:
     speakers = sorted({match[2] for _, match in found})
     for speaker in options.speakers or ():
         if speaker not in speakers:
-            raise UserError(f"data.options.speakers: there is no '{speaker}'; there are: {', '.join(speakers) or 'none'}.")
+            raise UserError(
+                f"data.options.speakers: there is no '{speaker}'; there are: {', '.join(speakers) or 'none'}."
+            )
     found = [(path, match) for path, match in found if options.speakers is None or match[2] in options.speakers]
     if not found:
         raise UserError(f"fsdd: '{folder}' holds no recordings DIGIT_SPEAKER_NUMBER.wav.")

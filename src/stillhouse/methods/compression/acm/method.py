@@ -142,7 +142,9 @@ class GateTraining(_ModuleWise):
         for name, (z, o) in self.tokens(batch).items():
             gate = self.adaptive[name].gate
             labels = self.labels(name, z, o)
-            loss = released_gate_loss(gate(z), labels) if self.released else gate_loss(gate.logits(z), labels, gate.least)
+            loss = (
+                released_gate_loss(gate(z), labels) if self.released else gate_loss(gate.logits(z), labels, gate.least)
+            )
             losses.append(loss)
         return {"loss": torch.stack(losses).mean()}
 

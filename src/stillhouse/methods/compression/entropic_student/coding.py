@@ -64,7 +64,9 @@ class RangeCoder:
         """
         self._check_channels(shape[0])
         if not string or len(string) % 4:
-            raise UserError(f"A string of {len(string)} bytes was written by no encoder; it has whole words of 4 bytes.")
+            raise UserError(
+                f"A string of {len(string)} bytes was written by no encoder; it has whole words of 4 bytes."
+            )
         decoder = self._queue.RangeDecoder(np.frombuffer(string, "<u4").astype(np.uint32))
         count = int(np.prod(shape[1:]))
         out = np.empty((shape[0], count), np.int64)

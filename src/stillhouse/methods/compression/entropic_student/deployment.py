@@ -84,7 +84,9 @@ class _Half:
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
         if not (self.folder / FACTS).is_file():
-            raise UserError(f"'{folder}' holds no halves of a network; write them with stillhouse export RUN --to split.")
+            raise UserError(
+                f"'{folder}' holds no halves of a network; write them with stillhouse export RUN --to split."
+            )
         self.facts: dict[str, Any] = json.loads((self.folder / FACTS).read_text())
         self.coder = self._coder()
 

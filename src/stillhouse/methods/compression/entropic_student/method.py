@@ -144,7 +144,9 @@ class RateSpec(Spec):
     """How many bytes are spent, in each codec."""
 
     beta: float = Field(0.08, gt=0, description="learned: weight of the bits; more of it makes fewer bytes.")
-    label_beta: float = Field(1e-3, gt=0, description="The same where the network learns labels, whose loss is smaller.")
+    label_beta: float = Field(
+        1e-3, gt=0, description="The same where the network learns labels, whose loss is smaller."
+    )
     bits: int = Field(8, ge=1, le=8, description="quantised: of each number of the latents.")
     channels: int | None = Field(None, ge=1, description="quantised: of the latents; null: as many as `channels`.")
     quality: int = Field(50, ge=1, le=95, description="jpeg: its quality.")
@@ -403,5 +405,3 @@ def evaluate(product: SplitStudent, run: Run) -> dict[str, float]:
         if isinstance(bottleneck, Bottleneck):
             figures["device_parameters"] = cost.parameters(bottleneck.encoder)
     return figures
-
-

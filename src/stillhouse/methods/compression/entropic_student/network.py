@@ -299,13 +299,17 @@ def cut(network: nn.Module, at: str, task: Task, batch: Batch, channels: int, co
     modules = dict(network.named_modules())
     if at not in modules or not at:
         close = nearest(at, modules)
-        raise UserError(f"split: the teacher has no module '{at}'" + (f"; nearest: {', '.join(close)}." if close else "."))
+        raise UserError(
+            f"split: the teacher has no module '{at}'" + (f"; nearest: {', '.join(close)}." if close else ".")
+        )
     images = batch["input"]
     with evaluating(network):
         before, features = _run_up_to(network, at, task, batch)
         wanted = read_logits(task.call(network, batch))
         if features.ndim != 4:
-            raise UserError(f"split: '{at}' gives {tuple(features.shape)}, not a map (B, C, h, w); name another module.")
+            raise UserError(
+                f"split: '{at}' gives {tuple(features.shape)}, not a map (B, C, h, w); name another module."
+            )
         tail, given = copy.deepcopy(network), _Given(features)
         replace(tail, at, before, given)
         try:
