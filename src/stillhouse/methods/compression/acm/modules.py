@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from typing import Literal
 
 import torch
@@ -156,7 +157,7 @@ class Gate(nn.Module):
     ) -> None:
         super().__init__()
         widths = [dim, *[width] * (depth - 1), choices - least]
-        self.net = nn.ModuleList(nn.Linear(a, b) for a, b in zip(widths, widths[1:]))
+        self.net = nn.ModuleList(nn.Linear(a, b) for a, b in pairwise(widths))
         self.least, self.temperature = least, temperature
 
     def logits(self, x: Tensor) -> Tensor:
@@ -227,8 +228,8 @@ def entropy_loss(gates: Sequence[Tensor]) -> Tensor:
 
 
 def diversity_loss(gates: Sequence[Tensor]) -> Tensor:
-    """-2 mean_{i, m} |b_i - b_m| over all pairs of samples of a batch, b_i = the mean over tokens and modules of k, over
-    N + 1; float64."""
+    """-2 mean_{i, m} |b_i - b_m| over all pairs of samples of a batch; b_i is the mean of k over tokens and modules,
+    over N + 1; float64."""
     means = torch.stack([executed(gate.double()).flatten(1).mean(1) / gate.shape[-1] for gate in gates]).mean(0)
     return -2 * (means[:, None] - means[None]).abs().mean()
 

@@ -248,8 +248,8 @@ class EntropicStudent(Method[Config]):
         found = stages(network)
         if split.at not in found:
             raise UserError(
-                f"split: '{split.at}' is none of the network's stages ({', '.join(found)}); name the modules to compare "
-                "in `features`."
+                f"split: '{split.at}' is none of the network's stages ({', '.join(found)}); name in `features` "
+                "the modules to compare."
             )
         return found[found.index(split.at) :]
 

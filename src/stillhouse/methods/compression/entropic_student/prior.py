@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -107,7 +108,7 @@ class FactorisedPrior(nn.Module):
         widths = (1, *FILTERS, 1)
         scale = SCALE ** (1 / (len(FILTERS) + 1))
         self.matrices, self.biases, self.factors = nn.ParameterList(), nn.ParameterList(), nn.ParameterList()
-        for i, (inputs, outputs) in enumerate(zip(widths, widths[1:])):
+        for i, (inputs, outputs) in enumerate(pairwise(widths)):
             start = math.log(math.expm1(1 / scale / outputs))
             self.matrices.append(nn.Parameter(torch.full((channels, outputs, inputs), start)))
             self.biases.append(nn.Parameter(torch.empty(channels, outputs, 1).uniform_(-0.5, 0.5)))
