@@ -13,6 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from stillhouse.config.specs import ModelSpec
 from stillhouse.errors import UserError
+from stillhouse.methods.compression.acm.early_exit import EarlyExit
 from stillhouse.methods.compression.acm.method import AdaptiveStudent, Config, LearnerTraining
 from stillhouse.methods.compression.acm.modules import (
     AdaptiveModule,
@@ -208,6 +209,40 @@ def test_phase_one_trains_learners_alone_and_leaves_the_teacher():
     assert losses[-1] < losses[0] and changed == {k for k in before if ".learners." in k}
 
 
+def test_samples_that_are_sure_leave_and_the_others_are_not_disturbed():
+    network = vit(depth=3).eval()
+    x = torch.randn(6, 1, 8, 8)
+    module = EarlyExit(network, ["blocks.0", "blocks.1"], [24, 24], 10).eval()
+    whole = module(x)
+    with torch.no_grad():
+        module.heads[1][1].weight.mul_(50)
+        first = module.heads[0](network.blocks[0](tokens := _tokens(network, x)).mean(1)).softmax(-1).amax(-1)
+        module.threshold.fill_(float(first.sort().values[3]))
+        out = module(x)
+        second = module.heads[1](network.blocks[1](network.blocks[0](tokens)).mean(1))
+    sure, later = first >= module.threshold, second.softmax(-1).amax(-1) >= module.threshold
+    torch.testing.assert_close(out[~sure & ~later], whole[~sure & ~later])
+    torch.testing.assert_close(out[~sure & later], second[~sure & later])
+    assert sure.sum() == 3
+    module.threshold.fill_(0.0)
+    counter = FlopCounterMode(display=False)
+    with counter:
+        module(x)
+    assert 2 * counter.get_total_flops() < cost_of(network, x)
+
+
+def _tokens(network: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    patches = network.patch_embed(x)
+    return torch.cat([network.cls_token.expand(len(x), -1, -1), patches], 1) + network.pos_embed
+
+
+def cost_of(network: nn.Module, x: torch.Tensor) -> int:
+    counter = FlopCounterMode(display=False)
+    with counter:
+        network(x)
+    return counter.get_total_flops()
+
+
 RECIPE = """
 method: acm
 data: {name: digits, size: 200, test_size: 100, augment: plain}
@@ -220,16 +255,20 @@ gate_train: {epochs: 1, batch_size: 50, optimizer: {name: adamw, lr: 0.01}}
 train: {epochs: 1, batch_size: 50, optimizer: {name: adamw, lr: 0.001}}
 variants:
   fixed: {fixed: 2, projections: []}
+  early_exit: {early_exit: 0.8}
 """
 
 
-@pytest.mark.parametrize("variant", [None, "fixed"])
+@pytest.mark.parametrize("variant", [None, "fixed", "early_exit"])
 def test_products_load_and_answer_as_they_did(variant: str | None, recipe_file, tmp_path: Path):
     figures = execute(recipe.load(recipe_file(RECIPE), variant), tmp_path / "run", cpu=True)
     product = load_product(tmp_path / "run")
     assert isinstance(product, AdaptiveStudent)
     assert product.module(torch.randn(3, 1, 8, 8)).shape == (3, 10)
     assert sum(p.numel() for p in product.module.parameters()) == figures["parameters"]
+    if variant == "early_exit":
+        assert product.module.threshold <= 1 and product.shape.exits == {"blocks.0": 24}
+        return
     assert 0 <= figures["learners_share"] <= 1
     assert figures["error_first_4"] < figures["error_first_0"]
     if variant == "fixed":

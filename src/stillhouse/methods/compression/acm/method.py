@@ -18,9 +18,9 @@ get the gradient of every k (`detached: true` for theirs), gate labels start fro
 gates are trained by cross-entropy (`gate_loss: released`: of the hard sample), and in phase 3 the output depends on the
 gate by its straight-through sample, where the released one trains gates by the auxiliary losses alone and never runs
 the last learner. Projections have learners without an activation, as released. Baselines: `fixed: k` gives every token
-k learners, without gates; with `learners: 1`, `fixed: 1` and `total_factor` it is a narrower MLP, trained alike. Left
-out: an output bias, dropout, and the Triton kernels; here tokens are sorted by their k. Early exit is not among the
-baselines yet.
+k learners, without gates; with `learners: 1`, `fixed: 1` and `total_factor` it is a narrower MLP, trained alike;
+`early_exit` trains a classifier after each block instead, and lets samples leave that are sure. Left out: an output
+bias, dropout, and the Triton kernels; here tokens are sorted by their k.
 """
 
 from __future__ import annotations
@@ -44,6 +44,7 @@ from stillhouse.distillation.teachers import FrozenTeacher
 from stillhouse.distillation.weighted import objective_from_spec
 from stillhouse.errors import UserError
 from stillhouse.evaluation import cost
+from stillhouse.methods.compression.acm.early_exit import EarlyExit, ExitLoss, threshold_for
 from stillhouse.methods.compression.acm.modules import (
     AdaptiveModule,
     Shape,
@@ -61,6 +62,7 @@ from stillhouse.methods.compression.acm.modules import (
 )
 from stillhouse.methods.distillation import describe
 from stillhouse.models import load_weights
+from stillhouse.nn.low_rank import repeated_blocks
 from stillhouse.randomness import keyed
 from stillhouse.runs.evaluators import evaluates
 from stillhouse.runs.judging import check_groups
@@ -245,12 +247,17 @@ class Config(MethodConfig):
         default_factory=lambda: _adamw(1e-4), description="Phase 3, of all weights; null: phases 1 and 2 alone."
     )
     fixed: int | None = Field(None, ge=0, description="Every token gets so many learners, without gates.")
+    early_exit: float | None = Field(
+        None, gt=0, le=1, description="The baseline: samples go through this share of the blocks on average."
+    )
     evaluate: list[str] = Field(default_factory=lambda: ["quality", "cost"])
 
     @model_validator(mode="after")
     def _fits(self) -> Config:
         if self.fixed is not None and self.fixed > self.learners:
             raise ValueError(f"fixed: {self.fixed} is more than there are learners ({self.learners})")
+        if self.early_exit is not None and (self.train is None or self.fixed is not None):
+            raise ValueError("early_exit has no learners: it needs `train`, and leaves out `fixed`")
         return self
 
 
@@ -268,6 +275,9 @@ class AdaptiveComputation(Method[Config]):
         if spec.train is not None and spec.checkpoint is None:
             named = {"teacher": describe(spec.network.model, network)}
             out.append(TEACHER.filled(models=named, steps=self.steps(config, spec.train, run, spec.data)))
+        if config.early_exit is not None and config.train is not None:
+            does = "train all weights with a classifier after each block"
+            return [*out, STUDENT.filled(does=does, steps=self.steps(config, config.train, run))]
         places = shape(config, run, network).places
         projections = sum(place.projection for place in places.values())
         does = f"train the learners of {len(places) - projections} MLPs and {projections} projections for every k"
@@ -290,6 +300,8 @@ class AdaptiveComputation(Method[Config]):
         network.to(next(given.model.parameters()).device)
         teacher = separated(copy.deepcopy(network), config.projections)
         built = shape(config, run, network)
+        if config.early_exit is not None and config.train is not None:
+            return self.with_exits(config, config.train, config.early_exit, run, network, built)
         with keyed("learners", run.seed):
             modules = built.applied(network)
         figures = self.learned(config, run, network, modules, teacher, built)
@@ -415,6 +427,37 @@ class AdaptiveComputation(Method[Config]):
         module.close()
         return seconds
 
+    def with_exits(
+        self, config: Config, spec: TrainSpec, share: float, run: Run, network: nn.Module, built: Shape
+    ) -> AdaptiveStudent:
+        """The baseline: samples leave early. The threshold is found on validation data where there are any, else on
+        training data."""
+        blocks = repeated_blocks(list(built.places))[:-1]
+        dims = {block: next(p.dim for name, p in built.places.items() if name.startswith(block)) for block in blocks}
+        if not dims or share <= 1 / (len(dims) + 1):
+            raise UserError(
+                f"acm: samples go through the first of {len(dims) + 1} blocks, more than early_exit: {share}."
+            )
+        task = run.data(config.data).task
+        with keyed("exits", run.seed):
+            module = EarlyExit(network, blocks, list(dims.values()), len(task.class_names))
+        module.to(next(network.parameters()).device)
+        losses: list[Any] = [objective_from_spec(o) for o in config.objectives]
+        distillation = Distillation(module, None, [*losses, (ExitLoss(len(blocks)), 1.0)], seed=run.seed, task=task)
+        seconds = self.fitted(STUDENT, distillation, spec, config, run)
+        distillation.close()
+        taps = Taps(module, [f"heads.{i}" for i in range(len(blocks))])
+        device, found = next(module.parameters()).device, []
+        with evaluating(module):
+            for batch in run.validation(config.data) or run.loader(config.data, "train"):
+                with taps.capture() as got:
+                    task.call(module, to_device(batch, device))
+                found.append(torch.stack([got[name].softmax(-1).amax(-1) for name in taps.names], 1))
+        taps.remove()
+        module.threshold.fill_(threshold_for(torch.cat(found), share))
+        shape = built.model_copy(update={"places": {}, "exits": dims})
+        return AdaptiveStudent(module, config.teacher.network, task, {"train_seconds": seconds}, shape=shape)
+
     @staticmethod
     def uses(config: Config, run: Run, teacher: nn.Module, built: Shape) -> dict[str, Any]:
         """What phase 1 depends on."""
@@ -476,6 +519,9 @@ class AdaptiveStudent(Student):
     @classmethod
     def rebuilt(cls, meta: Mapping[str, Any], spec: ModelSpec, task: Task, folder: Path) -> AdaptiveStudent:
         shape, module = Shape.model_validate(meta["adaptive"]), task.build(spec)
+        if shape.exits is not None:
+            separated(module, shape.projections)
+            module = EarlyExit(module, list(shape.exits), list(shape.exits.values()), len(task.class_names))
         shape.applied(module)
         load_weights(module, task.weights_file(folder), owner=f"model {spec.model}")
         return cls(module.eval(), spec, task, shape=shape)
@@ -491,7 +537,9 @@ def evaluate(product: AdaptiveStudent, run: Run) -> dict[str, float]:
     network, task, modules = product.module, product.task, product.modules
     device, loader = next(network.parameters()).device, run.loader(*run.judging_data())
     first: Batch = {}
-    if product.shape.fixed is not None:
+    if product.shape.exits is not None:
+        pass  # it has no learners
+    elif product.shape.fixed is not None:
         figures["learners_share"] = product.shape.fixed / product.shape.count
     else:
         taps = Taps(network, [f"{name}.gate" for name in modules])

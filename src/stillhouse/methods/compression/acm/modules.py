@@ -318,12 +318,15 @@ class Shape(Spec):
         count: N.
         projections: last parts of the names of attention's projections.
         fixed: learners that every token has; None: the gates say.
+        exits: of the baseline, the blocks after which samples may leave, with the width of their tokens; then nothing
+            is replaced.
     """
 
     places: dict[str, Place]
     count: int
     projections: list[str]
     fixed: int | None = None
+    exits: dict[str, int] | None = None
 
     def applied(self, network: nn.Module) -> dict[str, AdaptiveModule]:
         """Put adaptive modules into a network, in place; by name."""
