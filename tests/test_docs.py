@@ -384,6 +384,14 @@ def test_the_page_on_text_classifiers_can_be_followed(
     assert "good" in capsys.readouterr().out and (tmp_path / "runs" / "named" / "product").is_dir()
 
 
+def test_the_page_on_detectors_can_be_followed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    pytest.importorskip("pycocotools")
+    monkeypatch.setenv("STILLHOUSE_CACHE", str(tmp_path / "cache"))
+    follow(ROOT / "docs" / "detection.md", tmp_path, monkeypatch)
+    found = json.loads((tmp_path / "found" / "predictions.jsonl").read_text())
+    assert set(found["counts"]) <= {"bar", "square", "nothing"} and (tmp_path / "found" / "0.png").exists()
+
+
 def test_the_page_on_shipping_can_be_followed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):

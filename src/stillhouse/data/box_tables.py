@@ -68,8 +68,9 @@ def boxed_tables(
     splits = {}
     for split, part in rows.items():
         table, images = tables[split], []
-        sizes = zip(table["height"], table["width"]) if {"height", "width"} <= set(table.features) else None
-        known = list(sizes) if sizes is not None else [None] * len(part)
+        known: list[tuple[int, int] | None] = [None] * len(part)
+        if {"height", "width"} <= set(table.features):
+            known = [(int(h), int(w)) for h, w in zip(table["height"], table["width"])]
         for i, (boxes, classes) in enumerate(part):
             names_of = [c if isinstance(c, str) else by_number[c] for c in classes]
             chosen = [n for n, name in enumerate(names_of) if name in ids]
@@ -78,8 +79,10 @@ def boxed_tables(
                 corners[:, 2:] += corners[:, :2]
             labels = np.array([ids[names_of[n]] for n in chosen], np.int64)
             name = f"{split} {i}"
-            size = None if known[i] is None else (int(known[i][0]), int(known[i][1]))
-            images.append(BoxedImage(name, partial(opener, split, i), corners, labels, np.zeros(len(chosen), bool), size))
+            size = known[i]
+            images.append(
+                BoxedImage(name, partial(opener, split, i), corners, labels, np.zeros(len(chosen), bool), size)
+            )
         splits[split] = images
     return boxed(splits, list(ids), spec, [t._fingerprint for t in tables.values()])
 

@@ -4,7 +4,7 @@ sentence; image and boxes are augmented together."""
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -91,7 +91,7 @@ def cleaned(image: BoxedImage, left_out: LeftOut, data: str) -> BoxedImage:
 
 
 def boxed(
-    splits: dict[str, Sequence[BoxedImage]], classes: Sequence[str], spec: DataSpec, format_facts: Any = None
+    splits: Mapping[str, Sequence[BoxedImage]], classes: Sequence[str], spec: DataSpec, format_facts: Any = None
 ) -> SampleBundle:
     """Images with boxes as a bundle. Without a test split, the validation split is it; without both, a fifth of the
     training images.

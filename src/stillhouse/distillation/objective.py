@@ -26,8 +26,7 @@ class Objective(nn.Module):
             full class probabilities), `"teacher.embedding"`, `"teacher.tap:NAME"`, `"student.part:NAME"`,
             `"teacher.part:NAME"` (what networks of the task give besides). NAME of a tap is a dotted submodule, or
             `stage:N` (1-based; negative counts from the end) for the model's N-th stage. Set it in `__init__` where it
-            depends on options. Checked at start; what is not
-            named is not captured.
+            depends on options. Checked at start; what is not named is not captured.
         default_weight: the published weight, used where the recipe gives none.
         reads_top: whether the k most probable classes with the mass of all others (`Signals.top`) will do where `needs`
             says `"teacher.logits"`.

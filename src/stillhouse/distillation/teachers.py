@@ -55,8 +55,8 @@ class Reader:
         self._channels_last: frozenset[str] | None = None  # taps of the model that are (B, H, W, C)
 
     def attach(self, wanted: Iterable[str], probe: Batch) -> None:
-        """Make the hooks for `embedding` and `tap:NAME` (a submodule, or `stage:N`), before any compilation; note whether
-        the network's own `losses` are wanted."""
+        """Make the hooks for `embedding` and `tap:NAME` (a submodule, or `stage:N`), before any compilation; note
+        whether the network's own `losses` are wanted."""
         self.close()
         wanted = set(wanted)
         self.losses = "losses" in wanted

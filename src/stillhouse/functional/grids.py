@@ -87,15 +87,15 @@ def assigned(
 
 
 def boxes_of(numbers: Tensor, corners: Tensor, anchors: Tensor, stride: int) -> Tensor:
-    """Boxes (..., 4) in pixels of a head's numbers (..., 4 or more); `corners` (..., 2) are the cells' columns and rows,
-    `anchors` (..., 2) in pixels."""
+    """Boxes (..., 4) in pixels of a head's numbers (..., 4 or more); `corners` (..., 2) are the cells' columns and
+    rows, `anchors` (..., 2) in pixels."""
     middle = (numbers[..., :2].sigmoid() + corners) * stride
     return cornered(torch.cat([middle, numbers[..., 2:4].clamp(max=LARGEST).exp() * anchors], -1))
 
 
 def decoded(grid: Tensor, level: Level) -> tuple[Tensor, Tensor]:
-    """Boxes (B, P, 4) and scores (B, P, K) of a grid (B, A, H, W, 5 + K), P = A * H * W. A score is objectness times the
-    class's probability."""
+    """Boxes (B, P, 4) and scores (B, P, K) of a grid (B, A, H, W, 5 + K), P = A * H * W. A score is objectness times
+    the class's probability."""
     height, width = grid.shape[2:4]
     rows, columns = torch.meshgrid(
         torch.arange(height, device=grid.device), torch.arange(width, device=grid.device), indexing="ij"

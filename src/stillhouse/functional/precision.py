@@ -16,8 +16,8 @@ R = TypeVar("R")
 
 
 def full_precision(loss: Callable[P, R]) -> Callable[P, R]:
-    """Decorate a function of tensors and lists of them: float16 and bfloat16 arguments arrive as float32 and autocast is
-    off inside; float32 and float64 stay as they are.
+    """Decorate a function of tensors and lists of them: float16 and bfloat16 arguments arrive as float32 and autocast
+    is off inside; float32 and float64 stay as they are.
 
     >>> @full_precision
     ... def total(x: Tensor) -> Tensor:

@@ -6,6 +6,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import timm
 from torch import Tensor, nn
@@ -28,8 +29,8 @@ def _block(inputs: int, outputs: int, kernel: int = 3) -> nn.Sequential:
 
 @register({"pyramid_detector": {}})
 class PyramidDetector(GridDetector):
-    """A backbone, 1x1 convolutions to one width, sums from coarse to fine, a 3x3 convolution and a head each. Stages are
-    `smooth.0` (stride 8) to `smooth.2` (stride 32).
+    """A backbone, 1x1 convolutions to one width, sums from coarse to fine, a 3x3 convolution and a head each. Stages
+    are `smooth.0` (stride 8) to `smooth.2` (stride 32).
 
     Args:
         num_classes: K.
@@ -60,7 +61,7 @@ class PyramidDetector(GridDetector):
         check_timm(name)
         published = backbone_weights == PUBLISHED
         self.backbone = timm.create_model(name, features_only=True, in_chans=input_shape[0], pretrained=published)
-        info = self.backbone.feature_info
+        info: Any = self.backbone.feature_info
         places = {r: i for i, r in enumerate(info.reduction())}
         if not set(STRIDES) <= set(places):
             raise UserError(
@@ -94,9 +95,11 @@ def load_backbone(backbone: nn.Module, path: str, name: str) -> None:
     places = [Path(path).expanduser(), Path(os.environ.get("STILLHOUSE_DATA", ".")).expanduser() / path]
     file = next((p for p in places if p.is_file()), places[0])
     given, ours = read_state(file, f"backbone '{name}'"), backbone.state_dict()
-    wrong = [k for k, v in ours.items() if not k.endswith("num_batches_tracked") and (
-        k not in given or given[k].shape != v.shape
-    )]
+    wrong = [
+        k
+        for k, v in ours.items()
+        if not k.endswith("num_batches_tracked") and (k not in given or given[k].shape != v.shape)
+    ]
     if wrong:
         raise UserError(
             f"options.backbone_weights: '{file}' does not fit '{name}': {len(wrong)} of its {len(ours)} tensors are "

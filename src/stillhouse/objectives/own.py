@@ -7,8 +7,8 @@ use when: the student is a detector; add it to the objectives that distil it
 needs: a network that gives losses of its own, and its targets
 
 Which they are depends on the network: boxes, objectness and classes of our one-stage detectors; those of torchvision's
-detectors by name; for transformers' DETR family the weighted sum over all decoder layers, with the last layer's terms in
-the log.
+detectors by name; for transformers' DETR family the weighted sum over all decoder layers, with the last layer's terms
+in the log.
 """
 
 from __future__ import annotations

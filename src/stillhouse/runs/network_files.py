@@ -3,23 +3,28 @@
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from stillhouse.errors import MissingExtra
 from stillhouse.files import atomic_write
-from stillhouse.signals import Batch, read_logits
+from stillhouse.signals import Batch
 
 FORMATS = {"onnx": "student.onnx", "torch": "student.pt2", "safetensors": "student.safetensors"}
 """The default first; and the file's name."""
 
 
-def write_network(module: nn.Module, example: Batch | None, to: str, path: Path) -> None:
+def write_network(
+    module: nn.Module, example: Batch | None, to: str, path: Path, outputs: Sequence[str] = ("logits",)
+) -> None:
     """Write a network as `onnx`, `torch` or `safetensors`; the batch dimension stays free.
 
     Args:
+        module: gives a tensor, or several (see `Task.for_export`).
+        outputs: their names.
         example: a batch of one, by which the network is traced; weights alone need none.
 
     Raises:
@@ -32,7 +37,7 @@ def write_network(module: nn.Module, example: Batch | None, to: str, path: Path)
             save_model(module, str(temporary))
         return
     assert example is not None
-    student, inputs = _Logits(module).eval(), (example["input"].repeat_interleave(2, 0),)
+    student, inputs = module.eval(), (example["input"].repeat_interleave(2, 0),)
     batch = {0: torch.export.Dim("batch", min=1)}
     if to == "torch":
         program = torch.export.export(student, inputs, dynamic_shapes=(batch,))
@@ -45,7 +50,7 @@ def write_network(module: nn.Module, example: Batch | None, to: str, path: Path)
         student,
         inputs,
         input_names=["input"],
-        output_names=["logits"],
+        output_names=list(outputs),
         dynamic_shapes=(batch,),
         dynamo=True,
         verbose=False,
@@ -53,15 +58,3 @@ def write_network(module: nn.Module, example: Batch | None, to: str, path: Path)
     assert exported is not None
     with atomic_write(path) as temporary:
         exported.save(str(temporary))
-
-
-class _Logits(nn.Module):
-    """A student whose output is its logits, whatever its library returns."""
-
-    def __init__(self, student: nn.Module) -> None:
-        super().__init__()
-        self.student = student
-
-    def forward(self, x: Tensor) -> Tensor:
-        logits: Tensor = read_logits(self.student(x))
-        return logits

@@ -113,8 +113,11 @@ class Student(Product):
         (folder / "product.json").write_text(json.dumps(meta, indent=1))
 
     def export(self, to: str, path: Path) -> list[str]:
-        example = None if to == "safetensors" else self.task.example()
-        network_files.write_network(self.module, example, to, path)
+        if to == "safetensors":
+            network_files.write_network(self.module, None, to, path)
+        else:
+            network, outputs = self.task.for_export(self.module)
+            network_files.write_network(network, self.task.example(), to, path, outputs)
         return [f"Wrote {path}"]
 
     @classmethod

@@ -134,6 +134,10 @@ class Task:
             f"A model of the task '{self.name}' takes inputs of no one shape, so there is no example of one."
         )
 
+    def for_export(self, module: nn.Module) -> tuple[nn.Module, tuple[str, ...]]:
+        """The network as other programs run it, from an input (B, …) to tensors; and the names of these."""
+        return _Logits(module), ("logits",)
+
     # ---- on disk -----------------------------------------------------------------------------------------------------
 
     def facts(self, folder: Path) -> dict[str, Any]:
@@ -209,6 +213,17 @@ class Task:
         theirs = teacher.log_probs()
         kl = torch.nn.functional.kl_div(student.log_probs(), theirs, reduction="none", log_target=True).sum(-1)
         return kl.flatten(1).mean(1) if kl.ndim > 1 else kl
+
+
+class _Logits(nn.Module):
+    """A network whose output is its logits, whatever its library returns."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, x: Tensor) -> Tensor:
+        return read_logits(self.network(x))
 
 
 def _frozen(value: Any) -> Any:

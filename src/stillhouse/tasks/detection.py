@@ -112,6 +112,9 @@ class Detection(Task):
     def example(self) -> Batch:
         return {"input": torch.zeros(1, len(self.mean), *self.size)}
 
+    def for_export(self, module: nn.Module) -> tuple[nn.Module, tuple[str, ...]]:
+        return _Boxes(module, self), ("boxes", "scores", "labels")
+
     # ---- for people --------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
@@ -169,6 +172,18 @@ class Detection(Task):
         return torch.stack([torch.as_tensor(x) for x in out])
 
 
+class _Boxes(nn.Module):
+    """A detector that gives boxes, scores and labels, whatever its library returns."""
+
+    def __init__(self, network: nn.Module, task: Detection) -> None:
+        super().__init__()
+        self.network, self.task = network, task
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        parts = self.task.call(self.network, {"input": x}).parts()
+        return parts["boxes"], parts["scores"], parts["labels"]
+
+
 def _trained_on(batch: Batch) -> list[dict[str, Tensor]]:
     """Boxes and labels that are learned: not those of crowds. Raises `UserError` for a batch without targets."""
     if TARGET not in batch:
@@ -191,9 +206,7 @@ def _drawn(image: Tensor, boxes: Tensor, labels: Tensor, scores: Tensor | None, 
 
     low, high = boxes[:, :2], torch.maximum(boxes[:, 2:], boxes[:, :2])
     colours = [tuple(c) for c in palette(len(classes))[labels].tolist()]
-    names = [
-        classes[i] if scores is None else f"{classes[i]} {scores[n]:.0%}" for n, i in enumerate(labels.tolist())
-    ]
+    names = [classes[i] if scores is None else f"{classes[i]} {scores[n]:.0%}" for n, i in enumerate(labels.tolist())]
     if not len(boxes):
         return image
     return draw_bounding_boxes(image, torch.cat([low, high], 1), labels=names, colors=colours, width=2)
@@ -253,7 +266,9 @@ class Torchvision:
 
     @staticmethod
     def call(model: nn.Module, images: Tensor, targets: list[dict[str, Tensor]] | None, task: Detection) -> Found:
-        mean, std = (torch.tensor(v, dtype=images.dtype, device=images.device)[:, None, None] for v in (task.mean, task.std))
+        mean, std = (
+            torch.tensor(v, dtype=images.dtype, device=images.device)[:, None, None] for v in (task.mean, task.std)
+        )
         listed = list(((images * std + mean).clamp(0, 1)).to(_dtype(model)))
         first = _first_label(type(model).__name__)
         if targets is not None:
@@ -275,7 +290,9 @@ class Transformers:
         edge = torch.tensor([width, height] * 2, dtype=torch.float32).to(images.device)
         labels = None
         if targets is not None:
-            labels = [{"class_labels": t["labels"], "boxes": centred(t["boxes"].reshape(-1, 4) / edge)} for t in targets]
+            labels = [
+                {"class_labels": t["labels"], "boxes": centred(t["boxes"].reshape(-1, 4) / edge)} for t in targets
+            ]
         output = model(pixel_values=images.to(_dtype(model)), **({} if labels is None else {"labels": labels}))
         if labels is not None:
             shown = {k: v for k, v in (output.loss_dict or {}).items() if not any(c.isdigit() for c in k)}

@@ -1,7 +1,7 @@
 """`coco:PATH`: images with boxes by a COCO JSON: a folder with such files and the images, or one file.
 
-Known layouts of a folder: `annotations/instances_train2017.json` with the images in `train2017` (any year, or none), and
-`train/_annotations.coco.json` next to the images; else data.options name the files.
+Known layouts of a folder: `annotations/instances_train2017.json` with the images in `train2017` (any year, or none),
+and `train/_annotations.coco.json` next to the images; else data.options name the files.
 """
 
 from __future__ import annotations
@@ -43,8 +43,8 @@ class Options(Spec):
 
 
 def load(rest: str, spec: DataSpec, options: Options, root: Path) -> SampleBundle:
-    """Images with boxes by COCO JSON as a bundle. Category ids may begin anywhere and have gaps: a label is the place of
-    its category.
+    """Images with boxes by COCO JSON as a bundle. Category ids may begin anywhere and have gaps: a label is the place
+    of its category.
 
     Raises:
         UserError: a missing or unreadable file; an annotation of an image or a category that is not there; splits with
@@ -92,8 +92,8 @@ def _files(base: Path, options: Options) -> dict[str, Path]:
                 break
     if "train" not in out:
         raise UserError(
-            f"'{base}' holds no COCO annotations that are known by their place, such as annotations/instances_train.json "
-            "or train/_annotations.coco.json; name the file in data.options.train."
+            f"'{base}' holds no COCO annotations that are known by their place, such as "
+            "annotations/instances_train.json or train/_annotations.coco.json; name the file in data.options.train."
         )
     return out
 
@@ -143,7 +143,9 @@ class _Annotations:
             name = str(image["file_name"])
             path = folder / name
             if not path.is_file():
-                close = nearest(Path(name).name, [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else [])
+                close = nearest(
+                    Path(name).name, [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
+                )
                 hint = f"; did you mean '{close[0]}'?" if close else "; set data.options.images."
                 raise UserError(f"'{self.path}' lists the image '{name}', which is not in '{folder}'{hint}")
             out.append(BoxedImage(name, partial(open_image, path), boxes, labels, crowd, size))
