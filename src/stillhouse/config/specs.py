@@ -188,7 +188,8 @@ class ModelSpec(Spec):
         description="timm:NAME | torchvision:NAME | hf:PATH-OR-CONFIG | file:PATH.py:CLASS | stillhouse:NAME"
     )
     checkpoint: str | CheckpointSpec | None = Field(
-        None, description="Weights to load: a file, or {path, rename, classifier}."
+        None,
+        description="Weights to load: a file, also one under the data root, or {path, rename, classifier}.",
     )
     pretrained: bool = Field(
         False, description="Take the published weights of the library that the model comes from (needs the network)."

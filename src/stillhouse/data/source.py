@@ -65,10 +65,10 @@ class Source:
     flip: bool = True
 
 
-def find_root(spec: NamedSpec, given: str | Path | None = None) -> Path:
+def find_root(spec: NamedSpec | None, given: str | Path | None = None) -> Path:
     """The folder that holds the data: the recipe's, else the one given, else STILLHOUSE_DATA, else `data` in the
     cache."""
-    chosen = spec.root or given or os.environ.get("STILLHOUSE_DATA")
+    chosen = (spec.root if spec else None) or given or os.environ.get("STILLHOUSE_DATA")
     return Path(chosen).expanduser() if chosen else cache_folder() / "data"
 
 

@@ -7,6 +7,7 @@ load by their own names.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
@@ -17,8 +18,6 @@ from stillhouse.errors import UserError
 from stillhouse.functional.tiling import any_size
 from stillhouse.models.anatomy import quarters
 from stillhouse.models.registry import register
-
-LEAST_VARIANCE = 1e-12
 
 
 def _counted_from_0(name: str) -> Callable[[Any], str]:
@@ -70,9 +69,9 @@ class ContrastAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, C, H, W)."""
-        variance, mean = torch.var_mean(x, (2, 3), correction=0, keepdim=True)
-        contrast = variance.clamp_min(LEAST_VARIANCE).sqrt() + mean
-        return x * self.excite(self.squeeze(contrast).relu()).sigmoid()
+        mean = x.mean((2, 3), keepdim=True)
+        deviation = torch.linalg.vector_norm(x - mean, dim=(2, 3), keepdim=True) / math.sqrt(x.shape[2] * x.shape[3])
+        return x * self.excite(self.squeeze(mean + deviation).relu()).sigmoid()
 
 
 class DistillationBlock(nn.Module):
@@ -113,9 +112,9 @@ class DistillationBlock(nn.Module):
         """(B, C, H, W) -> (B, C, H, W)."""
         finished, rest = [], x
         for step in self.steps[:-1]:
-            rest = self.activation(step(rest))
-            finished.append(rest[:, : self.done])
-            rest = rest[:, self.done :]
+            refined = self.activation(step(rest))
+            done, rest = refined.split((self.done, refined.shape[1] - self.done), 1)
+            finished.append(done)
         last = self.steps[-1](rest)
         finished.append(self.activation(last) if self.last_active else last)
         out: Tensor = self.fuse(self.attention(torch.cat(finished, 1))) + x
@@ -239,7 +238,7 @@ class IMDN(UpscalingNet):
         if scale < 1 or blocks < 1:
             raise UserError(f"options: scale and blocks must be at least 1; given: {scale} and {blocks}.")
         self.scale, self.stride = scale, 4 if enlarged else 1
-        self.activation = nn.LeakyReLU(slope)
+        self.activation = nn.LeakyReLU(slope, inplace=True)
         steps = three_quarter_steps(width, done)
 
         def block() -> nn.Module:
@@ -297,7 +296,7 @@ class SmallIMDN(UpscalingNet):
         done = width // 4
         self.scale, self.stride = scale, 2 if large else 1
         steps = (six_steps if large else three_quarter_steps)(width, done)
-        activation: nn.Module = nn.ReLU() if large else nn.LeakyReLU(0.05)
+        activation: nn.Module = nn.ReLU(inplace=True) if large else nn.LeakyReLU(0.05, inplace=True)
         self.published_names = OF_RTE if large else OF_RTC
         if large:
             halve = nn.Conv2d(width, width, 3, stride=2, padding=1, bias=False)

@@ -74,9 +74,7 @@ def load_state(
     """Load a state dict that was read from `path` into a model, whole or not at all; of tied weights one is enough.
     Raises as `load_weights`."""
     ours = model.state_dict()
-    if not _fits(given, ours):
-        for pattern, name in getattr(model, "published_names", {}).items():
-            given = {re.sub(pattern, name, key): value for key, value in given.items()}
+    given = _renamed(model, given, ours)
     present = {_place(ours[name]) for name in given if name in ours}
     missing = [
         n for n in ours if n not in given and not n.endswith("num_batches_tracked") and _place(ours[n]) not in present
@@ -107,6 +105,34 @@ def read_state(path: str | Path, owner: str = "model") -> dict[str, Tensor]:
     file."""
     path = Path(path)
     return _unwrap(_read(path, owner), path, owner)
+
+
+def load_fitting(model: nn.Module, path: str | Path, owner: str = "model") -> list[str]:
+    """Load the tensors of a checkpoint that fit a model in name and shape; the rest of the model stays as it is.
+
+    Returns:
+        the names in the model of tensors that stay.
+
+    Raises:
+        UserError: as `load_weights`, and where less than half of the model's tensors are there.
+    """
+    path, ours = Path(path), model.state_dict()
+    given = _renamed(model, _unwrap(_read(path, owner), path, owner), ours)
+    fitting = {name: v for name, v in given.items() if name in ours and v.shape == ours[name].shape}
+    missing = [name for name in ours if name not in fitting]
+    if 2 * len(missing) > len(ours):
+        unexpected = [name for name in given if name not in ours]
+        raise UserError(_explain(given, ours, missing, unexpected, [], path, owner))
+    model.load_state_dict(fitting, strict=False)
+    return missing
+
+
+def _renamed(model: nn.Module, given: Mapping[str, Tensor], ours: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    """A state dict in our names, where it is in those under which a network was published."""
+    if not _fits(given, ours):
+        for pattern, name in getattr(model, "published_names", {}).items():
+            given = {re.sub(pattern, name, key): value for key, value in given.items()}
+    return given
 
 
 def _read(path: Path, owner: str) -> Any:

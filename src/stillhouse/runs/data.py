@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from pydantic import BaseModel
 from torch import nn
 
 from stillhouse.config.specs import DataSpec, MethodConfig, ModelSpec, NamedSpec, TeacherSpec
+from stillhouse.data.source import find_root, located
 from stillhouse.errors import UserError
 from stillhouse.evaluation.judge import judge
 from stillhouse.models.backbone import Backbone, backbone
@@ -113,9 +115,13 @@ class RunData:
 
     def _located(self, spec: ModelSpec, data: DataSpec) -> ModelSpec:
         """The spec with files that lie under the data root."""
-        from stillhouse.data.source import find_root, located
-
         return ModelSpec.model_validate(located(spec.model_dump(), find_root(data, self.data_root)))
+
+    def weights_file(self, path: str) -> Path:
+        """A file of weights as given, or where there is none under the folder that holds data."""
+        given = Path(path).expanduser()
+        below = find_root(None, self.data_root) / given
+        return below if not given.exists() and below.is_file() else given
 
     def splits(self, spec: DataSpec, batch_size: int | None = None) -> dict[str, Any]:
         """Evaluation loaders of the splits that may steer training: train, and holdout and val where they exist."""
