@@ -87,6 +87,11 @@ class DataBundle:
         return self.task.std
 
     @property
+    def source(self) -> Source:
+        """What the format read, before subset, splits and noise."""
+        return self._source
+
+    @property
     def flip(self) -> bool:
         """Whether a mirrored image keeps its class; not so for digits and text."""
         return self._source.flip
@@ -102,7 +107,7 @@ class DataBundle:
         return split in self._splits
 
     def positions(self, split: str) -> np.ndarray:
-        """(n,) of the split's samples, in order, in what the format read for it (`_source`)."""
+        """(n,) of the split's samples, in order, in what the format read for it (`source`)."""
         return self._splits[split].positions.copy()
 
     def dataset(self, split: str, *, train: bool) -> IndexedDataset:

@@ -16,9 +16,9 @@ with hard targets. `steps` are compressed one after the other, each from what th
 original teacher. Manual inheritance takes layers at equal distances and the leading channels, heads and hidden units.
 Automatic inheritance learns masks of channels (shared by the layers), heads and hidden units of both transformers
 during `prune`, under one constraint on the expected share of their weights that is gone; then what is masked is cut
-off, what is left of the masks is multiplied into the weights, and training resumes with the affinities alone. The released
-code multiplies the channels' masks into the last projections too, which the masked network does not do, so that the cut
-network differs from it; `scale_projection` does the same, and is off. Baselines: `inherit: none` (a fresh network of
+off, what is left of the masks is multiplied into the weights, and training resumes with the affinities alone. The
+released code multiplies the channels' masks into the last projections too, which the masked network does not do, so
+that the cut network differs from it; `scale_projection` does the same, and is off. Baselines: `inherit: none` (a fresh network of
 the same shape), `loss: contrastive`, `loss: features` (cosine distance of the embeddings, for equal widths). Not as in
 the released code: a loss that is not finite ends training with the last good checkpoint, where the released loop skips
 up to 100 such steps. First mask logits of 10 are open in the paper [choice]. Figures: the share of all parameters
