@@ -3,10 +3,13 @@ of classifiers, products."""
 
 from __future__ import annotations
 
+import io
+import json
 import math
 import socket
 import subprocess
 import sys
+import tarfile
 import warnings
 from pathlib import Path
 from typing import Any
@@ -15,6 +18,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch import nn
 from torch.nn import functional as F
 
 from stillhouse.config.specs import DataSpec, ModelSpec
@@ -203,21 +207,17 @@ from torch import nn
 from stillhouse.functional.gather import gather
 from stillhouse.objectives.contrastive import contrastive_loss
 from torch.nn import functional as F
-rank, world, port = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
-if world > 1:
-    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=world)
+rank, port = int(sys.argv[1]), sys.argv[2]
+dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
 torch.manual_seed(0)
 net, x, label = nn.Linear(5, 4), torch.randn(2, 8, 5), torch.tensor([0, 1, 2, 0, 3, 4, 1, 5])
-own = slice(rank * 8 // world, (rank + 1) * 8 // world)
+own = slice(4 * rank, 4 * rank + 4)
 image, text = (F.normalize(net(part[own]), dim=-1) for part in x)
 loss = contrastive_loss(gather(image), gather(text), torch.tensor(7.0), gather(label[own]))
 loss.backward()
-grad = net.weight.grad
-if world > 1:
-    dist.all_reduce(grad)
-    grad /= world
+dist.all_reduce(net.weight.grad)
 if rank == 0:
-    print(loss.item(), *grad.flatten().tolist())
+    print(loss.item(), *(net.weight.grad / 2).flatten().tolist())
 """
 
 
@@ -225,14 +225,17 @@ def test_two_processes_have_the_loss_and_gradient_of_one():
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = str(s.getsockname()[1])
-
-    def run(world: int) -> torch.Tensor:
-        commands = [[sys.executable, "-c", RANKS, str(rank), str(world), port] for rank in range(world)]
-        processes = [subprocess.Popen(c, stdout=subprocess.PIPE, text=True) for c in commands]
-        printed = [p.communicate(timeout=120)[0] for p in processes]
-        return torch.tensor([float(v) for v in printed[0].split()])
-
-    torch.testing.assert_close(run(2), run(1), rtol=1e-5, atol=1e-6)
+    commands = [[sys.executable, "-c", RANKS, str(rank), port] for rank in range(2)]
+    processes = [subprocess.Popen(c, stdout=subprocess.PIPE, text=True) for c in commands]
+    printed = [p.communicate(timeout=120)[0] for p in processes]
+    torch.manual_seed(0)
+    net, x, label = nn.Linear(5, 4), torch.randn(2, 8, 5), torch.tensor([0, 1, 2, 0, 3, 4, 1, 5])
+    image, text = (F.normalize(net(part), dim=-1) for part in x)
+    loss = contrastive_loss(image, text, torch.tensor(7.0), label)
+    loss.backward()
+    found = torch.tensor([float(v) for v in printed[0].split()])
+    expected = torch.cat([loss.detach()[None], net.weight.grad.flatten()])
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
 
 
 # ---- figures -------------------------------------------------------------------------------------------------------
@@ -353,3 +356,71 @@ def test_a_network_of_another_kind_is_refused_by_name(folder: Path):
     with pytest.raises(UserError, match=r"reads at most 8 tokens"):
         text = {**CLIP["options"]["text_config"], "max_position_embeddings": 8}
         network(task, {**CLIP, "options": {**CLIP["options"], "text_config": text}})
+
+
+# ---- captions of their own -----------------------------------------------------------------------------------------
+
+TEXTS = {"0": ["a red thing", "red, all over"], "1": ["a blue thing"], "2": ["a green thing"], "3": ["nothing much"]}
+
+
+def _image(i: int) -> Image.Image:
+    return Image.fromarray(np.full((16, 20, 3), 40 * i, np.uint8))
+
+
+@pytest.fixture(params=["csv", "jsonl", "tar"])
+def captioned(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    """Four captioned images for training and two for testing, one of which has two captions."""
+    for split, keys in (("train", "0123"), ("test", "01")):
+        (tmp_path / split).mkdir()
+        if request.param == "tar":
+            with tarfile.open(tmp_path / f"{split}-0.tar", "w") as tar:
+                for key in keys:
+                    buffer = io.BytesIO()
+                    _image(int(key)).save(buffer, "PNG")
+                    texts = json.dumps({"caption": TEXTS[key]}) if key == "0" else TEXTS[key][0]
+                    kind = "json" if key == "0" else "txt"
+                    for name, content in ((f"a/{key}.png", buffer.getvalue()), (f"a/{key}.{kind}", texts.encode())):
+                        member = tarfile.TarInfo(name)
+                        member.size = len(content)
+                        tar.addfile(member, io.BytesIO(content))
+            continue
+        rows = [{"file_name": f"{k}.png", "text": t} for k in keys for t in TEXTS[k]]
+        for key in keys:
+            _image(int(key)).save(tmp_path / split / f"{key}.png")
+        if request.param == "csv":
+            lines = ["file_name,text", *(f'{r["file_name"]},"{r["text"]}"' for r in rows)]
+            (tmp_path / split / "metadata.csv").write_text("\n".join(lines))
+        else:
+            (tmp_path / split / "captions.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    return f"{'shards' if request.param == 'tar' else 'pairs'}:{tmp_path}"
+
+
+def test_captions_of_files_are_drawn_in_training_and_all_there_in_evaluation(captioned: str):
+    options = {"tokenizer": "bytes", "context": 24, "classes": ["red", "blue"]}
+    found = load(DataSpec(name=captioned, image_size=16, augment="plain", options=options))
+    train, test = found.dataset("train", train=True), found.dataset("test", train=False)
+    assert [list(train.captions(i)) for i in range(4)] == list(TEXTS.values())
+    drawn = {found.task.tokenizer.decode(train.batch(BatchKey(e, np.array([0]), 0, 1), 0)["input"]["input_ids"][0],
+             skip_special_tokens=True) for e in range(12)}  # fmt: skip
+    assert drawn == set(TEXTS["0"])
+    batch = test.batch(BatchKey(0, np.arange(2), 0, 2), 0)
+    assert len(batch["input"]["input_ids"]) == 3 and batch["input"]["pixel_values"].shape == (2, 3, 16, 16)
+    assert batch["text_label"].tolist() == [batch["label"][0], batch["label"][0], batch["label"][1]]
+    assert batch["label"].min() >= 2, "a caption is no class"
+    assert set(train.labels().tolist()).isdisjoint(test.labels().tolist())
+    model = network(found.task)
+    figures = judge(found.task, model, [batch], groups=["retrieval"])
+    assert set(figures) == {f"{a}_r{r}" for a in ("image_to_text", "text_to_image") for r in (1, 5, 10)}
+
+
+def test_a_caption_file_that_does_not_fit_says_so(tmp_path: Path):
+    with pytest.raises(UserError, match="no file of captions"):
+        load(DataSpec(name=f"pairs:{tmp_path}"))
+    (tmp_path / "captions.csv").write_text("file_name,note\n0.png,x\n")
+    with pytest.raises(UserError, match=r"row 1 .* has no 'text'.*text_column"):
+        load(DataSpec(name=f"pairs:{tmp_path}"))
+    (tmp_path / "captions.csv").write_text("file_name,text\n0.png,x\n")
+    with pytest.raises(UserError, match=r"names the image '0\.png', which is not"):
+        load(DataSpec(name=f"pairs:{tmp_path}"))
+    with pytest.raises(UserError, match=r"no \.tar files"):
+        load(DataSpec(name=f"shards:{tmp_path}"))

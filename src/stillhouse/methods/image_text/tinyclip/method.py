@@ -18,12 +18,12 @@ Automatic inheritance learns masks of channels (shared by the layers), heads and
 during `prune`, under one constraint on the expected share of their weights that is gone; then what is masked is cut
 off, what is left of the masks is multiplied into the weights, and training resumes with the affinities alone. The
 released code multiplies the channels' masks into the last projections too, which the masked network does not do, so
-that the cut network differs from it; `scale_projection` does the same, and is off. Baselines: `inherit: none` (a fresh network of
-the same shape), `loss: contrastive`, `loss: features` (cosine distance of the embeddings, for equal widths). Not as in
-the released code: a loss that is not finite ends training with the last good checkpoint, where the released loop skips
-up to 100 such steps. First mask logits of 10 are open in the paper [choice]. Figures: the share of all parameters
-that is left; `sparsity`, the share of the transformers' weights that is gone; and `accuracy_before`, zero-shot, of what
-the last step began from. The constraint is one-sided: in a short pruning it ends above its target.
+that the cut network differs from it; `scale_projection` does the same, and is off. Baselines: `inherit: none` (a fresh
+network of the same shape), `loss: contrastive`, `loss: features` (cosine distance of the embeddings, for equal widths).
+Not as in the released code: a loss that is not finite ends training with the last good checkpoint, where the released
+loop skips up to 100 such steps. First mask logits of 10 are open in the paper [choice]. Figures: the share of all
+parameters that is left; `sparsity`, the share of the transformers' weights that is gone; and `accuracy_before`,
+zero-shot, of what the last step began from. The constraint is one-sided: in a short pruning it ends above its target.
 """
 
 from __future__ import annotations
