@@ -175,6 +175,16 @@ def test_a_run_leaves_a_mixture_that_loads_and_is_searched_on_validation_data(fo
     assert "gradient_cosine" in json.dumps(record)
 
 
+def test_a_teacher_asked_once_gives_what_it_gives_at_every_step(folder: Path, tmp_path: Path):
+    plain = {**raw(folder), "train": {**raw(folder)["train"], "epochs": 2}}
+    often = execute(recipe.validate(plain), tmp_path / "often", cpu=True)
+    once = execute(recipe.validate({**plain, "teacher_once": True}), tmp_path / "once", cpu=True)
+    for name in ("accuracy", "gradient_cosine", "nll"):
+        assert once[name] == pytest.approx(often[name], rel=1e-4)
+    with pytest.raises(UserError, match=r"teacher_once needs data\.augment: plain"):
+        recipe.validate({**plain, "data": {**plain["data"], "augment": "standard"}, "teacher_once": True})
+
+
 def test_baselines_use_one_source_alone(folder: Path, tmp_path: Path):
     labels = execute(recipe.validate(raw(folder, kd_weight=0)), tmp_path / "labels", cpu=True)
     assert labels["alpha"] == 1.0 and "gradient_cosine" not in labels

@@ -38,6 +38,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from stillhouse.config.specs import Data, MethodConfig, Model, ModelSpec, Spec, Teacher, TrainSpec
+from stillhouse.data import Loader
 from stillhouse.errors import UserError
 from stillhouse.functional.labels import check_range
 from stillhouse.functional.precision import full_precision
@@ -175,6 +176,8 @@ class DualHeadTraining(TrainingModule):
         teacher: of class probabilities.
         ce_weight, kd_weight, temperature: see the recipe.
         joint: one forward pass for labelled and unlabelled images.
+        answers: of images without augmentation, the teacher's log-probabilities at the temperature by sample index, of
+            the labelled (N, C) and of the unlabelled (M, C); None: it is asked at every step.
     """
 
     student: DualHead
@@ -188,8 +191,10 @@ class DualHeadTraining(TrainingModule):
         kd_weight: float = 0.5,
         temperature: float = 2.0,
         joint: bool = True,
+        answers: tuple[Tensor, Tensor] | None = None,
     ) -> None:
         super().__init__()
+        self._answers = answers
         self.student, self._teacher = student, [teacher]
         self.ce_weight, self.kd_weight, self.temperature, self.joint = ce_weight, kd_weight, temperature, joint
         self.register_buffer("conflict", torch.zeros(2))  # sum of the cosines, and of how many steps
@@ -210,7 +215,7 @@ class DualHeadTraining(TrainingModule):
     def forward(self, batch: Batch, progress: Progress) -> dict[str, Tensor]:
         own, others, labels = batch["input"], batch["unlabelled"]["input"], batch["label"]
         images, count = torch.cat([own, others]), len(own)
-        targets = self._targets(images)
+        targets = self._targets(batch, images)
         if self.joint:
             h = self.student.features(images)
         else:
@@ -225,7 +230,11 @@ class DualHeadTraining(TrainingModule):
             terms["gradient_cosine"] = self._measured(h, terms["ce"], labelled)
         return {"loss": self.ce_weight * terms["ce"] + self.kd_weight * terms["kd"], **terms}
 
-    def _targets(self, images: Tensor) -> Tensor:
+    def _targets(self, batch: Batch, images: Tensor) -> Tensor:
+        if self._answers is not None:
+            self._answers = tuple(a.to(images.device) for a in self._answers)  # type: ignore[assignment]
+            own, others = self._answers
+            return torch.cat([own[batch["index"]], others[batch["unlabelled"]["index"]]])
         found: Tensor = self._teacher[0]({"input": images}).log_probs(self.temperature)
         return found
 
@@ -261,6 +270,9 @@ class Config(MethodConfig):
     temperature: float = Field(2.0, gt=0)
     unit_scale: float = Field(100.0, gt=0, description="embedder: what the teacher's head is multiplied by.")
     joint: bool = Field(True, description="Labelled and unlabelled images in one forward pass.")
+    teacher_once: bool = Field(
+        False, description="Ask the teacher once for each image, not at every step; needs data.augment: plain."
+    )
     train: TrainSpec = Field(default_factory=TrainSpec)
     evaluate: list[str] = Field(default_factory=lambda: ["quality", "cost"])
 
@@ -270,6 +282,8 @@ class Config(MethodConfig):
             raise ValueError("give exactly one of student and embedder")
         if not self.ce_weight and not self.kd_weight:
             raise ValueError("ce_weight and kd_weight are both 0: there is nothing to learn from")
+        if self.teacher_once and self.data.augment != "plain":
+            raise ValueError("teacher_once needs data.augment: plain, as the teacher sees the student's crop")
         return self
 
 
@@ -294,14 +308,15 @@ class DHO(Method[Config]):
     def run(self, config: Config, run: Run) -> DualHeadStudent:
         teacher = run.teacher("teacher", config.teacher, config.data)
         student, spec = self.student(config, run)
+        loader = run.streams(config.data, config.train.batch_size)
+        answers = asked_once(teacher, loader, config.temperature, run.device) if config.teacher_once else None
         module = DualHeadTraining(
-            student, teacher, config.ce_weight, config.kd_weight, config.temperature, config.joint
+            student, teacher, config.ce_weight, config.kd_weight, config.temperature, config.joint, answers
         )
         check = run.validation(config.data)
         if config.train.best is not None and check is None:
             raise UserError("train.best needs data to judge by: set data.val to a share above 0.")
         searched = None if check is None else lambda model, device: settle(model, config, check, device)
-        loader = run.streams(config.data, config.train.batch_size)
         fitted = run.fit("student", module, loader, config.train, evaluate=searched)
         if check is None:
             fix_mixture(student, config)
@@ -358,6 +373,20 @@ def raw_vectors(network: nn.Module, task: ImageText, names: list[str]) -> Tensor
             tokens = {k: v.to(device) for k, v in texts_padded(task.tokenizer, texts, task.context).items()}
             rows.append(text_features(network, tokens).mean(0))
     return torch.stack(rows)
+
+
+def asked_once(teacher: Any, streams: Any, temperature: float, device: torch.device) -> tuple[Tensor, Tensor]:
+    """The teacher's log-probabilities of all labelled and of all unlabelled images, by sample index."""
+    teacher.to(device)
+    tables = []
+    for stream in (streams.labelled, streams.unlabelled):
+        rows = []
+        for batch in Loader(stream.dataset, 256):
+            batch = to_device({"input": batch["input"]}, device)
+            teacher.attach(set(), batch, None)
+            rows.append(teacher(batch).log_probs(temperature).cpu())
+        tables.append(torch.cat(rows))
+    return tables[0], tables[1]
 
 
 @torch.no_grad()
