@@ -156,6 +156,9 @@ _KNOWN = {
     ),
     "moved": Quantity("Moved", "", 1, 0, 0, "Unlabelled images that became labelled ones."),
     "moved_precision": Quantity("Moved, right", "%", 100, 1, 1, "Share of them whose label is right."),
+    "rank_correlation": Quantity(
+        "Rank correlation", "", 1, 2, 1, "Spearman's correlation of sources' similarity with a student's accuracy."
+    ),
     "token_cosine": Quantity(
         "Token cosine", "", 1, 3, -1, "Mean cosine of the class token and the distillation token of test images."
     ),

@@ -75,6 +75,24 @@ class RunData:
         workers = spec.workers if isinstance(spec, DataSpec) else 0
         return _loader(dataset, batch_size or default, self.seed, train, workers)
 
+    def unlabelled(self, spec: DataSpec, *, train: bool) -> Any:
+        """The samples of `data.unlabelled` as a data set, which a method reads without their labels; -1 stands for a
+        class that the task does not have.
+
+        Raises:
+            UserError: data without `unlabelled`.
+        """
+        from stillhouse.data.streams import pool_for
+
+        if spec.unlabelled is None:
+            raise UserError(
+                f"The method '{self.config.method}' learns from unlabelled samples too: set data.unlabelled, such as "
+                "{size: 1000}."
+            )
+        if spec.unlabelled.data is None:
+            return self.data(spec).dataset("unlabelled", train=train)
+        return pool_for(self.data(spec), self.data(spec.unlabelled.data)).dataset("train", train=train)
+
     def streams(self, spec: DataSpec, batch_size: int) -> Any:
         """Training batches, each of which carries one of `data.unlabelled` (a `stillhouse.data.Streams`).
 
@@ -82,20 +100,11 @@ class RunData:
             UserError: data without `unlabelled`.
         """
         from stillhouse.data import Streams
-        from stillhouse.data.streams import pool_for
 
-        other = spec.unlabelled
-        if other is None:
-            raise UserError(
-                f"The method '{self.config.method}' learns from unlabelled samples too: set data.unlabelled, such as "
-                "{size: 1000}."
-            )
-        bundle, workers = self.data(spec), spec.workers
-        if other.data is None:
-            pool = bundle.dataset("unlabelled", train=True)
-        else:
-            pool, workers = pool_for(bundle, self.data(other.data)).dataset("train", train=True), other.data.workers
-        unlabelled = _loader(pool, other.batch_size or batch_size, keys(self.seed, "unlabelled"), True, workers)
+        pool, other = self.unlabelled(spec, train=True), spec.unlabelled
+        assert other is not None
+        workers, seed = (other.data or spec).workers, keys(self.seed, "unlabelled")
+        unlabelled = _loader(pool, other.batch_size or batch_size, seed, True, workers)
         return Streams(self.loader(spec, "train", batch_size, train=True), unlabelled)
 
     def model(

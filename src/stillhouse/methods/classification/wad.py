@@ -34,9 +34,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from stillhouse.config.specs import Data, DataSpec, MethodConfig, Model, ModelSpec, TrainSpec
-from stillhouse.data import BatchKey, DataBundle, Loader, Streams
+from stillhouse.data import BatchKey, Loader, Streams
 from stillhouse.data.joined import JoinedDataset, Part
-from stillhouse.data.streams import pool_for
 from stillhouse.errors import UserError
 from stillhouse.functional.precision import full_precision
 from stillhouse.functional.pseudo_labels import confident_pseudo_loss
@@ -304,7 +303,7 @@ class WeightAware(Method[Config]):
             raise UserError("wad needs at least two classes, as its weight is the gap between the two best.")
         model, student = (run.model(spec, config.data) for spec in (config.teacher.network, config.student))
         loader = self.images(config, run)
-        pool, rounds = len(self.pool(config, run, train=False)), config.split + 1
+        pool, rounds = len(run.unlabelled(config.data, train=False)), config.split + 1
         return [
             TEACHER.filled(
                 models={"teacher": describe(config.teacher.model, model)},
@@ -319,20 +318,11 @@ class WeightAware(Method[Config]):
 
     # -- data
 
-    def pool(self, config: Config, run: Run, *, train: bool, spec: DataSpec | None = None) -> Any:
-        """The unlabelled images, under the augmentation of a spec (default: the recipe's)."""
-        spec = spec or config.data
-        bundle: DataBundle = run.data(spec)
-        assert spec.unlabelled is not None
-        if spec.unlabelled.data is None:
-            return bundle.dataset("unlabelled", train=train)
-        return pool_for(bundle, run.data(spec.unlabelled.data)).dataset("train", train=train)
-
     def images(self, config: Config, run: Run) -> Loader:
         """Two views of all images, for the teacher."""
         spec, batch = self.viewed(config), config.teacher.train.batch_size
         own = run.data(spec).dataset("train", train=True)
-        other = self.pool(config, run, train=True, spec=spec)
+        other = run.unlabelled(spec, train=True)
         joined = JoinedDataset([Part(data, np.arange(len(data))) for data in (own, other)])
         return Loader(joined, batch, seed=run.seed, shuffle=True, drop_last=True, workers=spec.workers, **share())
 
@@ -364,7 +354,7 @@ class WeightAware(Method[Config]):
                 data = self.viewed(config) if config.feature_views else spec
                 augmented = bool(config.feature_views)
                 own = run.data(data).dataset("train", train=augmented)
-                other = self.pool(config, run, train=augmented, spec=data)
+                other = run.unlabelled(data, train=augmented)
                 found = {"labelled": own, "unlabelled": other}
                 views = max(config.feature_views, 1)
                 return {k: features_of(network, v, views, seed, run.device) for k, v in found.items()}
@@ -383,7 +373,7 @@ class WeightAware(Method[Config]):
 
     def run(self, config: Config, run: Run) -> Student:
         features, bundle = self.features(config, run), run.data(config.data)
-        own, pool = bundle.dataset("train", train=True), self.pool(config, run, train=True)
+        own, pool = bundle.dataset("train", train=True), run.unlabelled(config.data, train=True)
         truth, seconds = pool.labels(), 0.0
         if config.data.unlabelled is not None and config.data.unlabelled.data is not None:
             truth = torch.full_like(truth, -1)  # of another data set: its classes are others
@@ -410,7 +400,7 @@ class WeightAware(Method[Config]):
                 labels: Tensor = labels,
             ) -> dict[str, Any]:
                 fitted = self.fit(config, run, student, number, (rows, labels), left, similarity)
-                logits = logits_of(student, self.pool(config, run, train=False), left, run.device)
+                logits = logits_of(student, run.unlabelled(config.data, train=False), left, run.device)
                 alpha = alpha_at(number, config.alpha, config.split, config.power)
                 moved, given = reliable(similarity, left, logits, left, alpha)
                 return {
@@ -450,7 +440,7 @@ class WeightAware(Method[Config]):
     ) -> float:
         """One round's training, with a new optimiser; its seconds."""
         spec, other, batch = config.data, config.data.unlabelled, config.train.batch_size
-        own, pool = run.data(spec).dataset("train", train=True), self.pool(config, run, train=True)
+        own, pool = run.data(spec).dataset("train", train=True), run.unlabelled(config.data, train=True)
         known = [Part(own, np.arange(len(own)), labelled=True)]
         if len(moved[0]):
             known.append(Part(pool, moved[0].numpy(), labels=moved[1]))
