@@ -19,7 +19,7 @@ from stillhouse.functional import token_features as features
 from stillhouse.methods.language.distiller.augmentation import MixedDistillation, augmented
 from stillhouse.methods.language.distiller.information import SequenceCritic, log_mean_of_others, mi_alpha_bound
 from stillhouse.methods.language.distiller.method import AutoSpec, Pipeline, candidates_of, objectives_of, tried
-from stillhouse.methods.language.distiller.objectives import HiddenStates, transport
+from stillhouse.methods.language.distiller.objectives import TransportedStates, transport
 from stillhouse.methods.language.distiller.recommender import Recommender, Trial, importance, leave_one_out
 from stillhouse.models.text_layers import attention_taps, hidden_taps
 from stillhouse.runs.execution import execute
@@ -110,7 +110,7 @@ def test_a_teacher_that_is_not_as_deep_is_refused() -> None:
     with pytest.raises(UserError, match="has 4 layers and the teacher 2"):
         features.hidden_pairs(2, 4, "skip")
     with pytest.raises(UserError, match="emd is for the losses mse and mi, not for cos"):
-        HiddenStates(["a", "b"], ["a", "b"], "cos", "emd")
+        TransportedStates(["a", "b"], ["a", "b"], "cos")
 
 
 def test_pkd_sees_the_first_token_and_no_length() -> None:

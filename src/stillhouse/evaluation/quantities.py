@@ -166,6 +166,11 @@ _KNOWN = {
         "Components, class token", "", 1, 0, 0, "Principal components that hold 90 % of the variance over test images."
     ),
     "components_dist": Quantity("Components, distillation token", "", 1, 0, 0, "The same of the distillation token."),
+    "f1": Quantity(
+        "F1", "%", 100, 2, 1, "Harmonic mean of precision and recall over all that was found and asked for."
+    ),
+    "precision": Quantity("Precision", "%", 100, 2, 1, "Share of what was found that is right."),
+    "recall": Quantity("Recall", "%", 100, 2, 1, "Share of what was to be found that was found."),
     "miou": Quantity(
         "Mean IoU", "%", 100, 2, 1, "Intersection over union of predicted and true pixels, mean over the classes."
     ),

@@ -25,7 +25,7 @@ def hidden_taps(model: nn.Module) -> list[str]:
     """
     base, prefix = _base(model)
     layers, first, _ = _layout(model)
-    count = len(base.get_submodule(layers))
+    count = len(list(base.get_submodule(layers).children()))
     return [f"{prefix}{first}", *(f"{prefix}{layers}.{i}" for i in range(count))]
 
 
@@ -42,7 +42,7 @@ def attention_taps(model: nn.Module) -> list[tuple[str, str]]:
             f"The attention maps of a {type(model).__name__} cannot be read from its queries and keys; compare hidden "
             "states."
         )
-    count = len(base.get_submodule(layers))
+    count = len(list(base.get_submodule(layers).children()))
     return [(f"{prefix}{layers}.{i}.{parts[0]}", f"{prefix}{layers}.{i}.{parts[1]}") for i in range(count)]
 
 

@@ -63,7 +63,7 @@ def shaped(model: nn.Module, whole: Whole, net: SubNet, layers: int | None = Non
         net: the shape.
         layers: how many, where not all of the sub-network's.
     """
-    config = copy.deepcopy(model.config)
+    config: Any = copy.deepcopy(model.config)
     config.hidden_size, config.intermediate_size = net.hidden, whole.feed_forward(net)
     config.num_hidden_layers = net.depth if layers is None else layers
     config.num_attention_heads = 1  # which divides any hidden size; the true number follows

@@ -121,6 +121,8 @@ class Sandwich(TrainingModule):
         offset: added to the step in the draw: another for each seed.
     """
 
+    student: SuperNet
+
     def __init__(
         self,
         student: SuperNet,

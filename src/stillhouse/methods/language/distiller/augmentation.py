@@ -32,7 +32,7 @@ class AugmentSpec(Spec):
     translation there and back, need large models; these need none."""
 
     chain: list[Operator] = Field(
-        default_factory=lambda: ["swap"],
+        ["swap"],
         description="In this order: swap (tokens change places), delete, unigram (tokens are replaced by others, as "
         "often as these occur).",
     )

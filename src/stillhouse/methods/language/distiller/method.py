@@ -27,6 +27,7 @@ promising on `data`, and keeps the best by validation. Every trial is a stage, s
 
 from __future__ import annotations
 
+import copy
 import itertools
 import random
 from collections.abc import Mapping
@@ -53,6 +54,7 @@ from stillhouse.methods.language.distiller.objectives import (
     Labels,
     Predictions,
     Strategy,
+    TransportedStates,
 )
 from stillhouse.methods.language.distiller.recommender import Recommender, Trial, importance, leave_one_out
 from stillhouse.models.text_layers import attention_taps, heads_of, hidden_taps
@@ -341,23 +343,18 @@ def objectives_of(pipeline: Pipeline, student: nn.Module, teacher: nn.Module) ->
     if between is not None and weights.intermediate:
         made: Objective
         if between.loss == "attention_mse" or between.loss == "attention_ce":
-            heads = heads_of(student), heads_of(teacher)
-            taps = attention_taps(student), attention_taps(teacher)
+            if between.strategy == "emd":
+                raise UserError("intermediate: strategy emd is for the losses mse and mi, not for attention maps.")
+            taps, heads = (attention_taps(student), attention_taps(teacher)), (heads_of(student), heads_of(teacher))
             made = AttentionMaps(*taps, *heads, between.loss, between.strategy)
         else:
-            critic = between.critic
-            made = HiddenStates(
-                hidden_taps(student),
-                hidden_taps(teacher),
-                between.loss,
-                between.strategy,
-                between.alpha,
-                critic.kind,
-                critic.hidden,
-                critic.out,
-                critic.heads,
-                critic.feed_forward,
-            )
+            hidden, critic = (hidden_taps(student), hidden_taps(teacher)), between.critic
+            options: dict[str, Any] = {"alpha": between.alpha, **critic.model_dump(exclude={"kind"})}
+            if between.strategy == "emd":
+                made = TransportedStates(*hidden, between.loss, critic=critic.kind or "first_token", **options)
+            else:
+                options |= {"strategy": between.strategy, "critic": critic.kind or "sequence"}
+                made = HiddenStates(*hidden, between.loss, **options)
         out.append((made, weights.intermediate))
     if weights.labels:
         out.append((Labels(), weights.labels))
@@ -392,8 +389,6 @@ def candidates_of(base: Pipeline, auto: AutoSpec) -> list[Pipeline]:
 
 def merged(tree: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
     """A tree with dotted keys set; what is null on the way becomes a mapping, except where all that is set is null."""
-    import copy
-
     out: dict[str, Any] = copy.deepcopy(dict(tree))
     for name, value in changes.items():
         *way, last = name.split(".")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -83,14 +83,14 @@ class HiddenStates(Objective):
     Args:
         student, teacher: taps of the hidden states, the embeddings' first.
         kind: of `STATES`, or mi.
-        strategy: which are paired; emd: all, by optimal transport, besides the embeddings.
+        strategy: which layers are matched.
         alpha: of mi.
-        critic: what scores pairs for mi: one for all pairs of skip and last, one for each pair of emd.
+        critic: what scores pairs of states for mi: one critic for all layers.
         hidden, out: of a first-token critic.
         heads, feed_forward: of a sequence critic.
 
     Raises:
-        UserError: a teacher that is not as deep, widths that cannot be compared, emd with another loss than mse and mi.
+        UserError: a teacher that is not as deep, or widths that cannot be compared.
     """
 
     name = "intermediate"
@@ -100,9 +100,9 @@ class HiddenStates(Objective):
         student: Sequence[str],
         teacher: Sequence[str],
         kind: HiddenLoss = "mi",
-        strategy: Strategy = "skip",
+        strategy: Pairing = "skip",
         alpha: float = 0.9,
-        critic: Critic | None = None,
+        critic: Critic = "sequence",
         hidden: int = 512,
         out: int = 64,
         heads: int = 8,
@@ -110,38 +110,25 @@ class HiddenStates(Objective):
     ) -> None:
         super().__init__()
         self.student_taps, self.teacher_taps = list(student), list(teacher)
-        self.kind, self.strategy, self.alpha = kind, strategy, alpha
-        if strategy == "emd" and kind not in ("mse", "mi"):
-            raise UserError(f"intermediate: strategy emd is for the losses mse and mi, not for {kind}.")
-        depth: Pairing = "skip" if strategy == "emd" else strategy
-        self.pairs = hidden_pairs(len(teacher) - 1, len(student) - 1, depth)
-        self.critic = critic or ("first_token" if strategy == "emd" else "sequence")
+        self.kind, self.alpha, self.critic = kind, alpha, critic
+        self.pairs = hidden_pairs(len(teacher) - 1, len(student) - 1, strategy)
         self.sizes = {"hidden": hidden, "out": out, "heads": heads, "feed_forward": feed_forward}
         self.needs = frozenset({*(f"student.tap:{t}" for t in student), *(f"teacher.tap:{t}" for t in teacher)})
         self.projections, self.critics = nn.ModuleDict(), nn.ModuleDict()
-        if strategy == "emd":
-            self.host_step = "the optimal transport between layers is solved on the host"
 
     def build(self, student: Signals, teacher: Signals, batch: Batch) -> None:
-        mine, theirs = student.taps[self.student_taps[0]], teacher.taps[self.teacher_taps[0]]
-        widths = [student.taps[t].shape[-1] for t in self.student_taps]
-        target = teacher.taps[self.teacher_taps[-1]].shape[-1]
-        if mine.shape[1] != theirs.shape[1]:
+        mine = [student.taps[t] for t in self.student_taps]
+        theirs = [teacher.taps[t] for t in self.teacher_taps]
+        if mine[0].shape[1] != theirs[0].shape[1]:
             raise UserError(
-                f"The student reads {mine.shape[1]} tokens of a text and the teacher {theirs.shape[1]}: hidden states "
-                "are compared token by token, so both need one tokenizer."
+                f"The student reads {mine[0].shape[1]} tokens of a text and the teacher {theirs[0].shape[1]}: hidden "
+                "states are compared token by token, so both need one tokenizer."
             )
         if self.kind == "mi":
-            if self.strategy == "emd":
-                last, first = len(self.teacher_taps), len(self.student_taps)
-                for s in range(1, first):
-                    for t in range(1, last):
-                        self.critics[f"{s}_{t}"] = self._critic(widths[s], target)
-                self.critics["embeddings"] = FirstTokenCritic(widths[0], theirs.shape[-1], 128, self.sizes["out"])
-            else:
-                self.critics["all"] = self._critic(widths[-1], target)
+            self.make_critics(mine[-1].shape[-1], theirs[-1].shape[-1])
             return
-        for i, width in enumerate(widths):
+        target = theirs[-1].shape[-1]
+        for i, width in enumerate(x.shape[-1] for x in mine):
             if width > target:
                 raise UserError(
                     f"intermediate: the student's states are {width} wide and the teacher's {target}; {self.kind} maps "
@@ -153,32 +140,65 @@ class HiddenStates(Objective):
                 nn.init.zeros_(layer.bias)
                 self.projections[str(i)] = layer
 
-    def _critic(self, student: int, teacher: int) -> nn.Module:
-        if self.critic == "first_token":
-            return FirstTokenCritic(student, teacher, self.sizes["hidden"], self.sizes["out"])
-        return SequenceCritic(student, teacher, heads=self.sizes["heads"], feed_forward=self.sizes["feed_forward"])
+    def make_critics(self, student: int, teacher: int) -> None:
+        """Critics of states of these widths."""
+        self.critics["all"] = self.new_critic(student, teacher)
 
-    def _distance(self, student: Tensor, teacher: Tensor, mask: Tensor, at: int, critic: str) -> Tensor:
+    def new_critic(self, student: int, teacher: int) -> nn.Module:
+        """A critic of the chosen kind."""
+        sizes = self.sizes
+        if self.critic == "first_token":
+            return FirstTokenCritic(student, teacher, sizes["hidden"], sizes["out"])
+        return SequenceCritic(student, teacher, heads=sizes["heads"], feed_forward=sizes["feed_forward"])
+
+    def distance(self, student: Tensor, teacher: Tensor, mask: Tensor, at: int, critic: str) -> Tensor:
+        """The loss of one pair of states (B, L, D): of student layer `at`, scored by the critic of that name."""
         if self.kind != "mi":
             mapped = self.projections[str(at)](student) if str(at) in self.projections else student
             return STATES[self.kind](mapped, teacher, mask)
         scores, baseline = self.critics[critic](student, teacher.detach(), mask)
         return -mi_alpha_bound(scores, baseline, self.alpha)
 
+    def states(self, student: Signals, teacher: Signals) -> tuple[list[Tensor], list[Tensor]]:
+        """The hidden states of both."""
+        return [student.taps[t] for t in self.student_taps], [teacher.taps[t] for t in self.teacher_taps]
+
     def forward(self, student: Signals, teacher: Signals, batch: Batch, progress: Progress) -> dict[str, Tensor]:
-        mine = [student.taps[t] for t in self.student_taps]
-        theirs = [teacher.taps[t] for t in self.teacher_taps]
+        mine, theirs = self.states(student, teacher)
         mask = mask_of(batch, mine[0])
-        if self.strategy != "emd":
-            parts = [self._distance(mine[s], theirs[t], mask, s, "all") for t, s in self.pairs]
-            return {"loss": torch.stack(parts).sum()}
-        cost = torch.stack(
-            [
-                torch.stack([self._distance(mine[s], theirs[t], mask, s, f"{s}_{t}") for t in range(1, len(theirs))])
-                for s in range(1, len(mine))
-            ]
-        )
-        return {"loss": transport_loss(cost) + self._distance(mine[0], theirs[0], mask, 0, "embeddings")}
+        parts = [self.distance(mine[s], theirs[t], mask, s, "all") for t, s in self.pairs]
+        return {"loss": torch.stack(parts).sum()}
+
+
+class TransportedStates(HiddenStates):
+    """Distances of all pairs of layers, weighed by the optimal transport between them, and that of the embeddings. For
+    mi there is a critic for each pair.
+
+    Raises:
+        UserError: another loss than mse and mi.
+    """
+
+    host_step = "the optimal transport between layers is solved on the host"
+
+    def __init__(self, student: Sequence[str], teacher: Sequence[str], kind: HiddenLoss = "mi", **options: Any) -> None:
+        if kind not in ("mse", "mi"):
+            raise UserError(f"intermediate: strategy emd is for the losses mse and mi, not for {kind}.")
+        super().__init__(student, teacher, kind, **options)
+
+    def make_critics(self, student: int, teacher: int) -> None:
+        for s in range(1, len(self.student_taps)):
+            for t in range(1, len(self.teacher_taps)):
+                self.critics[f"{s}_{t}"] = self.new_critic(student, teacher)
+        self.critics["embeddings"] = FirstTokenCritic(student, teacher, 128, self.sizes["out"])
+
+    def forward(self, student: Signals, teacher: Signals, batch: Batch, progress: Progress) -> dict[str, Tensor]:
+        mine, theirs = self.states(student, teacher)
+        mask = mask_of(batch, mine[0])
+        rows = [
+            torch.stack([self.distance(mine[s], theirs[t], mask, s, f"{s}_{t}") for t in range(1, len(theirs))])
+            for s in range(1, len(mine))
+        ]
+        return {"loss": transport_loss(torch.stack(rows)) + self.distance(mine[0], theirs[0], mask, 0, "embeddings")}
 
 
 class AttentionMaps(Objective):
@@ -192,7 +212,7 @@ class AttentionMaps(Objective):
         strategy: skip or last.
 
     Raises:
-        UserError: emd, other heads, or a teacher that is not as deep.
+        UserError: other heads, or a teacher that is not as deep.
     """
 
     name = "intermediate"
@@ -204,11 +224,9 @@ class AttentionMaps(Objective):
         student_heads: int,
         teacher_heads: int,
         kind: AttentionLoss = "attention_mse",
-        strategy: Strategy = "skip",
+        strategy: Pairing = "skip",
     ) -> None:
         super().__init__()
-        if strategy == "emd":
-            raise UserError("intermediate: strategy emd is for hidden states (mse and mi), not for attention maps.")
         if student_heads != teacher_heads:
             raise UserError(
                 f"intermediate: attention maps need as many heads in both networks; the student has {student_heads}, "

@@ -161,7 +161,7 @@ class UniversalNER(Method[Config]):
     ) -> tuple[list[Turns], dict[str, Any]]:
         """Conversations made of the annotator's answers about the training passages, and what was left out."""
         passages = [passage_of(turns) for turns in bundle.splits["train"]]
-        answers = annotations(run, annotator, passages)
+        answers = answers_about(run, annotator, passages)
 
         def make() -> dict[str, Any]:
             found, lost = annotated(passages, answers, config.filter.type_words, config.filter.inside)
@@ -201,11 +201,12 @@ class UniversalNER(Method[Config]):
         if config.annotator is not None and config.ask.teacher:
             tests = bundle.splits["test"]
             passages = [passage_of(turns) for turns in tests]
-            made, _ = annotated(passages, annotations(run, config.annotator, passages), config.filter.type_words,
+            made, _ = annotated(passages, answers_about(run, config.annotator, passages), config.filter.type_words,
                                 config.filter.inside)  # fmt: skip
             known = {one.passage: one.mentions for one in made}
             theirs = [teacher_answer(known.get(passage_of([opening])), asked) for opening, asked, _ in wanted]
             figures |= {f"teacher_{name}": value for name, value in scores(theirs, golds).items()}
+            figures["f1_over_teacher"] = figures["f1"] - figures["teacher_f1"]
         return figures
 
 
@@ -216,7 +217,7 @@ def conversations_of(run: Run, config: Config) -> ConversationBundle:
     return bundle
 
 
-def annotations(run: Run, spec: AnnotatorSpec, passages: Sequence[str]) -> list[str | None]:
+def answers_about(run: Run, spec: AnnotatorSpec, passages: Sequence[str]) -> list[str | None]:
     """The annotator's answers, as a stage that every recipe with the same annotator and passages shares."""
 
     def make() -> list[str | None]:
