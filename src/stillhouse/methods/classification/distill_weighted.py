@@ -36,7 +36,7 @@ from torch.nn import functional as F
 from stillhouse.config.specs import Data, InputSpec, MethodConfig, Model, Teacher, TeacherSpec, TrainSpec
 from stillhouse.data import DataBundle, Loader
 from stillhouse.distillation.own_input import OwnInput
-from stillhouse.distillation.teachers import Frozen, Reader
+from stillhouse.distillation.teachers import FrozenTeacher, Reader
 from stillhouse.errors import UserError, unknown
 from stillhouse.functional.divergences import soft_cross_entropy
 from stillhouse.functional.precision import full_precision
@@ -159,7 +159,7 @@ class DistillWeighted(TrainingModule):
         self,
         student: nn.Module,
         weights: Mapping[str, float],
-        sources: Mapping[str, Tensor | Frozen],
+        sources: Mapping[str, Tensor | FrozenTeacher],
         label_weight: float = 0.8,
         embedding: str | None = None,
         pool_loss: Literal["sources", "fixmatch", "none"] = "sources",
@@ -174,7 +174,7 @@ class DistillWeighted(TrainingModule):
         self.temperature, self.hard, self.threshold, self.view, self.seed = temperature, hard, threshold, view, seed
         used = {n: w for n, w in weights.items() if w >= 1e-6} if pool_loss == "sources" else {}
         self.names, self.weights = list(used), list(used.values())
-        self._live = {n: s for n in self.names if isinstance(s := sources[n], Frozen)}
+        self._live = {n: s for n in self.names if isinstance(s := sources[n], FrozenTeacher)}
         for i, name in enumerate(self.names):
             if isinstance(given := sources[name], Tensor):
                 self.register_buffer(f"outputs_{i}", given, persistent=False)
@@ -333,7 +333,7 @@ class SimilarTasks(Method[Config]):
 
     # -- the zoo
 
-    def source(self, config: Config, run: Run, name: str) -> Frozen:
+    def source(self, config: Config, run: Run, name: str) -> FrozenTeacher:
         """A frozen source that reads the target's images as its own."""
         spec, task = config.sources[name], run.data(config.data).task
         if spec.train is None and spec.data is None:  # its classes are those of its weights
@@ -354,9 +354,9 @@ class SimilarTasks(Method[Config]):
                     f"The source '{name}' reads images of {its.input_shape[0]} channels, but the target's have "
                     f"{task.input_shape[0]}; only grey images can be shown to a network for colour."
                 )
-        return Frozen(model, embedding=spec.embedding, name=name, prepare=own_input(task, spec, own, size))
+        return FrozenTeacher(model, embedding=spec.embedding, name=name, prepare=own_input(task, spec, own, size))
 
-    def similarity(self, config: Config, run: Run, sources: Mapping[str, Frozen]) -> dict[str, float]:
+    def similarity(self, config: Config, run: Run, sources: Mapping[str, FrozenTeacher]) -> dict[str, float]:
         """PARC of each source on the labelled images."""
         bundle = run.data(config.data)
 
@@ -383,7 +383,7 @@ class SimilarTasks(Method[Config]):
         measured: dict[str, float] = run.stage(SIMILARITY, make, uses)
         return measured
 
-    def outputs(self, config: Config, run: Run, name: str, source: Frozen) -> Tensor:
+    def outputs(self, config: Config, run: Run, name: str, source: FrozenTeacher) -> Tensor:
         """(U, C_s) logits of a source on the whole unlabelled images."""
         other = config.data.unlabelled
         assert other is not None
@@ -402,10 +402,10 @@ class SimilarTasks(Method[Config]):
     # -- the student
 
     def run(self, config: Config, run: Run) -> Student:
-        sources: dict[str, Frozen] = {}
+        sources: dict[str, FrozenTeacher] = {}
         figures: dict[str, float] = {}
         weights: dict[str, float] = {}
-        known: dict[str, Tensor | Frozen] = {}
+        known: dict[str, Tensor | FrozenTeacher] = {}
         if config.reads_sources:
             sources = {name: self.source(config, run, name) for name in config.sources}
             scores = self.similarity(config, run, sources)
@@ -428,7 +428,7 @@ class SimilarTasks(Method[Config]):
         stage: str,
         student: nn.Module,
         weights: Mapping[str, float],
-        known: Mapping[str, Tensor | Frozen],
+        known: Mapping[str, Tensor | FrozenTeacher],
     ) -> float:
         """Train a student; its seconds."""
         module = DistillWeighted(
@@ -451,7 +451,7 @@ class SimilarTasks(Method[Config]):
         return fitted.seconds
 
     def single_figures(
-        self, config: Config, run: Run, known: Mapping[str, Tensor | Frozen], scores: Mapping[str, float]
+        self, config: Config, run: Run, known: Mapping[str, Tensor | FrozenTeacher], scores: Mapping[str, float]
     ) -> dict[str, float]:
         """Accuracy of a student from each source alone, and Spearman's correlation of similarity with it."""
         from scipy.stats import spearmanr
@@ -495,7 +495,7 @@ def own_input(task: Classification, spec: TeacherSpec, own: Any, size: tuple[int
 
 
 @torch.no_grad()
-def features_of(source: Frozen, loader: Any, device: torch.device) -> tuple[np.ndarray, np.ndarray]:
+def features_of(source: FrozenTeacher, loader: Any, device: torch.device) -> tuple[np.ndarray, np.ndarray]:
     """Embeddings (n, D) of a source and labels (n,) of a loader."""
     source.to(device)
     features, labels = [], []
