@@ -21,7 +21,7 @@ from torch import nn
 import stillhouse
 from stillhouse.config.specs import ModelSpec, StoreSpec
 from stillhouse.data import BatchKey
-from stillhouse.distillation.teachers import Frozen
+from stillhouse.distillation.teachers import FrozenTeacher
 from stillhouse.errors import UserError
 from stillhouse.runs.execution import _save_product
 from stillhouse.runs.products import Student
@@ -205,7 +205,7 @@ class Rows:
 def written(folder: Path) -> int:
     torch.manual_seed(0)
     facts = {"fingerprint": "f", "split": "train", "spec": {}, "transform": {}}
-    teacher = Frozen(nn.Linear(4, 3))
+    teacher = FrozenTeacher(nn.Linear(4, 3))
     return cache(
         teacher, Rows(), folder, StoreSpec(shard_rows=5), teacher_facts={"model": "x"}, data_facts=facts, batch_size=5
     )

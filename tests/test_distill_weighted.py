@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from stillhouse.distillation.own_input import OwnInput
-from stillhouse.distillation.teachers import Frozen
+from stillhouse.distillation.teachers import FrozenTeacher
 from stillhouse.errors import UserError
 from stillhouse.methods.classification.distill_weighted import (
     Config,
@@ -172,7 +172,7 @@ def test_a_live_source_sees_what_the_student_sees_and_does_not_learn() -> None:
     source, pool = Net(3), batch()["unlabelled"]
     outputs = torch.zeros(8, 3)
     outputs[pool["index"]] = source(pool["input"]).detach()
-    live, stored = trained({"a": 1.0}, {"a": Frozen(source)}), trained({"a": 1.0}, {"a": outputs})
+    live, stored = trained({"a": 1.0}, {"a": FrozenTeacher(source)}), trained({"a": 1.0}, {"a": outputs})
     first, second = (m(batch(), Progress())["loss"] for m in (live, stored))
     torch.testing.assert_close(first, second)
     first.backward()

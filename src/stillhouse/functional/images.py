@@ -62,7 +62,9 @@ def ssim(images: Tensor, truth: Tensor, peak: float = PEAK) -> Tensor:
     """
     height, width = images.shape[-2:]
     if min(height, width) < WINDOW:
-        raise UserError(f"SSIM looks through windows of {WINDOW} x {WINDOW} pixels, but an image has {height} x {width}.")
+        raise UserError(
+            f"SSIM looks through windows of {WINDOW} x {WINDOW} pixels, but an image has {height} x {width}."
+        )
     x, y = (v.double().reshape(-1, 1, height, width) for v in (images, truth))
     offsets = torch.arange(WINDOW, dtype=torch.float64, device=x.device) - WINDOW // 2
     taps = torch.exp(-0.5 * (offsets / SIGMA) ** 2)

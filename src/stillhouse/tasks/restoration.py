@@ -205,5 +205,7 @@ class RestorationMeter:
         figures = {name: float(torch.cat(values).mean()) for name, values in self._values.items()}
         broken = [name for name, value in figures.items() if math.isnan(value)]
         if broken:
-            raise UserError(f"The network's images hold NaN, so '{broken[0]}' cannot be computed; did training diverge?")
+            raise UserError(
+                f"The network's images hold NaN, so '{broken[0]}' cannot be computed; did training diverge?"
+            )
         return figures

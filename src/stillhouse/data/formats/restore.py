@@ -89,7 +89,8 @@ def load(rest: str, spec: DataSpec, options: Options, root: Path) -> SampleBundl
     if options.test is not None:
         parts["test"] = _Pairs.found([options.test], options.test_low, options.scale, root)
     everything = _Pairs(
-        [path for part in parts.values() for path in part.true], [path for part in parts.values() for path in part.damaged]
+        [path for part in parts.values() for path in part.true],
+        [path for part in parts.values() for path in part.damaged],
     )
     strata = {name: np.zeros(len(part.true), np.int64) for name, part in parts.items()}
     starts = dict(zip(parts, np.cumsum([0, *map(len, strata.values())]).tolist()))
@@ -128,9 +129,7 @@ def _check(spec: DataSpec, options: Options) -> None:
             "data.options.scale: at scale 1 nothing is shrunk; name the folder of damaged images in data.options.low."
         )
     if not options.enlarged and options.patch % int(options.scale):
-        raise UserError(
-            f"data.options.patch: {options.patch} pixels are no multiple of the scale {options.scale:g}."
-        )
+        raise UserError(f"data.options.patch: {options.patch} pixels are no multiple of the scale {options.scale:g}.")
 
 
 @dataclass
