@@ -6,6 +6,8 @@ from __future__ import annotations
 import errno
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -618,12 +620,11 @@ def main() -> None:
     import warnings
 
     from stillhouse.errors import UserError
-    from stillhouse.files import full_disk_reported
 
     with warnings.catch_warnings():
         warnings.showwarning = _show_warning
         try:
-            with full_disk_reported("a file"):
+            with _full_disk_reported():
                 app()
         except UserError as error:
             typer.echo(f"stillhouse: {error}", err=True)
@@ -640,6 +641,18 @@ def main() -> None:
         except KeyboardInterrupt:
             typer.echo("stillhouse: stopped; start the same command again to resume.", err=True)
             sys.exit(130)
+
+
+@contextmanager
+def _full_disk_reported() -> Iterator[None]:
+    """`files.full_disk_reported`, imported when there is an error: `--help` imports little."""
+    try:
+        yield
+    except Exception as error:
+        from stillhouse.files import full_disk_reported
+
+        with full_disk_reported("a file"):
+            raise error
 
 
 _OF_PLACES = (
