@@ -34,11 +34,10 @@ def voter_weights(case: Case) -> None:
 def committee_recover(case: Case) -> None:
     p, x = case.params, case.leaf("x0")
     networks = members(case, x.shape[1])
-    weights = case["weights:f64"]
     if p["voter"] == "prior":
-        case.close(
-            "weights:f64", vote_weights([p["prior"][name] for name in p["names"]], p["weight_temperature"]), rtol=1e-12
-        )
+        weights = vote_weights([p["prior"][name] for name in p["names"]], p["weight_temperature"])
+        case.close("weights:f64", weights, rtol=1e-12)
+    weights = case["weights:f64"] if "weights:f64" in case else torch.as_tensor(weights)
     statistics, descent = [BatchNormStatistics(network) for network in networks], Descent(x, p, p["iteration"])
     for t, shift in enumerate(case["rolls"].tolist()):
         rolled = torch.roll(x, shift, (2, 3))

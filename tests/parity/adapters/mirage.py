@@ -71,7 +71,8 @@ def tree_union_pool(case: Case) -> None:
     case.close("x", made.labels[:, None])
     case.close("edge_index", made.edges)
     case.close("edge_attr", made.edge_labels[:, None])
-    case.close("roots", made.roots.to(case["roots"].dtype))
+    if "roots" in case:
+        case.close("roots", made.roots.to(case["roots"].dtype))
     for kind in ("sum", "mean"):
         case.close(
             f"pooled_{kind}",

@@ -33,7 +33,8 @@ def labels_loss(case: Case) -> None:
 
 def schedule(case: Case) -> None:
     p = case.params
-    found = [protocol.cosine(e, p["epochs"]) for e in range(len(case["lr_factor:f64"]))]
+    count = len(case["lr_factor:f64"]) if "lr_factor:f64" in case else p["epochs"]
+    found = [protocol.cosine(e, p["epochs"]) for e in range(count)]
     case.close("lr_factor:f64", torch.tensor(found, dtype=torch.float64), rtol=1e-9, atol=1e-12)
     network = _layers(p["decay_group"], p["no_decay_group"])
     assert tuple(map(sorted, protocol.decay_groups(network))) == (sorted(p["decay_group"]), sorted(p["no_decay_group"]))

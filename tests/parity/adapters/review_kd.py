@@ -17,7 +17,8 @@ def hcl(case: Case) -> None:
 def abf(case: Case) -> None:
     p = case.params
     fusion = case.load(ABF(p["in_channel"], p["mid_channel"], p["out_channel"], p["fuse"])).train(p["mode"] == "train")
-    out, residual = fusion(case["x"], case["y"] if p["fuse"] else None, tuple(case["out"].shape[2:]))
+    shape = case["out" if "out" in case else "residual"].shape
+    out, residual = fusion(case["x"], case["y"] if p["fuse"] else None, tuple(shape[2:]))
     case.close("out", out)
     case.close("residual", residual)
 
