@@ -16,8 +16,8 @@ R = TypeVar("R")
 
 
 def full_precision(loss: Callable[P, R]) -> Callable[P, R]:
-    """Decorate a function of tensors and lists of them: float16 and bfloat16 arguments arrive as float32 and autocast
-    is off inside; float32 and float64 stay as they are.
+    """Decorate a function of tensors and lists of them: they arrive as float32, or where one of them is float64, all as
+    float64, and autocast is off inside.
 
     >>> @full_precision
     ... def total(x: Tensor) -> Tensor:
@@ -28,10 +28,12 @@ def full_precision(loss: Callable[P, R]) -> Callable[P, R]:
 
     @functools.wraps(loss)
     def run(*args: P.args, **kwargs: P.kwargs) -> R:
-        raised = [_raise(a) for a in args]
-        named = {k: _raise(v) for k, v in kwargs.items()}
-        given = [b for a in (*raised, *named.values()) for b in (a if isinstance(a, list) else [a])]
-        device = next((a.device.type for a in given if isinstance(a, Tensor)), "cpu")
+        given = [t for a in (*args, *kwargs.values()) for t in (a if isinstance(a, list) else [a])]
+        tensors = [t for t in given if isinstance(t, Tensor)]
+        dtype = torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
+        raised = [_raise(a, dtype) for a in args]
+        named = {k: _raise(v, dtype) for k, v in kwargs.items()}
+        device = tensors[0].device.type if tensors else "cpu"
         with without_autocast(device):
             return loss(*raised, **named)
 
@@ -45,7 +47,7 @@ def without_autocast(device: str) -> AbstractContextManager[Any]:
     return torch.autocast(device, enabled=False)
 
 
-def _raise(value: Any) -> Any:
+def _raise(value: Any, dtype: torch.dtype) -> Any:
     if isinstance(value, list):
-        return [_raise(v) for v in value]
-    return value.float() if isinstance(value, Tensor) and value.dtype in (torch.float16, torch.bfloat16) else value
+        return [_raise(v, dtype) for v in value]
+    return value.to(dtype) if isinstance(value, Tensor) and value.is_floating_point() else value

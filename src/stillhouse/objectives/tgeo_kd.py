@@ -148,10 +148,8 @@ class FusionNetwork(nn.Sequential):
 
 def class_means(probs: Tensor, labels: Tensor, classes: int) -> Tensor:
     """Mean of the rows of each class; (N, C) and (N,) -> (classes, C). A class without samples is uniform."""
-    counts = torch.zeros(classes, device=probs.device).index_add_(
-        0, labels, torch.ones(len(labels), device=probs.device)
-    )
-    sums = torch.zeros(classes, probs.shape[1], device=probs.device).index_add_(0, labels, probs)
+    counts = probs.new_zeros(classes).index_add_(0, labels, probs.new_ones(len(labels)))
+    sums = probs.new_zeros(classes, probs.shape[1]).index_add_(0, labels, probs)
     return filled(sums / counts.clamp_min(1)[:, None], counts)
 
 

@@ -60,6 +60,7 @@ def decoder_two_branches(case: Case) -> None:
     head = VisibleHead(p["enc_dim"], p["dec_dim"], p["pred_dim"])
     rest = {k.replace("proj_embed.", "layers.").replace("predictor.0", "predictor"): v for k, v in case.weights.items()}
     head.load_state_dict({k: v for k, v in rest.items() if k in head.state_dict()})
+    decoder, head = decoder.to(latent.dtype), head.to(latent.dtype)
     predicted, visible = decoder(latent, case["ids_restore"]), head(latent)
     case.close("pred", predicted, **CLOSE)
     case.close("pred_vis", visible, **CLOSE)

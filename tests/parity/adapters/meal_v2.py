@@ -22,7 +22,7 @@ def two_teachers(case: Case) -> None:
     objective.build(student, Signals(), {})
     discriminator = objective.discriminator
     assert isinstance(discriminator, Discriminator)
-    discriminator.load_state_dict(
+    discriminator.to(case["student_logits"].dtype).load_state_dict(
         {name: w.flatten(1) if name.endswith("weight") else w for name, w in case.weights.items()}
     )
     terms = objective(

@@ -72,7 +72,7 @@ def match_and_calib(case: Case) -> None:
 def sampler_of(weights: dict[str, Tensor]) -> SamplingNetwork:
     found = {k.removeprefix("t_layers_list."): v for k, v in weights.items()}
     sampler = SamplingNetwork(len(found["0.weight"]))
-    sampler.load_state_dict(found)
+    sampler.to(found["0.weight"].dtype).load_state_dict(found)
     return sampler
 
 

@@ -68,7 +68,7 @@ def pretrain_losses(case: Case) -> None:
     inner, width = weights["blocks.0.fc1.weight"].shape
     teacher, student = (Net(width, inner, p["blocks"], len(weights["head.bias"])) for _ in range(2))
     for net in (teacher, student):
-        net.load_state_dict(weights)
+        net.to(case["x"].dtype).load_state_dict(weights)
     replaced = decompose(student, p["compress_ratio"], p["omitted"], min_outputs=1)
     student.load_state_dict(case.weights)
     logits, features = student(case["x"])

@@ -37,7 +37,7 @@ def state_controller(case: Case) -> None:
     read = state(case, mean, case.params["edges"])
     layers = sorted({name.split(".")[0] for name in case.weights})
     network = FusionNetwork(read.shape[1], [len(case[f"w:{layer}.bias"]) for layer in layers[:-1]], slope=0.01)
-    network.load_state_dict(
+    network.to(read.dtype).load_state_dict(
         {f"{2 * i}.{kind}": case[f"w:{layer}.{kind}"] for i, layer in enumerate(layers) for kind in ("weight", "bias")}
     )
     case.close("out:alpha", network(read))

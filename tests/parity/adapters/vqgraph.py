@@ -64,7 +64,7 @@ def tokenizer_gcn(case: Case) -> None:
         "codebook.codes": w["vq._codebook.embed"][0],
         "codebook.cluster_size": w["vq._codebook.cluster_size"][0],
     }
-    network.load_state_dict(ours)
+    network.to(x.dtype).load_state_dict(ours)
     edges = (case["adj"] - torch.eye(len(x))).nonzero().t()
     along = network.propagation(edges, len(x))
     h = network.train().embed(x, along)
