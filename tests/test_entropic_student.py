@@ -166,6 +166,23 @@ def test_a_network_is_cut_where_a_chain_ends(at: str):
     assert network(batch["input"]).shape == (2, 10)
 
 
+@pytest.mark.parametrize(
+    ("name", "at", "before"),
+    [
+        ("torchvision:resnet50", "layer1", ["conv1", "bn1", "relu", "maxpool"]),
+        ("timm:resnet18", "layer1", ["conv1", "bn1", "act1", "maxpool"]),
+        ("timm:tf_efficientnet_lite0", "blocks.1", ["conv_stem", "bn1", "blocks.0"]),
+    ],
+)
+def test_networks_of_other_libraries_are_cut_too(name: str, at: str, before: list[str]):
+    task = Classification(tuple("0123456789"), (3, 64, 64), (0.5,) * 3, (0.25,) * 3)
+    network, batch = task.build(ModelSpec(model=name)).eval(), {"input": torch.randn(2, 3, 64, 64)}
+    split = cut(network, at, task, batch, 2, "learned")
+    assert split.before == before and split.stride == 4
+    split.applied(network)
+    assert network(batch["input"]).shape == (2, 10)
+
+
 def test_torchvisions_segmentation_networks_are_cut_inside_their_backbone():
     task = Segmentation(("a", "b"), (33, 48), (0.5,) * 3, (0.25,) * 3)
     network = torchvision.models.segmentation.lraspp_mobilenet_v3_large(

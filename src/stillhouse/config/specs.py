@@ -82,7 +82,7 @@ class DataSpec(NamedSpec):
 
     later = frozenset({"long_tail", "views", "unlabelled"})
     name: str = Field(
-        description="digits | cifar10 | camvid | text:NAME | masks:PATH | voc:PATH | coco:PATH | restore:PATH | "
+        description="digits | cifar10 | camvid | fsdd | text:NAME | masks:PATH | voc:PATH | coco:PATH | restore:PATH | "
         "imagefolder:PATH | torchvision:CLASS | hf:REPO | parquet:PATH | synthetic:PATH | file:PATH.py:FUNCTION | "
         "SCHEME:NAME of an installed package"
     )
