@@ -291,6 +291,19 @@ def test_products_load_and_code_as_they_did(variant: str | None, recipe_file, tm
         assert figures["ideal_bytes"] <= figures["bytes_per_image"] <= 1.1 * figures["ideal_bytes"] + 8
 
 
+def test_one_encoder_serves_two_networks(recipe_file, tmp_path: Path):
+    path = recipe_file(RECIPE)
+    execute(recipe.load(path), tmp_path / "first", cpu=True)
+    start = [f"start={tmp_path / 'first'}", "data.classes=[0,1,2]"]
+    execute(recipe.load(path, None, [*start, "data.size=60", "data.test_size=30"]), tmp_path / "second", cpu=True)
+    images = torch.randn(4, 1, 16, 16)
+    first, second = load_product(tmp_path / "first"), load_product(tmp_path / "second")
+    assert first.bottleneck.encode(images) == second.bottleneck.encode(images)
+    assert second.module(images).shape == (4, 3)
+    with pytest.raises(UserError, match="has channels 2, but here it must be 3"):
+        execute(recipe.load(path, None, [*start, "channels=3"]), tmp_path / "third", cpu=True)
+
+
 def test_both_halves_give_what_the_network_gives(recipe_file, tmp_path: Path):
     execute(recipe.load(recipe_file(RECIPE)), tmp_path / "run", cpu=True)
     folder = export(tmp_path / "run", out=tmp_path / "split")

@@ -20,7 +20,8 @@ multiplies the bits of the whole batch. `stillhouse export RUN --to split` write
 and the tables, which `python -m stillhouse.methods.compression.entropic_student SPLIT IMAGE` runs one after the other.
 Baselines: `codec: jpeg` (the teacher on images coded as JPEG, whose bytes are counted without headers and tables),
 `codec: quantised` (the same encoder and decoder without prior, latents in `rate.bits` bits), and `learn: labels` (the
-whole network on labels and bits alone). Detection waits for its task.
+whole network on labels and bits alone). `start` takes encoder, prior and decoder of another run, so that one encoder
+serves several networks of one first part, and trains stage 2 alone. Detection waits for its task.
 """
 
 from __future__ import annotations
@@ -62,7 +63,7 @@ from stillhouse.runs.evaluators import evaluates
 from stillhouse.runs.judging import check_groups
 from stillhouse.runs.judging import evaluate as evaluate_student
 from stillhouse.runs.method import Method, Stage
-from stillhouse.runs.products import Student, state_on_cpu
+from stillhouse.runs.products import Student, load_product, state_on_cpu
 from stillhouse.runs.run import Run
 from stillhouse.signals import Batch, Signals, to_device
 from stillhouse.tasks.base import Task
@@ -163,6 +164,11 @@ class Config(MethodConfig):
         "features",
         description="features: stage 1 imitates the teacher's; labels: the whole network learns labels and bits alone.",
     )
+    start: str | None = Field(
+        None,
+        description="A run's folder whose encoder, prior and decoder are taken, so that one encoder serves several "
+        "networks; stage 1 is left out.",
+    )
     features: list[str] | None = Field(
         None, description="Modules whose outputs are compared; null: the split and the stages after it."
     )
@@ -187,6 +193,8 @@ STUDENT = Stage("student", "train the decoder and what follows on coded latents"
 
 
 class EntropicStudent(Method[Config]):
+    """The paper's two stages, or stage 2 alone behind the encoder of another run."""
+
     def plan(self, config: Config, run: Run) -> list[Stage]:
         check_groups(run.data(config.data).task, config.evaluate)
         out, spec = [], config.teacher
@@ -200,11 +208,17 @@ class EntropicStudent(Method[Config]):
         if config.codec == "jpeg":
             return out
         split = self.split(config, run, network)
+        if config.start is not None:
+            stored(config.start, split, run.data(config.data).task)
+            return [*out, *self.last(config, run)]
         taps = {f"feature {i}": name for i, name in enumerate(self.features(config, network, split), 1)}
         out.append(BOTTLENECK.filled(taps=taps, steps=self.steps(config, config.train, run)))
-        if config.finetune is not None:
-            out.append(STUDENT.filled(steps=self.steps(config, config.finetune, run)))
-        return out
+        return [*out, *self.last(config, run)]
+
+    def last(self, config: Config, run: Run) -> list[Stage]:
+        """Stage 2, where there is one."""
+        spec = config.finetune
+        return [] if spec is None else [STUDENT.filled(steps=self.steps(config, spec, run))]
 
     def run(self, config: Config, run: Run) -> SplitStudent:
         teacher = run.teacher("teacher", config.teacher, config.data)
@@ -218,10 +232,16 @@ class EntropicStudent(Method[Config]):
             coded = JpegInput(network, task, config.rate.quality)
             return SplitStudent(coded, config.teacher.network, task, quality=config.rate.quality)
         split = self.split(config, run, network)
-        names = self.features(config, network, split)
+        figures: dict[str, float] = {}
+        names = self.features(config, network, split) if config.start is None else []
         with keyed("bottleneck", run.seed):
             bottleneck = split.applied(network)
-        figures = self.stage_one(config, run, teacher, network, split, names)
+        if config.start is None:
+            figures = self.stage_one(config, run, teacher, network, split, names)
+        else:
+            given = stored(config.start, split, task)
+            bottleneck.load_state_dict(given.state_dict())
+            bottleneck.code.restore(given.code.extra_tensors())
         bottleneck.freeze()
         if config.finetune is not None:
             network.requires_grad_(True)
@@ -316,6 +336,24 @@ class EntropicStudent(Method[Config]):
         )
         module.close()
         return done.seconds
+
+
+def stored(folder: str, split: Split, task: Task) -> Bottleneck:
+    """The encoder, code and decoder of another run. Raises `UserError` where they do not fit."""
+    product = load_product(folder)
+    if not isinstance(product, SplitStudent) or product.split is None:
+        raise UserError(f"start: '{folder}' holds no network that was cut, but a product of kind '{product.kind}'.")
+    for what in ("codec", "images", "channels", "stride", "features"):
+        mine, theirs = getattr(split, what), getattr(product.split, what)
+        if mine != theirs:
+            raise UserError(f"start: the encoder in '{folder}' has {what} {theirs}, but here it must be {mine}.")
+    if product.task.normalisation != task.normalisation:
+        raise UserError(
+            f"start: the encoder in '{folder}' saw images that were normalised otherwise; a device has one."
+        )
+    bottleneck = product.bottleneck
+    assert isinstance(bottleneck, Bottleneck)
+    return bottleneck
 
 
 # ---- the product -----------------------------------------------------------------------------------------------------
