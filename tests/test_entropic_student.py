@@ -3,8 +3,6 @@ be, and what is deployed gives what was trained."""
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +13,7 @@ from torch import nn
 
 from stillhouse.config.specs import ModelSpec
 from stillhouse.errors import UserError
+from stillhouse.methods.compression.entropic_student.__main__ import main
 from stillhouse.methods.compression.entropic_student.coding import FixedCoder, RangeCoder, scan_bytes
 from stillhouse.methods.compression.entropic_student.deployment import Device, RoundTrip, Server
 from stillhouse.methods.compression.entropic_student.layers import GDN, gdn1, lower_bound
@@ -304,7 +303,7 @@ def test_one_encoder_serves_two_networks(recipe_file, tmp_path: Path):
         execute(recipe.load(path, None, [*start, "channels=3"]), tmp_path / "third", cpu=True)
 
 
-def test_both_halves_give_what_the_network_gives(recipe_file, tmp_path: Path):
+def test_both_halves_give_what_the_network_gives(recipe_file, tmp_path: Path, capsys):
     execute(recipe.load(recipe_file(RECIPE)), tmp_path / "run", cpu=True)
     folder = export(tmp_path / "run", out=tmp_path / "split")
     images, module = torch.randn(3, 1, 16, 16), load_product(tmp_path / "run").module
@@ -315,9 +314,12 @@ def test_both_halves_give_what_the_network_gives(recipe_file, tmp_path: Path):
     trip = RoundTrip(folder)
     assert trip.task.class_names == tuple("0123456789")
     torchvision.io.write_png(torch.randint(0, 256, (1, 16, 16), dtype=torch.uint8), str(tmp_path / "a.png"))
-    command = [sys.executable, "-m", "stillhouse.methods.compression.entropic_student", str(folder)]
-    told = subprocess.run([*command, str(tmp_path / "a.png")], capture_output=True, text=True, check=True)
-    assert told.stdout.startswith("a.png: ") and "bytes)" in told.stdout
+    assert main([str(folder), str(tmp_path / "a.png")]) == 0
+    told = capsys.readouterr().out
+    assert told.splitlines()[-1].startswith("a.png: ") and "bytes)" in told
+    assert main([str(folder)]) == 2 and main([str(tmp_path), "a.png"]) == 2
+    whole = torch.export.load(export(tmp_path / "run", "torch", tmp_path / "whole.pt2")).module()
+    torch.testing.assert_close(whole(images), module(images), rtol=1e-4, atol=1e-5)
     with pytest.raises(UserError, match="there already"):
         export(tmp_path / "run", out=folder)
     with pytest.raises(UserError, match="no halves"):

@@ -182,12 +182,11 @@ class Bottleneck(nn.Module):
         self.coding = self.rated = False
 
     def forward(self, images: Tensor) -> Tensor:
-        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.coding):
-            latent = self.encoder(images)
-            if self.training and not self.coding:
-                latent = self.code.relaxed(latent)
-            else:
-                latent = self.code.values(self.code.symbols(latent))
+        latent = self.encoder(images)
+        if self.training and not self.coding:
+            latent = self.code.relaxed(latent)
+        else:
+            latent = self.code.values(self.code.symbols(latent)).detach()
         if self.rated:
             self.code.bits(latent)
         features: Tensor = self.decoder(latent)
