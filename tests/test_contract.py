@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from test_detection import RT_DETR
 from torch import Tensor, nn
 
 from stillhouse import catalog
@@ -24,6 +25,8 @@ from stillhouse.distillation.objective import Objective, Progress
 from stillhouse.distillation.teachers import CoTrainedTeacher, FrozenTeacher, PastSelf
 from stillhouse.models import build
 from stillhouse.signals import Batch, Signals, to_device
+from stillhouse.tasks.base import Task
+from stillhouse.tasks.detection import Detection
 from stillhouse.training.context import TrainingContext
 from stillhouse.training.engine import _Fit, make_accelerator
 from stillhouse.training.optimizers import make_optimizer
@@ -32,6 +35,8 @@ CARDS = {name: card for card in catalog.list_methods() if card.kind == "objectiv
 OBJECTIVES = sorted(n for n in CARDS if "student.losses" not in catalog.objective(n).needs)
 """All but those that add up what a network computes itself, which test_detection.py tries on detectors."""
 SPAN = Progress(epoch=3, epochs=10, steps_per_epoch=4)
+WITHOUT_DETECTOR = {"rt_detrv4": {"student_layer": "blocks.1"}}
+"""Options on the meta device: the detectors of transformers wait for the device themselves."""
 CPU, META = torch.device("cpu"), torch.device("meta")
 
 
@@ -44,6 +49,16 @@ def network(seed: int, device: torch.device = CPU, pyramid: bool = False) -> nn.
         return build(ModelSpec(model="hf:config:segformer", options=options), 10, (1, 8, 8)).to(device)
     spec = ModelSpec(model="stillhouse:vit", options={"patch": 2, "dim": 16, "depth": 4, "heads": 4})
     return build(spec, 10, (1, 8, 8)).to(device)
+
+
+def detector(device: torch.device) -> tuple[nn.Module, nn.Module, Detection, Batch]:
+    """A small RT-DETR, a transformer that teaches it by its tokens, its task, and a batch of images."""
+    task = Detection(("a", "b"), (64, 96), (0.5,) * 3, (0.5,) * 3)
+    torch.manual_seed(0)
+    student = task.build(ModelSpec(model="hf:config:rt_detr", options={**RT_DETR, "num_denoising": 0}))
+    spec = ModelSpec(model="stillhouse:vit", options={"patch": 16, "dim": 16, "depth": 2, "heads": 2})
+    teacher = build(spec, 10, (3, 64, 96))
+    return student.to(device), teacher.to(device), task, {"input": torch.randn(4, 3, 64, 96).to(device)}
 
 
 @dataclass
@@ -85,6 +100,8 @@ def world(name: str, device: torch.device = CPU, **options: object) -> World:
     holdout = Loader(bundle.dataset("holdout", train=False), 8)
     family = CARDS[name].fields["family"]
     torch.manual_seed(0)
+    if device == META:
+        options = {**WITHOUT_DETECTOR.get(name, {}), **options}
     objective = catalog.objective(name)(**options)
     pyramid = any("patch_embeddings" in need for need in objective.needs)
     head = "classifier" if pyramid else "head"
@@ -94,8 +111,12 @@ def world(name: str, device: torch.device = CPU, **options: object) -> World:
     elif family == "self-distillation":
         teacher = PastSelf()
         teacher.start(train.labels(), 10)
-    module = Distillation(network(0, device, pyramid), {"teacher": teacher}, [objective], embedding=head)
     batch = to_device(next(iter(train)), device)
+    if any("aifi" in need for need in objective.needs) and device != META:
+        student, taught_by, task, batch = detector(device)
+        module = Distillation(student, Frozen(taught_by, task=Task()), [objective], task=task)
+    else:
+        module = Distillation(network(0, device, pyramid), {"teacher": teacher}, [objective], embedding=head)
     with device:  # what `build` makes is made there, so that optimisers hold what they step
         module.build(batch)
     module.to(device).train()

@@ -336,8 +336,10 @@ def test_networks_give_losses_in_training_and_boxes_in_evaluation(name: str, opt
 
 
 def test_a_classifier_is_refused():
+    student = TASK.build(ModelSpec(model="timm:test_resnet"))
+    batch = {"input": torch.randn(2, 3, 64, 96), "target": targets_of([], [])}
     with pytest.raises(UserError, match="is no detector"):
-        TASK.build(ModelSpec(model="timm:test_resnet"))
+        Distillation(student, None, ["own"], task=TASK).build(batch).train()(batch, Progress())
 
 
 def test_more_queries_than_places_are_refused():

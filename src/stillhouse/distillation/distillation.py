@@ -416,6 +416,10 @@ class Distillation(TrainingModule):
         out["loss"] = total
         return out
 
+    def figures(self) -> dict[str, float]:
+        """After training: what the objectives report of themselves."""
+        return {name: value for entry in self.entries for name, value in entry.objective.figures().items()}
+
     def read_student(self, batch: Batch) -> Signals:
         return self._reader(batch)
 

@@ -72,6 +72,10 @@ class Objective(nn.Module):
         summed."""
         raise NotImplementedError
 
+    def figures(self) -> dict[str, float]:
+        """After training: figures of the objective itself, such as a weight that it found, for the run's."""
+        return {}
+
     def param_groups(self) -> list[dict[str, Any]]:
         """Optimiser groups of own parameters: the default is one group with the run's settings; a group may set `lr` or
         `weight_decay`; [] means an optimiser of its own."""

@@ -141,7 +141,7 @@ class GeneralDistillation(Method[D]):
             raise UserError("train.best needs data to judge by: set data.val or data.holdout to a share above 0.")
         train, splits = self.loader(config, run), run.splits(config.data)
         fitted = run.fit("student", module, train, config.train, evaluate=evaluate, splits=splits)
-        figures = {"train_seconds": fitted.seconds}
+        figures = {"train_seconds": fitted.seconds, **module.figures()}
         if "step" in config.evaluate:
             figures |= step_cost(module, *run.last_step(module, train, config.train, splits))
         module.close()

@@ -181,7 +181,11 @@ def from_transformers(
             if isinstance(getattr(plain, "image_size", None), int) and input_shape[1] == input_shape[2]:
                 arguments.setdefault("image_size", input_shape[1])
         _check_config(plain, arguments, owner)
-        return _from_config(auto, transformers.AutoConfig.for_model(kind, **arguments), task, owner, dtype)
+        try:
+            config = transformers.AutoConfig.for_model(kind, **arguments)
+        except Exception as error:  # a value of the wrong type has a class of the hub's own
+            raise UserError(f"'{owner}' refuses its options: {' '.join(str(error).split()).rstrip('.')}.") from None
+        return _from_config(auto, config, task, owner, dtype)
     folder = Path(name).expanduser()
     if not (folder / "config.json").is_file() and not pretrained:
         raise UserError(

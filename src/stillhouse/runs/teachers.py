@@ -66,7 +66,7 @@ class RunTeachers(RunStages):
         prepare = self.own_input(spec, model, data)
         if alike:
             found = spec.model_copy(update={"model": self._located(spec.network, data).model})
-            model, its = task.as_teacher(model, found, its), task
+            model, its = task.as_teacher(model, found, its), task.reads_as(model)
         else:
             model, its = its.serving(model, task)
         teacher = FrozenTeacher(model, embedding=spec.embedding, name=name, task=its, prepare=prepare)

@@ -104,6 +104,11 @@ class Task:
     def constrain(self, model: nn.Module) -> None:
         """Put weights of a trained network back into their range, after each optimiser step."""
 
+    def reads_as(self, model: nn.Module) -> Task:
+        """The task by which a teacher's network is called and read: this one, or another for a network that only gives
+        features."""
+        return self
+
     @property
     def prefers_chunks(self) -> bool:
         """Whether its scores are so many that losses should be computed some positions at a time, where they can be."""

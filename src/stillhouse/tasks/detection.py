@@ -66,8 +66,8 @@ class Detection(Task):
     # ---- a network ---------------------------------------------------------------------------------------------------
 
     def build(self, spec: ModelSpec) -> nn.Module:
-        """A detector for these classes. Raises `UserError` for a network of another task, or one whose queries are more
-        than the places of its maps."""
+        """A detector for these classes; or, of timm or torchvision's classifiers, a network as it was published, which
+        can teach by its features. Raises `UserError` for one whose queries are more than the places of its maps."""
         options, number = dict(spec.options), len(self.classes)
         if spec.model.startswith("hf:"):
             options.setdefault("task", "detection")
@@ -76,18 +76,16 @@ class Detection(Task):
         if spec.model.startswith("torchvision:"):
             number += _first_label(spec.model)
         spec = _without_unknown_default(spec.model_copy(update={"options": options}))
-        model = build(spec, number, (len(self.mean), *self.size))
+        sized = (len(self.mean), *self.size)
+        model = build(spec, number, sized) if _detects(spec.model) else build(spec, None, sized)
         if _of_torchvision(model):
             _fit_transform(model, self.size, spec.options)
         elif _of_transformers(model):
             _check_queries(model, self.size, spec.model)
-        elif spec.model.partition(":")[0] in ("timm", "torchvision"):
-            raise UserError(
-                f"'{spec.model}' is no detector. Take one of torchvision (fcos_resnet50_fpn, ssdlite320_…), of "
-                "transformers (hf:config:rt_detr), stillhouse:one_stage, or stillhouse:pyramid_detector on a backbone "
-                "of timm."
-            )
         return model
+
+    def reads_as(self, model: nn.Module) -> Task:
+        return Task() if _library(model) is Features else self
 
     def load_module(self, spec: ModelSpec, folder: Any) -> nn.Module:
         options = {k: v for k, v in spec.options.items() if k != "backbone_weights"}  # the product has its own
@@ -237,7 +235,19 @@ class Library(Protocol):
 def _library(model: nn.Module) -> type[Library]:
     if _of_torchvision(model):
         return Torchvision
+    if type(model).__module__.startswith(("timm.", "torchvision.")):
+        return Features
     return Transformers if _of_transformers(model) else Plain
+
+
+def _detects(name: str) -> bool:
+    """Whether a network of this name may be a detector."""
+    kind, _, name = name.partition(":")
+    if kind != "torchvision":
+        return kind != "timm"
+    from torchvision import models
+
+    return name not in models.list_models() or name in models.list_models(module=models.detection)
 
 
 def _of_torchvision(model: nn.Module) -> bool:
@@ -258,6 +268,21 @@ class Plain:
             return Found(_named_losses(model(images, targets), model))
         output = model(images)
         return Found({}, lambda: _padded(output, 0))
+
+
+class Features:
+    """Networks that find no boxes: they teach by what is tapped."""
+
+    @staticmethod
+    def call(model: nn.Module, images: Tensor, targets: list[dict[str, Tensor]] | None, task: Detection) -> Found:
+        if targets is not None:
+            raise UserError(
+                f"A {type(model).__name__} is no detector. Take one of torchvision (fcos_resnet50_fpn), of "
+                "transformers (hf:config:rt_detr), stillhouse:one_stage, or stillhouse:pyramid_detector on a backbone "
+                "of timm."
+            )
+        model(images.to(_dtype(model)))
+        return Found({})
 
 
 class Torchvision:
