@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from stillhouse import catalog
 from stillhouse.config.specs import DataSpec, ModelSpec, TrainSpec
-from stillhouse.data import Loader, load
+from stillhouse.data import BatchKey, Loader, load
 from stillhouse.distillation.distillation import Distillation
 from stillhouse.distillation.objective import Objective, Progress
 from stillhouse.distillation.teachers import CoTrainedTeacher, FrozenTeacher, PastSelf
@@ -27,6 +27,7 @@ from stillhouse.models import build
 from stillhouse.signals import Batch, Signals, to_device
 from stillhouse.tasks.base import Task
 from stillhouse.tasks.detection import Detection
+from stillhouse.tasks.restoration import Restoration
 from stillhouse.training.context import TrainingContext
 from stillhouse.training.engine import _Fit, make_accelerator
 from stillhouse.training.optimizers import make_optimizer
@@ -83,18 +84,58 @@ def leaf(signals: Signals) -> Signals:
     """The same values, each with a gradient of its own."""
     free = lambda x: None if x is None else x.detach().clone().requires_grad_()  # noqa: E731
     taps = {k: free(v) for k, v in signals.taps.items()}
+    parts = {k: free(v) for k, v in signals.parts.items()}
     return Signals(
-        free(signals.logits), free(signals.probs), embedding=free(signals.embedding), taps=taps, image=signals.image
+        free(signals.logits),
+        free(signals.probs),
+        embedding=free(signals.embedding),
+        taps=taps,
+        parts=parts,
+        image=signals.image,
     )
 
 
 def tensors(signals: Signals) -> list[Tensor]:
-    found = [signals.logits, signals.probs, signals.embedding, *signals.taps.values()]
+    found = [signals.logits, signals.probs, signals.embedding, *signals.taps.values(), *signals.parts.values()]
     return [x for x in found if x is not None]
+
+
+def restorer(seed: int, device: torch.device) -> nn.Module:
+    """A small network that gives images."""
+    torch.manual_seed(seed)
+    return build(ModelSpec(model="stillhouse:imdn", options={"scale": 1, "width": 8, "blocks": 1})).to(device)
+
+
+class Photographs:
+    """Pairs of images, for objectives of restoration."""
+
+    def __len__(self) -> int:
+        return 16
+
+    def labels(self) -> None:
+        return None
+
+    def batch(self, key: BatchKey, seed: int) -> Batch:
+        draw = torch.Generator().manual_seed(int(key.indices[0]))
+        images = torch.rand(2, len(key.indices), 3, 12, 12, generator=draw)
+        return {"input": images[0], "label": images[1], "index": torch.from_numpy(key.indices)}
+
+
+def world_of_images(name: str, device: torch.device, **options: object) -> World:
+    train = Loader(Photographs(), 8, seed=0, shuffle=True)
+    teacher = Frozen(restorer(1, device), task=Restoration(1.0))
+    objective = catalog.objective(name)(**options)
+    module = Distillation(restorer(0, device), {"teacher": teacher}, [objective], task=Restoration(1.0))
+    batch = to_device(next(iter(train)), device)
+    module.build(batch)
+    module.to(device).train()
+    return World(module, TrainingContext(module, copy.copy(SPAN), {"train": train}, 0, device, Path(), train), batch)
 
 
 def world(name: str, device: torch.device = CPU, **options: object) -> World:
     """The objective between a student and the kind of teacher that its card's family has."""
+    if CARDS[name].fields["task"] == "restoration":
+        return world_of_images(name, device, **options)
     bundle = load(DataSpec(name="digits", size=60, test_size=20, holdout=0.25))
     train = Loader(bundle.dataset("train", train=False), 8, seed=0, shuffle=True)
     holdout = Loader(bundle.dataset("holdout", train=False), 8)
@@ -188,6 +229,7 @@ def test_half_precision_signals_are_computed_in_float32(name: str) -> None:
             if isinstance(value, Tensor):
                 setattr(half, field.name, value.bfloat16())
         half.taps = {k: v.bfloat16() for k, v in signals.taps.items()}
+        half.parts = {k: v.bfloat16() for k, v in signals.parts.items()}
         halves.append(half)
     torch.manual_seed(1)
     expected = total(given.objective(*exact, given.batch, SPAN))

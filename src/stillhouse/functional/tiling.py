@@ -78,6 +78,13 @@ def any_size(
         return network(images)
     if croppable(height, width, shave, multiple):
         return four_crops(network, images, shave=shave, multiple=multiple, scale=scale)
+    return padded_to(network, images, multiple=multiple, scale=scale)
+
+
+def padded_to(network: Callable[[Tensor], Tensor], images: Tensor, *, multiple: int, scale: int = 1) -> Tensor:
+    """A network's output for images mirrored at their lower and right edge up to the next multiple, without what was
+    added."""
+    height, width = images.shape[-2:]
     mode = "reflect" if min(height, width) >= multiple else "replicate"
     padded = F.pad(images, (0, -width % multiple, 0, -height % multiple), mode=mode)
     return network(padded)[..., : height * scale, : width * scale]

@@ -16,7 +16,7 @@ from stillhouse.errors import UserError, unknown
 from stillhouse.evaluation.judge import Meter
 from stillhouse.functional.images import PEAK, enlarged, luma, psnr, shaved, ssim, whole_levels
 from stillhouse.functional.pictures import with_channels
-from stillhouse.functional.tiling import four_crops
+from stillhouse.functional.tiling import four_crops, padded_to
 from stillhouse.models import accepts, build
 from stillhouse.signals import Batch, Signals
 from stillhouse.tasks.base import Task
@@ -63,6 +63,19 @@ class Restoration(Task):
         if spec.model.startswith("hf:"):
             options.setdefault("task", "restoration")
         return build(spec.model_copy(update={"options": options}))
+
+    def call(self, model: nn.Module, batch: Batch, *, losses: bool = False) -> Any:
+        """The network's output; images go mirrored up to whole windows into a transformer that has windows."""
+        window = getattr(getattr(model, "config", None), "window_size", 1)
+        if all(side % window == 0 for side in batch["input"].shape[-2:]):
+            return super().call(model, batch)
+
+        def network(images: Tensor) -> Tensor:
+            output = super(Restoration, self).call(model, {**batch, "input": images})
+            image = _image(output)
+            return output if image is None else image
+
+        return padded_to(network, batch["input"], multiple=window, scale=self.factor)
 
     def read(self, output: Any, batch: Batch) -> Signals:
         image, given, label = _image(output), batch["input"], batch.get("label")
