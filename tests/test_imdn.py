@@ -196,7 +196,9 @@ def test_it_learns_and_its_weights_are_judged_as_they_are(photographs: Path, tmp
     assert judged["psnr"] == pytest.approx(figures["psnr"]) and "train_seconds" not in judged
     assert json.loads((tmp_path / "as_is" / "product" / "product.json").read_text())["task"]["scale"] == 2
     started = settings(photographs, start=str(weights))
-    begun = execute(recipe.validate({**started, "train": {**started["train"], "epochs": 1}}), tmp_path / "more", cpu=True)
+    begun = execute(
+        recipe.validate({**started, "train": {**started["train"], "epochs": 1}}), tmp_path / "more", cpu=True
+    )
     assert begun["psnr"] > 15, "one epoch from there"
     assert load_product(tmp_path / "more").module(torch.rand(1, 3, 9, 7)).shape == (1, 3, 18, 14)
 
@@ -215,5 +217,3 @@ def test_variants_of_the_paper_build_its_networks():
         rates = [2e-4 * 0.5 ** (epoch // 200) for epoch in range(1, 1001)]
         steps = [2e-4 * 0.5 ** sum(epoch >= m for m in config.train.schedule.milestones) for epoch in range(1000)]
         assert rates == steps
-
-

@@ -81,7 +81,9 @@ def test_a_crop_is_the_shrunk_photographs_wherever_it_lies(folder: Path, scale: 
             hits = [bool((w == low[:, None, None]).all(-1).all(-1).all(0).any()) for w in windows]
             assert any(hits), "the input is no piece of the shrunk photograph"
             seen.add(hits.index(True))
-            assert psnr(enlarged(low[None], (24, 24)) * 255, true[None] * 255) > 15, "input and label do not belong together"
+            assert psnr(enlarged(low[None], (24, 24)) * 255, true[None] * 255) > 15, (
+                "input and label do not belong together"
+            )
     assert len(seen) >= 6, "of eight orientations"
 
 
@@ -135,7 +137,9 @@ def test_mistakes_get_a_sentence(folder: Path, options: dict, sentence: str):
 def test_an_alpha_channel_and_a_wrong_size_are_refused(folder: Path, tmp_path: Path):
     Image.new("RGBA", (32, 32)).save(tmp_path / "t0.png")
     with pytest.raises(UserError, match="alpha channel"):
-        batch(load(DataSpec(name=f"restore:{tmp_path}", options={"patch": 16, "test": str(tmp_path)})), "test", False, [0])
+        batch(
+            load(DataSpec(name=f"restore:{tmp_path}", options={"patch": 16, "test": str(tmp_path)})), "test", False, [0]
+        )
     Image.new("RGB", (9, 9)).save(tmp_path / "t0x2.png")
     (tmp_path / "t0.png").unlink()
     for i in (1, 2, 3):
@@ -161,7 +165,12 @@ def test_figures_are_those_of_another_library():
     a = torch.randint(0, 256, (2, 1, 40, 37), generator=draw).double()
     b = (a + 20 * torch.randn(a.shape, generator=draw)).clamp(0, 255).round()
     theirs = torchmetrics.functional.image.structural_similarity_index_measure(
-        torch.nn.functional.pad(a, [0] * 4), b, data_range=255.0, gaussian_kernel=True, sigma=1.5, return_full_image=True
+        torch.nn.functional.pad(a, [0] * 4),
+        b,
+        data_range=255.0,
+        gaussian_kernel=True,
+        sigma=1.5,
+        return_full_image=True,
     )[1]
     inner = theirs[..., 5:-5, 5:-5] if theirs.shape[-1] == a.shape[-1] else theirs
     torch.testing.assert_close(ssim(a, b), inner.flatten(1).mean(1), rtol=0, atol=1e-6)
@@ -266,7 +275,11 @@ def run(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
             "data": spec(folder).model_dump(mode="json"),
             "teacher": {**small, "train": train},
             "student": {"model": "stillhouse:imdn", "options": {"width": 4, "blocks": 2}},
-            "objectives": ["l1", {"name": "l1", "of": "teacher", "label": "l1_teacher"}, {"name": "fitnet", "weight": 1}],
+            "objectives": [
+                "l1",
+                {"name": "l1", "of": "teacher", "label": "l1_teacher"},
+                {"name": "fitnet", "weight": 1},
+            ],
             "train": train,
         }
     )
