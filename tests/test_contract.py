@@ -123,7 +123,7 @@ class Photographs:
 
 def world_of_images(name: str, device: torch.device, **options: object) -> World:
     train = Loader(Photographs(), 8, seed=0, shuffle=True)
-    teacher = Frozen(restorer(1, device), task=Restoration(1.0))
+    teacher = FrozenTeacher(restorer(1, device), task=Restoration(1.0))
     objective = catalog.objective(name)(**options)
     module = Distillation(restorer(0, device), {"teacher": teacher}, [objective], task=Restoration(1.0))
     batch = to_device(next(iter(train)), device)

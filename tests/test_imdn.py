@@ -1,4 +1,4 @@
-"""IMDN: published weights and figures, the blocks' channels, attention, the ablations, images of any size, the method."""
+"""IMDN: published weights and figures, channels set aside, attention, ablations, images of any size, the method."""
 
 from __future__ import annotations
 

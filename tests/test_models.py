@@ -60,9 +60,10 @@ def make(
 
 
 DETECTORS = {"one_stage", "pyramid_detector"}  # see test_detection.py
+RESTORERS = {"imdn", "imdn_as", "imdn_rtc", "imdn_rte"}  # see test_imdn.py
 
 
-@pytest.mark.parametrize("name", [n for n in names() if n not in DETECTORS])
+@pytest.mark.parametrize("name", [n for n in names() if n not in DETECTORS | RESTORERS])
 def test_every_own_net_learns_from_a_batch(name: str) -> None:
     if name == "wrn_28_10":
         name = "wrn_10_1"  # the same class by its pattern, at a size that two cores run in a test

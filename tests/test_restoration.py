@@ -1,4 +1,4 @@
-"""Restoration: pairs of images as data, figures by the published protocol, what is shown, networks of other libraries."""
+"""Restoration: pairs of images, figures by the published protocol, what is shown, networks of other libraries."""
 
 from __future__ import annotations
 
@@ -144,7 +144,7 @@ def test_an_alpha_channel_and_a_wrong_size_are_refused(folder: Path, tmp_path: P
     (tmp_path / "t0.png").unlink()
     for i in (1, 2, 3):
         Image.new("RGB", (9, 9)).save(tmp_path / f"t{i}.png")
-    with pytest.raises(UserError, match="has 9 x 9 pixels, but 't0.png' at scale 2 asks for 26 x 20"):
+    with pytest.raises(UserError, match=r"has 9 x 9 pixels, but 't0\.png' at scale 2 asks for 26 x 20"):
         batch(load(spec(folder, test_low=str(tmp_path))), "test", False, [0])
 
 

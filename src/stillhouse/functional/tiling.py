@@ -38,7 +38,7 @@ def four_crops(
     scale: int = 1,
     chunk: int | None = None,
 ) -> Tensor:
-    """A network's output for images, from four overlapping crops of each: (B, C, h, w) -> (B, C', h * scale, w * scale).
+    """A network's output for images, from four overlapping crops of each: (B, C, h, w) -> (B, C', h scale, w scale).
 
     Args:
         network: crops (n, C, hs, ws) -> (n, C', hs * scale, ws * scale), with hs and ws multiples of `multiple`.
@@ -71,8 +71,8 @@ def four_crops(
 def any_size(
     network: Callable[[Tensor], Tensor], images: Tensor, *, shave: int = SHAVE, multiple: int = 4, scale: int = 1
 ) -> Tensor:
-    """A network's output for images of any size: at once where both sides are multiples, else by `four_crops`, and where
-    an image is too small for that, mirrored at its lower and right edge up to the next multiple."""
+    """A network's output for images of any size: at once where both sides are multiples, else by `four_crops`, and
+    where an image is too small for that, mirrored at its lower and right edge up to the next multiple."""
     height, width = images.shape[-2:]
     if height % multiple == 0 and width % multiple == 0:
         return network(images)

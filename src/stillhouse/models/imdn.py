@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from typing import Any, ClassVar
 
 import torch
@@ -128,7 +129,7 @@ class PlainBlock(nn.Module):
     def __init__(self, width: int, inner: int, attention: nn.Module | None, activation: nn.Module) -> None:
         super().__init__()
         widths = [width, inner, inner, inner, width]
-        self.steps = nn.ModuleList(nn.Conv2d(a, b, 3, padding=1) for a, b in zip(widths, widths[1:]))
+        self.steps = nn.ModuleList(nn.Conv2d(a, b, 3, padding=1) for a, b in pairwise(widths))
         self.activation = activation
         self.attention = attention or nn.Identity()
         self.fuse = nn.Conv2d(width, width, 1)

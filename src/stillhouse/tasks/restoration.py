@@ -83,8 +83,8 @@ class Restoration(Task):
         if image is None or image.ndim != 4 or tuple(image.shape[1:]) != (3, *size):
             found = type(output).__name__ if image is None else tuple(image.shape)
             raise UserError(
-                f"Restoration at scale {self.scale:g} needs a network that gives images (B, 3, {size[0]}, {size[1]}) for "
-                f"inputs {tuple(given.shape)}; this one gives {found}. Take one of that scale, such as stillhouse:imdn"
+                f"Restoration at scale {self.scale:g} needs a network that gives images (B, 3, {size[0]}, {size[1]}) "
+                f"for inputs {tuple(given.shape)}; this one gives {found}. Take one of that scale, such as stillhouse:imdn"
                 f"{' or, for inputs enlarged before, stillhouse:imdn_as' if self.enlarged else ''}."
             )
         return Signals(parts={"image": image})
@@ -182,8 +182,8 @@ class RestorationMeter:
     """Means over images, in dB and as shares, with as many pixels left out at each side as the scale.
 
     `restoration`: `psnr` and `ssim` of luma that is not rounded, which is how published figures are computed.
-    `protocols`: `psnr_uint8`, `ssim_uint8` of luma rounded to whole levels, and `psnr_rgb`. `baseline`: `psnr_baseline`,
-    `ssim_baseline` of the input enlarged by bicubic interpolation, and `psnr_gain` over it.
+    `protocols`: `psnr_uint8`, `ssim_uint8` of luma rounded to whole levels, and `psnr_rgb`. `baseline`:
+    `psnr_baseline`, `ssim_baseline` of the input enlarged by bicubic interpolation, and `psnr_gain` over it.
     """
 
     def __init__(self, task: Restoration, groups: Sequence[str]) -> None:
