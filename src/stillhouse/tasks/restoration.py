@@ -82,10 +82,11 @@ class Restoration(Task):
         size = tuple(side * self.factor for side in given.shape[-2:]) if label is None else tuple(label.shape[-2:])
         if image is None or image.ndim != 4 or tuple(image.shape[1:]) != (3, *size):
             found = type(output).__name__ if image is None else tuple(image.shape)
+            wanted = f"(B, 3, {size[0]}, {size[1]})"
+            other = " or, for inputs enlarged before, stillhouse:imdn_as" if self.enlarged else ""
             raise UserError(
-                f"Restoration at scale {self.scale:g} needs a network that gives images (B, 3, {size[0]}, {size[1]}) "
-                f"for inputs {tuple(given.shape)}; this one gives {found}. Take one of that scale, such as stillhouse:imdn"
-                f"{' or, for inputs enlarged before, stillhouse:imdn_as' if self.enlarged else ''}."
+                f"Restoration at scale {self.scale:g} needs a network that gives images {wanted} for inputs "
+                f"{tuple(given.shape)}; this one gives {found}. Take one of that scale, such as stillhouse:imdn{other}."
             )
         return Signals(parts={"image": image})
 
@@ -137,8 +138,8 @@ class Restoration(Task):
     def captions(self, batch: Batch, outputs: Signals | None) -> list[str]:
         if outputs is None:
             return []
-        values = psnr(*(shaved(luma(levels), self.border) for levels in _both(self, batch, outputs)))
-        return [f"{value:.2f} dB" for value in values.tolist()]
+        mine, true = (shaved(luma(levels), self.border) for levels in _both(self, batch, outputs))
+        return [f"{value:.2f} dB" for value in psnr(mine, true).tolist()]
 
     def disagreement(self, student: Signals, teacher: Signals, batch: Batch) -> Tensor:
         return (self.levels(student) - self.levels(teacher)).abs().flatten(1).mean(1)
