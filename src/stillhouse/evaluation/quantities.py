@@ -101,6 +101,12 @@ _KNOWN = {
     ),
     "alpha": Quantity("Label head's share", "", 1, 2, 0, "Weight of the label head in the mixture of two heads."),
     "beta": Quantity("Teacher head's temperature", "", 1, 2, 0, "What the teacher head's logits are divided by."),
+    "accuracy_teacher": Quantity(
+        "Accuracy, teacher", "%", 100, 2, 0, "Accuracy of the teacher on the same test samples."
+    ),
+    "accuracy_source": Quantity(
+        "Accuracy, source", "%", 100, 2, 1, "Mean accuracy on the domains that were trained on."
+    ),
     "accuracy_before": Quantity(
         "Accuracy, before", "%", 100, 2, 1, "Accuracy of what training began from, after compression alone."
     ),
