@@ -21,9 +21,9 @@ from stillhouse.methods.image_text.promptkd import (
     PromptedTeacher,
     PromptTraining,
     prompt_distillation_loss,
-    prompt_ids,
 )
 from stillhouse.models.clip import Clip
+from stillhouse.models.image_text import prompt_ids
 from stillhouse.runs import recipe
 from stillhouse.runs.execution import execute
 from stillhouse.runs.products import load_product
@@ -136,12 +136,12 @@ def captions(folder: Path) -> dict[str, Any]:
 
 def test_prompts_stand_between_the_begin_mark_and_the_name(folder: Path):
     task = load(DataSpec.model_validate(captions(folder))).task
-    ids, ends = prompt_ids(task, ["red", "dark_green"], 4)
+    ids, ends = prompt_ids(task.tokenizer, ["red", "dark_green"], 4, task.context)
     tokens = task.tokenizer
     assert (ids[:, 0] == tokens.bos_token_id).all() and (ids[torch.arange(2), ends] == tokens.eos_token_id).all()
     assert [tokens.decode(row[5:end]) for row, end in zip(ids, ends)] == ["red.", "dark green."]
-    with pytest.raises(UserError, match="more than 24"):
-        prompt_ids(task, ["a" * 30], 4)
+    with pytest.raises(UserError, match="more than the 24"):
+        prompt_ids(task.tokenizer, ["a" * 30], 4, task.context)
 
 
 def test_the_teachers_prompts_are_a_gaussian_mean_over_epochs(folder: Path):

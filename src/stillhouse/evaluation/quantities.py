@@ -101,6 +101,9 @@ _KNOWN = {
     ),
     "alpha": Quantity("Label head's share", "", 1, 2, 0, "Weight of the label head in the mixture of two heads."),
     "beta": Quantity("Teacher head's temperature", "", 1, 2, 0, "What the teacher head's logits are divided by."),
+    "new_drop": Quantity(
+        "Fall on new classes", "points", 100, 2, -1, "Accuracy on new classes at its best epoch less that of the last."
+    ),
     "accuracy_teacher": Quantity(
         "Accuracy, teacher", "%", 100, 2, 0, "Accuracy of the teacher on the same test samples."
     ),

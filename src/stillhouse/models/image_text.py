@@ -8,7 +8,7 @@ have, and `stillhouse:two_towers`.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
 import torch
@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from stillhouse.config.specs import ModelSpec
 from stillhouse.errors import UserError
 from stillhouse.models import build
+from stillhouse.models.tokenizer import encode, marks
 
 LARGEST_SCALE = 100.0
 """Cosines are multiplied by no more than this (Radford et al. 2021, section 2.5)."""
@@ -71,6 +72,31 @@ def clamp_scale(model: Any) -> None:
     """Put `logit_scale` back to at most the logarithm of `LARGEST_SCALE`, where it is trained."""
     if model.logit_scale.requires_grad:
         model.logit_scale.clamp_(max=math.log(LARGEST_SCALE))
+
+
+def prompt_ids(tokenizer: Any, names: Sequence[str], prompts: int, context: int) -> tuple[Tensor, Tensor]:
+    """Ids (C, L) of a begin mark, places for prompts, a class name, a full stop and an end mark, padded; and the places
+    (C,) of the end marks.
+
+    Raises:
+        UserError: a name that is too long for the context.
+    """
+    begin, close = marks(tokenizer)
+    place = tokenizer.pad_token_id
+    bodies = encode(tokenizer, [f"{name.replace('_', ' ')}." for name in names])
+    rows = [begin[-1:] + [place] * prompts + body + close[:1] for body in bodies]
+    length = max(map(len, rows))
+    if length > context:
+        raise UserError(f"A class name with {prompts} prompts has {length} tokens, more than the {context} of a text.")
+    ids = torch.tensor([row + [place] * (length - len(row)) for row in rows])
+    return ids, torch.tensor([len(row) - 1 for row in rows])
+
+
+def prompt_words(tokenizer: Any, prompts: int) -> Tensor:
+    """(prompts,) ids of the first tokens of "a photo of a", which prompts begin as; the last again where there are too
+    few."""
+    ids = encode(tokenizer, ["a photo of a"])[0][:prompts]
+    return torch.tensor(ids + ids[-1:] * (prompts - len(ids)))
 
 
 class ImageTower(nn.Module):

@@ -50,7 +50,7 @@ from stillhouse.evaluation.image_text import base_and_new
 from stillhouse.functional.pictures import renormalise
 from stillhouse.functional.precision import full_precision
 from stillhouse.models.clip import Clip, as_clip, shape_of
-from stillhouse.models.tokenizer import encode, marks
+from stillhouse.models.image_text import prompt_ids, prompt_words
 from stillhouse.models.weights import load_weights
 from stillhouse.nn.clip import ImageEncoder
 from stillhouse.randomness import keyed
@@ -213,8 +213,8 @@ class PromptedTeacher(nn.Module):
         self.text = nn.ParameterList(0.02 * torch.randn(tokens, width) for _ in range(depth))
         if depth:
             with torch.no_grad():
-                self.text[0].copy_(first_words(clip, task, tokens))
-        ids, ends = prompt_ids(task, names, tokens)
+                self.text[0].copy_(clip.text.tokens(prompt_words(task.tokenizer, tokens)))
+        ids, ends = prompt_ids(task.tokenizer, names, tokens, task.context)
         self.register_buffer("ids", ids, persistent=False)
         self.register_buffer("ends", ends, persistent=False)
 
@@ -233,28 +233,6 @@ class PromptedTeacher(nn.Module):
         """(C, d) unit class vectors under the prompts."""
         embedded = self.clip.text.tokens(self.ids)
         return F.normalize(self.clip.text.from_embedded(embedded, self.ends, prompts=list(self.text)), dim=-1)
-
-
-def prompt_ids(task: ImageText, names: Sequence[str], tokens: int) -> tuple[Tensor, Tensor]:
-    """Ids (C, L) of a begin mark, `tokens` places for prompts, a class name, a full stop and an end mark, padded; and
-    the places (C,) of the end marks."""
-    begin, close = marks(task.tokenizer)
-    place = task.tokenizer.pad_token_id
-    bodies = encode(task.tokenizer, [f"{name.replace('_', ' ')}." for name in names])
-    rows = [begin[-1:] + [place] * tokens + body + close[:1] for body in bodies]
-    length = max(map(len, rows))
-    if length > task.context:
-        raise UserError(f"promptkd: a class name with {tokens} prompts has {length} tokens, more than {task.context}.")
-    ids = torch.tensor([row + [place] * (length - len(row)) for row in rows])
-    return ids, torch.tensor([len(row) - 1 for row in rows])
-
-
-def first_words(clip: Clip, task: ImageText, tokens: int) -> Tensor:
-    """(tokens, W) embeddings of the first tokens of "a photo of a"; the last again where there are too few."""
-    ids = encode(task.tokenizer, ["a photo of a"])[0][:tokens]
-    ids += ids[-1:] * (tokens - len(ids))
-    found: Tensor = clip.text.tokens(torch.tensor(ids))
-    return found
 
 
 class AdaptTraining(TrainingModule):
