@@ -504,6 +504,7 @@ class ObjectiveSpec(Spec):
         return dict(self.model_extra or {})
 
 
+TeacherSpec.model_rebuild()  # whose trained form names objectives; subclasses elsewhere could not resolve the name
 Objectives = Annotated[list[ObjectiveSpec], Field(min_length=1)]
 Model = Annotated[ModelSpec, _shorthand("model")]
 Teacher = Annotated[TeacherSpec, _shorthand("model")]
