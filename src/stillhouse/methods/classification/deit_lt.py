@@ -368,6 +368,8 @@ class LongTailTeacher(TeacherSpec):
     def _is_a_network(self) -> LongTailTeacher:
         if self.model is None or self.store is not None:
             raise ValueError("it labels images as they are augmented and mixed, so it must be a live network: `model`")
+        if self.objectives is not None or self.teacher is not None:
+            raise ValueError("it is trained with `loss`; leave objectives and teacher out")
         if self.train is not None and self.rho and self.train.accumulate > 1:
             raise ValueError("rho needs the whole batch twice: set train.accumulate to 1, or rho to 0")
         return self
@@ -461,7 +463,7 @@ class DistilledLongTail(Method[Config]):
         spec, data = config.teacher, config.data
         if spec is None:
             return None
-        if spec.train is None or spec.checkpoint is not None:
+        if spec.train is None:
             model = run.network("teacher", spec, data, as_saved=True)
         else:
             model = self._trained(config, run, spec, spec.train)
@@ -484,7 +486,7 @@ class DistilledLongTail(Method[Config]):
             return {"weights": state_on_cpu(model), "figures": figures}
 
         uses = {
-            "start": FrozenTeacher(model).fingerprint() if spec.pretrained else None,
+            "start": FrozenTeacher(model).fingerprint() if spec.pretrained or spec.checkpoint else None,
             "model": spec.network,
             "loss": spec.loss,
             "rho": spec.rho,

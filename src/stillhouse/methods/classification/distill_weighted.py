@@ -33,6 +33,7 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from stillhouse.config.names import folder_name
 from stillhouse.config.specs import Data, InputSpec, MethodConfig, Model, Teacher, TeacherSpec, TrainSpec
 from stillhouse.data import DataBundle, Loader
 from stillhouse.distillation.own_input import OwnInput
@@ -294,6 +295,7 @@ class Config(MethodConfig):
         if not self.sources:
             raise ValueError("name at least one source")
         for name, spec in self.sources.items():
+            folder_name(name, "sources")
             if spec.model is None or spec.store is not None or spec.view is not None:
                 raise ValueError(f"sources.{name} must be one network: `model`, without store and view")
         if self.only is not None and self.only not in self.sources:
@@ -342,8 +344,11 @@ class SimilarTasks(Method[Config]):
                     f"The source '{name}' ({spec.model}) has no weights: give it a `checkpoint`, `pretrained: true`, "
                     "or `data` and `train`."
                 )
+            network = spec.network
+            if network.checkpoint is not None:
+                network = network.model_copy(update={"checkpoint": str(run.weights_file(network.checkpoint))})
             with keyed("source", name):
-                model = build(spec.network)
+                model = build(network)
             own, size = (published_normalisation(spec.network, model) if spec.pretrained else None), None
         else:
             model = run.network(f"sources.{name}", spec, config.data, as_saved=True)
