@@ -123,3 +123,26 @@ def test_chat_messages_are_read_and_a_system_message_is_left_out(tmp_path: Path)
 def test_a_broken_conversation_is_refused(tmp_path: Path, messages: list[Any], match: str) -> None:
     with pytest.raises(UserError, match=f"record 0, {match}"):
         bundle(tmp_path, [{"conversations": [{"from": r, "value": v} for r, v in messages]}])
+
+
+CHAT = (
+    "{% for m in messages %}{{ '<' + m['role'] + '>' + m['content'] + ('.end' if m['role'] == 'assistant' else '') }}"
+    "{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+
+
+def test_a_tokenizers_own_chat_template_is_followed_to_the_answer(tmp_path: Path) -> None:
+    data = bundle(tmp_path, MANY, template={"chat": True, "system": "s"}, shuffle=False)
+    with pytest.raises(UserError, match="has no chat template"):
+        data.dataset("train")
+    tokens, turns = data.task.tokenizer, data.splits["train"][0]
+    tokens.chat_template = CHAT
+    made = batch(data, count=1)
+    learned = tokens.decode([i for i in made["label"][0].tolist() if i != -100])
+    assert learned == "".join(f"{answer}.end" for _, answer in turns)
+    row = made["input"]["input_ids"][0].tolist()
+    asked = data.asked(turns[:1], turns[1][0])
+    assert row[: len(asked)] == asked and tokens.decode(asked).endswith("<assistant>")
+    tokens.chat_template = "{{ messages | length }}"
+    with pytest.raises(UserError, match="once it is answered"):
+        data.dataset("train")

@@ -55,6 +55,7 @@ class Template(Spec):
         description="false: no separator before `assistant` in training, for tokenizers that add a blank by themselves "
         "(sentencepiece).",
     )
+    chat: bool = Field(False, description="The tokenizer's own chat template in place of all keys but `system`.")
 
     def pieces(self, turns: Sequence[Turn], end: str) -> list[list[tuple[str, bool]]]:
         """For each turn the texts to be encoded one by one, and whether each is learned."""
@@ -71,6 +72,31 @@ class Template(Spec):
             piece for turn in self.model_copy(update={"spaced": True}).pieces(turns, end) for piece, _ in turn
         )
         return text[: len(text) - len(turns[-1][1] + end)].rstrip()
+
+
+def chat_pieces(tokens: Any, turns: Sequence[Turn], system: str = "") -> list[list[tuple[str, bool]]]:
+    """As `Template.pieces`, in a tokenizer's own chat template.
+
+    Raises:
+        UserError: a tokenizer without one, or one that writes a turn otherwise once it is answered.
+    """
+    if not getattr(tokens, "chat_template", None):
+        raise UserError("data.options.template.chat: the tokenizer has no chat template; leave it out.")
+    messages = [{"role": "system", "content": system}] if system else []
+    done, out = "", []
+    for said, answer in turns:
+        messages.append({"role": "user", "content": said})
+        asked: str = tokens.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        messages.append({"role": "assistant", "content": answer})
+        whole: str = tokens.apply_chat_template(messages, tokenize=False)
+        if not asked.startswith(done) or not whole.startswith(asked):
+            raise UserError(
+                "data.options.template.chat: the tokenizer's chat template writes a turn otherwise once it is "
+                "answered, so that answers cannot be told from questions; describe the template by its keys."
+            )
+        out.append([(asked[len(done) :], False), (whole[len(asked) :], True)])
+        done = whole
+    return out
 
 
 def turns_of(messages: Iterable[Mapping[str, Any]], where: str = "conversation") -> Turns:
@@ -96,17 +122,14 @@ def turns_of(messages: Iterable[Mapping[str, Any]], where: str = "conversation")
     return list(zip(texts[::2], texts[1::2]))
 
 
-def encoded(turns: Sequence[Turn], template: Template, encoder: Encoder, begin: Sequence[int], end: str) -> list[Part]:
+def encoded(pieces: Sequence[Sequence[tuple[str, bool]]], encoder: Encoder, begin: Sequence[int]) -> list[Part]:
     """Ids and labels of each turn.
 
     Args:
-        turns: of one conversation.
-        template: how it is written.
+        pieces: of the turns, as `Template.pieces` gives them.
         encoder: texts to ids, without special tokens.
         begin: ids before the first piece, such as the beginning of a text.
-        end: the end mark.
     """
-    pieces = template.pieces(turns, end)
     ids = iter(encoder([text for turn in pieces for text, _ in turn]))
     out: list[Part] = []
     for number, turn in enumerate(pieces):
@@ -118,14 +141,6 @@ def encoded(turns: Sequence[Turn], template: Template, encoder: Encoder, begin: 
             labels += own if learned else [IGNORED] * len(own)
         out.append((every, labels))
     return out
-
-
-def asked(
-    turns: Sequence[Turn], question: str, template: Template, encoder: Encoder, begin: Sequence[int], end: str
-) -> list[int]:
-    """Ids up to where the answer to a question begins, as training has them."""
-    pieces = [text for turn in template.pieces([*turns, (question, "")], end) for text, _ in turn]
-    return [*begin, *(i for ids in encoder(pieces[:-1]) for i in ids)]
 
 
 def joined(parts: Sequence[Part], limit: int | None = None) -> Part:
@@ -260,10 +275,9 @@ class ConversationBundle:
             UserError: one of which nothing but the first turn fits, unless they are dropped.
         """
         tokens, options = self.task.tokenizer, self.options
-        begin = marks(tokens)[0]
-        out, lost = [], 0
+        begin, out, lost = self.begin, [], 0
         for number, turns in enumerate(conversations):
-            parts = encoded(turns, options.template, lambda texts: encode(tokens, texts), begin, self.end)
+            parts = encoded(self.pieces(turns), lambda texts: encode(tokens, texts), begin)
             room = options.context + 1 - len(parts[0][0])
             fits = [len(ids) <= room for ids, _ in parts[1:]]
             if room < 0 or (fits and not any(fits)):
@@ -280,11 +294,22 @@ class ConversationBundle:
             out.append(parts)
         return out, lost
 
+    def pieces(self, turns: Sequence[Turn]) -> list[list[tuple[str, bool]]]:
+        """The texts of each turn, and whether each is learned."""
+        template = self.options.template
+        if template.chat:
+            return chat_pieces(self.task.tokenizer, turns, template.system)
+        return template.pieces(turns, self.end)
+
+    @property
+    def begin(self) -> list[int]:
+        """Ids before a conversation; a chat template writes them itself."""
+        return [] if self.options.template.chat else marks(self.task.tokenizer)[0]
+
     def asked(self, turns: Sequence[Turn], question: str) -> list[int]:
         """Ids of a conversation with a further question, up to where its answer begins."""
-        tokens = self.task.tokenizer
-        begin = marks(tokens)[0]
-        return asked(turns, question, self.options.template, lambda texts: encode(tokens, texts), begin, self.end)
+        texts = [text for turn in self.pieces([*turns, (question, "")]) for text, _ in turn][:-1]
+        return [*self.begin, *(i for ids in encode(self.task.tokenizer, texts) for i in ids)]
 
     def dataset(self, split: str, *, train: bool = False) -> ConversationDataset:
         """A split; in training the turns are shuffled. Raises `UserError` for one that is not there."""
@@ -304,9 +329,9 @@ def load(rest: str, spec: DataSpec, options: ConversationOptions, root: Path) ->
         UserError: no such file, a record that is no conversation, or one that is too long.
     """
     found = {name: _merged(turns) if options.merge else turns for name, turns in _read(rest, options, root).items()}
-    texts = sorted({text for turns in found["train"] for turn in turns for text in turn} | {options.template.system})
+    texts = [text for turns in found["train"] for turn in options.template.pieces(turns, "") for text, _ in turn]
     name: str = located({"model": options.tokenizer}, root)["model"]
-    tokens = tokenizer(name, [*texts, options.template.user, options.template.assistant])
+    tokens = tokenizer(name, texts)
     strata = {name: np.zeros(len(turns), np.int64) for name, turns in found.items()}
     portions = cut(strata, spec, len(found["train"]) // 10, in_balance)
     splits = {name: [found[p.source][i] for i in p.rows] for name, p in portions.items()}

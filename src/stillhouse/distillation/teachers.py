@@ -74,6 +74,10 @@ class Reader:
             self._taps = Taps(self.model, list(self._paths.values()), self.owner)
 
     def _resolve(self, name: str) -> str:
+        if name.partition(":")[0] in ("hidden", "query", "key"):
+            from stillhouse.models.text_layers import tap
+
+            return tap(self.model, name)
         if not name.startswith("stage:"):
             return name
         from stillhouse.models.anatomy import stages

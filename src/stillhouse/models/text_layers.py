@@ -46,6 +46,22 @@ def attention_taps(model: nn.Module) -> list[tuple[str, str]]:
     return [(f"{prefix}{layers}.{i}.{parts[0]}", f"{prefix}{layers}.{i}.{parts[1]}") for i in range(count)]
 
 
+def tap(model: nn.Module, name: str) -> str:
+    """The submodule that `hidden:N` stands for (0: the embeddings, -1: the last layer), or `query:N` or `key:N` (of the
+    N-th layer, from 0).
+
+    Raises:
+        UserError: a number that there is not, or a model of another layout.
+    """
+    kind, _, number = name.partition(":")
+    names = hidden_taps(model) if kind == "hidden" else [pair[kind == "key"] for pair in attention_taps(model)]
+    if not number.lstrip("-").isdigit() or not -len(names) <= int(number) < len(names):
+        raise UserError(
+            f"A {type(model).__name__} has {kind}:0 to {kind}:{len(names) - 1} ({kind}:-1 is the last), not '{name}'."
+        )
+    return names[int(number)]
+
+
 def heads_of(model: nn.Module) -> int:
     """How many attention heads a model of transformers has."""
     config: Any = model.config

@@ -34,7 +34,7 @@ def instance_masking(case: Case) -> None:
         return [[byte + 3 for byte in text.encode()] for text in texts]
 
     template = Template(system=p["system_train"], spaced=False)
-    ids, labels = joined(encoded([turns[i] for i in [0, *order]], template, encoder, [1], end))
+    ids, labels = joined(encoded(template.pieces([turns[i] for i in [0, *order]], end), encoder, [1]))
     length = p["model_max_length"]
 
     def row(values: list[int], fill: int) -> torch.Tensor:

@@ -141,7 +141,8 @@ class UniversalNER(Method[Config]):
         student = run.model(config.student, config.data).to(run.device)
         if config.train is not None:
             rows, lost = bundle.encoded(learned)
-            run.record["conversations"] = {"count": len(rows), "questions_left_out": lost, "example": learned[0]}
+            run.record["conversations"] = {"count": len(rows), "example": learned[0]}
+            figures["questions_left_out"] = float(lost)
             if not rows:
                 raise UserError("universal_ner: no conversation is left to learn; see the counts in environment.json.")
             options = bundle.options
