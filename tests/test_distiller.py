@@ -188,7 +188,7 @@ def test_models_of_other_layouts_have_taps_or_a_reason() -> None:
     assert hidden_taps(gpt) == ["transformer.drop", "transformer.h.0", "transformer.h.1"]
     with pytest.raises(UserError, match="compare hidden states"):
         attention_taps(gpt)
-    with pytest.raises(UserError, match="no language model of transformers"):
+    with pytest.raises(UserError, match="Where a Linear holds its hidden states is not known"):
         hidden_taps(torch.nn.Linear(2, 2))
 
 

@@ -1,4 +1,4 @@
-"""Where language models of transformers hold hidden states, queries and keys: names of submodules to tap."""
+"""Where transformers hold hidden states, queries and keys: names of submodules to tap."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ LAYOUTS = (
     ("transformer.layer", "embeddings", ("attention.q_lin", "attention.k_lin")),  # DistilBERT
     ("h", "drop", None),  # GPT-2
     ("layers", "embed_tokens", None),  # Llama, Qwen, Mistral, Gemma
+    ("blocks", "patch_embed", None),  # vision transformers; patch_embed lacks the class token
 )
 
 
@@ -69,12 +70,9 @@ def heads_of(model: nn.Module) -> int:
 
 
 def _base(model: nn.Module) -> tuple[nn.Module, str]:
-    """The model without its head, and what stands before the names of its parts."""
-    whole: Any = model
-    base = getattr(whole, "base_model", None)
-    if not isinstance(base, nn.Module) or not hasattr(whole, "config"):
-        raise UserError(f"A {type(model).__name__} is no language model of transformers.")
-    name = next(n for n, m in model.named_modules() if m is base)
+    """The model, of transformers without its head, and what stands before the names of its parts."""
+    base = getattr(model, "base_model", model)
+    name = next((n for n, m in model.named_modules() if m is base), "")
     return base, f"{name}." if name else ""
 
 
@@ -86,5 +84,5 @@ def _layout(model: nn.Module) -> tuple[str, str, tuple[str, str] | None]:
             return layout
     raise UserError(
         f"Where a {type(model).__name__} holds its hidden states is not known; known are models laid out as BERT, "
-        "DistilBERT, GPT-2 or Llama."
+        "DistilBERT, GPT-2, Llama or a vision transformer of timm."
     )

@@ -1,14 +1,14 @@
 """Hidden states: layers of two language models of any depth and width are compared, and attention maps where both are
 encoders.
 
-paper: none; what PKD, TinyBERT and MobileBERT have in common
+paper: none; what PKD (arXiv 1908.09355), TinyBERT (arXiv 1909.10351) and others have in common
 task: language
 family: features
 use when: teacher and student read the same tokens, and the student should also represent them as the teacher does
 needs: hidden states of transformers models; for attention, encoders of BERT's kind
 
 For each pair of layers the mean over real tokens of the squared difference (`mse`), of 1 - cosine (`cos`), or of the
-cross-entropy over the width (`ce`); `pkd` compares token 0 alone, as unit vectors. Padded tokens count for nothing.
+cross-entropy over the width (`ce`); `pkd` compares token 0 alone, as unit vectors (arXiv 1908.09355). Padded tokens count for nothing.
 Where widths differ, a linear map of the student's states is learned with it, and left out of the product. Attention
 maps are made of queries and keys, so that networks keep their fast attention, and averaged over the heads, so that
 networks with different heads can be compared: mean squared difference over pairs of real tokens.
@@ -16,6 +16,7 @@ networks with different heads can be compared: mean squared difference over pair
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Literal
 
 import torch
@@ -88,7 +89,8 @@ class HiddenStates(Objective):
     def forward(self, student: Signals, teacher: Signals, batch: Batch, progress: Progress) -> dict[str, Tensor]:
         out = {}
         tapped = next(iter(student.taps.values()))
-        given = batch["input"].get("attention_mask") if isinstance(batch["input"], dict) else None
+        inputs = batch.get("input")
+        given = inputs.get("attention_mask") if isinstance(inputs, Mapping) else None
         mask = torch.ones(tapped.shape[:2], device=tapped.device) if given is None else given
         if self.layers:
             parts = []
