@@ -8,10 +8,10 @@ use when: teacher and student read the same tokens, and the student should also 
 needs: hidden states of transformers models; for attention, encoders of BERT's kind
 
 For each pair of layers the mean over real tokens of the squared difference (`mse`), of 1 - cosine (`cos`), or of the
-cross-entropy over the width (`ce`); `pkd` compares token 0 alone, as unit vectors (arXiv 1908.09355). Padded tokens count for nothing.
-Where widths differ, a linear map of the student's states is learned with it, and left out of the product. Attention
-maps are made of queries and keys, so that networks keep their fast attention, and averaged over the heads, so that
-networks with different heads can be compared: mean squared difference over pairs of real tokens.
+cross-entropy over the width (`ce`); `pkd` compares token 0 alone, as unit vectors (arXiv 1908.09355). Padded tokens
+count for nothing. Where widths differ, a linear map of the student's states is learned with it, and left out of the
+product. Attention maps are made of queries and keys, so that networks keep their fast attention, and averaged over the
+heads, so that networks with different heads can be compared: mean squared difference over pairs of real tokens.
 """
 
 from __future__ import annotations
