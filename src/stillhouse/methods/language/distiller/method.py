@@ -274,7 +274,7 @@ class Distiller(Method[Config]):
         return run.student(best[1], config.student, config.data, figures)
 
     def trial(self, config: Config, auto: AutoSpec, name: str, pipeline: Pipeline, run: Run) -> Trial:
-        """One pipeline on one data set; its student is judged on the test split, on validation data where there is
+        """One pipeline on one data set; its student is judged on validation data, on the test split where there is
         none."""
         data = auto.data[name]
         facts, teacher = self.facts(config, data, run)
@@ -282,7 +282,7 @@ class Distiller(Method[Config]):
         def make() -> dict[str, float]:
             student = run.model(config.student, data)
             self.distil("trial", config, pipeline, auto.train, data, run, student, teacher)
-            split = next(s for s in ("test", "val", "holdout") if run.data(data).has(s))
+            split = next(s for s in ("val", "holdout", "test") if run.data(data).has(s))
             return run.figures(student.to(run.device), data, run.loader(data, split), run.device)
 
         uses = {"data": run.data(data), "teacher": teacher, "student": config.student, "pipeline": pipeline,
