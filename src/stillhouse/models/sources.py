@@ -210,11 +210,25 @@ def from_transformers(
     return _load_folder(auto, source, config, owner, dtype, download=pretrained and not folder.is_dir())
 
 
+def _without_padding_check(model: nn.Module) -> nn.Module:
+    """A transformers model that does not look at every batch's ids for padding, to warn of an absent mask: on a GPU the
+    host would wait for it, and our batches have a mask wherever they have padding."""
+    for module in model.modules():
+        if hasattr(module, "warn_if_padding_and_no_attention_mask"):
+            module.warn_if_padding_and_no_attention_mask = _no_check  # type: ignore[assignment]
+    return model
+
+
+def _no_check(*arguments: Any) -> None:
+    pass
+
+
 def _load_folder(auto: Any, source: str, config: Any, owner: str, dtype: str, download: bool) -> nn.Module:
     """A model with its weights. A classifier may be new (a folder of a bare encoder), but of another size, or with most
     weights absent, it is refused."""
     options = {"config": config, "dtype": dtype, "ignore_mismatched_sizes": True, "output_loading_info": True}
     model, info = published(owner, download, lambda: auto.from_pretrained(source, **options))
+    _without_padding_check(model)
     if info["mismatched_keys"]:
         name, given, ours = min(info["mismatched_keys"])
         raise UserError(
@@ -232,7 +246,9 @@ def _load_folder(auto: Any, source: str, config: Any, owner: str, dtype: str, do
 def _from_config(auto: Any, config: Any, task: str, owner: str, dtype: str) -> nn.Module:
     model = _model_class(config, task, owner)
     config.architectures = config.architectures or [model.__name__]
-    return auto.from_config(config) if dtype == "auto" else auto.from_config(config, dtype=dtype)
+    return _without_padding_check(
+        auto.from_config(config) if dtype == "auto" else auto.from_config(config, dtype=dtype)
+    )
 
 
 def _model_class(config: Any, task: str, owner: str) -> type[nn.Module]:

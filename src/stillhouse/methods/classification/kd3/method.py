@@ -139,9 +139,8 @@ class AlignmentTraining(TrainingModule):
         terms = {"features": aligned(mine, theirs, weights if self._weigh else None)}
         terms["loss"] = terms["features"]
         if self.embed is not None and len(x) > 1:
-            share = torch.distributions.Beta(*torch.full((2,), self._mix_alpha, device=x.device)).sample(
-                (len(x), 1, 1, 1)
-            )
+            both = torch.full((2,), self._mix_alpha, device=x.device)
+            share = torch.distributions.Beta(*both, validate_args=False).sample((len(x), 1, 1, 1))  # which would wait
             changed = mix_distribution(x, share, torch.randperm(len(x), device=x.device))
             one, other = (
                 gather(F.normalize(self.embed(f.mean((2, 3))), dim=1))

@@ -1,0 +1,114 @@
+"""Data of the shape of public data sets that are not at hand, for rehearsals of recipes: a row a set."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from transformers import PreTrainedTokenizerFast
+
+from stillhouse.config.specs import DataSpec
+from stillhouse.data.bundle import labelled
+from stillhouse.data.source import IMAGENET_MEAN, IMAGENET_STD, Samples, Source
+from stillhouse.runs.run import Run
+
+IMAGES: dict[str, tuple[int, tuple[int, int, int], int]] = {
+    # name: classes, size of an image, images of a class (as many as a step of a recipe takes)
+    "cifar10": (10, (3, 32, 32), 1100),
+    "torchvision:CIFAR10": (10, (3, 32, 32), 100),
+    "torchvision:CIFAR100": (100, (3, 32, 32), 60),
+    "torchvision:MNIST": (10, (1, 28, 28), 100),
+    "torchvision:FashionMNIST": (10, (1, 28, 28), 100),
+    "torchvision:OxfordIIITPet": (37, (3, 375, 500), 20),
+    "imagefolder:imagenet": (1000, (3, 375, 500), 3),
+    "imagefolder:imagenet22k": (21841, (3, 375, 500), 1),
+}
+MASKS = {"masks:voc2012_aug": (500, 375), "masks:cityscapes": (2048, 1024)}
+TEXTS: dict[str, dict[str, Any]] = {
+    "text:hf:EdinburghNLP/xsum": {"document": "w1 w2 w3 w4 w5 w6", "summary": "w7 w8"},
+    "text:hf:stanfordnlp/sst2": {"sentence": "w1 w2 w3 w4", "label": 1},
+    "text:ultrachat.jsonl": {"prompt": "w1 w2 w3", "completion": "w4 w5 w6"},
+}
+VOCABULARIES = {
+    "google/t5-v1_1-small": 32128,
+    "google-bert/bert-base-uncased": 30522,
+    "TinyLlama/TinyLlama_v1.1": 32000,
+}
+CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
+    # name on the hub: its config
+    "google/t5-v1_1-small": ("t5", {"d_model": 512, "d_ff": 1024, "num_heads": 6, "num_layers": 8, "vocab_size": 32128}),
+    "google/t5-v1_1-xl": ("t5", {"d_model": 2048, "d_ff": 5120, "num_heads": 32, "num_layers": 24, "vocab_size": 32128}),
+    "google-bert/bert-base-uncased": ("bert", {}),
+    "google/bert_uncased_L-6_H-768_A-12": ("bert", {"num_hidden_layers": 6}),
+    "TinyLlama/TinyLlama_v1.1": (
+        "llama",
+        {"hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 22, "num_key_value_heads": 4},
+    ),
+    "meta-llama/Llama-2-7b-chat-hf": ("llama", {}),
+    "nvidia/mit-b1": ("segformer", {"hidden_sizes": [64, 128, 320, 512], "decoder_hidden_size": 256}),
+}
+
+
+def load(run: Run, spec: Any, folder: Path) -> Any:
+    """Made-up data for a spec; None for a set that has no row here."""
+    if spec.name in IMAGES and isinstance(spec, DataSpec):
+        classes, shape, each = IMAGES[spec.name]
+        train, test = _samples(classes, shape, each), _samples(classes, shape, max(300 // classes, 1))
+        photos = shape[1] > 96
+        names = [str(i) for i in range(classes)]
+        found = Source(
+            train, names, (3, 224, 224) if photos else shape, test, mean=IMAGENET_MEAN[: shape[0]], std=IMAGENET_STD[: shape[0]]
+        )
+        small = {"size": None, "test_size": None} if photos else {}
+        return labelled(found, spec.model_copy(update=small))
+    if spec.name in MASKS:
+        width, height = MASKS[spec.name]
+        place = folder / spec.name.replace(":", "_")
+        if not place.exists():
+            for split in ("train", "val", "test"):
+                for name, kind, mode in (("images", "jpg", "RGB"), ("labels", "png", "L")):
+                    (place / split / name).mkdir(parents=True)
+                    for i in range(4 if split == "train" else 1):
+                        Image.new(mode, (width, height), i).save(place / split / name / f"{i}.{kind}")
+        return _read(run, spec, f"masks:{place}")
+    if spec.name in TEXTS:
+        place = folder / f"{spec.name.split('/')[-1].split(':')[-1]}.jsonl"
+        rows = [TEXTS[spec.name] | ({"label": i % 2} if "label" in TEXTS[spec.name] else {}) for i in range(100)]
+        place.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        return _read(run, spec, f"text:{place}")
+    return None
+
+
+def _read(run: Run, spec: Any, name: str) -> Any:
+    from stillhouse.data import load as read
+
+    return read(spec.model_copy(update={"name": name}))
+
+
+def _samples(classes: int, shape: tuple[int, int, int], each: int) -> Samples:
+    labels = np.repeat(np.arange(classes), each)
+    image = torch.randint(0, 256, shape, generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    several = lambda rows: image.expand(len(rows), *shape)  # noqa: E731
+    return Samples(labels, "made up", lambda i: image, several if shape[1] <= 96 else None)
+
+
+def published_tokenizer(name: str) -> Any:
+    """A tokenizer of words `w1 w2 …` with as many as the published one of that name has."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    special = ["<pad>", "<s>", "</s>", "<unk>", "<mask>", "<cls>", "<sep>"]
+    words = special + [f"w{i}" for i in range(VOCABULARIES[name] - len(special))]
+    made = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
+    made.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    marks = dict(zip(("pad", "bos", "eos", "unk", "mask", "cls", "sep"), special))
+    return PreTrainedTokenizerFast(tokenizer_object=made, **{f"{k}_token": v for k, v in marks.items()})
+
+
+def config_of(name: str) -> tuple[str, dict[str, Any]]:
+    """The name and options by which transformers builds a published network without its files."""
+    kind, options = CONFIGS[name]
+    return f"config:{kind}", options
