@@ -24,8 +24,11 @@ IMAGES: dict[str, tuple[int, tuple[int, int, int], int]] = {
     "torchvision:MNIST": (10, (1, 28, 28), 100),
     "torchvision:FashionMNIST": (10, (1, 28, 28), 100),
     "torchvision:OxfordIIITPet": (37, (3, 375, 500), 20),
-    "imagefolder:imagenet": (1000, (3, 375, 500), 3),
-    "imagefolder:imagenet22k": (21841, (3, 375, 500), 1),
+    "imagefolder:imagenet": (1000, (3, 375, 500), 2),
+    "imagefolder:imagenet22k": (1000, (3, 375, 500), 2),  # a pool: of its 21,841 classes nothing is known
+    "imagefolder:imagenet_lt": (1000, (3, 375, 500), 2),
+    "imagefolder:inaturalist2018": (8142, (3, 375, 500), 1),
+    "imagefolder:places_lt": (365, (3, 375, 500), 3),
 }
 MASKS = {"masks:voc2012_aug": (500, 375), "masks:cityscapes": (2048, 1024)}
 TEXTS: dict[str, dict[str, Any]] = {
@@ -63,8 +66,9 @@ def load(run: Run, spec: Any, folder: Path) -> Any:
         found = Source(
             train, names, (3, 224, 224) if photos else shape, test, mean=IMAGENET_MEAN[: shape[0]], std=IMAGENET_STD[: shape[0]]
         )
-        small = {"size": None, "test_size": None} if photos else {}
-        return labelled(found, spec.model_copy(update=small))
+        fewer = {"size": len(train), "test_size": len(test)}
+        whole = {key: None for key, count in fewer.items() if (getattr(spec, key) or 0) > count}
+        return labelled(found, spec.model_copy(update=whole))
     if spec.name in MASKS:
         width, height = MASKS[spec.name]
         place = folder / spec.name.replace(":", "_")

@@ -1,0 +1,98 @@
+"""Every recipe at its paper's settings builds its networks, reads a batch of the right shape and takes a step of each
+training on the meta device; of methods without such a variant, the smoke variant does.
+
+Such a step waits for no device and mixes none (see `rehearsal`).
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from rehearsal import META, Rehearsal, rehearse
+from torch import Tensor, nn
+
+from stillhouse.config.reading import read_yaml
+from stillhouse.config.specs import MethodConfig, TrainSpec
+from stillhouse.runs import recipe
+from stillhouse.signals import Batch
+from stillhouse.training.context import Progress
+from stillhouse.training.module import TrainingModule
+
+ROOT = Path(__file__).parents[1]
+RECIPES = sorted(ROOT.glob("recipes/**/*.yaml"))
+SMALLER: dict[str, dict[str, object]] = {
+    # what a method reads over and over before it trains
+    "ferkd": {"regions.crops": 4},
+}
+READING: dict[str, str] = {
+    # recipes whose steps read a tensor, and why that is right
+    "ast": "a snapshot of the expert is copied once an epoch",
+    "krr_st": "a slot of the pool says whether it diverged at its last visit, which is long done",
+}
+SKIPPED: dict[str, str] = {}
+
+
+def variants() -> list[tuple[Path, str]]:
+    """(recipe, variant): all that are a paper's settings, and smoke where a method has none."""
+    trees = {path: read_yaml(path) for path in RECIPES}
+    names = {path: [v for v in tree["variants"] if v.startswith("paper")] for path, tree in trees.items()}
+    at_papers = {trees[path].get("method", "distillation") for path, found in names.items() if found}
+    smoke = {
+        path: [] if found or trees[path].get("method", "distillation") in at_papers else ["smoke"]
+        for path, found in names.items()
+    }
+    return [(path, name) for path in RECIPES for name in names[path] + smoke[path]]
+
+
+@pytest.mark.parametrize(("path", "variant"), variants(), ids=lambda x: x.stem if isinstance(x, Path) else x)
+def test_a_recipe_takes_a_step_of_each_training(
+    path: Path, variant: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reason = SKIPPED.get(f"{path.stem} {variant}") or SKIPPED.get(path.stem)
+    if reason is not None:
+        pytest.skip(reason)
+    monkeypatch.chdir(ROOT)
+    config = recipe.load(path, variant, SMALLER.get(path.stem, {}))
+    try:
+        steps = rehearse(config, tmp_path, made_up=variant != "smoke", reads_in_steps=path.stem in READING)
+    except NotImplementedError as error:
+        if "SparseCsrMeta" not in str(error):
+            raise
+        pytest.skip("torch has no product of sparse matrices on the meta device")
+    assert steps
+
+
+class Regression(TrainingModule):
+    """A training that does something wrong in each step."""
+
+    def __init__(self, wrong: str) -> None:
+        super().__init__()
+        self.student, self.wrong = nn.Linear(2, 1), wrong
+
+    def forward(self, batch: Batch, progress: Progress) -> dict[str, Tensor]:
+        loss = self.student(batch["input"]).square().mean()
+        if self.wrong == "a read" and loss.item() > 1:
+            loss = loss / 2
+        if self.wrong == "a mask":
+            loss = loss + batch["input"][batch["input"] > 0].sum()
+        if self.wrong == "another device":
+            loss = loss + (batch["input"] * torch.ones(4, 2)).mean()
+        return {"loss": loss}
+
+
+@pytest.mark.parametrize("wrong", ["nothing", "a read", "a mask", "another device"])
+def test_a_rehearsal_finds_what_would_wait_or_fail_on_a_gpu(wrong: str, tmp_path: Path) -> None:
+    from stillhouse.data.loader import adapt
+
+    run = Rehearsal(tmp_path, MethodConfig.model_construct(seed=0), made_up=False, reads_in_steps=False)
+    loader = adapt([{"input": torch.randn(4, 2)}])
+    with run.reads:
+        if wrong == "nothing":
+            run.fit("student", Regression(wrong), loader, TrainSpec(epochs=1))
+            assert float(torch.zeros(3, device=META).sum()) == 0, "between steps, values are there"
+            assert run.trained_stages == ["student"]
+        else:
+            with pytest.raises((RuntimeError, NotImplementedError)):
+                run.fit("student", Regression(wrong), loader, TrainSpec(epochs=1))
