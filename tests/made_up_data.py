@@ -43,8 +43,14 @@ VOCABULARIES = {
 }
 CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     # name on the hub: its config
-    "google/t5-v1_1-small": ("t5", {"d_model": 512, "d_ff": 1024, "num_heads": 6, "num_layers": 8, "vocab_size": 32128}),
-    "google/t5-v1_1-xl": ("t5", {"d_model": 2048, "d_ff": 5120, "num_heads": 32, "num_layers": 24, "vocab_size": 32128}),
+    "google/t5-v1_1-small": (
+        "t5",
+        {"d_model": 512, "d_ff": 1024, "num_heads": 6, "num_layers": 8, "vocab_size": 32128},
+    ),
+    "google/t5-v1_1-xl": (
+        "t5",
+        {"d_model": 2048, "d_ff": 5120, "num_heads": 32, "num_layers": 24, "vocab_size": 32128},
+    ),
     "google-bert/bert-base-uncased": ("bert", {}),
     "google/bert_uncased_L-6_H-768_A-12": ("bert", {"num_hidden_layers": 6}),
     "TinyLlama/TinyLlama_v1.1": (
@@ -64,7 +70,12 @@ def load(run: Run, spec: Any, folder: Path) -> Any:
         photos = shape[1] > 96
         names = [str(i) for i in range(classes)]
         found = Source(
-            train, names, (3, 224, 224) if photos else shape, test, mean=IMAGENET_MEAN[: shape[0]], std=IMAGENET_STD[: shape[0]]
+            train,
+            names,
+            (3, 224, 224) if photos else shape,
+            test,
+            mean=IMAGENET_MEAN[: shape[0]],
+            std=IMAGENET_STD[: shape[0]],
         )
         fewer = {"size": len(train), "test_size": len(test)}
         whole = {key: None for key, count in fewer.items() if (getattr(spec, key) or 0) > count}

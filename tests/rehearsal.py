@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import made_up_data
 import pytest
 import torch
 from torch import Tensor, nn
@@ -22,7 +23,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.weak import WeakTensorKeyDictionary
 
-import made_up_data
 from stillhouse import catalog, models, randomness
 from stillhouse.config.specs import MethodConfig, TrainSpec
 from stillhouse.data.dataset import BatchKey
@@ -176,9 +176,7 @@ def repeated(value: Any, count: int) -> Any:
 class Rehearsal(Run):
     """A run in which every training is one step on the meta device."""
 
-    def __init__(
-        self, folder: Path, config: MethodConfig, made_up: bool, reads_in_steps: bool
-    ) -> None:
+    def __init__(self, folder: Path, config: MethodConfig, made_up: bool, reads_in_steps: bool) -> None:
         super().__init__(folder, config, cpu=True)
         self.reads_in_steps = reads_in_steps
         self.trained_stages: list[str] = []
@@ -214,7 +212,9 @@ class Rehearsal(Run):
     def _stored(self, name: str, spec: Any, data: Any) -> Any:
         return FrozenTeacher(self.network(name, spec, data), name=name)
 
-    def stage(self, stage: str | Stage, make: Callable[[], Any], uses: Mapping[str, Any], *, shared: bool = True) -> Any:
+    def stage(
+        self, stage: str | Stage, make: Callable[[], Any], uses: Mapping[str, Any], *, shared: bool = True
+    ) -> Any:
         outer, self._stages = self._folder, self._stages + 1
         done = (cache_folder() if shared else self.folder) / "stages" / f"{stage}-rehearsed-{self._stages}"
         self._folder = done.with_name(f"{done.name}.partial")
@@ -250,7 +250,12 @@ class Rehearsal(Run):
         return FitResult(Figures(), 1.0, spec.epochs)
 
     def loop(
-        self, stage: str | Stage, state: Mapping[str, Any], step: Callable[[int], Mapping[str, Tensor]], steps: int, **_: Any
+        self,
+        stage: str | Stage,
+        state: Mapping[str, Any],
+        step: Callable[[int], Mapping[str, Tensor]],
+        steps: int,
+        **_: Any,
     ) -> float:
         with self.strict(stage):
             step(0)
@@ -279,7 +284,7 @@ class CpuGenerators:
     def __getattr__(self, name: str) -> Any:
         return getattr(torch, name)
 
-    def Generator(self, device: Any = "cpu") -> torch.Generator:  # noqa: N802
+    def Generator(self, device: Any = "cpu") -> torch.Generator:
         return torch.Generator("cpu" if torch.device(device) == META else device)
 
 

@@ -155,7 +155,7 @@ def world(name: str, device: torch.device = CPU, **options: object) -> World:
     batch = to_device(next(iter(train)), device)
     if any("aifi" in need for need in objective.needs) and device != META:
         student, taught_by, task, batch = detector(device)
-        module = Distillation(student, Frozen(taught_by, task=Task()), [objective], task=task)
+        module = Distillation(student, FrozenTeacher(taught_by, task=Task()), [objective], task=task)
     else:
         module = Distillation(network(0, device, pyramid), {"teacher": teacher}, [objective], embedding=head)
     with device:  # what `build` makes is made there, so that optimisers hold what they step

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from stillhouse.config.specs import ModelSpec
 from stillhouse.distillation.distillation import Distillation
-from stillhouse.distillation.teachers import Frozen
+from stillhouse.distillation.teachers import FrozenTeacher
 from stillhouse.errors import UserError
 from stillhouse.models import build
 from stillhouse.objectives.rt_detrv4 import RTDETRv4, gradient_share, injection_loss, modulated
@@ -71,7 +71,9 @@ def test_the_weight_stays_in_the_band_and_moves_at_most_tenfold():
     assert modulated(0.0, 5.0, 11, 1) == 0.0, "a weight of nothing cannot be scaled"
 
 
-@pytest.mark.parametrize(("options", "sentence"), [({"delta": 12}, "band"), ({"rho": -1}, "rho"), ({"start": -1}, "start")])
+@pytest.mark.parametrize(
+    ("options", "sentence"), [({"delta": 12}, "band"), ({"rho": -1}, "rho"), ({"start": -1}, "start")]
+)
 def test_wrong_options_get_a_sentence(options: dict, sentence: str):
     with pytest.raises(UserError, match=sentence):
         RTDETRv4(**options)
@@ -86,7 +88,7 @@ def world(**options: object) -> tuple[Distillation, TrainingContext, dict]:
     vit = {"patch": 16, "dim": 12, "depth": 1, "heads": 2}
     teacher = build(ModelSpec(model="stillhouse:vit", options=vit), 5, (3, 64, 96))
     objective = RTDETRv4(teacher_layer="norm", **options)
-    module = Distillation(student, Frozen(teacher, task=Task()), ["own", objective], task=TASK)
+    module = Distillation(student, FrozenTeacher(teacher, task=Task()), ["own", objective], task=TASK)
     batch = {"input": maps(2, 3, 64, 96), "target": [TARGET, TARGET]}
     module.build(batch).train()
     ctx = TrainingContext(module, Progress(epochs=9, steps_per_epoch=1), {}, 0, torch.device("cpu"), Path(), None)
@@ -150,7 +152,9 @@ def test_nothing_of_teacher_and_projector_is_in_the_product():
     assert names == set(fresh.state_dict())
 
 
-@pytest.mark.parametrize(("variant", "millions"), [("paper", 10.2), ("paper_m", 19.2), ("paper_l", 31), ("paper_x", 62)])
+@pytest.mark.parametrize(
+    ("variant", "millions"), [("paper", 10.2), ("paper_m", 19.2), ("paper_l", 31), ("paper_x", 62)]
+)
 def test_the_papers_detectors_are_built_at_their_sizes(variant: str, millions: float, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.chdir(ROOT)
     config = recipe.load(ROOT / "recipes/dense/rt_detrv4.yaml", variant)

@@ -182,7 +182,9 @@ class RTDETRv4(Objective):
             return
         weight = float(self.weight)
         new = modulated(weight, self._share(), self.rho, self.delta, self.fallback, final)
-        clamped = not final and weight > NOTHING and max(new / weight, weight / max(new, NOTHING)) >= LARGEST_STEP * 0.999
+        clamped = (
+            not final and weight > NOTHING and max(new / weight, weight / max(new, NOTHING)) >= LARGEST_STEP * 0.999
+        )
         self.history[2] = self.history[2] + 1 if clamped else 0
         if self.history[2] == 3:
             warnings.warn(

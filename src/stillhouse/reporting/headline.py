@@ -14,7 +14,7 @@ COSTS = {"parameters": ("smaller", "larger"), "latency_ms": ("faster", "slower")
 
 def primary_of(figures: Mapping[str, float]) -> str | None:
     """The figure to compare by: accuracy, or the first that there is."""
-    return "accuracy" if "accuracy" in figures else next(iter(in_reading_order(figures)), None)
+    return "accuracy" if "accuracy" in figures else next(iter(in_reading_order(set(figures))), None)
 
 
 def against_teacher(student: Mapping[str, float], teacher: Mapping[str, float], primary: str) -> str:
