@@ -52,7 +52,8 @@ def on_device(name: str | None, cpu: bool = False) -> Iterator[bool]:
     from accelerate import PartialState
     from accelerate.state import AcceleratorState
 
-    wanted = demanded("cpu" if cpu and name is None else name) if cpu or name is not None else None
+    given = "cpu" if cpu and name is None else name
+    wanted = None if given is None else demanded(given)
     if wanted is not None and cpu and wanted.type != "cpu":
         raise UserError(f"--cpu and --device {name} contradict each other; give one of them.")
     cpu = wanted is not None and wanted.type == "cpu"

@@ -93,12 +93,17 @@ def advance(
     )
 
 
+PUBLISHED_ALPHA, PUBLISHED_STEPS = 5e-4, 15_600
+"""How far t may move in a step, and the steps of the training that it was published for."""
+
+
 class TAID(Objective):
     """Temporally adaptive interpolated distillation.
 
     Args:
         t_start, t_end: where the target starts and ends, from 0, the student itself, to 1, the teacher.
-        alpha: how far t may move in a step.
+        alpha: how far t may move in a step; default: the published 5e-4 of 15,600 steps, in proportion to the steps
+            of this training, so that t can run ahead of its ramp as far in a short one.
         beta: momentum of the relative fall of the loss.
         adaptive: whether t may move faster than the linear ramp.
         value: `ce` reports the cross-entropy with the target, `kl` the divergence.
@@ -117,7 +122,7 @@ class TAID(Objective):
         self,
         t_start: float = 0.4,
         t_end: float = 1.0,
-        alpha: float = 5e-4,
+        alpha: float | None = None,
         beta: float = 0.99,
         adaptive: bool = True,
         value: Literal["ce", "kl"] = "ce",
@@ -128,7 +133,7 @@ class TAID(Objective):
             raise UserError(
                 f"taid: t_start must be from 0 to below 1, and t_end from t_start to 1; given: {t_start} and {t_end}."
             )
-        if not 0 <= alpha <= 1:
+        if alpha is not None and not 0 <= alpha <= 1:
             raise UserError(f"taid: alpha must be from 0 to 1; given: {alpha}.")
         checks.options(
             "taid", share={"beta": beta}, positive={} if total_steps is None else {"total_steps": total_steps}
@@ -156,6 +161,13 @@ class TAID(Objective):
             self._follow(total, like.numel() if mask is None else mask.sum(), progress)
         return {"loss": total / step_count(batch, like, mask, share=self.training), "log:t": t}
 
+    def pace(self, progress: Progress) -> float:
+        """alpha, or its default for the steps of this training."""
+        if self.alpha is not None:
+            return self.alpha
+        steps = self.total_steps or progress.epochs * progress.steps_per_epoch
+        return min(PUBLISHED_ALPHA * PUBLISHED_STEPS / steps, 1.0) if steps else PUBLISHED_ALPHA
+
     @torch.no_grad()
     def _follow(self, total: Tensor, tokens: Tensor | int, progress: Progress) -> None:
         """Move t by the mean over the tokens of all processes; of no token, it is not a number, and t stays."""
@@ -171,7 +183,7 @@ class TAID(Objective):
             sums[0] / sums[1],
             ramp,
             self.t_end,
-            self.alpha,
+            self.pace(progress),
             self.beta,
             self.adaptive,
         )

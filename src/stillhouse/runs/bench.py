@@ -101,12 +101,16 @@ class Job:
             return None
         return _changed(read_yaml(recorded), parse_yaml(dump(config), "the recipe"), self.tree())
 
-    def plan(self) -> None:
-        """Raises `UserError`, which names the row, for what can be known to fail before anything is trained."""
+    def plan(self, bundles: dict[str, Any]) -> None:
+        """Raises `UserError`, which names the row, for what can be known to fail before anything is trained.
+
+        Args:
+            bundles: data that the plans of other rows loaded.
+        """
         from stillhouse.runs.execution import plan
 
         try:
-            plan(self.config(), data_root=self.data_root, cpu=self.cpu, device=self.device)
+            plan(self.config(), data_root=self.data_root, cpu=self.cpu, device=self.device, bundles=bundles)
         except UserError as error:
             raise UserError(f"The row '{self.entry.folder}': {error}") from error
 
@@ -243,10 +247,12 @@ def bench(
             f"The row '{job.entry.folder}': {job.folder} holds {'a finished' if job.done else 'an unfinished'} run of "
             f"another recipe ({changed}){more}; start over with --overwrite, or choose another folder with --out."
         )
+    bundles: dict[str, Any] = {}
     for job in every:
         again = not job.done or job in (other for other, _ in others)
         if again and job.seed == seeds[0]:  # other seeds are the same recipe
-            job.plan()
+            job.plan(bundles)
+    del bundles  # runs load their own
     _start_over(every, out, [job for job, _ in others])
     todo = [j for j in every if not j.done]
     for number, job in enumerate(_finished(todo, engine, jobs, live), 1):

@@ -28,11 +28,14 @@ class RunData:
     Args:
         config: the resolved recipe.
         data_root: where data is, before STILLHOUSE_DATA.
+        bundles: data that was loaded before; what this run loads is added.
     """
 
-    def __init__(self, config: MethodConfig, data_root: str | None = None) -> None:
+    def __init__(
+        self, config: MethodConfig, data_root: str | None = None, bundles: dict[str, Any] | None = None
+    ) -> None:
         self.config, self.data_root, self.seed = config, data_root, config.seed
-        self._bundles: dict[str, Any] = {}
+        self._bundles: dict[str, Any] = {} if bundles is None else bundles
         self._stores: dict[str, list[Any]] = {}  # data -> stores that its training batches replay
 
     def data(self, spec: NamedSpec, of: type[Task] = Task) -> Any:

@@ -47,12 +47,25 @@ def versions() -> dict[str, str]:
 
 
 def plan(
-    config: MethodConfig, *, data_root: str | None = None, cpu: bool = False, device: str | None = None
+    config: MethodConfig,
+    *,
+    data_root: str | None = None,
+    cpu: bool = False,
+    device: str | None = None,
+    bundles: dict[str, Any] | None = None,
 ) -> list[Stage]:
-    """What a recipe would do here. Raises `UserError` for what can be known to fail before anything is trained."""
+    """What a recipe would do here.
+
+    Args:
+        bundles: data that other plans loaded; what this one loads is added.
+
+    Raises:
+        UserError: what can be known to fail before anything is trained.
+    """
     with on_device(device, cpu) as on_cpu:
         check_machine(config, on_cpu)
-        return catalog.method(config.method).plan(config, Run(None, config, data_root=data_root, cpu=True))
+        run = Run(None, config, data_root=data_root, cpu=True, bundles=bundles)
+        return catalog.method(config.method).plan(config, run)
 
 
 def check_machine(config: MethodConfig, cpu: bool) -> None:

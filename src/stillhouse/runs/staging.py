@@ -30,7 +30,7 @@ class RunStages(RunData):
 
     Args:
         folder: the run's own folder; None for a plan, which writes nothing.
-        config, data_root: of `RunData`.
+        config, data_root, bundles: of `RunData`.
         live: the display.
         cpu: stay on the CPU.
     """
@@ -43,8 +43,9 @@ class RunStages(RunData):
         data_root: str | None = None,
         live: Display | None = None,
         cpu: bool = False,
+        bundles: dict[str, Any] | None = None,
     ) -> None:
-        super().__init__(config, data_root)
+        super().__init__(config, data_root, bundles)
         self._folder, self.live, self.cpu = folder, live or Display(), cpu
         self.planned: set[str] | None = None
         self.record: dict[str, Any] = {}  # further facts for environment.json and the report

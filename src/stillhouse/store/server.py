@@ -294,7 +294,7 @@ class Server:
 
 
 T = TypeVar("T")
-_KINDS = {dict: "a mapping", list: "a list", str: "text"}
+_KINDS: dict[type, str] = {dict: "a mapping", list: "a list", str: "text"}
 
 
 @dataclass(frozen=True)
@@ -401,11 +401,11 @@ class _Deadline:
             with suppress(OSError, AttributeError):
                 connection.sock.shutdown(socket.SHUT_RDWR)
 
-    def http(self, host: str, **options: Any) -> http.client.HTTPConnection:
+    def plain(self, host: str, **options: Any) -> http.client.HTTPConnection:
         self._connections.append(http.client.HTTPConnection(host, **options))
         return self._connections[-1]
 
-    def https(self, host: str, **options: Any) -> http.client.HTTPConnection:
+    def secure(self, host: str, **options: Any) -> http.client.HTTPConnection:
         self._connections.append(http.client.HTTPSConnection(host, **options))
         return self._connections[-1]
 
@@ -419,7 +419,7 @@ class _Http(urllib.request.HTTPHandler):
         self.deadline = deadline
 
     def http_open(self, req: urllib.request.Request) -> Any:
-        return self.do_open(self.deadline.http, req)  # type: ignore[arg-type]
+        return self.do_open(self.deadline.plain, req)
 
 
 class _Https(urllib.request.HTTPSHandler):
@@ -428,7 +428,7 @@ class _Https(urllib.request.HTTPSHandler):
         self.deadline = deadline
 
     def https_open(self, req: urllib.request.Request) -> Any:
-        return self.do_open(self.deadline.https, req)  # type: ignore[arg-type]
+        return self.do_open(self.deadline.secure, req)
 
 
 def _posted(request: urllib.request.Request, seconds: float) -> bytes:

@@ -12,7 +12,7 @@ def makd(case: Case) -> None:
     p = case.params
     targets = aspect_probs(case["yes_no_logits"]) if "yes_no_logits" in case else case["aspect_targets"]
     case.close("aspect_targets", targets, atol=1e-6)
-    targets = case["aspect_targets"] if "aspect_targets" in case else targets
+    targets = case["aspect_targets"] if "aspect_targets" in case else targets  # noqa: SIM401
     out, classes = case.leaf("student_out"), p["num_classes"]
     assert out.shape[1] == classes + p["aspect_num"]
     case.close("class_logits", out[:, :classes])
