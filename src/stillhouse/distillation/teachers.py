@@ -396,11 +396,15 @@ class Momentum(nn.Module, Teacher):
             self._reader.close()
 
 
+BIG_TABLE = 1 << 28
+"""Entries of a table of float32 that would take 1 GiB, in memory and in every checkpoint."""
+
+
 class PastSelf(nn.Module, Teacher):
     """The student's predictions of its last epoch, by sample index; in the first epoch, the one-hot labels.
 
-    The table is (N, C) float32 probabilities outside the parameters (and no buffer: DDP does not broadcast it); it is
-    part of the checkpoint.
+    The table is (N, C) probabilities outside the parameters (and no buffer: DDP does not broadcast it), float32, or
+    float16 where it has more than `BIG_TABLE` entries; it is part of the checkpoint.
     """
 
     gives = frozenset({"logits"})
@@ -411,7 +415,14 @@ class PastSelf(nn.Module, Teacher):
 
     def start(self, labels: Tensor, num_classes: int) -> None:
         """Size the table from the training labels (N,), in index order."""
-        self.table = torch.nn.functional.one_hot(labels, num_classes).float()
+        if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < num_classes:
+            raise UserError(
+                f"The past-self teacher begins with the labels, which must be from 0 to {num_classes - 1}; given: "
+                f"{int(labels.min())} to {int(labels.max())}."
+            )
+        dtype = torch.float16 if len(labels) * num_classes > BIG_TABLE else torch.float32
+        self.table = torch.zeros(len(labels), num_classes, dtype=dtype)
+        self.table[torch.arange(len(labels)), labels] = 1.0
 
     def attach(self, wanted: Iterable[str], probe: Batch, student: nn.Module) -> None:
         if self.table is None:
@@ -429,14 +440,15 @@ class PastSelf(nn.Module, Teacher):
         index = batch["index"]
         if self.table.device != index.device:
             self.table = self.table.to(index.device)
-        return Signals(probs=self.table[index])
+        return Signals(probs=self.table[index].float())
 
     @torch.no_grad()
     def observe(self, batch: Batch, student: Signals, progress: Progress) -> None:
         from stillhouse.functional.gather import gather
 
         assert self.table is not None
-        self.table[gather(batch["index"])] = gather(torch.softmax(student.require("logits").float(), dim=-1))
+        probs = gather(torch.softmax(student.require("logits").float(), dim=-1))
+        self.table[gather(batch["index"])] = probs.to(self.table.dtype)
 
     def get_extra_state(self) -> dict[str, Tensor | None]:
         return {"table": None if self.table is None else self.table.cpu()}

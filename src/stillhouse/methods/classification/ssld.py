@@ -316,6 +316,7 @@ class SSLD(Method[Config]):
         pool, target = run.data(config.pool), run.data(config.data)
 
         def make() -> dict[str, Any]:
+            assert config.pool is not None
             teacher.to(run.device)
             judged = [_thumbnails(run.loader(config.data, s)) for s in ("test", "val") if target.has(s)]
             test, own = (
@@ -323,7 +324,8 @@ class SSLD(Method[Config]):
                 _thumbnails(run.loader(config.data, "train")),
             )
             scores, classes, in_test, in_target = [], [], [], []
-            for batch in Loader(JoinedDataset([unlabelled(pool, target, train=False)]), 512):
+            images = JoinedDataset([unlabelled(pool, target, train=False)])
+            for batch in Loader(images, 512, workers=config.pool.workers):
                 score, predicted = teacher(to_device(batch, run.device)).log_probs().exp().max(-1)
                 scores.append(score.cpu())
                 classes.append(predicted.cpu())

@@ -263,7 +263,12 @@ class SearchWithoutTraining(Method[Config]):
         def make() -> dict[str, Any]:
             started = time.monotonic()
             loader = Loader(
-                bundle.dataset("train", train=False), config.score.batch, seed=run.seed, shuffle=True, drop_last=True
+                bundle.dataset("train", train=False),
+                config.score.batch,
+                seed=run.seed,
+                shuffle=True,
+                drop_last=True,
+                workers=config.data.workers,
             )
             batches = [
                 {k: v.to(device) for k, v in next(loader.batches(epoch)).items()}

@@ -77,6 +77,7 @@ class AlignmentTraining(TrainingModule):
         cutoff, weigh, contrast_weight, tau, mix_alpha: see the recipe.
         width: of the contrast's embedding.
         batch_size: images that selection must leave at least.
+        workers: loader processes of selection.
         say: where warnings go.
     """
 
@@ -98,6 +99,7 @@ class AlignmentTraining(TrainingModule):
         mix_alpha: float = 0.1,
         width: int = 128,
         batch_size: int = 128,
+        workers: int = 0,
         say: Callable[[str], None] = print,
     ) -> None:
         super().__init__()
@@ -105,6 +107,7 @@ class AlignmentTraining(TrainingModule):
         self.embed = nn.Linear(student.channels[0], width) if contrast_weight else None
         self._dynamic, self._cutoff, self._weigh, self._batch_size, self._say = dynamic, cutoff, weigh, batch_size, say
         self._contrast_weight, self._tau, self._mix_alpha = contrast_weight, tau, mix_alpha
+        self._workers = workers
         self.register_buffer("selected", torch.ones(len(images), dtype=torch.bool))
         self.history: list[dict[str, Any]] = []
         self._teacher_logits: Tensor | None = None
@@ -119,9 +122,11 @@ class AlignmentTraining(TrainingModule):
             return
         device = self.selected.device
         if self._teacher_logits is None:
-            self._teacher_logits = pool_logits(self._teacher[0], self._images, device)
+            self._teacher_logits = pool_logits(self._teacher[0], self._images, device, self._workers)
         alpha = teacher_share((ctx.progress.epoch + 1) * EPOCHS / ctx.progress.epochs)
-        logits = self._teacher_logits if alpha == 1 else pool_logits(self.student, self._images, device)
+        logits = self._teacher_logits
+        if alpha != 1:
+            logits = pool_logits(self.student, self._images, device, self._workers)
         chosen, confidence, predicted = select(self._teacher_logits, logits, alpha, self._cutoff)
         mask = at_least(chosen, confidence, self._batch_size, self._say)
         self.selected.copy_(mask)
@@ -159,15 +164,16 @@ class AlignmentTraining(TrainingModule):
 
 
 @torch.no_grad()
-def pool_logits(network: Any, images: JoinedDataset, device: torch.device) -> Tensor:
+def pool_logits(network: Any, images: JoinedDataset, device: torch.device, workers: int = 0) -> Tensor:
     """(N, C) logits of a teacher or a network over the pool, in its order; evaluation mode."""
+    batches = Loader(images, 512, workers=workers)
     if isinstance(network, nn.Module):
         training = network.training
         network.eval()
-        out = torch.cat([network(to_device(batch, device)["input"]) for batch in Loader(images, 512)])
+        out = torch.cat([network(to_device(batch, device)["input"]) for batch in batches])
         network.train(training)
         return out.float()
-    return torch.cat([network(to_device(batch, device)).log_probs() for batch in Loader(images, 512)])
+    return torch.cat([network(to_device(batch, device)).log_probs() for batch in batches])
 
 
 def at_least(chosen: Tensor, confidence: Tensor, count: int, say: Callable[[str], None]) -> Tensor:
@@ -212,6 +218,11 @@ class Config(MethodConfig):
     )
     evaluate: list[str] = Field(default_factory=lambda: ["accuracy", "calibration", "cost"])
 
+    @property
+    def workers(self) -> int:
+        """Loader processes of the pool: the most that one of its parts names."""
+        return max(part.workers for part in self.pool)
+
     @model_validator(mode="after")
     def _baseline_has_no_dynamics(self) -> Config:
         if self.loss == "kd" and self.selection == "dynamic":
@@ -244,7 +255,7 @@ class KD3(Method[Config]):
         still, moving = (pool_images(config.pool, config.data, run, train=t) for t in (False, True))
         mask = torch.ones(len(still), dtype=torch.bool)
         if config.selection == "teacher":
-            logits = pool_logits(teacher, still, run.device)
+            logits = pool_logits(teacher, still, run.device, config.workers)
             chosen, confidence, _ = select(logits, logits, 1.0, config.cutoff)
             mask = at_least(chosen, confidence, config.train.batch_size, run.live.say).cpu()
         fit = self.align if config.loss == "features" else self.imitate
@@ -282,13 +293,14 @@ class KD3(Method[Config]):
                 mix_alpha=config.mix_alpha,
                 width=config.width,
                 batch_size=config.train.batch_size,
+                workers=config.workers,
                 say=run.live.say,
             )
         module.selected.copy_(mask)
         fitted = run.fit(
             "student",
             module,
-            SelectedBatches(moving, lambda: module.selected, config.train.batch_size, run.seed),
+            SelectedBatches(moving, lambda: module.selected, config.train.batch_size, run.seed, config.workers),
             config.train,
         )
         teacher.close()
@@ -310,9 +322,8 @@ class KD3(Method[Config]):
         module = Distillation(
             student, teacher, [(KD(config.temperature), 1.0)], seed=run.seed, embedding=config.student.embedding
         )
-        fitted = run.fit(
-            "student", module, SelectedBatches(moving, lambda: mask, config.train.batch_size, run.seed), config.train
-        )
+        batches = SelectedBatches(moving, lambda: mask, config.train.batch_size, run.seed, config.workers)
+        fitted = run.fit("student", module, batches, config.train)
         module.close()
         figures = {"train_seconds": fitted.seconds, "selected": mask.float().mean().item()}
         return run.student(student, config.student, config.data, figures)

@@ -308,7 +308,12 @@ class RobustActiveDistillation(Method[Config]):
                 if not config.warm_start:
                     student = run.model(config.student, config.data)
             loader = Loader(
-                known, min(config.train.batch_size, len(known)), seed=run.seed, shuffle=True, drop_last=True
+                known,
+                min(config.train.batch_size, len(known)),
+                seed=run.seed,
+                shuffle=True,
+                drop_last=True,
+                workers=config.data.workers,
             )
             module = Distillation(student, None, [objective_from_spec("ce")], seed=run.seed)
             fitted = run.fit(f"round.{number}", module, loader, config.train, evaluate=run.validating(config.data))
@@ -334,7 +339,8 @@ class RobustActiveDistillation(Method[Config]):
         reader.attach({"embedding"}, next(iter(run.loader(config.data, "train", 2))))
         probs, embeddings = [], []
         with evaluating(student):
-            for batch in Loader(Subset(images, np.concatenate([pool, known.rows])), 256):
+            rows = Subset(images, np.concatenate([pool, known.rows]))
+            for batch in Loader(rows, 256, workers=config.data.workers):
                 outputs = reader({**batch, "input": batch["input"].to(run.device)})
                 probs.append(torch.softmax(outputs.require("logits").double(), -1).cpu())
                 embeddings.append(outputs.require("embedding").float().cpu())
@@ -362,7 +368,14 @@ class RobustActiveDistillation(Method[Config]):
                 run.fit(
                     "teacher",
                     module,
-                    Loader(known, min(train.batch_size, len(known)), seed=seed, shuffle=True, drop_last=True),
+                    Loader(
+                        known,
+                        min(train.batch_size, len(known)),
+                        seed=seed,
+                        shuffle=True,
+                        drop_last=True,
+                        workers=data.workers,
+                    ),
                     train,
                 )
                 module.close()
