@@ -138,7 +138,7 @@ def decode(images: Tensor, factor: int) -> Tensor:
     tile_h, tile_w = -(-height // factor), -(-width // factor)
     padded = F.pad(images, (0, tile_w * factor - width, 0, tile_h * factor - height), value=0.5)
     tiles = (
-        padded.view(len(images), -1, factor, tile_h, factor, tile_w)
+        padded.reshape(len(images), -1, factor, tile_h, factor, tile_w)
         .permute(2, 4, 0, 1, 3, 5)
         .reshape(-1, images.shape[1], tile_h, tile_w)
     )

@@ -193,6 +193,7 @@ class _Judging:
             "target": self.run.data(target).fingerprint,
             "augment": augment.model_dump(),
             "dim": self.product.targets.shape[1],
+            **({"features": "standardised"} if self.spec.probe == "linear" else {}),
         }
         return float(self.run.stage(f"evaluate.{how}.{name}.{seed}", make, uses)["accuracy"])
 
@@ -209,6 +210,7 @@ class _Judging:
                 x, x_test = (
                     torch.cat([network.embed(part.to(device)) for part in images.split(512)]) for images in (x, x_test)
                 )
+            x, x_test = standardised(x, x_test)
         learner: nn.Module = head if linear else network
         lr = spec.lr or (0.2 if linear else 0.01)
         sgd = inner_optimizer(learner, lr, weight_decay=spec.weight_decay)
@@ -257,3 +259,11 @@ class _Judging:
             with torch.no_grad():
                 found.append(float(outer_loss(network, self.images, self.labels, unseen, wanted, config.ridge)["loss"]))
         return statistics.fmean(found)
+
+
+def standardised(train: Tensor, test: Tensor) -> tuple[Tensor, Tensor]:
+    """Features (N, D) and (M, D) with mean 0 and standard deviation 1 over the first: a linear probe would else judge
+    their scale, which differs between backbones, and the untrained one above all."""
+    mean, std = train.mean(0), train.std(0, correction=0)
+    std = torch.where(std > 1e-6 * std.max().clamp_min(1e-12), std, torch.ones_like(std))
+    return (train - mean) / std, (test - mean) / std
