@@ -12,6 +12,7 @@ import torchvision
 from torch import nn
 
 from stillhouse.config.specs import ModelSpec
+from stillhouse.data.source import IMAGENET_MEAN, IMAGENET_STD
 from stillhouse.errors import UserError
 from stillhouse.methods.compression.entropic_student.__main__ import main
 from stillhouse.methods.compression.entropic_student.coding import FixedCoder, RangeCoder, scan_bytes
@@ -24,6 +25,7 @@ from stillhouse.runs.execution import execute
 from stillhouse.runs.export import export
 from stillhouse.runs.products import load_product
 from stillhouse.tasks.classification import Classification
+from stillhouse.tasks.detection import Detection
 from stillhouse.tasks.segmentation import Segmentation
 
 constriction = pytest.importorskip("constriction")
@@ -192,6 +194,27 @@ def test_torchvisions_segmentation_networks_are_cut_inside_their_backbone():
     split.applied(network)
     assert split.before == ["backbone.0", "backbone.1", "backbone.2"]
     assert task.read(task.call(network, batch), batch).logits.shape == (2, 33, 48, 2)
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "at", "before"),
+    [
+        ("stillhouse:one_stage", {"width": 8}, "graph.layers.1", ["graph.layers.0"]),
+        (
+            "torchvision:retinanet_resnet50_fpn",
+            {"weights_backbone": None},
+            "backbone.body.layer1",
+            [f"backbone.body.{name}" for name in ("conv1", "bn1", "relu", "maxpool")],
+        ),
+    ],
+)
+def test_detectors_are_cut_and_what_prepares_their_images_stays(name: str, options: dict, at: str, before: list[str]):
+    task = Detection(("a", "b"), (64, 96), IMAGENET_MEAN, IMAGENET_STD)
+    network, batch = task.build(ModelSpec(model=name, options=options)).eval(), {"input": torch.randn(2, 3, 64, 96)}
+    split = cut(network, at, task, batch, 2, "learned")
+    assert split.before == before
+    split.applied(network)
+    assert task.read(task.call(network, batch), batch).parts["boxes"].shape[::2] == (2, 4)
 
 
 @pytest.mark.parametrize(

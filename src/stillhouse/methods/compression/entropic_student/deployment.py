@@ -38,7 +38,7 @@ def write_halves(network: nn.Module, split: Split, task: Task, folder: Path) -> 
     bottleneck = network.get_submodule(split.at)
     assert isinstance(bottleneck, Bottleneck)
     example = task.example()["input"].repeat_interleave(2, 0)
-    device, server = DevicePart(bottleneck).eval(), ServerPart(network, split.at, example.shape[1:]).eval()
+    device, server = DevicePart(bottleneck).eval(), ServerPart(network, split.at, example.shape[1:], task).eval()
     with torch.no_grad():
         symbols = device(example)
     folder.mkdir(parents=True)
@@ -58,6 +58,7 @@ def write_halves(network: nn.Module, split: Split, task: Task, folder: Path) -> 
         "bits": split.bits,
         "image": list(example.shape[1:]),
         "latent": list(symbols.shape[1:]),
+        "outputs": list(server.names),
         "mean": list(mean),
         "std": list(std),
         "task": {"name": task.name, **task.facts(folder)},
@@ -123,11 +124,12 @@ class Server(_Half):
         self.program = self._program(SERVER)
 
     @torch.no_grad()
-    def decode(self, strings: Sequence[bytes]) -> Tensor:
-        """The logits of strings."""
+    def decode(self, strings: Sequence[bytes]) -> Any:
+        """The logits of strings; where the network gives several tensors, such as boxes and scores, a mapping of
+        them."""
         symbols = np.stack([self.coder.decode(s, self.facts["latent"]) for s in strings])
-        logits: Tensor = self.program(torch.from_numpy(symbols))
-        return logits
+        output = self.program(torch.from_numpy(symbols))
+        return output if isinstance(output, Tensor) else dict(zip(self.facts["outputs"], output))
 
 
 class RoundTrip(nn.Module):
@@ -149,7 +151,7 @@ class RoundTrip(nn.Module):
         facts = dict(self.server_half.facts["task"])
         return catalog.task(facts.pop("name")).restored(facts, self.server_half.folder)
 
-    def forward(self, images: Tensor) -> Tensor:
+    def forward(self, images: Tensor, targets: None = None) -> Any:
         strings = self.device_half.encode(images)
         self.sent = [len(s) for s in strings]
         return self.server_half.decode(strings)

@@ -21,7 +21,8 @@ and the tables, which `python -m stillhouse.methods.compression.entropic_student
 Baselines: `codec: jpeg` (the teacher on images coded as JPEG, whose bytes are counted without headers and tables),
 `codec: quantised` (the same encoder and decoder without prior, latents in `rate.bits` bits), and `learn: labels` (the
 whole network on labels and bits alone). `start` takes encoder, prior and decoder of another run, so that one encoder
-serves several networks of one first part, and trains stage 2 alone. Detection waits for its task.
+serves several networks of one first part, and trains stage 2 alone. Networks of segmentation and detection are cut
+alike; stage 2 of a detector has its `own` losses.
 """
 
 from __future__ import annotations

@@ -20,7 +20,7 @@ from stillhouse.functional.pictures import normalise, unnormalise
 from stillhouse.methods.compression.entropic_student.coding import FixedCoder, RangeCoder, scan_bytes
 from stillhouse.methods.compression.entropic_student.layers import decoder, encoder
 from stillhouse.methods.compression.entropic_student.prior import FactorisedPrior, Tables
-from stillhouse.signals import Batch, evaluating, first_tensor, read_logits
+from stillhouse.signals import Batch, evaluating, first_tensor
 from stillhouse.tasks.base import Task
 
 STRIDES = (1, 2, 4)
@@ -304,18 +304,16 @@ def cut(network: nn.Module, at: str, task: Task, batch: Batch, channels: int, co
     images = batch["input"]
     with evaluating(network):
         before, features = _run_up_to(network, at, task, batch)
-        wanted = read_logits(task.call(network, batch))
+        wanted = _outputs(network, task, batch)
         if features.ndim != 4:
             raise UserError(
                 f"split: '{at}' gives {tuple(features.shape)}, not a map (B, C, h, w); name another module."
             )
-        tail, given = copy.deepcopy(network), _Given(features)
-        replace(tail, at, before, given)
-        try:
-            same = torch.equal(read_logits(task.call(tail, batch)), wanted)
-        except (RuntimeError, TypeError, ValueError, AttributeError):
-            same = False
-    if not same or given.seen is None or not torch.equal(given.seen, images):
+        parts = at.split(".")
+        inside = [".".join(parts[:n]) for n in range(len(parts))]  # what prepares all images, further out, may stay
+        chains = [[n for n in before if n.startswith(f"{outer}." if outer else "")] for outer in inside]
+        chain = next((c for c in chains if _carries(network, at, c, task, batch, features, wanted)), None)
+    if chain is None:
         raise UserError(
             f"split: what runs before '{at}' is no chain of modules that starts at the image, so nothing can take its "
             "place; name an earlier or a later module, such as the first stage of a residual network."
@@ -326,8 +324,38 @@ def cut(network: nn.Module, at: str, task: Task, batch: Batch, channels: int, co
             f"split: '{at}' gives maps of {tuple(features.shape[2:])} from images of {tuple(images.shape[2:])}; the "
             f"encoder and decoder give the size of the image over {', '.join(map(str, STRIDES))}, rounded up."
         )
-    facts = {"at": at, "before": before, "images": images.shape[1], "features": features.shape[1]}
+    facts = {"at": at, "before": chain, "images": images.shape[1], "features": features.shape[1]}
     return Split(codec=codec, channels=channels, stride=stride, bits=bits, **facts)  # type: ignore[arg-type]
+
+
+def _carries(
+    network: nn.Module,
+    at: str,
+    before: Sequence[str],
+    task: Task,
+    batch: Batch,
+    features: Tensor,
+    wanted: Sequence[Tensor],
+) -> bool:
+    """Whether, with identities for `before`, the image itself comes to the cut, and features from there give what they
+    gave."""
+    tail, given = copy.deepcopy(network), _Given(features)
+    replace(tail, at, before, given)
+    try:
+        same = all(map(torch.equal, _outputs(tail, task, batch), wanted))
+    except (RuntimeError, TypeError, ValueError, AttributeError, IndexError):
+        return False
+    images: Tensor = batch["input"]
+    if not same or given.seen is None or given.seen.shape != images.shape:
+        return False
+    return torch.allclose(given.seen, images, atol=1e-4)  # some networks normalise once more, to the same
+
+
+def _outputs(network: nn.Module, task: Task, batch: Batch) -> list[Tensor]:
+    """All that a network gives for a batch, in one order."""
+    signals = task.read(task.call(network, batch), batch)
+    logits = [] if signals.logits is None else [signals.logits]
+    return [*logits, *(signals.parts[name] for name in sorted(signals.parts))]
 
 
 def _run_up_to(network: nn.Module, at: str, task: Task, batch: Batch) -> tuple[list[str], Tensor]:
@@ -376,26 +404,31 @@ class DevicePart(nn.Module):
 
 
 class ServerPart(nn.Module):
-    """Symbols (B, c, h, w) int32 to the network's output for images of one size, on which some networks' output
-    depends.
+    """Symbols (B, c, h, w) int32 to what the task's networks give, for images of one size, on which some networks'
+    output depends.
 
     Args:
         network: with the bottleneck; is copied.
         at: its place.
         image: (C, H, W).
+        task: what is predicted.
+
+    Attributes:
+        names: of the tensors that it gives.
     """
 
-    def __init__(self, network: nn.Module, at: str, image: Sequence[int]) -> None:
+    def __init__(self, network: nn.Module, at: str, image: Sequence[int], task: Task) -> None:
         super().__init__()
-        self.network, self.image = copy.deepcopy(network), tuple(image)
-        bottleneck = self.network.get_submodule(at)
+        network, self.image = copy.deepcopy(network), tuple(image)
+        bottleneck = network.get_submodule(at)
         assert isinstance(bottleneck, Bottleneck)
         self._received: list[Tensor] = []
-        replace(self.network, at, (), _Receiver(bottleneck, self._received))
+        replace(network, at, (), _Receiver(bottleneck, self._received))
+        self.network, self.names = task.for_export(network)
 
-    def forward(self, symbols: Tensor) -> Tensor:
+    def forward(self, symbols: Tensor) -> Any:
         self._received[:] = [symbols]
-        output = read_logits(self.network(torch.zeros(symbols.shape[0], *self.image, device=symbols.device)))
+        output = self.network(torch.zeros(symbols.shape[0], *self.image, device=symbols.device))
         self._received.clear()
         return output
 
