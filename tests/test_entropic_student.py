@@ -14,6 +14,7 @@ from torch import nn
 from stillhouse.config.specs import ModelSpec
 from stillhouse.data.source import IMAGENET_MEAN, IMAGENET_STD
 from stillhouse.errors import UserError
+from stillhouse.functional.pictures import normalise
 from stillhouse.methods.compression.entropic_student.__main__ import main
 from stillhouse.methods.compression.entropic_student.coding import FixedCoder, RangeCoder, scan_bytes
 from stillhouse.methods.compression.entropic_student.deployment import Device, RoundTrip, Server
@@ -210,7 +211,8 @@ def test_torchvisions_segmentation_networks_are_cut_inside_their_backbone():
 )
 def test_detectors_are_cut_and_what_prepares_their_images_stays(name: str, options: dict, at: str, before: list[str]):
     task = Detection(("a", "b"), (64, 96), IMAGENET_MEAN, IMAGENET_STD)
-    network, batch = task.build(ModelSpec(model=name, options=options)).eval(), {"input": torch.randn(2, 3, 64, 96)}
+    images = normalise(torch.rand(2, 3, 64, 96), *task.normalisation)
+    network, batch = task.build(ModelSpec(model=name, options=options)).eval(), {"input": images}
     split = cut(network, at, task, batch, 2, "learned")
     assert split.before == before
     split.applied(network)
