@@ -36,7 +36,7 @@ class EarlyExit(nn.Module):
 
     def __init__(self, network: nn.Module, blocks: Sequence[str], dims: Sequence[int], classes: int) -> None:
         super().__init__()
-        self.network = network
+        self.network, self.classes = network, classes
         self.heads = nn.ModuleList(nn.Sequential(nn.LayerNorm(dim), nn.Linear(dim, classes)) for dim in dims)
         self.register_buffer("threshold", torch.tensor(2.0))
         self._rows = self._out = torch.empty(0)
@@ -62,10 +62,8 @@ class EarlyExit(nn.Module):
         self._leaving = not self.training and bool(self.threshold <= 1)
         if not self._leaving:
             return read_logits(self.network(x))
-        last = self.heads[0][-1]
-        assert isinstance(last, nn.Linear)
         self._rows = torch.arange(len(x), device=x.device)
-        self._out = torch.zeros(len(x), last.out_features, device=x.device)
+        self._out = torch.zeros(len(x), self.classes, device=x.device)
         try:
             self._out[self._rows] = read_logits(self.network(x))
         except _AllLeft:
