@@ -219,6 +219,19 @@ _KNOWN = {
     "ap_small": Quantity("AP, small", "%", 100, 2, 1, "AP of boxes below 32 x 32 pixels of the image's own size."),
     "ap_medium": Quantity("AP, medium", "%", 100, 2, 1, "AP of boxes of 32 x 32 to 96 x 96 pixels."),
     "ap_large": Quantity("AP, large", "%", 100, 2, 1, "AP of larger boxes."),
+    "parameters_kept": Quantity("Parameters left", "%", 100, 1, -1, "Share of the parameters that pruning leaves."),
+    "multiply_adds_kept": Quantity(
+        "Multiply-adds left", "%", 100, 1, -1, "Share of the multiply-adds that pruning leaves."
+    ),
+    "gam_share": Quantity(
+        "Gradient's share", "%", 1, 2, 0, "Of the absolute gradient, the share of the part that distillation drives."
+    ),
+    "dsi_cosine": Quantity(
+        "Cosine", "", 1, 3, 1, "Of the detector's projected map and the teacher's, mean over the last epoch."
+    ),
+    "gam_epochs": Quantity(
+        "Epochs to the band", "", 1, 0, -1, "The first epoch whose gradient's share was within the band."
+    ),
     "accuracy_std": Quantity(
         "Accuracy, spread",
         "points",
@@ -547,6 +560,8 @@ def _alike(name: str) -> Quantity:
         return Quantity(f"Accuracy, {what.replace('_', ' ')}", "%", 100, 2, 1)
     if kind == "miou" and what:
         return replace(_KNOWN["miou"], title=f"Mean IoU, {what.replace('_', ' ')}")
+    if kind == "ap" and what and not name.startswith("ap_class_"):
+        return replace(_KNOWN["ap"], title=f"AP, {what.replace('_', ' ')}")
     if name.startswith("ap_class_"):
         return replace(_KNOWN["ap"], title=f"AP, {name.removeprefix('ap_class_').replace('_', ' ')}")
     if kind == "iou" and what:

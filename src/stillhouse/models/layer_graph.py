@@ -3,7 +3,7 @@ channels can be traced, and taken out."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -93,19 +93,25 @@ class LayerGraph(nn.Module):
 
     def forward(self, images: Tensor) -> list[Tensor]:
         """The outputs of the `out` layers, in order, of images (B, C, H, W)."""
+        return self.values(images)[0]
+
+    def values(self, images: Tensor, wanted: Collection[int] = ()) -> tuple[list[Tensor], dict[int, Tensor]]:
+        """The outputs of the `out` layers, and those of the layers wanted, by their numbers."""
         last = {s: i for i, layer in enumerate(self.plan) for s in layer.sources}
         values: dict[int, Tensor] = {IMAGE: images}
-        out = []
+        out, found = [], {}
         for i, (layer, module) in enumerate(zip(self.plan, self.layers)):
             value = module(*[values[s] for s in layer.sources])
             if layer.kind == "out":
                 out.append(value)
             else:
                 values[i] = value
+            if i in wanted:
+                found[i] = value
             for s in layer.sources:
                 if last[s] == i:
                     values.pop(s, None)  # nothing reads it any more
-        return out
+        return out, found
 
 
 class Add(nn.Module):
