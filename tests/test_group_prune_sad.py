@@ -30,7 +30,9 @@ from stillhouse.methods.dense.group_prune_sad.pruning import (
     threshold,
     widths_of,
 )
+from stillhouse.models import build
 from stillhouse.models.one_stage import GROUPS, OneStage
+from stillhouse.models.yolov4 import GROUPS as YOLO
 from stillhouse.tasks.detection import Detection
 from stillhouse.training.context import Progress, TrainingContext
 from stillhouse.training.optimizers import make_optimizer
@@ -110,6 +112,17 @@ def test_what_upsampling_and_pooling_read_is_left_whole():
     fixed = {s for layer in plan if layer.kind in ("upsample", "pool") for s in layer.sources}
     assert fixed and not fixed & set(prunable(plan))
     assert {plan[i].group for i in prunable(plan)} == set(GROUPS)
+
+
+def test_yolov4_has_the_published_layers_and_can_be_pruned():
+    with torch.device("meta"):
+        net = build(ModelSpec(model="stillhouse:yolov4"), 80, (3, 416, 416))
+    assert sum(p.numel() for p in net.parameters()) / 1e6 == pytest.approx(64.4, abs=0.1)
+    plan = net.graph.plan
+    assert [plan[i].kind for i in (7, 9, 108, 118, 138)] == ["add", "concat", "pool", "upsample", "out"]
+    assert len(plan) == 159 and plan[113].channels == 2048 and {plan[i].group for i in prunable(plan)} == set(YOLO)
+    assert sum(len(chain) for chain in chains(plan)) == 23 + 5, "23 shortcuts, and the source of each chain"
+    attended(net.graph, Recovery(layers={7: 1e6, 58: 1e6, 106: 1e3}))
 
 
 # ---- masks and the pull ----------------------------------------------------------------------------------------------
@@ -199,7 +212,7 @@ def test_layers_are_chosen_by_group_and_size():
     assert {graph.plan[i].group for i, _ in found} == set(GROUPS) and len(found) == 8
     assert attended(graph, Recovery(betas=dict.fromkeys(GROUPS, 0.0))) == []
     with pytest.raises(UserError, match=r"recover\.layers: 99 is no layer"):
-        attended(graph, Recovery(layers=[99]))
+        attended(graph, Recovery(layers={99: 1.0}))
     with pytest.raises(UserError, match=r"recover\.betas has no weight for the group 'head'"):
         attended(graph, Recovery(betas=dict.fromkeys(GROUPS[:3], 1.0)))
 
@@ -236,5 +249,5 @@ def test_another_network_is_refused(folder: Path, tmp_path: Path):
         "data": {"name": f"voc:{folder}"},
         "student": ModelSpec(model="stillhouse:pyramid_detector").model_dump(),
     }
-    with pytest.raises(UserError, match="stillhouse:one_stage, not 'stillhouse:pyramid_detector'"):
+    with pytest.raises(UserError, match="stillhouse:yolov4, not 'stillhouse:pyramid_detector'"):
         stillhouse.run_recipe(tree, tmp_path / "run", progress=False, cpu=True)

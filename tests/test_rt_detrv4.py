@@ -1,5 +1,5 @@
-"""RT-DETRv4: the injector sits behind the transformer of real detectors, and its weight brings the gradient's share into
-the band from both sides."""
+"""RT-DETRv4: the injector sits behind the transformer of real detectors, and its weight brings the gradient's share
+into the band from both sides."""
 
 from __future__ import annotations
 

@@ -27,6 +27,7 @@ from stillhouse.models import sources
 from stillhouse.models import transformer as transformer
 from stillhouse.models import vgg as vgg
 from stillhouse.models import wide_resnet as wide_resnet
+from stillhouse.models import yolov4 as yolov4
 from stillhouse.models.registry import build_own, check_own, names, register
 from stillhouse.models.weights import load_weights
 

@@ -28,12 +28,14 @@ class Layer:
     """A layer and what it reads.
 
     Attributes:
-        kind: conv (with batch norm and activation), add (a shortcut), concat (a route), upsample (twice as large),
+        kind: conv (with batch norm and activation), add (a shortcut), concat (a route; of one
+            source: that map again), upsample (twice as large),
             pool (maximum, stride 1), or out (a 1x1 convolution with bias: an output of the network).
         sources: positions of the layers it reads; -1 is the image.
         channels: that it gives; of add, upsample and pool, those of its first source.
         kernel, stride: of conv and pool.
         group: the part of the network that it belongs to.
+        activation: of conv; "": the network's.
     """
 
     kind: Literal["conv", "add", "concat", "upsample", "pool", "out"]
@@ -42,6 +44,7 @@ class Layer:
     kernel: int = 1
     stride: int = 1
     group: str = ""
+    activation: str = ""
 
 
 class ConvBlock(nn.Module):
@@ -51,7 +54,7 @@ class ConvBlock(nn.Module):
         super().__init__()
         self.conv = nn.Conv2d(inputs, layer.channels, layer.kernel, layer.stride, layer.kernel // 2, bias=False)
         self.norm = nn.BatchNorm2d(layer.channels)
-        self.act = ACTIVATIONS[activation]()
+        self.act = ACTIVATIONS[layer.activation or activation]()
 
     def forward(self, x: Tensor) -> Tensor:
         return self.act(self.norm(self.conv(x)))

@@ -3,11 +3,13 @@ pooling, neck with a route, heads at strides 8 and 16 (after YOLOv3, arXiv 1804.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 
 from torch import Tensor
 
+from stillhouse.errors import UserError
 from stillhouse.models.grid_detector import GridDetector
 from stillhouse.models.initialisation import he_fan_out
 from stillhouse.models.layer_graph import IMAGE, Layer, LayerGraph, with_widths
@@ -65,9 +67,55 @@ def one_stage_plan(width: int, depth: int, outputs: int) -> list[Layer]:
     return plan.layers
 
 
+class GraphDetector(GridDetector):
+    """A one-stage detector whose layers are written down (`graph.layers.N`), so that channels can be taken out.
+
+    Args:
+        plan: its layers, with a head for each stride; gets the channels of a head.
+        num_classes, input_shape, strides: of `GridDetector`.
+        widths: channels of every layer with batch norm, in order, in place of those of the plan.
+        activation: where the plan names none.
+        anchors, gains, overlap: of `GridDetector`.
+
+    Raises:
+        UserError: images whose sides the largest stride does not divide.
+    """
+
+    def __init__(
+        self,
+        plan: Callable[[int], list[Layer]],
+        num_classes: int,
+        input_shape: tuple[int, ...],
+        strides: Sequence[int],
+        widths: Sequence[int] | None,
+        activation: str,
+        anchors: Sequence[Sequence[Sequence[float]]] | None,
+        gains: Sequence[float],
+        overlap: float,
+    ) -> None:
+        super().__init__(num_classes, strides, anchors, gains, overlap)
+        if any(side % max(strides) for side in input_shape[1:]):
+            raise UserError(
+                f"The detector's maps have strides up to {max(strides)}, which must divide the images; they are "
+                f"{input_shape[1]} x {input_shape[2]}: set data.image_size."
+            )
+        layers = plan(self.outputs)
+        if widths is not None:
+            layers = with_widths(layers, widths, "the network")
+        self.graph = LayerGraph(layers, input_shape[0], activation)
+        he_fan_out(self)
+        for i, layer in enumerate(self.graph.plan):
+            if layer.kind == "out":
+                self.graph.layers[i] = self.head(self.graph.width(layer.sources[0]))
+
+    def grids(self, images: Tensor) -> list[Tensor]:
+        """The heads' numbers, by stride."""
+        return [self.as_grid(output) for output in self.graph(images)]
+
+
 @register({"one_stage": {}})
-class OneStage(GridDetector):
-    """A one-stage detector as a layer graph (`graph.layers.N`). Stages are the residual parts and the neck.
+class OneStage(GraphDetector):
+    """A small detector with heads at strides 8 and 16. Stages are the residual parts and the neck.
 
     Args:
         num_classes: K.
@@ -91,19 +139,17 @@ class OneStage(GridDetector):
         gains: Sequence[float] = (2.0, 20.0, 1.0),
         overlap: float = 0.5,
     ) -> None:
-        super().__init__(num_classes, (8, 16), anchors, gains, overlap)
-        plan = one_stage_plan(width, depth, self.outputs)
-        if widths is not None:
-            plan = with_widths(plan, widths, "one_stage")
-        self.graph = LayerGraph(plan, input_shape[0], activation)
-        he_fan_out(self)
-        for i, layer in enumerate(self.graph.plan):
-            if layer.kind == "out":
-                self.graph.layers[i] = self.head(self.graph.width(layer.sources[0]))
-        readers = [i for i, layer in enumerate(self.graph.plan) if layer.kind == "add"][depth - 1 :: depth]
+        super().__init__(
+            partial(one_stage_plan, width, depth),
+            num_classes,
+            input_shape,
+            (8, 16),
+            widths,
+            activation,
+            anchors,
+            gains,
+            overlap,
+        )
+        residual = [i for i, layer in enumerate(self.graph.plan) if layer.kind == "add"][depth - 1 :: depth]
         route = [i for i, layer in enumerate(self.graph.plan) if layer.kind == "concat"]
-        self.stage_names = [f"graph.layers.{i}" for i in (*readers, route[0] + 1)]
-
-    def grids(self, images: Tensor) -> list[Tensor]:
-        """The heads' numbers at strides 8 and 16."""
-        return [self.as_grid(output) for output in self.graph(images)]
+        self.stage_names = [f"graph.layers.{i}" for i in (*residual, route[0] + 1)]

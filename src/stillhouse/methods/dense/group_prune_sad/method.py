@@ -6,7 +6,7 @@ arxiv: 2306.01526
 task: detection
 family: structured pruning
 use when: a convolutional detector must become smaller and faster without special kernels
-needs: boxes, and a detector of convolutions and batch norm whose layers are written down (stillhouse:one_stage)
+needs: boxes, and a detector of convolutions and batch norm whose layers are written down (stillhouse:one_stage, yolov4)
 
 Three stages after the dense training. Dynamic sparse training: a pull of constant size on batch norm's scales; after
 40 % of the epochs the largest 35 % feel a hundredth of it. Pruning: layers are grouped by the size of their maps and by
@@ -17,8 +17,8 @@ The released code adds up the scales of two of its five groups wrongly, which lo
 pooled as the paper says. Its pull runs on one GPU alone, and at every batch of an accumulated step; here once a step,
 on all. Its losses are multiplied by batch / 64, which Adam does not notice; here they are not. The published betas
 (1e6, 1e3, 1e4) are for maps of 416 x 416 images: a squared difference of unit vectors is about 1 / (H W), so smaller
-images need smaller ones. `keep_parameters` scales all ratios alike until that share of the weights is left, so that ways to
-prune are compared at equal size.
+images need smaller ones. `keep_parameters` scales all ratios alike until that share of the weights is left, so that
+ways to prune are compared at equal size.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ from stillhouse.methods.dense.group_prune_sad.pruning import (
 )
 from stillhouse.methods.distillation import describe
 from stillhouse.models.layer_graph import LayerGraph
-from stillhouse.models.one_stage import GROUPS, OneStage
+from stillhouse.models.one_stage import GraphDetector
 from stillhouse.runs.judging import check_groups
 from stillhouse.runs.method import Method, Stage
 from stillhouse.runs.products import Student, state_on_cpu
@@ -92,8 +92,10 @@ class Recovery(Spec):
         default_factory=lambda: {"backbone_high": 1e3, "backbone_low": 1e2, "neck": 1e2, "head": 1e2},
         description="Weight of the attention of each group's layers.",
     )
-    layers: list[int] | None = Field(
-        None, description="Layers whose attention is copied; default: the last of each group's, at each size of map."
+    layers: dict[int, float] | None = Field(
+        None,
+        description="Layers whose attention is copied, with their weights, in place of betas; default: the last of "
+        "each group's, at each size of map.",
     )
     class_weight: float = Field(1e-3, ge=0, description="Of the scores of all places.")
     box_weight: float = Field(1e-3, ge=0, description="Of the boxes, in cells of their grid.")
@@ -132,9 +134,9 @@ class SparseTraining(TrainingModule):
         options: of the pull.
     """
 
-    def __init__(self, student: OneStage, task: Detection, options: Sparsity) -> None:
+    def __init__(self, student: GraphDetector, task: Detection, options: Sparsity) -> None:
         super().__init__()
-        self.student: OneStage = student
+        self.student: GraphDetector = student
         self.task, self.options = task, options
         self._gammas = [norm(student.graph, i).weight for i in prunable(student.graph.plan)]
 
@@ -175,9 +177,9 @@ class RecoveryTraining(TrainingModule):
         UserError: a layer that is none, or a group without a weight.
     """
 
-    def __init__(self, student: OneStage, teacher: OneStage, task: Detection, options: Recovery) -> None:
+    def __init__(self, student: GraphDetector, teacher: GraphDetector, task: Detection, options: Recovery) -> None:
         super().__init__()
-        self.student: OneStage = student
+        self.student: GraphDetector = student
         self.task, self.options = task, options
         self._teacher = (teacher.eval().requires_grad_(False),)
         self._chosen = attended(student.graph, options)
@@ -233,15 +235,20 @@ def attended(graph: LayerGraph, options: Recovery) -> list[tuple[int, float]]:
         given = 1 if layer.sources[0] < 0 else strides[layer.sources[0]]
         strides.append(given * layer.stride // (2 if layer.kind == "upsample" else 1))
     last = {(layer.group, strides[i]): i for i, layer in enumerate(graph.plan) if layer.kind in ("conv", "add")}
-    chosen = sorted(last.values()) if options.layers is None else options.layers
+    chosen = sorted(last.values()) if options.layers is None else list(options.layers)
     wrong = [i for i in chosen if not 0 <= i < len(graph.plan) or graph.plan[i].kind == "out"]
     if wrong:
         raise UserError(
             f"recover.layers: {wrong[0]} is no layer before the heads; there are 0 to {len(graph.plan) - 1}."
         )
+    if options.layers is not None:
+        return [(i, beta) for i, beta in options.layers.items() if beta]
     missing = sorted({graph.plan[i].group for i in chosen} - set(options.betas))
     if missing:
-        raise UserError(f"recover.betas has no weight for the group '{missing[0]}'; groups are {', '.join(GROUPS)}.")
+        raise UserError(
+            f"recover.betas has no weight for the group '{missing[0]}'; groups are "
+            f"{', '.join(dict.fromkeys(layer.group for layer in graph.plan))}."
+        )
     return [(i, options.betas[graph.plan[i].group]) for i in chosen if options.betas[graph.plan[i].group]]
 
 
@@ -270,13 +277,13 @@ class GroupPruning(Method[Config]):
         return train.epochs * len(run.loader(config.data, "train", train.batch_size, train=True))
 
     @staticmethod
-    def _network(config: Config, run: Run, widths: list[int] | None = None) -> OneStage:
+    def _network(config: Config, run: Run, widths: list[int] | None = None) -> GraphDetector:
         spec = config.student if widths is None else compact_spec(config.student, widths)
         network = run.model(spec, config.data, "teacher", 0)
-        if not isinstance(network, OneStage):
+        if not isinstance(network, GraphDetector):
             raise UserError(
-                f"group_prune_sad prunes networks whose layers are written down, stillhouse:one_stage, not "
-                f"'{config.student.model}'."
+                "group_prune_sad prunes networks whose layers are written down, stillhouse:one_stage or "
+                f"stillhouse:yolov4, not '{config.student.model}'."
             )
         return network
 
@@ -301,7 +308,7 @@ class GroupPruning(Method[Config]):
         }
         return run.student(student, compact_spec(config.student, pruned["widths"]), config.data, figures)
 
-    def _sparse(self, config: Config, run: Run, dense: OneStage) -> dict[str, Any]:
+    def _sparse(self, config: Config, run: Run, dense: GraphDetector) -> dict[str, Any]:
         """Weights after sparse training, and its test figures."""
         task, options = run.data(config.data, Detection).task, config.sparse
 
@@ -362,7 +369,7 @@ class GroupPruning(Method[Config]):
         uses = {"weights": weights, "prune": config.prune, "network": config.student, "samples": run.data(config.data)}
         return run.stage(PRUNE, make, uses)
 
-    def _masks(self, config: Config, run: Run, network: OneStage) -> Masks:
+    def _masks(self, config: Config, run: Run, network: GraphDetector) -> Masks:
         """The masks; with `keep_parameters`, of the ratios whose common factor leaves that share, by bisection."""
         options, whole = config.prune, cost.parameters(network)
 

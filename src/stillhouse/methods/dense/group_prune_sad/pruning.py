@@ -4,6 +4,7 @@ without them, whose constants moved on."""
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -75,6 +76,11 @@ def majority(masks: Sequence[Tensor]) -> Tensor:
     return torch.stack([m.to(torch.int64) for m in masks]).sum(0) >= len(masks) / 2
 
 
+def one_source(layer: Layer) -> bool:
+    """Whether a layer is a route of one source: that map again."""
+    return layer.kind == "concat" and len(layer.sources) == 1
+
+
 def chains(plan: Sequence[Layer]) -> list[list[int]]:
     """Groups of convolutions whose outputs are added somewhere, each in order: they must share a mask."""
     roots: dict[int, int] = {}
@@ -86,7 +92,7 @@ def chains(plan: Sequence[Layer]) -> list[list[int]]:
 
     def source(i: int) -> int:
         """The convolution that the channels of a layer are."""
-        while i != IMAGE and plan[i].kind in ("upsample", "pool", "add"):
+        while i != IMAGE and (plan[i].kind in ("upsample", "pool", "add") or one_source(plan[i])):
             i = plan[i].sources[0]
         return i
 
@@ -213,7 +219,9 @@ def copy_kept(graph: LayerGraph, masks: Masks, compact: LayerGraph) -> None:
             continue
         source = layer.sources[0]
         inputs = torch.ones(graph.channels, dtype=torch.bool) if source == IMAGE else kept[source]
-        pairs = [(old, new)] if layer.kind == "out" else [(old.conv, new.conv), (old.norm, new.norm)]
+        pairs: list[tuple[Any, Any]] = [(old, new)]
+        if layer.kind == "conv":
+            pairs = [(old.conv, new.conv), (old.norm, new.norm)]
         for before, after in pairs:
             after.load_state_dict({name: _sliced(v, kept[i], inputs) for name, v in before.state_dict().items()})
 
