@@ -31,6 +31,7 @@ IMAGES: dict[str, tuple[int, tuple[int, int, int], int]] = {
     "imagefolder:places_lt": (365, (3, 375, 500), 3),
 }
 MASKS = {"masks:voc2012_aug": (500, 375), "masks:cityscapes": (2048, 1024)}
+BOXES = {"coco:coco": 80, "voc:VOCdevkit/VOC0712": 20}  # name: classes
 TEXTS: dict[str, dict[str, Any]] = {
     "text:hf:EdinburghNLP/xsum": {"document": "w1 w2 w3 w4 w5 w6", "summary": "w7 w8"},
     "text:hf:stanfordnlp/sst2": {"sentence": "w1 w2 w3 w4", "label": 1},
@@ -90,6 +91,23 @@ def load(run: Run, spec: Any, folder: Path) -> Any:
                     for i in range(4 if split == "train" else 1):
                         Image.new(mode, (width, height), i).save(place / split / name / f"{i}.{kind}")
         return _read(run, spec, f"masks:{place}")
+    if spec.name in BOXES:
+        place = folder / spec.name.replace(":", "_").replace("/", "_")
+        for split, count in {"train": 40, "val": 2}.items() if not place.exists() else ():
+            (place / split).mkdir(parents=True)
+            content = {
+                "images": [{"id": i, "file_name": f"{i}.jpg", "width": 64, "height": 48} for i in range(count)],
+                "categories": [{"id": i, "name": str(i)} for i in range(BOXES[spec.name])],
+                "annotations": [
+                    {"id": 2 * i + n, "image_id": i, "category_id": n, "bbox": [9, 9, 29, 29]}
+                    for i in range(count)
+                    for n in (0, 1)
+                ],
+            }
+            (place / split / "_annotations.coco.json").write_text(json.dumps(content))
+            for i in range(count):
+                Image.new("RGB", (64, 48)).save(place / split / f"{i}.jpg")
+        return _read(run, spec.model_copy(update={"options": {}}), f"coco:{place}")
     if spec.name in TEXTS:
         place = folder / f"{spec.name.split('/')[-1].split(':')[-1]}.jsonl"
         rows = [TEXTS[spec.name] | ({"label": i % 2} if "label" in TEXTS[spec.name] else {}) for i in range(100)]

@@ -59,12 +59,8 @@ def make(
     return build(ModelSpec(model=name, options=options), classes, shape)
 
 
-<<<<<<< HEAD
-DETECTORS = {"one_stage", "pyramid_detector"}  # see test_detection.py
-RESTORERS = {"imdn", "imdn_as", "imdn_rtc", "imdn_rte"}  # see test_imdn.py
-=======
 DETECTORS = {"one_stage", "pyramid_detector", "yolov4"}  # see test_detection.py
->>>>>>> d2d1397 (Write YOLOv4 as a layer graph, for the paper's setting of group pruning)
+RESTORERS = {"imdn", "imdn_as", "imdn_rtc", "imdn_rte"}  # see test_imdn.py
 
 
 @pytest.mark.parametrize("name", [n for n in names() if n not in DETECTORS | RESTORERS])
