@@ -1,0 +1,1 @@
+"""PVD: one radiance field into another of any form."""
