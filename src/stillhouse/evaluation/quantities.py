@@ -205,6 +205,22 @@ _KNOWN = {
         "PSNR, bicubic", "dB", 1, 2, 0, "As PSNR, of the input enlarged by bicubic interpolation."
     ),
     "ssim_baseline": Quantity("SSIM, bicubic", "", 1, 4, 0, "As SSIM, of the input enlarged by bicubic interpolation."),
+    "psnr_views": Quantity(
+        "PSNR, unseen views", "dB", 1, 2, 1, "Peak signal-to-noise ratio (RGB, peak 255) on views never trained on."
+    ),
+    "psnr_teacher": Quantity("PSNR, teacher", "dB", 1, 2, 0, "The same of the teacher."),
+    "psnr_to_teacher": Quantity(
+        "PSNR to the teacher", "dB", 1, 2, 1, "The same, with the teacher's own pictures as the truth."
+    ),
+    "share_to_teacher": Quantity(
+        "Steps to the teacher",
+        "%",
+        100,
+        0,
+        -1,
+        "Share of the steps after which the student is within 1 dB of its teacher on two unseen views; all of them where "
+        "it never is.",
+    ),
     "psnr_gain": Quantity("Gain over bicubic", "dB", 1, 2, 1, "PSNR above that of bicubic interpolation."),
     "ap": Quantity(
         "AP",

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, ClassVar
 
 import torch
@@ -108,7 +109,7 @@ def hash_encoding(
     starts = [int(o) for o in offsets]
     corners = torch.tensor([[(c >> axis) & 1 for axis in range(3)] for c in range(8)], device=x.device)
     out = []
-    for level, (start, end) in enumerate(zip(starts, starts[1:])):
+    for level, (start, end) in enumerate(pairwise(starts)):
         scale = base * growth**level - 1
         side = math.ceil(scale - 1e-9) + 2
         place = u * scale + 0.5
@@ -165,7 +166,7 @@ class RadianceField(nn.Module):
 
     def _make_color_net(self, width: int = 64) -> None:
         widths = [16 + FEATURES - 1, width, width, 3]
-        self.color_net = nn.ModuleList(nn.Linear(a, b, bias=False) for a, b in zip(widths, widths[1:]))
+        self.color_net = nn.ModuleList(nn.Linear(a, b, bias=False) for a, b in pairwise(widths))
 
     @torch.no_grad()
     def occupy(self, threshold: float = 0.5, samples: int = 2) -> None:

@@ -38,7 +38,9 @@ def looking_at_origin(centres: Tensor) -> Tensor:
     return torch.stack([right, torch.linalg.cross(back, right), back], -1)
 
 
-def on_sphere(count: int, radius: float, generator: torch.Generator, lowest: float = -10, highest: float = 80) -> Tensor:
+def on_sphere(
+    count: int, radius: float, generator: torch.Generator, lowest: float = -10, highest: float = 80
+) -> Tensor:
     """(count, 3) camera centres at random: azimuth uniform, elevation uniform in degrees."""
     azimuth = 2 * math.pi * torch.rand(count, generator=generator)
     elevation = torch.deg2rad(lowest + (highest - lowest) * torch.rand(count, generator=generator))

@@ -4,7 +4,7 @@ each of them finds."""
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -63,7 +63,7 @@ def write_gallery(run: Run, product: Student) -> None:
                 there = columns.setdefault(name, ([], []))
                 there[0].extend(pictures)
                 there[1].extend(captions)
-    _write(run.folder / FOLDER, columns, rows, networks.teacher is not None)
+    write_pictures(run.folder / FOLDER, columns, rows.tolist(), networks.teacher is not None)
 
 
 def _columns(networks: _Networks, batch: Batch) -> Columns:
@@ -87,12 +87,18 @@ def _most_different(networks: _Networks, batches: Iterable[Batch], device: torch
     return np.array([index for _, index in found])
 
 
-def _write(folder: Path, columns: Columns, rows: np.ndarray, compared: bool) -> None:
+def write_pictures(folder: Path, columns: Columns, rows: Sequence[int], compared: bool) -> None:
+    """Write pictures and `pictures.json` for the report's section of pictures.
+
+    Args:
+        rows: the sample of each picture.
+        compared: whether they were chosen as those on which student and teacher differ most.
+    """
     from torchvision.utils import save_image
 
     folder.mkdir(exist_ok=True)
     samples = []
-    for i, row in enumerate(rows.tolist()):
+    for i, row in enumerate(rows):
         shown = {}
         for name, (pictures, captions) in columns.items():
             same = name != "truth" and bool(columns["truth"][0]) and torch.equal(pictures[i], columns["truth"][0][i])
