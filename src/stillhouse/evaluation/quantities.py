@@ -218,8 +218,8 @@ _KNOWN = {
         100,
         0,
         -1,
-        "Share of the steps after which the student is within 1 dB of its teacher on two unseen views; all of them where "
-        "it never is.",
+        "Share of the steps after which the student is within 1 dB of its teacher on two unseen views; all of them "
+        "where it never is.",
     ),
     "psnr_gain": Quantity("Gain over bicubic", "dB", 1, 2, 1, "PSNR above that of bicubic interpolation."),
     "ap": Quantity(

@@ -65,9 +65,7 @@ def encodings(case: Case) -> None:
 
 def hashed(case: Case) -> None:
     p = case.params
-    y = hash_encoding(
-        case["x"], case["table"], case["offsets"], p["base_resolution"], p["per_level_scale"], p["bound"]
-    )
+    y = hash_encoding(case["x"], case["table"], case["offsets"], p["base_resolution"], p["per_level_scale"], p["bound"])
     case.close("y", y)
 
 

@@ -28,8 +28,8 @@ class Rates:
 
 
 def distance(a: Tensor, b: Tensor, kind: Distance = "normL2") -> Tensor:
-    """How far two arrays are apart: `normL2` the Frobenius norm of the whole, neither squared nor averaged, as released;
-    `L2` the mean square; `normL1` the sum of absolute values; `smoothL1` with beta 0.05."""
+    """How far two arrays are apart: `normL2` the Frobenius norm of the whole, neither squared nor averaged, as
+    released; `L2` the mean square; `normL1` the sum of absolute values; `smoothL1` with beta 0.05."""
     if kind == "normL2":
         return torch.linalg.vector_norm(a - b)
     if kind == "L2":

@@ -311,7 +311,7 @@ def _product(
         name: ([_picture(image, test.side) for image in images], _captions(images, truth) if name != "truth" else [])
         for name, images in columns.items()
     }
-    write_pictures(run.folder / FOLDER, pictures, list(shown), compared=False)
+    write_pictures(run.folder / FOLDER, pictures, shown, compared=False)
     view = {"side": float(config.scene.side), "angle": config.scene.angle, "radius": config.scene.radius}
     return SceneField(copy.deepcopy(student).eval(), config.student, samples, view, figures)
 

@@ -24,7 +24,7 @@ Volume = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 """Points (M, 3) and directions (M, 3) -> density (M,) and colour (M, 3)."""
 DENSEST = 60.0
 FINE_STEPS = 192
-CELLS = 72  # a side of the volume that a body is read from
+CELLS = 64  # a side of the volume that a body is read from
 SHELL = 0.03  # half the thickness of a body's surface
 
 
