@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from stillhouse.errors import UserError
-from stillhouse.methods.scenes.pvd import SceneField
+from stillhouse.methods.scenes.pvd import SceneField, method
 from stillhouse.methods.scenes.pvd.losses import Rates, distance, phase_loss
 from stillhouse.methods.scenes.pvd.method import Config, PhaseSpec, phase_at, rates_at
 from stillhouse.methods.scenes.pvd.product import FieldSpec, marched, render, rendered_points
@@ -29,10 +29,11 @@ from stillhouse.nn.radiance_fields import (
     truncated_exp,
 )
 from stillhouse.nn.rays import Rays, camera_rays, composite, looking_at_origin, sampled
-from stillhouse.runs import recipe
+from stillhouse.runs import recipe, staging
 from stillhouse.runs.execution import execute
 from stillhouse.runs.export import export
 from stillhouse.runs.products import load_product
+from stillhouse.training import loop
 
 SMALL: dict[str, dict[str, Any]] = {
     "mlp": {"width": 8, "layers": 3, "skip": 1, "frequencies": 2},
@@ -311,6 +312,33 @@ def test_a_loaded_field_renders_the_same_and_exports_views(tmp_path: Path, monke
     assert torch.equal(a.look(torch.tensor([0.0, 3, 1])), b.look(torch.tensor([0.0, 3, 1])))
     monkeypatch.setattr("stillhouse.methods.scenes.pvd.product.ORBIT", 2)
     assert len(list(export(tmp_path / "run", "views", tmp_path / "views").glob("*.png"))) == 2
+
+
+def test_an_interrupted_distillation_resumes_to_the_same_field(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Weights, optimiser, occupied cells and the curve are in the checkpoint."""
+    plain = loop.loop
+    monkeypatch.setattr(staging, "loop", lambda *a, **k: plain(*a, **{**k, "log_every": 1, "checkpoint_seconds": 0.0}))
+    for source in ("teacher", "images"):
+        config = settings("vm", source=source, teach={"steps": 30, "rays": 32, "samples": 8, "lr": 2e-2})
+        config.distil.occupancy_every = 6
+        whole = execute(config, tmp_path / f"whole_{source}", cpu=True)
+        true, done = method._update, []
+
+        def failing(*given: Any, true: Any = true, done: list = done) -> None:
+            done.append(1)
+            if len(done) == 13:
+                raise RuntimeError("power")
+            true(*given)
+
+        monkeypatch.setattr(method, "_update", failing)
+        with pytest.raises(RuntimeError, match="power"):
+            execute(config, tmp_path / source, cpu=True)
+        monkeypatch.setattr(method, "_update", true)
+        again = execute(config, tmp_path / source, cpu=True)
+        assert len(done) == 13 and again["psnr_views"] == whole["psnr_views"]
+        assert again["share_to_teacher"] == whole["share_to_teacher"]
+        fields = [load_product(tmp_path / name).module.state_dict() for name in (source, f"whole_{source}")]
+        assert all(torch.equal(fields[0][k], fields[1][k]) for k in fields[0])
 
 
 def test_a_student_that_begins_as_its_teacher_stays_there_and_images_are_a_baseline(tmp_path: Path):
