@@ -120,7 +120,8 @@ def plain(shape: EncoderShape) -> dict[str, Any]:
 
 # ---- from other libraries --------------------------------------------------------------------------------------------
 
-TRANSFORMERS = (
+_FULL: dict[str, str] = {"q": "query", "k": "key", "v": "value"}
+TRANSFORMERS: tuple[tuple[str, Any], ...] = (
     (r"^vision_model\.embeddings\.class_embedding$", "image.first"),
     (r"^vision_model\.embeddings\.patch_embedding\.", "image.patches."),
     (r"^vision_model\.embeddings\.position_embedding\.weight$", "image.positions"),
@@ -139,7 +140,6 @@ TRANSFORMERS = (
     (r"\.self_attn\.out_proj\.", ".attention.out."),
 )
 """Names of transformers' CLIP -> ours, in order."""
-_FULL = {"q": "query", "k": "key", "v": "value"}
 
 OPENAI = (
     (r"^visual\.class_embedding$", "image.first"),

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import tarfile
 from pathlib import Path
+from typing import Any
 
 from PIL import Image
 
@@ -93,9 +94,8 @@ def _captions(content: bytes, kind: str, where: str) -> list[str]:
         found = json.loads(text)
     except ValueError:
         raise UserError(f"shards: '{where}' is no text in UTF-8, or no JSON.") from None
-    value = (
-        next((found[k] for k in ("caption", "captions", "text") if found.get(k)), []) if isinstance(found, dict) else []
-    )
+    keys = ("caption", "captions", "text")
+    value: Any = next((found[k] for k in keys if found.get(k)), []) if isinstance(found, dict) else []
     return [str(v) for v in value] if isinstance(value, list) else [str(value)]
 
 

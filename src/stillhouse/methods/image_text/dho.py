@@ -232,8 +232,8 @@ class DualHeadTraining(TrainingModule):
 
     def _targets(self, batch: Batch, images: Tensor) -> Tensor:
         if self._answers is not None:
-            self._answers = tuple(a.to(images.device) for a in self._answers)  # type: ignore[assignment]
-            own, others = self._answers
+            own, others = (a.to(images.device) for a in self._answers)
+            self._answers = own, others
             return torch.cat([own[batch["index"]], others[batch["unlabelled"]["index"]]])
         found: Tensor = self._teacher[0]({"input": images}).log_probs(self.temperature)
         return found

@@ -200,6 +200,9 @@ class PromptedTeacher(nn.Module):
         depth, tokens: how many layers have prompts, and how many each.
     """
 
+    ids: Tensor
+    ends: Tensor
+
     def __init__(self, clip: Clip, task: ImageText, names: Sequence[str], depth: int, tokens: int) -> None:
         super().__init__()
         self.clip, self.tokens = clip.requires_grad_(False), tokens

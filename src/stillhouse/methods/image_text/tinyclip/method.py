@@ -44,7 +44,7 @@ from stillhouse.evaluation import cost
 from stillhouse.functional.gather import gather
 from stillhouse.functional.precision import full_precision
 from stillhouse.methods.image_text.tinyclip.inheritance import fold, inherit
-from stillhouse.methods.image_text.tinyclip.masks import Ramp, Sparsity, prunable
+from stillhouse.methods.image_text.tinyclip.masks import MaskLogits, Ramp, Sparsity, prunable
 from stillhouse.models.clip import Clip, as_clip
 from stillhouse.nn.clip import Masks
 from stillhouse.objectives.contrastive import Contrastive, contrastive_loss
@@ -127,8 +127,10 @@ class Affinity(Objective):
         self.alpha, self.scale = alpha, scale
 
     def forward(self, student: Signals, teacher: Signals, batch: Batch, progress: Progress) -> dict[str, Tensor]:
-        ours, theirs = ([gather(s.require(f"part:{n}")) for n in ("image", "text")] for s in (student, teacher))
-        found = mimicking_loss(*ours, *theirs, self.alpha, self.scale, self.scale)
+        image, text, their_image, their_text = (
+            gather(s.require(f"part:{n}")) for s in (student, teacher) for n in ("image", "text")
+        )
+        found = mimicking_loss(image, text, their_image, their_text, self.alpha, self.scale, self.scale)
         return {"loss": found["loss"]}
 
 
@@ -154,8 +156,8 @@ class MaskedClip(nn.Module):
     def masks(self, name: str) -> Masks:
         """Of the transformer `image` or `text`."""
         found = self._sparsity[0].masks[name]
-        masks: Masks = found.samples() if self.training else found.settle()
-        return masks
+        assert isinstance(found, MaskLogits)
+        return found.samples() if self.training else found.settle()
 
     def get_image_features(self, pixel_values: Tensor) -> Tensor:
         return self.network.get_image_features(pixel_values, self.masks("image"))
