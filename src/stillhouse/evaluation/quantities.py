@@ -168,6 +168,10 @@ _KNOWN = {
     "rank_correlation": Quantity(
         "Rank correlation", "", 1, 2, 1, "Spearman's correlation of sources' similarity with a student's accuracy."
     ),
+    "distance": Quantity("Distance to the start", "", 1, 2, -1, "Euclidean, of the encoder's weights."),
+    "distance_further": Quantity(
+        "Distance, further", "", 1, 2, -1, "The same of the teacher, which was pre-trained further."
+    ),
     "token_cosine": Quantity(
         "Token cosine", "", 1, 3, -1, "Mean cosine of the class token and the distillation token of test images."
     ),

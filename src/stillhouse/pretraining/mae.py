@@ -158,7 +158,8 @@ def masked_teacher(run: Run, spec: MaskedTeacher, data: DataSpec) -> tuple[Visio
         decoder = new_decoder(run, vit, spec.decoder, pixels_of_patch(vit), "teacher")
     if spec.train is not None:
         stored = _trained(run, spec, spec.train, spec.data or data)
-        vit.load_state_dict(stored["encoder"])
+        heads = {name: value for name, value in vit.state_dict().items() if name.startswith("head.")}
+        vit.load_state_dict({**stored["encoder"], **heads})  # an untrained classifier, of the data's own classes
         decoder.load_state_dict(stored["decoder"])
     vit.to(run.device).eval().requires_grad_(False)
     return vit, None if spec.train is None else decoder.to(run.device).eval().requires_grad_(False)
