@@ -34,8 +34,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from stillhouse.config.names import folder_name
-from stillhouse.config.specs import Data, InputSpec, MethodConfig, Model, Teacher, TeacherSpec, TrainSpec
+from stillhouse.config.specs import Data, InputSpec, MethodConfig, Model, ModelSpec, Teacher, TeacherSpec, TrainSpec
 from stillhouse.data import DataBundle, Loader
+from stillhouse.data.source import find_root, located
 from stillhouse.distillation.own_input import OwnInput
 from stillhouse.distillation.teachers import FrozenTeacher, Reader
 from stillhouse.errors import UserError, unknown
@@ -344,9 +345,8 @@ class SimilarTasks(Method[Config]):
                     f"The source '{name}' ({spec.model}) has no weights: give it a `checkpoint`, `pretrained: true`, "
                     "or `data` and `train`."
                 )
-            network = spec.network
-            if network.checkpoint is not None:
-                network = network.model_copy(update={"checkpoint": str(run.weights_file(network.checkpoint))})
+            options = spec.network.with_classifier("same").model_dump()
+            network = ModelSpec.model_validate(located(options, find_root(config.data, run.data_root)))
             with keyed("source", name):
                 model = build(network)
             own, size = (published_normalisation(spec.network, model) if spec.pretrained else None), None
