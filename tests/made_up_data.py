@@ -24,6 +24,11 @@ IMAGES: dict[str, tuple[int, tuple[int, int, int], int]] = {
     "torchvision:MNIST": (10, (1, 28, 28), 100),
     "torchvision:FashionMNIST": (10, (1, 28, 28), 100),
     "torchvision:OxfordIIITPet": (37, (3, 375, 500), 20),
+    "torchvision:FGVCAircraft": (100, (3, 375, 500), 2),
+    "imagefolder:cub200": (200, (3, 375, 500), 2),
+    "imagefolder:stanford_dogs": (120, (3, 375, 500), 2),
+    "imagefolder:caltech101": (101, (3, 375, 500), 2),
+    "imagefolder:nabirds": (555, (3, 375, 500), 1),
     "imagefolder:imagenet": (1000, (3, 375, 500), 2),
     "imagefolder:imagenet22k": (1000, (3, 375, 500), 2),  # a pool: of its 21,841 classes nothing is known
     "imagefolder:imagenet_lt": (1000, (3, 375, 500), 2),

@@ -101,7 +101,7 @@ def test_a_recipe_chooses_among_its_sources() -> None:
     assert weights(weighting="nearest") == {"a": 0, "near": 1, "c": 0}
     assert weights(weighting="worst") == {"a": 1, "near": 0, "c": 0}
     assert weights(weighting="uniform")["a"] == pytest.approx(1 / 3)
-    assert weights(only="near") == {"a": 0, "near": 1, "c": 0}
+    assert weights(only="near") == {"near": 1, "wide": 0}
 
 
 # ---- training --------------------------------------------------------------------------------------------------------

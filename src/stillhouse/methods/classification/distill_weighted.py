@@ -39,7 +39,7 @@ from stillhouse.data import DataBundle, Loader
 from stillhouse.data.source import find_root, located
 from stillhouse.distillation.own_input import OwnInput
 from stillhouse.distillation.teachers import FrozenTeacher, Reader
-from stillhouse.errors import UserError, unknown
+from stillhouse.errors import UserError
 from stillhouse.functional.divergences import soft_cross_entropy
 from stillhouse.functional.precision import full_precision
 from stillhouse.functional.pseudo_labels import confident_pseudo_loss
@@ -263,7 +263,7 @@ class Config(MethodConfig):
     weighting: Literal["weighted", "nearest", "worst", "uniform"] = Field(
         "weighted", description="By similarity, the most similar source alone, the least similar alone, all alike."
     )
-    only: str | None = Field(None, description="One source, whatever its similarity.")
+    only: str | None = Field(None, description="One source, whatever its similarity, which is not measured then.")
     power: float = Field(12.0, ge=0, description="weighted: exponent of the rescaled similarities.")
     top: int | None = Field(None, ge=1, description="weighted: the most similar so many; null: all.")
     probe: int = Field(500, ge=3, description="Labelled images on which similarity is measured, at most.")
@@ -413,7 +413,8 @@ class SimilarTasks(Method[Config]):
         known: dict[str, Tensor | FrozenTeacher] = {}
         if config.reads_sources:
             sources = {name: self.source(config, run, name) for name in config.sources}
-            scores = self.similarity(config, run, sources)
+            needed = config.only is None or config.singles
+            scores = self.similarity(config, run, sources) if needed else {}
             weights = chosen(config, scores)
             figures |= {f"parc_{name}": score for name, score in scores.items()}
             figures |= {f"weight_{name}": weight for name, weight in weights.items()}
@@ -477,9 +478,7 @@ def chosen(config: Config, scores: Mapping[str, float]) -> dict[str, float]:
     """The weight of each source, as the recipe says."""
     names, values = list(scores), list(scores.values())
     if config.only is not None:
-        if config.only not in scores:
-            raise unknown("source", config.only, scores)
-        return {name: float(name == config.only) for name in names}
+        return {name: float(name == config.only) for name in config.sources}
     if config.weighting == "worst":
         values = [-v for v in values]
     power = {"weighted": config.power, "uniform": 0.0}.get(config.weighting, math.inf)

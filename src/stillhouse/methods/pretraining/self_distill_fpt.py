@@ -90,8 +90,8 @@ class SelfDistillation(MAE):
     ) -> None:
         super().__init__(student, decoder, mask_ratio, normalise_pixels)
         check_grid(student, teacher)
-        mine = {p.data_ptr() for p in student.parameters()}
-        if any(p.data_ptr() in mine for p in teacher.parameters()):
+        mine = {id(p) for p in student.parameters()}
+        if any(id(p) in mine for p in teacher.parameters()):
             raise UserError("self_distill_fpt: student and teacher share weights, so there is nothing to learn.")
         self._teacher = [teacher.eval().requires_grad_(False)]
         self.weight, self.feature = weight, feature
