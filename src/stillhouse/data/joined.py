@@ -100,7 +100,7 @@ class JoinedDataset:
             if inputs and found.keys() != inputs.keys():
                 raise UserError("Joined data sets need the same data.views.")
             for name, x in found.items():
-                values = x if part.scale is None else x * part.scale + part.shift
+                values = x if part.scale is None or part.shift is None else x * part.scale + part.shift
                 if name not in inputs:
                     inputs[name] = values.new_empty(len(index), *values.shape[1:])
                 inputs[name][where] = values

@@ -154,7 +154,7 @@ class SharpnessAware(TrainingModule):
         before = [p.detach().clone() for p in learned]
         with torch.no_grad():
             for p in learned:
-                p.add_(p.grad * (self.rho / (norm + 1e-12)))  # type: ignore[operator]
+                p.add_(p.grad * (self.rho / (norm + 1e-12)))
                 p.grad = None
         norms = [m for m in self.student.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
         momenta = [m.momentum for m in norms]
@@ -283,8 +283,9 @@ class DeiTLT(TrainingModule):
         blend = None
         if not late and (self.mixup or self.cutmix):
             batch, blend = self.mixed(batch, progress)
-        tokens = self.student.forward_features(batch["input"])
-        of_class, of_token = two_logits(self.student, tokens)
+        student: Any = self.student
+        tokens = student.forward_features(batch["input"])
+        of_class, of_token = two_logits(student, tokens)
         base = base_loss(
             of_class,
             batch["label"],
@@ -346,8 +347,8 @@ def token_figures(
         out[f"components_{name}"] = components(every[f"x_{name}"])
     cosine = F.cosine_similarity(every["x_cls"], every["x_dist"], eps=1e-6).mean()
     if len(counts):
-        right = [every[name] == every["label"] for name in ("cls", "dist")]
-        out |= gains_by_frequency(*right, every["label"], counts)
+        head, tail = (every[name] == every["label"] for name in ("cls", "dist"))
+        out |= gains_by_frequency(head, tail, every["label"], counts)
     return {**out, "token_cosine": cosine.item()}
 
 

@@ -365,7 +365,8 @@ class DiverseExperts(Method[Config]):
             out |= {f"{k}_expert_{number + 1}": v for k, v in figures.items()}
         if len(counts):
             order = sorted(range(len(predicted)), key=config.exponents.__getitem__)
-            out |= gains_by_frequency(*(predicted[i] == labels for i in (order[0], order[-1])), labels, counts)
+            head, tail = (predicted[i] == labels for i in (order[0], order[-1]))
+            out |= gains_by_frequency(head, tail, labels, counts)
         pairs = [(a != b).double().mean() for a, b in combinations(predicted, 2)]
         return {**out, "expert_disagreement": float(torch.stack(pairs).mean())} if pairs else out
 
