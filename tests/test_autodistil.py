@@ -203,6 +203,31 @@ def test_a_product_of_odd_heads_loads_again(tmp_path: Path, monkeypatch: pytest.
     assert all(torch.equal(saved[k], again[k]) for k in saved)
 
 
+def test_an_interrupted_supernet_resumes_to_the_same_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    train = {"epochs": 2, "batch_size": 4, "checkpoint_seconds": 0, "log_every": 1}
+    config = validate(
+        {**RECIPE, "data": data(tmp_path), "train": train, "fine_tune": None, "search": {"max_cost": 0.9}}
+    )
+    monkeypatch.setenv("STILLHOUSE_CACHE", str(tmp_path / "whole"))
+    execute(config, tmp_path / "a", cpu=True)
+    expected = load_product(tmp_path / "a").module.state_dict()
+    monkeypatch.setenv("STILLHOUSE_CACHE", str(tmp_path / "broken"))
+    plain, steps = Sandwich.forward, []
+
+    def stopped(self: Sandwich, given: Any, progress: Progress) -> Any:
+        steps.append(progress.step)
+        if len(steps) == 5:
+            raise KeyboardInterrupt
+        return plain(self, given, progress)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Sandwich, "forward", stopped)
+        execute(config, tmp_path / "b", cpu=True)
+    execute(config, tmp_path / "b", cpu=True)
+    found = load_product(tmp_path / "b").module.state_dict()
+    assert steps == [0, 1, 2, 3, 4] and all(torch.equal(found[k], expected[k]) for k in expected)
+
+
 @pytest.mark.parametrize(
     ("change", "match"),
     [

@@ -180,6 +180,16 @@ def test_a_run_keeps_its_stages_and_leaves_a_model_that_writes(tmp_path: Path, m
     assert facts["types"] == 1 and facts["failed"] == 0
 
 
+def test_own_answers_of_several_sets_are_told_by_their_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("STILLHOUSE_CACHE", str(tmp_path / "cache"))
+    given = recipe(tmp_path, annotator=None)
+    given["also"] = {"numbers": given["data"]}
+    figures = execute(validate(given), tmp_path / "run", cpu=True)
+    facts = json.loads((tmp_path / "run" / "environment.json").read_text())["conversations"]
+    assert "teacher_f1" not in figures and facts["count"] == 2 * 22
+    assert facts["example"][0][0].startswith("Text: word")
+
+
 @pytest.mark.parametrize(
     ("changes", "match"),
     [
