@@ -40,9 +40,12 @@ BOXES = {"coco:coco": 80, "voc:VOCdevkit/VOC0712": 20}  # name: classes
 TEXTS: dict[str, dict[str, Any]] = {
     "text:hf:EdinburghNLP/xsum": {"document": "w1 w2 w3 w4 w5 w6", "summary": "w7 w8"},
     "text:hf:stanfordnlp/sst2": {"sentence": "w1 w2 w3 w4", "label": 1},
+    "text:wikipedia_and_books.txt": {"text": "w1 w2 w3 w4 w5 w6 w7 w8"},
     "text:ultrachat.jsonl": {"prompt": "w1 w2 w3", "completion": "w4 w5 w6"},
 }
+CONVERSATIONS = {"conversations:pile_passages.json": [["w1 w2 w3 .", "w4"], ["w5 w6", "w1"]]}
 VOCABULARIES = {
+    "huggyllama/llama-7b": 32000,
     "google/t5-v1_1-small": 32128,
     "google-bert/bert-base-uncased": 30522,
     "TinyLlama/TinyLlama_v1.1": 32000,
@@ -64,6 +67,11 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
         {"hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 22, "num_key_value_heads": 4},
     ),
     "meta-llama/Llama-2-7b-chat-hf": ("llama", {}),
+    "huggyllama/llama-7b": ("llama", {}),
+    "huawei-noah/TinyBERT_General_4L_312D": (
+        "bert",
+        {"hidden_size": 312, "num_hidden_layers": 4, "num_attention_heads": 12, "intermediate_size": 1200},
+    ),
     "nvidia/mit-b1": ("segformer", {"hidden_sizes": [64, 128, 320, 512], "decoder_hidden_size": 256}),
 }
 
@@ -118,6 +126,11 @@ def load(run: Run, spec: Any, folder: Path) -> Any:
         rows = [TEXTS[spec.name] | ({"label": i % 2} if "label" in TEXTS[spec.name] else {}) for i in range(100)]
         place.write_text("".join(json.dumps(row) + "\n" for row in rows))
         return _read(run, spec, f"text:{place}")
+    if spec.name in CONVERSATIONS:
+        turns = [{"role": r, "content": t} for turn in CONVERSATIONS[spec.name] for r, t in zip(("user", "assistant"), turn)]
+        place = folder / "conversations.json"
+        place.write_text(json.dumps([{"messages": turns}] * 300))
+        return _read(run, spec.model_copy(update={"options": {**spec.options, "test": None}}), f"conversations:{place}")
     return None
 
 

@@ -27,6 +27,7 @@ SMALLER: dict[str, dict[str, object]] = {
     "ferkd": {"regions.crops": 4},
     # what made-up weights cannot do: their features are alike, and then similarity is not defined
     "distill_weighted": {"only": "cub200"},
+    "universal_ner": {"annotator": None, "ask.questions": 1},  # a server annotates
 }
 READING: dict[str, str] = {
     # recipes whose steps read a tensor, and why that is right
