@@ -44,6 +44,8 @@ TEXTS: dict[str, dict[str, Any]] = {
     "text:ultrachat.jsonl": {"prompt": "w1 w2 w3", "completion": "w4 w5 w6"},
 }
 CONVERSATIONS = {"conversations:pile_passages.json": [["w1 w2 w3 .", "w4"], ["w5 w6", "w1"]]}
+ROWS = {"text:wikipedia_and_books.txt": 2400}
+"""Of sets of which a step takes more than 100."""
 VOCABULARIES = {
     "huggyllama/llama-7b": 32000,
     "google/t5-v1_1-small": 32128,
@@ -123,7 +125,8 @@ def load(run: Run, spec: Any, folder: Path) -> Any:
         return _read(run, spec.model_copy(update={"options": {}}), f"coco:{place}")
     if spec.name in TEXTS:
         place = folder / f"{spec.name.split('/')[-1].split(':')[-1]}.jsonl"
-        rows = [TEXTS[spec.name] | ({"label": i % 2} if "label" in TEXTS[spec.name] else {}) for i in range(100)]
+        count = ROWS.get(spec.name, 100)
+        rows = [TEXTS[spec.name] | ({"label": i % 2} if "label" in TEXTS[spec.name] else {}) for i in range(count)]
         place.write_text("".join(json.dumps(row) + "\n" for row in rows))
         return _read(run, spec, f"text:{place}")
     if spec.name in CONVERSATIONS:

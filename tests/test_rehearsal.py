@@ -27,6 +27,11 @@ SMALLER: dict[str, dict[str, object]] = {
     "ferkd": {"regions.crops": 4},
     # what made-up weights cannot do: their features are alike, and then similarity is not defined
     "distill_weighted": {"only": "cub200"},
+    "autodistil": {
+        "spaces": {"base": {"depth": [9, 12], "hidden": [544, 640], "ratio": [3.0], "heads": [9, 12]}},
+        "search.batches": 1,
+        "search.max_cost": 1.0,
+    },
     "universal_ner": {"annotator": None, "ask.questions": 1},  # a server annotates
 }
 READING: dict[str, str] = {
