@@ -54,8 +54,15 @@ def mlp(case: Case) -> None:
         case.close_grad(name, tensors[name], rtol=1e-4, atol=1e-4 * scale)
 
 
+def mask_of(case: Case, shape: tuple[int, ...]) -> torch.Tensor:
+    return case["mask"] if "mask" in case else torch.ones(shape)
+
+
 def objectives(case: Case) -> None:
-    s, mask, t = case["state_S"], case["mask"], case.params.get("temperature", 1.0)
+    shape = next(
+        case[n].shape[:1] + case[n].shape[at : at + 1] for n, at in (("state_S", 1), ("att_S", 2)) if n in case
+    )
+    mask, t = mask_of(case, shape), case.params.get("temperature", 1.0)
     values = {
         "hidden_mse": (f.hidden_mse, "state"),
         "hidden_ce": (f.hidden_ce, "state"),
@@ -66,7 +73,6 @@ def objectives(case: Case) -> None:
         "kd_ce": (lambda a, b, m: prediction_loss(a, b, "ce", t), "logits"),
         "kd_mse": (lambda a, b, m: prediction_loss(a, b, "mse", t), "logits"),
     }
-    del s
     for name, (loss, of) in values.items():
         if name not in case:
             continue
@@ -87,7 +93,8 @@ def layer_mapping(case: Case) -> None:
 
 
 def emd(case: Case) -> None:
-    student, teacher, mask = case.leaf("hidden_S"), case["hidden_T"], case["mask"]
+    student, teacher = case.leaf("hidden_S"), case["hidden_T"]
+    mask = mask_of(case, tuple(student.shape[1:3]))
     mapped = []
     for i, states in enumerate(student):
         prefix = f"proj{i}."
