@@ -222,7 +222,7 @@ def test_the_fast_crop_and_flip_equals_one_made_by_hand():
 
 def test_digits_shift_but_never_flip_and_evaluation_is_untouched():
     bundle = digits()
-    images, _ = bundle._decoded(bundle._splits["train"])
+    images, _ = bundle._decoded(bundle.splits["train"])
     clean = torch.cat([b["input"] for b in Loader(bundle.dataset("train", train=False), 512)])
     assert torch.allclose(clean * bundle.std[0] + bundle.mean[0], images / 255, atol=1e-6)
     assert clean.mean().abs() < 0.01 and abs(clean.std() - 1) < 0.01
@@ -238,7 +238,7 @@ def test_digits_shift_but_never_flip_and_evaluation_is_untouched():
 
 def test_a_subset_is_balanced_stable_and_nested():
     small, again, large, other = (
-        digits(size=n, seed=s)._splits["train"] for n, s in [(100, 0), (100, 0), (205, 0), (100, 1)]
+        digits(size=n, seed=s).splits["train"] for n, s in [(100, 0), (100, 0), (205, 0), (100, 1)]
     )
     assert np.bincount(small.labels).tolist() == [10] * 10
     assert (small.positions == again.positions).all() and set(small.positions) <= set(large.positions)
@@ -254,9 +254,9 @@ def test_a_rare_class_gives_all_it_has_to_a_subset(tmp_path):
 
 def test_splits_are_stratified_disjoint_and_complete():
     bundle = digits(val=0.1, holdout=0.2)
-    parts = {k: bundle._splits[k].positions for k in ("train", "holdout", "val")}
+    parts = {k: bundle.splits[k].positions for k in ("train", "holdout", "val")}
     together = np.concatenate(list(parts.values()))
-    assert len(together) == len(np.unique(together)) == len(digits()._splits["train"].positions)
+    assert len(together) == len(np.unique(together)) == len(digits().splits["train"].positions)
     for name, share in [("val", 0.1), ("holdout", 0.2)]:
         counts = bundle.dataset(name, train=False).labels().bincount(minlength=10)
         assert len(parts[name]) == round(share * len(together)) and counts.max() - counts.min() <= 2
@@ -275,15 +275,15 @@ def test_label_noise_changes_the_share_asked_for_and_only_in_training():
 
 def test_noise_does_not_move_the_splits():
     clean, noisy = digits(holdout=0.2), digits(holdout=0.2, label_noise=0.5)
-    assert (clean._splits["holdout"].positions == noisy._splits["holdout"].positions).all()
+    assert (clean.splits["holdout"].positions == noisy.splits["holdout"].positions).all()
 
 
 def test_classes_are_kept_and_renumbered_in_the_order_given():
     bundle = digits(classes=[7, 2])
     assert bundle.classes == ["7", "2"] and bundle.num_classes == 2
     assert set(bundle.dataset("test", train=False).labels().tolist()) == {0, 1}
-    sevens = bundle._splits["test"].positions[bundle._splits["test"].labels == 0]
-    assert (digits()._splits["test"].labels[sevens] == 7).all()
+    sevens = bundle.splits["test"].positions[bundle.splits["test"].labels == 0]
+    assert (digits().splits["test"].labels[sevens] == 7).all()
 
 
 def test_fingerprints_differ_where_the_data_differs_and_only_there():
@@ -405,7 +405,7 @@ def test_a_subset_of_a_decoded_set_has_the_pixels_of_those_samples(tmp_path):
     subset = next(iter(Loader(load(spec).dataset("train", train=False), 6)))
     whole_bundle = load(spec.model_copy(update={"size": None}))
     whole = next(iter(Loader(whole_bundle.dataset("train", train=False), 40)))
-    positions = load(spec)._splits["train"].positions
+    positions = load(spec).splits["train"].positions
     assert (
         torch.equal(subset["input"], whole["input"][positions]) and len(whole_bundle.dataset("test", train=False)) == 10
     )

@@ -15,7 +15,8 @@ from stillhouse.data.augment import transforms
 from stillhouse.data.dataset import IndexedDataset, ItemInputs, PixelInputs
 from stillhouse.data.source import SMALL, Samples, Source, measured
 from stillhouse.data.split import foreign, held_out, in_proportion, keep_classes, noisy, subsets
-from stillhouse.errors import UserError, unknown
+from stillhouse.data.splits import Splits
+from stillhouse.errors import UserError
 from stillhouse.files import digest
 from stillhouse.tasks.classification import Classification
 
@@ -23,7 +24,6 @@ KEYS = frozenset(
     {"classes", "image_size", "augment", "mixup", "cutmix", "label_noise", "long_tail", "views", "unlabelled"}
 )
 """Keys of `DataSpec` that are for labelled samples."""
-SPLITS = ("train", "holdout", "val", "test", "unlabelled")
 
 
 @dataclass
@@ -43,7 +43,7 @@ class _Split:
 
 
 @dataclass
-class DataBundle:
+class DataBundle(Splits):
     """A data set ready for use.
 
     Attributes:
@@ -58,7 +58,7 @@ class DataBundle:
     fingerprint: str
     _spec: DataSpec = field(repr=False)
     _source: Source = field(repr=False)
-    _splits: dict[str, _Split] = field(repr=False)
+    splits: dict[str, _Split] = field(repr=False)
     _pixels: dict[int, tuple[Tensor, np.ndarray]] = field(repr=False, default_factory=dict)
 
     evaluation_batch: ClassVar[int] = 256
@@ -100,15 +100,9 @@ class DataBundle:
     def _size(self) -> tuple[int, int]:
         return self.input_shape[-2], self.input_shape[-1]
 
-    def has(self, split: str) -> bool:
-        """Whether there is such a split. Raises `UserError` for a word that is no split's."""
-        if split not in SPLITS:
-            raise unknown("split", split, SPLITS)
-        return split in self._splits
-
     def positions(self, split: str) -> np.ndarray:
         """(n,) of the split's samples, in order, in what the format read for it (`source`)."""
-        return self._splits[split].positions.copy()
+        return self.splits[split].positions.copy()
 
     def dataset(self, split: str, *, train: bool) -> IndexedDataset:
         """A split's samples, with training augmentation (`train=True`) or as they are evaluated.
@@ -116,10 +110,8 @@ class DataBundle:
         Raises:
             UserError: a split that this data set does not have.
         """
-        if not self.has(split):
-            how = f"; set data.{split}, such as data.{split}=0.1" if split in ("holdout", "val") else ""
-            raise UserError(f"The data set '{self.name}' has no {split} split{how}.")
-        part = self._splits[split]
+        self.require(split)
+        part = self.splits[split]
         mixing = {"mixup": self._spec.mixup, "cutmix": self._spec.cutmix} if train and split != "unlabelled" else {}
         if mixing and self._spec.cutmix and len(self.input_shape) != 3:
             raise UserError(f"data.cutmix needs images; the inputs of '{self.name}' have shape {self.input_shape}.")
@@ -163,7 +155,7 @@ class DataBundle:
         """The images of all splits that share this split's samples, and their positions; decoded once."""
         which = id(part.samples)
         if which not in self._pixels:
-            held = np.unique(np.concatenate([s.positions for s in self._splits.values() if s.samples is part.samples]))
+            held = np.unique(np.concatenate([s.positions for s in self.splits.values() if s.samples is part.samples]))
             assert part.samples.pixels is not None
             self._pixels[which] = (part.samples.pixels(held), held)
         return self._pixels[which]

@@ -23,8 +23,9 @@ from stillhouse.config.specs import DataSpec, Spec
 from stillhouse.data.dataset import BatchKey
 from stillhouse.data.source import existing, located
 from stillhouse.data.split import cut, in_balance
+from stillhouse.data.splits import Splits
 from stillhouse.data.text_files import read_json, read_json_lines
-from stillhouse.errors import UserError, unknown
+from stillhouse.errors import UserError
 from stillhouse.files import digest
 from stillhouse.functional.counting import IGNORED
 from stillhouse.functional.ragged import RaggedArray
@@ -227,7 +228,7 @@ class ConversationOptions(Spec):
 
 
 @dataclass
-class ConversationBundle:
+class ConversationBundle(Splits):
     """Conversations ready for use.
 
     Attributes:
@@ -261,12 +262,6 @@ class ConversationBundle:
     def evaluation_batch(self) -> int:
         """Samples of a batch for judging: about 8,000 tokens."""
         return max(8192 // self.task.context, 1)
-
-    def has(self, split: str) -> bool:
-        """Whether there is such a split."""
-        if split not in ("train", "holdout", "val", "test"):
-            raise unknown("split", split, ("train", "holdout", "val", "test"))
-        return split in self.splits
 
     def encoded(self, conversations: Sequence[Turns]) -> tuple[list[list[Part]], int]:
         """Conversations in ids, and how many turns will not fit (in the order given).
@@ -313,8 +308,7 @@ class ConversationBundle:
 
     def dataset(self, split: str, *, train: bool = False) -> ConversationDataset:
         """A split; in training the turns are shuffled. Raises `UserError` for one that is not there."""
-        if not self.has(split):
-            raise UserError(f"The data set '{self.name}' has no {split} split; set data.{split} above 0.")
+        self.require(split)
         rows, _ = self.encoded(self.splits[split])
         return ConversationDataset(rows, self.task.tokenizer, self.options.context, train and self.options.shuffle)
 

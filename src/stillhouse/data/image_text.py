@@ -15,15 +15,14 @@ from torch import Tensor
 
 from stillhouse.config.specs import Spec
 from stillhouse.data.dataset import BatchKey
-from stillhouse.errors import UserError, unknown
+from stillhouse.data.splits import Splits
+from stillhouse.errors import UserError
 from stillhouse.functional.pictures import renormalise
 from stillhouse.models.tokenizer import identity, texts_padded, tokenizer, too_long, with_last_end, with_marks
 from stillhouse.randomness import key as keys
 from stillhouse.randomness import uniforms
 from stillhouse.signals import Batch
 from stillhouse.tasks.image_text import ImageText
-
-SPLITS = ("train", "holdout", "val", "test")
 
 
 class TextOptions(Spec):
@@ -159,7 +158,7 @@ class PairedDataset:
 
 
 @dataclass
-class ImageTextBundle:
+class ImageTextBundle(Splits):
     """Images with texts, ready for use.
 
     Attributes:
@@ -184,21 +183,13 @@ class ImageTextBundle:
     def classes(self) -> list[str]:
         return list(self.task.classes)
 
-    def has(self, split: str) -> bool:
-        """Whether there is such a split. Raises `UserError` for a word that is no split's."""
-        if split not in SPLITS:
-            raise unknown("split", split, SPLITS)
-        return split in self.splits
-
     def dataset(self, split: str, *, train: bool) -> PairedDataset:
         """A split's samples, with training augmentation and drawn captions (`train=True`) or as they are evaluated.
 
         Raises:
             UserError: a split that this data set does not have.
         """
-        if not self.has(split):
-            how = f"; set data.{split}, such as data.{split}=0.1" if split in ("holdout", "val") else ""
-            raise UserError(f"The data set '{self.name}' has no {split} split{how}.")
+        self.require(split)
         return self.make(split, train)
 
 

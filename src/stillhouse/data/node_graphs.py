@@ -21,6 +21,7 @@ from stillhouse.config.specs import NamedSpec, Spec
 from stillhouse.data.dataset import BatchKey
 from stillhouse.data.node_files import read_npz, read_planetoid, read_pyg
 from stillhouse.data.source import existing, find_root
+from stillhouse.data.splits import Splits
 from stillhouse.errors import UserError, unknown
 from stillhouse.files import digest
 from stillhouse.functional.counting import IGNORED
@@ -159,7 +160,7 @@ class NodeGraph:
 
 
 @dataclass
-class NodeBundle:
+class NodeBundle(Splits):
     """A graph as the samples of a task: each split is one batch, the whole graph with the split's labels."""
 
     graph: NodeGraph
@@ -167,19 +168,12 @@ class NodeBundle:
     flip: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
-        self.name, self.fingerprint = self.graph.name, self.graph.fingerprint
+        self.name, self.fingerprint, self.splits = self.graph.name, self.graph.fingerprint, self.graph.split
         self.task = Nodes(tuple(str(c) for c in range(self.graph.num_classes)), self.graph.num_features)
-
-    def has(self, split: str) -> bool:
-        """Whether there is such a split. Raises `UserError` for a word that is no split's."""
-        if split not in ("train", "holdout", "val", "test"):
-            raise unknown("split", split, ("train", "val", "test"))
-        return split in self.graph.split
 
     def dataset(self, split: str, *, train: bool) -> OneGraph:
         """A split: the graph, with the labels of its nodes. Raises `UserError` for a split that is not there."""
-        if not self.has(split):
-            raise UserError(f"The graph '{self.name}' has no {split} split; it has: {', '.join(self.graph.split)}.")
+        self.require(split)
         return OneGraph(self.graph, split)
 
 

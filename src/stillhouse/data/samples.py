@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 
 from stillhouse.data.dataset import BatchKey
-from stillhouse.errors import UserError, unknown
+from stillhouse.data.splits import Splits
+from stillhouse.errors import UserError
 from stillhouse.randomness import keyed
 from stillhouse.signals import Batch
 from stillhouse.tasks.base import Task
 
-SPLITS = ("train", "holdout", "val", "test", "unlabelled")
 Sample = dict[str, Any]
 """`input`, and a target under the task's own names."""
 
@@ -89,7 +89,7 @@ class SampleDataset:
 
 
 @dataclass
-class SampleBundle:
+class SampleBundle(Splits):
     """A data set of samples ready for use.
 
     Attributes:
@@ -109,19 +109,11 @@ class SampleBundle:
     evaluation_batch: int = 16
     flip: bool = True
 
-    def has(self, split: str) -> bool:
-        """Whether there is such a split. Raises `UserError` for a word that is no split's."""
-        if split not in SPLITS:
-            raise unknown("split", split, SPLITS)
-        return split in self.splits
-
     def dataset(self, split: str, *, train: bool) -> SampleDataset:
         """A split's samples, with training augmentation (`train=True`) or as they are evaluated.
 
         Raises:
             UserError: a split that this data set does not have.
         """
-        if not self.has(split):
-            how = f"; set data.{split}, such as data.{split}=0.1" if split in ("holdout", "val") else ""
-            raise UserError(f"The data set '{self.name}' has no {split} split{how}.")
+        self.require(split)
         return self.make(split, train)

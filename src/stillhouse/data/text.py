@@ -20,19 +20,18 @@ from stillhouse.data.corpus import Records, TextOptions, read
 from stillhouse.data.labels import class_order, ids_of
 from stillhouse.data.source import located
 from stillhouse.data.split import cut, in_balance
+from stillhouse.data.splits import Splits
 from stillhouse.data.token_dataset import Rows, TokenDataset, packed, taken
-from stillhouse.errors import UserError, unknown
+from stillhouse.errors import UserError
 from stillhouse.files import digest
 from stillhouse.functional.counting import IGNORED
 from stillhouse.functional.ragged import RaggedArray
 from stillhouse.models.tokenizer import decoder_start, encode, identity, marks, size, tokenizer, with_marks
 from stillhouse.tasks.tokens import Tokens
 
-SPLITS = ("train", "holdout", "val", "test")
-
 
 @dataclass
-class TextBundle:
+class TextBundle(Splits):
     """Text ready for use; what `DataBundle` is for images.
 
     Attributes:
@@ -75,19 +74,9 @@ class TextBundle:
         """Samples of a batch for judging, so that its logits fit into memory: about 8,000 tokens."""
         return max(8192 // self.task.context, 1)
 
-    def has(self, split: str) -> bool:
-        """Whether there is such a split. Raises `UserError` for a word that is no split's."""
-        if split not in SPLITS:
-            raise unknown("split", split, SPLITS)
-        return split in self.splits
-
     def dataset(self, split: str, *, train: bool = False) -> TokenDataset:
         """A split's rows. Raises `UserError` for a split that is not there."""
-        if not self.has(split):
-            raise UserError(
-                f"The data set '{self.name}' has no {split} split"
-                + (f"; set data.{split}." if split in ("val", "holdout") else ".")
-            )
+        self.require(split)
         task = self.task
         return TokenDataset(
             self.splits[split], task.kind, task.tokenizer, task.decoder_start, self.options.masked_share

@@ -144,8 +144,9 @@ class AlignmentTraining(TrainingModule):
         terms = {"features": aligned(mine, theirs, weights if self._weigh else None)}
         terms["loss"] = terms["features"]
         if self.embed is not None and len(x) > 1:
-            both = torch.full((2,), self._mix_alpha, device=x.device)
-            share = torch.distributions.Beta(*both, validate_args=False).sample((len(x), 1, 1, 1))  # which would wait
+            alpha = torch.full((), self._mix_alpha, device=x.device)
+            beta = torch.distributions.Beta(alpha, alpha, validate_args=False)  # validation would wait for the device
+            share = beta.sample((len(x), 1, 1, 1))
             changed = mix_distribution(x, share, torch.randperm(len(x), device=x.device))
             one, other = (
                 gather(F.normalize(self.embed(f.mean((2, 3))), dim=1))
