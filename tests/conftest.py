@@ -2,21 +2,44 @@
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
+from filelock import FileLock
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
+def of_session(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of all processes of this session of tests."""
+    base = tmp_path_factory.getbasetemp()
+    return base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+
+
+@pytest.fixture(scope="session")
+def once(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, Callable[[], Any]], Any]:
+    """`once(name, make)`: JSON data that one process of this session makes, and the others read."""
+
+    def get(name: str, make: Callable[[], Any]) -> Any:
+        path = of_session(tmp_path_factory) / f"{name}.json"
+        with FileLock(f"{path}.lock"):
+            if not path.exists():
+                path.write_text(json.dumps(make()))
+            return json.loads(path.read_text())
+
+    return get
+
+
 @pytest.fixture(scope="session", autouse=True)
 def own_cache(tmp_path_factory: pytest.TempPathFactory):
-    """Stages and decoded data go to a folder of this session."""
+    """Stages, such as trained teachers, and decoded data go to a folder of this session, which its processes share."""
     before = os.environ.get("STILLHOUSE_CACHE")
-    os.environ["STILLHOUSE_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+    os.environ["STILLHOUSE_CACHE"] = str(of_session(tmp_path_factory) / "cache")
     yield
     if before is None:
         del os.environ["STILLHOUSE_CACHE"]

@@ -15,10 +15,10 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -315,13 +315,21 @@ def build() -> ModuleType:
         sys.path.remove(str(ROOT / "docs"))
 
 
-def test_the_recipe_reference_is_what_the_types_say(build: ModuleType):
+@pytest.fixture(scope="module")
+def pages(build: ModuleType, once: Callable[[str, Callable[[], Any]], Any]) -> dict[Path, str]:
+    """All generated pages."""
+    made = once("pages", lambda: {str(path): text for path, text in build.pages().items()})
+    return {Path(path): text for path, text in made.items()}
+
+
+def test_the_recipe_reference_is_what_the_types_say(pages: dict[Path, str]):
     page = ROOT / "docs" / "recipes.md"
-    assert page.read_text(encoding="utf-8") == build.pages()[page], "docs/recipes.md is stale; run `make docs`"
+    assert page.read_text(encoding="utf-8") == pages[page], "docs/recipes.md is stale; run `make docs`"
 
 
-def test_every_method_has_a_page_that_lists_its_options_and_says_what_is_missing(build: ModuleType):
-    pages = build.pages()
+def test_every_method_has_a_page_that_lists_its_options_and_says_what_is_missing(
+    build: ModuleType, pages: dict[Path, str]
+):
     for card in build.cards():
         text = pages[ROOT / "docs" / "methods" / f"{card.slug}.md"]
         assert f"(methods/{card.slug}.md)" in pages[ROOT / "docs" / "catalogue.md"]
@@ -337,8 +345,7 @@ def test_every_method_has_a_page_that_lists_its_options_and_says_what_is_missing
             )
 
 
-def test_every_claim_is_on_the_page_of_claims_and_on_its_methods_page(build: ModuleType):
-    pages = build.pages()
+def test_every_claim_is_on_the_page_of_claims_and_on_its_methods_page(build: ModuleType, pages: dict[Path, str]):
     page = pages[ROOT / "docs" / "claims.md"]
     for slug, claims in build.claims_of().items():
         own = pages[ROOT / "docs" / "methods" / f"{slug}.md"]
