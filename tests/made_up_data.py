@@ -130,7 +130,9 @@ def load(run: Run, spec: Any, folder: Path) -> Any:
         place.write_text("".join(json.dumps(row) + "\n" for row in rows))
         return _read(run, spec, f"text:{place}")
     if spec.name in CONVERSATIONS:
-        turns = [{"role": r, "content": t} for turn in CONVERSATIONS[spec.name] for r, t in zip(("user", "assistant"), turn)]
+        turns = [
+            {"role": r, "content": t} for turn in CONVERSATIONS[spec.name] for r, t in zip(("user", "assistant"), turn)
+        ]
         place = folder / "conversations.json"
         place.write_text(json.dumps([{"messages": turns}] * 300))
         return _read(run, spec.model_copy(update={"options": {**spec.options, "test": None}}), f"conversations:{place}")
