@@ -226,7 +226,7 @@ class ImageText(Task):
     def restored(cls, facts: Mapping[str, Any], folder: Path) -> ImageText:
         import transformers
 
-        plain = {k: tuple(v) if isinstance(v, list) else v for k, v in facts.items()}
+        plain: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in facts.items()}
         return cls(**plain, tokenizer=transformers.AutoTokenizer.from_pretrained(folder / TOKENIZER))
 
     def save_module(self, module: nn.Module, folder: Path) -> None:
@@ -289,7 +289,7 @@ class ImageText(Task):
 
     def _query(self, i: int, batch: Batch, outputs: Signals) -> Tensor:
         """(D,) of what describes sample i: the vector of its class, or its caption; of neither, its own embedding."""
-        label, texts = int(batch["label"][i]), batch.get("text_label", batch["label"]).tolist()
+        label, texts = int(batch["label"][i]), _text_ids(batch)
         if self.vectors is not None and label < len(self.vectors):
             return self.vectors[label].to(outputs.parts["image"])
         if "text" in outputs.parts and label in texts:
@@ -319,7 +319,7 @@ class ImageText(Task):
     def _described(self, label: int, batch: Batch) -> str:
         if label < len(self.classes):
             return self.classes[label]
-        ids, texts = batch.get("text_label", batch["label"]).tolist(), batch["input"].get("input_ids")
+        ids, texts = _text_ids(batch), batch["input"].get("input_ids")
         if texts is None or label not in ids:
             return ""
         return str(self.tokenizer.decode(texts[ids.index(label)], skip_special_tokens=True))
@@ -337,3 +337,9 @@ def _configs(model: nn.Module) -> list[Any]:
     config = getattr(model, "config", None)
     text = getattr(getattr(model, "text", None), "config", None)
     return [c for c in (getattr(config, "text_config", None), text) if c is not None]
+
+
+def _text_ids(batch: Batch) -> list[int]:
+    """The id of each text of a batch: those of the images where the batch names none."""
+    ids: list[int] = (batch["text_label"] if "text_label" in batch else batch["label"]).tolist()
+    return ids

@@ -344,7 +344,8 @@ class AdaptiveComputation(Method[Config]):
         if not run.data(data).has("test"):
             return {}
         device = next(network.parameters()).device
-        out, fixed = {}, {name: m.fixed for name, m in module.adaptive.items()}
+        out: dict[str, float] = {}
+        fixed = {name: m.fixed for name, m in module.adaptive.items()}
         errors = torch.zeros(config.learners + 1, device=device)
         with evaluating(network):
             for batch in islice(run.loader(data, "test"), JUDGED):

@@ -325,7 +325,7 @@ def cut(network: nn.Module, at: str, task: Task, batch: Batch, channels: int, co
             f"encoder and decoder give the size of the image over {', '.join(map(str, STRIDES))}, rounded up."
         )
     facts = {"at": at, "before": chain, "images": images.shape[1], "features": features.shape[1]}
-    return Split(codec=codec, channels=channels, stride=stride, bits=bits, **facts)  # type: ignore[arg-type]
+    return Split(codec=codec, channels=channels, stride=stride, bits=bits, **facts)
 
 
 def _carries(

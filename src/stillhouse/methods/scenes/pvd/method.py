@@ -122,7 +122,7 @@ class PVD(Method[Config]):
     def run(self, config: Config, run: Run) -> SceneField:
         spec = config.scene
         volume = scene(spec, _root(config, run))
-        train, test = (rendered(volume, spec, n, k) for n, k in ((spec.views, "train"), (spec.test_views, "test")))
+        train, test = rendered(volume, spec, spec.views, "train"), rendered(volume, spec, spec.test_views, "test")
 
         def teach() -> dict[str, Tensor]:
             with run.seeded(0):
@@ -243,8 +243,8 @@ def rates_at(phases: PhaseSpec, step: int, phase: int) -> Rates:
     """The weights of the terms at a step."""
     kept = phases.late if phase == 3 else 1.0
     feature = phases.feature_weight * phases.decay ** (step + 1)
-    points = (feature, phases.color_weight, phases.density_weight)
-    return Rates(phases.pixel_weight, *(kept * weight for weight in points), phases.sparsity)
+    color, density = kept * phases.color_weight, kept * phases.density_weight
+    return Rates(phases.pixel_weight, kept * feature, color, density, phases.sparsity)
 
 
 def _distil(
