@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from stillhouse.errors import UserError
+from stillhouse.files import atomic_write, read_json
 from stillhouse.methods.classification.ferkd.labels import LabelType, kept_values, restore
 from stillhouse.randomness import key, uniforms
 
@@ -103,6 +104,14 @@ def _resampling(start: Tensor, length: Tensor, out: int, full: int) -> Tensor:
     return (weight / weight.sum(-1, keepdim=True)).float()
 
 
+def _facts(path: Path) -> dict[str, Any] | None:
+    """What a store.json says; None where it is not readable."""
+    try:
+        return read_json(path)
+    except UserError:
+        return None
+
+
 class RegionStore:
     """Regions and labels on disk.
 
@@ -126,7 +135,7 @@ class RegionStore:
         """
         path = folder / "store.json"
         facts = json.loads(json.dumps({**facts, "images": images, "format": 1}))
-        if path.exists() and json.loads(path.read_text()) == facts:
+        if path.exists() and _facts(path) == facts:
             return cls(folder, facts, "r+")
         k = kept_values(facts["label_type"], facts["top"], facts["num_classes"])
         ids = np.int16 if facts["num_classes"] < 2**15 else np.int32
@@ -139,7 +148,8 @@ class RegionStore:
         }
         for name, (dtype, shape) in shapes.items():
             np.lib.format.open_memmap(folder / f"{name}.npy", mode="w+", dtype=dtype, shape=shape).flush()
-        path.write_text(json.dumps(facts))
+        with atomic_write(path) as temporary:
+            temporary.write_text(json.dumps(facts))
         return cls(folder, facts, "r+")
 
     @classmethod
@@ -153,7 +163,9 @@ class RegionStore:
         path = Path(folder) / "store.json"
         if not path.is_file():
             raise UserError(f"There is no store of regions in '{folder}': it holds no store.json.")
-        facts = json.loads(path.read_text())
+        facts = _facts(path)
+        if facts is None:
+            raise UserError(f"{path} is damaged; make a new store of regions.")
         for name, value in json.loads(json.dumps(expected)).items():
             if facts.get(name) != value:
                 raise UserError(
