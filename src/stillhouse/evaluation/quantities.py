@@ -243,6 +243,12 @@ _KNOWN = {
     "multiply_adds_kept": Quantity(
         "Multiply-adds left", "%", 100, 1, -1, "Share of the multiply-adds that pruning leaves."
     ),
+    "scale_ratio": Quantity(
+        "Ratio of scales", "", 1, 2, 1, "Mean size of batch norm's protected scales over that of the others."
+    ),
+    "compact_error": Quantity(
+        "Compact against masked", "", 1, None, -1, "The largest difference of their outputs on four images."
+    ),
     "gam_share": Quantity(
         "Gradient's share", "%", 1, 2, 0, "Of the absolute gradient, the share of the part that distillation drives."
     ),
