@@ -242,9 +242,13 @@ def phase_at(phases: PhaseSpec, share: float, features: bool) -> int:
 def rates_at(phases: PhaseSpec, step: int, phase: int) -> Rates:
     """The weights of the terms at a step."""
     kept = phases.late if phase == 3 else 1.0
-    feature = phases.feature_weight * phases.decay ** (step + 1)
-    color, density = kept * phases.color_weight, kept * phases.density_weight
-    return Rates(phases.pixel_weight, kept * feature, color, density, phases.sparsity)
+    return Rates(
+        pixel=phases.pixel_weight,
+        feature=kept * phases.feature_weight * phases.decay ** (step + 1),
+        color=kept * phases.color_weight,
+        density=kept * phases.density_weight,
+        sparsity=phases.sparsity,
+    )
 
 
 def _distil(
