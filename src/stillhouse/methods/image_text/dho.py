@@ -22,7 +22,8 @@ texts: then the heads begin as its own class vectors, and the teacher's head rea
 bias times 100 too. `heads: single` is the baseline with both losses on one head. Figures: the accuracy of each head
 alone, alpha and beta, and `gradient_cosine`, the mean cosine over training between the gradients of the two losses by
 the features of the labelled images. Not offered: the few-shot teacher of Tip-Adapter-F; and the paper's low-shot
-schedule, whose two chained schedulers let the rate rise again at the end, is a warm-up and a cosine here.
+schedule, whose two chained schedulers let the rate rise again at the end, is a warm-up and a cosine here. The captions
+of its recipe are written from class labels and masks: what its networks learn is class names, not language.
 """
 
 from __future__ import annotations

@@ -23,6 +23,8 @@ first, and m grows from 2 to 9. Image features are computed once, without augmen
 features; `values: examples` gives the generator a real sample of each neighbour in the place of mean and noise.
 Figures: base and new classes each among themselves and their harmonic mean, and `new_drop`, by how much the accuracy on
 new classes fell from its best epoch to the last, on validation images. `generator: false` with `almt: null` is CoOp.
+The captions of its recipe are written from class labels and masks: what its networks learn is class names, not
+language.
 """
 
 from __future__ import annotations

@@ -23,7 +23,8 @@ without labels, so that this is transductive: inductive methods see none of them
 base and new classes each among themselves, and their harmonic mean; the same accuracy of the teacher and of the student
 before. The last weights are the product, or the best by train.best, on data of your choice; the released code chooses
 on base test images. Baselines: `source: self` (the student's own zero-shot answers are its labels), `prompts: 0` (the
-projector alone), `projector: false` (prompts alone, for equal widths), `vectors: student` (its own texts).
+projector alone), `projector: false` (prompts alone, for equal widths), `vectors: student` (its own texts). The captions
+of its recipe are written from class labels and masks: what its networks learn is class names, not language.
 """
 
 from __future__ import annotations

@@ -24,7 +24,8 @@ half (the white-box form, without align). One domain, `target`, is left out of t
 `accuracy_source` is that on the others. Baselines: `mode: one_stage`, `ce`, `kd` (cross-entropy and a KL divergence
 from the teacher's class probabilities at temperature 1), each with the training of `distil` alone. It transfers the
 teacher's robustness, so look at `accuracy_teacher` first: where the teacher is weak on the target, nothing can be
-concluded.
+concluded. The captions of its recipe are written from class labels and masks: what its networks learn is class names,
+not language.
 """
 
 from __future__ import annotations

@@ -24,6 +24,8 @@ Not as in the released code: a loss that is not finite ends training with the la
 loop skips up to 100 such steps. First mask logits of 10 are open in the paper [choice]. Figures: the share of all
 parameters that is left; `sparsity`, the share of the transformers' weights that is gone; and `accuracy_before`,
 zero-shot, of what the last step began from. The constraint is one-sided: in a short pruning it ends above its target.
+The captions of its recipe are written from class labels and masks: what its networks learn is class names, not
+language.
 """
 
 from __future__ import annotations
