@@ -83,7 +83,8 @@ def space(case: Case) -> None:
     shares = [[n.depth / whole.layers, n.heads / whole.heads, n.hidden / whole.hidden, n.ratio] for n in members]
     case.close("subnets", np.array(shares))
     case.close("param_counts", np.array([whole.parameter_count(n) for n in members]))
-    case.close("sampled_index", np.array([drawn(len(members), step) for step in range(len(case["sampled_index"]))]))
+    if "sampled_index" in case:
+        case.close("sampled_index", np.array([drawn(len(members), step) for step in range(len(case["sampled_index"]))]))
 
 
 ADAPTERS = {"superlm": superlm, "space": space}

@@ -26,6 +26,8 @@ def bound(case: Case) -> None:
         grads.append([torch.zeros_like(x) if g is None else g for g, x in zip(both, (scores, baseline))])
     case.close("bound", torch.stack(values), **CLOSE)
     for at, name in enumerate(("scores", "log_baseline")):
+        if f"grad:{name}" not in case:
+            continue
         scale = float(np.abs(case.arrays[f"grad:{name}"]).max())
         case.close(f"grad:{name}", torch.stack([g[at] for g in grads]), rtol=1e-4, atol=1e-4 * scale)
 
@@ -108,9 +110,10 @@ def emd(case: Case) -> None:
     case.close("embedding_loss", embedding, **CLOSE)
     total = case.params.get("weight", 1.0) * (loss + embedding)
     case.close("total", total, **CLOSE)
-    total.backward()
-    scale = float(np.abs(case.arrays["grad:hidden_S"]).max())
-    case.close_grad("hidden_S", rtol=1e-4, atol=1e-4 * scale)
+    if "grad:hidden_S" in case:
+        total.backward()
+        scale = float(np.abs(case.arrays["grad:hidden_S"]).max())
+        case.close_grad("hidden_S", rtol=1e-4, atol=1e-4 * scale)
 
 
 ADAPTERS = {

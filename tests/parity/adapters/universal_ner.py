@@ -17,7 +17,8 @@ def evaluate(case: Case) -> None:
     read = {side: [strict(text) for text in json.loads(case.text(side))] for side in ("preds", "golds")}
     for side, items in read.items():
         plain = [[list(i) if isinstance(i, tuple) else i for i in row] for row in items]
-        assert plain == json.loads(case.text(f"parsed_{side}")), side
+        if f"parsed_{side}" in case:
+            assert plain == json.loads(case.text(f"parsed_{side}")), side
     for name, value in counted(read["preds"], read["golds"]).items():
         case.close(name, np.float64(value), rtol=1e-9)
 
@@ -44,7 +45,8 @@ def instance_masking(case: Case) -> None:
     case.close("labels", row(labels, -100))
     case.close("attention_mask", row([1] * len(ids), 0))
     prompt = Template(system=p["system_inference"]).prompt(turns, end)
-    assert prompt == case.text("inference_prompt"), prompt
+    if "inference_prompt" in case:
+        assert prompt == case.text("inference_prompt"), prompt
 
 
 ADAPTERS = {"evaluate": evaluate, "instance_masking": instance_masking}
