@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerFast
 from stillhouse.config.specs import DataSpec
 from stillhouse.data.bundle import labelled
 from stillhouse.data.source import IMAGENET_MEAN, IMAGENET_STD, Samples, Source
+from stillhouse.randomness import generator
 from stillhouse.runs.run import Run
 
 IMAGES: dict[str, tuple[int, tuple[int, int, int], int]] = {
@@ -82,7 +83,10 @@ def load(run: Run, spec: Any, folder: Path) -> Any:
     """Made-up data for a spec; None for a set that has no row here."""
     if spec.name in IMAGES and isinstance(spec, DataSpec):
         classes, shape, each = IMAGES[spec.name]
-        train, test = _samples(classes, shape, each), _samples(classes, shape, max(300 // classes, 1))
+        train, test = (
+            _samples(f"{spec.name} {split}", classes, shape, count)
+            for split, count in (("train", each), ("test", max(300 // classes, 1)))
+        )
         photos = shape[1] > 96
         names = [str(i) for i in range(classes)]
         found = Source(
@@ -145,11 +149,11 @@ def _read(run: Run, spec: Any, name: str) -> Any:
     return read(spec.model_copy(update={"name": name}))
 
 
-def _samples(classes: int, shape: tuple[int, int, int], each: int) -> Samples:
+def _samples(name: str, classes: int, shape: tuple[int, int, int], each: int) -> Samples:
     labels = np.repeat(np.arange(classes), each)
-    image = torch.randint(0, 256, shape, generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    image = torch.randint(0, 256, shape, generator=generator(name), dtype=torch.uint8)
     several = lambda rows: image.expand(len(rows), *shape)  # noqa: E731
-    return Samples(labels, "made up", lambda i: image, several if shape[1] <= 96 else None)
+    return Samples(labels, name, lambda i: image, several if shape[1] <= 96 else None)
 
 
 def published_tokenizer(name: str) -> Any:

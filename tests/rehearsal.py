@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from stillhouse import catalog, models, randomness
 from stillhouse.config.specs import MethodConfig, TrainSpec
 from stillhouse.data.dataset import BatchKey
+from stillhouse.data.loader import Loader
 from stillhouse.distillation.teachers import FrozenTeacher
 from stillhouse.evaluation import cost
 from stillhouse.files import cache_folder
@@ -199,6 +200,8 @@ class Rehearsal(Run):
             plain = bundle.dataset
             bundle.dataset = lambda split, *, train=False: Repeated(plain(split, train=train))
             bundle.rehearsed = True
+            with suppress(AttributeError):  # of texts it is computed
+                bundle.evaluation_batch = 4096  # a batch costs the same, whatever its size
         return bundle
 
     def network(self, name: str, spec: Any, data: Any, as_saved: bool = False) -> nn.Module:
@@ -327,6 +330,7 @@ def on_meta(cache: Path) -> Iterator[None]:
         patch.setattr(tokenizer, "_published", made_up_data.published_tokenizer)
         patch.setattr(models, "load_weights", lambda *a, **k: None)
         patch.setattr(FrozenTeacher, "fingerprint", lambda self: "rehearsed")
+        patch.setattr(Loader, "workers", property(lambda self: 0, lambda self, count: None), raising=False)
         patch.setattr(nn.Module, "__call__", run_plainly(nn.Module.__call__))
         patch.setattr(randomness, "torch", CpuGenerators())
         patch.setenv("STILLHOUSE_CACHE", str(cache))

@@ -7,6 +7,7 @@ field of its `Config`. Importing this module loads neither torch nor any method.
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import (
@@ -21,6 +22,7 @@ from pydantic import (
 )
 
 from stillhouse.config.names import folder_name
+from stillhouse.errors import UserError
 
 
 class Spec(BaseModel):
@@ -48,6 +50,10 @@ class NamedSpec(Spec):
         None,
         description="Folder that holds the data; default: --data-root, then STILLHOUSE_DATA, then the user's cache.",
     )
+
+    def bundle(self, data_root: str | Path | None, seed: int) -> Any:
+        """The data, of a spec that is no `DataSpec` and brings its own reading (see `stillhouse.data.load`)."""
+        raise UserError(f"Data of a {type(self).__name__} is read by its method alone.")
 
 
 class UnlabelledSpec(Spec):

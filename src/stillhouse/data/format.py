@@ -84,11 +84,7 @@ def load(spec: NamedSpec, data_root: str | Path | None = None, seed: int = 0) ->
         UserError: what was asked for is not there or does not fit; the message says what and where.
     """
     if not isinstance(spec, DataSpec):
-        from stillhouse.data import node_graphs
-
-        if not isinstance(spec, node_graphs.GraphSpec):
-            raise UserError(f"Data of a {type(spec).__name__} is read by its method alone.")
-        return node_graphs.load(spec, data_root, seed)
+        return spec.bundle(data_root, seed)
     scheme, _, rest = spec.name.partition(":")
     found = _format(scheme)
     if found.REST and not rest:

@@ -82,6 +82,9 @@ class GraphSpec(NamedSpec):
     def _by_name_alone(cls, value: Any) -> Any:
         return {"name": value} if isinstance(value, str) else value
 
+    def bundle(self, data_root: str | Path | None, seed: int) -> NodeBundle:
+        return NodeBundle(load_graph(self, seed, data_root))
+
 
 @dataclass(frozen=True)
 class NodeGraph:
@@ -207,11 +210,6 @@ class OneGraph:
             "hidden": hidden,
             "index": torch.zeros(1).long(),
         }
-
-
-def load(spec: GraphSpec, data_root: str | Path | None = None, seed: int = 0) -> NodeBundle:
-    """The graph of a spec as a bundle (see `load_graph`)."""
-    return NodeBundle(load_graph(spec, seed, data_root))
 
 
 def load_graph(spec: GraphSpec, seed: int = 0, data_root: str | Path | None = None) -> NodeGraph:
