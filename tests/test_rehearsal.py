@@ -25,7 +25,7 @@ RECIPES = sorted(ROOT.glob("recipes/**/*.yaml"))
 SMALLER: dict[str, dict[str, object]] = {
     # what a method does over and over
     "diswot": {"search.evaluations": 2, "search.population": 2},
-    "ferkd": {"regions.crops": 4},
+    "ferkd": {"regions.crops": 4, "data.size": 1024},
     # what made-up weights cannot do: their features are alike, and then similarity is not defined
     "distill_weighted": {"only": "cub200"},
     "autodistil": {

@@ -162,7 +162,7 @@ class ConversationDataset:
         conversations: turns, encoded.
         tokenizer: whose ids they are.
         context: tokens that a model reads at most.
-        shuffle: draw the order of the turns after the first anew each epoch.
+        shuffle: draw the order of the turns after the first again each epoch.
     """
 
     def __init__(self, conversations: Sequence[list[Part]], tokenizer: Any, context: int, shuffle: bool) -> None:

@@ -250,9 +250,9 @@ def _published(name: str, options: TextOptions) -> Corpus:
     try:
         found = datasets.load_dataset(name, options.config)
     except Exception as error:
-        said = str(error).strip().splitlines() or [type(error).__name__]
+        lines = str(error).strip().splitlines() or [type(error).__name__]
         raise UserError(
-            f"data.name: could not get 'hf:{name}' (no network, or no such data set?): {said[0].rstrip('.')}."
+            f"data.name: could not get 'hf:{name}' (no network, or no such data set?): {lines[0].rstrip('.')}."
         ) from error
     names = {"train": "train", "val": "validation", "test": "test"}
     out = {

@@ -106,7 +106,7 @@ class IndexedDataset:
         """
         if self._mixup or self._cutmix:
             raise UserError(
-                "Signals are kept sample by sample, but data.mixup and data.cutmix mix a batch; set both to 0."
+                "Signals are stored sample by sample, but data.mixup and data.cutmix mix a batch; set both to 0."
             )
         own = key.indices[key.start : key.stop]
         if not isinstance(self._inputs, PixelInputs | ItemInputs):

@@ -3,7 +3,7 @@ all of a set in a few flat tensors.
 
 Nodes and edges carry one integer label each. Feature rows become labels by their distinct values; continuous ones are
 cut into bins first; graphs that have neither are labelled by the nodes' degrees. Raw files are read in place: nothing
-is written beside them.
+is written next to them.
 """
 
 from __future__ import annotations

@@ -212,7 +212,7 @@ class AdaptedLoader(BatchLoader):
 
     Its random numbers (order, augmentation) are drawn under keys of (seed, epoch, batch), so that they are the same
     from run to run and after a resume, whatever training draws in between; a start in mid-epoch makes and drops the
-    batches before. Generators that the loader or its sampler hold are seeded anew every epoch.
+    batches before. Generators that the loader or its sampler hold are seeded again every epoch.
     """
 
     def __init__(self, loader: Iterable[Any], seed: int = 0, student: nn.Module | None = None) -> None:

@@ -2,7 +2,7 @@
 splits and hidden nodes.
 
 Every graph comes out simple: both directions of an edge, no self loops, no duplicates. A label -1 is a node whose class
-is not known. Features that are mostly zero are kept sparse. Files are read without running code in them.
+is not known. Features that are mostly zero stay sparse. Files are read without running code in them.
 """
 
 from __future__ import annotations
@@ -137,7 +137,7 @@ class NodeGraph:
         return take_rows(self.x, index)
 
     def observed(self) -> NodeGraph:
-        """The graph without its hidden nodes and their edges, nodes numbered anew in order; this graph itself where
+        """The graph without its hidden nodes and their edges, nodes renumbered in order; this graph itself where
         none is hidden."""
         if not len(self.hidden):
             return self

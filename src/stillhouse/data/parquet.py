@@ -1,7 +1,7 @@
 """Images in Parquet files (a column of encoded images, a column of labels), and the cache of decoded small images that
 later starts read.
 
-Cached arrays are written beside and renamed, so two processes may fill the cache at once.
+Cached arrays are written under another name and renamed, so two processes may fill the cache at once.
 """
 
 from __future__ import annotations
@@ -310,7 +310,7 @@ def _from_cache(path: Path) -> Any:
 
 
 def _to_cache(path: Path, write: Callable[[Any], None]) -> None:
-    """Write beside and rename; a cache that cannot be written is only slower."""
+    """Write under another name and rename; a cache that cannot be written is only slower."""
     partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

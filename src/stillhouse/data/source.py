@@ -1,5 +1,5 @@
 """What every format gives: `Samples` (labels, and inputs on demand) in a `Source` of splits; and the folders that data
-is found and kept in."""
+is found and cached in."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from stillhouse.errors import UserError, nearest
 from stillhouse.files import cache_folder, digest
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-SMALL = 96  # images up to this many pixels a side are kept decoded in memory
+SMALL = 96  # images up to this many pixels a side are decoded into memory at once
 
 
 @dataclass

@@ -258,7 +258,7 @@ def _fitted(
     return np.ones(len(rows), bool)
 
 
-def _refuse(wrong: np.ndarray, refuse: bool, where: str, what: str, remedy: str) -> None:
+def _refuse(wrong: np.ndarray, refuse: bool, where: str, what: str, hint: str) -> None:
     if refuse and wrong.any():
         more = f" (and {int(wrong.sum()) - 1} others)" if wrong.sum() > 1 else ""
-        raise UserError(f"{where}: sample {int(np.flatnonzero(wrong)[0])}{more} {what}; {remedy}.")
+        raise UserError(f"{where}: sample {int(np.flatnonzero(wrong)[0])}{more} {what}; {hint}.")

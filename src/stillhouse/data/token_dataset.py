@@ -148,7 +148,7 @@ def taken(rows: Rows, which: np.ndarray) -> Rows:
 
 
 def packed(rows: Rows, context: int) -> Rows:
-    """Samples joined in their order into rows of at most `context` tokens, with positions that begin anew at each."""
+    """Samples joined in their order into rows of at most `context` tokens, with positions that start again at each."""
     if rows.labels is None or not len(rows.inputs):
         return rows
     row, used, fills = [], 0, []

@@ -213,15 +213,15 @@ def _explain(
     opening = f"The checkpoint '{path}' does not fit the {owner}: {matching} of its {len(ours)} tensors match"
     if shapes:
         first = next(n for n in ours if n in shapes)
-        told = ""
+        hint = ""
         if not unexpected and _only_classifier(given, ours, missing, shapes):
-            told = (
+            hint = (
                 " Only the classifier differs: train the network (`train:`), which gives it a new one, or set "
                 "checkpoint.classifier: none for a teacher of features."
             )
         return (
             f"{opening}; the first that differs is '{first}': {tuple(given[first].shape)} in the checkpoint, "
-            f"{tuple(ours[first].shape)} in the {owner}.{told}"
+            f"{tuple(ours[first].shape)} in the {owner}.{hint}"
         )
     parts = [
         f"{what} {', '.join(repr(n) for n in found[:3])}{', …' if len(found) > 3 else ''}"

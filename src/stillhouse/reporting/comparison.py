@@ -123,8 +123,8 @@ def headline(comparison: Comparison) -> str:
     parts = [against_teacher(means(row.figures), means(teacher.figures), comparison.primary)] if teacher else []
     if row.gain is not None and comparison.baseline is not None:
         parts.append(over_baseline(row.gain, comparison.baseline, comparison.primary))
-    told = "; ".join(filter(None, parts))
-    return f"{row.label}: {told}. " if told else ""
+    notes = "; ".join(filter(None, parts))
+    return f"{row.label}: {notes}. " if notes else ""
 
 
 def _glance(comparison: Comparison, shown: Quantity) -> list[tuple[str, str, str]]:
