@@ -259,6 +259,11 @@ class Config(MethodConfig):
     evaluate: list[str] = Field(default_factory=lambda: ["accuracy", "calibration", "cost"])
 
 
+TEACHER = Stage("teacher", "train the teacher with cross-entropy (stored, shared)")
+TUNED = Stage("mcmi", "fine-tune it")
+STUDENT = Stage("student", "train the student")
+
+
 class MaximisedInformation(Method[Config]):
     def plan(self, config: Config, run: Run) -> list[Stage]:
         if config.teacher.model is None:
@@ -266,22 +271,15 @@ class MaximisedInformation(Method[Config]):
         source = config.teacher.data or config.data
         stages = []
         if config.teacher.train is not None:
-            stages.append(
-                Stage(
-                    "teacher",
-                    "train the teacher with cross-entropy (stored, shared)",
-                    {"teacher": config.teacher.model},
-                )
-            )
+            stages.append(TEACHER.filled(models={"teacher": config.teacher.model}))
         if config.fine_tune is not None:
             steps = config.fine_tune.train.epochs * len(
                 run.loader(source, "train", config.fine_tune.train.batch_size, train=True)
             )
             stages.append(
-                Stage(
-                    "mcmi",
-                    f"fine-tune it by likelihood and {config.fine_tune.lam:g} times conditional information (stored, "
-                    "shared)",
+                TUNED.filled(
+                    does=f"fine-tune it by likelihood and {config.fine_tune.lam:g} times conditional information "
+                    "(stored, shared)",
                     steps=steps,
                 )
             )
@@ -289,10 +287,9 @@ class MaximisedInformation(Method[Config]):
         seen = f" without class {', '.join(map(str, config.omit))}" if config.omit else ""
         steps = config.train.epochs * len(self._student_loader(config, run, train=True))
         stages.append(
-            Stage(
-                "student",
-                f"train the student on {run.data(config.data).name}{seen} with {losses}",
-                {"student": config.student.model},
+            STUDENT.filled(
+                does=f"train the student on {run.data(config.data).name}{seen} with {losses}",
+                models={"student": config.student.model},
                 steps=steps,
             )
         )
@@ -315,7 +312,7 @@ class MaximisedInformation(Method[Config]):
         )
         loader = self._student_loader(config, run, train=True)
         splits = {**run.splits(config.data), "train": self._student_loader(config, run, train=False)}
-        fitted = run.fit("student", module, loader, config.train, evaluate=run.validating(config.data), splits=splits)
+        fitted = run.fit(STUDENT, module, loader, config.train, evaluate=run.validating(config.data), splits=splits)
         module.close()
         figures = {"train_seconds": fitted.seconds, **{f"teacher_{k}": v for k, v in facts.items()}}
         if config.omit:
@@ -347,7 +344,7 @@ class MaximisedInformation(Method[Config]):
                 check, figured = run.validation(data), run.validating(data)
                 judge = None if figured is None else lambda m, d: {**figured(m, d), "cmi": information_of(m, check, d)}
                 loader = run.loader(data, "train", tune.train.batch_size, train=True)
-                run.fit("mcmi", module, loader, tune.train, evaluate=judge, splits=run.splits(data))
+                run.fit(TUNED, module, loader, tune.train, evaluate=judge, splits=run.splits(data))
                 module.close()
                 figures = evaluate_classifier(
                     network, run.loader(data, "test"), run.device, ["accuracy", "calibration"]
@@ -357,7 +354,7 @@ class MaximisedInformation(Method[Config]):
 
         options = {**tune.model_dump(mode="json"), "train": tune.train.identity()}
         return run.stage(
-            "mcmi",
+            TUNED,
             make,
             {"tune": options, "from": first.fingerprint(), "data": bundle.fingerprint, "seed": spec.seed or 0},
         )

@@ -226,7 +226,7 @@ class Pela(Method[Config]):
             network = {"teacher": describe(spec.network.model, original)}
             batches = steps(run, spec.data or source, spec.train)
             stages.append(
-                Stage("teacher", "train the original with cross-entropy (kept, shared)", network, steps=batches)
+                Stage("teacher", "train the original with cross-entropy (stored, shared)", network, steps=batches)
             )
         count = len(shape_of(config, run, original).applied(original, approximate=False))
         network = {"student": describe(spec.network.model, original)}

@@ -274,7 +274,7 @@ class QuantizedDistillation(general.GeneralDistillation[Config]):
         if config.mode == "qd":
             student.does += f", the gradient taken at quantised weights ({grid})"
             return [*before, student]
-        student.does += ", in full precision (kept, shared)"
+        student.does += ", in full precision (stored, shared)"
         after = []
         if config.mode == "dq":
             steps = config.levels.train.epochs * len(

@@ -283,6 +283,10 @@ class StudentTraining(TrainingModule):
         return {"loss": ce + self.config.distillation * distilled, "ce": ce, "channelwise": distilled}
 
 
+TEACHER = Stage("teacher", "train a teacher that sees labels (stored, shared)")
+STUDENT = Stage("student", "train the student")
+
+
 class LabelAssistance(Method[Config]):
     def plan(self, config: Config, run: Run) -> list[Stage]:
         bundle = run.data(config.data, Segmentation)
@@ -294,11 +298,13 @@ class LabelAssistance(Method[Config]):
             sees = "images and noised labels" if config.teacher.labels else "images"
             named = {"teacher": describe((config.teacher.network or config.student).model, network)}
             steps = self._steps(config.data, config.teacher.train, run)
-            stages.append(Stage("teacher", f"train a teacher that sees {sees} (kept, shared)", named, steps=steps))
+            stages.append(
+                TEACHER.filled(does=f"train a teacher that sees {sees} (stored, shared)", models=named, steps=steps)
+            )
         student = {"student": describe(config.student.model, run.model(config.student, config.data))}
         losses = "cross-entropy" + (" and the teacher's maps" if config.distillation else "")
         steps = self._steps(config.data, config.train, run)
-        stages.append(Stage("student", f"train the student with {losses}", student, steps=steps))
+        stages.append(STUDENT.filled(does=f"train the student with {losses}", models=student, steps=steps))
         return stages
 
     def run(self, config: Config, run: Run) -> Student:
@@ -314,7 +320,7 @@ class LabelAssistance(Method[Config]):
         module = StudentTraining(student, teacher, task, channel, config)
         loader = run.loader(config.data, "train", config.train.batch_size, train=True)
         evaluate, splits = run.validating(config.data), run.splits(config.data)
-        fitted = run.fit("student", module, loader, config.train, evaluate=evaluate, splits=splits)
+        fitted = run.fit(STUDENT, module, loader, config.train, evaluate=evaluate, splits=splits)
         return run.student(student, config.student, config.data, {**figures, "train_seconds": fitted.seconds})
 
     @staticmethod
@@ -333,7 +339,7 @@ class LabelAssistance(Method[Config]):
         def make() -> dict[str, Any]:
             with run.seeded(options.seed):
                 loader = run.loader(config.data, "train", options.train.batch_size, train=True)
-                run.fit("teacher", TeacherTraining(network, bundle.task, channel, config), loader, options.train)
+                run.fit(TEACHER, TeacherTraining(network, bundle.task, channel, config), loader, options.train)
             figures = {}
             for name, see in {"": channel.random, "_fixed": channel.fixed, "_permuted": channel.permuted}.items():
                 seen = AssistedBatches(run.loader(config.data, "test"), see)
@@ -344,7 +350,7 @@ class LabelAssistance(Method[Config]):
         uses = config.model_dump(mode="json", include={"data", "scale", "pixel_noise", "temperature", "aux_weight"})
         uses["teacher"] = {**options.model_dump(mode="json"), "train": options.train.identity()}
         uses["network"] = (options.network or config.student).model_dump(mode="json")
-        return run.stage("teacher", make, {**uses, "content": bundle.fingerprint})
+        return run.stage(TEACHER, make, {**uses, "content": bundle.fingerprint})
 
 
 class AssistedBatches:

@@ -210,7 +210,7 @@ class MaskedDistillation(Method[Config]):
             what += f" and alignment of blocks {pairs} with the teacher"
         stages.append(pretraining_stage(run, config, what))
         if config.teacher_fine_tune is not None:
-            stages.append(Stage("fine_tuned_teacher", "fine-tune the teacher with labels (kept, shared)"))
+            stages.append(Stage("fine_tuned_teacher", "fine-tune the teacher with labels (stored, shared)"))
         return [*stages, *tuning_stages(config)]
 
     def run(self, config: Config, run: Run) -> Student:

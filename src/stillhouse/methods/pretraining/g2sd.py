@@ -323,7 +323,7 @@ class GenericToSpecific(Method[Config]):
             what = f"features of {whose}" if config.start == "generic" else "masked autoencoding"
             stages.append(pretraining_stage(run, config, what))
         if config.taught:
-            stages.append(Stage("fine_tuned_teacher", "fine-tune the teacher with labels (kept, shared)"))
+            stages.append(Stage("fine_tuned_teacher", "fine-tune the teacher with labels (stored, shared)"))
         labels = config.tune.labels_per_class
         objectives = " + ".join(o.name for o in config.tune.objectives)
         how = "a distillation token" if config.specific == "token" else objectives

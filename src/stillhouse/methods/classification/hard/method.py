@@ -118,14 +118,19 @@ class Config(MethodConfig):
         return self
 
 
+TEACHER = Stage("teacher", "train the teacher with cross-entropy (stored, shared)")
+AUTOENCODER = Stage("vae", "train a VAE on the training images (stored, shared)")
+STUDENT = Stage("student", "train the student")
+
+
 class HARD(Method[Config]):
     def plan(self, config: Config, run: Run) -> list[Stage]:
         batches = len(run.loader(config.data, "train", config.train.batch_size, train=True))
-        stages = [Stage("teacher", "train the teacher with cross-entropy (stored, shared)")]
+        stages = [TEACHER]
         if config.augmentor.kind == "vae":
-            stages.append(Stage("vae", "train a VAE on the training images (stored, shared)"))
+            stages.append(AUTOENCODER)
         what = "alone" if config.augmentor.kind == "none" else f"against an augmentor ({config.augmentor.kind})"
-        return [*stages, Stage("student", f"train the student {what}", steps=config.train.epochs * batches)]
+        return [*stages, STUDENT.filled(does=f"train the student {what}", steps=config.train.epochs * batches)]
 
     def run(self, config: Config, run: Run) -> Student:
         teacher = run.teacher("teacher", config.teacher, config.data)
@@ -152,7 +157,7 @@ class HARD(Method[Config]):
             label_weight=config.label_weight,
         )
         loader = run.loader(config.data, "train", config.train.batch_size, train=True)
-        fitted = run.fit("student", module, loader, config.train, evaluate=run.validating(config.data))
+        fitted = run.fit(STUDENT, module, loader, config.train, evaluate=run.validating(config.data))
         if augmentor is not None:
             self.show(config, run, [images, start, sample(augmentor, images, run.device)])
         figures = {"train_seconds": fitted.seconds, **shifted_accuracy(student, run, config.data, config.shifts)}
@@ -191,12 +196,11 @@ class HARD(Method[Config]):
 
         def make() -> dict[str, Any]:
             with run.seeded(0):
-                run.fit(
-                    "vae", VAEFit(vae), run.loader(config.data, "train", spec.train.batch_size, train=True), spec.train
-                )
+                loader = run.loader(config.data, "train", spec.train.batch_size, train=True)
+                run.fit(AUTOENCODER, VAEFit(vae), loader, spec.train)
             return {"weights": state_on_cpu(vae), "format": 1}
 
-        stored = run.stage("vae", make, {"vae": spec.model_dump(mode="json"), "data": bundle.fingerprint})
+        stored = run.stage(AUTOENCODER, make, {"vae": spec.model_dump(mode="json"), "data": bundle.fingerprint})
         vae.load_state_dict(stored["weights"])
         return vae.to(run.device)
 
