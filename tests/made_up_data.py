@@ -37,6 +37,7 @@ IMAGES: dict[str, tuple[int, tuple[int, int, int], int]] = {
     "imagefolder:places_lt": (365, (3, 375, 500), 3),
 }
 MASKS = {"masks:voc2012_aug": (500, 375), "masks:cityscapes": (2048, 1024)}
+PHOTOGRAPHS = {"restore:DIV2K/DIV2K_train_HR": 768}  # name: a side in pixels
 BOXES = {"coco:coco": 80, "voc:VOCdevkit/VOC0712": 20}  # name: classes
 TEXTS: dict[str, dict[str, Any]] = {
     "text:hf:EdinburghNLP/xsum": {"document": "w1 w2 w3 w4 w5 w6", "summary": "w7 w8"},
@@ -110,6 +111,15 @@ def load(run: Run, spec: Any, folder: Path) -> Any:
                     for i in range(4 if split == "train" else 1):
                         Image.new(mode, (width, height), i).save(place / split / name / f"{i}.{kind}")
         return _read(run, spec, f"masks:{place}")
+    if spec.name in PHOTOGRAPHS:
+        side, scale = PHOTOGRAPHS[spec.name], int(spec.options["scale"])
+        place = folder / f"photographs_{scale}"
+        for name, times in (("true", 1), ("low", scale)):
+            (place / name).mkdir(parents=True, exist_ok=True)
+            for i in range(5):
+                Image.new("RGB", (side // times, side // times), (9 * i,) * 3).save(place / name / f"{i}.png")
+        options = {**spec.options, "low": str(place / "low"), "test": None, "test_low": None}
+        return _read(run, spec.model_copy(update={"options": options}), f"restore:{place / 'true'}")
     if spec.name in BOXES:
         place = folder / spec.name.replace(":", "_").replace("/", "_")
         for split, count in {"train": 40, "val": 2}.items() if not place.exists() else ():

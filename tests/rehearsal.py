@@ -30,7 +30,7 @@ from stillhouse.data.loader import Loader
 from stillhouse.distillation.teachers import FrozenTeacher
 from stillhouse.evaluation import cost
 from stillhouse.files import cache_folder
-from stillhouse.models import sources, tokenizer
+from stillhouse.models import sources, tokenizer, weights
 from stillhouse.runs import stages
 from stillhouse.runs.method import Stage
 from stillhouse.runs.run import Run
@@ -329,6 +329,7 @@ def on_meta(cache: Path) -> Iterator[None]:
         patch.setattr(models, "build_own", built(models.build_own, published=False))
         patch.setattr(tokenizer, "_published", made_up_data.published_tokenizer)
         patch.setattr(models, "load_weights", lambda *a, **k: None)
+        patch.setattr(weights, "load_fitting", lambda *a, **k: [])
         patch.setattr(FrozenTeacher, "fingerprint", lambda self: "rehearsed")
         patch.setattr(Loader, "workers", property(lambda self: 0, lambda self, count: None), raising=False)
         patch.setattr(nn.Module, "__call__", run_plainly(nn.Module.__call__))

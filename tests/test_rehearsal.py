@@ -33,12 +33,14 @@ SMALLER: dict[str, dict[str, object]] = {
         "search.batches": 1,
         "search.max_cost": 1.0,
     },
+    "pvd": {"scene.side": 16, "scene.views": 2, "scene.test_views": 1},  # views are rendered first, on the CPU
     "universal_ner": {"annotator": None, "ask.questions": 1},  # a server annotates
     "wad": {"split": 1},
 }
 READING: dict[str, str] = {
     # recipes whose steps read a tensor, and why that is right
     "ast": "a snapshot of the expert is copied once an epoch",
+    "pvd": "fields are asked in occupied cells alone, so how many points lie in them must be known",
     "krr_st": "a slot of the pool says whether it diverged at its last visit, which is long done",
 }
 SKIPPED: dict[str, str] = {

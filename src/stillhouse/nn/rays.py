@@ -9,6 +9,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+RAYS_AT_ONCE = 4096
+"""Of a view that is rendered whole."""
+
 
 @dataclass(slots=True)
 class Rays:
@@ -16,6 +19,10 @@ class Rays:
 
     origins: Tensor
     directions: Tensor
+
+    def split(self, count: int) -> list[Rays]:
+        """The same rays, at most `count` at a time."""
+        return [Rays(o, d) for o, d in zip(self.origins.split(count), self.directions.split(count))]
 
 
 @dataclass(slots=True)

@@ -36,7 +36,7 @@ from stillhouse.distillation.distillation import Distillation
 from stillhouse.distillation.weighted import objective_from_spec
 from stillhouse.errors import UserError
 from stillhouse.methods.distillation import describe
-from stillhouse.models.weights import load_fitting
+from stillhouse.models import weights
 from stillhouse.runs.judging import check_groups
 from stillhouse.runs.method import Method, Stage
 from stillhouse.runs.products import Student
@@ -84,7 +84,7 @@ class IMDN(Method[Config]):
     def run(self, config: Config, run: Run) -> Student:
         network = run.model(config.student, config.data)
         if config.start is not None:
-            load_fitting(network, run.weights_file(config.start), owner="student")
+            weights.load_fitting(network, run.weights_file(config.start), owner="student")
         if config.train is None:
             return run.student(network, config.student, config.data, {})
         objectives = [objective_from_spec(o) for o in config.objectives]

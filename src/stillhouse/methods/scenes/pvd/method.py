@@ -42,7 +42,7 @@ from stillhouse.methods.scenes.pvd.losses import Distance, Rates, phase_loss
 from stillhouse.methods.scenes.pvd.product import FieldSpec, SceneField, marched, render, rendered_points
 from stillhouse.methods.scenes.pvd.scenes import SceneSpec, Views, banded_centre, rendered, scene
 from stillhouse.nn.radiance_fields import RadianceField, VMField, inherit
-from stillhouse.nn.rays import camera_rays
+from stillhouse.nn.rays import Rays, camera_rays
 from stillhouse.randomness import keyed
 from stillhouse.runs.evaluators import evaluates
 from stillhouse.runs.gallery import FOLDER, write_pictures
@@ -122,19 +122,20 @@ class PVD(Method[Config]):
     def run(self, config: Config, run: Run) -> SceneField:
         spec = config.scene
         volume = scene(spec, _root(config, run))
-        train, test = rendered(volume, spec, spec.views, "train"), rendered(volume, spec, spec.test_views, "test")
+        train = rendered(volume, spec, spec.views, "train").to(run.device)
+        test = rendered(volume, spec, spec.test_views, "test").to(run.device)
 
         def teach() -> dict[str, Tensor]:
             with run.seeded(0):
-                field = _new(config.teacher, "teacher", 0)
+                field = _new(config.teacher, "teacher", 0).to(run.device)
                 _fit_on_images(run, TEACHER, field, train, config.teach)
             return state_on_cpu(field)
 
         uses = {"field": config.teacher, "fit": config.teach, "images": train.pixels, "places": train.centres}
         teacher = config.teacher.build()
         teacher.load_state_dict(run.stage(TEACHER, teach, uses))
-        teacher.eval().requires_grad_(False)
-        student, curve = _new(config.student, "student", run.seed), Curve()
+        teacher.to(run.device).eval().requires_grad_(False)
+        student, curve = _new(config.student, "student", run.seed).to(run.device), Curve()
         if config.source == "images":
             seconds = _fit_on_images(run, STUDENT, student, train, config.distil, curve, test)
         else:
@@ -213,10 +214,11 @@ def _fit_on_images(
     def step(i: int) -> dict[str, Tensor]:
         if i and i % spec.occupancy_every == 0:
             field.occupy()
-        chosen = torch.randint(len(pixels), (spec.rays,))
-        rays = type(every[0])(origins[chosen], directions[chosen])
-        background = torch.rand(spec.rays, 3)
-        where = marched(field, rays, spec.samples, torch.rand(spec.rays, spec.samples))
+        chosen = torch.randint(len(pixels), (spec.rays,), device=pixels.device)
+        rays = Rays(origins[chosen], directions[chosen])
+        background = torch.rand(spec.rays, 3, device=pixels.device)
+        offsets = torch.rand(spec.rays, spec.samples, device=pixels.device)
+        where = marched(field, rays, spec.samples, offsets)
         image = rendered_points(field(where.points, where.directions), where, background).image
         wanted = pixels[chosen]
         loss = (image - wanted[:, :3] - (1 - wanted[:, 3:]) * background).square().mean()
@@ -257,12 +259,13 @@ def _distil(
     spec, phases = config.distil, config.phases
     optimizer = _optimizer(student, spec)
     both = student.has_features and teacher.has_features
-    side = config.scene.side
+    side, device = config.scene.side, student.occupied.device
 
     def step(i: int) -> dict[str, Tensor]:
-        centre = banded_centre(config.scene.radius)
-        rays = camera_rays(centre, side, config.scene.angle, torch.randint(side * side, (spec.rays,)))
-        where = marched(student, rays, spec.samples, torch.rand(spec.rays, spec.samples))
+        centre = banded_centre(config.scene.radius).to(device)
+        pixels_seen = torch.randint(side * side, (spec.rays,), device=device)
+        rays = camera_rays(centre, side, config.scene.angle, pixels_seen)
+        where = marched(student, rays, spec.samples, torch.rand(spec.rays, spec.samples, device=device))
         _measure(curve, test, student, spec, i - 1)
         if not len(where.points):  # no occupied cell was hit
             return {}
@@ -271,7 +274,7 @@ def _distil(
             theirs = teacher(where.points, where.directions)
         ours, pixels = student(where.points, where.directions), None
         if phase == 3:
-            background = torch.rand(spec.rays, 3)
+            background = torch.rand(spec.rays, 3, device=device)
             pixels = (
                 rendered_points(ours, where, background).image,
                 rendered_points(theirs, where, background).image,
@@ -317,11 +320,11 @@ def _product(
     }
     write_pictures(run.folder / FOLDER, pictures, shown, compared=False)
     view = {"side": float(config.scene.side), "angle": config.scene.angle, "radius": config.scene.radius}
-    return SceneField(copy.deepcopy(student).eval(), config.student, samples, view, figures)
+    return SceneField(copy.deepcopy(student).cpu().eval(), config.student, samples, view, figures)
 
 
 def _picture(image: Tensor, side: int) -> Tensor:
-    return (image.clamp(0, 1) * PEAK).round().to(torch.uint8).view(side, side, 3).permute(2, 0, 1)
+    return (image.clamp(0, 1) * PEAK).round().to(torch.uint8).view(side, side, 3).permute(2, 0, 1).cpu()
 
 
 def _captions(images: list[Tensor], truth: Tensor) -> list[str]:

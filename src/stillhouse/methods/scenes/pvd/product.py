@@ -17,7 +17,7 @@ from stillhouse.config.specs import Spec
 from stillhouse.errors import UserError, unknown
 from stillhouse.files import atomic_write
 from stillhouse.nn.radiance_fields import FORMS, FieldPoints, RadianceField, density
-from stillhouse.nn.rays import Rays, Seen, camera_rays, composite, sampled
+from stillhouse.nn.rays import RAYS_AT_ONCE, Rays, Seen, camera_rays, composite, sampled
 from stillhouse.runs.products import Product, read_meta
 
 WEIGHTS = "field.safetensors"
@@ -68,10 +68,13 @@ def rendered_points(found: FieldPoints, where: Marched, background: Tensor) -> S
 
 @torch.no_grad()
 def render(field: RadianceField, rays: Rays, steps: int, background: float = 1.0) -> Tensor:
-    """(R, 3) what rays see of a field."""
-    where = marched(field, rays, steps)
-    found = field(where.points, where.directions)
-    return rendered_points(found, where, torch.full((3,), background)).image
+    """(R, 3) what rays see of a field, some at a time."""
+    parts = []
+    for some in rays.split(RAYS_AT_ONCE):
+        where = marched(field, some, steps)
+        found = field(where.points, where.directions)
+        parts.append(rendered_points(found, where, torch.full((3,), background, device=where.delta.device)).image)
+    return torch.cat(parts)
 
 
 @dataclass

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from stillhouse.config.specs import Spec
 from stillhouse.data.source import existing
 from stillhouse.errors import UserError, unknown
-from stillhouse.nn.rays import Rays, camera_rays, composite, on_sphere, sampled
+from stillhouse.nn.rays import RAYS_AT_ONCE, Rays, camera_rays, composite, on_sphere, sampled
 from stillhouse.randomness import generator
 
 Volume = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
@@ -54,6 +54,10 @@ class Views:
     def rays(self, view: int) -> Rays:
         """All rays of a view."""
         return camera_rays(self.centres[view], self.side, self.angle)
+
+    def to(self, device: torch.device) -> Views:
+        """The same views on a device."""
+        return Views(self.centres.to(device), self.pixels.to(device), self.side, self.angle)
 
     def on(self, background: float) -> Tensor:
         """(V, side * side, 3) the views over a grey of this level."""
@@ -120,12 +124,14 @@ def rendered(volume: Volume, spec: SceneSpec, count: int, which: Literal["train"
     centres = on_sphere(count, spec.radius, generator(spec.seed, "views", which))
     views = []
     for centre in centres:
-        rays = camera_rays(centre, spec.side, spec.angle)
-        points, _, delta = sampled(rays, 1.0, FINE_STEPS)
-        seen = rays.directions[:, None].expand_as(points).reshape(-1, 3)
-        density, color = volume(points.reshape(-1, 3), seen)
-        found = composite(density.view(delta.shape), color.view(points.shape), delta, torch.zeros(3))
-        views.append(torch.cat([found.image, found.weights_sum[:, None]], -1))
+        parts = []
+        for rays in camera_rays(centre, spec.side, spec.angle).split(RAYS_AT_ONCE):
+            points, _, delta = sampled(rays, 1.0, FINE_STEPS)
+            seen = rays.directions[:, None].expand_as(points).reshape(-1, 3)
+            density, color = volume(points.reshape(-1, 3), seen)
+            found = composite(density.view(delta.shape), color.view(points.shape), delta, torch.zeros(3))
+            parts.append(torch.cat([found.image, found.weights_sum[:, None]], -1))
+        views.append(torch.cat(parts))
     return Views(centres, torch.stack(views), spec.side, spec.angle)
 
 
