@@ -24,6 +24,7 @@ ROOT = Path(__file__).parents[1]
 RECIPES = sorted(ROOT.glob("recipes/**/*.yaml"))
 SMALLER: dict[str, dict[str, object]] = {
     # what a method does over and over
+    "cv_dd": {"data.size": 1000},
     "diswot": {"search.evaluations": 2, "search.population": 2},
     "ferkd": {"regions.crops": 4, "data.size": 1024},
     # what made-up weights cannot do: their features are alike, and then similarity is not defined
@@ -35,6 +36,9 @@ SMALLER: dict[str, dict[str, object]] = {
     },
     "pvd": {"scene.side": 16, "scene.views": 2, "scene.test_views": 1},  # views are rendered first, on the CPU
     "universal_ner": {"annotator": None, "ask.questions": 1},  # a server annotates
+    "mtt": {"experts.count": 2},
+    "ncfm": {"pool.count": 2},
+    "pca": {"scorer.networks": 1, "evaluate.networks": 1},
     "wad": {"split": 1},
 }
 READING: dict[str, str] = {
@@ -44,6 +48,7 @@ READING: dict[str, str] = {
     "krr_st": "a slot of the pool says whether it diverged at its last visit, which is long done",
 }
 SKIPPED: dict[str, str] = {
+    "ast": "it measures how far trained experts move, of which one step says nothing",
     "jepa_bias": "it simulates learning dynamics to their end, of which one step is no result",
     "makd": "its annotator is a vision-language model of the user's",
 }
