@@ -77,11 +77,12 @@ def l0_masks(case: Case) -> None:
         return list(x) if x.ndim > 1 else [x]
 
     for kind, x in logits.items():
-        if f"u_{kind}" in case:
-            name = f"train_{kind}_z"
+        name, final = f"train_{kind}_z", f"eval_{kind}_z"
+        if f"u_{kind}" in case and name in case:
             case.close(name, sampled(x, case[f"u_{kind}"]).reshape(case.arrays[name].shape), rtol=1e-4)
-        name = f"eval_{kind}_z"
-        case.close(name, torch.stack([settled(r) for r in rows(x)]).reshape(case.arrays[name].shape), rtol=1e-4)
+        if final in case:
+            found = torch.stack([settled(r) for r in rows(x)])
+            case.close(final, found.reshape(case.arrays[final].shape), rtol=1e-4)
     scores = {k: open_probability(x) for k, x in logits.items()}
     for kind, score in scores.items():
         case.close(f"score_{kind}", score, rtol=1e-4)
