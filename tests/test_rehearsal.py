@@ -43,7 +43,6 @@ SMALLER: dict[str, dict[str, object]] = {
 }
 READING: dict[str, str] = {
     # recipes whose steps read a tensor, and why that is right
-    "ast": "a snapshot of the expert is copied once an epoch",
     "pvd": "fields are asked in occupied cells alone, so how many points lie in them must be known",
     "krr_st": "a slot of the pool says whether it diverged at its last visit, which is long done",
 }
