@@ -83,7 +83,7 @@ class World:
 
 def leaf(signals: Signals) -> Signals:
     """The same values, each with a gradient of its own."""
-    free = lambda x: None if x is None else x.detach().clone().requires_grad_()  # noqa: E731
+    free = lambda x: None if x is None else x.detach().clone().requires_grad_(x.is_floating_point())  # noqa: E731
     taps = {k: free(v) for k, v in signals.taps.items()}
     parts = {k: free(v) for k, v in signals.parts.items()}
     return Signals(
@@ -98,7 +98,7 @@ def leaf(signals: Signals) -> Signals:
 
 def tensors(signals: Signals) -> list[Tensor]:
     found = [signals.logits, signals.probs, signals.embedding, *signals.taps.values(), *signals.parts.values()]
-    return [x for x in found if x is not None]
+    return [x for x in found if x is not None and x.is_floating_point()]
 
 
 def restorer(seed: int, device: torch.device) -> nn.Module:
