@@ -518,7 +518,9 @@ def refuse_other_classes(student: Signals, batch: Batch, task: Task) -> None:
             f"The student gives scores of {classes} classes, but the data has {len(task.class_names)}; leave the "
             "number of classes out of its options, or choose other data."
         )
-    if isinstance(label, Tensor) and not label.is_floating_point() and label.numel() and logits.ndim == label.ndim + 1:
+    if not isinstance(label, Tensor) or label.is_meta or label.is_floating_point() or not label.numel():
+        return
+    if logits.ndim == label.ndim + 1:
         largest = int(label.max())
         if largest >= classes:
             raise UserError(
