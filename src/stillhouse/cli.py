@@ -355,9 +355,14 @@ def evidence(
 def _without_places(arguments: list[str]) -> list[str]:
     """A command's arguments without the folders of one machine."""
     out, skip = [], False
-    for argument in arguments:
-        if skip or argument.partition("=")[0] in ("--out", "--data-root"):
-            skip = not skip and "=" not in argument
+    for i, argument in enumerate(arguments):
+        if skip:
+            skip = False
+            continue
+        name, given, value = argument.partition("=")
+        absolute = Path(value if given else (arguments[i + 1] if i + 1 < len(arguments) else "")).is_absolute()
+        if name in ("--out", "--data-root") or (name == "--evidence" and absolute):
+            skip = not given
             continue
         out.append(argument)
     return out
