@@ -357,7 +357,7 @@ def teach(tmp_path: Path, **teacher: Any) -> dict[str, float]:
         "teacher": {"model": f"hf:{tmp_path}/model", "pretrained": True, **teacher},
         "student": {"model": "hf:config:bert", "options": SMALL},
         "objectives": ["kd"],
-        "train": {"epochs": 1},
+        "train": {"epochs": 1, "batch_size": 8},
     }
     from stillhouse.runs.execution import execute
     from stillhouse.runs.recipe import load as read

@@ -109,9 +109,9 @@ def test_options_whose_names_begin_like_a_type_keep_their_path(command):
 @pytest.mark.parametrize(
     ("name", "says"),
     [
-        ("dm", "There is no recipe 'dm': a recipe is a YAML file, and `stillhouse methods dm` shows"),
+        ("dmm", "did you mean 'dm', which comes with the package?"),
+        ("elsewhere/dm.yaml", "did you mean 'dm', which comes with the package?"),
         ("recipes/datasets/mtt.yml", "did you mean 'recipes/datasets/mtt.yaml'?"),
-        ("mtt", "did you mean 'recipes/datasets/mtt.yaml'?"),
         ("sett.yaml", "did you mean 'set.yaml'?"),
         ("recipes/datasets", "is a folder; name a recipe in it, such as 'recipes/datasets/mtt.yaml'."),
     ],

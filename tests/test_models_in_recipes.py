@@ -100,7 +100,7 @@ def test_a_plan_shows_which_submodules_are_tapped(pictures: Path) -> None:
     tree = on_pictures(
         pictures, "timm:test_vit", "timm:test_resnet", ["ce", "nd", {"name": "fitnet", "student_layer": "stage:1"}]
     )
-    (_, student) = plan(recipe.validate(tree))
+    (_, student) = plan(recipe.validate({**tree, "train": {"batch_size": 8}}))
     assert student.taps == {
         "student embedding": "fc:in",
         "student stage:1": "layer1",
