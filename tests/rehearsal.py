@@ -204,6 +204,11 @@ class Rehearsal(Run):
                 bundle.evaluation_batch = 4096  # a batch costs the same, whatever its size
         return bundle
 
+    def loader(self, spec: Any, split: str, batch_size: int | None = None, *, train: bool = False) -> Any:
+        if train and batch_size is not None:  # made-up data are few, which the paper's batch need not fit
+            batch_size = max(1, min(batch_size, len(self.data(spec).dataset(split, train=True))))
+        return super().loader(spec, split, batch_size, train=train)
+
     def network(self, name: str, spec: Any, data: Any, as_saved: bool = False) -> nn.Module:
         if spec.train is not None and spec.checkpoint is None:
             return super().network(name, spec, data, as_saved)

@@ -20,6 +20,7 @@ PURPOSES = {
     "peft": "LoRA adapters of language models",
     "graph": "graph networks and graph sets of torch_geometric",
     "lightning": "the Trainer of Lightning",
+    "codec": "range coder of Entropic Student's bitstream",
     "detection": "average precision of detectors",
     "onnx": "export to ONNX",
     "ray": "comparisons and stores over a Ray cluster",
