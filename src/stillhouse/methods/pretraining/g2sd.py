@@ -26,6 +26,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
+import timm
 import torch
 from pydantic import Field, model_validator
 from timm.models.deit import VisionTransformerDistilled
@@ -308,8 +309,19 @@ class Config(PretrainingConfig):
 
     @property
     def token_student(self) -> ModelSpec:
-        """The student with a distillation token."""
+        """The student with a distillation token, of the size that its name and options give."""
+        with torch.device("meta"):
+            plain = timm.create_model(self.student.model.removeprefix("timm:"), **self.student.options)
+        assert isinstance(plain, VisionTransformer)
+        block: Any = plain.blocks[0]
+        size = {
+            "patch_size": plain.patch_embed.patch_size[0],
+            "embed_dim": plain.embed_dim,
+            "depth": len(plain.blocks),
+            "num_heads": block.attn.num_heads,
+        }
         options = {k: v for k, v in self.student.options.items() if k not in ("global_pool", "fc_norm")}
+        options = {**size, **options}
         return ModelSpec(model="timm:deit_tiny_distilled_patch16_224", options={**options, **self.tune.options})
 
 
