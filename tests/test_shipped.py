@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -67,17 +68,22 @@ def test_an_installed_wheel_runs_its_recipes_without_a_clone(tmp_path: Path) -> 
     pip = [sys.executable, "-m", "pip", "--disable-pip-version-check"]
     source = tmp_path / "source"
     source.mkdir()
-    for name in ("pyproject.toml", "README.md", "LICENSE", "src", "recipes"):
-        (source / name).symlink_to(ROOT / name)
-    subprocess.run([*pip, "wheel", "-q", "--no-deps", "--no-build-isolation", "-w", tmp_path, source], check=True)
-    subprocess.run([sys.executable, "-m", "venv", "--without-pip", tmp_path / "env"], check=True)
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, source)
+    for name in ("src", "recipes"):
+        shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__", "*.egg-info"))
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+
+    def call(*command: str | Path) -> None:
+        subprocess.run(command, cwd=tmp_path, env=environment, check=True, stdout=subprocess.DEVNULL)
+
+    call(*pip, "wheel", "-q", "--no-deps", "--no-build-isolation", "-w", tmp_path, source)
+    call(sys.executable, "-m", "venv", "--without-pip", tmp_path / "env")
     python = tmp_path / "env" / "bin" / "python"
     site = next((tmp_path / "env").glob("lib/python*/site-packages"))
     (site / "libraries.pth").write_text("\n".join(p for p in sys.path if p.endswith("site-packages")))
     (wheel,) = tmp_path.glob("*.whl")
-    subprocess.run([*pip, "--python", python, "install", "-q", "--no-deps", wheel], check=True)
-    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+    call(*pip, "--python", python, "install", "-q", "--no-deps", wheel)
     for command in (["recipe", "kd"], ["run", "digits", "--variant", "smoke", "--out", "run", "--cpu"]):
-        run = [python, "-m", "stillhouse", *command]
-        subprocess.run(run, cwd=tmp_path, env=environment, check=True, stdout=subprocess.DEVNULL)
+        call(python, "-m", "stillhouse", *command)
     assert (tmp_path / "run" / "report.html").is_file() and (site / "stillhouse" / "cli.py").is_file()
