@@ -4,7 +4,7 @@ baseline."""
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 from stillhouse.evaluation.quantities import in_reading_order, quantity
 from stillhouse.evaluation.statistics import Difference, mean
@@ -12,7 +12,7 @@ from stillhouse.evaluation.statistics import Difference, mean
 COSTS = {"parameters": ("smaller", "larger"), "latency_ms": ("faster", "slower")}
 
 
-def primary_of(figures: Mapping[str, float]) -> str | None:
+def primary_of(figures: Collection[str]) -> str | None:
     """The figure to compare by: accuracy, or the first that there is."""
     return "accuracy" if "accuracy" in figures else next(iter(in_reading_order(set(figures))), None)
 

@@ -11,6 +11,7 @@ from typing import Any
 from stillhouse.errors import UserError, unknown
 from stillhouse.evaluation.quantities import Quantity, in_reading_order, quantity
 from stillhouse.evaluation.statistics import Difference, mean, paired_difference, standard_deviation
+from stillhouse.reporting.headline import primary_of
 from stillhouse.reporting.page import Cell
 
 MORE_TELLING = {"step_relative": ("step_ms", "step_ratio"), "step_memory_relative": ("step_bytes",)}
@@ -93,7 +94,7 @@ def compare(results: Mapping[str, Any]) -> Comparison:
         raise UserError("There is nothing to compare: the results have no rows.")
     figures = [_figures_by_seed(row) for row in given]
     names = {n for f in figures for n, by_seed in f.items() if any(not math.isnan(v) for v in by_seed.values())}
-    primary = results.get("primary") or ("accuracy" if "accuracy" in names or not names else in_reading_order(names)[0])
+    primary = results.get("primary") or primary_of(names) or "accuracy"
     if primary not in names:
         raise unknown("figure in these results", primary, in_reading_order(names))
     baseline = results.get("baseline")

@@ -131,9 +131,8 @@ class RunData:
 
     def weights_file(self, path: str) -> Path:
         """A file of weights as given, or where there is none under the folder that holds data."""
-        given = Path(path).expanduser()
-        below = find_root(None, self.data_root) / given
-        return below if not given.exists() and below.is_file() else given
+        found = located({"checkpoint": path}, find_root(None, self.data_root))
+        return Path(found["checkpoint"]).expanduser()
 
     def splits(self, spec: DataSpec, batch_size: int | None = None) -> dict[str, Any]:
         """Evaluation loaders of the splits that may steer training: train, and holdout and val where they exist."""
