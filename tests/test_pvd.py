@@ -226,7 +226,7 @@ def test_the_teacher_is_a_constant_and_terms_are_those_of_the_phase():
     assert float(distance(torch.full((4,), 2.0), torch.zeros(4))) == pytest.approx(4)  # the norm of the whole
 
 
-def test_forms_that_do_not_meet_are_refused():
+def test_forms_that_do_not_meet_are_refused(tmp_path: Path):
     a = FieldPoints(torch.zeros(3), torch.zeros(3, 3), torch.zeros(3, 16))
     b = FieldPoints(torch.zeros(3), torch.zeros(3, 3), torch.zeros(3, 8))
     with pytest.raises(UserError, match="same width"):
@@ -234,7 +234,7 @@ def test_forms_that_do_not_meet_are_refused():
     with pytest.raises(UserError, match="begin with phase 2"):
         phase_loss(1, a, FieldPoints(b.log_density, b.color), None, Rates())
     with pytest.raises(UserError, match="cannot lie before"):
-        execute(settings(phases={"feature": 0.5, "point": 0.2}), Path("nowhere"), cpu=True)
+        execute(settings(phases={"feature": 0.5, "point": 0.2}), tmp_path, cpu=True)
 
 
 def test_cameras_are_more_often_low():
