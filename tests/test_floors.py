@@ -27,7 +27,7 @@ FLOORS = (
     "objectives",
     "reporting",
     "runs",
-    "pretraining synthetic",
+    "generation pretraining synthetic",
     "methods",
     "api integrations",
     "demo",

@@ -62,9 +62,10 @@ def make(
 DETECTORS = {"one_stage", "pyramid_detector", "yolov4"}  # see test_detection.py
 RESTORERS = {"imdn", "imdn_as", "imdn_rtc", "imdn_rte"}  # see test_imdn.py
 PAIRED = {"clip", "two_towers"}  # see test_image_text.py
+DENOISERS = {"dit"}  # see test_diffusion.py
 
 
-@pytest.mark.parametrize("name", [n for n in names() if n not in DETECTORS | RESTORERS | PAIRED])
+@pytest.mark.parametrize("name", [n for n in names() if n not in DETECTORS | RESTORERS | PAIRED | DENOISERS])
 def test_every_own_net_learns_from_a_batch(name: str) -> None:
     if name == "wrn_28_10":
         name = "wrn_10_1"  # the same class by its pattern, at a size that two cores run in a test

@@ -209,6 +209,24 @@ _KNOWN = {
         "PSNR, bicubic", "dB", 1, 2, 0, "As PSNR, of the input enlarged by bicubic interpolation."
     ),
     "ssim_baseline": Quantity("SSIM, bicubic", "", 1, 4, 0, "As SSIM, of the input enlarged by bicubic interpolation."),
+    "frechet": Quantity(
+        "Frechet distance",
+        better=-1,
+        meaning="Between samples and training data, in the features of a classifier trained on the data: 0 where mean "
+        "and covariance agree. Not comparable with distances in Inception's features.",
+    ),
+    "prompt_accuracy": Quantity(
+        "Prompt followed", "%", 100, 1, 1, "Share of samples in which the classifier sees a class that the prompt means."
+    ),
+    "modes": Quantity(
+        "Modes", "", 1, 2, 1, "Effective number of classes among the samples of a prompt: exp of the entropy of shares."
+    ),
+    "diversity": Quantity(
+        "Diversity", "", 1, 3, 1, "Mean distance of two samples of a prompt, in the classifier's features."
+    ),
+    "probe_accuracy": Quantity(
+        "Accuracy, judge", "%", 100, 1, 0, "Test accuracy of the classifier by which samples are judged."
+    ),
     "psnr_views": Quantity(
         "PSNR, unseen views", "dB", 1, 2, 1, "Peak signal-to-noise ratio (RGB, peak 255) on views never trained on."
     ),

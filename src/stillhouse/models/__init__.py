@@ -18,6 +18,7 @@ from stillhouse.errors import UserError, nearest
 from stillhouse.models import clip as clip
 from stillhouse.models import convnet as convnet  # our own nets register themselves
 from stillhouse.models import densenet as densenet
+from stillhouse.models import dit as dit
 from stillhouse.models import efficientnet as efficientnet
 from stillhouse.models import imdn as imdn
 from stillhouse.models import mobile as mobile

@@ -19,6 +19,7 @@ _EVALUATORS: dict[str, Evaluator] = {}
 KINDS = {
     "student": "stillhouse.runs.judging",
     "synthetic_set": "stillhouse.synthetic.judging.evaluator",
+    "generator": "stillhouse.generation.judging",
 }
 
 

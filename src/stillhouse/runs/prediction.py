@@ -36,7 +36,7 @@ def predict(
         UserError: a product that predicts nothing for people, or an input that is not there or no image.
     """
     product = load_product(folder, trust_code)
-    if not isinstance(product, Student) or not product.task.reads:
+    if not product.reads:
         raise UserError(
             f"{folder} holds a product of kind '{product.kind}', which predicts nothing for people; load it and call "
             "its module."
@@ -44,13 +44,16 @@ def predict(
     if names and texts:
         raise UserError("Give class names or whole texts to choose among, not both.")
     if names or texts:
+        if not isinstance(product, Student):
+            raise UserError(f"{folder} holds a product of kind '{product.kind}', which chooses among no classes.")
         product.task = product.task.among(names or texts, whole=bool(texts))
     place = None if out is None else Path(out).expanduser()
     if place is not None:
         place.mkdir(parents=True, exist_ok=True)
         (place / "predictions.jsonl").write_text("")
-    product.module.eval()
-    if product.task.reads == "images":
+    if isinstance(product, Student):
+        product.module.eval()
+    if product.reads == "images":
         for path in _files(inputs):
             yield shown(path.name, product.predict([decoded(path)])[0], place)
     else:

@@ -30,6 +30,7 @@ KINDS = {
     "student": "stillhouse.runs.products:Student",
     "language": "stillhouse.runs.products:Student",  # as format 1 called students of text
     "synthetic_set": "stillhouse.synthetic.product:SyntheticSet",
+    "generator": "stillhouse.generation.product:Generator",
 }
 """Kind -> where its class is. A method that leaves another kind names it in `Product.kind` as `module:Class`, or adds a
 line here."""
@@ -45,11 +46,13 @@ class Product:
     Attributes:
         kind: a key of `KINDS`, or `module:Class`.
         formats: format -> name of the file or folder; the default first.
+        reads: what `predict` takes: "images" (uint8 (C, H, W)), "texts", or "" where it predicts nothing for people.
         figures: of its production, such as `train_seconds`; saved with the run, not with the product.
     """
 
     kind: ClassVar[str]
     formats: ClassVar[Mapping[str, str]] = {}
+    reads: str = ""
     figures: dict[str, float]
 
     def save(self, folder: Path) -> None:
@@ -63,6 +66,10 @@ class Product:
 
     def export(self, to: str, path: Path) -> list[str]:
         """Write one of `formats`; returns sentences for the user."""
+        raise NotImplementedError
+
+    def predict(self, inputs: Sequence[Any]) -> list[dict[str, Any]]:
+        """What it finds in, or makes of, each input; only where it `reads` any."""
         raise NotImplementedError
 
 
@@ -83,6 +90,11 @@ class Student(Product):
     model: ModelSpec
     task: Task
     figures: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def reads(self) -> str:  # type: ignore[override]
+        """What `predict` takes, as the task has it."""
+        return self.task.reads
 
     @property
     def classes(self) -> list[str]:
