@@ -56,8 +56,8 @@ class Denoiser:
             found: Tensor = self.module(x, t, label)
             return found
         nothing = torch.full_like(label, self.prompts)
-        both = self.module(torch.cat([x, x]), torch.cat([t, t]), torch.cat([label, nothing]))
-        return guided(*both.chunk(2), guidance)
+        both: Tensor = self.module(torch.cat([x, x]), torch.cat([t, t]), torch.cat([label, nothing]))
+        return guided(both[: len(x)], both[len(x) :], guidance)
 
     def clean(self, x: Tensor, t: Tensor, label: Tensor, guidance: float = 0.0) -> Clean:
         """The clean sample and the noise that the network sees in noisy samples."""

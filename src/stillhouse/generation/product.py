@@ -152,7 +152,8 @@ class Generator(Product):
         if model.model.startswith(("file:", "hf:")):
             raise UserError(f"The product in {folder} names '{model.model}', which lies outside of it.")
         prompts = Prompts(*(tuple(meta["prompts"][k]) for k in ("names", "of_class")))
-        look = Look(**{k: tuple(v) if isinstance(v, list) else v for k, v in meta["look"].items()})
+        form = meta["look"]
+        look = Look(tuple(form["shape"]), tuple(form["mean"]), tuple(form["std"]), form["frames"])
         module = build(model, len(prompts.names), look.shape)
         load_weights(module, folder / WEIGHTS, owner=f"model {model.model}")
         return cls(
