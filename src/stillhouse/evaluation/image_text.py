@@ -55,11 +55,22 @@ def recall(queries: Tensor, candidates: Tensor, query_ids: Tensor, ids: Tensor, 
     """
     places = []
     for some, own in zip(queries.split(chunk), query_ids.split(chunk)):
-        near = some @ candidates.T
-        right = own[:, None] == ids[None, :]
-        best = near.masked_fill(~right, -torch.inf).amax(1, keepdim=True)
-        places.append(((near >= best) & ~right).sum(1).masked_fill(~right.any(1), near.shape[1]))
-    place = torch.cat(places)
+        places.append(_places(some @ candidates.T, own[:, None] == ids[None, :]))
+    return _shares(torch.cat(places))
+
+
+def recall_by_scores(scores: Tensor, query_ids: Tensor, ids: Tensor) -> list[float]:
+    """As `recall`, of scores (Q, N) of candidates, larger where they are nearer."""
+    return _shares(_places(scores, query_ids[:, None] == ids[None, :]))
+
+
+def _places(near: Tensor, right: Tensor) -> Tensor:
+    """(Q,) how many wrong candidates are as near as the nearest right one, or nearer."""
+    best = near.masked_fill(~right, -torch.inf).amax(1, keepdim=True)
+    return ((near >= best) & ~right).sum(1).masked_fill(~right.any(1), near.shape[1])
+
+
+def _shares(place: Tensor) -> list[float]:
     return [(place < rank).double().mean().item() for rank in RANKS]
 
 

@@ -93,6 +93,47 @@ _KNOWN = {
         )
         for rank in (1, 5, 10)
     },
+    **{
+        f"matched_{way}_r{rank}": Quantity(
+            f"{title} R@{rank}, by matching",
+            "%",
+            100,
+            2,
+            1,
+            f"Share of {query} that have a right {answer} among the {rank} best, where the nearest are ranked again by "
+            "reading both together.",
+        )
+        for way, title, query, answer in (
+            ("image_to_text", "Image to text", "images", "text"),
+            ("text_to_image", "Text to image", "texts", "image"),
+        )
+        for rank in (1, 5, 10)
+    },
+    "matching_accuracy": Quantity(
+        "Matching accuracy", "%", 100, 2, 1, "Pairs, right and wrong in equal numbers, that are told apart."
+    ),
+    "masked_accuracy": Quantity(
+        "Masked words", "%", 100, 2, 1, "Share of the words that tell captions apart that are found when masked."
+    ),
+    "masked_probability": Quantity(
+        "Masked words, probability", "%", 100, 2, 1, "Probability of the right word where it is masked, on average."
+    ),
+    "masked_accuracy_train": Quantity(
+        "Masked words, training images",
+        "%",
+        100,
+        2,
+        1,
+        "Likewise of training images, whose captions are right here, even where they were wrong in training.",
+    ),
+    "masked_probability_train": Quantity(
+        "Masked words, probability, training images",
+        "%",
+        100,
+        2,
+        1,
+        "Likewise of training images, whose captions are right here, even where they were wrong in training.",
+    ),
     "accuracy_ce_head": Quantity(
         "Accuracy, label head", "%", 100, 2, 1, "Accuracy of the head that learns from labels, alone."
     ),

@@ -17,6 +17,7 @@ N = TypeVar("N", bound=type[nn.Module])
 Fixed = Mapping[str, Any]
 LATER = {
     "conv_vit": "stillhouse.models.conv_vit",
+    "fusion": "stillhouse.models.fusion",
     "pyramid_detector": "stillhouse.models.pyramid_detector",
     "two_towers": "stillhouse.models.two_towers",
 }

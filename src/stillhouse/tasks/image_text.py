@@ -91,7 +91,7 @@ class ImageText(Task):
             options.setdefault("task", "features")
         if spec.model.startswith("hf:config:"):
             self._fit_config(options, spec.model.removeprefix("hf:config:"))
-        if spec.model == "stillhouse:clip":
+        if spec.model in ("stillhouse:clip", "stillhouse:fusion"):
             options = {"vocabulary": size(self.tokenizer), "context": self.context, **options}
         if spec.model == "stillhouse:two_towers":
             options.setdefault("normalised", self.normalisation)

@@ -1,13 +1,14 @@
 """`captions:NAME`: any labelled or segmented images, with captions written from their labels by templates.
 
-The caption of a labelled image is its class name in a template; of a segmented one, the classes that cover the most of
-it. They are made up from labels: a network that learns from them learns class names, not language.
+The caption of a labelled image is its class name in a template, with `look` also how bright it is and of which colour;
+of a segmented one, the classes that cover the most of it. They are made up from labels: a network that learns from them
+learns class names, not language. With `noise`, words of training captions are wrong.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from pydantic import Field
 from stillhouse.config.specs import DataSpec
 from stillhouse.data import format as formats
 from stillhouse.data.bundle import DataBundle
+from stillhouse.data.dataset import BatchKey
 from stillhouse.data.image_text import (
     ImageTextBundle,
     PairedDataset,
@@ -28,6 +30,9 @@ from stillhouse.data.image_text import (
 )
 from stillhouse.errors import UserError, unknown
 from stillhouse.files import atomic_write, cache_folder, digest
+from stillhouse.functional.pictures import unnormalise
+from stillhouse.randomness import key as keys
+from stillhouse.randomness import uniforms
 from stillhouse.tasks.classification import Classification
 from stillhouse.tasks.image_text import ImageText
 from stillhouse.tasks.segmentation import Segmentation
@@ -38,6 +43,12 @@ SEEN = 0.02
 """A class that covers less of an image than this is not named in its caption."""
 MOST = 3
 """A caption names this many classes at most."""
+BRIGHTNESS = ("dark", "dim", "bright")
+DARK, BRIGHT = 0.4, 0.55
+"""Mean brightness below and above which an image is dark and bright."""
+COLOURS = ("grey", "reddish", "greenish", "bluish")
+GREY = 0.05
+"""An image whose mean colour has channels nearer than this is grey."""
 
 
 class Options(TextOptions):
@@ -50,6 +61,16 @@ class Options(TextOptions):
     )
     also: list[DataSpec] = Field(
         default_factory=list, description="Further data sets whose captioned training images are added to training."
+    )
+    look: bool = Field(
+        False, description="Also say how bright a labelled image is, and of which colour; captions are no classes then."
+    )
+    noise: float = Field(
+        0.0,
+        ge=0,
+        lt=1,
+        description="Chance that a word of a training caption (a class, how bright, which colour) is replaced by another "
+        "of its kind, the same in every epoch.",
     )
     phrases: float = Field(
         0.0,
@@ -70,20 +91,23 @@ def load(rest: str, spec: DataSpec, options: Options, root: Path) -> ImageTextBu
     called = _called(options, inner.task.class_names)
     new = tuple(_class(name, called) for name in options.new)
     task = inner.task
-    if not isinstance(task, Classification) and new:
-        raise UserError("data.options.new names classes of labelled images; these have masks.")
+    if not isinstance(task, Classification) and (new or options.look):
+        raise UserError("data.options.new and look are for labelled images; these have masks.")
+    if options.look and new:
+        raise UserError("data.options.look writes captions that are no classes, so none of them is new; leave one out.")
     others = [_inner(o.model_copy(update={"image_size": o.image_size or spec.image_size}), root) for o in options.also]
-    source = [_Captioned(inner, called, options, new, 0)]
+    source = [_Captioned(inner, called, options, new, 0, spec.seed)]
     for other in others:
-        source.append(_Captioned(other, list(other.task.class_names), options, (), source[-1].end))
+        source.append(_Captioned(other, list(other.task.class_names), options, (), source[-1].end, spec.seed))
     texts = [t for s in source for some in s.captions("train") for t in some]
     tokens = text_side(options, texts, root, spec.name)
     mean, std = inner.task.normalisation if isinstance(task, Classification) else (task.mean, task.std)
     size = tuple(inner.task.input_shape[-2:]) if isinstance(task, Classification) else task.size
-    classes = tuple(called) if isinstance(task, Classification) else ()
+    classes = tuple(called) if isinstance(task, Classification) and not options.look else ()
     facts = ImageText(size, mean, std, tokens, options.context, classes, tuple(options.templates), new)
     content = [i.fingerprint for i in (inner, *others)]
-    fingerprint = digest(content, called, list(new), options.phrases, *text_identity(options, tokens))
+    further = [options.look, options.noise, spec.seed] if options.look or options.noise else []
+    fingerprint = digest(content, called, list(new), options.phrases, *further, *text_identity(options, tokens))
     phrases = _phrases(tokens, options.templates) if options.phrases else []
 
     def make(split: str, train: bool) -> PairedDataset:
@@ -122,12 +146,18 @@ def _class(name: str, called: Sequence[str]) -> int:
 
 
 class _Captioned:
-    """A data set with its captions; ids of captions begin at `start`."""
+    """A data set with its captions; ids of captions begin at `start`.
 
-    def __init__(self, bundle: Any, names: Sequence[str], options: Options, new: Sequence[int], start: int) -> None:
+    What a caption says is a scene, a row of numbers, one a word: (class,), (class, brightness, colour), or the classes
+    of a segmented image.
+    """
+
+    def __init__(
+        self, bundle: Any, names: Sequence[str], options: Options, new: Sequence[int], start: int, seed: int
+    ) -> None:
         self.bundle, self.names, self.new, self.start = bundle, names, new, start
-        self._texts = [filled(options.templates, name) for name in names]
-        self._templates = options.templates
+        self._templates, self._noise, self._seed = options.templates, options.noise, seed
+        self._looks = options.look and self.labelled
         self._scenes: dict[str, list[tuple[int, ...]]] = {}
 
     @property
@@ -135,9 +165,14 @@ class _Captioned:
         return isinstance(self.bundle, DataBundle)
 
     @property
+    def _kinds(self) -> tuple[int, ...]:
+        """How many words there are of each kind in a caption of a labelled image."""
+        return (len(self.names), len(BRIGHTNESS), len(COLOURS)) if self._looks else (len(self.names),)
+
+    @property
     def end(self) -> int:
         """The first id after those of this data set."""
-        return self.start + (len(self.names) if self.labelled else (len(self.names) + 1) ** MOST)
+        return self.start + (int(np.prod(self._kinds)) if self.labelled else (len(self.names) + 1) ** MOST)
 
     def rows(self, split: str) -> np.ndarray:
         """Which samples of a split are used: of training, those of no new class."""
@@ -146,39 +181,111 @@ class _Captioned:
             return np.arange(len(dataset))
         return np.flatnonzero(~np.isin(dataset.labels().numpy(), self.new))
 
-    def ids(self, split: str) -> np.ndarray:
-        if self.labelled:
-            labels = self.bundle.dataset(split, train=False).labels().numpy()
-            return self.start + np.asarray(labels[self.rows(split)])
-        base = len(self.names) + 1
-        padded = [(*scene, *[len(self.names)] * (MOST - len(scene))) for scene in self._scene(split)]
-        return np.array([self.start + sum(c * base**i for i, c in enumerate(scene)) for scene in padded], np.int64)
+    def ids(self, split: str, noisy: bool = False) -> np.ndarray:
+        return np.array([self.start + self._number(scene) for scene in self._said(split, noisy)], np.int64)
 
-    def captions(self, split: str) -> list[list[str]]:
-        if self.labelled:
-            return [self._texts[i - self.start] for i in self.ids(split).tolist()]
-        return [filled(self._templates, _listed([self.names[c] for c in s])) for s in self._scene(split)]
+    def captions(self, split: str, noisy: bool = False) -> list[list[str]]:
+        made: dict[tuple[int, ...], list[str]] = {}
+        found = []
+        for scene in self._said(split, noisy):
+            if scene not in made:
+                made[scene] = filled(self._templates, self._phrase(scene))
+            found.append(made[scene])
+        return found
 
     def part(self, split: str, train: bool) -> Part:
         task = self.bundle.task
         given = task.normalisation if isinstance(task, Classification) else (task.mean, task.std)
         images = self.bundle.dataset(split, train=train)
-        captions = self.captions(split)
+        noisy = train and split == "train"
+        captions = self.captions(split, noisy)
         captions = captions if train else [some[:1] for some in captions]  # they are one caption in several wordings
-        return Part(images, self.rows(split), self.ids(split), captions, given)
+        return Part(images, self.rows(split), self.ids(split, noisy), captions, given)
+
+    def _phrase(self, scene: tuple[int, ...]) -> str:
+        if not self.labelled:
+            return _listed([self.names[c] for c in scene])
+        look = f", {BRIGHTNESS[scene[1]]} and {COLOURS[scene[2]]}" if self._looks else ""
+        return f"{self.names[scene[0]]}{look}"
+
+    def _number(self, scene: tuple[int, ...]) -> int:
+        """One number for each scene; of a class alone, its own."""
+        if self.labelled:
+            return sum(word * int(np.prod(self._kinds[:i])) for i, word in enumerate(scene))
+        base = len(self.names) + 1
+        padded = (*scene, *[len(self.names)] * (MOST - len(scene)))
+        return sum(c * base**i for i, c in enumerate(padded))
+
+    def _said(self, split: str, noisy: bool) -> list[tuple[int, ...]]:
+        """What the captions of the rows of a split say; with `noisy`, with wrong words."""
+        rows = self.rows(split)
+        if self.labelled:
+            labels = self.bundle.dataset(split, train=False).labels().numpy()
+            looks = self._look(split) if self._looks else np.zeros((len(labels), 0), np.int64)
+            scenes = [tuple(map(int, (labels[i], *looks[i]))) for i in rows]
+        else:
+            scenes = self._scene(split)
+        return self._wrong(scenes, rows) if noisy and self._noise else scenes
+
+    def _wrong(self, scenes: list[tuple[int, ...]], rows: np.ndarray) -> list[tuple[int, ...]]:
+        most = max(map(len, scenes), default=0)
+        draws = uniforms(keys(self._seed, "wrong words"), rows, 2 * most)
+        out = []
+        for scene, draw in zip(scenes, draws):
+            words = list(scene)
+            for i, word in enumerate(scene):
+                count = self._kinds[i] if self.labelled else len(self.names)
+                others = [w for w in range(count) if w != word and (self.labelled or w not in words)]
+                if draw[2 * i] < self._noise and others:
+                    words[i] = others[int(draw[2 * i + 1] * len(others))]
+            out.append(tuple(words))
+        return out
+
+    def _look(self, split: str) -> np.ndarray:
+        """(n, 2) how bright each image of a labelled data set is, and of which colour; read once, then from the
+        cache."""
+
+        def measure() -> list[list[int]]:
+            dataset, found = self.bundle.dataset(split, train=False), []
+            for at in range(0, len(dataset), 256):
+                some = np.arange(at, min(at + 256, len(dataset)))
+                images = dataset.batch(BatchKey(0, some, 0, len(some)), 0)["input"]
+                found += _looks(unnormalise(images, *self.bundle.task.normalisation).numpy() / 255)
+            return found
+
+        return np.array(self._read_once(split, "look", measure), np.int64).reshape(-1, 2)
+
+    def _read_once(self, split: str, what: str, measure: Callable[[], list[list[int]]]) -> list[list[int]]:
+        place = cache_folder() / "captions" / f"{digest(self.bundle.fingerprint, split, SEEN, MOST, what)}.json"
+        if not place.is_file():
+            found = measure()
+            with atomic_write(place) as temporary:
+                temporary.write_text(json.dumps(found))
+        rows: list[list[int]] = json.loads(place.read_text())
+        return rows
 
     def _scene(self, split: str) -> list[tuple[int, ...]]:
         """The classes of each image of a segmented data set, those that cover most first; read once, then from the
         cache."""
         if split not in self._scenes:
-            place = cache_folder() / "captions" / f"{digest(self.bundle.fingerprint, split, SEEN, MOST)}.json"
-            if not place.is_file():
+
+            def measure() -> list[list[int]]:
                 dataset = self.bundle.dataset(split, train=False)
-                found = [_covering(dataset[i]["label"].numpy(), len(self.names)) for i in range(len(dataset))]
-                with atomic_write(place) as temporary:
-                    temporary.write_text(json.dumps(found))
-            self._scenes[split] = [tuple(scene) for scene in json.loads(place.read_text())]
+                return [_covering(dataset[i]["label"].numpy(), len(self.names)) for i in range(len(dataset))]
+
+            self._scenes[split] = [tuple(scene) for scene in self._read_once(split, "scene", measure)]
         return self._scenes[split]
+
+
+def _looks(images: np.ndarray) -> list[list[int]]:
+    """Of images (n, C, H, W) in [0, 1]: how bright each is, and of which colour; a grey image has none."""
+    mean = images.mean((2, 3))
+    level = mean.mean(1)
+    bright = (level >= DARK).astype(int) + (level >= BRIGHT)
+    if mean.shape[1] != 3:
+        return [[int(b), 0] for b in bright]
+    colour = np.where(mean.max(1) - mean.min(1) < GREY, 0, 1 + mean.argmax(1))
+    return [[int(b), int(c)] for b, c in zip(bright, colour)]
 
 
 def _covering(mask: np.ndarray, classes: int) -> list[int]:
