@@ -93,7 +93,8 @@ class FusedEncoders(nn.Module):
 
     def text_tokens(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """(T, L, W) of texts (T, L), from their own layers alone."""
-        x, mask = self.embeddings(input_ids), _readable(attention_mask)
+        x: Tensor = self.embeddings(input_ids)
+        mask = _readable(attention_mask)
         for layer in self.text_layers:
             x = layer(x, mask)
         return x

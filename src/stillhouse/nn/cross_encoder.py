@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 EPS = 1e-12
+STD, BASE = 0.02, 768
 
 
 class Projections(nn.Module):
@@ -143,9 +144,12 @@ class WordHead(nn.Module):
 
 
 def begin(module: nn.Module) -> None:
-    """BERT's first weights: normal with a standard deviation of 0.02, biases 0."""
+    """BERT's first weights: normal with a standard deviation of 0.02, of linear layers as many times more as they are
+    narrower than BERT's base, in the square root; biases 0."""
     for part in module.modules():
-        if isinstance(part, nn.Linear | nn.Embedding):
-            nn.init.normal_(part.weight, std=0.02)
+        if isinstance(part, nn.Embedding):
+            nn.init.normal_(part.weight, std=STD)
+        if isinstance(part, nn.Linear):
+            nn.init.normal_(part.weight, std=STD * (BASE / part.in_features) ** 0.5)
         if isinstance(part, nn.Linear) and part.bias is not None:
             nn.init.zeros_(part.bias)

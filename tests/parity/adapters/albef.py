@@ -1,4 +1,4 @@
-"""One step of pre-training, contrast by ids with a queue, and masked words under soft targets: the arrays of `albef`."""
+"""A step of pre-training, contrast by ids with a queue, and masked words under soft targets: the arrays of `albef`."""
 
 from __future__ import annotations
 

@@ -69,8 +69,8 @@ class Options(TextOptions):
         0.0,
         ge=0,
         lt=1,
-        description="Chance that a word of a training caption (a class, how bright, which colour) is replaced by another "
-        "of its kind, the same in every epoch.",
+        description="Chance that a word of a training caption (a class, how bright, which colour) is replaced by "
+        "another of its kind, the same in every epoch.",
     )
     phrases: float = Field(
         0.0,

@@ -1,4 +1,4 @@
-"""Figures of a network with a fusion: retrieval whose best candidates are ranked again by matching, and masked words."""
+"""Figures of a network with a fusion: retrieval whose best candidates are ranked again by matching; masked words."""
 
 from __future__ import annotations
 
@@ -56,13 +56,14 @@ def collected(
         for batch in batches:
             given = to_device(batch, device)["input"]
             seen = net.image_tokens(given["pixel_values"])
-            found = {"image_tokens": seen, "image": F.normalize(net.visual_projection(seen[:, 0]).float(), dim=-1)}
+            found: dict[str, Tensor] = {"image_tokens": seen, "image": F.normalize(net.visual_projection(seen[:, 0]).float(), dim=-1)}
             if "input_ids" in given and len(given["input_ids"]):
                 room = context - given["input_ids"].shape[1]
                 ids, inside = F.pad(given["input_ids"], (0, room), value=pad), F.pad(given["attention_mask"], (0, room))
                 read = net.text_tokens(ids, inside)
                 found |= {"text_tokens": read, "text": F.normalize(net.text_projection(read[:, 0]).float(), dim=-1)}
-                found |= {"ids": ids, "inside": inside, "text_label": batch.get("text_label", batch["label"])}
+                found |= {"ids": ids, "inside": inside}
+                found["text_label"] = batch["text_label"] if "text_label" in batch else batch["label"]
             found["label"] = batch["label"]
             for name, value in found.items():
                 rows[name].append(value.cpu())
@@ -76,7 +77,7 @@ def collected(
 def match_scores(net: FusedEncoders, all_of: Collected, texts: Tensor, images: Tensor, device: torch.device) -> Tensor:
     """(n,) the matching score of pairs, positions of texts and of images (n,): the logit of belonging together."""
     found = []
-    for t, i in zip(texts.split(CHUNK), images.split(CHUNK)):
+    for t, i in zip(torch.split(texts, CHUNK), torch.split(images, CHUNK)):
         parts = (all_of.text_tokens[t], all_of.inside[t], all_of.image_tokens[i])
         found.append(net.match(net.fused(*(x.to(device) for x in parts)))[:, 1].float().cpu())
     return torch.cat(found)
@@ -85,7 +86,7 @@ def match_scores(net: FusedEncoders, all_of: Collected, texts: Tensor, images: T
 def ranked_again(net: FusedEncoders, all_of: Collected, best: int, device: torch.device) -> dict[str, float]:
     """Retrieval both ways where the `best` candidates by cosine are ranked by matching: `matched_image_to_text_r1`,
     …, `matched_text_to_image_r10`."""
-    out = {}
+    out: dict[str, float] = {}
     cosines = all_of.image @ all_of.text.T
     with evaluating(net):
         for name, near, ids, theirs in (
@@ -111,16 +112,14 @@ def matching_accuracy(net: FusedEncoders, all_of: Collected, device: torch.devic
     shifted = torch.stack([row.roll(-int(o)) for row, o in zip(other, own[images])])
     wrong = (shifted.argmax(1) + own[images]) % len(all_of.text_label)
     with evaluating(net):
-        yes, no = (
-            _belongs(net, all_of, texts, images, device) for texts in (own[images], wrong)
-        )
+        yes, no = (_belongs(net, all_of, texts, images, device) for texts in (own[images], wrong))
     return {"matching_accuracy": (yes.double().mean().item() + (~no).double().mean().item()) / 2}
 
 
 @torch.no_grad()
 def _belongs(net: FusedEncoders, all_of: Collected, texts: Tensor, images: Tensor, device: torch.device) -> Tensor:
     found = []
-    for t, i in zip(texts.split(CHUNK), images.split(CHUNK)):
+    for t, i in zip(torch.split(texts, CHUNK), torch.split(images, CHUNK)):
         parts = (all_of.text_tokens[t], all_of.inside[t], all_of.image_tokens[i])
         found.append(net.match(net.fused(*(x.to(device) for x in parts))).argmax(1).bool().cpu())
     return torch.cat(found)
@@ -152,7 +151,7 @@ def masked_words(
         return {}
     right, sure = [], []
     with evaluating(net):
-        for r, p in zip(row.split(CHUNK), place.split(CHUNK)):
+        for r, p in zip(torch.split(row, CHUNK), torch.split(place, CHUNK)):
             text, image = own[images[r]], images[r]
             ids, inside = all_of.ids[text].clone(), all_of.inside[text]
             at = torch.arange(len(r))

@@ -117,9 +117,7 @@ class MaskedWords(NamedTuple):
     labels: Tensor
 
 
-def mask_words(
-    ids: Tensor, inside: Tensor, first: int, mask: int, vocabulary: int, share: float = 0.15
-) -> MaskedWords:
+def mask_words(ids: Tensor, inside: Tensor, first: int, mask: int, vocabulary: int, share: float = 0.15) -> MaskedWords:
     """Draw words to predict: of them 80 % are replaced by the mask, 10 % by a random token, 10 % stay. At least one in
     a batch.
 
@@ -149,7 +147,9 @@ def masked_places(labels: Tensor, share: float) -> Tensor:
 
 
 @full_precision
-def masked_word_loss(logits: Tensor, labels: Tensor, momentum_logits: Tensor | None = None, alpha: float = 0.0) -> Tensor:
+def masked_word_loss(
+    logits: Tensor, labels: Tensor, momentum_logits: Tensor | None = None, alpha: float = 0.0
+) -> Tensor:
     """(1 - alpha) * cross-entropy + alpha * cross-entropy with the momentum network's softmax, mean over the masked
     words of all processes (eq. 7).
 

@@ -1,5 +1,5 @@
-"""ALBEF: image and text are aligned before they are fused, and a moving average of the network gives soft answers beside
-captions that may be wrong.
+"""ALBEF: image and text are aligned before they are fused, and a moving average of the network gives soft answers next
+to captions that may be wrong.
 
 paper: Align before Fuse: Vision and Language Representation Learning with Momentum Distillation
 venue: NeurIPS 2021
@@ -14,28 +14,26 @@ among the batch and two queues of embeddings of the moving average; over many pr
 gradient. Matching: whether an image and a text belong together, read by the fusion from the tokens of both, with an
 image and a text of the batch as negatives that are drawn the more often the more similar they are. Masked words, read
 from the rest of the text and the image. Momentum distillation: the targets of contrast and of masked words are
-(1 - alpha) * what the caption says + alpha * the softmax of the moving average, which rises from 0 over the first epoch;
-matching has none. `alpha: 0` is the method without it, `alpha_words: 0` with it in the contrast alone. `targets: pairs`
-takes each caption as right for its own image alone, `ids` as right for all images that have it; captions that are
-written from labels repeat, so its recipe takes ids. After that `finetune` trains for retrieval, with contrast and
-matching, on the same or on other data, of a larger size if wanted. Retrieval ranks by cosines; the `rerank` nearest are
-ranked again by matching (`matched_…`). Figures besides: accuracy of matching, and of every word that tells captions
-apart, masked alone (`masked_accuracy`, with the probability of the right one on test and on training images, whose
-captions were wrong in training). Not as in the released code: the average is in evaluation mode, without dropout;
-negatives are drawn by the Gumbel trick, so that vanishing weights do no harm; a sample whose negatives are all of its own
-id has none. Other uses of the paper (questions with an answer decoder, entailment, pairs of images, grounding) are not
-here. The captions of its recipe are written from labels and from the look of the images, and a share of their words is
-wrong.
+(1 - alpha) * what the caption says + alpha * the softmax of the moving average; alpha rises from 0 over the first
+epoch, and matching has none. `alpha: 0` is the method without it, `alpha_words: 0` with it in the contrast alone.
+`targets: pairs` takes each caption as right for its own image alone, `ids` as right for all images that have it;
+captions that are written from labels repeat, so its recipe takes ids. After that `finetune` trains for retrieval, with
+contrast and matching, on `data`; the pre-training may have other data of its own, of another size. Retrieval ranks by
+cosines; the `rerank` nearest are ranked again by matching (`matched_…`). Figures besides: accuracy of matching, and of
+every word that tells captions apart, masked alone (`masked_accuracy`, with the probability of the right one on test and
+on training images, whose captions were wrong in training). Not as in the released code: the average is in evaluation
+mode, without dropout; negatives are drawn by the Gumbel trick, so that vanishing weights do no harm; a sample whose
+negatives are all of its own id has none. Other uses of the paper (questions with an answer decoder, entailment, pairs
+of images, grounding) are not here. The captions of its recipe are written from labels and from the look of the images,
+and a share of their words is wrong.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Literal
 
-import torch
 from pydantic import Field, model_validator
-from torch import Tensor, nn
+from torch import nn
 
 from stillhouse.config.specs import Data, DataSpec, MethodConfig, Model, ModelSpec, Spec, TrainSpec
 from stillhouse.errors import UserError
@@ -49,11 +47,11 @@ from stillhouse.methods.image_text.albef.evaluation import (
 from stillhouse.methods.image_text.albef.training import FusionTraining, Terms
 from stillhouse.models import build
 from stillhouse.models.fusion import FusedEncoders, begin_from
-from stillhouse.models.tokenizer import marks
+from stillhouse.models.tokenizer import identity, marks
 from stillhouse.randomness import keyed
 from stillhouse.runs.judging import check_groups
 from stillhouse.runs.method import Method, Stage
-from stillhouse.runs.products import Student
+from stillhouse.runs.products import Student, state_on_cpu
 from stillhouse.runs.run import Run
 from stillhouse.tasks.image_text import ImageText
 
@@ -68,15 +66,17 @@ class Begin(Spec):
 class Finetune(Spec):
     """Training for retrieval, after the pre-training."""
 
-    data: Data | None = Field(None, description="Images with texts; default: those of the pre-training.")
     alpha: float = Field(0.4, ge=0, le=1, description="Share of the moving average's answers in the contrast.")
-    targets: Literal["ids", "pairs"] = Field("ids", description="As above.")
+    targets: Literal["ids", "pairs"] = Field("ids", description="What is right for a sample, as in the pre-training.")
     queue: int | None = Field(None, ge=0, description="Default: that of the pre-training.")
     train: TrainSpec = Field(default_factory=TrainSpec)
 
 
 class Config(MethodConfig):
-    data: Data = Field(description="Images with texts.")
+    data: Data = Field(description="Images with texts, which the network is for.")
+    pretraining: Data | None = Field(
+        None, description="Images with texts of the pre-training; null: the same as data. `finetune` trains on data."
+    )
     student: Model = Field(description="stillhouse:fusion, with its shape.")
     begin: Begin | None = Field(None, description="Published weights to begin from; null: a fresh network.")
     alpha: float = Field(0.4, ge=0, le=1, description="Share of the moving average's answers in the contrast.")
@@ -101,7 +101,14 @@ class Config(MethodConfig):
     def _something_is_learned(self) -> Config:
         if not (self.contrast_weight or self.matching_weight or self.words_weight):
             raise ValueError("all weights are 0: there is nothing to learn")
+        if self.pretraining is not None and self.finetune is None:
+            raise ValueError("pretraining is other data than `data`, so `finetune` must say how it is trained on these")
         return self
+
+    @property
+    def first(self) -> DataSpec:
+        """What is pre-trained on."""
+        return self.pretraining or self.data
 
     @property
     def terms(self) -> Terms:
@@ -132,31 +139,34 @@ class Albef(Method[Config]):
         def steps(data: DataSpec, train: TrainSpec) -> int:
             return train.epochs * len(run.loader(data, "train", train.batch_size, train=True))
 
-        stages = [PRETRAIN.filled(models={"student": config.student.model}, steps=steps(config.data, config.train))]
+        first, last = (run.data(spec, ImageText).task for spec in (config.first, config.data))
+        if identity(first.tokenizer) != identity(last.tokenizer):
+            raise UserError(
+                "albef: data and pretraining need the same data.options.tokenizer, of a vocabulary of its own."
+            )
+        stages = [PRETRAIN.filled(models={"student": config.student.model}, steps=steps(config.first, config.train))]
         if config.finetune is not None:
-            data = config.finetune.data or config.data
-            run.data(data, ImageText)
-            stages.append(FINETUNE.filled(steps=steps(data, config.finetune.train)))
+            stages.append(FINETUNE.filled(steps=steps(config.data, config.finetune.train)))
         return stages
 
     def run(self, config: Config, run: Run) -> Student:
-        net, data = self.network(config, run, config.data), config.data
-        _mask_of(run.data(data).task)
+        first, data = config.first, config.data
+        net = self.network(config, run, first)
+        _mask_of(run.data(first).task)
         if config.begin is not None:
-            begin_from(net, *(_published(spec, run, net) for spec in (config.begin.image, config.begin.text)))
-        module = self.training(config, run, net, config.terms, config.queue, data)
-        seconds = self.fitted(run, PRETRAIN, module, data, config.train)
+            begin_from(net, *(_published(spec, net) for spec in (config.begin.image, config.begin.text)))
+        module = self.training(config, run, net, config.terms, config.queue, first)
+        seconds = self.fitted(run, PRETRAIN, module, first, config.train)
         if config.finetune is not None:
             tuned = config.finetune
-            data = tuned.data or data
-            net = self.resized(config, run, net, data)
+            net = self.resized(config, run, net)
             net.word_head.requires_grad_(False)
             terms = Terms(alpha=tuned.alpha, words=0.0, targets=tuned.targets, ramp=config.ramp)
             queue = config.queue if tuned.queue is None else tuned.queue
             module = self.training(config, run, net, terms, queue, data)
             seconds += self.fitted(run, FINETUNE, module, data, tuned.train)
             net.word_head.requires_grad_(True)
-        figures = {"train_seconds": seconds, **self.measured(config, run, net.eval(), data)}
+        figures = {"train_seconds": seconds, **self.measured(config, run, net.eval())}
         return run.student(net, config.student, data, figures)
 
     def network(self, config: Config, run: Run, data: DataSpec) -> FusedEncoders:
@@ -179,22 +189,22 @@ class Albef(Method[Config]):
         loader = run.loader(data, "train", train.batch_size, train=True)
         return run.fit(stage, module, loader, train, evaluate=run.validating(data)).seconds
 
-    def resized(self, config: Config, run: Run, net: FusedEncoders, data: DataSpec) -> FusedEncoders:
-        """The network for images of another size; itself where they are of the same."""
-        from timm.layers import resample_abs_pos_embed
+    def resized(self, config: Config, run: Run, net: FusedEncoders) -> FusedEncoders:
+        """The network for images of another size than those of its pre-training; itself where they are of the same."""
+        from timm.layers.pos_embed import resample_abs_pos_embed
 
-        if run.data(data).task.size == run.data(config.data).task.size:
+        if run.data(config.first).task.size == run.data(config.data).task.size:
             return net
-        larger, state = self.network(config, run, data), net.state_dict()
+        larger, state = self.network(config, run, config.data), state_on_cpu(net)
         name = "visual_encoder.pos_embed"
         grid = larger.visual_encoder.patch_embed.grid_size
         state[name] = resample_abs_pos_embed(state[name], list(grid))
         larger.load_state_dict(state)
         return larger
 
-    def measured(self, config: Config, run: Run, net: FusedEncoders, data: DataSpec) -> dict[str, float]:
+    def measured(self, config: Config, run: Run, net: FusedEncoders) -> dict[str, float]:
         """Retrieval ranked again, matching, and masked words of the test split and of training images."""
-        task = run.data(data).task
+        data, task = config.data, run.data(config.data).task
         assert isinstance(task, ImageText)
         net = net.to(run.device)
         _, split = run.judging_data()
@@ -202,7 +212,7 @@ class Albef(Method[Config]):
         def read(split: str, most: int | None = None) -> Collected:
             return collected(net, run.loader(data, split), run.device, task.context, task.tokenizer.pad_token_id, most)
 
-        test = read(split if run.data(data).has(split) else "train")
+        test = read(split)
         out = ranked_again(net, test, config.rerank, run.device) | matching_accuracy(net, test, run.device)
         if config.words_weight:
             words = (_mask_of(task), task.tokenizer.all_special_ids, run.device)
@@ -216,8 +226,8 @@ def _mask_of(task: ImageText) -> int:
     mask = task.tokenizer.mask_token_id
     if mask is None:
         raise UserError(
-            "albef: words are masked, but this tokenizer has no mask token; take data.options.tokenizer: bytes, bpe:SIZE, "
-            "or that of a BERT (hf:NAME)."
+            "albef: words are masked, but this tokenizer has no mask token; take data.options.tokenizer: bytes, "
+            "bpe:SIZE, or that of a BERT (hf:NAME)."
         )
     return int(mask)
 
@@ -229,7 +239,7 @@ def _begin_of(task: ImageText) -> int:
     return begin[0]
 
 
-def _published(spec: ModelSpec | None, run: Run, net: FusedEncoders) -> nn.Module | None:
+def _published(spec: ModelSpec | None, net: FusedEncoders) -> nn.Module | None:
     """A trained encoder."""
     if spec is None:
         return None

@@ -171,8 +171,8 @@ class FusionTraining(TrainingModule):
                 own = torch.arange(len(own), device=own.device)
             queued = self.id_queue if self.terms.targets == "ids" else torch.full_like(self.id_queue, NOBODY)
             right = right_keys(own, torch.cat([own, queued]))
-            keys = [torch.cat([x, q]) for x, q in ((their_image, self.image_queue), (their_text, self.text_queue))]
-        found = contrast(image, text, their_image, their_text, *keys, right, net.temperature, alpha)
+            images, texts = torch.cat([their_image, self.image_queue]), torch.cat([their_text, self.text_queue])
+        found = contrast(image, text, their_image, their_text, images, texts, right, net.temperature, alpha)
         self.enqueue(their_image, their_text, own)
         return found
 
