@@ -52,9 +52,9 @@ def truncated_exp(x: Tensor) -> Tensor:
 
 
 def spherical_harmonics(directions: Tensor, degree: int = 4) -> Tensor:
-    """Real spherical harmonics of unit vectors: (M, 3) -> (M, degree ** 2), degree 1 to 4, in Instant-NGP's signs."""
-    if not 1 <= degree <= 4:
-        raise UserError(f"Spherical harmonics are there up to degree 4; given: {degree}.")
+    """Real spherical harmonics of unit vectors: (M, 3) -> (M, degree ** 2), degree 1 to 5, in Instant-NGP's signs."""
+    if not 1 <= degree <= 5:
+        raise UserError(f"Spherical harmonics are there up to degree 5; given: {degree}.")
     x, y, z = directions.unbind(-1)
     x2, y2, z2 = x * x, y * y, z * z
     terms = [
@@ -75,6 +75,18 @@ def spherical_harmonics(directions: Tensor, degree: int = 4) -> Tensor:
         1.4453057213202769 * z * (x2 - y2),
         0.59004358992664352 * x * (3 * y2 - x2),
     ]
+    if degree == 5:
+        terms += [
+            2.5033429417967046 * x * y * (x2 - y2),
+            -1.7701307697799304 * y * z * (3 * x2 - y2),
+            0.9461746957575601 * x * y * (7 * z2 - 1),
+            -0.6690465435572892 * y * z * (7 * z2 - 3),
+            0.10578554691520431 * (z2 * (35 * z2 - 30) + 3),
+            -0.6690465435572892 * x * z * (7 * z2 - 3),
+            0.47308734787878004 * (x2 - y2) * (7 * z2 - 1),
+            -1.7701307697799304 * x * z * (x2 - 3 * y2),
+            0.6258357354491761 * (x2 * (x2 - 3 * y2) - y2 * (3 * x2 - y2)),
+        ]
     return torch.stack(terms[: degree**2], -1)
 
 
