@@ -26,16 +26,19 @@ class Streams(BatchLoader):
         unlabelled: its batches lose their `label`. Give it a seed of its own: with the same seed, data sets of equal
             length come in the same order.
         length: batches of an epoch; None: one pass over the longer.
+        name: under which the unlabelled batch is carried; a stream whose labelled data are `Streams` carries two.
 
     Raises:
         UserError: one of the two holds no samples.
     """
 
-    def __init__(self, labelled: Loader, unlabelled: BatchLoader, length: int | None = None) -> None:
-        self.labelled, self.unlabelled, self.length = labelled, unlabelled, length
-        for name, loader in (("labelled", labelled), ("unlabelled", unlabelled)):
+    def __init__(
+        self, labelled: Loader | Streams, unlabelled: BatchLoader, length: int | None = None, name: str = "unlabelled"
+    ) -> None:
+        self.labelled, self.unlabelled, self.length, self.name = labelled, unlabelled, length, name
+        for which, loader in (("labelled", labelled), ("unlabelled", unlabelled)):
             if not len(loader):
-                raise UserError(f"The {name} data holds no samples.")
+                raise UserError(f"The {which} data holds no samples.")
 
     def __len__(self) -> int:
         """Batches an epoch."""
@@ -89,7 +92,7 @@ class Streams(BatchLoader):
         try:
             while end is None or number < end:
                 other = next(unlabelled)
-                yield {**next(labelled), "unlabelled": {k: v for k, v in other.items() if k != "label"}}
+                yield {**next(labelled), self.name: {k: v for k, v in other.items() if k != "label"}}
                 number += 1
         finally:
             for stream in (labelled, unlabelled):

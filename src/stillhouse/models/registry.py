@@ -19,6 +19,7 @@ LATER = {
     "conv_vit": "stillhouse.models.conv_vit",
     "fusion": "stillhouse.models.fusion",
     "pyramid_detector": "stillhouse.models.pyramid_detector",
+    "pyramid_segmenter": "stillhouse.models.pyramid_segmenter",
     "two_towers": "stillhouse.models.two_towers",
 }
 """Nets whose module needs another library: it is imported when one of them is asked for."""

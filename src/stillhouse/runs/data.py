@@ -96,8 +96,11 @@ class RunData:
             return self.data(spec).dataset("unlabelled", train=train)
         return pool_for(self.data(spec), self.data(spec.unlabelled.data)).dataset("train", train=train)
 
-    def streams(self, spec: DataSpec, batch_size: int) -> Any:
+    def streams(self, spec: DataSpec, batch_size: int, *, second: str | None = None) -> Any:
         """Training batches, each of which carries one of `data.unlabelled` (a `stillhouse.data.Streams`).
+
+        Args:
+            second: the name of a second unlabelled batch, in an order of its own.
 
         Raises:
             UserError: data without `unlabelled`.
@@ -108,7 +111,11 @@ class RunData:
         assert other is not None
         workers, seed = (other.data or spec).workers, keys(self.seed, "unlabelled")
         unlabelled = _loader(pool, other.batch_size or batch_size, seed, True, workers)
-        return Streams(self.loader(spec, "train", batch_size, train=True), unlabelled)
+        both = Streams(self.loader(spec, "train", batch_size, train=True), unlabelled)
+        if second is None:
+            return both
+        seed = keys(self.seed, "unlabelled", second)
+        return Streams(both, _loader(pool, other.batch_size or batch_size, seed, True, workers), name=second)
 
     def model(
         self, spec: ModelSpec, data: DataSpec, role: str = "student", seed: int | None = None, trained: bool = True
