@@ -319,7 +319,7 @@ def on_meta(cache: Path) -> Iterator[None]:
 
     def built(original: Callable[..., nn.Module], published: bool = True) -> Callable[..., nn.Module]:
         def make(name: str, classes: Any, shape: Any, options: Any, *rest: Any) -> nn.Module:
-            kept = {k: v for k, v in options.items() if k != "weights_backbone"}
+            kept = {k: v for k, v in options.items() if k not in ("weights_backbone", "backbone_weights")}
             if name in made_up_data.CONFIGS:
                 name, published_options = made_up_data.config_of(name)
                 kept = {**published_options, **kept}

@@ -271,6 +271,36 @@ _KNOWN = {
     "psnr_views": Quantity(
         "PSNR, unseen views", "dB", 1, 2, 1, "Peak signal-to-noise ratio (RGB, peak 255) on views never trained on."
     ),
+    "psnr_stale": Quantity(
+        "PSNR, old field", "dB", 1, 2, 1, "Of the field before a move, on views of the moved scene."
+    ),
+    "psnr_moved": Quantity("PSNR, moved", "dB", 1, 2, 1, "The same after the thing's part of the field was moved."),
+    "psnr_updated": Quantity("PSNR, updated", "dB", 1, 2, 1, "The same after what lies near was fitted again."),
+    "depth_error": Quantity("Depth error", "mm", 1, 2, -1, "Mean distance of rendered and true depth on unseen views."),
+    "normal_error": Quantity(
+        "Normal error", "°", 1, 1, -1, "Mean angle between rendered and true normals on unseen views."
+    ),
+    "separation": Quantity(
+        "Separation", "", 1, 3, 1, "Mean cosine of rendered features within things, less that between things."
+    ),
+    "antipodal": Quantity(
+        "Grasps that hold", "%", 100, 1, 1, "Share of chosen grasps whose two contacts truly lie in the friction cone."
+    ),
+    "antipodal_score": Quantity(
+        "Grasps that hold, by score", "%", 100, 1, 0, "The same of those that the score chooses."
+    ),
+    "antipodal_gain": Quantity("Gain over the score", "points", 100, 1, 1, "The difference of the two."),
+    "free": Quantity("Free grasps", "%", 100, 1, 1, "Share of chosen grasps whose gripper truly touches nothing else."),
+    "grasped": Quantity("Feasible", "%", 100, 1, 0, "Share of proposals in which a grasp was found feasible."),
+    "gaussians": Quantity("Gaussians", "", 1, None, -1, "Of the field, after density control.", prefixes=True),
+    "moved_gaussians": Quantity("Gaussians moved", "", 1, None, 0, "Those found to be the moved thing's."),
+    "affinity_error": Quantity(
+        "Affinity error", "", 1, None, -1, "Mean square of the difference of regions' cosines to the teacher's."
+    ),
+    "evidence_error": Quantity(
+        "Evidence error", "", 1, 3, -1, "Mean difference of an image's mean logits to the teacher's."
+    ),
+    "teachers_differ": Quantity("Teachers differ", "%", 100, 1, 0, "Share of test pixels that they label differently."),
     "psnr_teacher": Quantity("PSNR, teacher", "dB", 1, 2, 0, "The same of the teacher."),
     "psnr_to_teacher": Quantity(
         "PSNR to the teacher", "dB", 1, 2, 1, "The same, with the teacher's own pictures as the truth."

@@ -18,8 +18,8 @@ from stillhouse.models.sources import check_timm
 
 @register({"pyramid_segmenter": {}})
 class PyramidSegmenter(nn.Module):
-    """A backbone, 1x1 convolutions to one width, sums from coarse to fine, 3x3 convolutions, and a 1x1 classifier at the
-    finest stride. The last features are `decoder`'s output.
+    """A backbone, 1x1 convolutions to one width, sums from coarse to fine, 3x3 convolutions, and a 1x1 classifier at
+    the finest stride. The last features are `decoder`'s output.
 
     Args:
         num_classes: K.

@@ -55,6 +55,11 @@ class Camera:
         """The same camera, its matrix on a device."""
         return replace(self, view=self.view.to(device))
 
+    def enlarged(self, times: int) -> Camera:
+        """The same view of `times` as many pixels along each side."""
+        lengths = (times * v for v in (self.fx, self.fy, self.cx, self.cy))
+        return Camera(self.view, *lengths, times * self.width, times * self.height)
+
     def halved(self, times: int = 1) -> Camera:
         """The same view of fewer pixels, each side divided by 2 ** times and rounded down."""
         k = 2**times

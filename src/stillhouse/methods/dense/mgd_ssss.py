@@ -18,8 +18,8 @@ afterwards.
 
 Departures. The released loop leaves the teachers in training mode, so that their statistics drift; here they are in
 evaluation mode (`teacher_train_bn` for theirs), and the student's own hard labels, which enter constants alone, are not
-computed (`report_symmetric` adds these constants to what is logged). One forward of the student serves both batches.
-A small number (1e-8) is added to the lengths of pooled features. Without a pre-trained wide and shallow network at hand,
+computed (`report_symmetric` adds these constants to what is logged). One forward of the student serves both batches. A
+small number (1e-8) is added to the lengths of pooled features. Without a pre-trained wide and shallow network at hand,
 the recipe's wide teacher is a wide pyramid on the first stages of the same published backbone.
 """
 
@@ -43,7 +43,6 @@ from stillhouse.functional.counting import IGNORED
 from stillhouse.functional.precision import full_precision
 from stillhouse.methods.distillation import describe
 from stillhouse.objectives.ce import cross_entropy
-from stillhouse.randomness import keyed
 from stillhouse.runs.judging import check_groups
 from stillhouse.runs.method import Method, Stage
 from stillhouse.runs.products import Student, state_on_cpu
@@ -158,7 +157,8 @@ def affinity(features: Tensor, grid: int = GRID) -> Tensor:
     """
     if features.ndim != 4:
         raise UserError(
-            f"mgd_ssss: the last features must be maps (B, C, h, w); given: {tuple(features.shape)}. Name another layer."
+            "mgd_ssss: the last features must be maps (B, C, h, w); given: "
+            f" {tuple(features.shape)}. Name another `layer`."
         )
     q = F.adaptive_avg_pool2d(features, grid).flatten(2)
     length = q.norm(dim=1)

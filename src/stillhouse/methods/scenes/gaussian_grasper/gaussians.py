@@ -18,11 +18,13 @@ NAMES = ("means", "log_scales", "quats", "opacity", "harmonics", "features")
 
 @dataclass(slots=True)
 class Seen:
-    """What a camera sees of Gaussians: `color`, `normal` and `features` (H, W, C) over nothing, `depth` (H, W), `alpha`
-    (H, W) how opaque; `found` where they are in the image."""
+    """What a camera sees of Gaussians: `color`, `normal` and `features` (H, W, C) over nothing, `depth` and its
+    standard deviation `spread` (H, W), which is large where a pixel sees two surfaces, `alpha` (H, W) how opaque;
+    `found` where they are in the image."""
 
     color: Tensor
     depth: Tensor
+    spread: Tensor
     normal: Tensor
     features: Tensor
     alpha: Tensor
@@ -115,15 +117,18 @@ class Gaussians(nn.Module):
             found = Projected(found.uv + screen, found.cov, found.depth)
         color = self.colors(camera, self.degree if degree is None else degree)
         normal = self.normals(camera.centre if flip else None)
-        channels = torch.cat([color, found.depth[:, None], normal, self.features], -1)
+        depths = torch.stack([found.depth, found.depth.detach() ** 2], -1)
+        channels = torch.cat([color, depths, normal, self.features], -1)
         out = splat(found, self.opacity.sigmoid(), channels, camera.width, camera.height)
-        color, depth, normal, features = out.image.split([3, 1, 3, self.features.shape[1]], -1)
+        color, depth, normal, features = out.image.split([3, 2, 3, self.features.shape[1]], -1)
         alpha = 1 - out.transmittance
+        mean, square = (depth.detach() / alpha.detach().clamp_min(1e-3)[..., None]).unbind(-1)
+        spread = (square - mean**2).clamp_min(0).sqrt()
         if depth_background is None:
             depth = depth[..., 0] / alpha.clamp_min(1e-3)
         else:
             depth = depth[..., 0] + depth_background * out.transmittance
-        return Seen(color, depth, normal, features, alpha, found)
+        return Seen(color, depth, spread, normal, features, alpha, found)
 
     @torch.no_grad()
     def move(self, which: Tensor, rotation: Tensor, shift: Tensor, about: Tensor) -> None:

@@ -37,6 +37,11 @@ class QuerySpec(Spec):
     temperature: float = Field(10.0, gt=0, description="Of the relevancy.")
     threshold: float = Field(0.6, ge=0, lt=1, description="Relevancy beyond which a point is found.")
     radius: float = Field(0.02, gt=0, description="Points of one thing lie within this of another, in metres.")
+    detail: int = Field(3, ge=1, description="Pixels, along each side of one of a view's, that surfaces are read from.")
+    sharp: float = Field(
+        0.006, gt=0, description="Spread of a pixel's depth up to which it shows one surface, in metres."
+    )
+    grain: float = Field(0.003, gt=0, description="Cubes of this side, in metres, hold one point of a surface each.")
     solid: float = Field(0.5, ge=0, lt=1, description="Opacity of a pixel from which it can be found.")
 
 
@@ -131,8 +136,9 @@ class GaussianScene(Product):
         """
         points, normals = [], []
         for camera in cameras or self.views:
-            seen = self.seen(camera.to(self.gaussians.means.device))
-            where = seen.alpha > 0.9
+            camera = camera.enlarged(self.query.detail).to(self.gaussians.means.device)
+            seen = self.seen(camera)
+            where = (seen.alpha > 0.9) & (seen.spread < self.query.sharp)
             if text is not None:
                 where = where & self.mask(seen, text)
             intrinsics = (camera.fx, camera.fy, camera.cx, camera.cy)
@@ -140,7 +146,7 @@ class GaussianScene(Product):
             world, kept = back_projected(seen.depth, intrinsics, camera.to_world, where, (0.0, math.inf), wide)
             points.append(world.cpu())
             normals.append(F.normalize(seen.normal[kept], dim=-1).cpu())
-        all_points, all_normals = torch.cat(points), torch.cat(normals)
+        all_points, all_normals = _thinned(torch.cat(points), torch.cat(normals), self.query.grain)
         if text is None:
             return Found(all_points, all_normals)
         if not len(all_points):
@@ -238,6 +244,14 @@ class GaussianScene(Product):
             camera = Camera.at(self.radius * torch.tensor(centre), 4 * int(width), 4 * int(height), angle)
             write_png(self.look(camera), str(path / f"{i:02d}.png"))
         return [f"Wrote {ORBIT} views of a turn around the scene to {path}"]
+
+
+def _thinned(points: Tensor, normals: Tensor, side: float) -> tuple[Tensor, Tensor]:
+    """The mean of points (P, 3) in each cube that holds any, and the direction of their mean normal."""
+    cells, which = (points / side).floor().long().unique(dim=0, return_inverse=True)
+    count = torch.bincount(which, minlength=len(cells))[:, None]
+    mean, normal = (torch.zeros(len(cells), 3).index_add_(0, which, x) / count for x in (points, normals))
+    return mean, F.normalize(normal, dim=-1)
 
 
 def _under(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:

@@ -17,7 +17,8 @@ from stillhouse.nn.splatting import Camera
 from stillhouse.randomness import generator
 
 NOTHING, TABLE = -1, 0
-HALF_TABLE = 0.30
+HALF_TABLE = 0.22
+SPREAD, GAP = 0.15, 0.03  # of the things' middles, and between their hulls
 LIGHT = (0.35, -0.25, 0.9)
 FAR = 1e9
 
@@ -176,20 +177,29 @@ class Scene:
 def table(count: int, seed: int) -> Scene:
     """A scene of so many things, whose places, which do not touch, are functions of the seed."""
     draw = generator(seed, "things")
-    placed: list[Placed] = []
-    for thing in THINGS[:count]:
-        reach = math.hypot(thing.size[0], thing.size[1])
-        for _ in range(1000):
-            x, y = (torch.rand(2, generator=draw) * 0.36 - 0.18).tolist()
-            gaps = [
-                math.hypot(x - float(p.centre[0]), y - float(p.centre[1])) - reach - math.hypot(*p.thing.size[:2])
-                for p in placed
-            ]
-            if min(gaps, default=1.0) > 0.035:
-                break
+    while True:
+        placed: list[Placed] = []
+        for thing in THINGS[:count]:
+            found = _free_place(thing, placed, draw)
+            if found is None:
+                break  # the others stand in the way: begin again
+            placed.append(found)
+        if len(placed) == count:
+            return Scene(tuple(placed))
+
+
+def _free_place(thing: Thing, others: list[Placed], draw: torch.Generator) -> Placed | None:
+    for _ in range(100):
+        x, y = (torch.rand(2, generator=draw) * 2 * SPREAD - SPREAD).tolist()
         turn = float(torch.rand(1, generator=draw)) * math.pi
-        placed.append(Placed(thing, torch.tensor([x, y, thing.size[2]]), turn))
-    return Scene(tuple(placed))
+        reach = math.hypot(*thing.size[:2])
+        gaps = [
+            math.hypot(x - float(p.centre[0]), y - float(p.centre[1])) - reach - math.hypot(*p.thing.size[:2])
+            for p in others
+        ]
+        if min(gaps, default=1.0) > GAP:
+            return Placed(thing, torch.tensor([x, y, thing.size[2]]), turn)
+    return None
 
 
 def pixel_rays(camera: Camera) -> tuple[Tensor, Tensor]:

@@ -31,9 +31,9 @@ class SceneSpec(Spec):
     things: int = Field(6, ge=1, le=len(THINGS), description="On the table.")
     views: int = Field(12, ge=1, description="Views for the fit.")
     test_views: int = Field(6, ge=1, description="Unseen views by which it is judged.")
-    size: tuple[int, int] = Field((48, 48), description="Height and width of a view, in pixels.")
-    angle: float = Field(48.0, gt=0, lt=180, description="Of view along the longer side, in degrees.")
-    radius: float = Field(0.55, gt=0, description="Distance of cameras from the table's middle, in metres.")
+    size: tuple[int, int] = Field((64, 64), description="Height and width of a view, in pixels.")
+    angle: float = Field(46.0, gt=0, lt=180, description="Of view along the longer side, in degrees.")
+    radius: float = Field(0.45, gt=0, description="Distance of cameras from the table's middle, in metres.")
     lowest: float = Field(25.0, ge=0, lt=90, description="Elevation of cameras, from this many degrees to 75.")
     border_noise: float = Field(
         0.3, ge=0, le=1, description="Share of pixels whose mask is read up to a pixel away, as segmenters err."
