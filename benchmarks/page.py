@@ -576,6 +576,20 @@ def _synthetic_growth(figures: Mapping[str, Any], title: str) -> str:
     return text
 
 
+def _splatting(figures: Mapping[str, Any], title: str) -> str:
+    text = (
+        f"## Splatting{title}\n\nMilliseconds of a step, forward and backward, of 39 channels. By Gaussians of one size, "
+        "and by pixels; the exponent is that between the last two sizes (1: linear).\n"
+    )
+    for name, curve in figures["curves"].items():
+        rows = [
+            ["pairs of a tile and a Gaussian", *(f"{row['pairs']:,}" for row in curve), ""],
+            ["ms", *(f"{row['step_ms']:.0f}" for row in curve), f"{figures['slopes'][name]:.2f}"],
+        ]
+        text += "\n" + _table([name, *(f"{row[name]:,}" for row in curve), "exponent"], rows)
+    return text
+
+
 SECTIONS = {
     "imagenet_stem": _steps,
     "cifar_stem": _steps,
@@ -592,4 +606,5 @@ SECTIONS = {
     "unified_embedding": _unified_embedding,
     "synthetic": _synthetic,
     "synthetic_growth": _synthetic_growth,
+    "splatting": _splatting,
 }

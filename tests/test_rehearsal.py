@@ -35,6 +35,10 @@ SMALLER: dict[str, dict[str, object]] = {
         "search.batches": 1,
         "search.max_cost": 1.0,
     },
+    "gaussian_grasper": {  # views are made first, on the CPU, and texts embedded
+        **{"language": None, "scene.size": [32, 32], "scene.views": 2, "scene.test_views": 1, "gaussians.points": 60}
+    },
+    "mgd_ssss": {"data.size": 2},
     "pvd": {"scene.side": 16, "scene.views": 2, "scene.test_views": 1},  # views are rendered first, on the CPU
     "universal_ner": {"annotator": None, "ask.questions": 1},  # a server annotates
     "ncfm": {"pool.count": 2},
@@ -43,6 +47,7 @@ SMALLER: dict[str, dict[str, object]] = {
 }
 READING: dict[str, str] = {
     # recipes whose steps read a tensor, and why that is right
+    "gaussian_grasper": "tiles see different numbers of Gaussians, so how many pairs there are must be known",
     "pvd": "fields are asked in occupied cells alone, so how many points lie in them must be known",
     "krr_st": "a slot of the pool says whether it diverged at its last visit, which is long done",
 }

@@ -275,6 +275,7 @@ _KNOWN = {
         "PSNR, old field", "dB", 1, 2, 1, "Of the field before a move, on views of the moved scene."
     ),
     "psnr_moved": Quantity("PSNR, moved", "dB", 1, 2, 1, "The same after the thing's part of the field was moved."),
+    "psnr_gain_of_move": Quantity("Gain of the move", "dB", 1, 2, 1, "PSNR after the move less that before it."),
     "psnr_updated": Quantity("PSNR, updated", "dB", 1, 2, 1, "The same after what lies near was fitted again."),
     "depth_error": Quantity("Depth error", "mm", 1, 2, -1, "Mean distance of rendered and true depth on unseen views."),
     "normal_error": Quantity(

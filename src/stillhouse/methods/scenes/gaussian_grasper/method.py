@@ -577,7 +577,8 @@ def evaluate(product: GaussianScene, run: Run) -> dict[str, float]:
 
 def moved(config: Config, run: Run, product: GaussianScene, spec: MoveSpec) -> dict[str, float]:
     """Move a thing in the scene and its Gaussians in the field, and fit what lies near again: PSNR on unseen views of
-    the new scene of the old field (`psnr_stale`), after the move (`psnr_moved`), and after the fit (`psnr_updated`)."""
+    the new scene of the old field (`psnr_stale`), after the move (`psnr_moved`), and after the fit (`psnr_updated`);
+    `psnr_gain_of_move` is the second less the first."""
     before = known_table(config.scene)
     placed = before.placed[spec.thing]
     shift, turn = torch.tensor([*spec.shift, 0.0]), torch.deg2rad(torch.tensor(spec.turn))
@@ -601,7 +602,8 @@ def moved(config: Config, run: Run, product: GaussianScene, spec: MoveSpec) -> d
         run.loop(UPDATE, {"gaussians": gaussians, "slow": fitting.slow, "fast": fitting.fast}, fitting.step, spec.steps)
     field.gaussians.cpu().requires_grad_(False)
     field.lift.cpu()
-    return {**figures, "psnr_updated": view_figures(field, test)["psnr_views"]}
+    figures["psnr_updated"] = view_figures(field, test)["psnr_views"]
+    return {**figures, "psnr_gain_of_move": figures["psnr_moved"] - figures["psnr_stale"]}
 
 
 @torch.no_grad()
