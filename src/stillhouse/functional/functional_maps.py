@@ -115,15 +115,20 @@ def soft_point_map(functional: Tensor, basis1: Tensor, basis2: Tensor, temperatu
     return ((basis2[:, :k2] @ functional) @ basis1[:, :k1].T / temperature).softmax(1)
 
 
-def map_of_points(points: Tensor, basis1: Tensor, basis2: Tensor, mass2: Tensor, size: int) -> Tensor:
-    """The functional map (size, size) of a point map (V2,): Phi2^T M2 Phi1[points]."""
-    return (basis2[:, :size] * mass2[:, None]).T @ basis1[points][:, :size]
+def map_of_points(points: Tensor, basis1: Tensor, basis2: Tensor, mass2: Tensor | None, size: int) -> Tensor:
+    """The functional map (size, size) of a point map (V2,): Phi2^T M2 Phi1[points]; without the mass, as of some points
+    of a mesh alone, by least squares, Phi2 C = Phi1[points]."""
+    second, wanted = basis2[:, :size], basis1[points][:, :size]
+    if mass2 is None:
+        return torch.linalg.solve(second.T @ second, second.T @ wanted)
+    return (second * mass2[:, None]).T @ wanted
 
 
 def zoomed_out(
-    functional: Tensor, basis1: Tensor, basis2: Tensor, mass2: Tensor, size: int, step: int = 1
+    functional: Tensor, basis1: Tensor, basis2: Tensor, mass2: Tensor | None, size: int, step: int = 1
 ) -> tuple[Tensor, Tensor]:
-    """ZoomOut: a functional map refined by turns with its point map, while it grows to `size`; it and its point map."""
+    """ZoomOut: a functional map refined by turns with its point map, while it grows to `size`; it and its point map.
+    Where the bases are those of some points, `mass2` is None."""
     if size > min(basis1.shape[1], basis2.shape[1]):
         raise UserError(
             f"ZoomOut to {size} needs as many eigenvectors; there are {basis1.shape[1]} and {basis2.shape[1]}."

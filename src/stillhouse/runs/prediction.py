@@ -53,7 +53,10 @@ def predict(
         (place / "predictions.jsonl").write_text("")
     if isinstance(product, Student):
         product.module.eval()
-    if product.reads == "images":
+    if product.reads == "files":
+        for name, found in product.found_in(_files(inputs)):
+            yield shown(name, found, place)
+    elif product.reads == "images":
         for path in _files(inputs):
             yield shown(path.name, product.predict([decoded(path)])[0], place)
     else:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib
 import json
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
@@ -46,7 +46,8 @@ class Product:
     Attributes:
         kind: a key of `KINDS`, or `module:Class`.
         formats: format -> name of the file or folder; the default first.
-        reads: what `predict` takes: "images" (uint8 (C, H, W)), "texts", or "" where it predicts nothing for people.
+        reads: what `predict` takes: "images" (uint8 (C, H, W)), "texts", "files" (see `found_in`), or "" where it
+            predicts nothing for people.
         figures: of its production, such as `train_seconds`; saved with the run, not with the product.
     """
 
@@ -70,6 +71,11 @@ class Product:
 
     def predict(self, inputs: Sequence[Any]) -> list[dict[str, Any]]:
         """What it finds in, or makes of, each input; only where it `reads` any."""
+        raise NotImplementedError
+
+    def found_in(self, files: Sequence[Path]) -> Iterator[tuple[str, dict[str, Any]]]:
+        """The same of files that belong together, where it reads `files`: by a name, words and numbers to show, lists
+        to store, and a `picture`, uint8 (3, H, W)."""
         raise NotImplementedError
 
 

@@ -1,0 +1,151 @@
+"""Shapes as the method reads them: a mesh of unit area, its spectrum and gradients; and the maps that are known between
+shapes with a common template."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from stillhouse.data.meshes import Mesh, laplacian, read_mesh, spectrum, sphere, spread_vertices, tangent_gradients
+from stillhouse.data.source import existing
+from stillhouse.errors import UserError
+from stillhouse.functional.functional_maps import wave_kernel_signature
+from stillhouse.randomness import key
+
+Tensors = dict[str, Tensor]
+WAVES = 100  # descriptors of the wave kernel
+
+
+@dataclass
+class Shape:
+    """A shape on a device.
+
+    Attributes:
+        mesh: centred, of unit area.
+        points: (V, 3) its vertices, float32.
+        evals: (K,), basis: (V, K), orthonormal under mass: (V,); float32.
+        across, along: (V, V) sparse, gradients along the two axes of tangent planes.
+        few: (P,) some vertices, far from each other.
+    """
+
+    name: str
+    mesh: Mesh
+    points: Tensor
+    evals: Tensor
+    basis: Tensor
+    mass: Tensor
+    across: Tensor
+    along: Tensor
+    few: Tensor
+
+    def coefficients(self, features: Tensor, size: int) -> Tensor:
+        """(size, d) of features (V, d) in the eigenbasis: Phi^T M F."""
+        return self.basis[:, :size].T @ (self.mass[:, None] * features)
+
+    def waves(self, places: bool) -> Tensor:
+        """(V, 100) or, with the places of vertices, (V, 103): descriptors that are not learned, each of norm 1."""
+        found = wave_kernel_signature(self.evals, self.basis, WAVES, self.mass)
+        if not places:
+            return found
+        own = self.points / (self.mass[:, None] * self.points.square()).sum(0).sqrt()
+        return torch.cat([found, own], 1)
+
+
+def computed(mesh: Mesh, eigenpairs: int, few: int) -> Tensors:
+    """The arrays of a shape, from a mesh of unit area, in float64 where they are solved."""
+    mesh.check()
+    weak, mass = laplacian(mesh)
+    evals, basis = spectrum(weak, mass, eigenpairs)
+    evals[0] = 0.0  # of a connected mesh; the solver's shift shows in it
+    across, along = tangent_gradients(mesh)
+    out = {
+        "evals": torch.from_numpy(evals).float(),
+        "basis": torch.from_numpy(np.ascontiguousarray(basis)).float(),
+        "mass": torch.from_numpy(mass).float(),
+        "few": torch.from_numpy(spread_vertices(mesh, few)),
+    }
+    for name, matrix in (("across", across), ("along", along)):
+        out |= {
+            f"{name}.start": torch.from_numpy(matrix.indptr.astype(np.int64)),
+            f"{name}.column": torch.from_numpy(matrix.indices.astype(np.int64)),
+            f"{name}.value": torch.from_numpy(matrix.data).float(),
+        }
+    return out
+
+
+def assembled(name: str, mesh: Mesh, arrays: Tensors, device: torch.device) -> Shape:
+    """The shape of these arrays, on a device."""
+    count = len(mesh.vertices)
+    sparse_ones = [
+        torch.sparse_csr_tensor(
+            *(arrays[f"{which}.{part}"].to(device) for part in ("start", "column", "value")),
+            size=(count, count),
+            check_invariants=False,
+        )
+        for which in ("across", "along")
+    ]
+    dense = (arrays[k].to(device) for k in ("evals", "basis", "mass"))
+    points = torch.from_numpy(mesh.vertices).float().to(device)
+    return Shape(name, mesh, points, *dense, *sparse_ones, arrays["few"].to(device))
+
+
+def found_mesh(source: str, name: str, root: Path) -> Mesh:
+    """The mesh of this name, of unit area.
+
+    Args:
+        source: a folder of meshes; or `ellipsoids`, which are made up: the name is a seed.
+    """
+    if source == "ellipsoids":
+        return ellipsoid(name).normalised()
+    path = Path(source).expanduser()
+    folder = path if path.is_dir() else existing(source, root)
+    for suffix in (".npz", ".off", ".obj"):
+        if (folder / f"{name}{suffix}").is_file():
+            return read_mesh(folder / f"{name}{suffix}").normalised()
+    there = sorted(p.stem for p in folder.iterdir() if p.suffix in (".npz", ".off", ".obj"))
+    raise UserError(f"The folder '{folder}' holds no mesh '{name}'; it has {', '.join(there[:6]) or 'none'}…")
+
+
+def ellipsoid(name: str) -> Mesh:
+    """A deformed ellipsoid of 642 vertices, of which each has its place in all of them: axes near 0.6, 1 and 1.5, bumps
+    at places that are common to all, whose heights and a bend are the name's."""
+    ball, draw, common = sphere(3), np.random.default_rng(key("ellipsoid", name)), np.random.default_rng(5)
+    places = common.normal(size=(6, 3))
+    places /= np.linalg.norm(places, axis=1, keepdims=True)
+    heights = np.linspace(0.15, 0.45, 6) * draw.uniform(0.7, 1.3, 6)
+    bumps = np.exp(-((1 - ball.vertices @ places.T) / 0.12)) @ heights
+    points = ball.vertices * (1 + bumps)[:, None] * np.array([0.6, 1.0, 1.5]) * draw.uniform(0.9, 1.1, 3)
+    points[:, 0] += draw.uniform(-0.25, 0.25) * points[:, 2] ** 2
+    points[:, 1] += draw.uniform(-0.25, 0.25) * points[:, 2] ** 2
+    return Mesh(points, ball.faces, np.arange(len(points)))
+
+
+def true_map(one: Shape, two: Shape, size: int) -> Tensor:
+    """The functional map (size, size) of the known correspondence, by least squares over the template's vertices:
+    Phi2[c2] C = Phi1[c1]."""
+    first, second = (shape.basis[_known(shape)][:, :size].double() for shape in (one, two))
+    return torch.linalg.solve(second.T @ second, second.T @ first).float()
+
+
+def _known(shape: Shape) -> Tensor:
+    if shape.mesh.correspondence is None:
+        raise UserError(
+            f"The mesh '{shape.name}' has no array `correspondence` (for each vertex of a template its vertex here), so "
+            "its map to others is not known."
+        )
+    return torch.from_numpy(shape.mesh.correspondence).to(shape.basis.device)
+
+
+def errors(points: Tensor, one: Mesh, two: Mesh, count: int | None = 1000) -> np.ndarray:
+    """Geodesic distances on the first mesh, of unit area, from where a point map (V2,) takes known vertices of the
+    second to where they are; of at most so many vertices of the template."""
+    assert one.correspondence is not None and two.correspondence is not None
+    total = len(one.correspondence)
+    some = np.arange(total) if count is None or count >= total else np.linspace(0, total - 1, count).astype(np.int64)
+    found = points.cpu().numpy()[two.correspondence[some]]
+    return one.distances_between(one.correspondence[some], found)
+
