@@ -127,8 +127,7 @@ def place_colours(vertices: np.ndarray) -> np.ndarray:
 
 
 def drawn(mesh: Mesh, colours: np.ndarray, side: int = 240, azimuth: float = 20.0) -> Tensor:
-    """(3, side, side) uint8: a mesh, its vertices coloured (V, 3) in [0, 1], shaded by a light at the camera, on white.
-    """
+    """(3, side, side) uint8: a mesh with vertices coloured (V, 3) in [0, 1], under a light at the camera, on white."""
     low, high = mesh.vertices.min(0), mesh.vertices.max(0)
     centre, size = (low + high) / 2, float(np.linalg.norm(high - low))
     camera = camera_around(centre, 1.45 * size, azimuth, 10.0, 34.0, side)

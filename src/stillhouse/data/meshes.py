@@ -121,7 +121,9 @@ def read_mesh(path: Path) -> Mesh:
 
 def _read_text(path: Path) -> Mesh:
     """The mesh of an OFF or OBJ file."""
-    lines = [words for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if (words := line.split())]
+    lines = [
+        words for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if (words := line.split())
+    ]
     lines = [words for words in lines if not words[0].startswith("#")]
     try:
         if path.suffix == ".obj":
@@ -194,10 +196,11 @@ def spread_vertices(mesh: Mesh, count: int) -> np.ndarray:
 def sphere(subdivisions: int = 3) -> Mesh:
     """The unit sphere, an icosahedron whose triangles are split in four so many times."""
     g = (1 + 5**0.5) / 2
-    corners = [(-1, g, 0), (1, g, 0), (-1, -g, 0), (1, -g, 0), (0, -1, g), (0, 1, g)]
-    corners += [(0, -1, -g), (0, 1, -g), (g, 0, -1), (g, 0, 1), (-g, 0, -1), (-g, 0, 1)]
+    corners = [(-1.0, g, 0.0), (1.0, g, 0.0), (-1.0, -g, 0.0), (1.0, -g, 0.0), (0.0, -1.0, g), (0.0, 1.0, g)]
+    corners += [(0.0, -1.0, -g), (0.0, 1.0, -g), (g, 0.0, -1.0), (g, 0.0, 1.0), (-g, 0.0, -1.0), (-g, 0.0, 1.0)]
     digits = "0b5 051 017 07a 0ab 159 5b4 ba2 a76 718 394 342 326 368 389 495 24b 62a 867 981"
-    points, faces = np.array(corners, dtype=np.float64), np.array([[int(c, 16) for c in t] for t in digits.split()])
+    points = np.array(corners)
+    faces = np.array([[int(c, 16) for c in t] for t in digits.split()])
     for _ in range(subdivisions):
         pairs = np.concatenate([faces[:, [0, 1]], faces[:, [1, 2]], faces[:, [2, 0]]])
         edges, which = np.unique(np.sort(pairs, axis=1), axis=0, return_inverse=True)

@@ -268,6 +268,56 @@ _KNOWN = {
     "probe_accuracy": Quantity(
         "Accuracy, judge", "%", 100, 1, 0, "Test accuracy of the classifier by which samples are judged."
     ),
+    "geodesic_error": Quantity(
+        "Geodesic error",
+        "×10⁻²",
+        100,
+        2,
+        -1,
+        "Mean distance along the first shape from where a vertex of the second is taken to where it belongs, over the "
+        "root of the area.",
+    ),
+    "geodesic_error_direct": Quantity(
+        "Geodesic error, direct", "×10⁻²", 100, 2, -1, "The same of the map as it is solved for, without ZoomOut."
+    ),
+    "geodesic_error_start": Quantity(
+        "Geodesic error, start", "×10⁻²", 100, 2, -1, "The same before the pair's network was trained, with ZoomOut."
+    ),
+    "geodesic_error_truth": Quantity(
+        "Geodesic error, true map", "×10⁻²", 100, 2, 0, "The same of the true map at the size of the maps."
+    ),
+    "mask_contrast": Quantity(
+        "Mask, far over near", "×", 1, 2, 1, "Mean of the mask far from the diagonal over that near it."
+    ),
+    "none_over_diffusion": Quantity(
+        "No mask over distilled", "×", 1, 2, 1, "Error without a mask over that with the distilled one, least weight."
+    ),
+    "laplacian_over_diffusion": Quantity(
+        "Laplacian over distilled", "×", 1, 2, 1, "Error with the Laplacian mask over that with the distilled one."
+    ),
+    "resolvent_over_diffusion": Quantity(
+        "Resolvent over distilled", "×", 1, 2, 1, "Error with the resolvent mask over that with the distilled one."
+    ),
+    "diffusion_over_best": Quantity(
+        "Distilled over best", "×", 1, 2, -1, "Error of the distilled mask over the best of the others, best weights."
+    ),
+    "transfer_gain": Quantity(
+        "Gain on ellipsoids", "×", 1, 2, 1, "Error without a mask over that with it, on shapes of another kind."
+    ),
+    "match_seconds": Quantity("Matching", "s", 1, None, -1, "Wall-clock time of a pair's fit."),
+    "pck": Quantity(
+        "PCK@0.1", "%", 100, 2, 1, "Share of points found within a tenth of the longer side of the thing's box."
+    ),
+    "pck_start": Quantity("PCK, start", "%", 100, 2, 0, "The same of the student as it began."),
+    "pck_distilled": Quantity("PCK, before refinement", "%", 100, 2, 1, "The same before refinement."),
+    "pck_teachers": Quantity("PCK, teachers", "%", 100, 2, 0, "The same of the teachers' concatenated features."),
+    "pck_geometry": Quantity("PCK, denoiser", "%", 100, 2, 0, "The same of the denoising network's features."),
+    "pck_semantics": Quantity("PCK, semantics", "%", 100, 2, 0, "The same of the other teacher's features."),
+    "similarity_correlation": Quantity(
+        "Similarity, correlation", "", 1, 3, 1, "Correlation of the student's and the teachers' similarity maps."
+    ),
+    "pair_ms": Quantity("Time of a pair", "ms", 1, None, -1, "Median time of the features of two images."),
+    "pair_ms_teachers": Quantity("Time of a pair, teachers", "ms", 1, None, 0, "The same of the teachers."),
     "psnr_views": Quantity(
         "PSNR, unseen views", "dB", 1, 2, 1, "Peak signal-to-noise ratio (RGB, peak 255) on views never trained on."
     ),

@@ -45,13 +45,19 @@ class MatchSpec(Spec):
     ridge: float = Field(1e-6, ge=0, description="Added to the diagonal of A A^T, in shares of its mean.")
     steps: int = Field(100, ge=0, description="Optimiser steps on the pair; 0: a random network and the mask alone.")
     lr: float = Field(1e-3, gt=0, description="Of Adam (betas 0.9 and 0.99).")
-    proper: float = Field(1.0, ge=0, description="Weight of the distance to the map that ZoomOut makes of the masked one.")
+    proper: float = Field(
+        1.0, ge=0, description="Weight of the distance to the map that ZoomOut makes of the masked one."
+    )
     score: float = Field(1.0, ge=0, description="Weight of score distillation.")
-    form: Literal["intended", "released"] = Field("intended", description="Of score distillation, as the card has them.")
+    form: Literal["intended", "released"] = Field(
+        "intended", description="Of score distillation, as the card has them."
+    )
     score_batch: int = Field(32, ge=1, description="Noise levels of a step, between 0.01 and 1.01.")
     orthogonal: float = Field(0.0, ge=0, description="Weight of mean (C C^T - I)^2.")
     bijective: float = Field(0.0, ge=0, description="Weight of mean (C12 C21 - I)^2.")
-    commuting: float = Field(0.0, ge=0, description="Weight of the mean of |C L1 - L2 C|^2, eigenvalues over the largest.")
+    commuting: float = Field(
+        0.0, ge=0, description="Weight of the mean of |C L1 - L2 C|^2, eigenvalues over the largest."
+    )
     zoom: int = Field(10, ge=0, description="By how much ZoomOut lets the map grow in the loss.")
     zoom_step: int = Field(5, ge=1, description="Growth a turn, in the loss and of the result.")
     few: int | None = Field(1000, ge=10, description="Points of a shape that ZoomOut sees in the loss; null: all.")
@@ -103,9 +109,7 @@ def proper_map(spec: MatchSpec, functional: Tensor, one: Shape, two: Shape) -> T
     if spec.few is None:
         found, _ = zoomed_out(functional.detach(), one.basis, two.basis, two.mass, size, spec.zoom_step)
     else:
-        found, _ = zoomed_out(
-            functional.detach(), one.basis[one.few], two.basis[two.few], None, size, spec.zoom_step
-        )
+        found, _ = zoomed_out(functional.detach(), one.basis[one.few], two.basis[two.few], None, size, spec.zoom_step)
     return found[:k, :k]
 
 

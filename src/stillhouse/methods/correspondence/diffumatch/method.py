@@ -22,17 +22,17 @@ distillation) and by the distance to the map that ZoomOut makes of the masked on
 Each run also compares masks on descriptors that are not learned, at several weights: `none_over_diffusion`,
 `laplacian_over_diffusion` and `resolvent_over_diffusion` are ratios of errors at the smallest weight, so above 1 the
 distilled mask is better; `diffusion_over_best` is its error at its best weight over the best of the other two at
-theirs; `weight_spread_…` is the worst error of a mask over its best; `transfer_gain` is the error without a mask over that
-with it on deformed ellipsoids, which the denoiser has not seen. `mask_contrast` is the mask far from the diagonal over
-the mask near it, and `denoised_…` the error of denoised held-out maps over that of the noisy ones.
+theirs; `weight_spread_…` is the worst error of a mask over its best; `transfer_gain` is the error without a mask over
+that with it on deformed ellipsoids, which the denoiser has not seen. `mask_contrast` is the mask far from the diagonal
+over the mask near it, and `denoised_…` the error of denoised held-out maps over that of the noisy ones.
 
 Departures and choices. The paper trains on 40,000 bodies, the recipe on the 380 maps between 20. Masks are divided by
-their largest entry and weighed in shares of the mean diagonal of A A^T (`match.relative`), so that a weight means the same
-for every mask and every kind of feature; the released code does neither. The paper's text has EDM noise, the released
-code variance-preserving noise (`denoiser.noise`). The released score distillation compares |C| with a target that may be
-negative (`match.form: released`); the default has the gradient that the text describes, at the same scale. ZoomOut
-sees 1,000 vertices in the loss, which are far from each other, and grows by 5 (`few: null`, `zoom_step: 1`: as published).
-The map of the result is computed without dropout.
+their largest entry and weighed in shares of the mean diagonal of A A^T (`match.relative`), so that a weight means the
+same for every mask and every kind of feature; the released code does neither. The paper's text has EDM noise, the
+released code variance-preserving noise (`denoiser.noise`). The released score distillation compares |C| with a target
+that may be negative (`match.form: released`); the default has the gradient that the text describes, at the same scale.
+ZoomOut sees 1,000 vertices in the loss, which are far from each other, and grows by 5 (`few: null`, `zoom_step: 1`: as
+published). The map of the result is computed without dropout.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ from __future__ import annotations
 import copy
 import time
 from collections.abc import Mapping
-from itertools import permutations
+from itertools import pairwise, permutations
 from pathlib import Path
 from typing import Any
 
@@ -280,7 +280,13 @@ def _compared(
 
     def error(one: Shape, two: Shape, mask: MaskKind, weight: float) -> float:
         match = config.match.model_copy(
-            update={"features": "waves_places", "mask": mask, "weight": weight, "relative": True, "refined": spec.refined}
+            update={
+                "features": "waves_places",
+                "mask": mask,
+                "weight": weight,
+                "relative": True,
+                "refined": spec.refined,
+            }
         )
         seed_step(run.seed, str(COMPARED), one.name, two.name)
         found = PairFit(one, two, match, config.size, denoiser).result()
@@ -302,9 +308,10 @@ def _compared(
         if spec.ellipsoids:
             names = [str(i) for i in range(spec.ellipsoids + 1)]
             made = [_shape(run, "ellipsoids", name, config) for name in names]
-            others = list(zip(made, made[1:]))
+            others = list(pairwise(made))
             ours, plain = (
-                float(np.mean([error(*pair, mask, spec.weights[0]) for pair in others])) for mask in ("diffusion", "none")
+                float(np.mean([error(*pair, mask, spec.weights[0]) for pair in others]))
+                for mask in ("diffusion", "none")
             )
             out |= {"transfer_error": ours, "transfer_gain": plain / max(ours, 1e-6)}
         return out
@@ -337,7 +344,11 @@ def _draw(run: Run, config: Config, matched: list[_Matched]) -> None:
     learned = config.match.features == "network" and config.match.steps > 0
     for m in matched:
         colours = place_colours(m.one.mesh.vertices)
-        shown = {"truth": _true_points(m.one, m.two), "student": m.points, **({"before the fit": m.start} if learned else {})}
+        shown = {
+            "truth": _true_points(m.one, m.two),
+            "student": m.points,
+            **({"before the fit": m.start} if learned else {}),
+        }
         for name, points in shown.items():
             pictures, captions = columns.setdefault(name, ([], []))
             second = drawn(m.two.mesh, colours[points.cpu().numpy()], SIDE)
@@ -361,8 +372,7 @@ def _heat(mask: Tensor) -> Tensor:
 
 @evaluates(ShapeMatcher.kind)
 def evaluate(product: ShapeMatcher, run: Run) -> dict[str, float]:
-    """`geodesic_error`: of the run's pairs after ZoomOut, as a share of the root of the area; and the denoiser's size.
-    """
+    """`geodesic_error`: of the run's pairs after ZoomOut, over the root of the area; and the denoiser's size."""
     config = run.config
     assert isinstance(config, Config)
     spec = config.shapes

@@ -40,6 +40,7 @@ class ShapeMatcher(Product):
     """
 
     kind: ClassVar[str] = "stillhouse.methods.correspondence.diffumatch:ShapeMatcher"
+    reads = "files"
     formats: ClassVar[Mapping[str, str]] = {"matches": "matches", "safetensors": WEIGHTS}
     module: Denoiser
     denoiser: DenoiserSpec
@@ -74,12 +75,15 @@ class ShapeMatcher(Product):
         functional, points = self.matched(first, second)
         picture = side_by_side(first.mesh, second.mesh, points)
         words = f"{len(points):,} vertices matched to {len(points.unique()):,} of {len(first.points):,}"
-        yield f"{second.name}-{first.name}", {
-            "found": words,
-            "points": points.tolist(),
-            "map": [[round(x, 5) for x in row] for row in functional[: self.size, : self.size].tolist()],
-            "picture": picture,
-        }
+        yield (
+            f"{second.name}-{first.name}",
+            {
+                "found": words,
+                "points": points.tolist(),
+                "map": [[round(x, 5) for x in row] for row in functional[: self.size, : self.size].tolist()],
+                "picture": picture,
+            },
+        )
 
     def save(self, folder: Path) -> None:
         self._write(folder / WEIGHTS, self.module.state_dict())

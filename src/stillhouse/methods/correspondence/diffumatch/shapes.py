@@ -134,8 +134,8 @@ def true_map(one: Shape, two: Shape, size: int) -> Tensor:
 def _known(shape: Shape) -> Tensor:
     if shape.mesh.correspondence is None:
         raise UserError(
-            f"The mesh '{shape.name}' has no array `correspondence` (for each vertex of a template its vertex here), so "
-            "its map to others is not known."
+            f"The mesh '{shape.name}' has no array `correspondence` (for each vertex of a template its vertex here), "
+            "so its map to others is not known."
         )
     return torch.from_numpy(shape.mesh.correspondence).to(shape.basis.device)
 
@@ -148,4 +148,3 @@ def errors(points: Tensor, one: Mesh, two: Mesh, count: int | None = 1000) -> np
     some = np.arange(total) if count is None or count >= total else np.linspace(0, total - 1, count).astype(np.int64)
     found = points.cpu().numpy()[two.correspondence[some]]
     return one.distances_between(one.correspondence[some], found)
-

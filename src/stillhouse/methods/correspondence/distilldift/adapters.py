@@ -54,8 +54,7 @@ class QueryValueAdapter(nn.Module):
 
 
 def adapted(network: nn.Module, rank: int, dropout: float, train_qkv: bool = False) -> int:
-    """Freeze a network and give each of its `qkv` layers an adapter; how many. Raises `UserError` where there are none.
-    """
+    """Freeze a network and give each `qkv` layer an adapter; how many. Raises `UserError` where there are none."""
     network.requires_grad_(False)
     found = [module for module in network.modules() if isinstance(getattr(module, "qkv", None), nn.Linear)]
     for module in found:

@@ -25,12 +25,12 @@ student as it began (`pck_start`) and before refinement (`pck_distilled`), and o
 
 Departures and choices. Views of FAUST's bodies take the place of SPair-71k and CO3D: points of other bodies are known,
 and depth is exact. The diffusion teacher is a small U-Net trained on these views (SDXL-Turbo in the paper), the second
-one the first stages of an ImageNet network, enlarged (DINOv2). The student is a small transformer made self-supervised on
-the views by patches of two recoloured and moved copies; a pretrained one is `student.network.pretrained: true` with
-`student.start: null`. The released loss gives probabilities to a cross-entropy with a second softmax over source patches
-(`distil.form: official`, and `sce` in both directions), and normalises the teachers over image columns
-(`distil.normalise: width`); the defaults are as the text has them. The released list of trained weights contains
-`qkv` itself (`student.train_qkv`). Places of pixels on grids are those of their middles.
+one the first stages of an ImageNet network, enlarged (DINOv2). The student is a small transformer made self-supervised
+on the views by patches of two recoloured and moved copies; a pretrained one is `student.network.pretrained: true` with
+`student.start: null`. The released loss gives probabilities to a cross-entropy with a second softmax over source
+patches (`distil.form: official`, and `sce` in both directions), and normalises the teachers over image columns
+(`distil.normalise: width`); the defaults are as the text has them. The released list of trained weights contains `qkv`
+itself (`student.train_qkv`). Places of pixels on grids are those of their middles.
 """
 
 from __future__ import annotations
@@ -351,9 +351,7 @@ def _device(module: nn.Module) -> torch.device:
     return next(module.parameters()).device
 
 
-def _distil(
-    run: Run, config: Config, student: PatchNetwork, train: Pictures, teachers: dict[str, Features]
-) -> float:
+def _distil(run: Run, config: Config, student: PatchNetwork, train: Pictures, teachers: dict[str, Features]) -> float:
     """Seconds of the distillation."""
     spec, images = config.distil, train.images
     if not spec.steps:

@@ -190,7 +190,9 @@ def view_invariance(network: PatchNetwork, head: nn.Module, images: Tensor, patc
         for p in place
     ]
     every = torch.arange(len(x), device=x.device)
-    moved = x.permute(0, 2, 3, 1)[every[:, None, None], pixels[0][:, :, None], pixels[1][:, None, :]].permute(0, 3, 1, 2)
+    moved = x.permute(0, 2, 3, 1)[every[:, None, None], pixels[0][:, :, None], pixels[1][:, None, :]].permute(
+        0, 3, 1, 2
+    )
     one, two = head(network(_recoloured(x)).permute(0, 2, 3, 1)), head(network(_recoloured(moved)).permute(0, 2, 3, 1))
     same = one[every[:, None, None], place[0][:, :, None], place[1][:, None, :]]
     chosen = torch.randint(len(x) * grid * grid, (min(512, len(x) * grid * grid),), device=x.device)

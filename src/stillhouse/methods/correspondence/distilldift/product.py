@@ -38,6 +38,7 @@ class ImageMatcher(Product):
     """
 
     kind: ClassVar[str] = "stillhouse.methods.correspondence.distilldift:ImageMatcher"
+    reads = "files"
     formats: ClassVar[Mapping[str, str]] = {"safetensors": WEIGHTS}
     module: PatchNetwork
     model: ModelSpec
@@ -63,12 +64,15 @@ class ImageMatcher(Product):
         axes = [(torch.arange(GRID) + 0.5) / GRID * size - 0.5 for size in source.shape[-2:]]
         points = torch.stack(torch.meshgrid(*axes, indexing="ij"), -1).flatten(0, 1)
         found = self.matched(source, target, points).cpu()
-        yield f"{files[0].stem}-{files[1].stem}", {
-            "found": f"{len(points)} points of {files[0].name} in {files[1].name}",
-            "points": points.round(decimals=1).tolist(),
-            "places": found.round(decimals=1).tolist(),
-            "picture": with_points((source, target), (points, found)),
-        }
+        yield (
+            f"{files[0].stem}-{files[1].stem}",
+            {
+                "found": f"{len(points)} points of {files[0].name} in {files[1].name}",
+                "points": points.round(decimals=1).tolist(),
+                "places": found.round(decimals=1).tolist(),
+                "picture": with_points((source, target), (points, found)),
+            },
+        )
 
     def save(self, folder: Path) -> None:
         self._write(folder / WEIGHTS)

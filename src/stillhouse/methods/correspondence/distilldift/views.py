@@ -89,9 +89,9 @@ def rendered(spec: ViewsSpec, root: Path, train: bool) -> Pictures:
         chosen = np.linspace(0, len(mesh.correspondence) - 1, spec.points).astype(np.int64)
         places = mesh.vertices[mesh.correspondence[chosen]]
         draw = np.random.default_rng(key("views", spec.seed, name))
-        texture = _texture(mesh, draw)
+        texture, normals = _texture(mesh, draw), mesh.normals()
         for _ in range(count):
-            for field, value in _one(mesh, places, texture, spec, draw).items():
+            for field, value in _one(mesh, places, (texture, normals), spec, draw).items():
                 rows[field].append(value)
             rows["body"].append(np.array(number))
     made = {name: torch.from_numpy(np.stack(values)) for name, values in rows.items()}
@@ -111,16 +111,17 @@ def _texture(mesh: Mesh, draw: np.random.Generator) -> np.ndarray:
 
 
 def _one(
-    mesh: Mesh, places: np.ndarray, texture: np.ndarray, spec: ViewsSpec, draw: np.random.Generator
+    mesh: Mesh, places: np.ndarray, skin: tuple[np.ndarray, np.ndarray], spec: ViewsSpec, draw: np.random.Generator
 ) -> dict[str, np.ndarray]:
-    """A view from a random place under a random light, before a random ground."""
+    """A view from a random place under a random light, before a random ground; `skin` is colours and normals (V, 3)."""
+    texture, normals = skin
     low, high = mesh.vertices.min(0), mesh.vertices.max(0)
     azimuth, elevation = draw.uniform(-spec.turn, spec.turn), draw.uniform(-10, 30)
-    distance = draw.uniform(1.5, 1.9) * float(np.linalg.norm(high - low))
+    distance = draw.uniform(1.2, 1.5) * float(np.linalg.norm(high - low))
     camera = camera_around((low + high) / 2 + draw.normal(size=3) * 0.03, distance, azimuth, elevation, 36.0, spec.side)
     view = seen(mesh, camera)
     light = -camera.rotation[2] + draw.normal(size=3) * 0.7
-    shade = 0.35 + 0.65 * (mesh.normals() @ (light / np.linalg.norm(light))).clip(0, 1)
+    shade = 0.35 + 0.65 * (normals @ (light / np.linalg.norm(light))).clip(0, 1)
     body = view.interpolated(mesh, texture * shade[:, None])
     across = np.linspace(-1, 1, spec.side)
     ground = draw.uniform(0.1, 0.9, 3) + 0.2 * (draw.normal() * across[:, None] + draw.normal() * across)[..., None]
