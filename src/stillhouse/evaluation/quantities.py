@@ -257,13 +257,24 @@ _KNOWN = {
         "and covariance agree. Not comparable with distances in Inception's features.",
     ),
     "prompt_accuracy": Quantity(
-        "Prompt followed", "%", 100, 1, 1, "Share of samples in which the classifier sees a class that the prompt means."
+        "Prompt followed", "%", 100, 1, 1, "Share of samples in which the judge sees a class that the prompt means."
     ),
     "modes": Quantity(
         "Modes", "", 1, 2, 1, "Effective number of classes among the samples of a prompt: exp of the entropy of shares."
     ),
     "diversity": Quantity(
         "Diversity", "", 1, 3, 1, "Mean distance of two samples of a prompt, in the classifier's features."
+    ),
+    "blocks_kept": Quantity(
+        "Blocks kept", "%", 100, 1, -1, "Share of pairs of blocks of tokens whose attention is computed."
+    ),
+    "jerk": Quantity(
+        "Jerk",
+        "pixels",
+        1,
+        3,
+        0,
+        "How unevenly what is bright moves: the mean second difference of its centre from frame to frame.",
     ),
     "probe_accuracy": Quantity(
         "Accuracy, judge", "%", 100, 1, 0, "Test accuracy of the classifier by which samples are judged."

@@ -11,7 +11,7 @@ from torch import Tensor
 from stillhouse.distillation.teachers import Reader
 from stillhouse.evaluation.generation import frechet_distance, modes, pairwise_distance
 from stillhouse.generation.config import GenerationConfig, Prompts
-from stillhouse.generation.product import Generator
+from stillhouse.generation.product import Generator, real_samples
 from stillhouse.randomness import generator
 from stillhouse.runs.evaluators import evaluates
 from stillhouse.runs.method import Stage
@@ -87,6 +87,10 @@ class Probe:
                     break
             self._real = self.see(torch.cat(kept)[:REAL])
         return self._real
+
+    def real_samples(self, count: int) -> Tensor:
+        """(prompts, count, ...) training samples of each prompt; fewer are repeated."""
+        return real_samples(self.run, self.config.data, self.prompts, count)
 
     def noise(self, of: int, *keys: int | str) -> Tensor:
         """(judge.samples, ...) the noise from which every network's samples of a prompt begin."""

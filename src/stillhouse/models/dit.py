@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from stillhouse.errors import UserError
 from stillhouse.models.registry import register
-from stillhouse.nn.dit import DiTBlock, Mix, SelfAttention, grid_positions, modulated, step_embedding
+from stillhouse.nn.dit import DiTBlock, SelfAttention, grid_positions, modulated, step_embedding
 
 ANGLES = 256  # numbers of a step's embedding, before its perceptron
 
@@ -83,7 +83,7 @@ class DiT(nn.Module):
             assert isinstance(block, DiTBlock)
             yield block.attention
 
-    def mix_by(self, mix: Mix) -> None:
+    def mix_by(self, mix: nn.Module) -> None:
         """Replace what every attention does with queries, keys and values."""
         for attention in self.attentions:
             attention.mix = mix

@@ -4,16 +4,12 @@ and layer norms that a condition shifts, scales and gates."""
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from stillhouse.errors import UserError
-
-Mix = Callable[[Tensor, Tensor, Tensor], Tensor]
-"""Queries, keys and values (B, heads, L, D) -> what each token takes from the others, shaped as the queries."""
 
 
 def step_embedding(t: Tensor, width: int, longest: float = 10000.0) -> Tensor:
@@ -39,14 +35,22 @@ def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return F.scaled_dot_product_attention(q, k, v)
 
 
+class DenseAttention(nn.Module):
+    """Every token takes from every other."""
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Queries, keys and values (B, heads, L, D) -> (B, heads, L, D)."""
+        return attend(q, k, v)
+
+
 class SelfAttention(nn.Module):
     """Self-attention with normalised queries and keys.
 
     Attributes:
-        mix: what is done with queries, keys and values; set it to replace dense attention.
+        mix: what is done with queries, keys and values (B, heads, L, D); set it to replace dense attention.
     """
 
-    mix: Mix
+    mix: nn.Module
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
@@ -55,12 +59,13 @@ class SelfAttention(nn.Module):
         self.heads = heads
         self.q, self.k, self.v, self.out = (nn.Linear(width, width) for _ in range(4))
         self.q_norm, self.k_norm = (nn.RMSNorm(width // heads, eps=1e-6) for _ in range(2))
-        self.mix = attend
+        self.mix = DenseAttention()
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, L, width) -> (B, L, width)."""
         q, k, v = (f(x).unflatten(-1, (self.heads, -1)).transpose(1, 2) for f in (self.q, self.k, self.v))
-        return self.out(self.mix(self.q_norm(q), self.k_norm(k), v).transpose(1, 2).flatten(2))
+        mixed: Tensor = self.mix(self.q_norm(q), self.k_norm(k), v)
+        return self.out(mixed.transpose(1, 2).flatten(2))
 
 
 def modulated(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:

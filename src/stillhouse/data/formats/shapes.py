@@ -23,7 +23,7 @@ from stillhouse.randomness import generator
 __all__ = ["KEYS", "REST", "Options", "load"]
 REST = ""
 SHAPES = ("circle", "square", "triangle", "cross")
-LARGEST, SMALLEST = 0.24, 0.14  # half a shape's extent, as a share of the picture's side
+LARGEST, SMALLEST = 0.32, 0.2  # half a shape's extent, as a share of the picture's side
 DIMMEST = 0.5  # brightness
 SLOWEST, FASTEST = 0.04, 0.1  # of the side, a frame
 

@@ -1,0 +1,1 @@
+"""Papers whose student generates: images, clips."""
