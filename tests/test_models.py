@@ -59,7 +59,7 @@ def make(
     return build(ModelSpec(model=name, options=options), classes, shape)
 
 
-DETECTORS = {"one_stage", "pyramid_detector", "yolov4"}  # see test_detection.py
+DETECTORS = {"one_stage", "pyramid_detector", "yolov4", "point_pillars", "second", "point_rcnn"}  # see their own tests
 RESTORERS = {"imdn", "imdn_as", "imdn_rtc", "imdn_rte"}  # see test_imdn.py
 PAIRED = {"clip", "two_towers"}  # see test_image_text.py
 DENOISERS = {"dit"}  # see test_diffusion.py

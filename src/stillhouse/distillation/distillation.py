@@ -432,7 +432,7 @@ class Distillation(TrainingModule):
         if not torch.is_grad_enabled() or not self.training:
             return
         for name, tap in student.taps.items():
-            if not tap.requires_grad:
+            if tap.is_floating_point() and not tap.requires_grad:  # counts and ids have none
                 raise UserError(
                     f"The student's tap '{name}' carries no gradient, so a loss on it would train nothing; is that "
                     "part frozen, or under gradient checkpointing with use_reentrant=True?"

@@ -390,6 +390,29 @@ _KNOWN = {
     "ap_small": Quantity("AP, small", "%", 100, 2, 1, "AP of boxes below 32 x 32 pixels of the image's own size."),
     "ap_medium": Quantity("AP, medium", "%", 100, 2, 1, "AP of boxes of 32 x 32 to 96 x 96 pixels."),
     "ap_large": Quantity("AP, large", "%", 100, 2, 1, "AP of larger boxes."),
+    "ap_bev": Quantity(
+        "AP from above",
+        "%",
+        100,
+        2,
+        1,
+        "Average precision at 40 recalls (KITTI) of boxes in space, turned and seen from above; mean over the classes.",
+    ),
+    "ap_3d": Quantity("AP in space", "%", 100, 2, 1, "The same by the volume that boxes share."),
+    "effective_queries": Quantity(
+        "Queries that count", "", 1, 1, 0, "To how many equal ones the weights of the last step's queries amount."
+    ),
+    "neighbour_agreement": Quantity(
+        "Shared neighbours",
+        "%",
+        100,
+        1,
+        1,
+        "Of a row's nearest in the teacher's features, the share that are among its nearest in the student's.",
+    ),
+    "edge_spread": Quantity(
+        "Spread of edges", "", 1, 3, 1, "Standard deviation of the teacher's encoded edges; 0: they became a constant."
+    ),
     "parameters_kept": Quantity("Parameters left", "%", 100, 1, -1, "Share of the parameters that pruning leaves."),
     "multiply_adds_kept": Quantity(
         "Multiply-adds left", "%", 100, 1, -1, "Share of the multiply-adds that pruning leaves."

@@ -65,11 +65,16 @@ def unsuppressed(boxes: Tensor, labels: Tensor, threshold: float, rounds: int = 
         labels: (B, N) class ids.
         threshold: of intersection over union.
     """
+    return unsuppressed_by(pairwise_iou(boxes, boxes), labels, threshold, rounds)
+
+
+def unsuppressed_by(overlap: Tensor, labels: Tensor, threshold: float, rounds: int = 20) -> Tensor:
+    """The same where the overlap (B, N, N) of boxes of any form is known, (B, N) bool."""
     same = labels[:, :, None] == labels[:, None, :]
-    over = ((pairwise_iou(boxes, boxes) > threshold) & same).triu(1).to(boxes.dtype)  # [j, i]: j is better than i
-    left = torch.ones_like(labels, dtype=boxes.dtype)
-    for _ in range(min(rounds, boxes.shape[1])):
-        left = ((left[:, None] @ over)[:, 0] == 0).to(boxes.dtype)
+    over = ((overlap > threshold) & same).triu(1).to(overlap.dtype)  # [j, i]: j is better than i
+    left = torch.ones_like(labels, dtype=overlap.dtype)
+    for _ in range(min(rounds, labels.shape[1])):
+        left = ((left[:, None] @ over)[:, 0] == 0).to(overlap.dtype)
     return left.bool()
 
 

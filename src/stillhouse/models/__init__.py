@@ -23,6 +23,7 @@ from stillhouse.models import efficientnet as efficientnet
 from stillhouse.models import imdn as imdn
 from stillhouse.models import mobile as mobile
 from stillhouse.models import one_stage as one_stage
+from stillhouse.models import point_detectors as point_detectors
 from stillhouse.models import resnet as resnet
 from stillhouse.models import sources
 from stillhouse.models import transformer as transformer
