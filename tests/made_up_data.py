@@ -39,6 +39,7 @@ IMAGES: dict[str, tuple[int, tuple[int, int, int], int]] = {
 MASKS = {"masks:voc2012_aug": (500, 375), "masks:cityscapes": (2048, 1024)}
 PHOTOGRAPHS = {"restore:DIV2K/DIV2K_train_HR": 768}  # name: a side in pixels
 BOXES = {"coco:coco": 80, "voc:VOCdevkit/VOC0712": 20}  # name: classes
+CLOUDS = {"kitti:kitti"}
 TEXTS: dict[str, dict[str, Any]] = {
     "text:hf:EdinburghNLP/xsum": {"document": "w1 w2 w3 w4 w5 w6", "summary": "w7 w8"},
     "text:hf:stanfordnlp/sst2": {"sentence": "w1 w2 w3 w4", "label": 1},
@@ -137,6 +138,11 @@ def load(run: Run, spec: Any, folder: Path) -> Any:
             for i in range(count):
                 Image.new("RGB", (64, 48)).save(place / split / f"{i}.jpg")
         return _read(run, spec.model_copy(update={"options": {}}), f"coco:{place}")
+    if spec.name in CLOUDS:
+        place = folder / spec.name.replace(":", "_")
+        if not place.exists():
+            _clouds(place)
+        return _read(run, spec, f"kitti:{place}")
     if spec.name in TEXTS:
         place = folder / f"{spec.name.split('/')[-1].split(':')[-1]}.jsonl"
         count = ROWS.get(spec.name, 100)
@@ -151,6 +157,26 @@ def load(run: Run, spec: Any, folder: Path) -> Any:
         place.write_text(json.dumps([{"messages": turns}] * 300))
         return _read(run, spec.model_copy(update={"options": {**spec.options, "test": None}}), f"conversations:{place}")
     return None
+
+
+def _clouds(place: Path) -> None:
+    """A folder as KITTI's, of clouds in which a car stands."""
+    for part in ("velodyne", "label_2", "calib"):
+        (place / "training" / part).mkdir(parents=True)
+    (place / "ImageSets").mkdir()
+    for split, count in (("train", 12), ("val", 2)):
+        names = [f"{split}{i}" for i in range(count)]
+        (place / "ImageSets" / f"{split}.txt").write_text("\n".join(names))
+        for name in names:
+            points = torch.rand(200, 4, generator=generator(name)) * torch.tensor([40.0, 10.0, 2.0, 1.0])
+            points.numpy().tofile(place / "training" / "velodyne" / f"{name}.bin")
+            (place / "training" / "calib" / f"{name}.txt").write_text(
+                "P2: 700 0 600 0 0 700 180 0 0 0 1 0\nR0_rect: 1 0 0 0 1 0 0 0 1\n"
+                "Tr_velo_to_cam: 0 -1 0 0 0 0 -1 0 1 0 0 0\n"
+            )
+            (place / "training" / "label_2" / f"{name}.txt").write_text(
+                "Car 0 0 0 100 100 200 200 1.5 1.6 3.9 2.0 1.7 10.0 -1.57\n"
+            )
 
 
 def _read(run: Run, spec: Any, name: str) -> Any:

@@ -31,7 +31,8 @@ CLASSES: dict[str, tuple[tuple[float, float, float], list[tuple[float, float, fl
     "person": ((0.7, 0.6, 1.75), [(0.0, 0.6, 0.5, 0.0, 0.5), (0.0, 1.0, 1.0, 0.5, 0.85), (0.0, 0.4, 0.4, 0.85, 1.0)]),
     "pole": ((0.4, 0.4, 3.0), [(0.0, 1.0, 1.0, 0.0, 1.0)]),
 }
-OVERLAP = 0.5
+OVERLAP = {"car": 0.5, "person": 0.3, "pole": 0.3}
+"""From which a box is right; less of slim things, of which a cell of a map is as large as they are."""
 FEWEST = 5  # rays that meet an object, else it is left out
 NOISE = 0.02  # metres along a ray
 TURN = math.radians(10)
@@ -71,7 +72,7 @@ def load(rest: str, spec: DataSpec, options: Options, root: Path) -> SampleBundl
         split: (count, lru_cache(STORED)(partial(_scene, sweeps, options, identity, split)))
         for split, count in (("train", options.scenes), ("test", options.test_scenes))
     }
-    return scenes(opens, list(CLASSES), [OVERLAP] * len(CLASSES), spec, options)
+    return scenes(opens, list(CLASSES), [OVERLAP[name] for name in CLASSES], spec, options)
 
 
 def read_sweep(path: Path) -> np.ndarray:
