@@ -61,7 +61,7 @@ def make(
 
 DETECTORS = {"one_stage", "pyramid_detector", "yolov4", "point_pillars", "second", "point_rcnn"}  # see their own tests
 RESTORERS = {"imdn", "imdn_as", "imdn_rtc", "imdn_rte"}  # see test_imdn.py
-PAIRED = {"clip", "two_towers"}  # see test_image_text.py
+PAIRED = {"clip", "two_towers", "visual_language"}  # see test_image_text.py, test_llava_mod.py
 DENOISERS = {"dit"}  # see test_diffusion.py
 
 

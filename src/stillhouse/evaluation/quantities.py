@@ -413,6 +413,41 @@ _KNOWN = {
     "edge_spread": Quantity(
         "Spread of edges", "", 1, 3, 1, "Standard deviation of the teacher's encoded edges; 0: they became a constant."
     ),
+    "exact": Quantity(
+        "Exact answers", "%", 100, 2, 1, "Answers that the network writes word by word as they are right."
+    ),
+    "exact_teacher": Quantity("Exact answers, teacher", "%", 100, 2, 1, "The same of the large model."),
+    "invented": Quantity(
+        "Invented", "%", 100, 2, -1, "Of the things asked for that are not in the image, the share said to be there."
+    ),
+    "invented_teacher": Quantity("Invented, teacher", "%", 100, 2, -1, "The same of the large model."),
+    "caption_hallucination": Quantity(
+        "Hallucinated in captions",
+        "%",
+        100,
+        2,
+        -1,
+        "Of the things named in captions that the network writes, the share that is not in the image.",
+    ),
+    "margin_over_teacher": Quantity(
+        "Margin over the teacher's",
+        "nats",
+        1,
+        3,
+        1,
+        "How much more probable than a wrong answer the right one is, less the same of the teacher; mean.",
+    ),
+    "expert_balance": Quantity(
+        "Balance of experts", "", 1, 3, -1, "1 where all experts have equal load, up to their number."
+    ),
+    "dropped_routes": Quantity(
+        "Dropped routes",
+        "%",
+        100,
+        2,
+        -1,
+        "Of the ways of tokens to experts in training, those for which there is no room.",
+    ),
     "parameters_kept": Quantity("Parameters left", "%", 100, 1, -1, "Share of the parameters that pruning leaves."),
     "multiply_adds_kept": Quantity(
         "Multiply-adds left", "%", 100, 1, -1, "Share of the multiply-adds that pruning leaves."
@@ -764,6 +799,8 @@ def _alike(name: str) -> Quantity:
         return replace(_KNOWN["ap"], title=f"AP, {what.replace('_', ' ')}")
     if name.startswith("ap_class_"):
         return replace(_KNOWN["ap"], title=f"AP, {name.removeprefix('ap_class_').replace('_', ' ')}")
+    if kind == "exact" and what:
+        return replace(_KNOWN["exact"], title=f"Exact answers, {what.replace('_', ' ')}")
     if kind == "iou" and what:
         return Quantity(
             f"IoU, {what.replace('_', ' ')}",

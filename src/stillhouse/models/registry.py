@@ -21,6 +21,7 @@ LATER = {
     "pyramid_detector": "stillhouse.models.pyramid_detector",
     "pyramid_segmenter": "stillhouse.models.pyramid_segmenter",
     "two_towers": "stillhouse.models.two_towers",
+    "visual_language": "stillhouse.models.visual_language",
 }
 """Nets whose module needs another library: it is imported when one of them is asked for."""
 _NETS: dict[str, tuple[type[nn.Module], Fixed]] = {}

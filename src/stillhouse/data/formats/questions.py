@@ -227,7 +227,7 @@ def written(task: VisualText, prompts: Sequence[str], answers: Sequence[str]) ->
     tokens, length = task.tokenizer, task.context
     ids = torch.full((len(prompts), length), tokens.pad_token_id)
     label, mask = torch.full_like(ids, IGNORED), torch.zeros_like(ids)
-    asked = encode(tokens, [p + " " for p in prompts])
+    asked = task.asked(prompts)
     for i, (prompt, answer) in enumerate(zip(asked, encode(tokens, answers))):
         row = [*prompt, *answer, tokens.eos_token_id]
         if len(row) > length:
