@@ -27,6 +27,8 @@ from stillhouse.tasks.detection import TARGET, Detection
 KEYS = frozenset({"image_size", "augment"})
 SMALLEST = 1.0  # pixels a side that a box has in the network's input, else it is left out
 SPLITS = ("train", "val", "test")
+OF_OBJECTS = ("labels", "crowd", "masks")
+"""What a sample holds for each of its boxes."""
 
 
 @dataclass
@@ -40,6 +42,7 @@ class BoxedImage:
         labels: (n,) class ids.
         crowd: (n,) whether it is a region that is neither right nor wrong: not learned, and ignored in judging.
         size: (height, width) as the annotation has it; None: unknown.
+        masks: gives (n, height, width) bool, the pixels of the object in each box; None: boxes alone.
     """
 
     name: str
@@ -48,6 +51,7 @@ class BoxedImage:
     labels: np.ndarray
     crowd: np.ndarray
     size: tuple[int, int] | None = None
+    masks: Callable[[], np.ndarray] | None = None
 
 
 @dataclass
@@ -87,7 +91,17 @@ def cleaned(image: BoxedImage, left_out: LeftOut, data: str) -> BoxedImage:
         boxes, kept = clipped, real & inside
     crowd = np.asarray(image.crowd, bool)[kept]
     labels = np.asarray(image.labels, np.int64)[kept]
-    return BoxedImage(image.name, image.open, boxes[kept].astype(np.float32), labels, crowd, image.size)
+    masks = None if image.masks is None else _Kept(image.masks, kept)
+    return BoxedImage(image.name, image.open, boxes[kept].astype(np.float32), labels, crowd, image.size, masks)
+
+
+@dataclass
+class _Kept:
+    masks: Callable[[], np.ndarray]
+    which: np.ndarray
+
+    def __call__(self) -> np.ndarray:
+        return self.masks()[self.which]
 
 
 def boxed(
@@ -101,6 +115,8 @@ def boxed(
         classes: names, in label order.
         spec: the recipe's `data`.
         format_facts: further facts that the fingerprint depends on.
+
+    Objects have masks where the images' say so, all or none.
 
     Raises:
         UserError: no training images, no class, images of several sizes without data.image_size, a box that is no
@@ -122,7 +138,8 @@ def boxed(
     portions = cut(strata, spec, 0.2 * len(parts["train"]), in_proportion)
     rows = {name: starts[portion.source] + portion.rows for name, portion in portions.items()}
     size = _wanted(spec, everything)
-    task = Detection(tuple(classes), size, IMAGENET_MEAN, IMAGENET_STD)
+    masks = any(image.masks is not None for image in everything)
+    task = Detection(tuple(classes), size, IMAGENET_MEAN, IMAGENET_STD, masks)
     content = [(i.name, i.size, i.boxes.tolist(), i.labels.tolist(), i.crowd.tolist()) for i in everything]
     facts = (content, tuple(classes), size, format_facts)
     fingerprint = digest(*facts, *[(n, rows[n]) for n in sorted(rows)], *[rows[n] for n in sorted(rows)])
@@ -133,7 +150,11 @@ def boxed(
     def make(split: str, train: bool) -> SampleDataset:
         return SampleDataset(source.read, rows[split], _Training(source, moved) if train else source.plain, [TARGET])
 
-    return SampleBundle(spec.name, task, fingerprint, rows, make)
+    def contents(position: int) -> np.ndarray:
+        image = everything[position]
+        return np.unique(image.labels[~image.crowd])
+
+    return SampleBundle(spec.name, task, fingerprint, rows, make, contents=contents)
 
 
 @dataclass
@@ -155,7 +176,9 @@ class _Source:
             )
         edge = np.array([own[1], own[0]] * 2, np.float32)
         boxes = torch.from_numpy(np.clip(found.boxes, 0, edge))
+        masks = {} if found.masks is None else {"masks": tv_tensors.Mask(torch.from_numpy(found.masks()))}
         return {
+            **masks,
             "input": tv_tensors.Image(torch.from_numpy(np.array(image)).permute(2, 0, 1)),
             "boxes": tv_tensors.BoundingBoxes(boxes, format="XYXY", canvas_size=own),
             "labels": torch.from_numpy(found.labels),
@@ -176,10 +199,14 @@ class _Source:
             image, boxes = V.resize(image, list(self.size), antialias=True), V.resize(boxes, list(self.size))
         boxes = V.clamp_bounding_boxes(boxes).as_subclass(torch.Tensor).float().reshape(-1, 4)
         kept = ((boxes[:, 2:] - boxes[:, :2]) > smallest).all(1)
+        masks = {}
+        if "masks" in sample:
+            masks["masks"] = nearest(sample["masks"].as_subclass(torch.Tensor), self.size)
+            kept = kept & masks["masks"].flatten(1).any(1)
         if not kept.all():  # on the host, in the loader
-            boxes = boxes[kept]
+            boxes, masks = boxes[kept], {k: v[kept] for k, v in masks.items()}
         pixels = normalise(with_channels(image.as_subclass(torch.Tensor), 3)[None], IMAGENET_MEAN, IMAGENET_STD)[0]
-        target = {"boxes": boxes, "labels": sample["labels"][kept], "crowd": sample["crowd"][kept]}
+        target = {"boxes": boxes, "labels": sample["labels"][kept], "crowd": sample["crowd"][kept], **masks}
         return {"input": pixels, TARGET: {**target, "size": sample["size"]}}
 
 
@@ -195,8 +222,22 @@ class _Training:
         if not own.all():
             boxes = sample["boxes"]
             kept = tv_tensors.wrap(boxes.as_subclass(torch.Tensor)[own], like=boxes)
-            sample = {**sample, "boxes": kept, **{k: sample[k][own] for k in ("labels", "crowd")}}
+            sample = {**sample, "boxes": kept, **objects(sample, own)}
         return self.source.finished(self.moved(sample), SMALLEST)
+
+
+def objects(sample: Sample, which: torch.Tensor) -> Sample:
+    """Labels, crowd and masks of the objects (n,) bool of a sample."""
+    out = {k: sample[k][which] for k in OF_OBJECTS if k in sample}
+    return {k: tv_tensors.wrap(v, like=sample[k]) if k == "masks" else v for k, v in out.items()}
+
+
+def nearest(masks: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+    """Masks (n, H, W) at another size, each pixel that of the nearest place; n may be 0."""
+    rows, columns = (
+        ((torch.arange(new) + 0.5) * old / new).long().clamp_max(old - 1) for new, old in zip(size, masks.shape[-2:])
+    )
+    return masks[:, rows][:, :, columns]
 
 
 def crop_and_mirror(sample: Sample) -> Sample:
@@ -219,9 +260,11 @@ def crop_and_mirror(sample: Sample) -> Sample:
     inside = ((middle >= low) & (middle <= low + torch.tensor([w, h]))).all(1)
     kept = tv_tensors.wrap(corners[inside], like=boxes)
     out = {**sample, "input": V.crop(image, top, left, h, w), "boxes": V.crop(kept, top, left, h, w)}
-    out |= {k: sample[k][inside] for k in ("labels", "crowd")}
+    out |= objects(sample, inside)
+    if "masks" in out:
+        out["masks"] = V.crop(out["masks"], top, left, h, w)
     if mirror < 0.5:
-        out |= {k: V.horizontal_flip(out[k]) for k in ("input", "boxes")}
+        out |= {k: V.horizontal_flip(out[k]) for k in ("input", "boxes", "masks") if k in out}
     return out
 
 

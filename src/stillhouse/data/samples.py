@@ -99,6 +99,7 @@ class SampleBundle(Splits):
         splits: name -> positions.
         make: (split, for training) -> its samples.
         flip: whether a mirrored image keeps its meaning.
+        contents: position -> (k,) the class ids that a sample holds, where samples hold several.
     """
 
     name: str
@@ -108,6 +109,7 @@ class SampleBundle(Splits):
     make: Callable[[str, bool], SampleDataset] = field(repr=False)
     evaluation_batch: int = 16
     flip: bool = True
+    contents: Callable[[int], np.ndarray] | None = field(repr=False, default=None)
 
     def dataset(self, split: str, *, train: bool) -> SampleDataset:
         """A split's samples, with training augmentation (`train=True`) or as they are evaluated.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -15,34 +16,44 @@ from stillhouse.errors import MissingExtra, UserError, unknown
 from stillhouse.signals import Batch, Signals
 
 GROUPS = ("detection", "sizes", "classes")
+MASKS = "masks"  # the group of figures of data whose objects have masks
 SIZES = ("small", "medium", "large")  # below 32², to 96², and above, in pixels of the image's own size
 MOST = 100  # boxes of an image that count
 
 
 class DetectionMeter:
     """`ap` (mean over IoU 0.5 to 0.95 and over the classes that occur), `ap50`, `ap75`; with `sizes`, `ap_small`,
-    `ap_medium` and `ap_large`; with `classes`, `ap_class_NAME`. A size or class that does not occur has no figure.
+    `ap_medium` and `ap_large`; with `classes`, `ap_class_NAME`; with `masks`, `mask_ap`, `mask_ap50` and `mask_ap75` of
+    the objects' masks. A size or class that does not occur has no figure.
 
     Of an image only its boxes stay in memory, on the device until `figures`. Boxes are measured in the image's own
     pixels, so that sizes mean what COCO means, whatever size the network sees. True boxes with `crowd` are found or
-    not, and count for nothing.
+    not, and count for nothing. Masks are compared at the size of the network's input, and stay in memory as run
+    lengths, on the host.
     """
 
     def __init__(self, classes: Sequence[str], groups: Sequence[str], size: tuple[int, int]) -> None:
         for group in groups:
-            if group not in GROUPS:
-                raise unknown("evaluation group", group, GROUPS)
+            if group not in (*GROUPS, MASKS):
+                raise unknown("evaluation group", group, (*GROUPS, MASKS))
         self.classes, self.groups, self.size = classes, groups, size
         self._found: list[Tensor] = []
         self._true: list[Tensor] = []
+        self._masks: dict[str, list[Any]] = {"found": [], "true": []}
         self._images = 0
 
     def add(self, batch: Batch, outputs: Signals) -> None:
-        """Take the parts `boxes` (B, N, 4), `scores` (B, N) and `labels` (B, N) of a batch, and its `target`."""
+        """Take the parts `boxes` (B, N, 4), `scores` (B, N) and `labels` (B, N) of a batch, and its `target`; with the
+        group `masks` also the part `masks` (B, N, H, W) and the targets'."""
         boxes, scores, labels = (outputs.require(f"part:{name}") for name in ("boxes", "scores", "labels"))
+        masks = outputs.require("part:masks") if MASKS in self.groups else None
         if scores.shape[1] > MOST:
             scores, best = scores.topk(MOST, dim=1)
             boxes, labels = boxes.gather(1, best[..., None].expand(-1, -1, 4)), labels.gather(1, best)
+            masks = None if masks is None else masks[torch.arange(len(masks), device=masks.device)[:, None], best]
+        if masks is not None:
+            self._masks["found"] += [m for image in masks for m in run_lengths(image)]
+            self._masks["true"] += [m for target in batch["target"] for m in run_lengths(target["masks"])]
         images = torch.arange(self._images, self._images + len(boxes), device=boxes.device)
         scale = torch.stack([_scale(t, self.size).to(boxes.device) for t in batch["target"]])
         rows = [images[:, None].expand_as(scores), labels, scores]
@@ -58,23 +69,60 @@ class DetectionMeter:
 
     def figures(self) -> dict[str, float]:
         """All figures. Raises `UserError` without a true box; `MissingExtra` without pycocotools."""
+        evaluated = self.evaluated()
+        stats = evaluated.stats
+        out = {"ap": stats[0], "ap50": stats[1], "ap75": stats[2]} if "detection" in self.groups else {}
+        if "sizes" in self.groups:
+            out |= {f"ap_{name}": stats[3 + i] for i, name in enumerate(SIZES)}
+        if "classes" in self.groups:
+            means = class_precision(evaluated).mean(0)
+            out |= {f"ap_class_{name}": v for name, v in zip(self.classes, np.nan_to_num(means, nan=-1.0))}
+        if MASKS in self.groups:
+            stats = self.evaluated(masks=True).stats
+            out |= {"mask_ap": stats[0], "mask_ap50": stats[1], "mask_ap75": stats[2]}
+        return {name: float(value) for name, value in out.items() if value >= 0}
+
+    def evaluated(self, masks: bool = False) -> Any:
+        """COCOeval of all boxes, or of all masks. Raises as `figures`."""
         true = torch.cat(self._true).double().cpu().numpy() if self._true else np.zeros((0, 7))
         if not (true[:, 2] == 0).any():
             raise UserError("There is no box to judge by: no image of this split has one, or there are no images.")
         found = torch.cat(self._found).double().cpu().numpy()
         if not np.isfinite(found).all():
             raise UserError("The network gives boxes or scores that are not finite (NaN); did its training diverge?")
-        evaluated = coco_evaluation(true, found[found[:, 2] > 0], self._images, len(self.classes))
-        stats = evaluated.stats
-        out = {"ap": stats[0], "ap50": stats[1], "ap75": stats[2]} if "detection" in self.groups else {}
-        if "sizes" in self.groups:
-            out |= {f"ap_{name}": stats[3 + i] for i, name in enumerate(SIZES)}
-        if "classes" in self.groups:
-            precision = evaluated.eval["precision"][:, :, :, 0, -1]  # (IoU, recall, class), of all sizes
-            for i, name in enumerate(self.classes):
-                values = precision[:, :, i][precision[:, :, i] > -1]
-                out[f"ap_class_{name}"] = float(values.mean()) if values.size else -1.0
-        return {name: float(value) for name, value in out.items() if value >= 0}
+        counted = found[:, 2] > 0
+        outlines = None
+        if masks:
+            chosen = [m for m, used in zip(self._masks["found"], counted) if used]
+            outlines = Outlines(self._masks["true"], chosen, self.size)
+        return coco_evaluation(true, found[counted], self._images, len(self.classes), outlines)
+
+
+@dataclass
+class Outlines:
+    """Masks as run lengths of pycocotools, of true and found objects in the order of their rows; (H, W) of a mask."""
+
+    true: list[Any]
+    found: list[Any]
+    size: tuple[int, int]
+
+
+def run_lengths(masks: Tensor) -> list[Any]:
+    """Masks (n, H, W) bool as run lengths. Raises `MissingExtra` without pycocotools."""
+    try:
+        from pycocotools import mask
+    except ImportError:
+        raise MissingExtra("Judging masks", "detection") from None
+    if not len(masks):
+        return []
+    found: list[Any] = mask.encode(np.asfortranarray(masks.cpu().numpy().astype(np.uint8).transpose(1, 2, 0)))
+    return found
+
+
+def class_precision(evaluated: Any) -> np.ndarray:
+    """(10, K) average precision at IoU 0.5 to 0.95 of each class, of all sizes; NaN for a class that does not occur."""
+    values = evaluated.eval["precision"][:, :, :, 0, -1]  # (IoU, recall, class)
+    return np.where((values > -1).all(1), values.mean(1), np.nan)
 
 
 def _scale(target: Any, size: tuple[int, int]) -> Tensor:
@@ -86,13 +134,16 @@ def _scale(target: Any, size: tuple[int, int]) -> Tensor:
     return torch.stack([width / size[1], height / size[0]] * 2)
 
 
-def coco_evaluation(true: np.ndarray, found: np.ndarray, images: int, classes: int) -> Any:
-    """COCOeval of boxes in memory, evaluated and summed up, without a word on the console.
+def coco_evaluation(
+    true: np.ndarray, found: np.ndarray, images: int, classes: int, outlines: Outlines | None = None
+) -> Any:
+    """COCOeval of boxes or masks in memory, evaluated and summed up, without a word on the console.
 
     Args:
         true: (T, 7) image, class, crowd, x1, y1, x2, y2.
         found: (F, 7) image, class, score, x1, y1, x2, y2.
         images, classes: how many there are.
+        outlines: the objects' masks, which are judged in place of their boxes.
 
     Raises:
         MissingExtra: pycocotools is not installed.
@@ -103,7 +154,7 @@ def coco_evaluation(true: np.ndarray, found: np.ndarray, images: int, classes: i
     except ImportError:
         raise MissingExtra("Judging detectors", "detection") from None
 
-    def entries(rows: np.ndarray, third: str) -> list[dict[str, Any]]:
+    def entries(rows: np.ndarray, third: str, masks: Sequence[Any] | None) -> list[dict[str, Any]]:
         sides = np.maximum(rows[:, 5:7] - rows[:, 3:5], 0)
         return [
             {
@@ -114,18 +165,21 @@ def coco_evaluation(true: np.ndarray, found: np.ndarray, images: int, classes: i
                 "bbox": [float(row[3]), float(row[4]), float(w), float(h)],
                 "area": float(w * h),
                 **({} if third == "iscrowd" else {"iscrowd": 0}),
+                **({} if masks is None else {"segmentation": masks[i]}),
             }
             for i, (row, (w, h)) in enumerate(zip(rows, sides))
         ]
 
-    facts = {"images": [{"id": i} for i in range(images)], "categories": [{"id": i} for i in range(classes)]}
+    height, width = (0, 0) if outlines is None else outlines.size
+    frames = [{"id": i, "height": height, "width": width} for i in range(images)]
+    facts = {"images": frames, "categories": [{"id": i} for i in range(classes)]}
     with contextlib.redirect_stdout(io.StringIO()):
         truth, results = COCO(), COCO()
-        truth.dataset = {**facts, "annotations": entries(true, "iscrowd")}
-        results.dataset = {**facts, "annotations": entries(found, "score")}
+        truth.dataset = {**facts, "annotations": entries(true, "iscrowd", outlines and outlines.true)}
+        results.dataset = {**facts, "annotations": entries(found, "score", outlines and outlines.found)}
         truth.createIndex()
         results.createIndex()
-        evaluation = COCOeval(truth, results, "bbox")
+        evaluation = COCOeval(truth, results, "bbox" if outlines is None else "segm")
         evaluation.evaluate()
         evaluation.accumulate()
         evaluation.summarize()

@@ -797,6 +797,11 @@ def _alike(name: str) -> Quantity:
         return replace(_KNOWN["miou"], title=f"Mean IoU, {what.replace('_', ' ')}")
     if kind == "ap" and what and not name.startswith("ap_class_"):
         return replace(_KNOWN["ap"], title=f"AP, {what.replace('_', ' ')}")
+    if kind == "ap50" and what:
+        return replace(_KNOWN["ap50"], title=f"AP50, {what.replace('_', ' ')}")
+    if kind == "mask" and what.startswith("ap"):
+        plain = _alike(what) if what not in _KNOWN else _KNOWN[what]
+        return replace(plain, title=f"Mask {plain.title}", meaning=plain.meaning.replace("boxes", "masks"))
     if name.startswith("ap_class_"):
         return replace(_KNOWN["ap"], title=f"AP, {name.removeprefix('ap_class_').replace('_', ' ')}")
     if kind == "exact" and what:

@@ -17,7 +17,9 @@ N = TypeVar("N", bound=type[nn.Module])
 Fixed = Mapping[str, Any]
 LATER = {
     "conv_vit": "stillhouse.models.conv_vit",
+    "faster_rcnn": "stillhouse.models.region_detector",
     "fusion": "stillhouse.models.fusion",
+    "mask_rcnn": "stillhouse.models.region_detector",
     "pyramid_detector": "stillhouse.models.pyramid_detector",
     "pyramid_segmenter": "stillhouse.models.pyramid_segmenter",
     "two_towers": "stillhouse.models.two_towers",

@@ -1,4 +1,4 @@
-"""Detection: boxes with a class and a score."""
+"""Detection: boxes with a class and a score, and where the data has them, masks of the objects."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from stillhouse.config.specs import ModelSpec
 from stillhouse.errors import UserError
-from stillhouse.evaluation.detection import GROUPS, DetectionMeter
+from stillhouse.evaluation.detection import GROUPS, MASKS, DetectionMeter
 from stillhouse.evaluation.judge import Meter
 from stillhouse.functional.boxes import best_detections, centred, cornered, pairwise_iou
 from stillhouse.functional.pictures import normalise, palette, resized, unnormalise, with_channels
@@ -27,18 +27,20 @@ TARGET = "target"
 @dataclass(frozen=True)
 class Detection(Task):
     """Images (B, 3, H, W) of one size, and under `target` a mapping for each: `boxes` (n, 4) corners x1, y1, x2, y2 in
-    pixels of the input, `labels` (n,) class ids from 0, and for judging `crowd` (n,) and `size` (2,), the height and
-    width of the image as it was.
+    pixels of the input, `labels` (n,) class ids from 0, with masks also `masks` (n, H, W) bool, and for judging
+    `crowd` (n,) and `size` (2,), the height and width of the image as it was.
 
     A network gives its own losses in training (`Signals.losses`), and the parts below in evaluation. It is one of
     torchvision's detectors, of transformers' (the DETR family), of ours, or any module that is called as those of ours
     are: `model(images, targets)` returns its losses by name, and in evaluation `model(images)` a mapping with `boxes`
-    (B, N, 4), `scores` (B, N) and `labels` (B, N), or a list of such mappings, one an image.
+    (B, N, 4), `scores` (B, N) and `labels` (B, N), or a list of such mappings, one an image. Masks that it gives as
+    well, (N, 1, H, W) in [0, 1] for an image, are read where the task has masks.
 
     Attributes:
         classes: names, in label order.
         size: (H, W) of a network's input.
         mean, std: the normalisation per channel.
+        masks: whether objects have masks (instance segmentation).
     """
 
     name: ClassVar[str] = "detection"
@@ -46,14 +48,19 @@ class Detection(Task):
         "boxes": "(B, N, 4) corners x1, y1, x2, y2 in pixels of the input, in evaluation",
         "scores": "(B, N) in [0, 1], best first; 0 where there is no box",
         "labels": "(B, N) class ids",
+        "masks": "(B, N, H, W) bool, the pixels of each object, where the network and the task have masks",
     }
     supervised: ClassVar[tuple[str, ...]] = ("own",)
-    groups: ClassVar[tuple[str, ...]] = GROUPS
     reads: ClassVar[str] = "images"
     classes: tuple[str, ...]
     size: tuple[int, int]
     mean: tuple[float, ...]
     std: tuple[float, ...]
+    masks: bool = False
+
+    @property
+    def groups(self) -> tuple[str, ...]:
+        return (*GROUPS, MASKS) if self.masks else GROUPS
 
     @property
     def class_names(self) -> tuple[str, ...]:
@@ -100,7 +107,15 @@ class Detection(Task):
         """Losses, or boxes, scores and labels. Raises `UserError` for the output of another kind of network."""
         if not isinstance(output, Found):
             raise UserError("Detection reads what `Detection.call` returns.")
-        return Signals(parts=dict(output.parts()) if not output.losses else {}, losses=output.losses)
+        parts = dict(output.parts()) if not output.losses else {}
+        if not self.masks:
+            parts.pop("masks", None)
+        elif parts and "masks" not in parts:
+            raise UserError(
+                "The data's objects have masks, but the network gives none; take one that does, such as "
+                "stillhouse:mask_rcnn or torchvision:maskrcnn_resnet50_fpn."
+            )
+        return Signals(parts=parts, losses=output.losses)
 
     # ---- figures -----------------------------------------------------------------------------------------------------
 
@@ -123,7 +138,9 @@ class Detection(Task):
         for image in inputs:
             plain = with_channels(image, len(self.mean))
             x = normalise(resized(plain, self.size)[None], self.mean, self.std).to(device)
-            boxes, scores, labels = self._shown(self.read(self.call(module, {"input": x}), {"input": x}))[0]
+            outputs = self.read(self.call(module, {"input": x}), {"input": x})
+            boxes, scores, labels = self._shown(outputs)[0]
+            masks = self._shown_masks(outputs)[0]
             height, width = plain.shape[-2:]
             boxes = boxes * torch.tensor([width / self.size[1], height / self.size[0]] * 2)
             names = [self.classes[i] for i in labels.tolist()]
@@ -131,7 +148,7 @@ class Detection(Task):
                 {"label": name, "score": round(score, 4), "box": [round(v, 1) for v in box]}
                 for name, score, box in zip(names, scores.tolist(), boxes.tolist())
             ]
-            picture = _drawn(with_channels(plain, 3), boxes, labels, scores, self.classes)
+            picture = _drawn(with_channels(plain, 3), boxes, labels, scores, self.classes, masks)
             found.append({"counts": _counts(names) or {"nothing": 0}, "objects": objects, "picture": picture})
         return found
 
@@ -140,20 +157,34 @@ class Detection(Task):
         parts = [outputs.require(f"part:{name}").cpu() for name in ("boxes", "scores", "labels")]
         return [(b[s >= SHOWN_SCORE], s[s >= SHOWN_SCORE], y[s >= SHOWN_SCORE]) for b, s, y in zip(*parts)]
 
-    def _pictures(self, batch: Batch, boxes: Sequence[tuple[Tensor, Tensor | None, Tensor]]) -> list[Tensor]:
+    def _shown_masks(self, outputs: Signals) -> list[Tensor | None]:
+        """Of each image, the masks (n, H, W) of the boxes that are shown, or None."""
+        scores = outputs.require("part:scores").cpu()
+        if "masks" not in outputs.parts:
+            return [None] * len(scores)
+        return [m[s >= SHOWN_SCORE] for m, s in zip(outputs.require("part:masks").cpu(), scores)]
+
+    def _pictures(
+        self,
+        batch: Batch,
+        boxes: Sequence[tuple[Tensor, Tensor | None, Tensor]],
+        masks: Sequence[Tensor | None],
+    ) -> list[Tensor]:
         images = unnormalise(batch["input"].cpu(), self.mean, self.std)
         larger = max(PICTURE_HEIGHT / self.size[0], 1)
         size = (round(self.size[0] * larger), round(self.size[1] * larger))
         return [
-            _drawn(resized(with_channels(image, 3), size), b * larger, y, s, self.classes)
-            for image, (b, s, y) in zip(images, boxes)
+            _drawn(resized(with_channels(image, 3), size), b * larger, y, s, self.classes, m)
+            for image, (b, s, y), m in zip(images, boxes, masks)
         ]
 
     def pictures(self, batch: Batch, outputs: Signals) -> list[Tensor]:
-        return self._pictures(batch, self._shown(outputs))
+        return self._pictures(batch, self._shown(outputs), self._shown_masks(outputs))
 
     def truth(self, batch: Batch) -> list[Tensor]:
-        return self._pictures(batch, [(t["boxes"].cpu(), None, t["labels"].cpu()) for t in batch[TARGET]])
+        targets = batch[TARGET]
+        masks = [t["masks"].cpu() if "masks" in t else None for t in targets]
+        return self._pictures(batch, [(t["boxes"].cpu(), None, t["labels"].cpu()) for t in targets], masks)
 
     def captions(self, batch: Batch, outputs: Signals | None) -> list[str]:
         labels = [t["labels"] for t in batch[TARGET]] if outputs is None else [y for _, _, y in self._shown(outputs)]
@@ -189,7 +220,7 @@ def _trained_on(batch: Batch) -> list[dict[str, Tensor]]:
             f"A detector's own losses need boxes under `{TARGET}` in every batch, but the data gives only: "
             f"{', '.join(batch)}."
         )
-    return [{k: t[k] for k in ("boxes", "labels")} for t in batch[TARGET]]
+    return [{k: t[k] for k in ("boxes", "labels", "masks") if k in t} for t in batch[TARGET]]
 
 
 def _counts(names: Sequence[str]) -> dict[str, int]:
@@ -198,15 +229,26 @@ def _counts(names: Sequence[str]) -> dict[str, int]:
     return dict(sorted(counts.items(), key=lambda item: -item[1]))
 
 
-def _drawn(image: Tensor, boxes: Tensor, labels: Tensor, scores: Tensor | None, classes: Sequence[str]) -> Tensor:
-    """A uint8 image (3, H, W) with boxes, names and scores."""
-    from torchvision.utils import draw_bounding_boxes
+def _drawn(
+    image: Tensor,
+    boxes: Tensor,
+    labels: Tensor,
+    scores: Tensor | None,
+    classes: Sequence[str],
+    masks: Tensor | None = None,
+) -> Tensor:
+    """A uint8 image (3, H, W) with boxes, names and scores, and the masks (n, h, w) of the boxes where given."""
+    from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks
 
     low, high = boxes[:, :2], torch.maximum(boxes[:, 2:], boxes[:, :2])
     colours = [tuple(c) for c in palette(len(classes))[labels].tolist()]
     names = [classes[i] if scores is None else f"{classes[i]} {scores[n]:.0%}" for n, i in enumerate(labels.tolist())]
     if not len(boxes):
         return image
+    if masks is not None:
+        size = (image.shape[-2], image.shape[-1])
+        enlarged = nn.functional.interpolate(masks[:, None].float(), size, mode="nearest")[:, 0].bool()
+        image = draw_segmentation_masks(image, enlarged, alpha=0.5, colors=colours)
     return draw_bounding_boxes(image, torch.cat([low, high], 1), labels=names, colors=colours, width=2)
 
 
@@ -291,18 +333,37 @@ class Torchvision:
 
     @staticmethod
     def call(model: nn.Module, images: Tensor, targets: list[dict[str, Tensor]] | None, task: Detection) -> Found:
-        mean, std = (
-            torch.tensor(v, dtype=images.dtype, device=images.device)[:, None, None] for v in (task.mean, task.std)
-        )
-        listed = list(((images * std + mean).clamp(0, 1)).to(_dtype(model)))
-        first = _first_label(type(model).__name__)
+        listed = torchvision_images(images.to(_dtype(model)), task)
         if targets is not None:
-            shifted = [{"boxes": t["boxes"].reshape(-1, 4), "labels": t["labels"] + first} for t in targets]
-            return Found(_named_losses(model(listed, shifted), model))
+            return Found(_named_losses(model(listed, torchvision_targets(model, targets)), model))
         output = model(listed)
         if not isinstance(output, list):  # in training mode, without targets
             return Found({})
-        return Found({}, lambda: _padded(output, first))
+        return Found({}, lambda: _padded(output, _first_label(type(model).__name__)))
+
+
+def torchvision_images(images: Tensor, task: Detection) -> list[Tensor]:
+    """Normalised images (B, C, H, W) as torchvision's detectors take them: each (C, H, W) in [0, 1]."""
+    mean, std = (
+        torch.tensor(v, dtype=images.dtype, device=images.device)[:, None, None] for v in (task.mean, task.std)
+    )
+    return list((images * std + mean).clamp(0, 1))
+
+
+def torchvision_targets(model: nn.Module, targets: Sequence[Mapping[str, Tensor]]) -> list[dict[str, Tensor]]:
+    """Targets whose labels leave room for the background, where the detector has one.
+
+    Raises:
+        UserError: boxes without masks for a detector that learns masks.
+    """
+    heads: Any = getattr(model, "roi_heads", None)
+    if heads is not None and heads.has_mask() and not all("masks" in t for t in targets):
+        raise UserError(
+            f"A {type(model).__name__} learns masks, but the data gives only boxes; take a detector without masks, "
+            "such as stillhouse:faster_rcnn, or data with masks, such as instances:PATH."
+        )
+    first = _first_label(type(model).__name__)
+    return [{**t, "boxes": t["boxes"].reshape(-1, 4), "labels": t["labels"] + first} for t in targets]
 
 
 class Transformers:
@@ -361,6 +422,8 @@ def _padded(output: Any, first: int) -> dict[str, Tensor]:
         )
     pad = nn.utils.rnn.pad_sequence
     joined = {k: pad([o[k] for o in output], batch_first=True) for k in wanted}
+    if all("masks" in o for o in output):
+        joined["masks"] = pad([(o["masks"] >= 0.5).flatten(0, -3) for o in output], batch_first=True)
     joined["labels"] = (joined["labels"] - first).clamp_min(0)
     return joined
 

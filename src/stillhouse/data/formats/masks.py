@@ -44,14 +44,14 @@ class Options(Spec):
 
 
 @dataclass
-class _Pairs:
+class Pairs:
     """The files of a split: image and mask of one name."""
 
     images: list[Path]
     masks: list[Path]
 
     @classmethod
-    def found(cls, folder: Path, options: Options) -> _Pairs:
+    def found(cls, folder: Path, options: Options) -> Pairs:
         images, masks = (
             {
                 p.stem: p
@@ -84,12 +84,12 @@ def load(rest: str, spec: DataSpec, options: Options, root: Path) -> SampleBundl
             "least."
         )
     base = existing(rest, root)
-    parts = {s: _Pairs.found(base / s, options) for s in ("train", "val", "test") if (base / s).is_dir()}
+    parts = {s: Pairs.found(base / s, options) for s in ("train", "val", "test") if (base / s).is_dir()}
     if not parts.get("train") or not parts["train"].images:
         raise UserError(
             f"'{base}' holds no training images: it should have train/{options.images} and train/{options.labels}."
         )
-    everything = _Pairs(
+    everything = Pairs(
         [p for part in parts.values() for p in part.images], [p for part in parts.values() for p in part.masks]
     )
     strata = {split: np.zeros(len(part.images), np.int64) for split, part in parts.items()}
@@ -117,7 +117,7 @@ def load(rest: str, spec: DataSpec, options: Options, root: Path) -> SampleBundl
 
 @dataclass
 class _Source:
-    files: _Pairs
+    files: Pairs
     options: Options
     size: tuple[int, int]
     one_size: bool  # whether evaluation can see masks in their own size
