@@ -37,6 +37,7 @@ IMAGES: dict[str, tuple[int, tuple[int, int, int], int]] = {
     "imagefolder:places_lt": (365, (3, 375, 500), 3),
 }
 MASKS = {"masks:voc2012_aug": (500, 375), "masks:cityscapes": (2048, 1024)}
+OBJECTS = {"instances:voc2012_sbd": (250, 188)}  # name: size of an image
 PHOTOGRAPHS = {"restore:DIV2K/DIV2K_train_HR": 768}  # name: a side in pixels
 BOXES = {"coco:coco": 80, "voc:VOCdevkit/VOC0712": 20}  # name: classes
 CLOUDS = {"kitti:kitti"}
@@ -112,6 +113,21 @@ def load(run: Run, spec: Any, folder: Path) -> Any:
                     for i in range(4 if split == "train" else 1):
                         Image.new(mode, (width, height), i).save(place / split / name / f"{i}.{kind}")
         return _read(run, spec, f"masks:{place}")
+    if spec.name in OBJECTS:
+        place, (width, height) = folder / spec.name.replace(":", "_"), OBJECTS[spec.name]
+        classes = len(spec.options["classes"]) - 1
+        for split, count in {"train": 2 * classes, "val": 1}.items() if not place.exists() else ():
+            for name in ("images", "labels", "objects"):
+                (place / split / name).mkdir(parents=True)
+            for i in range(count):
+                numbers = np.zeros((height, width), np.uint8)
+                numbers[20:90, 20:90], numbers[100:160, 100:200] = 1, 2
+                Image.new("RGB", (width, height)).save(place / split / "images" / f"{i}.jpg")
+                Image.fromarray(np.where(numbers > 0, i % classes + 1, 0).astype(np.uint8)).save(
+                    place / split / "labels" / f"{i}.png"
+                )
+                Image.fromarray(numbers).save(place / split / "objects" / f"{i}.png")
+        return _read(run, spec, f"instances:{place}")
     if spec.name in PHOTOGRAPHS:
         side, scale = PHOTOGRAPHS[spec.name], int(spec.options["scale"])
         place = folder / f"photographs_{scale}"

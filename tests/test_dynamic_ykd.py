@@ -72,7 +72,7 @@ def kept(path: str, moved: bool, **options: object) -> dict[str, Tensor]:
 @pytest.mark.parametrize("moved", [False, True])
 def test_a_head_agrees_with_itself_whatever_the_extractor(moved: bool):
     terms = kept("shared", moved)
-    zero = {k: float(terms[k]) for k in ("kept_scores", "kept_boxes", "kept_regions")}
+    zero = {k: terms[k].item() for k in ("kept_scores", "kept_boxes", "kept_regions")}
     assert zero == pytest.approx(dict.fromkeys(zero, 0), abs=1e-10)
 
 
@@ -173,7 +173,7 @@ def test_mistakes_get_a_sentence():
     old, new = network(1).state_dict(), network(2, 1).state_dict()
     with pytest.raises(UserError, match="which sum to 1"):
         averaged_heads([new, old], [0.5, 0.6])
-    with pytest.raises(UserError, match="no 'rpn.head.cls_logits.bias'"):
+    with pytest.raises(UserError, match=r"no 'rpn\.head\.cls_logits\.bias'"):
         averaged_heads([new, {k: v for k, v in old.items() if k != "rpn.head.cls_logits.bias"}], [0.5, 0.5])
     with pytest.raises(UserError, match="classes are only added"):
         carry_over(network(1), new)
@@ -181,6 +181,21 @@ def test_mistakes_get_a_sentence():
         StepTraining(network(2), network(1), TASK, Keeping(), ["stam"])
     with pytest.raises(UserError, match="form of the scores"):
         score_loss(torch.zeros(1, 3), torch.zeros(1, 2), "l1")  # type: ignore[arg-type]
+
+
+def test_a_resnet_cut_before_its_last_stage_learns_too():
+    """C4: boxes and masks share the last stage, statistics of batch norm stay, and what is frozen gets no gradient."""
+    torch.manual_seed(0)
+    options = {"backbone": "resnet18", "sampled": 4, "proposals": (8, 8), "anchors": [[16.0, 32.0]]}
+    student, old = (with_classes(RegionDetector(3, (3, 64, 96), masks=True, **options), k) for k in (2, 1))
+    assert student.roi_heads.mask_head is student.roi_heads.box_head[0]
+    module = StepTraining(student, old, TASK, Keeping(), ["stem", "stages.0"]).train()
+    module.build(batch(1))
+    module(batch(1), SPAN)["loss"].backward()
+    assert student.backbone.stages[0][0].conv1.weight.grad is None
+    assert student.backbone.stages[1][0].conv1.weight.grad.abs().sum() > 0
+    with pytest.raises(UserError, match="a ResNet of torchvision"):
+        RegionDetector(3, (3, 64, 96), backbone="vgg16")
 
 
 # ---- branches --------------------------------------------------------------------------------------------------------

@@ -54,6 +54,8 @@ READING: dict[str, str] = {
 SKIPPED: dict[str, str] = {
     "acm": "its gates are labelled over minutes",
     "ast": "it measures how far trained experts move, of which one step says nothing",
+    "dynamic_ykd": "which regions are left depends on values, which the meta device lacks",
+    "dynamic_ykd_camvid": "which regions are left depends on values, which the meta device lacks",
     "jepa_bias": "it simulates learning dynamics to their end, of which one step is no result",
     "makd": "its annotator is a vision-language model of the user's",
     "mtt": "it measures how far trained experts move, of which one step says nothing",

@@ -88,8 +88,9 @@ class DataSpec(NamedSpec):
 
     later = frozenset({"long_tail", "views", "unlabelled"})
     name: str = Field(
-        description="digits | cifar10 | camvid | fsdd | text:NAME | conversations:PATH | masks:PATH | instances:PATH | "
-        "voc:PATH | coco:PATH | restore:PATH | captions:NAME | pairs:PATH | shards:PATH | styled:NAME | imagefolder:PATH | "
+        description="digits | cifar10 | camvid | fsdd | text:NAME | conversations:PATH | masks:PATH | "
+        "instances:PATH | voc:PATH | coco:PATH | restore:PATH | captions:NAME | pairs:PATH | shards:PATH | "
+        "styled:NAME | imagefolder:PATH | "
         "torchvision:CLASS | hf:REPO | parquet:PATH | synthetic:PATH | file:PATH.py:FUNCTION | SCHEME:NAME of an "
         "installed package"
     )
