@@ -101,4 +101,9 @@ def captioned(
         return PairedDataset([part], task, train)
 
     splits = [s for s in ("train", "holdout", "val", "test") if inner.has(s)]
-    return ImageTextBundle(spec.name, task, fingerprint, splits, make)
+
+    def named(split: str) -> list[str]:
+        origin = split if split in found else "train"
+        return [found[origin].names[i] for i in inner.positions(split).tolist()]
+
+    return ImageTextBundle(spec.name, task, fingerprint, splits, make, named=named)

@@ -168,6 +168,7 @@ class ImageTextBundle(Splits):
         splits: their names.
         make: (split, for training) -> its samples.
         flip: whether a mirrored image keeps its caption.
+        named: split -> the names of its samples, in order; None where they have none.
     """
 
     name: str
@@ -176,6 +177,7 @@ class ImageTextBundle(Splits):
     splits: Sequence[str]
     make: Callable[[str, bool], PairedDataset] = field(repr=False)
     flip: bool = False
+    named: Callable[[str], list[str] | None] = field(default=lambda split: None, repr=False)
 
     evaluation_batch: ClassVar[int] = 128
 

@@ -100,6 +100,7 @@ class SampleBundle(Splits):
         make: (split, for training) -> its samples.
         flip: whether a mirrored image keeps its meaning.
         contents: position -> (k,) the class ids that a sample holds, where samples hold several.
+        names: of all samples of the source, by position; () where they have none.
     """
 
     name: str
@@ -110,6 +111,12 @@ class SampleBundle(Splits):
     evaluation_batch: int = 16
     flip: bool = True
     contents: Callable[[int], np.ndarray] | None = field(repr=False, default=None)
+    names: Sequence[str] = field(default=(), repr=False)
+
+    def named(self, split: str) -> list[str] | None:
+        """The names of a split's samples, in order; None where they have none."""
+        self.require(split)
+        return [self.names[i] for i in self.splits[split].tolist()] if self.names else None
 
     def dataset(self, split: str, *, train: bool) -> SampleDataset:
         """A split's samples, with training augmentation (`train=True`) or as they are evaluated.

@@ -109,6 +109,54 @@ _KNOWN = {
         )
         for rank in (1, 5, 10)
     },
+    **{
+        f"{name}_{way}_r{rank}": Quantity(
+            f"{title}: {direction} R@{rank}",
+            "%",
+            100,
+            2,
+            1,
+            f"Share of {query} that have a right {answer} among the {rank} nearest, {how}.",
+        )
+        for name, title, how in (
+            ("whole", "Whole frames", "where every frame is read whole"),
+            ("interleaved", "Interleaved", "where frames between key frames are read in part"),
+            ("copied", "Key frames", "where a frame has the embedding of its key frame"),
+        )
+        for way, direction, query, answer in (
+            ("image_to_text", "frame to text", "frames", "text"),
+            ("text_to_image", "text to frame", "texts", "frame"),
+        )
+        for rank in (1, 5, 10)
+    },
+    **{
+        f"{name}_grounding": Quantity(
+            f"{title}: grounding",
+            "%",
+            100,
+            2,
+            1,
+            f"Share of captions whose moment in a video is found to a half (IoU of 0.5), {how}.",
+        )
+        for name, title, how in (
+            ("whole", "Whole frames", "where every frame is read whole"),
+            ("interleaved", "Interleaved", "where frames between key frames are read in part"),
+            ("copied", "Key frames", "where a frame has the embedding of its key frame"),
+        )
+    },
+    "frame_cosine": Quantity(
+        "Cosine to whole frames", "", 1, 4, 1, "Of embeddings of partly read frames with those of whole ones, a mean."
+    ),
+    "copied_cosine": Quantity(
+        "Cosine of key frames", "", 1, 4, 0, "Of embeddings of key frames with those of the frames after them, a mean."
+    ),
+    "key_share": Quantity("Key frames, share", "%", 100, 1, 0, "Frames of a video that are read whole."),
+    "multiply_adds_share": Quantity(
+        "Multiply-adds, share", "%", 100, 1, -1, "Of reading a video, over reading every frame whole."
+    ),
+    "time_share": Quantity("Time, share", "%", 100, 1, -1, "Of reading a video, over reading every frame whole."),
+    "frame_ms": Quantity("Time a frame", "ms", 1, None, -1, "Of a video, on average, where frames are read in part."),
+    "whole_frame_ms": Quantity("Time a whole frame", "ms", 1, None, -1, "Of a video where every frame is read whole."),
     "matching_accuracy": Quantity(
         "Matching accuracy", "%", 100, 2, 1, "Pairs, right and wrong in equal numbers, that are told apart."
     ),

@@ -28,6 +28,7 @@ from stillhouse.data.image_text import (
     text_identity,
     text_side,
 )
+from stillhouse.data.samples import SampleBundle
 from stillhouse.errors import UserError, unknown
 from stillhouse.files import atomic_write, cache_folder, digest
 from stillhouse.functional.pictures import unnormalise
@@ -116,7 +117,8 @@ def load(rest: str, spec: DataSpec, options: Options, root: Path) -> ImageTextBu
         return PairedDataset(parts, facts, train, phrases, options.phrases if train and split == "train" else 0.0)
 
     splits = [s for s in ("train", "holdout", "val", "test") if inner.has(s)]
-    return ImageTextBundle(spec.name, facts, fingerprint, splits, make, inner.flip)
+    named = inner.named if isinstance(inner, SampleBundle) and not options.also else lambda split: None
+    return ImageTextBundle(spec.name, facts, fingerprint, splits, make, inner.flip, named)
 
 
 def _inner(spec: DataSpec, root: Path) -> Any:

@@ -112,7 +112,7 @@ def load(rest: str, spec: DataSpec, options: Options, root: Path) -> SampleBundl
         moved = _Training(source, own, augment != "plain") if train else source.plain
         return SampleDataset(source.read, splits[split], moved)
 
-    return SampleBundle(spec.name, task, fingerprint, splits, make)
+    return SampleBundle(spec.name, task, fingerprint, splits, make, names=[p.stem for p in everything.images])
 
 
 @dataclass

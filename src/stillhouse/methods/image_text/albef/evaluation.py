@@ -56,7 +56,10 @@ def collected(
         for batch in batches:
             given = to_device(batch, device)["input"]
             seen = net.image_tokens(given["pixel_values"])
-            found: dict[str, Tensor] = {"image_tokens": seen, "image": F.normalize(net.visual_projection(seen[:, 0]).float(), dim=-1)}
+            found: dict[str, Tensor] = {
+                "image_tokens": seen,
+                "image": F.normalize(net.visual_projection(seen[:, 0]).float(), dim=-1),
+            }
             if "input_ids" in given and len(given["input_ids"]):
                 room = context - given["input_ids"].shape[1]
                 ids, inside = F.pad(given["input_ids"], (0, room), value=pad), F.pad(given["attention_mask"], (0, room))
