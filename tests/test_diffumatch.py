@@ -13,7 +13,16 @@ import pytest
 import torch
 
 from stillhouse.data.mesh_views import camera_around, drawn, place_colours, seen
-from stillhouse.data.meshes import Mesh, laplacian, read_mesh, sphere, spread_vertices, tangent_gradients
+from stillhouse.data.meshes import (
+    Mesh,
+    deformed_ellipsoid,
+    laplacian,
+    named_mesh,
+    read_mesh,
+    sphere,
+    spread_vertices,
+    tangent_gradients,
+)
 from stillhouse.errors import UserError
 from stillhouse.functional.functional_maps import map_of_points, solved_map
 from stillhouse.methods.correspondence.diffumatch import Config, ShapeMatcher
@@ -24,9 +33,7 @@ from stillhouse.methods.correspondence.diffumatch.shapes import (
     Shape,
     assembled,
     computed,
-    ellipsoid,
     errors,
-    found_mesh,
     true_map,
 )
 from stillhouse.runs import recipe, staging
@@ -40,7 +47,7 @@ K = 10
 
 
 def shape(name: str) -> Shape:
-    mesh = ellipsoid(name).normalised()
+    mesh = deformed_ellipsoid(name).normalised()
     return assembled(name, mesh, computed(mesh, 30, 100), torch.device("cpu"))
 
 
@@ -71,7 +78,7 @@ def test_gradients_on_a_sphere_are_those_of_the_function():
 
 
 def test_distances_between_points_are_those_of_whole_rows():
-    mesh, draw = ellipsoid("a").normalised(), np.random.default_rng(0)
+    mesh, draw = deformed_ellipsoid("a").normalised(), np.random.default_rng(0)
     sources, targets = draw.integers(0, len(mesh.vertices), (2, 50))
     rows = mesh.distances_from(np.arange(len(mesh.vertices)))
     np.testing.assert_allclose(mesh.distances_between(sources, targets, at_once=7), rows[sources, targets])
@@ -263,7 +270,7 @@ def test_mistakes_get_a_sentence(keys: dict[str, Any], sentence: str, tmp_path: 
 def test_a_mesh_that_is_not_there_is_named(tmp_path: Path):
     np.savez(tmp_path / "ball.npz", vertices=sphere(1).vertices, faces=sphere(1).faces)
     with pytest.raises(UserError, match="it has ball"):
-        found_mesh(str(tmp_path), "bal", tmp_path)
+        named_mesh(str(tmp_path), "bal", tmp_path)
 
 
 # ---- runs ----------------------------------------------------------------------------------------------------------
@@ -324,14 +331,14 @@ def test_a_product_matches_two_files(finished: tuple[Path, dict[str, float]], tm
     product = load_product(folder)
     assert isinstance(product, ShapeMatcher) and product.matches["4", "5"].shape == (642,)
     for name in ("6", "7"):
-        mesh = ellipsoid(name)
+        mesh = deformed_ellipsoid(name)
         np.savez(tmp_path / f"{name}.npz", vertices=mesh.vertices, faces=mesh.faces)
     files = [str(tmp_path / f"{name}.npz") for name in ("6", "7")]
     lines = list(predict(folder, files, tmp_path / "found"))
     again = json.loads((tmp_path / "found" / "predictions.jsonl").read_text())
     assert lines[0].startswith("7-6: 642 vertices") and len(again["points"]) == 642
     assert (tmp_path / "found" / "7-6.png").is_file() and len(again["map"]) == K
-    shapes = [product.shape(ellipsoid(name), name) for name in ("6", "7")]
+    shapes = [product.shape(deformed_ellipsoid(name), name) for name in ("6", "7")]
     assert product.matched(*shapes)[1].tolist() == again["points"], "a match is a function of the pair"
     with pytest.raises(UserError, match="matches two meshes"):
         list(predict(folder, files[:1]))
@@ -364,5 +371,5 @@ def test_an_interrupted_fit_resumes_to_the_same_map(tmp_path: Path, monkeypatch:
 
 
 def test_a_laplacian_has_rows_that_sum_to_nothing():
-    weak, mass = laplacian(ellipsoid("a").normalised())
+    weak, mass = laplacian(deformed_ellipsoid("a").normalised())
     assert abs(weak.sum(1)).max() < 1e-9 and mass.sum() == pytest.approx(1, rel=1e-6)

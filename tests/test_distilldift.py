@@ -16,7 +16,6 @@ from torch import nn
 from torch.nn import functional as F
 
 from stillhouse.config.specs import ModelSpec
-from stillhouse.data.meshes import sphere
 from stillhouse.errors import UserError
 from stillhouse.methods.correspondence.distilldift import Config, ImageMatcher, method
 from stillhouse.methods.correspondence.distilldift.adapters import QueryValueAdapter, adapted, merge
@@ -38,6 +37,7 @@ from stillhouse.methods.correspondence.distilldift.networks import DenoisingUNet
 from stillhouse.methods.correspondence.distilldift.views import (
     Pictures,
     ViewsSpec,
+    bodies,
     matched_pixels,
     reach_of,
     rendered,
@@ -213,25 +213,18 @@ def test_a_denoiser_has_features_of_a_quarter_of_the_size():
 # ---- views ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def bodies(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Four bumpy balls whose vertices correspond."""
-    folder, ball, draw = tmp_path_factory.mktemp("bodies"), sphere(2), np.random.default_rng(0)
-    for name in "abcd":
-        bumps = 1 + 0.3 * np.exp(-((1 - ball.vertices @ np.array([0.6, 0.8, 0.0])) / 0.1)) + 0.1 * draw.normal()
-        vertices = ball.vertices * bumps[:, None] * draw.uniform(0.8, 1.2, 3)
-        np.savez(folder / f"{name}.npz", vertices=vertices, faces=ball.faces, correspondence=np.arange(len(vertices)))
-    return folder
-
-
-def spec(bodies: Path) -> ViewsSpec:
+def spec() -> ViewsSpec:
     return ViewsSpec(
-        source=str(bodies), train=["a", "b"], test=["c", "d"], side=48, train_views=3, test_views=6, pairs=6, points=40
+        source="ellipsoids", train=["a", "b"], test=["c", "d"], side=48, train_views=3, test_views=6, pairs=6, points=40
     )
 
 
-def test_points_that_depth_gives_are_the_same_places_of_a_body(bodies: Path):
-    pictures = rendered(spec(bodies), bodies, True)
+def views(train: bool) -> Pictures:
+    return rendered(spec(), bodies(spec(), Path(), train), train)
+
+
+def test_points_that_depth_gives_are_the_same_places_of_a_body():
+    pictures = views(True)
     assert len(pictures) == 6 and pictures.images.shape == (6, 3, 48, 48)
     torch.manual_seed(0)
     one, two = torch.tensor([0, 3, 1]), torch.tensor([0, 4, 2])
@@ -248,13 +241,13 @@ def test_points_that_depth_gives_are_the_same_places_of_a_body(bodies: Path):
             assert (there[i][counted[i]][some] - b[close.indices[some]]).norm(dim=-1).lt(3.5).all()
 
 
-def test_pairs_are_of_two_bodies_that_show_common_points(bodies: Path):
-    pictures = rendered(spec(bodies), bodies, False)
-    pairs = chosen_pairs(pictures, spec(bodies))
+def test_pairs_are_of_two_bodies_that_show_common_points():
+    pictures = views(False)
+    pairs = chosen_pairs(pictures, spec())
     one, two = pairs.T
     assert (pictures.body[one] != pictures.body[two]).all()
     assert ((pictures.visible[one] & pictures.visible[two]).sum(1) >= 6).all()
-    assert torch.equal(pairs, chosen_pairs(pictures, spec(bodies)))
+    assert torch.equal(pairs, chosen_pairs(pictures, spec()))
     depth = torch.zeros(1, 9, 9)
     depth[0, 2:5, 1:8] = 1
     assert reach_of(depth).tolist() == [7]
@@ -268,11 +261,11 @@ def _cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyP
     monkeypatch.setenv("STILLHOUSE_CACHE", str(tmp_path_factory.getbasetemp() / "distilldift_cache"))
 
 
-def settings(bodies: Path, **keys: Any) -> Config:
+def settings(**keys: Any) -> Config:
     config = recipe.validate(
         {
             "method": "distilldift",
-            "views": spec(bodies).model_dump(),
+            "views": spec().model_dump(),
             "geometry": {"side": 16, "width": 8, "steps": 4, "batch_size": 4},
             "student": {
                 "network": {"model": "stillhouse:vit", "options": {"patch": 8, "dim": 16, "depth": 1, "heads": 2}},
@@ -289,11 +282,11 @@ def settings(bodies: Path, **keys: Any) -> Config:
 
 
 @pytest.fixture(scope="module")
-def finished(bodies: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, float]]:
+def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, float]]:
     folder = tmp_path_factory.mktemp("distilldift") / "run"
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("STILLHOUSE_CACHE", str(tmp_path_factory.getbasetemp() / "distilldift_cache"))
-        return folder, execute(settings(bodies), folder, cpu=True)
+        return folder, execute(settings(), folder, cpu=True)
 
 
 def test_a_run_judges_student_and_teachers_and_shows_points(finished: tuple[Path, dict[str, float]]):
@@ -327,8 +320,8 @@ def test_a_product_matches_two_images(finished: tuple[Path, dict[str, float]], t
         {"teachers": ["geometry"], "refine": {"steps": 2, "batch_size": 2, "points": 8, "loss": "blur", "kernel": 3}},
     ],
 )
-def test_its_other_ways_run(keys: dict[str, Any], bodies: Path, tmp_path: Path):
-    figures = execute(settings(bodies, **keys), tmp_path / "run", cpu=True)
+def test_its_other_ways_run(keys: dict[str, Any], tmp_path: Path):
+    figures = execute(settings(**keys), tmp_path / "run", cpu=True)
     assert math.isfinite(figures["pck"]) and ("pck_semantics" in figures) == (keys.get("teachers") is None)
 
 
@@ -340,13 +333,13 @@ def test_its_other_ways_run(keys: dict[str, Any], bodies: Path, tmp_path: Path):
         ({"distil": {"pairs": "retrieved", "neighbours": 6}}, r"Lower distil\.neighbours"),
     ],
 )
-def test_mistakes_get_a_sentence(keys: dict[str, Any], sentence: str, bodies: Path, tmp_path: Path):
+def test_mistakes_get_a_sentence(keys: dict[str, Any], sentence: str, tmp_path: Path):
     with pytest.raises(UserError, match=sentence):
-        execute(settings(bodies, **keys), tmp_path / "run", cpu=True)
+        execute(settings(**keys), tmp_path / "run", cpu=True)
 
 
 def test_an_interrupted_run_resumes_to_the_same_network(
-    bodies: Path, finished: tuple[Path, dict[str, float]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    finished: tuple[Path, dict[str, float]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     plain = loop.loop
     monkeypatch.setattr(staging, "loop", lambda *a, **k: plain(*a, **{**k, "log_every": 1, "checkpoint_seconds": 0.0}))
@@ -361,14 +354,14 @@ def test_an_interrupted_run_resumes_to_the_same_network(
 
         monkeypatch.setattr(method, "_update", failing)
         with pytest.raises(RuntimeError, match="power"):
-            execute(settings(bodies), tmp_path / "run", cpu=True)
+            execute(settings(), tmp_path / "run", cpu=True)
     monkeypatch.setattr(method, "_update", true)
-    execute(settings(bodies), tmp_path / "run", cpu=True)
+    execute(settings(), tmp_path / "run", cpu=True)
     whole, again = (load_product(path).module.state_dict() for path in (finished[0], tmp_path / "run"))
     assert all(torch.equal(whole[k], again[k]) for k in whole)
 
 
-def test_pictures_move_as_one(bodies: Path):
-    pictures = rendered(spec(bodies), bodies, True)
+def test_pictures_move_as_one():
+    pictures = views(True)
     assert isinstance(pictures.to(torch.device("cpu")), Pictures)
     assert set(pictures.arrays()) == {*pictures.__dataclass_fields__}

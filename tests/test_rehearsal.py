@@ -29,6 +29,14 @@ SMALLER: dict[str, dict[str, object]] = {
     "diswot": {"search.evaluations": 2, "search.population": 2},
     "ferkd": {"regions.crops": 4, "data.size": 1024},
     # what made-up weights cannot do: their features are alike, and then similarity is not defined
+    "diffumatch": {"shapes.source": "ellipsoids", "shapes.train": ["1", "2"], "shapes.test": ["3", "4"]},
+    "distilldift": {
+        "views.source": "ellipsoids",
+        "views.train": ["1", "2"],
+        "views.test": ["3", "4"],
+        "views.train_views": 2,
+        "views.pairs": 2,
+    },
     "distill_weighted": {"only": "cub200"},
     "autodistil": {
         "spaces": {"base": {"depth": [9, 12], "hidden": [544, 640], "ratio": [3.0], "heads": [9, 12]}},

@@ -14,9 +14,12 @@ import scipy.sparse as sparse
 from scipy.sparse.csgraph import connected_components, dijkstra
 from scipy.sparse.linalg import eigsh
 
+from stillhouse.data.source import existing
 from stillhouse.errors import UserError
+from stillhouse.randomness import key
 
 SHIFT = 1e-8
+SUFFIXES = (".npz", ".off", ".obj")
 
 
 @dataclass(frozen=True)
@@ -109,7 +112,7 @@ def read_mesh(path: Path) -> Mesh:
         raise UserError(f"There is no mesh '{path}'.")
     if path.suffix in (".off", ".obj"):
         return _read_text(path)
-    if path.suffix != ".npz":
+    if path.suffix not in SUFFIXES:
         raise UserError(f"'{path}' is no mesh that is read: give an .npz, .off or .obj file.")
     with np.load(path, allow_pickle=False) as file:
         lacking = [name for name in ("vertices", "faces") if name not in file.files]
@@ -117,6 +120,41 @@ def read_mesh(path: Path) -> Mesh:
             raise UserError(f"'{path}' holds no mesh: it lacks {', '.join(lacking)}.")
         known = file["correspondence"].astype(np.int64) if "correspondence" in file.files else None
         return Mesh(file["vertices"].astype(np.float64), file["faces"].astype(np.int64), known)
+
+
+def named_mesh(source: str, name: str, root: Path) -> Mesh:
+    """The mesh of a name, of unit area.
+
+    Args:
+        source: a folder of meshes, as it is or under the data root; or `ellipsoids`, which are made up: the name is a
+            seed.
+
+    Raises:
+        UserError: there is none of this name.
+    """
+    if source == "ellipsoids":
+        return deformed_ellipsoid(name).normalised()
+    path = Path(source).expanduser()
+    folder = path if path.is_dir() else existing(source, root)
+    for suffix in SUFFIXES:
+        if (folder / f"{name}{suffix}").is_file():
+            return read_mesh(folder / f"{name}{suffix}").normalised()
+    there = sorted(p.stem for p in folder.iterdir() if p.suffix in SUFFIXES)
+    raise UserError(f"The folder '{folder}' holds no mesh '{name}'; it has {', '.join(there[:6]) or 'none'}…")
+
+
+def deformed_ellipsoid(name: str) -> Mesh:
+    """An ellipsoid of 642 vertices, each of which has its place in all of them: axes near 0.6, 1 and 1.5, bumps at
+    places that are common to all, whose heights and a bend are the name's."""
+    ball, draw, common = sphere(3), np.random.default_rng(key("ellipsoid", name)), np.random.default_rng(5)
+    places = common.normal(size=(6, 3))
+    places /= np.linalg.norm(places, axis=1, keepdims=True)
+    heights = np.linspace(0.15, 0.45, 6) * draw.uniform(0.7, 1.3, 6)
+    bumps = np.exp(-((1 - ball.vertices @ places.T) / 0.12)) @ heights
+    points = ball.vertices * (1 + bumps)[:, None] * np.array([0.6, 1.0, 1.5]) * draw.uniform(0.9, 1.1, 3)
+    points[:, 0] += draw.uniform(-0.25, 0.25) * points[:, 2] ** 2
+    points[:, 1] += draw.uniform(-0.25, 0.25) * points[:, 2] ** 2
+    return Mesh(points, ball.faces, np.arange(len(points)))
 
 
 def _read_text(path: Path) -> Mesh:

@@ -360,6 +360,9 @@ _KNOWN = {
     "diffusion_over_best": Quantity(
         "Distilled over best", "×", 1, 2, -1, "Error of the distilled mask over the best of the others, best weights."
     ),
+    "weight_spread_diffusion": Quantity(
+        "Spread over weights", "×", 1, 2, -1, "Error of the distilled mask at its worst weight over that at its best."
+    ),
     "transfer_gain": Quantity(
         "Gain on ellipsoids", "×", 1, 2, 1, "Error without a mask over that with it, on shapes of another kind."
     ),

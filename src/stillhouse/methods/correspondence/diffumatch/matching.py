@@ -137,7 +137,7 @@ class PairFit:
             n = spec.network
             self.network = DiffusionNet(n.width, n.outputs, n.depth, one.basis.shape[1], n.dropout)
         self.network.to(one.basis.device)
-        weights = list(self.network.parameters()) or [torch.zeros(1, requires_grad=True)]
+        weights = list(self.network.parameters()) or [nn.Parameter(torch.zeros(1))]  # an optimiser needs one
         self.optimizer = torch.optim.Adam(weights, lr=spec.lr, betas=(0.9, 0.99))
 
     def coefficients(self) -> tuple[Tensor, Tensor]:
@@ -192,7 +192,7 @@ class PairFit:
         return {"loss": loss.detach(), **{k.removeprefix("log:"): v.detach() for k, v in terms.items()}}
 
     @torch.no_grad()
-    def result(self, masked: bool | None = None) -> Solved:
+    def result(self) -> Solved:
         """The maps as they are now, without dropout."""
         self.network.eval()
         return solved(self.spec, *self.coefficients(), self.one, self.two, self.denoise)

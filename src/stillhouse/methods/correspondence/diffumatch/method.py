@@ -52,6 +52,7 @@ from torch import Tensor
 
 from stillhouse.config.specs import MethodConfig, Spec
 from stillhouse.data.mesh_views import drawn, place_colours
+from stillhouse.data.meshes import named_mesh
 from stillhouse.data.source import find_root
 from stillhouse.errors import UserError
 from stillhouse.methods.correspondence.diffumatch.denoising import (
@@ -75,7 +76,6 @@ from stillhouse.methods.correspondence.diffumatch.shapes import (
     assembled,
     computed,
     errors,
-    found_mesh,
     true_map,
 )
 from stillhouse.randomness import generator, keyed, seed_step
@@ -97,8 +97,13 @@ class ShapesSpec(Spec):
     )
     root: str | None = Field(None, description="Folder that holds it; default: as of other data.")
     train: list[str] = Field(description="Meshes between which maps are known, for the denoiser.", min_length=2)
-    pairs: list[tuple[str, str]] = Field(description="Pairs that are matched and judged.", min_length=1)
+    pairs: list[tuple[str, str]] = Field(default_factory=list, description="Pairs that are matched and judged.")
+    test: list[str] = Field(default_factory=list, description="Meshes of which all ordered pairs are, too.")
     eigenpairs: int = Field(128, ge=4, description="Of each mesh's Laplacian.")
+
+    def all_pairs(self) -> list[tuple[str, str]]:
+        """All pairs that are matched and judged."""
+        return [*self.pairs, *permutations(self.test, 2)]
 
 
 class MasksSpec(Spec):
@@ -126,21 +131,21 @@ COMPARED = Stage("masks", "compare masks on descriptors that are not learned (sh
 class DiffuMatch(Method[Config]):
     def plan(self, config: Config, run: Run) -> list[Stage]:
         _check(config)
-        steps = config.match.steps * len(config.shapes.pairs) if config.match.features == "network" else 0
+        steps = config.match.steps * len(config.shapes.all_pairs()) if config.match.features == "network" else 0
         kind = {"denoiser": f"{config.denoiser.form} of maps {config.size} x {config.size}"}
         stages = [SPECTRA, DENOISER.filled(steps=config.denoiser.steps, models=kind), MATCH.filled(steps=steps)]
         return [*stages, COMPARED] if config.masks else stages
 
     def run(self, config: Config, run: Run) -> ShapeMatcher:
         spec = config.shapes
-        tested = sorted({name for pair in spec.pairs for name in pair})
+        tested = sorted({name for pair in spec.all_pairs() for name in pair})
         shapes = {name: _shape(run, spec.source, name, config) for name in dict.fromkeys([*spec.train, *tested])}
         maps = _maps([shapes[name] for name in spec.train], config.size)
         denoiser = _denoiser(run, config, maps)
         figures = _denoised(denoiser, _maps([shapes[name] for name in tested], config.size))
         product = ShapeMatcher(denoiser, config.denoiser, config.size, spec.eigenpairs, config.match)
         seconds, matched = [], []
-        for i, (a, b) in enumerate(spec.pairs):
+        for i, (a, b) in enumerate(spec.all_pairs()):
             found = _match(run, config, i, shapes[a], shapes[b], denoiser)
             product.matches[a, b] = found.points
             seconds.append(found.seconds)
@@ -165,6 +170,8 @@ def _check(config: Config) -> None:
             f"match.network.outputs {config.match.network.outputs} must be at least size {config.size}: fewer features "
             "do not settle a map."
         )
+    if not spec.all_pairs():
+        raise UserError("shapes.pairs and shapes.test name no pair to match.")
     same = [pair for pair in spec.pairs if pair[0] == pair[1]]
     if same:
         raise UserError(f"shapes.pairs has '{same[0][0]}' with itself.")
@@ -174,7 +181,7 @@ def _check(config: Config) -> None:
 def _shape(run: Run, source: str, name: str, config: Config) -> Shape:
     """A shape, whose spectrum is a stage."""
     root = Path(config.shapes.root).expanduser() if config.shapes.root else find_root(None, run.data_root)
-    mesh, few = found_mesh(source, name, root), config.match.few or 10
+    mesh, few = named_mesh(source, name, root), config.match.few or 10
     uses = {"vertices": mesh.vertices, "faces": mesh.faces, "eigenpairs": config.shapes.eigenpairs, "few": few}
     arrays = run.stage(f"{SPECTRA}.{name}", lambda: computed(mesh, config.shapes.eigenpairs, few), uses)
     return assembled(name, mesh, arrays, run.device)
@@ -294,7 +301,7 @@ def _compared(
         return float(errors(points, one.mesh, two.mesh, 500).mean())
 
     def make() -> dict[str, float]:
-        pairs = [(shapes[a], shapes[b]) for a, b in config.shapes.pairs]
+        pairs = [(shapes[a], shapes[b]) for a, b in config.shapes.all_pairs()]
         found: dict[MaskKind, list[float]] = {
             mask: [float(np.mean([error(*pair, mask, weight) for pair in pairs])) for weight in spec.weights]
             for mask in MASKS
@@ -318,8 +325,8 @@ def _compared(
 
     uses = {
         "denoiser": denoiser,
-        "shapes": {name: shapes[name].points for pair in config.shapes.pairs for name in pair},
-        "pairs": config.shapes.pairs,
+        "shapes": {name: shapes[name].points for pair in config.shapes.all_pairs() for name in pair},
+        "pairs": config.shapes.all_pairs(),
         "masks": spec,
         "size": config.size,
         "match": {k: getattr(config.match, k) for k in ("sigma", "draws", "normalise", "ridge", "few", "zoom_step")},
@@ -377,7 +384,7 @@ def evaluate(product: ShapeMatcher, run: Run) -> dict[str, float]:
     assert isinstance(config, Config)
     spec = config.shapes
     root = Path(spec.root).expanduser() if spec.root else find_root(None, run.data_root)
-    meshes = {name: found_mesh(spec.source, name, root) for pair in spec.pairs for name in pair}
+    meshes = {name: named_mesh(spec.source, name, root) for pair in spec.all_pairs() for name in pair}
     found = [errors(points, meshes[a], meshes[b]).mean() for (a, b), points in product.matches.items()]
     return {
         "geodesic_error": float(np.mean(found)),

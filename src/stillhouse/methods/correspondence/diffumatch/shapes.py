@@ -4,17 +4,14 @@ shapes with a common template."""
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from stillhouse.data.meshes import Mesh, laplacian, read_mesh, spectrum, sphere, spread_vertices, tangent_gradients
-from stillhouse.data.source import existing
+from stillhouse.data.meshes import Mesh, laplacian, spectrum, spread_vertices, tangent_gradients
 from stillhouse.errors import UserError
 from stillhouse.functional.functional_maps import wave_kernel_signature
-from stillhouse.randomness import key
 
 Tensors = dict[str, Tensor]
 WAVES = 100  # descriptors of the wave kernel
@@ -80,48 +77,14 @@ def computed(mesh: Mesh, eigenpairs: int, few: int) -> Tensors:
 def assembled(name: str, mesh: Mesh, arrays: Tensors, device: torch.device) -> Shape:
     """The shape of these arrays, on a device."""
     count = len(mesh.vertices)
-    sparse_ones = [
-        torch.sparse_csr_tensor(
-            *(arrays[f"{which}.{part}"].to(device) for part in ("start", "column", "value")),
-            size=(count, count),
-            check_invariants=False,
-        )
-        for which in ("across", "along")
-    ]
-    dense = (arrays[k].to(device) for k in ("evals", "basis", "mass"))
+
+    def matrix(which: str) -> Tensor:
+        start, column, value = (arrays[f"{which}.{part}"].to(device) for part in ("start", "column", "value"))
+        return torch.sparse_csr_tensor(start, column, value, size=(count, count), check_invariants=False)
+
+    evals, basis, mass, few = (arrays[k].to(device) for k in ("evals", "basis", "mass", "few"))
     points = torch.from_numpy(mesh.vertices).float().to(device)
-    return Shape(name, mesh, points, *dense, *sparse_ones, arrays["few"].to(device))
-
-
-def found_mesh(source: str, name: str, root: Path) -> Mesh:
-    """The mesh of this name, of unit area.
-
-    Args:
-        source: a folder of meshes; or `ellipsoids`, which are made up: the name is a seed.
-    """
-    if source == "ellipsoids":
-        return ellipsoid(name).normalised()
-    path = Path(source).expanduser()
-    folder = path if path.is_dir() else existing(source, root)
-    for suffix in (".npz", ".off", ".obj"):
-        if (folder / f"{name}{suffix}").is_file():
-            return read_mesh(folder / f"{name}{suffix}").normalised()
-    there = sorted(p.stem for p in folder.iterdir() if p.suffix in (".npz", ".off", ".obj"))
-    raise UserError(f"The folder '{folder}' holds no mesh '{name}'; it has {', '.join(there[:6]) or 'none'}…")
-
-
-def ellipsoid(name: str) -> Mesh:
-    """A deformed ellipsoid of 642 vertices, of which each has its place in all of them: axes near 0.6, 1 and 1.5, bumps
-    at places that are common to all, whose heights and a bend are the name's."""
-    ball, draw, common = sphere(3), np.random.default_rng(key("ellipsoid", name)), np.random.default_rng(5)
-    places = common.normal(size=(6, 3))
-    places /= np.linalg.norm(places, axis=1, keepdims=True)
-    heights = np.linspace(0.15, 0.45, 6) * draw.uniform(0.7, 1.3, 6)
-    bumps = np.exp(-((1 - ball.vertices @ places.T) / 0.12)) @ heights
-    points = ball.vertices * (1 + bumps)[:, None] * np.array([0.6, 1.0, 1.5]) * draw.uniform(0.9, 1.1, 3)
-    points[:, 0] += draw.uniform(-0.25, 0.25) * points[:, 2] ** 2
-    points[:, 1] += draw.uniform(-0.25, 0.25) * points[:, 2] ** 2
-    return Mesh(points, ball.faces, np.arange(len(points)))
+    return Shape(name, mesh, points, evals, basis, mass, matrix("across"), matrix("along"), few)
 
 
 def true_map(one: Shape, two: Shape, size: int) -> Tensor:

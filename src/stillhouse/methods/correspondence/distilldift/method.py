@@ -77,6 +77,7 @@ from stillhouse.methods.correspondence.distilldift.product import ImageMatcher, 
 from stillhouse.methods.correspondence.distilldift.views import (
     Pictures,
     ViewsSpec,
+    bodies,
     matched_pixels,
     reach_of,
     rendered,
@@ -98,8 +99,8 @@ PCK = 0.1
 class StartSpec(Spec):
     """How the student becomes self-supervised."""
 
-    steps: int = Field(400, ge=1)
-    batch_size: int = Field(16, ge=2)
+    steps: int = Field(200, ge=1)
+    batch_size: int = Field(8, ge=2)
     lr: float = Field(1e-3, gt=0, description="Of AdamW.")
 
 
@@ -119,7 +120,7 @@ class StudentSpec(Spec):
 class DistilSpec(Spec):
     """The distillation."""
 
-    steps: int = Field(400, ge=0)
+    steps: int = Field(300, ge=0)
     batch_size: int = Field(8, ge=1, description="Pairs.")
     lr: float = Field(1e-3, gt=0, description="Of AdamW; a tenth of it after half of the steps.")
     weight_decay: float = Field(0.05, ge=0)
@@ -222,15 +223,10 @@ def _root(config: Config, run: Run) -> Path:
 
 
 def _pictures(run: Run, config: Config, train: bool) -> Pictures:
-    root = _root(config, run)
-    which = "train" if train else "test"
-    names = config.views.train if train else config.views.test
-    folder = Path(config.views.source).expanduser()
-    folder = folder if folder.is_dir() else root / config.views.source
-    files = {name: folder / f"{name}.npz" for name in names}
-    uses = {"views": config.views, "files": {k: p for k, p in files.items() if p.is_file()}}
-    arrays = run.stage(f"{VIEWS}.{which}", lambda: rendered(config.views, root, train).arrays(), uses)
-    return Pictures(**arrays)
+    meshes = bodies(config.views, _root(config, run), train)
+    uses = {"views": config.views, "meshes": {name: mesh.vertices for name, mesh in meshes.items()}}
+    which = f"{VIEWS}.{'train' if train else 'test'}"
+    return Pictures(**run.stage(which, lambda: rendered(config.views, meshes, train).arrays(), uses))
 
 
 def _placed(spec: ModelSpec, run: Run) -> ModelSpec:

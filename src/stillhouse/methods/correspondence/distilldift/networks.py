@@ -30,7 +30,7 @@ class GeometrySpec(Spec):
     width: int = Field(24, ge=8, multiple_of=8, description="Channels at the full size; 2 and 3 times as many below.")
     levels: list[float] = Field([0.1, 0.25, 0.5], min_length=1, description="Noise levels whose features are averaged.")
     draws: int = Field(2, ge=1, description="Draws of noise a level.")
-    steps: int = Field(400, ge=1)
+    steps: int = Field(250, ge=1)
     batch_size: int = Field(16, ge=1)
     lr: float = Field(2e-3, gt=0, description="Of AdamW.")
 

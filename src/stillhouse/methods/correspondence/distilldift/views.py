@@ -12,8 +12,7 @@ from torch import Tensor
 
 from stillhouse.config.specs import Spec
 from stillhouse.data.mesh_views import Camera, View, camera_around, seen
-from stillhouse.data.meshes import Mesh, read_mesh
-from stillhouse.data.source import existing
+from stillhouse.data.meshes import Mesh, named_mesh
 from stillhouse.errors import UserError
 from stillhouse.randomness import key
 
@@ -24,7 +23,9 @@ LEAST = 6  # points that both images of a test pair show
 class ViewsSpec(Spec):
     """What is seen."""
 
-    source: str = Field("faust", description="A folder of meshes with a correspondence to one template.")
+    source: str = Field(
+        "faust", description="A folder of meshes with a correspondence to one template; or ellipsoids, made up."
+    )
     root: str | None = Field(None, description="Folder that holds it; default: as of other data.")
     train: list[str] = Field(description="Meshes that are learned from.", min_length=2)
     test: list[str] = Field(description="Meshes that are judged on.", min_length=2)
@@ -78,12 +79,16 @@ class Pictures:
         return {name: getattr(self, name) for name in self.__dataclass_fields__}
 
 
-def rendered(spec: ViewsSpec, root: Path, train: bool) -> Pictures:
-    """All views of the training or of the test meshes."""
-    names, count = (spec.train, spec.train_views) if train else (spec.test, spec.test_views)
+def bodies(spec: ViewsSpec, root: Path, train: bool) -> dict[str, Mesh]:
+    """The training or the test meshes by name."""
+    return {name: named_mesh(spec.source, name, root) for name in (spec.train if train else spec.test)}
+
+
+def rendered(spec: ViewsSpec, meshes: dict[str, Mesh], train: bool) -> Pictures:
+    """All views of these meshes."""
+    count = spec.train_views if train else spec.test_views
     rows: dict[str, list[np.ndarray]] = {name: [] for name in Pictures.__dataclass_fields__}
-    for number, name in enumerate(names):
-        mesh = _mesh(spec.source, name, root).normalised()
+    for number, (name, mesh) in enumerate(meshes.items()):
         if mesh.correspondence is None:
             raise UserError(f"The mesh '{name}' has no array `correspondence`, so its points have no names.")
         chosen = np.linspace(0, len(mesh.correspondence) - 1, spec.points).astype(np.int64)
@@ -96,11 +101,6 @@ def rendered(spec: ViewsSpec, root: Path, train: bool) -> Pictures:
             rows["body"].append(np.array(number))
     made = {name: torch.from_numpy(np.stack(values)) for name, values in rows.items()}
     return Pictures(**{k: v.float() if v.dtype == torch.float64 else v for k, v in made.items()})
-
-
-def _mesh(source: str, name: str, root: Path) -> Mesh:
-    folder = Path(source).expanduser()
-    return read_mesh((folder if folder.is_dir() else existing(source, root)) / f"{name}.npz")
 
 
 def _texture(mesh: Mesh, draw: np.random.Generator) -> np.ndarray:
