@@ -77,6 +77,12 @@ def test_gradients_on_a_sphere_are_those_of_the_function():
     assert np.abs(across @ np.ones(len(f))).max() < 1e-9
 
 
+def test_a_shape_has_the_gradients_of_its_mesh(pair: tuple[Shape, Shape]):
+    one, x = pair[0], torch.randn(642, 3, generator=torch.Generator().manual_seed(0))
+    for found, matrix in zip(one.gradients(x), tangent_gradients(one.mesh)):
+        np.testing.assert_allclose(found.numpy(), matrix @ x.numpy(), rtol=1e-4, atol=1e-3)
+
+
 def test_distances_between_points_are_those_of_whole_rows():
     mesh, draw = deformed_ellipsoid("a").normalised(), np.random.default_rng(0)
     sources, targets = draw.integers(0, len(mesh.vertices), (2, 50))

@@ -30,7 +30,7 @@ class DiffusionBlock(nn.Module):
         """(V, C) -> (V, C)."""
         kept = torch.exp(-shape.evals[:eigenpairs, None] * self.times.clamp_min(1e-8))
         diffused = shape.basis[:, :eigenpairs] @ (kept * shape.coefficients(x, eigenpairs))
-        across, along = shape.across @ diffused, shape.along @ diffused
+        across, along = shape.gradients(diffused)
         turned = across * (self.real(across) - self.imaginary(along))
         turned = turned + along * (self.real(along) + self.imaginary(across))
         mixed: Tensor = self.mlp(torch.cat([x, diffused, turned.tanh()], 1))

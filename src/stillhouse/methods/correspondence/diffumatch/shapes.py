@@ -6,8 +6,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
+import scipy.sparse as sparse
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from stillhouse.data.meshes import Mesh, laplacian, spectrum, spread_vertices, tangent_gradients
 from stillhouse.errors import UserError
@@ -25,7 +27,8 @@ class Shape:
         mesh: centred, of unit area.
         points: (V, 3) its vertices, float32.
         evals: (K,), basis: (V, K), orthonormal under mass: (V,); float32.
-        across, along: (V, V) sparse, gradients along the two axes of tangent planes.
+        neighbours: (V, n) each vertex and those next to it; across, along: (V, n) their weights in the gradients along
+            the two axes of its tangent plane.
         few: (P,) some vertices, far from each other.
     """
 
@@ -35,6 +38,7 @@ class Shape:
     evals: Tensor
     basis: Tensor
     mass: Tensor
+    neighbours: Tensor
     across: Tensor
     along: Tensor
     few: Tensor
@@ -42,6 +46,13 @@ class Shape:
     def coefficients(self, features: Tensor, size: int) -> Tensor:
         """(size, d) of features (V, d) in the eigenbasis: Phi^T M F."""
         return self.basis[:, :size].T @ (self.mass[:, None] * features)
+
+    def gradients(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """(V, C) each, of functions (V, C), along the two axes of each vertex's tangent plane."""
+        across, along = (
+            F.embedding_bag(self.neighbours, x, mode="sum", per_sample_weights=w) for w in (self.across, self.along)
+        )
+        return across, along
 
     def waves(self, places: bool) -> Tensor:
         """(V, 100) or, with the places of vertices, (V, 103): descriptors that are not learned, each of norm 1."""
@@ -65,26 +76,32 @@ def computed(mesh: Mesh, eigenpairs: int, few: int) -> Tensors:
         "mass": torch.from_numpy(mass).float(),
         "few": torch.from_numpy(spread_vertices(mesh, few)),
     }
-    for name, matrix in (("across", across), ("along", along)):
-        out |= {
-            f"{name}.start": torch.from_numpy(matrix.indptr.astype(np.int64)),
-            f"{name}.column": torch.from_numpy(matrix.indices.astype(np.int64)),
-            f"{name}.value": torch.from_numpy(matrix.data).float(),
-        }
-    return out
+    places, weights = padded_rows(across, along)
+    return out | {"neighbours": places, "across": weights[0], "along": weights[1]}
+
+
+def padded_rows(*matrices: sparse.csr_matrix) -> tuple[Tensor, list[Tensor]]:
+    """The columns (V, n) of the entries of each row, n the most that a row has, and the entries (V, n) of each matrix,
+    float32, 0 where a row has fewer; the matrices have entries in the same places."""
+    first = matrices[0]
+    counts = np.diff(first.indptr)
+    row = np.repeat(np.arange(len(counts)), counts)
+    slot = np.arange(len(first.indices)) - first.indptr[row]
+    places = np.zeros((len(counts), counts.max()), dtype=np.int64)
+    places[row, slot] = first.indices
+    made = []
+    for matrix in matrices:
+        values = np.zeros(places.shape, dtype=np.float32)
+        values[row, slot] = matrix.data
+        made.append(torch.from_numpy(values))
+    return torch.from_numpy(places), made
 
 
 def assembled(name: str, mesh: Mesh, arrays: Tensors, device: torch.device) -> Shape:
     """The shape of these arrays, on a device."""
-    count = len(mesh.vertices)
-
-    def matrix(which: str) -> Tensor:
-        start, column, value = (arrays[f"{which}.{part}"].to(device) for part in ("start", "column", "value"))
-        return torch.sparse_csr_tensor(start, column, value, size=(count, count), check_invariants=False)
-
-    evals, basis, mass, few = (arrays[k].to(device) for k in ("evals", "basis", "mass", "few"))
+    names = ("evals", "basis", "mass", "neighbours", "across", "along", "few")
     points = torch.from_numpy(mesh.vertices).float().to(device)
-    return Shape(name, mesh, points, evals, basis, mass, matrix("across"), matrix("along"), few)
+    return Shape(name, mesh, points, **{k: arrays[k].to(device) for k in names})
 
 
 def true_map(one: Shape, two: Shape, size: int) -> Tensor:
