@@ -83,6 +83,7 @@ def kept(folder: Path, file: str) -> Any:
 
 def main(work: Path, moments: list[str]) -> None:
     torch.set_num_threads(1)
+    validate(RECIPE)  # imports, once for all children, what a run imports
     assert child(work, "whole", None) == 0, (work / "log.txt").read_text()
     out = {}
     for moment in moments:

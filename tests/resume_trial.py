@@ -119,6 +119,8 @@ def child(work: Path, folder: Path, cache: Path, workers: int, moment: str | Non
 def main(work: Path, workers: int, moments: list[str]) -> None:
     torch.set_num_threads(1)
     (work / "inner.py").write_text(INNER)
+    (work / "warm.yaml").write_text(RECIPE.format(workers=workers, inner=work / "inner.py"))
+    recipe.load(work / "warm.yaml")  # imports, once for all children, what a run imports
     out = {}
     whole = work / "whole"
     assert child(work, whole, work / "cache-whole", workers, None) == 0, (work / "log.txt").read_text()
