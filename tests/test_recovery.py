@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from stillhouse import catalog
 from stillhouse.randomness import generator
 from stillhouse.runs.execution import execute
 from stillhouse.runs.recipe import validate
@@ -116,3 +117,27 @@ def test_a_run_tells_what_its_descents_cost(method: str, given: dict, steps: int
     found = execute(validate(tree), tmp_path / "run", cpu=True)
     assert found["distil_iterations"] == steps and found["distil_peak_mb"] > 0
     assert found["distil_seconds_per_iteration"] == pytest.approx(found["distil_seconds"] / steps)
+
+
+@pytest.mark.parametrize(
+    ("method", "stage", "options"),
+    [
+        ("nrr_dd", "refine", {"relabel": {"epochs": 1}, "refine": {"alpha_bn": 0}}),
+        ("cv_dd", "recover", {"priors": [1], "voters": 1, "relabel": {"epochs": 1}, "recover": {"r_bn": 0, "area": 1}}),
+        ("sre2l", "recover", {"relabel": {"epochs": 1}, "recover": {"r_bn": 0}}),
+    ],
+)
+def test_classes_are_recovered_a_few_at_a_time(method: str, stage: str, options: dict, tmp_path: Path):
+    tree = {**DIGITS, "method": method, "ipc": 1, **options}
+    if method == "cv_dd":
+        tree["committee"] = [tree.pop("teacher")]
+    batch, found = {"iterations": 4, "jitter": 0, "augment": "", "lr": 0.01}, {}
+    for most in (None, 4):
+        config = validate({**tree, stage: {**options[stage], **batch, "classes": most}})
+        run = Run(tmp_path / str(most), config, cpu=True)
+        found[most] = catalog.method(method).run(config, run)
+    whole, parts = found[None].images, found[4].images
+    assert whole.shape == parts.shape == (10, 1, 8, 8)
+    if method != "sre2l":  # whose noise is drawn for each descent
+        torch.testing.assert_close(parts, whole, atol=1e-3, rtol=0)  # each image has its own loss, and Adam no scale
+    assert (tmp_path / "4" / "checkpoints").is_dir()

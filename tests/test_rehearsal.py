@@ -25,7 +25,9 @@ ROOT = Path(__file__).parents[1]
 RECIPES = sorted(ROOT.glob("recipes/**/*.yaml"))
 SMALLER: dict[str, dict[str, object]] = {
     # what a method does over and over
-    "cv_dd": {"data.size": 1000},
+    "cv_dd": {"data.size": 1000, "ipc": 1, "relabel.epochs": 1},
+    "nrr_dd": {"ipc": 1, "relabel.epochs": 1},
+    "sre2l": {"ipc": 1, "relabel.epochs": 1},
     "diswot": {"search.evaluations": 2, "search.population": 2},
     "entropic_student": {"data.test_size": 4},  # made-up codes lie far outside the tables, and are slow to write
     "ferkd": {"regions.crops": 4, "data.size": 1024},
@@ -51,7 +53,7 @@ SMALLER: dict[str, dict[str, object]] = {
     "pvd": {"scene.side": 16, "scene.views": 2, "scene.test_views": 1},  # views are rendered first, on the CPU
     "universal_ner": {"annotator": None, "ask.questions": 1},  # a server annotates
     "ncfm": {"pool.count": 2},
-    "pca": {"scorer.networks": 1, "evaluate.networks": 1},
+    "pca": {"ipc": 1, "scorer.networks": 1, "evaluate.networks": 1},
     "wad": {"split": 1},
 }
 READING: dict[str, str] = {

@@ -4,13 +4,13 @@ and what that costs."""
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from stillhouse.evaluation.cost import peak_of_tensors
+from stillhouse.evaluation import cost
 from stillhouse.functional.augmentation import Strength, all_of, apply, groups_of
 from stillhouse.runs.run import Run
 from stillhouse.synthetic.synthesis import TensorState
@@ -35,6 +35,15 @@ class Cost:
             "distil_peak_mb": self.peak / 1e6,
         }
         return found | ({"distil_seconds_per_iteration": self.seconds / self.iterations} if self.iterations else {})
+
+
+def class_batches(classes: int, most: int | None) -> Iterator[tuple[slice, str]]:
+    """The classes of each descent, at most `most` at a time (None: all at once), and how its name ends."""
+    if most is None or most >= classes:
+        yield slice(0, classes), ""
+        return
+    for first in range(0, classes, most):
+        yield slice(first, min(first + most, classes)), f".{first}"
 
 
 def descend(
@@ -79,7 +88,7 @@ def descend(
             group["lr"] = lr * 0.5 * (1 + math.cos(math.pi * i / iterations))
         found: dict[str, Tensor] = {}
         if i == 0:
-            peak.fill_(peak_of_tensors(lambda: found.update(one(0)), pixels.device))
+            peak.fill_(cost.peak_of_tensors(lambda: found.update(one(0)), pixels.device))
         else:
             found = one(i)
         optimizer.step()
@@ -87,7 +96,7 @@ def descend(
             after()
         return found
 
-    peak_of_tensors(
+    cost.peak_of_tensors(
         lambda: None, pixels.device
     )  # the profiler's own start, a second, is no cost of the first iteration
     seconds = run.loop(

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from stillhouse.config.specs import ModelSpec
 from stillhouse.errors import UserError
-from stillhouse.evaluation.cost import peak_of_tensors
+from stillhouse.evaluation import cost
 from stillhouse.functional.augmentation import apply, groups_of
 from stillhouse.functional.recovery import clamp_to_pixels
 from stillhouse.randomness import generator
@@ -124,7 +124,7 @@ class Synthesis:
             optimizer.zero_grad()
             terms: dict[str, Tensor] = {}
             if i == 0:
-                peak.bytes = peak_of_tensors(lambda: terms.update(one(0)), self.images.device)
+                peak.bytes = cost.peak_of_tensors(lambda: terms.update(one(0)), self.images.device)
             else:
                 terms.update(one(i))
             optimizer.step()

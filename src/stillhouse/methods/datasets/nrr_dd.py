@@ -45,7 +45,7 @@ from stillhouse.runs.method import Method, Stage
 from stillhouse.runs.run import Run
 from stillhouse.signals import Taps, evaluating
 from stillhouse.synthetic.config import DatasetConfig, Groups
-from stillhouse.synthetic.descent import Cost, batch_view, descend
+from stillhouse.synthetic.descent import Cost, batch_view, class_batches, descend
 from stillhouse.synthetic.judging.evaluator import judge
 from stillhouse.synthetic.product import SyntheticSet
 from stillhouse.synthetic.real import RealRows
@@ -227,6 +227,9 @@ class RefineSpec(Spec):
 
     iterations: int = Field(1000, ge=1)
     eps: float = Field(0.5, gt=0, description="Pixels at least this active stay; above 1 all are refined.")
+    classes: int | None = Field(
+        None, ge=1, description="Classes refined at a time, which bounds the memory; null: all. Published: 100."
+    )
     lr: float = Field(0.1, gt=0, description="0.25 at 224 pixels, 0.05 to 0.1 at 32; falls along a cosine.")
     optimizer: Literal["adam", "gradient"] = Field(
         "adam", description="The masked step: of Adam with betas 0.5, 0.9, or the plain gradient."
@@ -365,13 +368,16 @@ def refined(
     statistics: BatchNormStatistics,
     taps: Taps,
     start: Tensor,
+    classes: slice,
     real: RealRows,
     slot: int,
+    end: str,
     factor: int,
 ) -> tuple[Tensor, dict[str, float], Cost]:
-    """Mosaics (classes, C, H, W) of factor x factor patches, one of every class, refined outside their critical
-    regions, with what that did and cost."""
-    x, labels = nn.Parameter(start.clone()), torch.arange(len(start), device=start.device)
+    """Mosaics (C', C, H, W) of factor x factor patches, one of each of these classes, refined outside their critical
+    regions, with what that did and cost; `end` is of the descent's name."""
+    x, labels = nn.Parameter(start.clone()), torch.arange(classes.start, classes.stop, device=start.device)
+    keys = (run.seed, "refine", slot, *([classes.start] if end else []))
     size = (x.shape[-2], x.shape[-1])
     regions = critical(activation_map(network, taps, start, labels), size, factor if spec.per_patch else 1)
     blank = int((regions.amax((1, 2, 3)) == 0).sum())
@@ -384,7 +390,7 @@ def refined(
 
     def loss(i: int) -> dict[str, Tensor]:
         before.copy_(x.detach())
-        seen = batch_view(x, spec.augment, spec.jitter, generator(run.seed, "refine", slot, i))
+        seen = batch_view(x, spec.augment, spec.jitter, generator(*keys, i))
         return refine_loss(network, statistics, seen, labels, spec)
 
     def masked() -> None:
@@ -392,7 +398,7 @@ def refined(
         clamp_to_pixels(x, real.mean, real.std)
 
     cost = descend(
-        run, f"refine.{slot}", x, spec.lr, spec.iterations, loss, plain=spec.optimizer == "gradient", after=masked
+        run, f"refine.{slot}{end}", x, spec.lr, spec.iterations, loss, plain=spec.optimizer == "gradient", after=masked
     )
     with torch.no_grad():
         ends = [refine_loss(network, statistics, v, labels, spec) for v in (start, x)]
@@ -429,11 +435,16 @@ class NonCriticalRegionRefinement(Method[Config]):
             statistics = BatchNormStatistics(network)
             seen: list[dict[str, float]] = []
             for slot, start in enumerate(starts):
-                parts[slot], found, spent = refined(
-                    config.refine, run, network, statistics, taps, start, real, slot, config.discover.factor
-                )
-                seen.append(found)
-                cost += spent
+                batches = []
+                for classes, end in class_batches(len(start), config.refine.classes):
+                    x, found, spent = refined(
+                        config.refine, run, network, statistics, taps, start[classes], classes, real, slot, end,
+                        config.discover.factor,
+                    )  # fmt: skip
+                    batches.append(x)
+                    seen.append(found)
+                    cost += spent
+                parts[slot] = torch.cat(batches)
             statistics.close()
             figures = cost.figures() | {name: sum(s[name] for s in seen) / len(seen) for name in seen[0]}
         taps.remove()

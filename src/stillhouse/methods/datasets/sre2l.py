@@ -30,7 +30,7 @@ from stillhouse.randomness import generator
 from stillhouse.runs.method import Method, Stage
 from stillhouse.runs.run import Run
 from stillhouse.synthetic.config import DatasetConfig, Groups
-from stillhouse.synthetic.descent import Cost, batch_view, descend
+from stillhouse.synthetic.descent import Cost, batch_view, class_batches, descend
 from stillhouse.synthetic.product import SyntheticSet
 from stillhouse.synthetic.real import RealRows
 from stillhouse.synthetic.relabel import ViewLabels, Views, relabel, running_logits
@@ -41,6 +41,9 @@ class RecoverSpec(Spec):
     """How images are recovered."""
 
     iterations: int = Field(1000, ge=1, description="Published: 4000 (ImageNet), 1000 (CIFAR).")
+    classes: int | None = Field(
+        None, ge=1, description="Classes recovered at a time, which bounds the memory; null: all. Published: 100."
+    )
     lr: float = Field(0.25, gt=0, description="Adam with betas 0.5, 0.9; falls along a cosine.")
     r_bn: float = Field(0.01, ge=0, description="Weight of the statistics; published: 0.01 (ImageNet) to 1 (CIFAR).")
     first: float = Field(10.0, ge=0, description="Factor of the first layer's statistics.")
@@ -109,9 +112,12 @@ class SqueezeRecoverRelabel(Method[Config]):
         statistics = BatchNormStatistics(network)
         parts, cost = [], Cost()
         for number in range(config.ipc):
-            x, spent = self._recovered(config, config.recover, run, network, statistics, number)
-            parts.append(x)
-            cost += spent
+            batches = []
+            for classes, end in class_batches(run.data(config.data).num_classes, config.recover.classes):
+                x, spent = self._recovered(config, config.recover, run, network, statistics, number, classes, end)
+                batches.append(x)
+                cost += spent
+            parts.append(torch.cat(batches))
         statistics.close()
         made = self._labelled(config, run, network, torch.stack(parts, 1).flatten(0, 1))  # class-major
         if config.evaluate.scores and config.evaluate.protocol == "soft":
@@ -145,19 +151,22 @@ class SqueezeRecoverRelabel(Method[Config]):
         network: nn.Module,
         statistics: BatchNormStatistics,
         number: int,
+        classes: slice,
+        end: str,
     ) -> tuple[Tensor, Cost]:
-        """The `number`-th image of each class, and what it cost."""
+        """The `number`-th image of each of these classes, and what it cost; `end` is of the descent's name."""
         bundle = run.data(config.data)
-        labels = torch.arange(bundle.num_classes, device=run.device)
+        labels = torch.arange(bundle.num_classes, device=run.device)[classes]
         shape = (len(labels), *bundle.input_shape)
-        x = nn.Parameter(torch.randn(shape, generator=generator(run.seed, "recover", number)).to(run.device))
+        keys = (run.seed, "recover", number, *([classes.start] if end else []))
+        x = nn.Parameter(torch.randn(shape, generator=generator(*keys)).to(run.device))
 
         def loss(i: int) -> dict[str, Tensor]:
-            seen = batch_view(x, spec.augment, spec.jitter, generator(run.seed, "recover", number, i))
+            seen = batch_view(x, spec.augment, spec.jitter, generator(*keys, i))
             return recover_loss(network, statistics, seen, labels, spec)
 
         def clamp() -> None:
             clamp_to_pixels(x, bundle.mean, bundle.std)
 
-        cost = descend(run, f"recover.{number}", x, spec.lr, spec.iterations, loss, after=clamp)
+        cost = descend(run, f"recover.{number}{end}", x, spec.lr, spec.iterations, loss, after=clamp)
         return x.detach(), cost

@@ -57,7 +57,7 @@ from stillhouse.randomness import generator
 from stillhouse.runs.method import Method, Stage
 from stillhouse.runs.run import Run
 from stillhouse.synthetic.config import DatasetConfig, Groups
-from stillhouse.synthetic.descent import Cost, batch_view, descend
+from stillhouse.synthetic.descent import Cost, batch_view, class_batches, descend
 from stillhouse.synthetic.real import RealRows
 from stillhouse.synthetic.relabel import ViewLabels, Views, running_logits
 from stillhouse.synthetic.synthesis import made_by, plan
@@ -68,6 +68,9 @@ class RecoverSpec(Spec):
     """How images are recovered."""
 
     iterations: int = Field(4000, ge=0, description="0 leaves the images as they began.")
+    classes: int | None = Field(
+        None, ge=1, description="Classes recovered at a time, which bounds the memory; null: all. Published: 100."
+    )
     lr: float = Field(0.25, gt=0, description="Adam with betas 0.5, 0.9; falls along a cosine.")
     r_bn: float = Field(0.01, ge=0, description="Weight of the statistics.")
     first: float = Field(10.0, ge=0, description="Factor of the first layer's statistics.")
@@ -287,20 +290,26 @@ def recover(
 ) -> tuple[Tensor, Cost]:
     """Images (classes, C, H, W) learned from `start`, one of every class, under the weighted losses of the networks,
     and what that cost."""
-    x, labels = nn.Parameter(start.clone()), torch.arange(len(start), device=start.device)
     statistics = [BatchNormStatistics(network) for network in networks]
 
-    def loss(i: int) -> dict[str, Tensor]:
-        seen = batch_view(x, spec.augment, spec.jitter, generator(*keys, i), spec.area)
-        return committee_loss(networks, statistics, weights, seen, labels, spec.r_bn, spec.first)
+    def of_classes(classes: slice, end: str) -> tuple[Tensor, Cost]:
+        x, labels = nn.Parameter(start[classes].clone()), torch.arange(len(start), device=start.device)[classes]
+        drawn = (*keys, *([classes.start] if end else []))
 
-    def clamp() -> None:
-        clamp_to_pixels(x, real.mean, real.std)
+        def loss(i: int) -> dict[str, Tensor]:
+            seen = batch_view(x, spec.augment, spec.jitter, generator(*drawn, i), spec.area)
+            return committee_loss(networks, statistics, weights, seen, labels, spec.r_bn, spec.first)
 
-    cost = descend(run, name, x, spec.lr, spec.iterations, loss, after=clamp)
+        def clamp() -> None:
+            clamp_to_pixels(x, real.mean, real.std)
+
+        cost = descend(run, f"{name}{end}", x, spec.lr, spec.iterations, loss, after=clamp)
+        return x.detach(), cost
+
+    parts, costs = zip(*(of_classes(*each) for each in class_batches(len(start), spec.classes)))
     for each in statistics:
         each.close()
-    return x.detach(), cost
+    return torch.cat(parts), sum(costs, Cost())
 
 
 @torch.no_grad()

@@ -32,7 +32,7 @@ from torch import Tensor, nn
 
 from stillhouse.config.specs import Data, MethodConfig, Model, Spec
 from stillhouse.errors import UserError
-from stillhouse.evaluation.cost import peak_of_tensors
+from stillhouse.evaluation import cost
 from stillhouse.functional.augmentation import apply
 from stillhouse.methods.datasets.krr_st.product import RepresentationSet
 from stillhouse.methods.datasets.krr_st.ridge import Pool, Regressor, outer_loss, outer_optimizer
@@ -197,7 +197,7 @@ class SelfSupervisedDistillation(Method[Config]):
             if i:
                 return one(i)
             terms: dict[str, Tensor] = {}
-            peak.fill_(peak_of_tensors(lambda: terms.update(one(0)), images.device))
+            peak.fill_(cost.peak_of_tensors(lambda: terms.update(one(0)), images.device))
             return terms
 
         state: dict[str, Any] = {
