@@ -26,7 +26,7 @@ RECIPES = sorted(ROOT.glob("recipes/**/*.yaml"))
 SMALLER: dict[str, dict[str, object]] = {
     # what a method does over and over
     "cv_dd": {"data.size": 1000, "ipc": 1, "relabel.epochs": 1},
-    "nrr_dd": {"ipc": 1, "relabel.epochs": 1},
+    "nrr_dd": {"ipc": 1, "discover.pool": 1, "relabel.epochs": 1},
     "sre2l": {"ipc": 1, "relabel.epochs": 1},
     "diswot": {"search.evaluations": 2, "search.population": 2},
     "entropic_student": {"data.test_size": 4},  # made-up codes lie far outside the tables, and are slow to write

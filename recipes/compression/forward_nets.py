@@ -33,12 +33,16 @@ class ForwardNet(nn.Sequential):
         inputs = 3
         for i, width in enumerate(channels):
             layers += [nn.Conv2d(inputs, width, kernel, padding=kernel // 2), nn.ReLU(), nn.BatchNorm2d(width)]
-            layers += [nn.MaxPool2d(2)] * (i in pool) + [nn.Dropout2d(rates[i])] * (i in rates)
+            if i in pool:
+                layers.append(nn.MaxPool2d(2))
+            if i in rates:
+                layers.append(nn.Dropout2d(rates[i]))
             inputs = width
         layers.append(nn.Flatten())
         inputs *= (32 // 2 ** len(pool)) ** 2
         for i, width in enumerate(dense, len(channels)):
             layers += [nn.Linear(inputs, width), nn.ReLU(), nn.BatchNorm1d(width)]
-            layers += [nn.Dropout(rates[i])] * (i in rates)
+            if i in rates:
+                layers.append(nn.Dropout(rates[i]))
             inputs = width
         super().__init__(*layers, nn.Linear(inputs, num_classes))
