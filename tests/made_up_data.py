@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,9 @@ IMAGES: dict[str, tuple[int, tuple[int, int, int], int]] = {
     "imagefolder:imagenet_lt": (1000, (3, 375, 500), 2),
     "imagefolder:inaturalist2018": (8142, (3, 375, 500), 1),
     "imagefolder:places_lt": (365, (3, 375, 500), 3),
+    **{f"imagefolder:office_home/{n}": (65, (3, 375, 500), 2) for n in ("Art", "Clipart", "Product", "Real World")},
 }
+PAIRS = frozenset({"shards:yfcc15m", "shards:albef4m", "pairs:flickr30k"})
 MASKS = {"masks:voc2012_aug": (500, 375), "masks:cityscapes": (2048, 1024)}
 OBJECTS = {"instances:voc2012_sbd": (250, 188)}  # name: size of an image
 PHOTOGRAPHS = {"restore:DIV2K/DIV2K_train_HR": 768}  # name: a side in pixels
@@ -55,6 +58,8 @@ VOCABULARIES = {
     "google/t5-v1_1-small": 32128,
     "google-bert/bert-base-uncased": 30522,
     "TinyLlama/TinyLlama_v1.1": 32000,
+    **{f"openai/clip-vit-{n}": 49408 for n in ("base-patch16", "base-patch32", "large-patch14")},
+    "apple/DFN5B-CLIP-ViT-H-14-378": 49408,
 }
 CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     # name on the hub: its config
@@ -74,6 +79,42 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "meta-llama/Llama-2-7b-chat-hf": ("llama", {}),
     "huggyllama/llama-7b": ("llama", {}),
+    "openai/clip-vit-base-patch16": ("clip", {"vision_config": {"patch_size": 16}}),
+    "openai/clip-vit-base-patch32": ("clip", {"vision_config": {"patch_size": 32}}),
+    "openai/clip-vit-large-patch14": (
+        "clip",
+        {
+            "projection_dim": 768,
+            "vision_config": {
+                "patch_size": 14,
+                "hidden_size": 1024,
+                "intermediate_size": 4096,
+                "num_hidden_layers": 24,
+                "num_attention_heads": 16,
+            },
+            "text_config": {"hidden_size": 768, "intermediate_size": 3072, "num_attention_heads": 12},
+        },
+    ),
+    "apple/DFN5B-CLIP-ViT-H-14-378": (
+        "clip",
+        {
+            "projection_dim": 1024,
+            "vision_config": {
+                "image_size": 378,
+                "patch_size": 14,
+                "hidden_size": 1280,
+                "intermediate_size": 5120,
+                "num_hidden_layers": 32,
+                "num_attention_heads": 16,
+            },
+            "text_config": {
+                "hidden_size": 1024,
+                "intermediate_size": 4096,
+                "num_hidden_layers": 24,
+                "num_attention_heads": 16,
+            },
+        },
+    ),
     "huawei-noah/TinyBERT_General_4L_312D": (
         "bert",
         {"hidden_size": 312, "num_hidden_layers": 4, "num_attention_heads": 12, "intermediate_size": 1200},
@@ -159,6 +200,23 @@ def load(run: Run, spec: Any, folder: Path) -> Any:
         if not place.exists():
             _clouds(place)
         return _read(run, spec, f"kitti:{place}")
+    inner = spec.name.removeprefix("captions:")
+    if inner != spec.name and inner in IMAGES:
+        place = folder / inner.replace(":", "_").replace("/", "_")
+        if not place.exists():
+            image = _photograph(folder)
+            for split, name in product(("train", "test"), range(IMAGES[inner][0])):
+                (place / split / str(name)).mkdir(parents=True)
+                (place / split / str(name) / "0.png").hardlink_to(image)
+        return _read(run, spec, f"captions:imagefolder:{place}")
+    if spec.name in PAIRS:
+        place, lines = folder / spec.name.replace(":", "_"), [f"{i}.png,w{i + 1} w2 w3\n" for i in range(8)]
+        for split in ("train", "test") if not place.exists() else ():
+            (place / split).mkdir(parents=True)
+            (place / split / "metadata.csv").write_text("".join(["file_name,text\n", *lines]))
+            for i in range(8):
+                (place / split / f"{i}.png").hardlink_to(_photograph(folder))
+        return _read(run, spec, f"pairs:{place}")
     if spec.name in TEXTS:
         place = folder / f"{spec.name.split('/')[-1].split(':')[-1]}.jsonl"
         count = ROWS.get(spec.name, 100)
@@ -193,6 +251,14 @@ def _clouds(place: Path) -> None:
             (place / "training" / "label_2" / f"{name}.txt").write_text(
                 "Car 0 0 0 100 100 200 200 1.5 1.6 3.9 2.0 1.7 10.0 -1.57\n"
             )
+
+
+def _photograph(folder: Path) -> Path:
+    """The file of one image."""
+    path = folder / "photograph.png"
+    if not path.exists():
+        Image.new("RGB", (500, 375), (90, 120, 150)).save(path)
+    return path
 
 
 def _read(run: Run, spec: Any, name: str) -> Any:

@@ -69,6 +69,7 @@ SKIPPED: dict[str, str] = {
     "dynamic_ykd_camvid": "which regions are left depends on values, which the meta device lacks",
     "jepa_bias": "it simulates learning dynamics to their end, of which one step is no result",
     "makd": "its annotator is a vision-language model of the user's",
+    "unified_embedding": "its table is the user's own",
     "mtt": "it measures how far trained experts move, of which one step says nothing",
 }
 
