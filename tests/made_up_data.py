@@ -58,8 +58,8 @@ VOCABULARIES = {
     "google/t5-v1_1-small": 32128,
     "google-bert/bert-base-uncased": 30522,
     "TinyLlama/TinyLlama_v1.1": 32000,
-    **{f"openai/clip-vit-{n}": 49408 for n in ("base-patch16", "base-patch32", "large-patch14")},
-    "apple/DFN5B-CLIP-ViT-H-14-378": 49408,
+    **{f"openai/clip-vit-{n}": 49400 for n in ("base-patch16", "base-patch32", "large-patch14")},
+    "apple/DFN5B-CLIP-ViT-H-14-378": 49400,
 }
 CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     # name on the hub: its config

@@ -33,7 +33,9 @@ def test_all_variants_validate(path: Path):
 def test_the_smoke_variant_runs_and_leaves_a_product_that_loads(path: Path, tmp_path: Path):
     config = recipe.load(path, "smoke")
     needs_files = [
-        name for name in ("cifar10", "faust", "tu:", "planetoid:", "cpf:", "sst2", "shakespeare") if name in recipe.dump(config)
+        name
+        for name in ("cifar10", "faust", "tu:", "planetoid:", "cpf:", "sst2", "shakespeare")
+        if name in recipe.dump(config)
     ]
     if needs_files and not os.environ.get("STILLHOUSE_DATA"):
         pytest.skip(f"STILLHOUSE_DATA is not set: no {needs_files[0].rstrip(':')} here")

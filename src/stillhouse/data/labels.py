@@ -50,8 +50,8 @@ def read_labels(values: Any, where: str) -> list[int | str]:
         if not isinstance(value, int | str):
             raise UserError(
                 f"{where}: the label of sample {number} is {str(value)[:60]}, several values; a sample has one class "
-                "here (no multi-label): "
-                "give the id or the name of that class."
+                "here: give the id or the name of that class. Images with several labels are read by "
+                "data.name: multilabel:PATH."
             )
         out.append(value)
     return out

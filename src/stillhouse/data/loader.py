@@ -319,8 +319,8 @@ def as_batch(made: Any, student: nn.Module | None = None) -> Batch:
                 f"The labels of a batch have shape {tuple(label.shape)}, so each row must hold the probabilities of a "
                 "sample's classes; row "
                 f"{int(wrong[0])} sums to {float(sums[wrong[0]]):.3g}. Several classes a sample (multi-hot labels) "
-                "and real targets are not supported as "
-                "labels: give class ids, or hand them to an objective of your own under another key of the batch."
+                "are for recipes with data.name: multilabel:PATH, and real targets are not supported: give class ids, "
+                "or hand them to an objective of your own under another key of the batch."
             )
     return batch
 

@@ -513,9 +513,9 @@ def refuse_other_classes(student: Signals, batch: Batch, task: Task) -> None:
     if logits is None:
         return
     classes = logits.shape[-1]
-    if task.class_names and len(task.class_names) != classes:
+    if task.outcomes and task.outcomes != classes:
         raise UserError(
-            f"The student gives scores of {classes} classes, but the data has {len(task.class_names)}; leave the "
+            f"The student gives scores of {classes} classes, but the data has {task.outcomes}; leave the "
             "number of classes out of its options, or choose other data."
         )
     if not isinstance(label, Tensor) or label.is_meta or label.is_floating_point() or not label.numel():

@@ -60,6 +60,11 @@ class Task:
         return ()
 
     @property
+    def outcomes(self) -> int:
+        """How many scores a prediction has; by default one a class. 0 where there are no classes."""
+        return len(self.class_names)
+
+    @property
     def normalisation(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
         """Mean and standard deviation per channel that inputs in [0, 1] were normalised with; () where they are used as
         they are."""

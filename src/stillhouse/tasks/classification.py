@@ -75,15 +75,7 @@ class Classification(Task):
     @torch.no_grad()
     def predict(self, module: nn.Module, inputs: Sequence[Any]) -> list[dict[str, Any]]:
         """For each uint8 image (C, H, W): its `label`, and the five largest `probs` by class name."""
-        if len(self.input_shape) != 3 or not self.mean:
-            raise UserError(
-                f"Only classifiers of images predict for people; this one takes inputs of shape {self.input_shape}: "
-                "call its module."
-            )
-        channels, height, width = self.input_shape
-        fitted = torch.stack([centre(with_channels(image, channels), (height, width)) for image in inputs])
-        device = next(module.parameters()).device
-        x = normalise(fitted, self.mean, self.std).to(device)
+        x = fitted(inputs, self.input_shape, self.mean, self.std).to(next(module.parameters()).device)
         logits = self.read(self.call(module, {"input": x}), {"input": x}).require("logits")
         found = []
         for probs in logits.float().softmax(-1).cpu():
@@ -107,3 +99,14 @@ class Classification(Task):
             return [self.classes[i] for i in batch["label"].tolist()]
         best = outputs.log_probs().exp().max(-1)
         return [f"{self.classes[i]} ({p:.0%})" for p, i in zip(best.values.tolist(), best.indices.tolist())]
+
+
+def fitted(images: Sequence[Tensor], shape: tuple[int, ...], mean: Sequence[float], std: Sequence[float]) -> Tensor:
+    """Images uint8 (C, H, W) of any size as a classifier's input (B, C, H, W). Raises `UserError` for inputs that are
+    no images."""
+    if len(shape) != 3 or not mean:
+        raise UserError(
+            f"Only classifiers of images predict for people; this one takes inputs of shape {shape}: call its module."
+        )
+    channels, height, width = shape
+    return normalise(torch.stack([centre(with_channels(x, channels), (height, width)) for x in images]), mean, std)
