@@ -54,6 +54,7 @@ CONVERSATIONS = {"conversations:pile_passages.json": [["w1 w2 w3 .", "w4"], ["w5
 ROWS = {"text:wikipedia_and_books.txt": 2400}
 """Of sets of which a step takes more than 100."""
 VOCABULARIES = {
+    "Qwen/Qwen2-1.5B": 151646,
     "huggyllama/llama-7b": 32000,
     "google/t5-v1_1-small": 32128,
     "google-bert/bert-base-uncased": 30522,
@@ -118,6 +119,23 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     "huawei-noah/TinyBERT_General_4L_312D": (
         "bert",
         {"hidden_size": 312, "num_hidden_layers": 4, "num_attention_heads": 12, "intermediate_size": 1200},
+    ),
+    "Qwen/Qwen2-1.5B": (
+        "qwen2",
+        {"hidden_size": 1536, "intermediate_size": 8960, "num_hidden_layers": 28, "num_attention_heads": 12}
+        | {"num_key_value_heads": 2, "vocab_size": 151936},
+    ),
+    "Qwen/Qwen2-7B": (
+        "qwen2",
+        {"hidden_size": 3584, "intermediate_size": 18944, "num_hidden_layers": 28, "num_attention_heads": 28}
+        | {"num_key_value_heads": 4, "vocab_size": 152064},
+    ),
+    "openai/clip-vit-large-patch14-336": (
+        "clip",
+        {
+            "vision_config": {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24}
+            | {"num_attention_heads": 16, "patch_size": 14, "image_size": 336}
+        },
     ),
     "nvidia/mit-b1": ("segformer", {"hidden_sizes": [64, 128, 320, 512], "decoder_hidden_size": 256}),
 }
@@ -195,6 +213,18 @@ def load(run: Run, spec: Any, folder: Path) -> Any:
             for i in range(count):
                 Image.new("RGB", (64, 48)).save(place / split / f"{i}.jpg")
         return _read(run, spec.model_copy(update={"options": {}}), f"coco:{place}")
+    if spec.name.startswith("visual_chat:"):
+        place = folder / "chats"
+        (place / "images").mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (64, 48)).save(place / "images" / "a.jpg")
+        said = [{"from": "human", "value": "<image> w1 w2"}, {"from": "gpt", "value": "w3 w4"}]
+        record: dict[str, Any] = {"image": "a.jpg", "conversations": said}
+        if "preferences" in spec.name:
+            record = {"image": "a.jpg", "question": "w1 w2", "chosen": "w3", "rejected": "w4 w5"}
+        path = place / f"{spec.name.partition(':')[2]}"
+        path.write_text(json.dumps([record] * 40))
+        options = {**spec.options, "images": str(place / "images")}
+        return _read(run, spec.model_copy(update={"options": options}), f"visual_chat:{path}")
     if spec.name in CLOUDS:
         place = folder / spec.name.replace(":", "_")
         if not place.exists():

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import json
 import math
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +26,7 @@ from stillhouse.methods.image_text.llava_mod import (
     Preference,
     PreferenceTraining,
     answer_log_probs,
+    as_it_is,
     balance_loss,
     distilled_places,
     mimic_loss,
@@ -349,6 +352,70 @@ def test_balance_is_that_of_the_last_forward_pass(bundle: object) -> None:
     assert len(list(mixtures(net))) == 1 and balance_loss(net, like) >= 1 - 1e-5
     net.eval()(**batch["input"])
     assert balance_loss(net, like) == 0
+
+
+CHATS = [
+    {
+        "image": "a.png",
+        "conversations": [
+            {"from": "human", "value": "<image>\nwhat is it ?"},
+            {"from": "gpt", "value": "a cat"},
+            {"from": "human", "value": "is it red ?"},
+            {"from": "gpt", "value": "no"},
+        ],
+    },
+    {"image": "a.png", "question": "what is it ?", "chosen": "a cat", "rejected": "a red dog"},
+]
+
+
+@pytest.fixture(scope="module")
+def chats(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    place = tmp_path_factory.mktemp("chats")
+    Image.new("RGB", (20, 12), (90, 0, 0)).save(place / "a.png")
+    for name, record in zip(("talk", "pairs"), CHATS):
+        (place / f"{name}.json").write_text(json.dumps([record] * 8))
+    return place
+
+
+def test_conversations_learn_answers_alone_and_pairs_have_a_wrong_one(chats: Path) -> None:
+    spec = DataSpec(name=f"visual_chat:{chats / 'talk.json'}", image_size=16, options={"tokenizer": "bytes"})
+    found = load(spec)
+    batch = batch_of(found, number=2)
+    task, label = found.task, batch["label"][0]
+    assert task.tokenizer.decode(label[label != IGNORED]) == "a cat<eos>no<eos>"
+    ids = batch["input"]["input_ids"][0]
+    assert torch.equal(ids[1:][label[:-1] != IGNORED], label[label != IGNORED])
+    assert task.tokenizer.decode(ids, skip_special_tokens=True).startswith("USER: what is it ? ASSISTANT: a cat")
+    assert batch["input"]["pixel_values"].shape == (2, 3, 16, 16) and "wrong" not in batch
+    pairs = load(spec.model_copy(update={"name": f"visual_chat:{chats / 'pairs.json'}"}))
+    batch = batch_of(pairs, number=2)
+    wrong = batch["wrong_label"][0]
+    assert pairs.task.tokenizer.decode(wrong[wrong != IGNORED]) == "a red dog<eos>"
+    (chats / "broken.json").write_text(json.dumps([{"image": "a.png"}]))
+    with pytest.raises(UserError, match="chosen"):
+        load(spec.model_copy(update={"name": f"visual_chat:{chats / 'broken.json'}"}))
+    with pytest.raises(UserError, match="image_size"):
+        load(spec.model_copy(update={"image_size": None}))
+
+
+def test_a_decoder_from_a_folder_is_in_the_product_by_its_config(bundle: object, tmp_path: Path) -> None:
+    import transformers
+
+    config = transformers.Qwen2Config(**OPTIONS["decoder"], vocab_size=bundle.task.vocabulary + 3)  # type: ignore[attr-defined]
+    transformers.Qwen2ForCausalLM(config).save_pretrained(tmp_path / "qwen")
+    net = network(bundle, decoder={"model": f"hf:{tmp_path / 'qwen'}"})
+    batch = batch_of(bundle)
+    task = bundle.task  # type: ignore[attr-defined]
+    assert task.read(task.call(net, batch), batch).logits.shape[-1] == task.vocabulary, "padded rows are cut off"
+    spec = ModelSpec(
+        model="stillhouse:visual_language", options={**OPTIONS, "decoder": {"model": f"hf:{tmp_path / 'qwen'}"}}
+    )
+    plain = as_it_is(spec, net)
+    shutil.rmtree(tmp_path / "qwen")
+    task.build(plain).load_state_dict(net.state_dict())
+    few = {**OPTIONS["decoder"], "vocab_size": 10}
+    with pytest.raises(UserError, match="tokens"):
+        network(bundle, decoder=few)
 
 
 # ---- a run -----------------------------------------------------------------------------------------------------------

@@ -12,7 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from stillhouse.config.specs import ModelSpec
 from stillhouse.errors import MissingExtra, UserError
+from stillhouse.models import sources
 from stillhouse.models.registry import register
 from stillhouse.nn.experts import upcycled
 
@@ -23,7 +25,8 @@ class VisualLanguage(nn.Module):
 
     Args:
         tower: options of transformers' CLIPVisionConfig.
-        decoder: options of the config of the decoder, with `model_type` (default: qwen2).
+        decoder: options of the config of the decoder, with `model_type` (default: qwen2); or a spec of one of
+            transformers (`model`, `pretrained`, `options`).
         experts: number of experts of a mixture; 0: none.
         mode: which layers are mixtures: sparse (every second), first_half, second_half, dense (all).
         factor, least, noisy: of a mixture (see `stillhouse.nn.experts.MixtureOfExperts`).
@@ -53,15 +56,13 @@ class VisualLanguage(nn.Module):
             raise UserError(f"A tower of CLIP takes square images; set data.image_size, not {list(input_shape[1:])}.")
         vision = {"image_size": input_shape[1], "num_channels": input_shape[0], **(tower or {})}
         self.tower: Any = transformers.CLIPVisionModel(transformers.CLIPVisionConfig(**vision))
-        options = {"model_type": "qwen2", "vocab_size": vocabulary, **(decoder or {})}
-        kind = options.pop("model_type")
-        if options["vocab_size"] < vocabulary:
+        self.decoder: Any = _decoder(dict(decoder or {}), vocabulary)
+        width = self.decoder.config.hidden_size
+        if self.decoder.config.vocab_size < vocabulary:
             raise UserError(
-                f"options.decoder.vocab_size {options['vocab_size']} is below the tokenizer's {vocabulary}."
+                f"options.decoder has {self.decoder.config.vocab_size} tokens, but the tokenizer {vocabulary}; take "
+                "the decoder's own tokenizer (data.options.tokenizer: hf:NAME)."
             )
-        config = transformers.AutoConfig.for_model(kind, **options)
-        self.decoder: Any = transformers.AutoModelForCausalLM.from_config(config)
-        width = config.hidden_size
         self.projector = nn.Sequential(
             nn.Linear(self.tower.config.hidden_size, width), nn.GELU(), nn.Linear(width, width)
         )
@@ -102,6 +103,20 @@ class VisualLanguage(nn.Module):
         both = torch.cat([seen.to(words.dtype), words], 1)
         logits: Tensor = self.decoder(inputs_embeds=both, attention_mask=mask, use_cache=False).logits
         return logits[:, seen.shape[1] :]
+
+
+def _decoder(options: dict[str, Any], vocabulary: int) -> nn.Module:
+    """A causal language model of transformers."""
+    if "model" not in options:
+        kind = options.pop("model_type", "qwen2")
+        return sources.from_transformers(
+            f"config:{kind}", None, None, {"task": "causal", "vocab_size": vocabulary, **options}, False
+        )
+    spec = ModelSpec.model_validate(options)
+    if not spec.model.startswith("hf:"):
+        raise UserError(f"options.decoder: a decoder is a model of transformers, hf:…, not '{spec.model}'.")
+    name = spec.model.removeprefix("hf:")
+    return sources.from_transformers(name, None, None, {"task": "causal", **spec.options}, spec.pretrained)
 
 
 def _library() -> Any:

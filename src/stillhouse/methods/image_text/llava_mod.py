@@ -51,6 +51,7 @@ from stillhouse.functional.counting import IGNORED, counted_mean, step_count
 from stillhouse.functional.precision import full_precision
 from stillhouse.functional.token_losses import cross_entropy_rows
 from stillhouse.methods.distillation import describe
+from stillhouse.models import build
 from stillhouse.models.visual_language import VisualLanguage
 from stillhouse.nn.experts import mixtures, upcycled
 from stillhouse.randomness import keyed
@@ -373,13 +374,23 @@ class LlavaMoD(Method[Config]):
     @staticmethod
     def _clip(config: Config, run: Run) -> Any:
         """The CLIP with its weights. Raises `UserError` for another network, or for images that are not the data's."""
+        ours = run.data(config.data).task
+        if config.tower.train is None:
+            found = build(config.tower.network.model_copy(update={"options": {"task": "features"}}))
+            side = getattr(getattr(found, "config", None), "vision_config", None)
+            if not hasattr(found, "vision_model") or side.image_size != ours.size[0]:
+                raise UserError(
+                    f"tower: '{config.tower.model}' must be a CLIP of transformers; set data.image_size to the size of "
+                    "its images."
+                )
+            return found
         data = config.tower.data or config.data
         if not isinstance(run.data(data).task, ImageText):
             raise UserError(
                 "tower.data: the tower is that of a CLIP, which needs images with captions (captions:NAME)."
             )
         clip: Any = run.network("tower", config.tower, data)
-        ours, its = run.data(config.data).task, run.data(data).task
+        its = run.data(data).task
         if not hasattr(clip, "vision_model") or (its.size, its.mean, its.std) != (ours.size, ours.mean, ours.std):
             raise UserError(
                 f"tower: '{config.tower.model}' on '{data.name}' must be a CLIP of transformers on images of the size "
@@ -456,7 +467,7 @@ class LlavaMoD(Method[Config]):
             stage(SPARSE, sparse, lambda: mimic(sparse, sparse.balance), sparse.train)
         if config.preference is not None:
             self._prefer(config, run, student, teacher, task)
-        spec = with_tower(self._sparse_spec(config), clip)
+        spec = as_it_is(with_tower(self._sparse_spec(config), clip), student)
         figures |= self._written(run, student, teacher, task)
         return run.student(student, spec, config.data, figures)
 
@@ -539,7 +550,7 @@ class LlavaMoD(Method[Config]):
         spec, split = run.judging_data()
         loader, device = run.loader(spec, split), next(student.parameters()).device
         teacher.to(device)
-        contents = run.data(spec).dataset(split, train=False).contents
+        contents = getattr(run.data(spec).dataset(split, train=False), "contents", None)
         named = wrong = seen = 0
         margins: list[Tensor] = []
         with evaluating(student):
@@ -547,23 +558,24 @@ class LlavaMoD(Method[Config]):
                 batch = to_device(batch, device)
                 images = batch["input"]["pixel_values"]
                 patches = student.patches(images)
-                each = [
-                    scores(network, task, batch, patches, False) - scores(network, task, batch, patches, True)
-                    for network in (student, teacher)
-                ]
-                margins.append(torch.stack(each, 1))
-                if seen < WRITTEN and CAPTION in task.kinds:
+                if "wrong" in batch:
+                    each = [
+                        scores(network, task, batch, patches, False) - scores(network, task, batch, patches, True)
+                        for network in (student, teacher)
+                    ]
+                    margins.append(torch.stack(each, 1))
+                if seen < WRITTEN and CAPTION in task.kinds and contents is not None:
                     seen += len(images)
                     texts = task.write(student, images, PROMPTS[CAPTION])
                     for text, index in zip(texts, batch["index"].tolist()):
                         found = task.named(text)
                         named += len(found)
                         wrong += sum(c not in contents[index].there for c in found)
-        mine, theirs = torch.cat(margins).cpu().unbind(1)
-        out = {
-            "preference_accuracy": float((mine > 0).double().mean()),
-            "margin_over_teacher": float((mine - theirs).mean()),
-        }
+        out: dict[str, float] = {}
+        if margins:
+            mine, theirs = torch.cat(margins).cpu().unbind(1)
+            out["preference_accuracy"] = float((mine > 0).double().mean())
+            out["margin_over_teacher"] = float((mine - theirs).mean())
         return {**out, "caption_hallucination": wrong / named} if named else out
 
 
@@ -573,3 +585,13 @@ def with_tower(spec: ModelSpec, clip: Any) -> ModelSpec:
     sizes = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "patch_size", "image_size")
     facts = {name: tower[name] for name in (*sizes, "num_channels", "hidden_act", "layer_norm_eps")}
     return spec.model_copy(update={"options": {**spec.options, "tower": facts}})
+
+
+def as_it_is(spec: ModelSpec, network: VisualLanguage) -> ModelSpec:
+    """A spec that builds a model without published weights: its decoder by the config that it has."""
+    if "model" not in spec.options.get("decoder", {}):
+        return spec
+    config = network.decoder.config.to_diff_dict()
+    left_out = ("architectures", "transformers_version", "dtype", "_name_or_path")
+    decoder = {k: v for k, v in config.items() if k not in left_out}
+    return spec.model_copy(update={"options": {**spec.options, "decoder": decoder}})
