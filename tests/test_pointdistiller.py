@@ -14,8 +14,8 @@ from torch import Tensor
 
 from stillhouse.config.specs import DataSpec, ModelSpec
 from stillhouse.data import load
-from stillhouse.data.formats.sweeps import cast, read_sweep
-from stillhouse.data.point_scenes import moved
+from stillhouse.data.formats.sweeps import cast
+from stillhouse.data.point_scenes import moved, read_sweep
 from stillhouse.distillation.distillation import Distillation
 from stillhouse.errors import UserError
 from stillhouse.evaluation.point_detection import PointDetectionMeter, average_precision
@@ -24,6 +24,8 @@ from stillhouse.functional.rotated_boxes import bev_corners, overlaps, pairwise_
 from stillhouse.models.point_detectors import decoded, encoded
 from stillhouse.nn.masked_norm import MaskedBatchNorm
 from stillhouse.objectives.pointdistiller import EdgeEncoder, PointDistiller, Rows, graph_of, query_weights
+from stillhouse.runs.prediction import predict
+from stillhouse.runs.products import Student
 from stillhouse.signals import Signals
 from stillhouse.tasks.point_detection import PointDetection
 from stillhouse.training.context import Progress
@@ -389,3 +391,17 @@ def test_kitti_boxes_come_to_the_sensors_coordinates(tmp_path: Path) -> None:
     (tmp_path / "training/calib/000001.txt").write_text("P2: 1\n")
     with pytest.raises(UserError, match="calibration"):
         bundle.dataset("test", train=False)[0]
+
+
+@pytest.mark.skipif(not SWEEP.is_file(), reason="the sweep is not there")
+def test_a_product_predicts_a_sweep_from_its_file(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    spec = ModelSpec(model="stillhouse:point_pillars", options={"width": 4})
+    net = TASK.build(spec)
+    torch.nn.init.constant_(net.head.out.bias[:2], 3.0)  # boxes everywhere
+    Student(net, spec, TASK).save(tmp_path / "product")
+    line = next(predict(tmp_path / "product", [str(SWEEP)], tmp_path / "out"))
+    assert "kitti_000008.bin" in line and (tmp_path / "out" / "kitti_000008.png").is_file()
+    with pytest.raises(UserError, match="no sweep"):
+        (tmp_path / "broken.bin").write_bytes(b"123")
+        next(predict(tmp_path / "product", [str(tmp_path / "broken.bin")]))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -15,7 +16,6 @@ from stillhouse.data.samples import Sample, SampleBundle, SampleDataset
 from stillhouse.data.split import cut, in_proportion
 from stillhouse.errors import UserError
 from stillhouse.files import digest
-from stillhouse.functional.point_clouds import NOWHERE
 from stillhouse.tasks.point_detection import TARGET, PointDetection
 
 KEYS = frozenset({"augment"})
@@ -41,6 +41,14 @@ class PointScene:
 
 
 Open = Callable[[int], PointScene]
+
+
+def read_sweep(path: Path) -> np.ndarray:
+    """(M, 4) x, y, z, intensity of a file. Raises `UserError` for one that is no sweep."""
+    values = np.fromfile(path, np.float32)
+    if not len(values) or len(values) % 4 or not np.isfinite(values).all():
+        raise UserError(f"'{path}' is no sweep: it does not hold float32 numbers x, y, z, intensity, point by point.")
+    return values.reshape(-1, 4)
 
 
 def checked_range(low: Sequence[float], high: Sequence[float]) -> None:
@@ -127,7 +135,7 @@ class _Finished:
         if self.moved:
             points, target["boxes"] = moved(points, target["boxes"])
         low, high = torch.tensor(self.task.low), torch.tensor(self.task.high)
-        points = points[((points[:, :3] >= low) & (points[:, :3] < high)).all(1)]
+        points = self.task.inside(points)
         middle = target["boxes"][:, :3]
         inside = ((middle[:, :2] >= low[:2]) & (middle[:, :2] < high[:2])).all(1)
         target = {k: v[inside] for k, v in target.items()}
@@ -139,15 +147,9 @@ class _Finished:
     def _sized(self, points: torch.Tensor) -> torch.Tensor:
         """(N, F): some of the points, drawn in training and evenly taken in evaluation; or padded."""
         number = self.task.points
-        if len(points) > number:
-            chosen = torch.randperm(len(points))[:number] if self.train else _even(len(points), number)
-            return points[chosen]
-        padding = torch.full((number - len(points), points.shape[1]), NOWHERE)
-        return torch.cat([points, padding])
-
-
-def _even(count: int, number: int) -> torch.Tensor:
-    return torch.arange(number) * count // number
+        if self.train and len(points) > number:
+            points = points[torch.randperm(len(points))[:number]]
+        return self.task.sized(points)
 
 
 def moved(points: torch.Tensor, boxes: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from stillhouse.data.images import image_files, open_image
+from stillhouse.data.point_scenes import read_sweep
 from stillhouse.errors import UserError
 from stillhouse.runs.products import Student, load_product
 
@@ -28,7 +29,8 @@ def predict(
 
     Args:
         folder: a run's folder, or a product folder.
-        inputs: image files or folders of them; or texts, for a product that reads texts.
+        inputs: image files or folders of them; texts, for a product that reads texts; or files of point clouds
+            (float32 x, y, z, intensity).
         names: of a product that embeds texts, the classes to choose among; default: those it was trained with.
         texts: likewise, whole texts to choose among.
 
@@ -59,6 +61,9 @@ def predict(
     elif product.reads == "images":
         for path in _files(inputs):
             yield shown(path.name, product.predict([decoded(path)])[0], place)
+    elif product.task.reads == "points":
+        for given in inputs:
+            yield shown(Path(given).name, product.predict([sweep(Path(given).expanduser())])[0], place)
     else:
         for number, text in enumerate(inputs):
             yield shown(text if len(text) < 60 else f"text {number}", product.predict([text])[0], place)
@@ -78,6 +83,13 @@ def _files(inputs: Sequence[str]) -> list[Path]:
         else:
             raise UserError(f"There is no image or folder '{path}'.")
     return found
+
+
+def sweep(path: Path) -> Tensor:
+    """A file's point cloud (M, 4). Raises `UserError` where there is none."""
+    if not path.is_file():
+        raise UserError(f"There is no file '{path}' of points.")
+    return torch.from_numpy(read_sweep(path))
 
 
 def decoded(path: Path) -> Tensor:

@@ -51,6 +51,7 @@ class PointDetection(Task):
     }
     supervised: ClassVar[tuple[str, ...]] = ("own",)
     groups: ClassVar[tuple[str, ...]] = GROUPS
+    reads: ClassVar[str] = "points"
     classes: tuple[str, ...]
     low: tuple[float, ...]
     high: tuple[float, ...]
@@ -104,6 +105,42 @@ class PointDetection(Task):
         return _Boxes(module, self), ("boxes", "scores", "labels")
 
     # ---- for people --------------------------------------------------------------------------------------------------
+
+    def inside(self, points: Tensor) -> Tensor:
+        """The points (M, F) that lie in the range."""
+        low, high = points.new_tensor(self.low), points.new_tensor(self.high)
+        return points[((points[:, :3] >= low) & (points[:, :3] < high)).all(1)]
+
+    def sized(self, points: Tensor) -> Tensor:
+        """(N, F) of points (M, F): evenly taken, or padded."""
+        number, there = self.points, len(points)
+        if there > number:
+            return points[torch.arange(number) * there // number]
+        return torch.cat([points, points.new_full((number - there, points.shape[1]), NOWHERE)])
+
+    @torch.no_grad()
+    def predict(self, module: nn.Module, inputs: Sequence[Any]) -> list[dict[str, Any]]:
+        """For each cloud (M, F): `counts` by class, `objects` (label, score, box in metres), and `picture`, from above.
+        Boxes with a score below 0.3 are left out."""
+        found, device = [], next(module.parameters()).device
+        for cloud in inputs:
+            points = torch.as_tensor(cloud, dtype=torch.float32)
+            if points.ndim != 2 or points.shape[1] != self.features:
+                raise UserError(f"A cloud has rows of {self.features} numbers; this one is {tuple(points.shape)}.")
+            x = self.sized(self.inside(points))
+            outputs = self.read(self.call(module, {"input": x[None].to(device)}), {"input": x[None]})
+            boxes, labels = self._shown(outputs)[0]
+            scores = outputs.require("part:scores")[0].tolist()
+            names = [self.classes[i] for i in labels.tolist()]
+            objects = [
+                {"label": name, "score": round(score, 4), "box": [round(v, 2) for v in box]}
+                for name, score, box in zip(names, scores, boxes.tolist())
+            ]
+            counts = {name: names.count(name) for name in self.classes if name in names}
+            found.append(
+                {"counts": counts or {"nothing": 0}, "objects": objects, "picture": self._drawn(x, boxes, labels)}
+            )
+        return found
 
     def _shown(self, outputs: Signals) -> list[tuple[Tensor, Tensor]]:
         """Of each cloud, the boxes (n, 7) that are shown and their labels (n,)."""

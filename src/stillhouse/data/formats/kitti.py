@@ -14,8 +14,7 @@ import numpy as np
 from pydantic import Field
 
 from stillhouse.config.specs import DataSpec, Spec
-from stillhouse.data.formats.sweeps import read_sweep
-from stillhouse.data.point_scenes import KEYS, PointScene, scenes
+from stillhouse.data.point_scenes import KEYS, PointScene, read_sweep, scenes
 from stillhouse.data.samples import SampleBundle
 from stillhouse.data.source import existing
 from stillhouse.errors import UserError, unknown

@@ -16,7 +16,7 @@ import numpy as np
 from pydantic import Field
 
 from stillhouse.config.specs import DataSpec, Spec
-from stillhouse.data.point_scenes import KEYS, PointScene, scenes
+from stillhouse.data.point_scenes import KEYS, PointScene, read_sweep, scenes
 from stillhouse.data.samples import SampleBundle
 from stillhouse.data.source import existing
 from stillhouse.errors import UserError
@@ -73,14 +73,6 @@ def load(rest: str, spec: DataSpec, options: Options, root: Path) -> SampleBundl
         for split, count in (("train", options.scenes), ("test", options.test_scenes))
     }
     return scenes(opens, list(CLASSES), [OVERLAP[name] for name in CLASSES], spec, options)
-
-
-def read_sweep(path: Path) -> np.ndarray:
-    """(M, 4) x, y, z, intensity of a file. Raises `UserError` for one that is no sweep."""
-    values = np.fromfile(path, np.float32)
-    if not len(values) or len(values) % 4 or not np.isfinite(values).all():
-        raise UserError(f"'{path}' is no sweep: it does not hold float32 numbers x, y, z, intensity, point by point.")
-    return values.reshape(-1, 4)
 
 
 def _scene(sweeps: list[np.ndarray], options: Options, identity: int, split: str, position: int) -> PointScene:
