@@ -14,7 +14,7 @@ from stillhouse.errors import UserError
 from stillhouse.functional.token_losses import cross_entropy_rows, reverse_kl_rows, total_variation_rows
 from stillhouse.objectives.taid import TAID, taid_rows, taid_target
 from stillhouse.objectives.token_divergence import TokenDivergence, divergence_rows
-from stillhouse.signals import Signals
+from stillhouse.signals import Signals, TopK
 
 B, L, V = 2, 4, 7
 
@@ -211,3 +211,38 @@ def test_an_ensemble_teaches(logits) -> None:
     alone = TAID()(Signals(logits=student), Signals(logits=teacher), {}, Progress())["loss"]
     torch.testing.assert_close(TAID()(Signals(logits=student), several, {}, Progress())["loss"], alone)
     assert F.cross_entropy(student.flatten(0, 1), teacher.flatten(0, 1).softmax(-1)) != alone
+
+
+@pytest.mark.parametrize(
+    "objective",
+    [
+        TAID(adaptive=False),
+        *map(TokenDivergence, ("forward", "reverse", "js", "total_variation", "skew_reverse", "adaptive")),
+    ],
+    ids=lambda o: getattr(o, "divergence", o.name),
+)
+def test_all_but_one_of_a_teachers_classes_teach_as_all_of_them(objective, logits) -> None:
+    student, teacher = logits
+    log_probs, indices = teacher.log_softmax(-1).topk(V - 1)
+    top = TopK(log_probs, indices, (1 - log_probs.exp().sum(-1)).clamp_min(0))
+    mask = torch.ones(B, L, dtype=torch.bool)
+    mask[0, 0] = False
+    exact, known = (
+        objective(Signals(logits=student), given, {"mask": mask}, Progress())["loss"]
+        for given in (Signals(logits=teacher), Signals(top=top))
+    )
+    torch.testing.assert_close(known, exact, rtol=1e-4, atol=1e-5)
+    for a, b in zip(torch.autograd.grad(known, student), torch.autograd.grad(exact, student)):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-5)
+
+
+def test_a_place_of_which_a_teacher_told_nothing_counts_for_nothing(logits) -> None:
+    student, teacher = logits
+    log_probs, indices = teacher.log_softmax(-1).topk(3)
+    tail = 1 - log_probs.exp().sum(-1)
+    log_probs[0, 1:] = -math.inf
+    for objective in (TAID(adaptive=False), TokenDivergence("reverse")):
+        signals = Signals(top=TopK(log_probs, indices, tail))
+        loss = objective(Signals(logits=student), signals, {}, Progress())["loss"]
+        grad = torch.autograd.grad(loss, student)[0]
+        assert grad.isfinite().all() and not grad[0, 1:].any() and grad[0, 0].any()

@@ -207,6 +207,10 @@ class Distillation(TrainingModule):
                     f"the objective '{entry.label}' reads logits, not hidden states as gkd, taid, seq_kd, and ce "
                     "without label smoothing can"
                 )
+            teacher = self.teachers.get(entry.objective.teacher)
+            top = teacher is not None and "top" in teacher.gives and "logits" not in teacher.gives
+            if top and not entry.objective.top_in_chunks:
+                return f"the objective '{entry.label}' reads the student's logits where a teacher gives its top k"
         for name, teacher in self.teachers.items():
             if not isinstance(teacher, StoredTeacher) and len(teacher.readers()) != 1:
                 return f"the teacher '{name}' is no single network and no store"

@@ -32,6 +32,7 @@ class Objective(nn.Module):
             says `"teacher.logits"`.
         reads_hidden: whether hidden states and the output matrix (the taps `hidden`, `output_weight`, `output_bias`)
             will do in the place of logits.
+        top_in_chunks: whether they will do for a teacher's top k as well.
         positions: whether it takes one prediction a position (a token, a pixel) and counts them by
             `stillhouse.functional.counting.counted`. Objectives that read logits and mean one prediction a sample, (B,
             C), leave it; `Distillation.build` refuses others for them.
@@ -43,6 +44,7 @@ class Objective(nn.Module):
     default_weight: ClassVar[float] = 1.0
     reads_top: bool = False
     reads_hidden: bool = False
+    top_in_chunks: bool = True
     positions: ClassVar[bool] = False
     host_step: ClassVar[str | None] = None
     teacher: str = "teacher"

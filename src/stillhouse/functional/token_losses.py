@@ -10,7 +10,7 @@ minus infinity costs nothing where both do.
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -163,6 +163,28 @@ def coarse_log_probs(top: TopK, classes: int, temperature: float = 1.0) -> Tenso
     tail = top.tail.float().clamp_min(torch.finfo(torch.float32).tiny).log()
     tail = (tail - math.log(others)) / temperature + math.log(others)
     return torch.log_softmax(torch.cat([top.log_probs.float() / temperature, tail[..., None]], dim=-1), dim=-1)
+
+
+class Coarse(NamedTuple):
+    """Student and teacher on the k + 1 events that a teacher's top k tell apart.
+
+    Attributes:
+        logits: the student's (..., k + 1).
+        log_probs: the teacher's (..., k + 1), a constant.
+        known: (...,) where the teacher said anything.
+    """
+
+    logits: Tensor
+    log_probs: Tensor
+    known: Tensor
+
+
+def coarse(student_logits: Tensor, top: TopK, temperature: float = 1.0) -> Coarse:
+    """Both on the same k + 1 events; of a place where fewer than k are known, the others have no probability."""
+    known = top.log_probs > -math.inf
+    logits = coarse_logits(student_logits, top.indices, temperature).masked_fill(F.pad(~known, (0, 1)), NEVER)
+    log_probs = coarse_log_probs(top, student_logits.shape[-1], temperature).detach().clamp_min(NEVER)
+    return Coarse(logits, log_probs, known[..., 0])
 
 
 # ---- checks ----------------------------------------------------------------------------------------------------------

@@ -22,7 +22,6 @@ from __future__ import annotations
 import math
 
 from torch import Tensor
-from torch.nn import functional as F
 
 from stillhouse.distillation.objective import Objective, Progress
 from stillhouse.functional import checks
@@ -31,11 +30,9 @@ from stillhouse.functional.counting import Reduction, both, counted, counted_mea
 from stillhouse.functional.heads import head_of
 from stillhouse.functional.precision import full_precision
 from stillhouse.functional.token_losses import (
-    NEVER,
     check_beta,
     check_vocabulary,
-    coarse_log_probs,
-    coarse_logits,
+    coarse,
     jsd_rows,
 )
 from stillhouse.signals import Batch, Signals, TopK
@@ -92,13 +89,9 @@ class GKD(Objective):
         mask = counted(batch, student.logits.shape[:-1])
         top = teacher.only_top
         if top is not None:
-            known = top.log_probs > -math.inf
-            logits = coarse_logits(student.logits, top.indices, self.temperature).masked_fill(
-                F.pad(~known, (0, 1)), NEVER
-            )
-            targets = coarse_log_probs(top, student.logits.shape[-1], self.temperature).detach().clamp_min(NEVER)
-            rows = jsd_rows(logits, targets, self.beta)
-            mask = both(mask, known[..., 0])
+            events = coarse(student.logits, top, self.temperature)
+            rows = jsd_rows(events.logits, events.log_probs, self.beta)
+            mask = both(mask, events.known)
             return {"loss": counted_mean(rows, mask, step_count(batch, rows, mask, share=self.training))}
         count = step_count(batch, student.logits[..., 0], mask, share=self.training)
         targets = teacher.log_probs(self.temperature).detach()

@@ -15,7 +15,8 @@ is the paper's KL, of equal gradient. Three departures: t moves in training mode
 their mean loss, and a loss that is not finite, or of no token, leaves it as it is. With accumulation t moves each
 micro-batch. t, the last loss and the momentum are saved with the run. The baselines of the released code are the
 objective `token_divergence`. Where the student gives the taps `hidden` and `output_weight` in the place of logits, no
-tensor of logits is ever made.
+tensor of logits is ever made. Of a teacher's top k, the target mixes the logits of the k tokens and of all others as
+one.
 """
 
 from __future__ import annotations
@@ -31,10 +32,10 @@ from stillhouse.distillation.objective import Objective, Progress
 from stillhouse.errors import UserError
 from stillhouse.functional import checks
 from stillhouse.functional.chunked import linear_taid
-from stillhouse.functional.counting import counted, counted_mean, step_count
+from stillhouse.functional.counting import both, counted, counted_mean, step_count
 from stillhouse.functional.heads import head_of
 from stillhouse.functional.precision import full_precision
-from stillhouse.functional.token_losses import check_vocabulary, cross_entropy_rows, forward_kl_rows
+from stillhouse.functional.token_losses import check_vocabulary, coarse, cross_entropy_rows, forward_kl_rows
 from stillhouse.signals import Batch, Signals
 
 TINY = 1e-15  # of the relative change, as published
@@ -114,6 +115,8 @@ class TAID(Objective):
     needs = frozenset({"student.logits", "teacher.logits"})
     positions = True
     reads_hidden = True
+    reads_top = True
+    top_in_chunks = False
     t: Tensor
     previous: Tensor
     momentum: Tensor
@@ -152,10 +155,15 @@ class TAID(Objective):
             source = head_of(teacher, "teacher") if teacher.logits is None else teacher.logits
             total = linear_taid(head, source, t, value=self.value, mask=mask, reduction="sum")
         else:
-            logits, targets = student.logits, teacher.log_probs().detach()
-            check_vocabulary("taid", logits.shape[-1], targets.shape[-1])
-            checks.same_classes("taid", logits, targets)
-            like, mask = logits[..., 0], counted(batch, logits.shape[:-1])
+            logits, top, mask = student.logits, teacher.only_top, counted(batch, student.logits.shape[:-1])
+            like = logits[..., 0]
+            if top is not None:
+                logits, targets, known = coarse(logits, top)
+                mask = both(mask, known)
+            else:
+                targets = teacher.log_probs().detach()
+                check_vocabulary("taid", logits.shape[-1], targets.shape[-1])
+                checks.same_classes("taid", logits, targets)
             total = counted_mean(taid_rows(logits, targets, t, self.value), mask, reduction="sum")
         if self.training:
             self._follow(total, like.numel() if mask is None else mask.sum(), progress)

@@ -9,7 +9,8 @@ needs: teacher logits; labels or `mask` say which tokens count
 `forward` and `reverse` KL, `js` (generalised Jensen-Shannon; Lin 1991, and arXiv 2306.13649), `total_variation` (arXiv
 2307.15190), `skew_forward` and `skew_reverse` (DistiLLM, arXiv 2402.03898) and `adaptive` (AKL, arXiv 2404.02657), each
 as the released code of TAID (arXiv 2501.16937) computes it: temperature 1, means over the tokens that count, and
-cross-entropies in the place of the forward divergences (their gradient is equal).
+cross-entropies in the place of the forward divergences (their gradient is equal). Of a teacher's top k, the k tokens
+and all others as one are compared, but for `adaptive`, which needs all.
 """
 
 from __future__ import annotations
@@ -22,8 +23,8 @@ from torch import Tensor
 from stillhouse.distillation.objective import Objective, Progress
 from stillhouse.errors import UserError, unknown
 from stillhouse.functional import checks, token_losses
-from stillhouse.functional.counting import counted, counted_mean, step_count
-from stillhouse.functional.token_losses import check_vocabulary
+from stillhouse.functional.counting import both, counted, counted_mean, step_count
+from stillhouse.functional.token_losses import check_vocabulary, coarse
 from stillhouse.signals import Batch, Signals
 
 Divergence = Literal["forward", "reverse", "js", "total_variation", "skew_forward", "skew_reverse", "adaptive"]
@@ -79,11 +80,17 @@ class TokenDivergence(Objective):
                 f"{divergence}."
             )
         self.divergence, self.share = divergence, share
+        self.reads_top = divergence != "adaptive"  # which depends on the order of the classes
 
     def forward(self, student: Signals, teacher: Signals, batch: Batch, progress: Progress) -> dict[str, Tensor]:
-        logits, targets = student.require("logits"), teacher.log_probs().detach()
-        check_vocabulary("token_divergence", logits.shape[-1], targets.shape[-1])
-        checks.same_classes("token_divergence", logits, targets)
+        logits, top = student.require("logits"), teacher.only_top
         mask = counted(batch, logits.shape[:-1])
+        if top is not None:
+            logits, targets, known = coarse(logits, top)
+            mask = both(mask, known)
+        else:
+            targets = teacher.log_probs().detach()
+            check_vocabulary("token_divergence", logits.shape[-1], targets.shape[-1])
+            checks.same_classes("token_divergence", logits, targets)
         rows = divergence_rows(logits, targets, self.divergence, self.share)
         return {"loss": counted_mean(rows, mask, step_count(batch, rows, mask, share=self.training))}
