@@ -101,6 +101,12 @@ class _StraightThrough(torch.autograd.Function):
         return (gradients[0] * inside[0] if inside else gradients[0]), None, None
 
 
+def straight_through(x: Tensor, quantised: Tensor, limit: float | None = None) -> Tensor:
+    """`quantised`, to the last bit, with the gradient of x; that of elements outside [-limit, limit] is zero."""
+    result: Tensor = _StraightThrough.apply(x, quantised, limit)
+    return result
+
+
 # ---- levels of a tensor ----------------------------------------------------------------------------------------------
 
 
@@ -138,7 +144,7 @@ class UniformLevels(Levels):
             self.bucket,
             self.stochastic and self.training,
         ).to(weight.dtype)
-        return _StraightThrough.apply(weight, quantised, self.limit)
+        return straight_through(weight, quantised, self.limit)
 
     @torch.no_grad()
     def pack(self, weight: Tensor) -> PackedTensor:
