@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -19,12 +19,13 @@ from stillhouse.data.format import refuse_unheeded
 from stillhouse.data.samples import Sample, SampleBundle, SampleDataset
 from stillhouse.data.source import IMAGENET_MEAN, IMAGENET_STD
 from stillhouse.data.split import cut, in_proportion
-from stillhouse.errors import UserError
+from stillhouse.errors import UserError, unknown
 from stillhouse.files import digest
 from stillhouse.functional.pictures import normalise, with_channels
 from stillhouse.tasks.detection import TARGET, Detection
 
 KEYS = frozenset({"image_size", "augment"})
+REGIONS = "regions"
 SMALLEST = 1.0  # pixels a side that a box has in the network's input, else it is left out
 SPLITS = ("train", "val", "test")
 OF_OBJECTS = ("labels", "crowd", "masks")
@@ -105,7 +106,11 @@ class _Kept:
 
 
 def boxed(
-    splits: Mapping[str, Sequence[BoxedImage]], classes: Sequence[str], spec: DataSpec, format_facts: Any = None
+    splits: Mapping[str, Sequence[BoxedImage]],
+    classes: Sequence[str],
+    spec: DataSpec,
+    format_facts: Any = None,
+    new: Sequence[str] = (),
 ) -> SampleBundle:
     """Images with boxes as a bundle. Without a test split, the validation split is it; without both, a fifth of the
     training images.
@@ -115,12 +120,13 @@ def boxed(
         classes: names, in label order.
         spec: the recipe's `data`.
         format_facts: further facts that the fingerprint depends on.
+        new: classes whose boxes are left out of all images but those of the test split.
 
     Objects have masks where the images' say so, all or none.
 
     Raises:
-        UserError: no training images, no class, images of several sizes without data.image_size, a box that is no
-            number, or two images of one name.
+        UserError: a new class that is none, no training images, no class, images of several sizes without
+            data.image_size, a box that is no number, or two images of one name.
     """
     refuse_unheeded(spec, KEYS)
     left_out = LeftOut()
@@ -130,8 +136,19 @@ def boxed(
         raise UserError(f"The data set '{spec.name}' holds no training images.")
     if not classes:
         raise UserError(f"'{spec.name}' has no box at all, so there is no class to find; name data.options.classes.")
+    for name in new:
+        if name not in classes:
+            raise unknown("class for data.options.new", name, classes)
+    unseen = [i for i, name in enumerate(classes) if name in new]
+    if unseen and len(unseen) == len(classes):
+        raise UserError("data.options.new: with every class new there is none to train on.")
+    if unseen and "test" not in parts and "val" not in parts:
+        raise UserError(f"data.options.new: '{spec.name}' has no test images of its own to judge new classes by.")
     if "test" not in parts and "val" in parts:
         parts["test"] = parts.pop("val")
+    for name in ("train", "val"):
+        if unseen and name in parts:
+            parts[name] = [_without(image, unseen) for image in parts[name]]
     everything = [image for part in parts.values() for image in part]
     starts = dict(zip(parts, np.cumsum([0, *map(len, parts.values())]).tolist()))
     strata = {split: np.zeros(len(part), np.int64) for split, part in parts.items()}
@@ -139,9 +156,9 @@ def boxed(
     rows = {name: starts[portion.source] + portion.rows for name, portion in portions.items()}
     size = _wanted(spec, everything)
     masks = any(image.masks is not None for image in everything)
-    task = Detection(tuple(classes), size, IMAGENET_MEAN, IMAGENET_STD, masks)
+    task = Detection(tuple(classes), size, IMAGENET_MEAN, IMAGENET_STD, masks, tuple(unseen))
     content = [(i.name, i.size, i.boxes.tolist(), i.labels.tolist(), i.crowd.tolist()) for i in everything]
-    facts = (content, tuple(classes), size, format_facts)
+    facts: tuple[Any, ...] = (content, tuple(classes), size, format_facts, *([tuple(unseen)] if unseen else []))
     fingerprint = digest(*facts, *[(n, rows[n]) for n in sorted(rows)], *[rows[n] for n in sorted(rows)])
     source = _Source(everything, size, spec.name)
     usual = {"standard": crop_and_mirror, "plain": lambda sample: sample}
@@ -155,6 +172,13 @@ def boxed(
         return np.unique(image.labels[~image.crowd])
 
     return SampleBundle(spec.name, task, fingerprint, rows, make, contents=contents)
+
+
+def _without(image: BoxedImage, classes: Sequence[int]) -> BoxedImage:
+    """An image without the boxes of some classes."""
+    kept = ~np.isin(image.labels, classes)
+    masks = None if image.masks is None else _Kept(image.masks, kept)
+    return replace(image, boxes=image.boxes[kept], labels=image.labels[kept], crowd=image.crowd[kept], masks=masks)
 
 
 @dataclass
@@ -198,6 +222,12 @@ class _Source:
         if tuple(image.shape[-2:]) != self.size:
             image, boxes = V.resize(image, list(self.size), antialias=True), V.resize(boxes, list(self.size))
         boxes = V.clamp_bounding_boxes(boxes).as_subclass(torch.Tensor).float().reshape(-1, 4)
+        further: dict[str, Any] = {}
+        if REGIONS in sample:
+            moved = V.clamp_bounding_boxes(V.resize(sample[REGIONS], list(self.size)))
+            further = {
+                REGIONS: {"boxes": moved.as_subclass(torch.Tensor).float().reshape(-1, 4), **sample["of_regions"]}
+            }
         kept = ((boxes[:, 2:] - boxes[:, :2]) > smallest).all(1)
         masks = {}
         if "masks" in sample:
@@ -207,7 +237,7 @@ class _Source:
             boxes, masks = boxes[kept], {k: v[kept] for k, v in masks.items()}
         pixels = normalise(with_channels(image.as_subclass(torch.Tensor), 3)[None], IMAGENET_MEAN, IMAGENET_STD)[0]
         target = {"boxes": boxes, "labels": sample["labels"][kept], "crowd": sample["crowd"][kept], **masks}
-        return {"input": pixels, TARGET: {**target, "size": sample["size"]}}
+        return {"input": pixels, TARGET: {**target, "size": sample["size"]}, **further}
 
 
 @dataclass
@@ -238,6 +268,25 @@ def nearest(masks: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
         ((torch.arange(new) + 0.5) * old / new).long().clamp_max(old - 1) for new, old in zip(size, masks.shape[-2:])
     )
     return masks[:, rows][:, :, columns]
+
+
+def with_regions(dataset: SampleDataset, rows: Callable[[int], Mapping[str, torch.Tensor]]) -> SampleDataset:
+    """Images with boxes, each of which has further boxes with values of their own, such as stored vectors: a batch
+    holds under `regions` a mapping for each image, `boxes` (m, 4) in pixels of the network's input and the values. They
+    are resized and mirrored with the image; a transform that crops does not know that what they describe was cut.
+
+    Args:
+        dataset: of a bundle that `boxed` made.
+        rows: index -> `boxes` (m, 4), corners in pixels of the image's own size, and further tensors (m, …) by name.
+    """
+
+    def read(index: int, sample: Sample) -> Sample:
+        values = dict(rows(index))
+        corners = values.pop("boxes").float().reshape(-1, 4)
+        found = tv_tensors.BoundingBoxes(corners, format="XYXY", canvas_size=tuple(sample["size"].tolist()))
+        return {REGIONS: found, "of_regions": values}
+
+    return dataset.joined(read, [REGIONS])
 
 
 def crop_and_mirror(sample: Sample) -> Sample:

@@ -58,6 +58,26 @@ class SampleDataset:
         """(n,) class ids in index order; None where a sample has no one class."""
         return None if self._classes is None else torch.from_numpy(self._classes).clone()
 
+    def raw(self, index: int) -> Sample:
+        """One sample as the source has it, before any transform."""
+        return self._read(int(self._rows[index]))
+
+    def joined(self, read: Callable[[int, Sample], Sample], ragged: Sequence[str] = ()) -> SampleDataset:
+        """The same samples with further values, which the transforms see.
+
+        Args:
+            read: the further values of the sample at an index of this split, which it is given as the source has it.
+            ragged: further names whose values differ in shape.
+        """
+        at = {int(row): index for index, row in enumerate(self._rows)}
+        plain = self._read
+
+        def both(position: int) -> Sample:
+            sample = plain(position)
+            return {**sample, **read(at[position], sample)}
+
+        return SampleDataset(both, self._rows, self._transform, [*self._ragged, *ragged], self._classes)
+
     def __getitem__(self, index: int) -> Sample:
         """One sample, as a training step of seed 0 and epoch 0 would see it."""
         if not -len(self) <= index < len(self):

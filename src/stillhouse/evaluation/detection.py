@@ -24,7 +24,8 @@ MOST = 100  # boxes of an image that count
 class DetectionMeter:
     """`ap` (mean over IoU 0.5 to 0.95 and over the classes that occur), `ap50`, `ap75`; with `sizes`, `ap_small`,
     `ap_medium` and `ap_large`; with `classes`, `ap_class_NAME`; with `masks`, `mask_ap`, `mask_ap50` and `mask_ap75` of
-    the objects' masks. A size or class that does not occur has no figure.
+    the objects' masks. A size or class that does not occur has no figure. Where some
+    classes are new, `ap_base`, `ap50_base`, `ap_new` and `ap50_new` are those of the others and of them.
 
     Of an image only its boxes stay in memory, on the device until `figures`. Boxes are measured in the image's own
     pixels, so that sizes mean what COCO means, whatever size the network sees. True boxes with `crowd` are found or
@@ -32,11 +33,13 @@ class DetectionMeter:
     lengths, on the host.
     """
 
-    def __init__(self, classes: Sequence[str], groups: Sequence[str], size: tuple[int, int]) -> None:
+    def __init__(
+        self, classes: Sequence[str], groups: Sequence[str], size: tuple[int, int], new: Sequence[int] = ()
+    ) -> None:
         for group in groups:
             if group not in (*GROUPS, MASKS):
                 raise unknown("evaluation group", group, (*GROUPS, MASKS))
-        self.classes, self.groups, self.size = classes, groups, size
+        self.classes, self.groups, self.size, self.new = classes, groups, size, tuple(new)
         self._found: list[Tensor] = []
         self._true: list[Tensor] = []
         self._masks: dict[str, list[Any]] = {"found": [], "true": []}
@@ -72,6 +75,8 @@ class DetectionMeter:
         evaluated = self.evaluated()
         stats = evaluated.stats
         out = {"ap": stats[0], "ap50": stats[1], "ap75": stats[2]} if "detection" in self.groups else {}
+        if self.new and "detection" in self.groups:
+            out |= _by_novelty(class_precision(evaluated), self.new)
         if "sizes" in self.groups:
             out |= {f"ap_{name}": stats[3 + i] for i, name in enumerate(SIZES)}
         if "classes" in self.groups:
@@ -123,6 +128,27 @@ def class_precision(evaluated: Any) -> np.ndarray:
     """(10, K) average precision at IoU 0.5 to 0.95 of each class, of all sizes; NaN for a class that does not occur."""
     values = evaluated.eval["precision"][:, :, :, 0, -1]  # (IoU, recall, class)
     return np.where((values > -1).all(1), values.mean(1), np.nan)
+
+
+def _by_novelty(precision: np.ndarray, new: Sequence[int]) -> dict[str, float]:
+    """AP and AP50 of the new classes and of the others, from precision (10, K) of classes; -1 where none occurs."""
+    is_new = np.isin(np.arange(precision.shape[1]), list(new))
+    out = {}
+    for name, chosen in (("base", ~is_new), ("new", is_new)):
+        for figure, rows in (("ap", precision[:, chosen]), ("ap50", precision[:1, chosen])):
+            out[f"{figure}_{name}"] = float(np.nanmean(rows)) if not np.isnan(rows).all() else -1.0
+    return out
+
+
+def region_shares(is_new: Tensor, found: Tensor, named: Tensor) -> dict[str, float]:
+    """`recall_base` and `accuracy_regions_base`: of true boxes of classes that are not new, the share that proposals
+    find, and the share that a teacher names rightly; `…_new` of the others. All (n,) bool."""
+    out = {}
+    for name, chosen in (("base", ~is_new), ("new", is_new)):
+        if chosen.any():
+            out[f"recall_{name}"] = float(found[chosen].double().mean())
+            out[f"accuracy_regions_{name}"] = float(named[chosen].double().mean())
+    return out
 
 
 def _scale(target: Any, size: tuple[int, int]) -> Tensor:

@@ -41,6 +41,7 @@ class Detection(Task):
         size: (H, W) of a network's input.
         mean, std: the normalisation per channel.
         masks: whether objects have masks (instance segmentation).
+        new: ids of classes whose boxes training does not see.
     """
 
     name: ClassVar[str] = "detection"
@@ -57,6 +58,7 @@ class Detection(Task):
     mean: tuple[float, ...]
     std: tuple[float, ...]
     masks: bool = False
+    new: tuple[int, ...] = ()
 
     @property
     def groups(self) -> tuple[str, ...]:
@@ -120,7 +122,7 @@ class Detection(Task):
     # ---- figures -----------------------------------------------------------------------------------------------------
 
     def meter(self, groups: Sequence[str]) -> Meter:
-        return DetectionMeter(self.classes, groups, self.size)
+        return DetectionMeter(self.classes, groups, self.size, self.new)
 
     def example(self) -> Batch:
         return {"input": torch.zeros(1, len(self.mean), *self.size)}

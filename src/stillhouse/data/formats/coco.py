@@ -34,6 +34,9 @@ class Options(Spec):
         default_factory=list,
         description="Category names in label order; boxes of others are left out. Default: all categories, by id.",
     )
+    new: list[str] = Field(
+        default_factory=list, description="Classes, by name, whose boxes training does not see: new at test time."
+    )
     train: str | None = Field(None, description="The JSON file of the training images, in the folder.")
     val: str | None = Field(None, description="The same for validation.")
     test: str | None = Field(None, description="The same for testing.")
@@ -68,7 +71,7 @@ def load(rest: str, spec: DataSpec, options: Options, root: Path) -> SampleBundl
             raise unknown("category for data.options.classes", wanted, names.values(), f" in '{rest}'")
     ids = class_ids((), options.classes or [names[i] for i in sorted(names)], spec.name)
     splits = {split: found.images(ids, base, options) for split, found in read.items()}
-    return boxed(splits, list(ids), spec)
+    return boxed(splits, list(ids), spec, new=options.new)
 
 
 def _files(base: Path, options: Options) -> dict[str, Path]:

@@ -33,6 +33,9 @@ class Options(Spec):
         default_factory=list,
         description="Class names in label order; objects of others are left out. Default: all that occur, by name.",
     )
+    new: list[str] = Field(
+        default_factory=list, description="Classes, by name, whose boxes training does not see: new at test time."
+    )
     difficult: bool = Field(
         False, description="Learn and judge objects marked difficult as any other; else neither, as VOC has it."
     )
@@ -85,7 +88,7 @@ def read(base: Path, spec: DataSpec, options: Options) -> SampleBundle:
             crowd = np.array([o.difficult and not options.difficult for o in chosen], bool)
             images.append(BoxedImage(name, partial(open_image, files[name]), boxes, labels, crowd, size))
         splits[split] = images
-    return boxed(splits, list(ids), spec, sorted(p.stat().st_size for p in files.values()))
+    return boxed(splits, list(ids), spec, sorted(p.stat().st_size for p in files.values()), options.new)
 
 
 def _splits(base: Path, options: Options) -> dict[str, list[str]]:
