@@ -112,9 +112,7 @@ def cached(
         UserError: a name that cannot be a folder's, and what `as_json` raises.
     """
     facts = as_json(uses)
-    key = json.dumps({"name": name, "format": 1, **facts}, sort_keys=True)
-    hashed = hashlib.blake2b(key.encode(), digest_size=10).hexdigest()
-    done = root / f"{folder_name(name, 'stage')}-{hashed}"
+    done = _place(root, name, facts)
     working = done.with_name(f"{done.name}.partial")
     root.mkdir(parents=True, exist_ok=True)
     main = rank_world()[0] == 0
@@ -136,6 +134,17 @@ def cached(
                 os.replace(working, done)
         wait()
     return _load(done) if result is None else result[0]
+
+
+def place(root: Path, name: str, uses: Mapping[str, Any]) -> Path:
+    """The folder in which `cached` stores the result of these `uses`."""
+    return _place(root, name, as_json(uses))
+
+
+def _place(root: Path, name: str, facts: Any) -> Path:
+    key = json.dumps({"name": name, "format": 1, **facts}, sort_keys=True)
+    hashed = hashlib.blake2b(key.encode(), digest_size=10).hexdigest()
+    return root / f"{folder_name(name, 'stage')}-{hashed}"
 
 
 def _whole(done: Path, name: str, say: Callable[[str], None]) -> tuple[Any] | None:

@@ -16,7 +16,7 @@ from stillhouse.errors import UserError
 from stillhouse.files import cache_folder
 from stillhouse.runs.data import RunData
 from stillhouse.runs.method import Stage
-from stillhouse.runs.stages import cached
+from stillhouse.runs.stages import cached, place
 from stillhouse.training.display import Display
 from stillhouse.training.engine import FitResult, fit
 from stillhouse.training.loop import loop
@@ -100,6 +100,25 @@ class RunStages(RunData):
                 self._folder = outer
 
         return cached((cache_folder() if shared else self.folder) / "stages", name, inside, uses, self.live.say)
+
+    def files(self, stage: str | Stage, make: Callable[[], None], uses: Mapping[str, Any]) -> Path:
+        """A stage whose result is files, too large to be held in memory: the folder in which they are stored.
+
+        Args:
+            make: writes them into `run.folder`; a call that was interrupted finds there what it had written.
+            uses: as of `stage`.
+        """
+        made: list[Path] = []
+
+        def inside() -> dict[str, Any]:
+            made.append(self.folder)
+            make()
+            return {"files": True}
+
+        self.stage(stage, inside, uses)
+        if made:
+            return made[0].with_name(made[0].name.removesuffix(".partial"))
+        return place(cache_folder() / "stages", str(stage), uses)
 
     def fit(
         self,
