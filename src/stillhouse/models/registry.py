@@ -19,9 +19,11 @@ LATER = {
     "conv_vit": "stillhouse.models.conv_vit",
     "faster_rcnn": "stillhouse.models.region_detector",
     "fusion": "stillhouse.models.fusion",
+    "hybrid_clip": "stillhouse.models.hybrid_clip",
     "mask_rcnn": "stillhouse.models.region_detector",
     "pyramid_detector": "stillhouse.models.pyramid_detector",
     "pyramid_segmenter": "stillhouse.models.pyramid_segmenter",
+    "text_rcnn": "stillhouse.models.text_rcnn",
     "two_towers": "stillhouse.models.two_towers",
     "visual_language": "stillhouse.models.visual_language",
 }

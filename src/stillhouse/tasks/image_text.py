@@ -91,10 +91,11 @@ class ImageText(Task):
             options.setdefault("task", "features")
         if spec.model.startswith("hf:config:"):
             self._fit_config(options, spec.model.removeprefix("hf:config:"))
-        if spec.model in ("stillhouse:clip", "stillhouse:fusion"):
+        if spec.model in ("stillhouse:clip", "stillhouse:fusion", "stillhouse:hybrid_clip"):
             options = {"vocabulary": size(self.tokenizer), "context": self.context, **options}
-        if spec.model == "stillhouse:two_towers":
+        if spec.model in ("stillhouse:hybrid_clip", "stillhouse:two_towers"):
             options.setdefault("normalised", self.normalisation)
+        if spec.model == "stillhouse:two_towers":
             text = dict(options.get("text") or {})
             if str(text.get("model", "")).startswith("hf:config:"):
                 text["options"] = {"vocab_size": size(self.tokenizer), **(text.get("options") or {})}
@@ -187,6 +188,22 @@ class ImageText(Task):
         with evaluating(model), own_precision(model):
             return F.normalize(self._embedded(model, texts, next(model.parameters()).device), dim=-1)
 
+    @torch.no_grad()
+    def embed_images(self, model: nn.Module, images: Sequence[Tensor], at_once: int = 128) -> Tensor:
+        """(n, D) unit embeddings of uint8 images (C, h, w) of any sizes."""
+        device, out = next(model.parameters()).device, []
+        with evaluating(model), own_precision(model):
+            for first in range(0, len(images), at_once):
+                x = self.prepared(images[first : first + at_once]).to(device)
+                out.append(F.normalize(image_text.image_features(model, x).float(), dim=-1))
+        return torch.cat(out) if out else torch.zeros(0, self.class_vectors(model, ["a"]).shape[1])
+
+    def prepared(self, images: Sequence[Tensor]) -> Tensor:
+        """(n, C, H, W) of uint8 images (C, h, w) of any sizes: bicubic, normalised."""
+        channels = (with_channels(i, len(self.mean)) for i in images)
+        sized = [F.interpolate(i[None].float(), self.size, mode="bicubic", antialias=True)[0] for i in channels]
+        return normalise(torch.stack(sized).clamp(0, 255).round().to(torch.uint8), self.mean, self.std)
+
     def _embedded(self, model: nn.Module, texts: Sequence[str], device: torch.device) -> Tensor:
         tokens = {k: v.to(device) for k, v in texts_padded(self.tokenizer, texts, self.context).items()}
         return image_text.text_features(model, tokens).float()
@@ -255,6 +272,12 @@ class ImageText(Task):
         return folder / MODEL / "model.safetensors" if (folder / MODEL).is_dir() else folder / WEIGHTS
 
     # ---- for people --------------------------------------------------------------------------------------------------
+
+    def seeing(self, normalisation: tuple[Sequence[float], Sequence[float]] | None) -> ImageText:
+        """This task with images of another mean and standard deviation per channel; () and None: the same."""
+        if normalisation is None or not normalisation[0]:
+            return self
+        return replace(self, mean=tuple(normalisation[0]), std=tuple(normalisation[1]))
 
     def among(self, names: Sequence[str], whole: bool = False) -> ImageText:
         templates = ("{}",) if whole else self.templates
