@@ -55,6 +55,7 @@ ROWS = {"text:wikipedia_and_books.txt": 2400}
 """Of sets of which a step takes more than 100."""
 VOCABULARIES = {
     "Qwen/Qwen2-1.5B": 151646,
+    "openai/clip-vit-base-patch32": 49408,
     "huggyllama/llama-7b": 32000,
     "google/t5-v1_1-small": 32128,
     "google-bert/bert-base-uncased": 30522,
@@ -137,6 +138,7 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
             | {"num_attention_heads": 16, "patch_size": 14, "image_size": 336}
         },
     ),
+    "openai/clip-vit-base-patch32": ("clip", {}),
     "nvidia/mit-b1": ("segformer", {"hidden_sizes": [64, 128, 320, 512], "decoder_hidden_size": 256}),
 }
 

@@ -74,7 +74,7 @@ SKIPPED: dict[str, str] = {
 }
 
 
-NOT_YET: frozenset[str] = frozenset()
+NOT_YET: frozenset[str] = frozenset({"ezad", "oadp"})
 """Recipes whose rehearsal fails, or was not seen to pass; run with STILLHOUSE_REHEARSE=all."""
 
 
