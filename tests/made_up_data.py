@@ -138,7 +138,6 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
             | {"num_attention_heads": 16, "patch_size": 14, "image_size": 336}
         },
     ),
-    "openai/clip-vit-base-patch32": ("clip", {}),
     "nvidia/mit-b1": ("segformer", {"hidden_sizes": [64, 128, 320, 512], "decoder_hidden_size": 256}),
 }
 
