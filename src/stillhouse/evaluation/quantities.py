@@ -326,6 +326,70 @@ _KNOWN = {
         0,
         "How unevenly what is bright moves: the mean second difference of its centre from frame to frame.",
     ),
+    "frechet_ratio": Quantity(
+        "Frechet distance, relative", "", 1, 3, -1, "Frechet distance of a quantised generator over its teacher's."
+    ),
+    "frechet_teacher": Quantity("Frechet distance, teacher", better=0, meaning="The same of the teacher's samples."),
+    "prompt_accuracy_teacher": Quantity(
+        "Prompt followed, teacher", "%", 100, 1, 0, "The same of the teacher's samples."
+    ),
+    "kl_to_teacher": Quantity(
+        "KL to the teacher", "nats", 1, 4, -1, "Forward KL of the tokens of unseen sequences, a token."
+    ),
+    "nll_teacher": Quantity("NLL, teacher", "nats", 1, 3, 0, "NLL of the teacher on the same sequences."),
+    "token_agreement": Quantity(
+        "Same token", "%", 100, 1, 1, "Share of unseen tokens at which both find the same one most probable."
+    ),
+    "sample_gap": Quantity(
+        "Gap of samples",
+        "",
+        1,
+        3,
+        -1,
+        "Root mean square difference of student's and teacher's samples of the same draws, in normalised pixels.",
+    ),
+    "noise_to_teacher": Quantity(
+        "Noise to the teacher",
+        "",
+        1,
+        None,
+        -1,
+        "Mean square difference of both predictions of noise, on unseen images.",
+    ),
+    "noise_mse": Quantity(
+        "Noise error", "", 1, None, -1, "Mean square error of the predicted noise, on unseen images."
+    ),
+    "noise_mse_teacher": Quantity("Noise error, teacher", "", 1, None, 0, "The same of the teacher."),
+    "total_bits": Quantity(
+        "Total bits",
+        "b",
+        1,
+        None,
+        -1,
+        "Of all parameters: quantised weights, their scales, and all else.",
+        prefixes=True,
+    ),
+    "compute_bits": Quantity(
+        "Compute bits",
+        "b",
+        1,
+        None,
+        -1,
+        "Multiply-adds of one image's linear layers, each times the bits of both factors.",
+        prefixes=True,
+    ),
+    "lift_same": Quantity(
+        "Below the same format",
+        "",
+        1,
+        3,
+        1,
+        "By how much log Frechet of distilled generators lies below that of rounded ones of the same format and as "
+        "many bits, on fitted lines.",
+    ),
+    "lift_level": Quantity(
+        "Below the next format", "", 1, 3, 1, "The same below rounded ones of the next format; above 0: a level is won."
+    ),
     "probe_accuracy": Quantity(
         "Accuracy, judge", "%", 100, 1, 0, "Test accuracy of the classifier by which samples are judged."
     ),
