@@ -51,7 +51,12 @@ SMALLER: dict[str, dict[str, object]] = {
     },
     "mgd_ssss": {"data.size": 2},
     "pvd": {"scene.side": 16, "scene.views": 2, "scene.test_views": 1},  # views are rendered first, on the CPU
-    "topkld": {"judge.samples": 2, "data.classes": list(range(10)), "generator.depth": 1, "tokenizer.scales": [1, 4, 16]},
+    "topkld": {
+        "judge.samples": 2,
+        "data.classes": list(range(10)),
+        "generator.depth": 1,
+        "tokenizer.scales": [1, 4, 16],
+    },
     "universal_ner": {"annotator": None, "ask.questions": 1},  # a server annotates
     "ncfm": {"pool.count": 2},
     "pca": {"ipc": 1, "scorer.networks": 1, "evaluate.networks": 1},
