@@ -221,7 +221,7 @@ def test_a_view_without_masks_has_feature_terms_of_zero_with_gradients() -> None
     torch.manual_seed(0)
     features, lift = torch.randn(6, 5, 4, requires_grad=True), lifting(4, [8], 7)
     drawn = draw_pixels(torch.full((6, 5), -1), 3, 10, 10)
-    loss = contrastive_loss(features, drawn) + lifted_loss(features, torch.zeros(6, 5, 7), drawn, lift)
+    loss = contrastive_loss(features, drawn) + lifted_loss(features, torch.zeros(len(drawn.lifted), 7), drawn, lift)
     loss.backward()
     assert float(loss.detach()) == 0 and features.grad.isfinite().all()
 

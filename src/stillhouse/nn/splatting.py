@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -203,6 +204,40 @@ def _groups(count: Tensor, pixels: int) -> list[tuple[Tensor, int]]:
     return out
 
 
+class _Composited(torch.autograd.Function):
+    """Gaussians of tiles composited at the tiles' pixels; backward with as many passes over the pairs as forward.
+
+    In: `quadratic` (T, K, 6) the coefficients of each Gaussian's exponent over the basis, `opacity` (T, K), `channels`
+    (T, K, C), front to back, and the basis (P, 6) of pixels. Out: image (T, P, C) and what light is left (T, P).
+    """
+
+    @staticmethod
+    def forward(ctx: Any, *given: Tensor) -> tuple[Tensor, Tensor]:
+        quadratic, opacity, channels, basis = given
+        alpha = (quadratic @ basis.T).exp_().mul_(opacity[..., None])
+        free = (alpha >= LOWEST) & (alpha <= HIGHEST)
+        alpha = torch.where(alpha < LOWEST, 0, alpha).clamp_(max=HIGHEST)
+        passed = torch.log1p(-alpha)
+        total = passed.cumsum(1)
+        seen = total > math.log(STOP)
+        left = (passed * seen).sum(1).exp()
+        before = (total - passed).exp_()
+        ctx.save_for_backward(opacity, channels, basis, alpha, before, seen, free & seen, left)
+        return (alpha * before).mul_(seen).transpose(1, 2) @ channels, left
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        of_image, of_left = gradients
+        opacity, channels, basis, alpha, before, seen, free, left = ctx.saved_tensors
+        weight = (alpha * before).mul_(seen)
+        of_weight = channels @ of_image.transpose(1, 2)
+        shown = weight * of_weight
+        behind = shown.sum(1, keepdim=True) - shown.cumsum(1) + (left * of_left)[:, None]
+        of_exponent = (before * of_weight).sub_(behind / (1 - alpha)).mul_(alpha).mul_(free)
+        of_opacity = of_exponent.sum(-1) / opacity.clamp_min(LOWEST)
+        return of_exponent @ basis, of_opacity, weight @ of_image, None
+
+
 @full_precision
 def splat(found: Projected, opacity: Tensor, channels: Tensor, width: int, height: int, tile: int = TILE) -> Splatted:
     """Gaussians composited front to back.
@@ -224,8 +259,9 @@ def splat(found: Projected, opacity: Tensor, channels: Tensor, width: int, heigh
     pairs = _pairs(found, opacity, (across, down), tile)
     inverse = torch.linalg.inv(found.cov)
     conic = torch.stack([inverse[:, 0, 0], inverse[:, 0, 1], inverse[:, 1, 1]], -1)
-    grid = torch.arange(tile, device=opacity.device) + 0.5
-    inside = torch.stack(torch.meshgrid(grid, grid, indexing="xy"), -1).flatten(0, 1).to(opacity)  # (p, 2) x, y
+    grid = torch.arange(tile, device=opacity.device) + 0.5 - tile / 2
+    y, x = torch.meshgrid(grid, grid, indexing="ij")
+    basis = torch.stack([x * x, y * y, x * y, x, y, torch.ones_like(x)], -1).flatten(0, 1).to(opacity)
     image = channels.new_zeros(across * down, tile * tile, channels.shape[1])
     left = channels.new_ones(across * down, tile * tile)
     groups = _groups(pairs.count, tile * tile)
@@ -236,21 +272,15 @@ def splat(found: Projected, opacity: Tensor, channels: Tensor, width: int, heigh
         rank = torch.arange(most, device=opacity.device)
         there = rank < pairs.count[members][:, None]
         at = pairs.gaussian[(pairs.start[members][:, None] + rank).clamp_max(len(pairs.gaussian) - 1)]
-        corner = torch.stack([members % across, members // across], -1) * tile
-        centres = corner[:, None] + inside
-        dx, dy = (centres[:, None] - found.uv[at][:, :, None]).unbind(-1)
-        a, b, c = conic[at][:, :, None].unbind(-1)
-        alpha = (opacity[at] * there)[..., None] * torch.exp(-0.5 * (a * dx * dx + c * dy * dy) - b * dx * dy)
-        alpha = torch.where(alpha < LOWEST, 0, alpha).clamp_max(HIGHEST)
-        passed = torch.log1p(-alpha)
-        total = passed.cumsum(1)
-        seen = total > math.log(STOP)
-        weight = alpha * (total - passed).exp() * seen
-        image = image.index_copy(0, members, weight.transpose(1, 2) @ channels[at])
-        left = left.index_copy(0, members, (passed * seen).sum(1).exp())
-    return Splatted(
-        _untiled(image, across, down, tile)[:height, :width], _untiled(left, across, down, tile)[:height, :width]
-    )
+        middle = torch.stack([members % across, members // across], -1) * tile + tile / 2
+        u, v = (found.uv[at] - middle[:, None].to(found.uv)).unbind(-1)
+        a, b, c = conic[at].unbind(-1)
+        # -1/2 a (x - u)^2 - 1/2 c (y - v)^2 - b (x - u) (y - v), over the basis
+        parts = [-a / 2, -c / 2, -b, a * u + b * v, b * u + c * v, -(a * u * u + c * v * v) / 2 - b * u * v]
+        colors, passes = _Composited.apply(torch.stack(parts, -1), opacity[at] * there, channels[at], basis)
+        image = image.index_copy(0, members, colors)
+        left = left.index_copy(0, members, passes)
+    return Splatted(*(_untiled(x, across, down, tile)[:height, :width] for x in (image, left)))
 
 
 def _untiled(tiles: Tensor, across: int, down: int, tile: int) -> Tensor:

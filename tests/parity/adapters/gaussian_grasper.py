@@ -59,7 +59,7 @@ def losses(case: Case) -> None:
     terms = {
         "main_loss": color_loss(case.leaf("rgb"), case["image"], valid, p["ssim_lambda"]),
         "feature_loss": contrastive_loss(feature, drawn),
-        "up_loss": lifted_loss(feature, case["clip_target"], drawn, lift),
+        "up_loss": lifted_loss(feature, case["clip_target"].flatten(0, 1)[drawn.lifted], drawn, lift),
         "depth_loss": depth_loss(case.leaf("depth").view(valid.shape), target, valid),
         "normal_loss": normal_loss(case.leaf("normal"), case["normal_target"], target, valid),
     }

@@ -88,8 +88,8 @@ def contrastive_loss(features: Tensor, drawn: Drawn) -> Tensor:
 
 @full_precision
 def lifted_loss(features: Tensor, targets: Tensor, drawn: Drawn, lift: nn.Module) -> Tensor:
-    """Cosine distance of lifted features at the drawn pixels and the image encoder's; (H, W, D), (H, W, E)."""
-    cosine = _cosine(lift(features.flatten(0, 1)[drawn.lifted]), targets.flatten(0, 1)[drawn.lifted])
+    """Cosine distance of lifted features (H, W, D) at the drawn pixels and the image encoder's there, (L, E)."""
+    cosine = _cosine(lift(features.flatten(0, 1)[drawn.lifted]), targets)
     there = drawn.counted.to(cosine.dtype)
     return ((1 - cosine) * there).sum() / there.sum().clamp_min(1)
 

@@ -323,7 +323,7 @@ def terms_of(
     if drawn is not None and weights.contrast:
         terms["contrast"] = weights.contrast * contrastive_loss(seen.features, drawn)
     if drawn is not None and weights.lift:
-        terms["lift"] = weights.lift * lifted_loss(seen.features, view.targets(0), drawn, lift)
+        terms["lift"] = weights.lift * lifted_loss(seen.features, view.targets(0, drawn.lifted), drawn, lift)
     if regularised:
         terms["harmonics"] = color_change(gaussians.harmonics)
         terms["elongation"] = weights.ratio * elongation(gaussians.log_scales)

@@ -84,9 +84,10 @@ class Views:
         tensors = {f.name: getattr(self, f.name).to(device) for f in fields(self) if f.name != "cameras"}
         return Views(tuple(c.to(device) for c in self.cameras), **tensors)
 
-    def targets(self, i: int) -> Tensor:
-        """(H, W, D) the feature of each pixel's mask; 0 where it has none."""
-        ids = self.masks[i]
+    def targets(self, i: int, pixels: Tensor | None = None) -> Tensor:
+        """(H, W, D) the feature of each pixel's mask; 0 where it has none. Or (L, D) of pixels by their numbers, row by
+        row."""
+        ids = self.masks[i] if pixels is None else self.masks[i].flatten()[pixels]
         return self.features[i][ids.clamp_min(0)] * (ids >= 0)[..., None]
 
     def halved(self, i: int, times: int) -> Views:
