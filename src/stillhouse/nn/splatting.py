@@ -58,8 +58,8 @@ class Camera:
 
     def enlarged(self, times: int) -> Camera:
         """The same view of `times` as many pixels along each side."""
-        lengths = (times * v for v in (self.fx, self.fy, self.cx, self.cy))
-        return Camera(self.view, *lengths, times * self.width, times * self.height)
+        k = times
+        return Camera(self.view, k * self.fx, k * self.fy, k * self.cx, k * self.cy, k * self.width, k * self.height)
 
     def halved(self, times: int = 1) -> Camera:
         """The same view of fewer pixels, each side divided by 2 ** times and rounded down."""

@@ -104,7 +104,10 @@ class Views:
 
         return Views(
             (self.cameras[i].halved(times),),
-            *(some(x) for x in (self.color, self.depth, self.normal, self.masks)),
+            some(self.color),
+            some(self.depth),
+            some(self.normal),
+            some(self.masks),
             self.features[i : i + 1],
             some(self.truth),
         )
