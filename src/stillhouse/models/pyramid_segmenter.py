@@ -56,7 +56,7 @@ class PyramidSegmenter(nn.Module):
                 f"{list(strides)}."
             )
         published = backbone_weights == PUBLISHED
-        options = {"out_indices": [places[s] for s in sorted(strides)], "in_chans": input_shape[0]}
+        options: dict[str, Any] = {"out_indices": [places[s] for s in sorted(strides)], "in_chans": input_shape[0]}
         self.backbone = timm.create_model(name, features_only=True, pretrained=published, **options)
         if backbone_weights is not None and not published:
             load_backbone(self.backbone, backbone_weights, name)

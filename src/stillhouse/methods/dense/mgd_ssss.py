@@ -283,8 +283,8 @@ class Config(MethodConfig):
     image: float = Field(0.002, ge=0, description="lambda_1, times a sum over images and classes.")
     region: float = Field(100.0, ge=0, description="lambda_2, times a mean.")
     pixel: float = Field(1.0, ge=0, description="Of hard labels.")
-    hard_labels: list[Literal["wide", "deep"]] = Field(
-        default_factory=lambda: ["wide", "deep"], description="Teachers whose hard labels count."
+    hard_labels: tuple[Literal["wide", "deep"], ...] = Field(
+        ("wide", "deep"), description="Teachers whose hard labels count."
     )
     reduction: Literal["sum", "mean"] = Field("sum", description="Of the image's term; mean needs another lambda_1.")
     grid: int = Field(GRID, ge=1, description="Regions are of a grid of so many rows and columns.")
@@ -313,7 +313,7 @@ class Config(MethodConfig):
             self.image,
             self.region,
             self.pixel,
-            tuple(self.hard_labels),
+            self.hard_labels,
             self.reduction,
             self.grid,
             self.ohem,
@@ -389,12 +389,13 @@ class CrossPseudo(TrainingModule):
         with torch.no_grad():
             found = [_maps(reader, torch.cat([first, second])).chunk(2) for reader in self._readers]
             pseudo = [mixed(a, b, mask).argmax(1) for a, b in found]
-        ce, cross = [], []
+        known_losses: list[Tensor] = []
+        crossed_losses: list[Tensor] = []
         for reader, other in zip(self._readers, reversed(pseudo)):
             known, unknown = _maps(reader, torch.cat([images, both])).split([len(images), len(both)])
-            ce.append(supervised_loss(at_labels(known, labels), labels, self.rules))
-            cross.append(pixel_loss(unknown, other))
-        supervised, crossed = torch.stack(ce).sum(), torch.stack(cross).sum()
+            known_losses.append(supervised_loss(at_labels(known, labels), labels, self.rules))
+            crossed_losses.append(pixel_loss(unknown, other))
+        supervised, crossed = torch.stack(known_losses).sum(), torch.stack(crossed_losses).sum()
         return {"loss": supervised + self.weight * crossed, "supervised": supervised, "cross": crossed}
 
 
@@ -497,7 +498,8 @@ class MultiGranularityDistillation(Method[Config]):
         return [*stages, STUDENT.filled(does=does, models=student, steps=steps)]
 
     def run(self, config: Config, run: Run) -> Student:
-        task, figures = run.data(config.data, Segmentation).task, {}
+        task = run.data(config.data, Segmentation).task
+        figures: dict[str, float] = {}
         teachers: dict[str, nn.Module] = {}
         for name in config.needs_teachers:
             teachers[name] = self._teacher(name, config, run)
