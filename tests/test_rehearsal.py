@@ -51,6 +51,12 @@ SMALLER: dict[str, dict[str, object]] = {
     },
     "mgd_ssss": {"data.size": 2},
     "pvd": {"scene.side": 16, "scene.views": 2, "scene.test_views": 1},  # views are rendered first, on the CPU
+    "lightgen": {
+        "judge.samples": 2,
+        "data.classes": list(range(10)),
+        "sampling": {"iterations": 2, "steps": 2},
+        **{f"network.{part}": 1 for part in ("encoder", "decoder", "cross", "text")},  # built on the CPU
+    },
     "topkld": {
         "judge.samples": 2,
         "data.classes": list(range(10)),

@@ -326,6 +326,23 @@ _KNOWN = {
         0,
         "How unevenly what is bright moves: the mean second difference of its centre from frame to frame.",
     ),
+    "prompt_accuracy_unseen": Quantity(
+        "Prompt followed, unseen", "%", 100, 1, 1, "The same of captions that training never saw."
+    ),
+    **{
+        f"{name}{suffix}": Quantity(f"{title}{which}", "%", 100, 1, 1, f"{meaning}{of}")
+        for suffix, which, of in (("", "", "."), ("_unseen", ", unseen", ", of captions that training never saw."))
+        for name, title, meaning in (
+            ("object_accuracy", "Objects", "Share of a caption's things that the classifier sees in samples"),
+            ("relation_accuracy", "Places", "Share of samples in which all of them stand as the caption wants"),
+        )
+    },
+    "high_frequency_ratio": Quantity(
+        "Fine detail", "", 1, 3, 0, "Power of samples at high frequencies over that of real images; 1 is as much."
+    ),
+    "high_frequency_gap": Quantity(
+        "Fine detail, gap", "", 1, 3, -1, "How far the power at high frequencies is from that of real images, relative."
+    ),
     "frechet_ratio": Quantity(
         "Frechet distance, relative", "", 1, 3, -1, "Frechet distance of a quantised generator over its teacher's."
     ),
