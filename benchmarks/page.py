@@ -604,6 +604,16 @@ def _splatting(figures: Mapping[str, Any], title: str) -> str:
     return text
 
 
+def _point_clouds(figures: Mapping[str, Any], title: str) -> str:
+    text = (
+        f"## Point clouds{title}\n\n{figures['pillars']:,} pillars of a sweep of {figures['points']:,} points take "
+        f"{figures['pillars_ms']:.1f} ms. The 128 nearest of the 6,000 fullest, by how many queries are compared at "
+        "once:\n"
+    )
+    lines = [[f"{r['chunk']:,}", f"{r['ms']:.0f}", f"{r['distances_mb']:.0f}"] for r in figures["neighbours"]]
+    return text + "\n" + _table(["queries at once", "ms", "MB of distances"], lines)
+
+
 SECTIONS = {
     "imagenet_stem": _steps,
     "cifar_stem": _steps,
@@ -622,4 +632,5 @@ SECTIONS = {
     "synthetic": _synthetic,
     "synthetic_growth": _synthetic_growth,
     "splatting": _splatting,
+    "point_clouds": _point_clouds,
 }
