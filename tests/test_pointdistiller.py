@@ -285,6 +285,14 @@ def test_the_graph_is_the_teachers_and_its_rows_get_no_gradient() -> None:
     assert not torch.equal(others, chosen)
 
 
+def test_a_frozen_encoder_of_the_teacher_gets_no_gradient() -> None:
+    for frozen in (False, True):
+        made = objective()
+        made.layer(rows(), 0, frozen).backward()
+        assert (made.teachers[0].linear.weight.grad is None) == frozen
+        assert made.students[0].linear.weight.grad is not None
+
+
 @pytest.mark.parametrize(
     ("options", "sentence"),
     [({"queries": 0}, "queries"), ({"temperature": 0}, "temperature"), ({"student_layers": ["a", "b"]}, "as many")],

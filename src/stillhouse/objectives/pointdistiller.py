@@ -153,6 +153,8 @@ class PointDistiller(Objective):
         select: top: the most important rows; random: any.
         edge: concat: neighbour and centre; sub: centre - neighbour and centre.
         factor: of the loss.
+        freeze: epochs after which the teacher's encoder learns no more, so that both cannot become one constant; null:
+            it learns to the end, as published.
         mode: plain: the mean square over all rows, through a linear layer of the student, without graphs.
     """
 
@@ -171,6 +173,7 @@ class PointDistiller(Objective):
         select: Literal["top", "random"] = "top",
         edge: Literal["concat", "sub"] = "concat",
         factor: float = 2.0,
+        freeze: float | None = None,
         mode: Literal["graph", "plain"] = "graph",
     ) -> None:
         super().__init__()
@@ -183,7 +186,7 @@ class PointDistiller(Objective):
         checks.same_layers("pointdistiller", self.student_layers, self.teacher_layers)
         self.form, self.queries, self.neighbours, self.width = form, queries, neighbours, width
         self.reweight, self.temperature, self.select, self.edge = reweight, temperature, select, edge
-        self.factor, self.mode = factor, mode
+        self.factor, self.freeze, self.mode = factor, freeze, mode
         taps = {f"student.tap:{n}" for n in self.student_layers} | {f"teacher.tap:{n}" for n in self.teacher_layers}
         counts = {f"{side}.tap:{COUNTS}" for side in ("student", "teacher")} if form == "pillars" else set()
         self.needs = frozenset(taps | counts)
@@ -234,11 +237,12 @@ class PointDistiller(Objective):
             )
 
     def forward(self, student: Signals, teacher: Signals, batch: Batch, progress: Progress) -> dict[str, Tensor]:
-        losses = [self.layer(self.rows(student, teacher, i), i) for i in range(len(self.student_layers))]
+        frozen = self.freeze is not None and progress.epoch >= self.freeze
+        losses = [self.layer(self.rows(student, teacher, i), i, frozen) for i in range(len(self.student_layers))]
         return {"loss": torch.stack(losses).sum()}
 
-    def layer(self, rows: Rows, i: int) -> Tensor:
-        """The loss of one layer."""
+    def layer(self, rows: Rows, i: int, frozen: bool = False) -> Tensor:
+        """The loss of one layer; `frozen`: the teacher's encoder gets no gradient."""
         if self.mode == "plain":
             with torch.no_grad():
                 chosen, near = graph_of(rows, WATCHED, self.neighbours)
@@ -252,6 +256,7 @@ class PointDistiller(Objective):
             weights = self._weights(rows.importance.gather(1, chosen), valid)
         h_s = self.students[i](rows.student, chosen, near, edges)
         h_t = self.teachers[i](rows.teacher, chosen, near, edges)
+        h_t = h_t.detach() if frozen else h_t
         with torch.no_grad():
             share = weights / weights.sum(1, keepdim=True).clamp_min(1e-12)
             amount = (1 / share.square().sum(1).clamp_min(1e-12)).mean()
