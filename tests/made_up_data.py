@@ -58,6 +58,8 @@ VOCABULARIES = {
     "openai/clip-vit-base-patch32": 49408,
     "huggyllama/llama-7b": 32000,
     "google/t5-v1_1-small": 32128,
+    "google/t5-v1_1-xl": 32128,
+    "meta-llama/Llama-2-7b-chat-hf": 32000,
     "google-bert/bert-base-uncased": 30522,
     "TinyLlama/TinyLlama_v1.1": 32000,
     **{f"openai/clip-vit-{n}": 49400 for n in ("base-patch16", "base-patch32", "large-patch14")},
@@ -137,6 +139,10 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
             "vision_config": {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24}
             | {"num_attention_heads": 16, "patch_size": 14, "image_size": 336}
         },
+    ),
+    "nvidia/mit-b2": (
+        "segformer",
+        {"hidden_sizes": [64, 128, 320, 512], "depths": [3, 4, 6, 3], "decoder_hidden_size": 768},
     ),
     "nvidia/mit-b1": ("segformer", {"hidden_sizes": [64, 128, 320, 512], "decoder_hidden_size": 256}),
 }

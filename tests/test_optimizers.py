@@ -14,6 +14,7 @@ from torch import Tensor, nn
 import stillhouse
 from stillhouse.config.specs import TrainSpec
 from stillhouse.distillation.objective import Objective
+from stillhouse.errors import UserError
 from stillhouse.models.anatomy import depths_of
 from stillhouse.training.optimizers import make_optimizer, rate_factor
 
@@ -163,6 +164,48 @@ def test_channels_last_trains_to_the_same_weights() -> None:
     for a, b in zip(plain.parameters(), other.parameters()):
         torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
     assert all(p.is_contiguous() for p in other.parameters())
+
+
+@pytest.mark.parametrize("library", ["transformers", "timm"])
+def test_gradient_checkpointing_trains_to_the_same_weights(library: str) -> None:
+    source = pytest.importorskip(library)
+
+    def network() -> tuple[nn.Module, nn.Module]:
+        """A network, and a layer inside a block."""
+        if library == "timm":
+            made = source.create_model("vit_tiny_patch16_224", img_size=32, depth=2, embed_dim=24, num_classes=4)
+            return made, made.blocks[0].norm1
+        config = source.GPT2Config(vocab_size=32, n_layer=2, n_head=2, n_embd=16, bos_token_id=0, eos_token_id=0)
+        made = source.GPT2LMHeadModel(config)
+        return made, made.transformer.h[0].ln_1
+
+    draw = torch.Generator().manual_seed(0)
+    ids = torch.randint(0, 32, (2, 8), generator=draw)
+    images = (torch.randn(4, 3, 32, 32, generator=draw), torch.tensor([0, 1, 2, 3]))
+    data: Any = [images if library == "timm" else {"input_ids": ids, "labels": ids}] * 3
+
+    def trained(**options: Any) -> tuple[nn.Module, int]:
+        """The network, and how often a layer of it ran while gradients were kept."""
+        torch.manual_seed(0)
+        (student, layer), (teacher, _) = network(), network()
+        runs: list[bool] = []
+        layer.register_forward_pre_hook(lambda *_: runs.append(torch.is_grad_enabled()))
+        given = {"epochs": 1, "optimizer": {"name": "adamw", "lr": 1e-3}, **options}
+        stillhouse.distill(teacher, student, data, ["ce", "kd"], train=given, progress=False)
+        return student, sum(runs)
+
+    (plain, once), (other, twice) = trained(), trained(gradient_checkpointing=True)
+    assert twice >= once + 3, "in each step the layer runs again"
+    for a, b in zip(plain.parameters(), other.parameters()):
+        torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-5)
+    assert not any(
+        getattr(m, n, False) for m in other.modules() for n in ("gradient_checkpointing", "grad_checkpointing")
+    )
+
+
+def test_gradient_checkpointing_of_a_network_that_cannot_is_refused() -> None:
+    with pytest.raises(UserError, match=r"gradient_checkpointing: a Net cannot"):
+        stillhouse.distill(Net(), Net(), DATA, ["ce"], train={"gradient_checkpointing": True}, progress=False)
 
 
 # ---- before_update ---------------------------------------------------------------------------------------------------

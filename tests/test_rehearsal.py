@@ -117,8 +117,8 @@ def test_a_recipe_takes_a_step_of_each_training(
     config = recipe.load(path, variant, SMALLER.get(path.stem, {}))
     try:
         steps = rehearse(config, tmp_path, made_up=variant != "smoke", reads_in_steps=path.stem in READING)
-    except NotImplementedError as error:
-        if "SparseCsrMeta" not in str(error):
+    except (NotImplementedError, RuntimeError) as error:
+        if "SparseCsrMeta" not in str(error) and "Sparse CSR tensors do not have strides" not in str(error):
             raise
         pytest.skip("torch has no product of sparse matrices on the meta device")
     assert steps

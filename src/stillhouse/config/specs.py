@@ -272,7 +272,7 @@ class LRSchedule(Spec):
 class TrainSpec(Spec):
     """How one network (with its objectives) is fitted."""
 
-    later = frozenset({"channels_last"})
+    later = frozenset({"channels_last", "gradient_checkpointing"})
     epochs: int = Field(10, ge=1, description="Passes over the training split.")
     batch_size: int = Field(
         128, ge=1, description="Samples of one optimiser step over all processes, before accumulation."
@@ -286,6 +286,11 @@ class TrainSpec(Spec):
     )
     channels_last: bool = Field(
         False, description="Keep images and networks in channels-last memory, which is faster on many devices."
+    )
+    gradient_checkpointing: bool = Field(
+        False,
+        description="Compute the student's activations again in the backward pass: less memory for a third more time "
+        "(networks of transformers and timm).",
     )
     compile: bool = Field(False, description="torch.compile the student and the live teachers.")
     ema: float | None = Field(
@@ -321,10 +326,18 @@ class TrainSpec(Spec):
         return self
 
     def identity(self) -> dict[str, Any]:
-        """What trained weights depend on, as JSON data: all but how often is logged and saved, where figures go, and
-        compilation."""
+        """What trained weights depend on, as JSON data: all but how often is logged and saved, where figures go,
+        and how the same is computed."""
         return self.model_dump(
-            mode="json", exclude={"log_every", "checkpoint_seconds", "trackers", "compile", "channels_last"}
+            mode="json",
+            exclude={
+                "log_every",
+                "checkpoint_seconds",
+                "trackers",
+                "compile",
+                "channels_last",
+                "gradient_checkpointing",
+            },
         )
 
 

@@ -21,6 +21,7 @@ from stillhouse.errors import MissingExtra, UserError, unknown
 from stillhouse.evaluation.quantities import quantity
 from stillhouse.files import atomic_write
 from stillhouse.functional.counting import has_positions, weigh_positions_alike
+from stillhouse.models.recompute import recomputed
 from stillhouse.signals import Batch, to_device
 from stillhouse.training.accumulation import StepMean, samples
 from stillhouse.training.context import Progress, TrainingContext
@@ -106,7 +107,8 @@ def fit(
             "or subclass stillhouse.training.module.TrainingModule."
         )
     accelerator = accelerator or make_accelerator(spec, folder, cpu)
-    return _Fit(module, train, spec, accelerator, folder, stage, seed, evaluate, splits or {}, live).run()
+    with recomputed(module.student) if spec.gradient_checkpointing else nullcontext():
+        return _Fit(module, train, spec, accelerator, folder, stage, seed, evaluate, splits or {}, live).run()
 
 
 class _Fit:
