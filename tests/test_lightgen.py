@@ -21,7 +21,7 @@ from stillhouse.methods.generation.lightgen.captions import (
     place_figures,
     places_of,
 )
-from stillhouse.methods.generation.lightgen.head import DiffusionHead, cosine_betas, respaced, tables
+from stillhouse.methods.generation.lightgen.head import DiffusionHead, head_betas, respaced, tables
 from stillhouse.methods.generation.lightgen.method import CaptionedImages, preference_loss
 from stillhouse.methods.generation.lightgen.network import (
     Draws,
@@ -84,7 +84,7 @@ def test_the_bound_trains_the_variance_alone() -> None:
 
 def test_a_head_that_knows_the_token_draws_it() -> None:
     head, x = DiffusionHead(2, 2, 8, 1), normal(50, 2)
-    bar = (1 - cosine_betas()).cumprod(0)
+    bar = (1 - head_betas()).cumprod(0)
 
     def knows(noisy: torch.Tensor, t: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
         a = bar[t].float()[:, None]
@@ -96,7 +96,7 @@ def test_a_head_that_knows_the_token_draws_it() -> None:
 
 
 def test_fewer_steps_have_the_noise_of_the_steps_they_stand_for() -> None:
-    betas = cosine_betas()
+    betas = head_betas()
     places, few = respaced(betas, 10)
     assert places == [0, 111, 222, 333, 444, 555, 666, 777, 888, 999]
     torch.testing.assert_close((1 - few).cumprod(0), (1 - betas).cumprod(0)[places])

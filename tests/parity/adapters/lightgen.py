@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from parity.case import Case
-from stillhouse.methods.generation.lightgen.head import DiffusionHead, cosine_betas, recorded, respaced
+from stillhouse.methods.generation.lightgen.head import DiffusionHead, head_betas, recorded, respaced
 from stillhouse.methods.generation.lightgen.network import (
     Draws,
     MaskedGenerator,
@@ -70,9 +70,10 @@ def head_name(name: str) -> str:
 
 def diffloss(case: Case) -> None:
     p = case.params
-    head = DiffusionHead(p["channels"], p["z_channels"], p["width"], p["depth"], p["diffusion_steps"]).eval()
+    schedule, steps = p.get("schedule", "cosine"), p["diffusion_steps"]
+    head = DiffusionHead(p["channels"], p["z_channels"], p["width"], p["depth"], steps, schedule).eval()
     head.load_state_dict({head_name(k): v for k, v in case.weights.items()})
-    betas = cosine_betas(p["diffusion_steps"])
+    betas = head_betas(schedule, steps)
     case.close("betas", betas)
     case.close("alphas_cumprod", (1 - betas).cumprod(0))
     z, t, noise = case.leaf("z"), case["t"], case["noise"]
@@ -85,12 +86,12 @@ def diffloss(case: Case) -> None:
     case.close("loss", loss, rtol=1e-4)
     loss.backward()
     case.close_grad("z", rtol=1e-4)
-    steps, temperature = p["sampling_steps"], p["temperature"]
-    case.close("sample_timesteps", torch.tensor(respaced(betas, steps)[0]))
+    count, temperature = p["sampling_steps"], p["temperature"]
+    case.close("sample_timesteps", torch.tensor(respaced(betas, count)[0]))
     for name, guidance in (("plain", 1.0), ("cfg", p["cfg"])):
         if f"init_{name}" in case:
             draws = recorded(list(case[f"steps_{name}"]))
-            found = head.sample(z.detach(), case[f"init_{name}"], draws, steps, temperature, guidance)
+            found = head.sample(z.detach(), case[f"init_{name}"], draws, count, temperature, guidance)
             case.close(f"sample_{name}", found, rtol=1e-4, atol=1e-5)
 
 

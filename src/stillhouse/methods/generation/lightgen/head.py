@@ -6,13 +6,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from itertools import pairwise
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from stillhouse.errors import UserError
+from stillhouse.errors import UserError, unknown
 from stillhouse.functional.diffusion import guided
 from stillhouse.functional.precision import full_precision
 from stillhouse.nn.dit import step_embedding
@@ -21,8 +21,16 @@ ANGLES = 256
 STEPS = 1000
 
 
-def cosine_betas(steps: int = STEPS) -> Tensor:
-    """(steps,) float64: beta of the cosine schedule, at most 0.999."""
+def head_betas(name: Literal["cosine", "linear"] = "cosine", steps: int = STEPS) -> Tensor:
+    """(steps,) float64: beta of the cosine schedule, at most 0.999, or of DDPM's linear one, rescaled to so many steps.
+
+    Raises:
+        UserError: another name.
+    """
+    if name == "linear":
+        return torch.linspace(0.1 / steps, 20 / steps, steps, dtype=torch.float64)
+    if name != "cosine":
+        raise unknown("schedule of a diffusion head", name, ["cosine", "linear"])
     bar = [math.cos((u / steps + 0.008) / 1.008 * math.pi / 2) ** 2 for u in range(steps + 1)]
     return torch.tensor([min(1 - b / a, 0.999) for a, b in pairwise(bar)], dtype=torch.float64)
 
@@ -102,13 +110,20 @@ class DiffusionHead(nn.Module):
     Args:
         channels, condition: C and Z.
         width, depth: of the perceptron, and its residual blocks.
-        steps: T.
+        steps, schedule: T, and how its betas rise.
     """
 
-    betas: Tensor
     table: Tensor
 
-    def __init__(self, channels: int, condition: int, width: int, depth: int, steps: int = STEPS) -> None:
+    def __init__(
+        self,
+        channels: int,
+        condition: int,
+        width: int,
+        depth: int,
+        steps: int = STEPS,
+        schedule: Literal["cosine", "linear"] = "cosine",
+    ) -> None:
         super().__init__()
         self.channels = channels
         self.time = nn.Sequential(nn.Linear(ANGLES, width), nn.SiLU(), nn.Linear(width, width))
@@ -128,7 +143,7 @@ class DiffusionHead(nn.Module):
         for linear in zero:
             assert isinstance(linear, nn.Linear)
             nn.init.zeros_(linear.weight)
-        self._betas = cosine_betas(steps)
+        self._betas = head_betas(schedule, steps)
         self.register_buffer("table", torch.stack(tables(self._betas)).float(), persistent=False)
 
     def forward(self, x: Tensor, t: Tensor, z: Tensor) -> Tensor:
