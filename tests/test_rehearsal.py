@@ -55,6 +55,7 @@ SMALLER: dict[str, dict[str, object]] = {
         "judge.samples": 2,
         "data.classes": list(range(10)),
         "sampling": {"iterations": 2, "steps": 2},
+        "dpo.train.batch_size": 8,
         **{f"network.{part}": 1 for part in ("encoder", "decoder", "cross", "text")},  # built on the CPU
     },
     "topkld": {

@@ -291,7 +291,8 @@ class LightGen(Method[Config]):
         stages = [base_stage(run, spec, config.data, TEACHER) for spec in config.teachers[:1]]
         if config.teachers:
             stages.append(SYNTHETIC.filled(does=f"draw {config.synthetic.images} images of {len(seen)} captions"))
-        count = parameters(blueprint.build())
+        with torch.device("meta"):  # which costs nothing, however large it is
+            count = parameters(blueprint.build())
         per_epoch = _count(config, run, seen) // config.train.batch_size
         name = f"masked generator of {count / 1e6:.2f} M parameters"
         stages += [PROBE, STUDENT.filled(steps=config.train.epochs * per_epoch, models={"student": name})]
@@ -302,6 +303,7 @@ class LightGen(Method[Config]):
 
     def run(self, config: Config, run: Run) -> CaptionGenerator:
         blueprint, texts = _blueprint(config, run)
+        texts = texts.to(run.device)
         prompts = Prompts.read(config.prompts, run.data(config.data).classes)
         seen, _ = config.captions.split(len(blueprint.captions))
         student, figures = trained_student(config, run, blueprint, texts, prompts, seen)

@@ -89,6 +89,7 @@ from stillhouse.tasks.classification import Classification
 
 SHOWN = 8  # prompts of the report, and images of each
 GAP_PROMPTS = 20
+UNSEEN_BATCH = 64  # sequences, whose logits of all tokens are there at once
 
 
 # ---- the recipe ------------------------------------------------------------------------------------------------------
@@ -171,7 +172,8 @@ SCALING = Stage("scaling", "quantise and train a family of widths")
 class LowBitGeneration(Method[Config]):
     def plan(self, config: Config, run: Run) -> list[Stage]:
         blueprint = _blueprint(config, run)
-        network, _ = blueprint.networks()
+        with torch.device("meta"):  # which costs nothing, however large it is
+            network, _ = blueprint.networks()
         count = sum(p.numel() for p in network.parameters())
         per_epoch = len(run.loader(config.data, "train", config.teach.batch_size, train=True))
         stages = [] if config.diffusion is not None else [TOKENIZER.filled(steps=config.tokenizer.steps)]
@@ -181,7 +183,7 @@ class LowBitGeneration(Method[Config]):
             chosen = _chosen(network, config.quantise)
             does = f"{STUDENT.does}: {len(chosen)} layers in {config.quantise.weights or 'full precision'}"
             per_epoch = len(run.loader(config.data, "train", config.train.batch_size, train=True))
-            steps = 0 if config.objectives is None else config.train.epochs * per_epoch
+            steps = None if config.objectives is None else config.train.epochs * per_epoch
             stages.append(STUDENT.filled(does=does, steps=steps))
         if config.scaling is not None:
             stages.append(SCALING)
@@ -313,7 +315,8 @@ class World:
     def unseen(self) -> LabelledImages:
         """Unseen images, with their classes."""
         spec, split = self.run.judging_data()
-        return self._labelled(self.run.loader(spec, split), 0.0)  # type: ignore[arg-type]
+        loader = self.run.loader(spec, split, min(self.config.train.batch_size, UNSEEN_BATCH))
+        return self._labelled(loader, 0.0)
 
     def _labelled(self, loader: Any, drop: float) -> LabelledImages:
         if self.tokenizer is None:

@@ -101,7 +101,7 @@ class TokenTransformer(nn.Module):
         self.blocks = nn.ModuleList(Block(width, heads) for _ in range(depth))
         self.norm = nn.LayerNorm(width, eps=1e-6)
         self.head = nn.Linear(width, self.codes)
-        scale_of = torch.repeat_interleave(torch.arange(len(self.lengths)), torch.tensor(self.lengths))
+        scale_of = torch.tensor([scale for scale, count in enumerate(self.lengths) for _ in range(count)])
         order = scale_of if self.several else torch.arange(length)
         self.register_buffer("mask", order[:, None] >= order[None], persistent=False)
         self.register_buffer("scale_of", scale_of, persistent=False)
