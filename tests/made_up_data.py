@@ -38,7 +38,7 @@ IMAGES: dict[str, tuple[int, tuple[int, int, int], int]] = {
     "imagefolder:places_lt": (365, (3, 375, 500), 3),
     **{f"imagefolder:office_home/{n}": (65, (3, 375, 500), 2) for n in ("Art", "Clipart", "Product", "Real World")},
 }
-PAIRS = frozenset({"shards:yfcc15m", "shards:albef4m", "pairs:flickr30k"})
+PAIRS = frozenset({"shards:yfcc15m", "shards:albef4m", "pairs:flickr30k", "pairs:webvid"})
 MASKS = {"masks:voc2012_aug": (500, 375), "masks:cityscapes": (2048, 1024)}
 OBJECTS = {"instances:voc2012_sbd": (250, 188)}  # name: size of an image
 PHOTOGRAPHS = {"restore:DIV2K/DIV2K_train_HR": 768}  # name: a side in pixels

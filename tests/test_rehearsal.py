@@ -67,6 +67,7 @@ SMALLER: dict[str, dict[str, object]] = {
     "universal_ner": {"annotator": None, "ask.questions": 1},  # a server annotates
     "ncfm": {"pool.count": 2},
     "pca": {"ipc": 1, "scorer.networks": 1, "evaluate.networks": 1},
+    "residualvit": {"train.batch_size": 4},  # clips of made-up videos are few
     "wad": {"split": 1},
 }
 READING: dict[str, str] = {

@@ -197,9 +197,15 @@ def begin_from(network: FusedEncoders, image: nn.Module | None = None, text: nn.
         state = renamed_from_bert(text.state_dict(), len(network.text_layers))
         own = ("embeddings.", "text_layers.", "fusion_layers.", "word_head.")
         wanted = [k for k in network.state_dict() if k.startswith(own) and ".crossattention." not in k]
+        ours = network.state_dict()
         places = "embeddings.position_embeddings.weight"
         if places in state:
-            state[places] = state[places][: len(network.embeddings.position_embeddings.weight)]
+            state[places] = state[places][: len(ours[places])]
+        for name in ("embeddings.word_embeddings.weight", "word_head.bias", "word_head.weight"):
+            if (
+                name in state and name in ours and len(state[name]) < len(ours[name])
+            ):  # a tokenizer with marks of its own
+                state[name] = torch.cat([state[name], ours[name][len(state[name]) :]])
         _take(network, state, wanted, "text")
 
 

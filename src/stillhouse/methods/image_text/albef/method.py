@@ -51,7 +51,7 @@ from stillhouse.models.tokenizer import identity, marks
 from stillhouse.randomness import keyed
 from stillhouse.runs.judging import check_groups
 from stillhouse.runs.method import Method, Stage
-from stillhouse.runs.products import Student, state_on_cpu
+from stillhouse.runs.products import Student
 from stillhouse.runs.run import Run
 from stillhouse.tasks.image_text import ImageText
 
@@ -195,7 +195,7 @@ class Albef(Method[Config]):
 
         if run.data(config.first).task.size == run.data(config.data).task.size:
             return net
-        larger, state = self.network(config, run, config.data), state_on_cpu(net)
+        larger, state = self.network(config, run, config.data), dict(net.state_dict())
         name = "visual_encoder.pos_embed"
         grid = larger.visual_encoder.patch_embed.grid_size
         state[name] = resample_abs_pos_embed(state[name], list(grid))
