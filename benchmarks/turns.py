@@ -41,7 +41,7 @@ class Turns:
         size: int,
         after_warm_up: Callable[[], None] = lambda: None,
     ) -> None:
-        self.batch_size = len(batches[0]["label"])
+        self.batch_size = len(batches[0].get("label", batches[0]["input"]))
         self.seconds: dict[str, list[float]] = {OURS: [], **{name: [] for name in others}}
         self._batches, self._others, self._blocks, self._size, self._after = (
             batches,
@@ -55,6 +55,9 @@ class Turns:
     def __len__(self) -> int:
         """Steps of the one epoch: all blocks, and one more whose draw ends the last block."""
         return (self._blocks + 1) * self._size + 1
+
+    def labels(self) -> None:
+        """Class ids are not known before training."""
 
     def batches(self, epoch: int = 0, batch: int = 0, epochs: int | None = None) -> Iterator[Batch]:
         """The one epoch's batches."""

@@ -22,6 +22,7 @@ from stillhouse.evaluation.detection import GROUPS, DetectionMeter
 from stillhouse.functional.boxes import best_detections, unsuppressed
 from stillhouse.functional.grids import Level, grid_losses
 from stillhouse.models.layer_graph import Layer, LayerGraph
+from stillhouse.objectives.fitnet import FitNet
 from stillhouse.runs import recipe
 from stillhouse.runs.execution import execute
 from stillhouse.runs.prediction import predict
@@ -464,3 +465,20 @@ def test_the_product_loads_and_predicts(run: Path, folder: Path, tmp_path: Path)
     for thing in found["objects"]:
         x1, y1, x2, y2 = thing["box"]
         assert 0 <= x1 <= x2 <= 96 and 0 <= y1 <= y2 <= 64 and thing["score"] >= 0.3
+
+
+@pytest.mark.parametrize("name", ["stillhouse:one_stage", "stillhouse:pyramid_detector"])
+def test_a_teacher_that_is_read_inside_alone_looks_for_no_boxes(name: str, monkeypatch: pytest.MonkeyPatch):
+    torch.manual_seed(0)
+    student, teacher = (TASK.build(ModelSpec(model=name, options={"width": 8})) for _ in range(2))
+    target = {"boxes": torch.tensor([[10.0, 10.0, 30.0, 30.0]]), "labels": torch.tensor([1])}
+    batch = {"input": torch.randn(2, 3, 64, 96), "target": [target, target]}
+    hint = FitNet("stage:-1", "stage:-1")
+    module = Distillation(student, teacher.eval(), ["own", hint], task=TASK).build(batch).train()
+    taken: list[int] = []
+    monkeypatch.setattr(teacher, "detections", lambda *a: taken.append(1))
+    module(batch, Progress())["loss"].backward()
+    assert not taken and hint.regressor.weight.grad.abs().sum() > 0
+    module.close()
+    monkeypatch.undo()
+    assert "boxes" in TASK.read(TASK.call(teacher, batch), batch).parts

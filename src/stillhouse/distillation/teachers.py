@@ -50,6 +50,7 @@ class Reader:
         self.model, self.owner, self._classifier = model, owner, embedding
         self.task, self.prepare = task, prepare
         self.losses = False  # whether the network's own losses are wanted, in training
+        self._inside = False  # whether nothing but taps is wanted
         self._taps: Taps | None = None
         self._paths: dict[str, str] = {}  # name asked for -> tap of the model
         self._channels_last: frozenset[str] | None = None  # taps of the model that are (B, H, W, C)
@@ -60,6 +61,7 @@ class Reader:
         self.close()
         wanted = set(wanted)
         self.losses = "losses" in wanted
+        self._inside = bool(wanted) and all(name.startswith("tap:") for name in wanted)
         probe = self.prepared(probe)
         self._channels_last = None
         for name in sorted(wanted):
@@ -109,8 +111,11 @@ class Reader:
         )
         with captured as got:
             own = self.prepared(batch)
-            output = task.call(self.model, own, losses=self.losses and self.model.training)
-        signals = task.read(output, batch)
+            output = None
+            inside = self._inside and task.run_inside(self.model, own)
+            if not inside:
+                output = task.call(self.model, own, losses=self.losses and self.model.training)
+        signals = Signals() if inside else task.read(output, batch)
         signals.logits = None if signals.logits is None else in_float32(signals.logits)
         signals.image = image_size(own)
         found = {path: in_float32(x) for path, x in self._channels_second(got, signals.image).items()}
@@ -142,7 +147,7 @@ class Reader:
 
     def close(self) -> None:
         """Leave no hook on the model."""
-        self._paths = {}
+        self._paths, self._inside = {}, False
         if self._taps is not None:
             self._taps.remove()
             self._taps = None

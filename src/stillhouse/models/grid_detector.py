@@ -88,9 +88,14 @@ class GridDetector(nn.Module):
         """`box`, `objectness` and `class`, weighted by the gains."""
         return grid_losses(grids, targets, self.levels, self.gains)
 
-    def forward(self, images: Tensor, targets: Sequence[Mapping[str, Any]] | None = None) -> dict[str, Tensor]:
-        """Losses where targets (`boxes` corners in pixels, `labels`) are given; else boxes."""
+    def forward(
+        self, images: Tensor, targets: Sequence[Mapping[str, Any]] | None = None, search: bool = True
+    ) -> dict[str, Tensor]:
+        """Losses where targets (`boxes` corners in pixels, `labels`) are given; else boxes, or without `search`
+        nothing: the network has run for what is captured inside it."""
         grids = self.grids(images)
+        if not search:
+            return {}
         if targets is not None:
             return self.losses(grids, targets)
         return self.detections(grids, (images.shape[-2], images.shape[-1]))

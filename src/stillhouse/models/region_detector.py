@@ -110,7 +110,7 @@ def _width(stage: nn.Module) -> int:
 
 
 @register({"faster_rcnn": {"masks": False}, "mask_rcnn": {"masks": True}})
-class RegionDetector(GeneralizedRCNN):
+class RegionDetector(GeneralizedRCNN):  # type: ignore[misc]  # torchvision has no types
     """A two-stage detector: `backbone`, `rpn` (where something is), `roi_heads` (what it is, its box and its mask).
 
     Args:

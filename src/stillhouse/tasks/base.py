@@ -86,6 +86,14 @@ class Task:
         targets."""
         return call_model(model, batch)
 
+    def run_inside(self, model: nn.Module, batch: Batch) -> bool:
+        """Run a network for what is captured inside it alone, where that is less work than `call`; else do nothing.
+
+        Returns:
+            whether it ran.
+        """
+        return False
+
     def read(self, output: Any, batch: Batch) -> Signals:
         """What a network's output means."""
         return Signals(logits=read_logits(output))

@@ -16,6 +16,7 @@ from stillhouse.evaluation.judge import Meter
 from stillhouse.functional.boxes import best_detections, centred, cornered, pairwise_iou
 from stillhouse.functional.pictures import normalise, palette, resized, unnormalise, with_channels
 from stillhouse.models import build
+from stillhouse.models.grid_detector import GridDetector
 from stillhouse.signals import Batch, Signals, own_precision
 from stillhouse.tasks.base import Task
 
@@ -104,6 +105,12 @@ class Detection(Task):
         targets = _trained_on(batch) if losses else None
         with own_precision(model):
             return _library(model).call(model, batch["input"], targets, self)
+
+    def run_inside(self, model: nn.Module, batch: Batch) -> bool:
+        if not isinstance(model, GridDetector) or model.training:
+            return False
+        model(batch["input"].to(_dtype(model)), search=False)  # boxes are as much work as a small backbone
+        return True
 
     def read(self, output: Any, batch: Batch) -> Signals:
         """Losses, or boxes, scores and labels. Raises `UserError` for the output of another kind of network."""

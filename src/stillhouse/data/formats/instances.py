@@ -66,10 +66,10 @@ def load(rest: str, spec: DataSpec, options: Options, root: Path) -> SampleBundl
         if (base / split).is_dir():
             folders = MaskOptions(classes=options.classes, images=options.images, labels=options.labels)
             pairs = Pairs.found(base / split, folders)
-            numbers = [None] * len(pairs.masks)
+            numbers: list[Path | None] = [None] * len(pairs.masks)
             if options.objects is not None:
                 numbered = folders.model_copy(update={"labels": options.objects})
-                numbers = Pairs.found(base / split, numbered).masks
+                numbers = list(Pairs.found(base / split, numbered).masks)
             files = [Objects(m, n, ids, options.smallest) for m, n in zip(pairs.masks, numbers)]
             splits[split] = [_boxed(f"{split}/{p.stem}", p, o) for p, o in zip(pairs.images, files)]
             sizes += [p.stat().st_size for p in pairs.images]
@@ -99,7 +99,8 @@ class Objects:
         numbers = None if self.numbers is None else open_mask(self.numbers).astype(np.int64)
         if numbers is not None and numbers.shape != labels.shape:
             raise UserError(f"The masks '{self.mask}' and '{self.numbers}' are of different shapes.")
-        out, found = np.zeros(labels.shape, np.int32), []
+        out = np.zeros(labels.shape, np.int32)
+        found: list[int] = []
         for label in np.unique(labels[labels >= 0]).tolist():
             where = labels == label
             if numbers is None:

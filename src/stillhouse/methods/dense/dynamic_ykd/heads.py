@@ -99,7 +99,7 @@ def averaged_heads(states: Sequence[State], weights: Sequence[float]) -> dict[st
     return out
 
 
-class Branches(GeneralizedRCNN):
+class Branches(GeneralizedRCNN):  # type: ignore[misc]  # torchvision has no types
     """One head on the features of each extractor: branch i finds the classes of task i alone, and together they find
     all. In evaluation it is called as torchvision's detectors are.
 
