@@ -13,6 +13,7 @@ from torch import Tensor
 
 from stillhouse.config.specs import Spec
 from stillhouse.errors import UserError
+from stillhouse.models.language import quietly
 from stillhouse.randomness import generator, permutation
 
 RELATION = re.compile(r"(.+) (left of|right of|above|below) (.+)")
@@ -62,8 +63,9 @@ def _hidden_states(captions: Sequence[str], spec: TextSpec, root: Path) -> Tenso
     name = spec.model.removeprefix("hf:")
     place = str(root / name) if (root / name).is_dir() else name
     try:
-        tokenizer = AutoTokenizer.from_pretrained(place)
-        model = AutoModel.from_pretrained(place, dtype=torch.float32).eval()
+        with quietly():
+            tokenizer = AutoTokenizer.from_pretrained(place)
+            model = AutoModel.from_pretrained(place, dtype=torch.float32).eval()
     except OSError as error:
         raise UserError(
             f"text.model: '{name}' is no folder of a text encoder ({str(error).splitlines()[0]})."

@@ -248,7 +248,7 @@ class PreferenceTraining(MaskedTraining):
         self._reference = [copy.deepcopy(student).eval().requires_grad_(False)]  # out of the module tree
 
     def build(self, batch: Batch) -> None:
-        self._reference[0].to(batch["input"].device)
+        self._reference[0].to(next(self.student.parameters()).device)
 
     def forward(self, batch: Batch, progress: Progress) -> dict[str, Tensor]:
         assert isinstance(self.student, MaskedGenerator) and isinstance(self.texts, Tensor)
