@@ -424,3 +424,43 @@ def test_a_caption_file_that_does_not_fit_says_so(tmp_path: Path):
         load(DataSpec(name=f"pairs:{tmp_path}"))
     with pytest.raises(UserError, match=r"no \.tar files"):
         load(DataSpec(name=f"shards:{tmp_path}"))
+
+
+@pytest.mark.parametrize("prefix", ["", "text."])
+def test_a_recipe_loads_a_clip_of_open_clip(folder: Path, tmp_path: Path, prefix: str):
+    task = bundle(folder).task
+    half = {"width": 16, "layers": 2, "heads": 2}
+    spec = {"model": "stillhouse:clip", "options": {"vision": {**half, "patch": 8}, "text": half, "dim": 12}}
+    net = network(task, spec)
+    theirs: dict[str, torch.Tensor] = {}
+    names = {"first": "class_embedding", "positions": "positional_embedding", "patches.weight": "conv1.weight"}
+    names |= {"tokens.weight": "token_embedding.weight"}
+    for name, value in net.state_dict().items():
+        side, _, rest = name.partition(".")
+        head = {"image": "visual.", "text": prefix, "logit_scale": ""}[side]
+        if side == "logit_scale":
+            theirs["logit_scale"] = value
+        elif rest == "projection.weight":
+            theirs["visual.proj" if side == "image" else f"{prefix}text_projection"] = value.T.contiguous()
+        elif ".attention." in rest and ".out." not in rest:
+            start, _, end = rest.partition(".attention.")
+            _, _, kind = end.partition(".")
+            key = f"{head}transformer.resblocks{start.removeprefix('encoder.layers')}.attn.in_proj_{kind}"
+            theirs[key] = torch.cat([theirs[key], value]) if key in theirs else value  # query, key, value
+        else:
+            norms = {"norm_before": "ln_pre", "norm_after": "ln_post" if side == "image" else "ln_final"}
+            for ours, its in [
+                ("encoder.layers", "transformer.resblocks"),
+                (".attention.out.", ".attn.out_proj."),
+                (".norm", ".ln_"),
+                (".fc1.", ".mlp.c_fc."),
+                (".fc2.", ".mlp.c_proj."),
+            ]:
+                rest = rest.replace(ours, its)
+            start, dot, end = rest.partition(".")
+            rest = names.get(rest, f"{norms.get(start, start)}{dot}{end}")
+            theirs[f"{head}{rest}"] = value
+    torch.save(theirs, tmp_path / "open_clip.pt")
+    loaded = network(task, {**spec, "checkpoint": {"path": str(tmp_path / "open_clip.pt"), "rename": "open_clip"}}, 1)
+    for name, value in net.state_dict().items():
+        assert torch.equal(loaded.state_dict()[name], value), name

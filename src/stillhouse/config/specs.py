@@ -177,10 +177,10 @@ class CheckpointSpec(Spec):
     """A file of weights, and how it fits a network."""
 
     path: str = Field(description=".safetensors, or a .pt/.pth state dict (read with weights_only).")
-    rename: list[tuple[str, str]] = Field(
+    rename: list[tuple[str, str]] | Literal["open_clip"] = Field(
         default_factory=list,
         description="The file's names to the network's: [regular expression, replacement] pairs, applied in order, "
-        "such as [['^backbone\\.', '']].",
+        "such as [['^backbone\\.', '']]; open_clip: names of OpenAI's and open_clip's CLIP, for stillhouse:clip.",
     )
     classifier: Literal["same", "new", "none"] | None = Field(
         None,

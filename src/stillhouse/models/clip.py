@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from stillhouse.errors import UserError
 from stillhouse.models.registry import register
+from stillhouse.models.weights import layout
 from stillhouse.nn.clip import NO_MASKS, Encoder, EncoderShape, ImageEncoder, Masks, TextEncoder
 
 START = 1 / 0.07
@@ -142,6 +143,7 @@ TRANSFORMERS: tuple[tuple[str, Any], ...] = (
 """Names of transformers' CLIP -> ours, in order."""
 
 OPENAI = (
+    (r"^text\.(?=transformer\.|token_embedding\.|positional_embedding$|ln_final\.|text_projection$)", ""),
     (r"^visual\.class_embedding$", "image.first"),
     (r"^visual\.positional_embedding$", "image.positions"),
     (r"^visual\.conv1\.", "image.patches."),
@@ -164,7 +166,7 @@ def renamed_from_openai(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """A state dict in the names of OpenAI's and open_clip's CLIP, in ours."""
     out: dict[str, Tensor] = {}
     for name, value in state.items():
-        if name in ("visual.proj", "text_projection"):
+        if name in ("visual.proj", "text_projection", "text.text_projection"):
             out["image.projection.weight" if name == "visual.proj" else "text.projection.weight"] = value.T.contiguous()
             continue
         new = _renamed(name, OPENAI)
@@ -175,6 +177,9 @@ def renamed_from_openai(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         for part, rows in zip(("query", "key", "value"), value.chunk(3)):
             out[f"{match[1]}.attention.{part}.{match[2]}"] = rows.contiguous()
     return {k: v for k, v in out.items() if k not in ("input_resolution", "context_length", "vocab_size", "attn_mask")}
+
+
+layout("open_clip", renamed_from_openai)
 
 
 def _renamed(name: str, rules: Any) -> str:

@@ -6,14 +6,14 @@ from __future__ import annotations
 import pickle
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from stillhouse.errors import UserError, nearest
+from stillhouse.errors import UserError, nearest, unknown
 
 WRAPPERS = ("module.", "_orig_mod.")  # DataParallel and DDP, torch.compile
 
@@ -22,7 +22,7 @@ def load_weights(
     model: nn.Module,
     path: str | Path,
     owner: str = "model",
-    rename: Sequence[tuple[str, str]] = (),
+    rename: Sequence[tuple[str, str]] | str = (),
     new_classifier: bool = False,
 ) -> None:
     """Load a checkpoint into a model, whole or not at all.
@@ -34,14 +34,30 @@ def load_weights(
         model: changed in place.
         path: a .safetensors file, or a torch file with nothing in it but tensors and plain values.
         owner: what messages call the model.
-        rename: (regular expression, replacement) pairs that turn the file's names into the model's, in order.
+        rename: (regular expression, replacement) pairs that turn the file's names into the model's, in order; or the
+            name of a layout (see `layout`).
         new_classifier: the classifier stays as the model has it where the file has one of other classes, or none.
 
     Raises:
         UserError: a missing or unreadable file, a wrong expression, or a checkpoint of another architecture.
     """
     path = Path(path)
-    load_state(model, renamed(read_state(path, owner), rename, path), path, owner, new_classifier)
+    given = read_state(path, owner)
+    if isinstance(rename, str):
+        if rename not in _LAYOUTS:
+            raise unknown("layout in checkpoint.rename,", rename, _LAYOUTS)
+        given = _LAYOUTS[rename](given)
+    else:
+        given = renamed(given, rename, path)
+    load_state(model, given, path, owner, new_classifier)
+
+
+def layout(name: str, convert: Callable[[Mapping[str, Tensor]], dict[str, Tensor]]) -> None:
+    """Let `checkpoint.rename` name a layout: what turns a file's state dict, names and shapes, into a model's."""
+    _LAYOUTS[name] = convert
+
+
+_LAYOUTS: dict[str, Callable[[Mapping[str, Tensor]], dict[str, Tensor]]] = {}
 
 
 def renamed(given: Mapping[str, Tensor], rename: Sequence[tuple[str, str]], path: Path) -> dict[str, Tensor]:
