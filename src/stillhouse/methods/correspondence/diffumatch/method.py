@@ -182,7 +182,13 @@ def _shape(run: Run, source: str, name: str, config: Config) -> Shape:
     """A shape, whose spectrum is a stage."""
     root = Path(config.shapes.root).expanduser() if config.shapes.root else find_root(None, run.data_root)
     mesh, few = named_mesh(source, name, root), config.match.few or 10
-    uses = {"vertices": mesh.vertices, "faces": mesh.faces, "eigenpairs": config.shapes.eigenpairs, "few": few}
+    uses = {
+        "vertices": mesh.vertices,
+        "faces": mesh.faces,
+        "eigenpairs": config.shapes.eigenpairs,
+        "few": few,
+        "form": 2,
+    }
     arrays = run.stage(f"{SPECTRA}.{name}", lambda: computed(mesh, config.shapes.eigenpairs, few), uses)
     return assembled(name, mesh, arrays, run.device)
 
