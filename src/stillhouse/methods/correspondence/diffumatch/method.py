@@ -30,7 +30,8 @@ Departures and choices. The paper trains on 40,000 bodies, the recipe on the 380
 their largest entry and weighed in shares of the mean diagonal of A A^T (`match.relative`), so that a weight means the
 same for every mask and every kind of feature; the released code does neither. The paper's text has EDM noise, the
 released code variance-preserving noise (`denoiser.noise`). The released score distillation compares |C| with a target
-that may be negative (`match.form: released`); the default has the gradient that the text describes, at the same scale.
+that may be negative (`match.form: released`); the default has the gradient that the text describes, at the same scale;
+so weighed, it is thousands of times smaller than that of ZoomOut's term, and the recipe weighs it 100 (`match.score`).
 ZoomOut sees 1,000 vertices in the loss, which are far from each other, and grows by 5 (`few: null`, `zoom_step: 1`: as
 published). The map of the result is computed without dropout.
 """
