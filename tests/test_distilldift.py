@@ -33,7 +33,12 @@ from stillhouse.methods.correspondence.distilldift.losses import (
     soft_argmax_loss,
     within,
 )
-from stillhouse.methods.correspondence.distilldift.networks import DenoisingUNet, PatchNetwork, view_invariance
+from stillhouse.methods.correspondence.distilldift.networks import (
+    DenoisingUNet,
+    PatchNetwork,
+    StemSpec,
+    view_invariance,
+)
 from stillhouse.methods.correspondence.distilldift.views import (
     Pictures,
     ViewsSpec,
@@ -188,6 +193,24 @@ def test_adapters_begin_at_nothing_train_alone_and_merge():
     torch.testing.assert_close(student(images), changed, atol=1e-5, rtol=1e-5)
     with pytest.raises(UserError, match="`qkv` layers"):
         adapted(nn.Linear(2, 2), 4, 0.0)
+
+
+def test_a_stem_gives_the_patches_and_is_saved_with_the_network(tmp_path: Path):
+    stem = StemSpec(network=ModelSpec(model="timm:tf_efficientnet_lite0"), blocks=3)
+    model = ModelSpec(model="stillhouse:vit", options={"patch": 8, "dim": 16, "depth": 1, "heads": 2})
+    torch.manual_seed(0)
+    student = PatchNetwork(model, 32, stem=stem)
+    images = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8)
+    before = [b.clone() for b in student.buffers()]
+    assert student.train()(images).shape == (2, 16, 4, 4)
+    assert all(torch.equal(a, b) for a, b in zip(before, student.buffers())), "statistics of norms stay"
+    ImageMatcher(student.eval(), model, 0, stem).save(tmp_path)
+    again = ImageMatcher.load(tmp_path)
+    torch.testing.assert_close(again.module(images), student(images))
+    with pytest.raises(UserError, match="gives 1 patches, where the network has 16"):
+        PatchNetwork(model, 32, stem=stem.model_copy(update={"blocks": 6}))
+    with pytest.raises(UserError, match="no conv_stem"):
+        PatchNetwork(model, 32, stem=StemSpec(network=ModelSpec(model="stillhouse:resnet20")))
 
 
 def test_patches_learn_to_find_their_moved_copies():

@@ -15,22 +15,25 @@ features: for a pair of images, each row of its map of similarities, softened by
 teachers' concatenated features. Then views with depth give points that are the same, exactly and for nothing: the
 student's soft argmax is drawn to them (refinement).
 
-The student begins as a self-supervised network, and learns by low-rank adapters of its queries and values, which are
-merged at the end. `pck` is the share of points found within a tenth of the body's longer side: of the product, of the
-student as it began (`pck_start`) and before refinement (`pck_distilled`), and of the teachers, each and together.
-`similarity_correlation` is how alike the student's and the teachers' similarities are on test pairs.
+The student begins from pretrained weights, and learns by low-rank adapters of its queries and values, which are merged
+at the end, or whole (`student.trains: all`). `pck` is the share of points found within a tenth of the body's longer
+side: of the product, of the student as it began (`pck_start`) and before refinement (`pck_distilled`), and of the
+teachers, each and together. `similarity_correlation` is how alike the student's and the teachers' similarities are on
+test pairs.
 
     stillhouse run recipes/correspondence/distilldift.yaml
     stillhouse predict runs/distilldift-s0 one.jpg other.jpg --out found
 
 Departures and choices. Views of FAUST's bodies take the place of SPair-71k and CO3D: points of other bodies are known,
 and depth is exact. The diffusion teacher is a small U-Net trained on these views (SDXL-Turbo in the paper), the second
-one the first stages of an ImageNet network, enlarged (DINOv2). The student is a small transformer made self-supervised
-on the views by patches of two recoloured and moved copies; a pretrained one is `student.network.pretrained: true` with
-`student.start: null`. The released loss gives probabilities to a cross-entropy with a second softmax over source
-patches (`distil.form: official`, and `sce` in both directions), and normalises the teachers over image columns
-(`distil.normalise: width`); the defaults are as the text has them. The released list of trained weights contains `qkv`
-itself (`student.train_qkv`). Places of pixels on grids are those of their middles.
+one the first stages of an ImageNet network, enlarged (DINOv2). The student is a small transformer on the first blocks
+of the ImageNet network (`student.stem`), of which all is trained: adapters alone change too little of a transformer
+that is new. Without a stem it can be made self-supervised on the views, by patches of two recoloured and moved copies
+(`student.start`); a pretrained one is `student.network.pretrained: true`. The released loss gives probabilities to a
+cross-entropy with a second softmax over source patches (`distil.form: official`, and `sce` in both directions), and
+normalises the teachers over image columns (`distil.normalise: width`); the defaults are as the text has them. The
+released list of trained weights contains `qkv` itself (`student.train_qkv`). Places of pixels on grids are those of
+their middles.
 """
 
 from __future__ import annotations
@@ -69,6 +72,7 @@ from stillhouse.methods.correspondence.distilldift.networks import (
     GeometrySpec,
     PatchNetwork,
     SemanticsSpec,
+    StemSpec,
     TappedNetwork,
     in_range,
     view_invariance,
@@ -94,6 +98,7 @@ from stillhouse.runs.run import Run
 AT_ONCE = 32  # images that are computed together where nothing is trained
 SHOWN = 6
 PCK = 0.1
+WARMUP = 20  # steps over which rates rise
 
 
 class StartSpec(Spec):
@@ -110,6 +115,7 @@ class StudentSpec(Spec):
     network: ModelSpec
     mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
     std: tuple[float, float, float] = (0.25, 0.25, 0.25)
+    stem: StemSpec | None = Field(None, description="What gives its patches, instead of its own first layer.")
     start: StartSpec | None = Field(default_factory=StartSpec, description="null: as its weights are.")
     trains: Literal["adapters", "all"] = Field("adapters", description="Low-rank adapters, or all weights.")
     rank: int = Field(8, ge=1, description="Of adapters.")
@@ -205,7 +211,7 @@ class DistillDIFT(Method[Config]):
         figures |= _compared(student, together, test, pairs)
         _draw(run, test, pairs, {"student": student, "teachers": together, "before": start})
         spec = ModelSpec(model=config.student.network.model, options=config.student.network.options)
-        return ImageMatcher(copy.deepcopy(student).cpu().eval(), spec, config.window, figures)
+        return ImageMatcher(copy.deepcopy(student).cpu().eval(), spec, config.window, config.student.stem, figures)
 
 
 def _check(config: Config) -> None:
@@ -238,7 +244,8 @@ def _start(run: Run, config: Config, train: Pictures) -> PatchNetwork:
     """The student as it begins."""
     spec, start = config.student, config.student.start
     with keyed("student", run.seed):
-        student = PatchNetwork(_placed(spec.network, run), train.side, spec.mean, spec.std)
+        stem = spec.stem and spec.stem.model_copy(update={"network": _placed(spec.stem.network, run)})
+        student = PatchNetwork(_placed(spec.network, run), train.side, spec.mean, spec.std, stem)
     if start is None:
         return student.to(run.device).eval()
 
@@ -255,13 +262,13 @@ def _start(run: Run, config: Config, train: Pictures) -> PatchNetwork:
         def step(i: int) -> dict[str, Tensor]:
             chosen = torch.randint(len(train), (start.batch_size,), device=run.device)
             loss = view_invariance(model, head, train.images[chosen], patch)
-            _update(optimizer, loss, start.lr * min(1.0, (i + 1) / 50))
+            _update(optimizer, loss, start.lr * min(1.0, (i + 1) / WARMUP))
             return {"loss": loss.detach()}
 
         run.loop(START, {"model": model, "head": head, "optimizer": optimizer}, step, start.steps)
         return state_on_cpu(model)
 
-    uses = {"images": train.images, "student": spec.network, "see": [spec.mean, spec.std], "start": start}
+    uses = {"images": train.images, "student": student, "see": [spec.mean, spec.std], "start": start}
     student.load_state_dict(run.stage(START, make, uses | {"seed": run.seed}))
     return student.to(run.device).eval()
 
@@ -383,7 +390,7 @@ def _distil(run: Run, config: Config, student: PatchNetwork, train: Pictures, te
         else:
             n = len(one)
             loss = distillation_loss((ours[:n], ours[n:]), (theirs[:n], theirs[n:]), spec.tau, spec.form)
-        _update(optimizer, loss, spec.lr * (1.0 if i < spec.steps / 2 else 0.1))
+        _update(optimizer, loss, spec.lr * min(1.0, (i + 1) / WARMUP) * (1.0 if i < spec.steps / 2 else 0.1))
         return {"loss": loss.detach()}
 
     return run.loop(DISTIL, {"student": student, "head": head, "optimizer": optimizer}, step, spec.steps)

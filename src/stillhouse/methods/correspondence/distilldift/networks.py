@@ -138,12 +138,45 @@ class TappedNetwork:
         return as_map(found[self.tap], (self.side, self.side))
 
 
+class StemSpec(Spec):
+    """The first blocks of a convolutional network as the student's patches."""
+
+    network: ModelSpec = Field(description="A network of timm with conv_stem, bn1 and blocks, such as an EfficientNet.")
+    blocks: int = Field(3, ge=1, description="Blocks that are taken.")
+
+
+class Stem(nn.Module):
+    """The first blocks of a network, and a layer to the transformer's width: (B, 3, S, S) to tokens (B, L, D)."""
+
+    def __init__(self, spec: StemSpec, side: int, width: int) -> None:
+        super().__init__()
+        network = build(spec.network, None, (3, side, side))
+        parts = [getattr(network, name, None) for name in ("conv_stem", "bn1", "blocks")]
+        if not all(isinstance(part, nn.Module) for part in parts) or not isinstance(parts[2], nn.Sequential):
+            raise UserError(f"student.stem.network '{spec.network.model}' has no conv_stem, bn1 and blocks.")
+        self.layers = nn.Sequential(parts[0], parts[1], *parts[2][: spec.blocks])  # type: ignore[arg-type]
+        with torch.no_grad():
+            channels = self.layers.eval()(torch.zeros(1, 3, side, side)).shape[1]
+        self.leave = nn.Linear(channels, width)
+
+    def forward(self, images: Tensor) -> Tensor:
+        out: Tensor = self.leave(self.layers(images).flatten(2).transpose(1, 2))
+        return out
+
+    def train(self, mode: bool = True) -> Stem:
+        """Statistics of its norms stay as they are: the batches of pairs are small."""
+        super().train(mode)
+        self.layers.eval()
+        return self
+
+
 class PatchNetwork(nn.Module):
     """A vision transformer as the student: patch features after its last norm.
 
     Args:
         spec: of the network; `norm` is its last norm.
         side: pixels a side of its images.
+        stem: instead of its layer of patches; on a grid of the same size.
         mean, std: by which it sees images in [0, 1].
     """
 
@@ -153,12 +186,29 @@ class PatchNetwork(nn.Module):
         side: int,
         mean: tuple[float, float, float] = (0.5, 0.5, 0.5),
         std: tuple[float, float, float] = (0.25, 0.25, 0.25),
+        stem: StemSpec | None = None,
     ) -> None:
         super().__init__()
         self.network = build(spec, 1, (3, side, side))
+        if stem is not None:
+            self._replace_patches(stem, side)
         if not isinstance(getattr(self.network, "norm", None), nn.Module):
             raise UserError(f"student.model '{spec.model}' has no last norm `norm`; take a vision transformer.")
         self.side, self.mean, self.std = side, mean, std
+
+    def _replace_patches(self, stem: StemSpec, side: int) -> None:
+        patches = self.network.patch_embed
+        assert isinstance(patches, nn.Module)
+        with torch.no_grad():
+            before = patches(torch.zeros(1, 3, side, side)).shape
+            made = Stem(stem, side, before[-1])
+            after = made(torch.zeros(1, 3, side, side)).shape
+        if before != after:
+            raise UserError(
+                f"student.stem gives {after[1]} patches, where the network has {before[1]}; change stem.blocks or the "
+                "network's patch."
+            )
+        self.network.patch_embed = made
 
     def forward(self, images: Tensor) -> Tensor:
         """uint8 images, or floats in [0, 1], (B, 3, S, S) -> features (B, C, H, W)."""

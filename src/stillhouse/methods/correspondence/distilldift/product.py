@@ -19,7 +19,7 @@ from stillhouse.data.images import open_image
 from stillhouse.errors import UserError
 from stillhouse.files import atomic_write
 from stillhouse.methods.correspondence.distilldift.losses import correspondences
-from stillhouse.methods.correspondence.distilldift.networks import PatchNetwork
+from stillhouse.methods.correspondence.distilldift.networks import PatchNetwork, StemSpec
 from stillhouse.runs.products import Product, read_meta
 
 WEIGHTS = "network.safetensors"
@@ -34,6 +34,7 @@ class ImageMatcher(Product):
         module: gives patch features; adapters are merged into its layers.
         model: how its network is built.
         window: of the soft argmax around the best place, in pixels; 0: none.
+        stem: what gives the network's patches, if not its own first layer.
         figures: of its making; saved with the run, not with the product.
     """
 
@@ -43,6 +44,7 @@ class ImageMatcher(Product):
     module: PatchNetwork
     model: ModelSpec
     window: int = 0
+    stem: StemSpec | None = None
     figures: dict[str, float] = field(default_factory=dict)
 
     @torch.no_grad()
@@ -79,7 +81,9 @@ class ImageMatcher(Product):
         meta = {
             "kind": self.kind,
             "format": 1,
-            "model": self.model.model_copy(update={"checkpoint": None, "pretrained": False}).model_dump(mode="json"),
+            "model": _without_weights(self.model).model_dump(mode="json"),
+            "stem": self.stem
+            and {"network": _without_weights(self.stem.network).model_dump(mode="json"), "blocks": self.stem.blocks},
             "side": self.module.side,
             "mean": self.module.mean,
             "std": self.module.std,
@@ -104,14 +108,19 @@ class ImageMatcher(Product):
                 f"The product in {folder} is built by the Python file '{model.model}'; load it with trust_code=True if "
                 "you trust that file."
             )
-        module = PatchNetwork(model, meta["side"], tuple(meta["mean"]), tuple(meta["std"]))
+        stem = StemSpec.model_validate(meta["stem"]) if meta.get("stem") else None
+        module = PatchNetwork(model, meta["side"], tuple(meta["mean"]), tuple(meta["std"]), stem)
         module.load_state_dict(load_file(str(folder / WEIGHTS)))
-        return cls(module.eval(), model, meta["window"])
+        return cls(module.eval(), model, meta["window"], stem)
 
     def export(self, to: str, path: Path) -> list[str]:
         """`safetensors`: the network's tensors."""
         self._write(path)
         return [f"Wrote {path}"]
+
+
+def _without_weights(spec: ModelSpec) -> ModelSpec:
+    return spec.model_copy(update={"checkpoint": None, "pretrained": False})
 
 
 def with_points(images: tuple[Tensor, Tensor], points: tuple[Tensor, Tensor], side: int = 240) -> Tensor:
