@@ -264,3 +264,18 @@ def test_regions_are_read_as_they_were_written_and_resume(tmp_path: Path):
         assert all(torch.equal(store.rows(i)[name], value) for name, value in rows.items())
     with pytest.raises(IndexError):
         store.rows(5)
+
+
+def test_a_proposer_of_quality_learns_from_things_alone(images: Tensor):
+    """What is not labelled is not background: without boxes there is nothing to learn, and with a box the scores of
+    anchors far from it have no gradient."""
+    net = detector(quality=True, sampled=(64, 16), sides=[2.0], ratios=[1.0])
+    empty = net(images, [target(), target()])
+    assert float(empty["rpn_score"].detach()) == 0
+    _, _, made = net.propose(net.pyramid(images[:1]), (64, 64))
+    made["scores"].retain_grad()
+    corner = target([0, 0, 18, 18])
+    net.proposer_losses(made, [corner])["rpn_score"].backward()
+    touched = made["scores"].grad[0] != 0
+    assert 0 < int(touched.sum()) < len(touched)
+    assert bool((made["anchors"][touched][:, :2] < 18).all())

@@ -148,11 +148,12 @@ class BoxHead(nn.Module):
         """(n, K + 1), the background last, of raw embeddings (n, dim) by unit vectors (K, dim)."""
         background = F.normalize(self.background, dim=-1) if self.unit_background else self.background
         vectors = torch.cat([text, background.to(text.dtype)])
+        cosines = F.normalize(raw, dim=-1) @ vectors.T
         if self.log_scale is not None:
-            scale = self.log_scale.exp()
-        else:
-            scale = torch.as_tensor(self.scale if self.training else self.test_scale)
-        return scale * F.normalize(raw, dim=-1) @ vectors.T
+            return self.log_scale.exp() * cosines
+        scale = self.scale if self.training else self.test_scale
+        assert scale is not None
+        return scale * cosines
 
     def corrections(self, x: Tensor, labels: Tensor, text: Tensor) -> Tensor:
         """(n, 4) of what boxes are corrected from (n, units); a label K, the background, has a vector of zeros."""
@@ -415,6 +416,8 @@ class TextRCNN(nn.Module):
         own, device = made["anchors"], made["scores"].device
         truth = padded_truth(targets, device)
         low, high = self._anchor_overlap
+        if self.proposer.quality:  # what lies on a thing at all, however well
+            high = low
         match = matched(own, truth, low, high, best_too=True)
         choice = chosen(match, self._sampled[0], 1.0 if self.proposer.quality else 0.5)
         scores = taken(made["scores"], choice.places)

@@ -18,15 +18,17 @@ labels of the known classes by a head whose classifier is the class vectors, and
 levels: a second head those of objects (mean absolute difference), a third those of blocks (and all cosines between
 the blocks of a batch), a fourth that of the whole from the coarsest map; blocks and the whole also tell which known
 classes are in them. The last two heads are dropped. Scores are p^(2/3) q^(1/3) of both heads for known classes, the
-reverse for new ones. Images are resized and mirrored only, as what was stored is of whole images. Published gains are
-for embeddings of 512 numbers; a mean absolute difference grows with one over the root of their number. The factor and
-the constant of the scores of several labels came as a file with the paper: here the CLIP's own scale, and the
-constant at which present and absent classes are told apart best on average (`labels.bias` sets another). The released
-code never steps the warm-up of the losses of several labels, which leaves them at a thousandth and less;
-`gains.frozen_label_warmup` does the same. The box of the block that is the whole image is its centre square, which
-the released code stores wrongly. A proposer as OLN has it is part of the recipe, without its second stage; masks of
-instances (LVIS) are not learned, as data here have boxes. The captions of its recipe are made from class names: its
-CLIP knows class names, not language.
+reverse for new ones. Images are resized and mirrored only, as what was stored is of whole images. The CLIP of the
+recipe sees 32 pixels, of which a crop eight times as large leaves 11 to an object, and reads such objects worse than
+plain crops; its recipe takes crops twice as large, which it reads better than plain ones (`ratio_8` is the published
+size). Published gains are for embeddings of 512 numbers; a mean absolute difference grows with one over the root of
+their number. The factor and the constant of the scores of several labels came as a file with the paper: here the
+CLIP's own scale, and the constant at which present and absent classes are told apart best on average (`labels.bias`
+sets another). The released code never steps the warm-up of the losses of several labels, which leaves them at a
+thousandth and less; `gains.frozen_label_warmup` does the same. The box of the block that is the whole image is its
+centre square, which the released code stores wrongly. A proposer as OLN has it is part of the recipe, without its
+second stage; masks of instances (LVIS) are not learned, as data here have boxes. The captions of its recipe are made
+from class names: its CLIP knows class names, not language.
 """
 
 from __future__ import annotations
