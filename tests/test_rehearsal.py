@@ -71,6 +71,7 @@ SMALLER: dict[str, dict[str, object]] = {
     "wad": {"split": 1},
 }
 READING: dict[str, str] = {
+    "rt_detrv4": "its detector of transformers assigns queries to boxes by scipy, on the host",
     # recipes whose steps read a tensor, and why that is right
     "gaussian_grasper": "tiles see different numbers of Gaussians, so how many pairs there are must be known",
     "pvd": "fields are asked in occupied cells alone, so how many points lie in them must be known",

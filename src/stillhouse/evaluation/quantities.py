@@ -274,7 +274,12 @@ _KNOWN = {
     "precision": Quantity("Precision", "%", 100, 2, 1, "Share of what was found that is right."),
     "recall": Quantity("Recall", "%", 100, 2, 1, "Share of what was to be found that was found."),
     "map": Quantity("Mean AP", "%", 100, 2, 1, "Average precision of each label's ranking, mean over the labels."),
-    "exact_match": Quantity("All right", "%", 100, 2, 1, "Share of samples of which every label is right."),
+    "exact_match": Quantity(
+        "All right", "%", 100, 2, 1, "Share of samples right as a whole: each label, or all of a text."
+    ),
+    "rouge_l": Quantity(
+        "ROUGE-L", "%", 100, 2, 1, "Share of words in the longest common subsequence of written and right text."
+    ),
     "miou": Quantity(
         "Mean IoU", "%", 100, 2, 1, "Intersection over union of predicted and true pixels, mean over the classes."
     ),

@@ -91,6 +91,22 @@ class TextWriter:
             )
         return written[:, inputs["input_ids"].shape[1] :] if self.task == "causal" else written[:, 1:]
 
+    def answers(self, model: nn.Module, batch: Batch) -> list[list[int]]:
+        """The ids that the model writes after or for each prompt of a batch, up to the end token; as many as the
+        longest right answer has, and one more, at most."""
+        inputs = batch["input"]
+        longest = int((batch["label"] != IGNORED).sum(1).max()) + 1
+        if self.task == "seq2seq":
+            given = {k: inputs[k] for k in ("input_ids", "attention_mask") if k in inputs}
+            written = self.write(model, given, longest)
+        else:
+            ids, inside = self.prompts(batch)
+            room = min(self.context + 1 - ids.shape[1], longest)
+            if room < 1:
+                return [[] for _ in ids]
+            written = self.write(model, {"input_ids": ids, "attention_mask": inside.long()}, room)
+        return [row[counts].tolist() for row, counts in zip(written.cpu(), self._counted(written).cpu())]
+
     def rewritten(self, model: nn.Module, batch: Batch) -> Batch:
         """The batch with the model's own writing in place of the completions; labels count what it wrote, up to the end
         token. As it was, where no room is left."""

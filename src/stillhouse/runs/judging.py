@@ -39,9 +39,10 @@ def evaluate(product: Student, run: Run) -> dict[str, float]:
 
 def check_groups(task: Task, groups: Sequence[str]) -> None:
     """Raises `UserError` for a group of figures that the task does not have."""
+    known = [*task.groups, *task.slow_groups, QUALITY, "cost", *IN_TRAINING]
     for group in groups:
-        if group not in (*task.groups, QUALITY, "cost", *IN_TRAINING):
-            raise unknown("evaluation group", group, [*task.groups, QUALITY, "cost", *IN_TRAINING])
+        if group not in known:
+            raise unknown("evaluation group", group, known)
 
 
 def figures_of(
@@ -64,6 +65,7 @@ def figures_of(
     device = next((p.device for p in module.parameters()), torch.device("cpu"))
     judged = [g for g in task.groups if g in groups or QUALITY in groups]
     out = judge(task, module, loader, device, judged) if judged else {}
+    out |= task.own_figures(module, loader, groups)
     if "cost" in groups:
         out |= costs_of(module, task, next(iter(loader)))
         if weights is not None:

@@ -8,7 +8,7 @@ logits.shape[:-1]`; -100 counts for nothing.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, ClassVar
@@ -48,6 +48,11 @@ class Task:
     def groups(self) -> tuple[str, ...]:
         """Figures by group, for a recipe's `evaluate`; `cost` and `step` are everybody's."""
         return GROUPS
+
+    @property
+    def slow_groups(self) -> tuple[str, ...]:
+        """Groups of figures that are computed only where `evaluate` names them."""
+        return ()
 
     @property
     def positions(self) -> bool:
@@ -141,6 +146,10 @@ class Task:
     def meter(self, groups: Sequence[str]) -> Meter:
         """What collects the figures of these groups, batch by batch."""
         return ClassificationMeter(groups)
+
+    def own_figures(self, module: nn.Module, loader: Iterable[Batch], groups: Sequence[str]) -> dict[str, float]:
+        """Figures that need the network itself and not its outputs for a batch, of the groups among these."""
+        return {}
 
     def one(self, batch: Batch) -> Batch:
         """The input of the batch's first sample, as a batch of one, for figures of cost."""

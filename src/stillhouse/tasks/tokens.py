@@ -7,7 +7,7 @@ A model is named as everywhere: `hf:config:TYPE` (fresh, `options` are its confi
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
@@ -21,7 +21,9 @@ from stillhouse.errors import UserError, unknown
 from stillhouse.evaluation.classification import ClassificationMeter
 from stillhouse.evaluation.judge import Meter
 from stillhouse.evaluation.language import TokenMeter
+from stillhouse.evaluation.writing import writing_figures
 from stillhouse.functional import heads
+from stillhouse.functional.counting import IGNORED
 from stillhouse.functional.heads import Head
 from stillhouse.functional.ragged import RaggedArray
 from stillhouse.models import build
@@ -38,7 +40,8 @@ from stillhouse.models.language import (
     quietly,
 )
 from stillhouse.models.tokenizer import encode, marks, size, with_marks
-from stillhouse.signals import Batch, Signals, read_logits
+from stillhouse.models.writing import Generation, TextWriter
+from stillhouse.signals import Batch, Signals, read_logits, to_device
 from stillhouse.tasks.base import Task
 
 HEADS = {"causal": "causal", "masked": "masked", "classify": "text", "seq2seq": "seq2seq"}
@@ -50,6 +53,8 @@ AUTO = {
     "seq2seq": "AutoModelForSeq2SeqLM",
 }
 SPECIAL = ("pad_token_id", "bos_token_id", "eos_token_id")
+WRITING = "writing"
+JUDGED = 512  # samples whose answers are written to be judged
 MODEL = "model"  # the folder, inside a product, that transformers loads as well
 
 
@@ -183,6 +188,34 @@ class Tokens(Task):
 
     def meter(self, groups: Sequence[str]) -> Meter:
         return TokenMeter() if self.positions else ClassificationMeter(groups)
+
+    @property
+    def slow_groups(self) -> tuple[str, ...]:
+        return (WRITING,) if self.kind in ("causal", "seq2seq") else ()
+
+    def own_figures(self, module: nn.Module, loader: Iterable[Batch], groups: Sequence[str]) -> dict[str, float]:
+        """With `writing`: what the network writes after or for the prompts of the first `JUDGED` samples, word by word
+        the most probable, compared with what stands there (see `stillhouse.evaluation.writing`)."""
+        if WRITING not in groups:
+            return {}
+        how = Generation(temperature=0, max_new_tokens=self.context)
+        writer = TextWriter(self.tokenizer, self.kind, self.context, how, self.vocabulary)
+        device = next(module.parameters()).device
+        written: list[str] = []
+        right: list[str] = []
+        for batch in loader:
+            batch = to_device(batch, device)
+            answers = writer.answers(module, batch)
+            for answer, label in zip(answers, batch["label"].cpu()):
+                wanted = label[label != IGNORED]
+                if self.kind == "causal" and label[0] != IGNORED:  # of a text without a prompt, its beginning was given
+                    wanted = wanted[how.prompt - 1 :]
+                if len(wanted):
+                    written.append(self.tokenizer.decode(answer, skip_special_tokens=True))
+                    right.append(self.tokenizer.decode(wanted.tolist(), skip_special_tokens=True))
+            if len(right) >= JUDGED:
+                break
+        return writing_figures(written[:JUDGED], right[:JUDGED])
 
     # ---- on disk -----------------------------------------------------------------------------------------------------
 
