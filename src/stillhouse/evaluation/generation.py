@@ -31,7 +31,9 @@ def frechet_distance(real: Tensor, generated: Tensor) -> float:
 
 def modes(classes: Tensor, count: int) -> float:
     """The effective number of classes among the samples' (n,): the exponential of the entropy of their shares, 1 where
-    all are alike and at most `count`."""
+    all are alike and at most `count`; 0 of no samples."""
+    if not classes.numel():
+        return 0.0
     shares = torch.bincount(classes.flatten().cpu(), minlength=count).double()
     shares = shares / shares.sum()
     return float(torch.special.entr(shares).sum().exp())

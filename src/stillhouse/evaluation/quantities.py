@@ -315,7 +315,12 @@ _KNOWN = {
         "Prompt followed", "%", 100, 1, 1, "Share of samples in which the judge sees a class that the prompt means."
     ),
     "modes": Quantity(
-        "Modes", "", 1, 2, 1, "Effective number of classes among the samples of a prompt: exp of the entropy of shares."
+        "Modes",
+        "",
+        1,
+        2,
+        1,
+        "Effective number of a prompt's classes among its samples that follow it: exp of the entropy.",
     ),
     "diversity": Quantity(
         "Diversity", "", 1, 3, 1, "Mean distance of two samples of a prompt, in the classifier's features."

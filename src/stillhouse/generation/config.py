@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -119,11 +119,21 @@ class GenerationConfig(MethodConfig):
     """What recipes of generation share."""
 
     data: Data = Field(description="Images or clips with classes.")
-    prompts: dict[str, list[str]] | None = Field(
-        None, description="The prompts, each with the classes that it means; null: a prompt for each class."
+    prompts: dict[str, list[str | int]] | None = Field(
+        None,
+        description="The prompts, each with the classes that it means, by name or number; null: one for each class.",
     )
     probe: ProbeSpec = Field(default_factory=ProbeSpec, description="The classifier by which samples are judged.")
     judge: JudgeSpec = Field(default_factory=JudgeSpec)
+
+
+def _place(member: str | int, classes: list[str], prompt: str) -> int:
+    """The class of a name, or else of a number."""
+    if str(member) in classes:
+        return classes.index(str(member))
+    if isinstance(member, int) and 0 <= member < len(classes):
+        return member
+    raise unknown(f"class of prompts.{prompt}", str(member), classes)
 
 
 @dataclass(frozen=True)
@@ -139,7 +149,7 @@ class Prompts:
     of_class: tuple[int, ...]
 
     @classmethod
-    def read(cls, prompts: dict[str, list[str]] | None, classes: Sequence[str]) -> Prompts:
+    def read(cls, prompts: Mapping[str, Sequence[str | int]] | None, classes: Sequence[str]) -> Prompts:
         """The prompts of a recipe for data with these classes.
 
         Raises:
@@ -149,10 +159,8 @@ class Prompts:
             return cls(tuple(classes), tuple(range(len(classes))))
         found = [-1] * len(classes)
         for number, (name, members) in enumerate(prompts.items()):
-            for member in map(str, members):
-                if member not in classes:
-                    raise unknown(f"class of prompts.{name}", member, list(classes))
-                place = list(classes).index(member)
+            for member in members:
+                place = _place(member, list(classes), name)
                 if found[place] != -1:
                     raise UserError(f"prompts: the class '{member}' belongs to two of them.")
                 found[place] = number

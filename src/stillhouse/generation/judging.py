@@ -110,15 +110,15 @@ class Probe:
 
     def figures(self, samples: Tensor) -> dict[str, float]:
         """Figures of samples (prompts, n, ...): `frechet`, `prompt_accuracy`, `modes` and `diversity`; the last two are
-        means over prompts."""
+        means over prompts, and modes are counted among the samples that follow theirs."""
         seen = [self.see(of_prompt) for of_prompt in samples]
         of_class = torch.tensor(self.prompts.of_class)
-        right = [(of_class[s.classes] == i).double().mean() for i, s in enumerate(seen)]
+        follow = [of_class[s.classes] == i for i, s in enumerate(seen)]
         count = self.bundle.num_classes
         return {
             "frechet": frechet_distance(self.real.features, torch.cat([s.features for s in seen])),
-            "prompt_accuracy": float(torch.stack(right).mean()),
-            "modes": sum(modes(s.classes, count) for s in seen) / len(seen),
+            "prompt_accuracy": float(torch.stack(follow).double().mean()),
+            "modes": sum(modes(s.classes[f], count) for s, f in zip(seen, follow)) / len(seen),
             "diversity": sum(pairwise_distance(s.features) for s in seen) / len(seen),
         }
 

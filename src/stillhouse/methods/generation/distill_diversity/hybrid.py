@@ -99,9 +99,12 @@ def hybrid_sample(
 
 
 def correlations(seen: Tensor, final: Tensor) -> Tensor:
-    """(steps,) the mean over samples of the correlation of what was seen (steps, B, ...) with the end (B, ...)."""
+    """(steps,) the mean over samples of the correlation of what was seen (steps, B, ...) with the end (B, ...).
+
+    What all samples have in common is taken from both first: what is left is what was decided of a sample.
+    """
     a, b = seen.flatten(2).double(), final.flatten(1).double()
-    a, b = a - a.mean(-1, keepdim=True), b - b.mean(-1, keepdim=True)
+    a, b = a - a.mean(1, keepdim=True), b - b.mean(0, keepdim=True)
     norms = (a.square().sum(-1) * b.square().sum(-1)).sqrt().clamp_min(1e-12)
     return ((a * b).sum(-1) / norms).mean(-1)
 

@@ -26,6 +26,7 @@ not lie in the first step alone, so the whole curve of k is reported.
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -39,7 +40,7 @@ from stillhouse.functional.diffusion import denoising_loss
 from stillhouse.generation.config import DenoiserSpec, GenerationConfig, Prompts, SamplerSpec
 from stillhouse.generation.denoising import Denoiser, base_model, base_stage
 from stillhouse.generation.judging import PROBE, Probe
-from stillhouse.generation.product import Generator, Look, write_grids
+from stillhouse.generation.product import SHOWN, Generator, Look, write_grids
 from stillhouse.generation.trajectory import (
     STUDENT,
     MatchingSpec,
@@ -58,7 +59,8 @@ from stillhouse.runs.run import Run
 from stillhouse.tasks.classification import Classification
 
 SLIDER = Stage("slider", "train a slider on one network (stored, shared)")
-STRIPS = 4  # samples whose clean samples are shown
+STRIPS = 3  # samples of a prompt whose clean samples are shown
+AT_MOST = 64  # samples of a prompt by which they are compared
 
 
 class SliderSpec(Spec):
@@ -66,7 +68,7 @@ class SliderSpec(Spec):
 
     steps: int = Field(200, ge=0, description="Of its training on either network; 0: there is none.")
     batch_size: int = Field(32, ge=1)
-    lr: float = Field(2e-3, gt=0, description="Of AdamW.")
+    lr: float = Field(1e-3, gt=0, description="Of AdamW.")
     scales: list[float] = Field(default_factory=lambda: [-2, -1, 0, 1, 2], description="At which it is measured.")
     samples: int = Field(64, ge=1, description="Of each prompt, at each scale.")
     adapter: AdapterSpec = Field(default_factory=AdapterSpec)
@@ -120,7 +122,7 @@ class DistillDiversity(Method[Config]):
             adapter=config.slider.adapter,
         )
         probe = Probe(run, config)
-        figures = _curve(config, product, probe, run) | _seen(product, probe, run)
+        figures = _curve(config, product, probe, run) | _seen(config, product, probe, run)
         if config.slider.steps:
             figures |= _sliders(config, run, product, probe)
         probe.close()
@@ -150,25 +152,34 @@ def _curve(config: Config, product: HybridGenerator, probe: Probe, run: Run) -> 
     return figures | {f"{name}_base": value for name, value in probe.figures(many).items()}
 
 
-def _seen(product: HybridGenerator, probe: Probe, run: Run) -> dict[str, float]:
+def _seen(config: Config, product: HybridGenerator, probe: Probe, run: Run) -> dict[str, float]:
     """DT-visualisation: how far each step's clean sample is the final one already, by correlation, and how much of the
-    final variety the first holds; strips of them go into the run's folder."""
+    final variety the first holds, of student, hybrid, and the base in its many steps; strips of them go into the run's
+    folder."""
     from torchvision.io import write_png
 
-    steps, figures = product.sampler.steps, {}
-    for name, begin in (("student", 0), ("base", steps), ("hybrid", product.hybrid.begin)):
-        found: list[tuple[Tensor, Tensor]] = []
-        for number in range(len(product.prompts.names)):
-            noise = probe.noise(number)
-            drawn = product.sampled(noise, torch.full((len(noise),), number, device=noise.device), begin)
-            found.append((torch.cat([drawn.base_sees, drawn.student_sees]), drawn.x))
-        seen, final = (torch.cat([f[i] for f in found], 1 - i) for i in (0, 1))
-        figures |= {f"dt_{name}_{i + 1}": float(value) for i, value in enumerate(correlations(seen, final))}
-        share = [variation(s[0]) / max(variation(x), 1e-12) for s, x in found]
-        figures[f"first_variety_{name}"] = sum(share) / len(share)
-        rows = [torch.cat(list(product.look.grid(seen[:, i])[None]), -2) for i in range(min(STRIPS, seen.shape[1]))]
+    count, many = len(product.prompts.names), replace(product, sampler=config.base_sampler, module=product.base)
+    figures: dict[str, float] = {}
+    for name, drawing in (("student", product), ("hybrid", product), ("base", many)):
+        begin = product.hybrid.begin if name == "hybrid" else 0
+        rows, correlated, shares = [], [], []
+        for number in range(count):
+            noise = probe.noise(number)[:AT_MOST]
+            drawn = drawing.sampled(noise, torch.full((len(noise),), number, device=noise.device), begin)
+            seen = torch.cat([drawn.base_sees, drawn.student_sees])
+            correlated.append(correlations(seen, drawn.x))
+            shares.append(variation(seen[0]) / max(variation(drawn.x), 1e-12))
+            shown = torch.linspace(0, len(seen) - 1, min(len(seen), SHOWN)).round().long()
+            rows += [product.look.grid(seen[shown, i]) for i in range(min(STRIPS, len(noise)))]
+        of_step = torch.stack(correlated).mean(0).tolist()
+        if name == "base":
+            places = {"first": 0, "quarter": len(of_step) // 4, "half": len(of_step) // 2}
+            figures |= {f"dt_base_{place}": of_step[i] for place, i in places.items()}
+        else:
+            figures |= {f"dt_{name}_{i + 1}": value for i, value in enumerate(of_step)}
+        figures[f"first_variety_{name}"] = sum(shares) / count
         write_png(torch.cat(rows, -2), str(run.folder / f"seen-{name}.png"))
-    figures["dt_first_gain"] = figures["dt_student_1"] - figures["dt_base_1"]
+    figures["dt_first_gain"] = figures["dt_student_1"] - figures["dt_base_first"]
     return figures
 
 
@@ -176,12 +187,12 @@ def _seen(product: HybridGenerator, probe: Probe, run: Run) -> dict[str, float]:
 
 
 def thicker(images: Tensor) -> Tensor:
-    """Images (B, C, H, W) in which what is bright has grown by a pixel on each side."""
-    return F.max_pool2d(images, 3, 1, 1)
+    """Images (B, C, H, W) in which what is bright has grown: the mean of each pixel and the brightest around it."""
+    return (images + F.max_pool2d(images, 3, 1, 1)) / 2
 
 
 def thinner(images: Tensor) -> Tensor:
-    """Images in which it has shrunk: the mean of each pixel and the darkest around it, as strokes are thin."""
+    """Images in which it has shrunk: the mean of each pixel and the darkest around it."""
     return (images - F.max_pool2d(-images, 3, 1, 1)) / 2
 
 
