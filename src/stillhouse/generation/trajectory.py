@@ -100,10 +100,10 @@ def roll_out(student: Any, schedule: Schedule, noise: Tensor, fresh: Tensor, ste
 
 
 class Times(NamedTuple):
-    """Of each sample (B,): the state `index` that is taken up, its time, the end of its step, and the time between that
+    """Of each sample (B,): the state `place` that is taken up, its time, the end of its step, and the time between that
     and `highest` to which it is diffused."""
 
-    index: Tensor
+    place: Tensor
     given: Tensor
     middle: Tensor
     noisy: Tensor
@@ -112,13 +112,13 @@ class Times(NamedTuple):
 def draw_times(count: int, total: int, steps: int, highest: int, device: torch.device | str = "cpu") -> Times:
     """Times by torch's generator: index in 1 to K, t in t_m to highest - 1."""
     trajectory_times(total, steps)
-    index = torch.randint(1, steps + 1, (count,), device=device)
-    given = index * (total // steps) - 1
+    place = torch.randint(1, steps + 1, (count,), device=device)
+    given = place * (total // steps) - 1
     middle = given - total // steps + 1
     top = torch.full_like(middle, highest)
     room = (top - middle).clamp_min(1)
     noisy = middle + (torch.rand(count, device=device) * room).long().clamp_max(room - 1)
-    return Times(index, given, middle, noisy)
+    return Times(place, given, middle, noisy)
 
 
 class Reached(NamedTuple):
@@ -138,7 +138,7 @@ def student_step(
         fresh: (B, ...) noise of the step.
         forward: (B, ...) noise of the diffusion.
     """
-    x = states[times.index, torch.arange(len(times.index), device=states.device)]
+    x = states[times.place, torch.arange(len(times.place), device=states.device)]
     seen: Clean = student(x, times.given)
     with torch.no_grad():
         middle = schedule.add_noise(seen.x0, mixed(seen.eps, fresh, eta), times.middle)

@@ -40,7 +40,7 @@ class LowRankAdapter(nn.Module):
         else:
             raise UserError(f"An adapter needs a linear layer or a plain convolution, not a {type(layer).__name__}.")
         self.ratio = alpha / rank
-        nn.init.zeros_(self.up.weight)  # type: ignore[arg-type]
+        nn.init.zeros_(self.up.weight)
 
     def forward(self, x: Tensor) -> Tensor:
         """The layer's input -> what is added to its output at a scale of 1, in the input's precision."""
@@ -100,10 +100,7 @@ def attached(module: nn.Module, adapters: Mapping[str, nn.Module], scale: float 
         return add
 
     layers = dict(module.named_modules())
-    hooks = [
-        layers[name.replace("/", ".")].register_forward_hook(hook(adapter))  # type: ignore[arg-type]
-        for name, adapter in adapters.items()
-    ]
+    hooks = [layers[name.replace("/", ".")].register_forward_hook(hook(adapter)) for name, adapter in adapters.items()]
     try:
         yield
     finally:

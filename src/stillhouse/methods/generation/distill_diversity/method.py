@@ -69,7 +69,9 @@ class SliderSpec(Spec):
     steps: int = Field(200, ge=0, description="Of its training on either network; 0: there is none.")
     batch_size: int = Field(32, ge=1)
     lr: float = Field(1e-3, gt=0, description="Of AdamW.")
-    scales: list[float] = Field(default_factory=lambda: [-2, -1, 0, 1, 2], description="At which it is measured.")
+    scales: list[float] = Field(
+        default_factory=lambda: [-2.0, -1.0, 0.0, 1.0, 2.0], description="At which it is measured."
+    )
     samples: int = Field(64, ge=1, description="Of each prompt, at each scale.")
     adapter: AdapterSpec = Field(default_factory=AdapterSpec)
 
@@ -133,7 +135,8 @@ class DistillDiversity(Method[Config]):
 def _curve(config: Config, product: HybridGenerator, probe: Probe, run: Run) -> dict[str, float]:
     """Figures by k, `modes_k0` (the student) to `modes_kn` (the base in as many steps), and of the base in many steps,
     `modes_base`; and the report's pictures."""
-    figures, pictures = {}, {"truth": probe.real_samples(8)}
+    figures: dict[str, float] = {}
+    pictures = {"truth": probe.real_samples(8)}
     for k in range(config.match.steps + 1):
         samples = probe.drawn(lambda noise, label, k=k: product.sampled(noise, label, k).x)  # type: ignore[misc]
         figures |= {f"{name}_k{k}": value for name, value in probe.figures(samples).items()}
