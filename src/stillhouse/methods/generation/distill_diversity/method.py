@@ -134,7 +134,7 @@ class DistillDiversity(Method[Config]):
 
 def _curve(config: Config, product: HybridGenerator, probe: Probe, run: Run) -> dict[str, float]:
     """Figures by k, `modes_k0` (the student) to `modes_kn` (the base in as many steps), and of the base in many steps,
-    `modes_base`; and the report's pictures."""
+    `modes_base`, with what the student lost of its modes (`modes_lost`); and the report's pictures."""
     figures: dict[str, float] = {}
     pictures = {"truth": probe.real_samples(8)}
     for k in range(config.match.steps + 1):
@@ -152,7 +152,8 @@ def _curve(config: Config, product: HybridGenerator, probe: Probe, run: Run) -> 
     )
     many = probe.drawn(alone.draw)
     write_grids(run, product.look, product.prompts, {**pictures, "base": many})
-    return figures | {f"{name}_base": value for name, value in probe.figures(many).items()}
+    figures |= {f"{name}_base": value for name, value in probe.figures(many).items()}
+    return figures | {"modes_lost": figures["modes_base"] - figures["modes_k0"]}
 
 
 def _seen(config: Config, product: HybridGenerator, probe: Probe, run: Run) -> dict[str, float]:

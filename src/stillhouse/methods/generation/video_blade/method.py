@@ -17,7 +17,7 @@ and those of a `fake` network, which is trained in turn to denoise what the stud
 Departures. The whole student is trained, not a low-rank adapter. The released index keeps one block less than the
 paper describes (`sparsity.inclusive: true` keeps it). Where the released code for flows leaves an update of the fake
 network out because its loss is above 2, its gradient is set to 0 here, so that no value is read in a step. Samples are
-drawn by the student's own roll-out, not by UniPC. Clips are small: 8 frames of 16 x 16 pixels, so blocks have 8 tokens;
+drawn by the student's own roll-out, not by UniPC. Clips are small: 8 frames of 16 x 16 pixels, so blocks have 4 tokens;
 the paper's networks and its scores in VBench are out of reach of this recipe, and block-sparse kernels are not used:
 the kept blocks are gathered, which is timed against dense attention.
 """
