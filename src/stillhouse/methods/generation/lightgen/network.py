@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from pydantic import Field
@@ -111,7 +111,8 @@ class TextAligner(nn.Module):
         x = self.linear2(F.gelu(self.linear1(text), approximate="tanh"))
         for block in self.blocks:
             x = block(x)
-        return self.norm(x)
+        found: Tensor = self.norm(x)
+        return found
 
 
 class CrossAttention(nn.Module):
@@ -184,7 +185,12 @@ class MaskedGenerator(nn.Module):
         numbers = channels * spec.patch**2
 
         def blocks(depth: int) -> nn.ModuleList:
-            options = {"qkv_bias": True, "norm_layer": layer_norm, "proj_drop": spec.dropout, "attn_drop": spec.dropout}
+            options: dict[str, Any] = {
+                "qkv_bias": True,
+                "norm_layer": layer_norm,
+                "proj_drop": spec.dropout,
+                "attn_drop": spec.dropout,
+            }
             return nn.ModuleList(Block(width, heads, spec.mlp_ratio, **options) for _ in range(depth))
 
         def positions() -> nn.Parameter:

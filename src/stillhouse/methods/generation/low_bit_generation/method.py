@@ -29,6 +29,7 @@ rows: distilled, rounded to the same format, rounded to the next.
 Reconstructed, as no official code was found: which layers stay in full precision (embeddings, head, norms and the
 adaptive layer norm's; see quantise.include and exclude), that scales follow the weights, and all rates. OmniQuant, a
 baseline of the paper, is not here. The published tokenizer and weights of VAR are not read.
+Its recipes bear the name of the loss: topkld and topkld_scaling.
 """
 
 from __future__ import annotations
@@ -78,6 +79,7 @@ from stillhouse.methods.generation.low_bit_generation.network import GeneratorSp
 from stillhouse.methods.generation.low_bit_generation.product import Blueprint, LowBitGenerator, drawn_images
 from stillhouse.methods.generation.low_bit_generation.tokenizer import ImageTokenizer, TokenizerSpec
 from stillhouse.nn import quantise
+from stillhouse.nn.quantise import Levels
 from stillhouse.randomness import key as keys
 from stillhouse.randomness import keyed
 from stillhouse.runs.evaluators import evaluates
@@ -388,15 +390,18 @@ class World:
             smooth(network, names, {n: x.abs().amax(0) for n, x in seen.items()}, spec.smooth)
         if spec.weights is None:
             return {}
-        kind, levels, bits = number_format(spec.weights), {}, {}
+        kind = number_format(spec.weights)
+        levels: dict[str, Levels] = {}
+        bits: dict[str, tuple[int, int]] = {}
         for name in names:
             layer = network.get_submodule(name)
             assert isinstance(layer, nn.Linear)
-            group, given = group_of(layer, name, spec.group), None
+            group = group_of(layer, name, spec.group)
+            given: tuple[Tensor, Tensor] | None = None
             if spec.rounding == "gptq":  # layer by layer, each on what the rounded ones before it give
                 x = self.calibrated(network, [name], spec.calibration)[name]
-                rounded, *given_ = gptq(layer.weight, x, kind, group)
-                given = (given_[0], given_[1])
+                rounded, scale, offset = gptq(layer.weight, x, kind, group)
+                given = (scale, offset)
                 with torch.no_grad():
                     layer.weight.copy_(rounded)
             levels[f"{name}.weight"] = GroupLevels(kind, group, given)
