@@ -17,7 +17,8 @@ segmentation. `inherit` starts the named parts of the student from the teacher's
 released; from descriptions of the paper. Reconstructions: the sum of a mask divides its term, as in MasKD, whose
 normalisation this is (some notes print it as a factor); the channel units start from N(0, 1), the spatial ones from
 N(0, 0.01^2); gradients flow into the masks from both sides. `scale_free` and `detach_student_in_fusion` are ours, for
-tasks in which the masks would fade under the loss (watch `faintest_mask`). Diversity is the mean over pairs of masks,
+tasks in which the masks would fade under the loss (watch `faintest_mask`); recipes/dense has a detector's pyramid and
+a segmenter's logits. Diversity is the mean over pairs of masks,
 in [0, 1]; `diversity: joint` is the printed form, M - 1 times as large. Maps above `max_tokens` positions have keys
 and values pooled, which approximates the attention. `mask_source` gives the ablations: `none` is the plain mean
 squared error.
