@@ -19,6 +19,7 @@ from stillhouse.data import BatchKey, load
 from stillhouse.errors import UserError
 from stillhouse.methods.image_text.albef.evaluation import Collected, ranked_again, telling
 from stillhouse.methods.image_text.albef.losses import (
+    Contrast,
     contrast,
     drawn,
     mask_words,
@@ -127,6 +128,18 @@ def test_the_share_rises_from_0_over_the_first_epochs(epochs: float):
     assert terms.risen(Progress(epoch=0, batch=5, steps_per_epoch=10)) == pytest.approx(0.5 / epochs)
     assert terms.risen(Progress(epoch=2, batch=0, steps_per_epoch=10)) == 1
     assert Terms(ramp=0).risen(Progress()) == 1
+
+
+def test_negatives_may_be_random_in_the_first_epochs():
+    terms = Terms(random_until=2)
+    assert [terms.hard(Progress(epoch=e)) for e in range(4)] == [False, False, True, True]
+    assert not Terms(negatives="random").hard(LATER) and Terms().hard(Progress())
+    module, ids = training(), torch.arange(6)
+    found = module(batch(), LATER)  # fills the queue
+    assert found["loss"].isfinite()
+    similar = Contrast(torch.zeros(()), torch.eye(6) * 9, torch.randn(6, 6))
+    uniform = module.weights(similar, module.apart(ids), hard=False)
+    assert torch.allclose(uniform[0], module.apart(ids) / 6.0) and torch.equal(*uniform)
 
 
 # ---- draws -----------------------------------------------------------------------------------------------------------

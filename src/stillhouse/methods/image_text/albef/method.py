@@ -23,9 +23,10 @@ cosines; the `rerank` nearest are ranked again by matching (`matched_…`). Figu
 every word that tells captions apart, masked alone (`masked_accuracy`, with the probability of the right one on test and
 on training images, whose captions were wrong in training). Not as in the released code: the average is in evaluation
 mode, without dropout; negatives are drawn by the Gumbel trick, so that vanishing weights do no harm; a sample whose
-negatives are all of its own id has none. Other uses of the paper (questions with an answer decoder, entailment, pairs
-of images, grounding) are not here. The captions of its recipe are written from labels and from the look of the images,
-and a share of their words is wrong.
+negatives are all of its own id has none; and `random_until` has random negatives in the first epochs, without which
+matching was not seen to learn in a small network that begins fresh. Other uses of the paper (questions with an answer
+decoder, entailment, pairs of images, grounding) are not here. The captions of its recipe are written from labels and
+from the look of the images, and a share of their words is wrong.
 """
 
 from __future__ import annotations
@@ -89,6 +90,11 @@ class Config(MethodConfig):
         "pairs", description="What is right for a sample: all captions of its id, or its own alone."
     )
     negatives: Literal["hard", "random"] = Field("hard", description="How the negatives of matching are drawn.")
+    random_until: float = Field(
+        0.0,
+        ge=0,
+        description="Epochs in which negatives are random before they are hard: for a network that begins fresh.",
+    )
     contrast_weight: float = Field(1.0, ge=0)
     matching_weight: float = Field(1.0, ge=0)
     words_weight: float = Field(1.0, ge=0)
@@ -121,6 +127,7 @@ class Config(MethodConfig):
             words=self.words_weight,
             targets=self.targets,
             negatives=self.negatives,
+            random_until=self.random_until,
             mask_share=self.mask,
             ramp=self.ramp,
         )

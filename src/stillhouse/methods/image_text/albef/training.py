@@ -46,6 +46,7 @@ class Terms:
         contrast, matching, words: weights of the three losses.
         targets: ids: samples of one id are right for each other; pairs: each for itself alone.
         negatives: hard: by the similarity; random: uniform.
+        random_until: epochs in which they are random before they are hard.
         mask_share: of the words that are masked.
         ramp: epochs over which both alphas rise from 0.
     """
@@ -57,12 +58,17 @@ class Terms:
     words: float = 1.0
     targets: Literal["ids", "pairs"] = "pairs"
     negatives: Literal["hard", "random"] = "hard"
+    random_until: float = 0.0
     mask_share: float = 0.15
     ramp: float = 1.0
 
     def risen(self, progress: Progress) -> float:
         """How much of the alphas there is by now, in [0, 1]."""
         return min(1.0, progress.exact_epoch / self.ramp) if self.ramp else 1.0
+
+    def hard(self, progress: Progress) -> bool:
+        """Whether negatives are drawn by the similarity by now."""
+        return self.negatives == "hard" and progress.exact_epoch >= self.random_until
 
 
 class Negatives:
@@ -140,7 +146,7 @@ class FusionTraining(TrainingModule):
         seen, read = net.image_tokens(images), net.text_tokens(ids, inside)
         their_image = self.their_image_tokens(images)
         found = self.contrasted(seen, read, their_image, ids, inside, batch["label"], terms.alpha * risen)
-        negatives = self.negatives(found, batch["label"])
+        negatives = self.negatives(found, batch["label"], terms.hard(progress))
         out = {"contrast": found.loss, "matching": self.matched(seen, read, inside, negatives)}
         if terms.words:
             masked = mask_words(ids, inside, *self._marks, net.word_head.bias.numel(), terms.mask_share)
@@ -194,10 +200,10 @@ class FusionTraining(TrainingModule):
         self.pointer.copy_((self.pointer + len(ids)) % size)
 
     @torch.no_grad()
-    def negatives(self, found: Contrast, label: Tensor) -> Negatives:
-        """Drawn within this process's batch by the similarities, among what does not belong together."""
+    def negatives(self, found: Contrast, label: Tensor, hard: bool = True) -> Negatives:
+        """Drawn within this process's batch by the similarities, or uniformly, among what does not belong together."""
         allowed = self.apart(label)
-        image, text = (drawn(weights, allowed) for weights in self.weights(found, allowed))
+        image, text = (drawn(weights, allowed) for weights in self.weights(found, allowed, hard))
         return Negatives(image, text, allowed.any(1))
 
     def apart(self, label: Tensor) -> Tensor:
@@ -206,12 +212,12 @@ class FusionTraining(TrainingModule):
             return label[:, None] != label[None, :]
         return ~torch.eye(len(label), dtype=torch.bool, device=label.device)
 
-    def weights(self, found: Contrast, allowed: Tensor) -> tuple[Tensor, Tensor]:
+    def weights(self, found: Contrast, allowed: Tensor, hard: bool = True) -> tuple[Tensor, Tensor]:
         """(B, B) twice: how likely each image is the negative of a text, and each text that of an image."""
         start = rank_world()[0] * len(allowed)
         here = slice(start, start + len(allowed))
         rows = [x.detach()[here, here] for x in (found.text_to_image, found.image_to_text)]
-        if self.terms.negatives == "random":
+        if not hard:
             rows = [torch.zeros_like(x) for x in rows]
         return negative_weights(rows[0], allowed), negative_weights(rows[1], allowed)
 
