@@ -61,7 +61,7 @@ def predict(
     elif product.reads == "images":
         for path in _files(inputs):
             yield shown(path.name, product.predict([decoded(path)])[0], place)
-    elif product.task.reads == "points":
+    elif product.reads == "points":
         for given in inputs:
             yield shown(Path(given).name, product.predict([sweep(Path(given).expanduser())])[0], place)
     else:
