@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
@@ -101,14 +101,10 @@ class Generator(Product):
         a function of the first."""
         denoiser = self.denoiser
         sampler = self.sampler.build(denoiser.schedule, self.predicts)
-        fresh = generator("sampler", len(noise), device="cpu")
-
-        def more(i: int) -> Tensor:
-            return torch.randn(noise.shape, generator=fresh).to(noise)
-
+        more = further_noise(noise)
         with evaluating(self.module):
             denoise = denoiser.denoise(label, self.sampler.guidance)
-            return sample(denoise, sampler, sampler.start(noise), noise=more)
+            return sample(denoise, sampler, sampler.start(noise), noise=lambda i: more())
 
     def samples(self, prompt: str, count: int = SHOWN, seed: int = 0) -> Tensor:
         """(count, ...) samples of a prompt, normalised as the data. Raises `UserError` for a prompt that it does not
@@ -183,6 +179,13 @@ class Generator(Product):
         for number, name in enumerate(self.prompts.names):
             write_png(self.predict([name])[0]["picture"], str(path / f"{number:03d}.png"))
         return [f"Wrote a grid of samples for each of {len(self.prompts.names)} prompts to {path}"]
+
+
+def further_noise(noise: Tensor) -> Callable[[], Tensor]:
+    """Draws of more noise (B, ...), a function of the first, so that the same start gives the same samples and other
+    batches other ones."""
+    fresh = generator("sampler", *[str(v) for v in noise.flatten()[:4].tolist()])
+    return lambda: torch.randn(noise.shape, generator=fresh).to(noise)
 
 
 def write_weights(module: nn.Module, path: Path) -> None:

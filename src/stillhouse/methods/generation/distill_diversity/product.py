@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
-import torch
 from pydantic import Field
 from torch import Tensor, nn
 
@@ -15,11 +14,10 @@ from stillhouse.config.specs import ModelSpec, Spec
 from stillhouse.generation.config import SamplerSpec
 from stillhouse.generation.denoising import Denoiser
 from stillhouse.generation.judging import evaluate as evaluate_generator
-from stillhouse.generation.product import Generator, write_weights
+from stillhouse.generation.product import Generator, further_noise, write_weights
 from stillhouse.methods.generation.distill_diversity.adapters import adapters_for, attached
 from stillhouse.methods.generation.distill_diversity.hybrid import Drawn, hybrid_sample
 from stillhouse.models import build, load_weights
-from stillhouse.randomness import generator
 from stillhouse.runs.evaluators import evaluates
 from stillhouse.runs.run import Run
 from stillhouse.signals import evaluating
@@ -82,7 +80,6 @@ class HybridGenerator(Generator):
         own = self.sampler.build(student.schedule, self.predicts)
         spec = self.hybrid
         its = self.sampler if spec.base_sampler is None else spec.base_sampler
-        fresh = generator("sampler", len(noise))
         alone = begin is not None  # asked for by name, so the override of the recipe does not count
         with evaluating(self.module), evaluating(self.base):
             networks = [self.module, self.base] if slide and self.slider is not None else []
@@ -95,7 +92,7 @@ class HybridGenerator(Generator):
                     noise,
                     spec.begin if begin is None else begin,
                     stop=None if alone else spec.stop,
-                    fresh=lambda: torch.randn(noise.shape, generator=fresh).to(noise),
+                    fresh=further_noise(noise),
                 )
 
     def draw(self, noise: Tensor, label: Tensor) -> Tensor:

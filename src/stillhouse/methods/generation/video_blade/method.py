@@ -41,6 +41,7 @@ from stillhouse.generation.trajectory import STUDENT, MatchingSpec, check_matchi
 from stillhouse.methods.generation.video_blade.attention import AdaptiveAttention
 from stillhouse.methods.generation.video_blade.measuring import attended_to, error_curves, jerk, timed
 from stillhouse.methods.generation.video_blade.product import SparseGenerator, SparsitySpec, as_dit, make_sparse
+from stillhouse.randomness import generator
 from stillhouse.runs.method import Method, Stage
 from stillhouse.runs.run import Run
 from stillhouse.tasks.classification import Classification
@@ -153,9 +154,7 @@ def _calls(teacher: Denoiser, run: Run, real: Tensor, prompts: Prompts) -> list[
     chosen = real[:, : max(1, MEASURED // count)].flatten(0, 1).to(run.device)
     label = torch.arange(count, device=run.device).repeat_interleave(len(chosen) // count)
     t = torch.linspace(0, teacher.schedule.steps - 1, len(chosen), device=run.device).long()
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        noise = torch.randn(chosen.shape).to(chosen)
+    noise = torch.randn(chosen.shape, generator=generator("noise of measured clips")).to(chosen)
     return attended_to(teacher, teacher.schedule.add_noise(chosen, noise, t), t, label)
 
 
