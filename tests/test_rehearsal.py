@@ -49,6 +49,10 @@ SMALLER: dict[str, dict[str, object]] = {
     "gaussian_grasper": {  # views are made first, on the CPU, and texts embedded
         **{"language": None, "scene.size": [32, 32], "scene.views": 2, "scene.test_views": 1, "gaussians.points": 60}
     },
+    "llava_mod": {  # weights of 7 B would be copied to the host
+        f"{owner}.options.decoder.options": {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2}
+        for owner in ("teacher", "student")
+    },
     "mgd_ssss": {"data.size": 2},
     "pvd": {"scene.side": 16, "scene.views": 2, "scene.test_views": 1},  # views are rendered first, on the CPU
     "lightgen": {

@@ -213,16 +213,16 @@ class GridPointDetector(PointDetector):
 
     def places(self, points: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         out = self.bev(points).flatten(2).mT
-        scores, codes = out.split([self.classes, CODE], -1)
+        scores, codes = out[..., : self.classes], out[..., self.classes :]
         return scores, codes, self.centres.flatten(0, 1).expand(len(out), -1, -1)
 
     def peaks(self, scores: Tensor) -> Tensor:
-        grid = scores.mT.unflatten(2, self.cells)
+        grid = scores.mT.reshape(len(scores), self.classes, *self.cells)
         return (grid * (F.max_pool2d(grid, 3, 1, 1) == grid)).flatten(2).mT
 
     def losses(self, points: Tensor, targets: Targets) -> dict[str, Tensor]:
         out, true = self.bev(points), wanted(targets)
-        scores, codes = out.split([self.classes, CODE], 1)
+        scores, codes = out[:, : self.classes], out[:, self.classes :]
         number = true.there.sum()
         if not true.boxes.shape[1]:
             return {"score": focal_loss(scores, torch.zeros_like(scores), number), "box": self.gain * (codes * 0).sum()}
