@@ -16,6 +16,7 @@ from torch import Tensor
 
 from stillhouse.config.specs import DataSpec, Spec
 from stillhouse.data.bundle import KEYS, DataBundle, labelled
+from stillhouse.data.dataset import BatchKey
 from stillhouse.data.formats import digits
 from stillhouse.data.source import Source, in_memory
 from stillhouse.functional.pictures import unnormalise
@@ -84,6 +85,6 @@ def load(rest: str, spec: DataSpec, options: Options, root: Path) -> DataBundle:
 def _whole(bundle: DataBundle, split: str) -> tuple[Tensor, Tensor]:
     """All images (n, 8, 8) uint8 of a split of the digits, with their classes."""
     dataset = bundle.dataset(split, train=False)
-    samples = [dataset[i] for i in range(len(dataset))]
-    images = unnormalise(torch.stack([s["input"] for s in samples]), bundle.task.mean, bundle.task.std)
-    return images[:, 0], torch.stack([s["label"] for s in samples])
+    every = np.arange(len(dataset))
+    batch = dataset.batch(BatchKey(0, every, 0, len(every)), 0)
+    return unnormalise(batch["input"], bundle.task.mean, bundle.task.std)[:, 0], batch["label"]
