@@ -523,7 +523,8 @@ def predict(
         Path, typer.Argument(help="A finished run's folder, or a product folder.", metavar="RUN_OR_PRODUCT")
     ],
     inputs: Annotated[
-        list[str], typer.Argument(help="Images (files, or folders of them), or texts.", metavar="INPUT…")
+        list[str],
+        typer.Argument(help="Images (files, or folders of them), texts, or two meshes to match.", metavar="INPUT…"),
     ],
     out: Annotated[
         Path | None, typer.Option(help="Write predictions.jsonl and pictures here.", metavar="FOLDER")
