@@ -185,3 +185,38 @@ def test_modes_are_counted_and_distances_grow_with_variety():
     assert modes(torch.tensor([2] * 10), 5) == 1
     assert modes(torch.arange(5).repeat(3), 5) == pytest.approx(5)
     assert pairwise_distance(torch.zeros(5, 2)) == 0 and pairwise_distance(torch.eye(4)) == pytest.approx(2**0.5)
+
+
+@pytest.mark.parametrize(
+    ("name", "options"), [("DDIMScheduler", {}), ("EulerDiscreteScheduler", {}), ("LCMScheduler", {})]
+)
+def test_samplers_agree_with_the_library_of_diffusers(name, options):
+    diffusers = pytest.importorskip("diffusers")
+    settings = {
+        "beta_schedule": "scaled_linear",
+        "beta_start": 0.00085,
+        "beta_end": 0.012,
+        "timestep_spacing": "trailing",
+    }
+    if name == "LCMScheduler":
+        del settings["timestep_spacing"]
+    theirs = (
+        getattr(diffusers, name)(num_train_timesteps=1000, clip_sample=False, **settings)
+        if name == "DDIMScheduler"
+        else getattr(diffusers, name)(num_train_timesteps=1000, **settings)
+    )
+    theirs.set_timesteps(4)
+    ours = {"DDIMScheduler": "ddim", "EulerDiscreteScheduler": "euler", "LCMScheduler": "lcm"}[name]
+    sampler = Sampler(
+        ours, Schedule.preserving(theirs.alphas_cumprod), "eps", [round(float(t)) for t in theirs.timesteps],
+        to_first=ours == "ddim" and not theirs.config.get("set_alpha_to_one", True),
+    )  # fmt: skip
+    noise = torch.randn(2, 1, 4, 4, generator=torch.Generator().manual_seed(0))
+    x, y = sampler.start(noise), noise * theirs.init_noise_sigma
+    for i, t in enumerate(theirs.timesteps):
+        output = torch.tanh(sampler.seen(x, i))
+        fresh = torch.randn(x.shape, generator=torch.Generator().manual_seed(i))
+        x = sampler.step(output, i, x, fresh).x
+        arguments = {} if ours == "ddim" else {"generator": torch.Generator().manual_seed(i)}
+        y = theirs.step(torch.tanh(theirs.scale_model_input(y, t)), t, y, **arguments).prev_sample
+        assert torch.allclose(x, y, atol=1e-3), (name, i)
