@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from stillhouse.config.specs import DataSpec
 from stillhouse.data import BatchKey, load
-from stillhouse.data.clips import Clips, PannedClips, VideoClips, clips_of, panned, videos
+from stillhouse.data.clips import Clips, Frames, PannedClips, VideoClips, clips_of, panned, videos
 from stillhouse.errors import UserError
 from stillhouse.functional.motion import block_motion
 from stillhouse.functional.token_merging import merge_tokens
@@ -288,13 +288,14 @@ def test_clips_of_videos_hold_neighbours_with_the_caption_of_the_first(folder: P
     dataset = bundle.dataset("train", train=False)
     rows = clips_of(videos(bundle.named("train")), 4)
     assert len(rows) == 2 * 7
-    clips = VideoClips(dataset, rows)
+    held = Frames(dataset, dataset.captions, bundle.task)
+    clips = VideoClips(held, rows)
     found = clips.batch(BatchKey(0, np.array([3, 9]), 0, 2), 0)
     single = dataset.batch(BatchKey(0, rows[3], 0, 4), 0)["input"]["pixel_values"]
     assert torch.equal(found["input"]["pixel_values"][0], single)
     texts = bundle.task.tokenizer.batch_decode(found["input"]["input_ids"], skip_special_tokens=True)
     assert texts == [dataset.captions(int(rows[i, 0]))[0] for i in (3, 9)]
-    moving = PannedClips(dataset, Clips(frames=3, motion="panned"), (16, 16))
+    moving = PannedClips(held, Clips(frames=3, motion="panned"), (16, 16))
     key = BatchKey(2, np.arange(6), 0, 6)
     one, part = moving.batch(key, 1), moving.batch(BatchKey(2, np.arange(6), 2, 5), 1)
     assert one["input"]["pixel_values"].shape == (6, 3, 3, 16, 16)

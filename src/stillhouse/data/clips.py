@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import Any, Literal
 
@@ -74,68 +74,108 @@ def clips_of(video: Sequence[Sequence[int]], frames: int) -> np.ndarray:
     return np.array(found, np.int64).reshape(-1, frames)
 
 
-class VideoClips:
-    """Clips of a data set whose samples are frames, one caption each: that of its first frame.
+HELD = 256 << 20
+"""Bytes of frames that are held in memory, where all of them take no more."""
+
+
+class Frames:
+    """The images of a data set, as they are evaluated, and a caption of each; small sets are read once.
 
     Args:
-        images: a `PairedDataset` of the frames.
-        rows: (n, F) their positions.
+        images: a `PairedDataset` without augmentation, as frames of one clip are treated alike.
+        captions: position -> the captions of an image.
+        task: tokenizer and context.
     """
 
-    def __init__(self, images: Any, rows: np.ndarray) -> None:
-        self._images, self._rows = images, rows
-
-    def __len__(self) -> int:
-        return len(self._rows)
-
-    def labels(self) -> Tensor:
-        found: Tensor = self._images.labels()[torch.from_numpy(self._rows[:, 0])]
-        return found
-
-    def batch(self, key: BatchKey, seed: int) -> Batch:
-        """`input` with pixel_values (B, F, C, H, W) and the captions' ids, `label` (B,), `index` (B,)."""
-        own = key.indices[key.start : key.stop]
-        rows = self._rows[own]
-        flat = rows.flatten()
-        whole = self._images.batch(BatchKey(key.epoch, flat, 0, len(flat)), seed)
-        first = torch.arange(0, len(flat), rows.shape[1])
-        given = whole["input"]
-        frames = given["pixel_values"].unflatten(0, rows.shape)
-        texts = {k: v[first] for k, v in given.items() if k != "pixel_values"}
-        return {
-            "input": {"pixel_values": frames, **texts},
-            "label": whole["label"][first],
-            "index": torch.from_numpy(own),
-        }
-
-
-class PannedClips:
-    """Clips of a window that moves over each image of a data set, and comes nearer; drawn under keys of (seed, epoch,
-    index).
-
-    Args:
-        images: a `PairedDataset` of images that are larger than a frame.
-        clips: frames, speed and the rest.
-        size: (H, W) of a frame.
-    """
-
-    def __init__(self, images: Any, clips: Clips, size: tuple[int, int]) -> None:
-        self._images, self._clips, self._size = images, clips, size
+    def __init__(self, images: Any, captions: Callable[[int], Sequence[str]], task: Any) -> None:
+        self._images, self._captions, self._task = images, captions, task
+        self._held: Tensor | None = None
+        self._small: bool | None = None
 
     def __len__(self) -> int:
         return len(self._images)
 
     def labels(self) -> Tensor:
+        """(n,) ids of the captions."""
         found: Tensor = self._images.labels()
         return found
 
+    def pixels(self, rows: np.ndarray) -> Tensor:
+        """(n, C, H, W) of images at positions (n,)."""
+        if self._small is None:
+            one = self._read(rows[:1])
+            self._small = one.numel() * one.element_size() * len(self) <= HELD
+        if not self._small:
+            return self._read(rows)
+        if self._held is None:
+            self._held = self._read(np.arange(len(self)))
+        return self._held[torch.from_numpy(rows)]
+
+    def _read(self, rows: np.ndarray) -> Tensor:
+        found: Tensor = self._images.batch(BatchKey(0, rows, 0, len(rows)), 0)["input"]["pixel_values"]
+        return found
+
+    def texts(self, rows: np.ndarray, own: np.ndarray, epoch: int, seed: int) -> dict[str, Tensor]:
+        """One caption of each image at positions (n,), drawn under keys of (seed, epoch, `own`)."""
+        draws = uniforms(keys(seed, "caption", epoch), own, 1)[:, 0]
+        every = [self._captions(i) for i in rows.tolist()]
+        texts = [some[int(u * len(some))] for some, u in zip(every, draws)]
+        return texts_padded(self._task.tokenizer, texts, self._task.context)
+
+
+class VideoClips:
+    """Clips of images that are frames, one caption each: that of the first frame.
+
+    Args:
+        frames: the images.
+        rows: (n, F) their positions.
+    """
+
+    def __init__(self, frames: Frames, rows: np.ndarray) -> None:
+        self._frames, self._rows = frames, rows
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def labels(self) -> Tensor:
+        return self._frames.labels()[torch.from_numpy(self._rows[:, 0])]
+
+    def batch(self, key: BatchKey, seed: int) -> Batch:
+        """`input` with pixel_values (B, F, C, H, W) and the captions' ids, `label` (B,), `index` (B,)."""
+        own = key.indices[key.start : key.stop]
+        rows = self._rows[own]
+        frames = self._frames.pixels(rows.flatten()).unflatten(0, rows.shape)
+        texts = self._frames.texts(rows[:, 0], own, key.epoch, seed)
+        label = self._frames.labels()[torch.from_numpy(rows[:, 0])]
+        return {"input": {"pixel_values": frames, **texts}, "label": label, "index": torch.from_numpy(own)}
+
+
+class PannedClips:
+    """Clips of a window that moves over each image, and comes nearer; drawn under keys of (seed, epoch, index).
+
+    Args:
+        frames: images that are larger than a frame.
+        clips: frames, speed and the rest.
+        size: (H, W) of a frame.
+    """
+
+    def __init__(self, frames: Frames, clips: Clips, size: tuple[int, int]) -> None:
+        self._frames, self._clips, self._size = frames, clips, size
+
+    def __len__(self) -> int:
+        return len(self._frames)
+
+    def labels(self) -> Tensor:
+        return self._frames.labels()
+
     def batch(self, key: BatchKey, seed: int) -> Batch:
         """As `VideoClips.batch`."""
-        batch: Batch = self._images.batch(key, seed)
-        images = batch["input"]["pixel_values"]
-        draws = torch.from_numpy(uniforms(keys(seed, "pan", key.epoch), batch["index"].numpy(), 3)).float()
-        frames = panned(images, draws, self._clips, self._size)
-        return {**batch, "input": {**batch["input"], "pixel_values": frames}}
+        own = key.indices[key.start : key.stop]
+        draws = torch.from_numpy(uniforms(keys(seed, "pan", key.epoch), own, 3)).float()
+        frames = panned(self._frames.pixels(own), draws, self._clips, self._size)
+        texts = self._frames.texts(own, own, key.epoch, seed)
+        label = self._frames.labels()[torch.from_numpy(own)]
+        return {"input": {"pixel_values": frames, **texts}, "label": label, "index": torch.from_numpy(own)}
 
 
 def panned(images: Tensor, draws: Tensor, clips: Clips, size: tuple[int, int]) -> Tensor:

@@ -41,7 +41,8 @@ from torch.nn import functional as F
 
 from stillhouse.config.specs import Data, MethodConfig, ModelSpec, Teacher, TrainSpec
 from stillhouse.data import BatchKey, Loader
-from stillhouse.data.clips import Clips, PannedClips, VideoClips, captions_of, clips_of, videos
+from stillhouse.data.clips import Clips, Frames, PannedClips, VideoClips, captions_of, clips_of, videos
+from stillhouse.data.image_text import ImageTextBundle
 from stillhouse.errors import UserError
 from stillhouse.methods.image_text.residualvit.encoder import Normalisation, Reduction, VideoEncoder
 from stillhouse.methods.image_text.residualvit.evaluation import compared, costs
@@ -151,13 +152,13 @@ class ResidualViT(Method[Config]):
         bundle = run.data(config.data, ImageText)
         if config.clips.motion == "panned":
             side = round(config.clips.zoom * bundle.task.size[0])
-            larger = run.data(config.data.model_copy(update={"image_size": side}), ImageText)
-            clips = config.clips.model_copy(update={"frames": frames})
-            return PannedClips(larger.dataset(split, train=train), clips, bundle.task.size)
+            bundle = run.data(config.data.model_copy(update={"image_size": side}), ImageText)
+            clips, size = config.clips.model_copy(update={"frames": frames}), run.data(config.data).task.size
+            return PannedClips(_frames(bundle, split, train), clips, size)
         rows = clips_of(self.videos(config, run, split), frames)
         if not len(rows):
             raise UserError(f"residualvit: no video of '{config.data.name}' ({split}) has {frames} frames.")
-        return VideoClips(bundle.dataset(split, train=train), rows)
+        return VideoClips(_frames(bundle, split, train), rows)
 
     def videos(self, config: Config, run: Run, split: str) -> list[list[int]]:
         """Positions of the frames of each video of a split."""
@@ -205,6 +206,11 @@ class ResidualViT(Method[Config]):
         out = compared(net, found, F.normalize(text.float(), dim=-1).cpu(), ids, config.cut, run.seed)
         longest = max((frames for frames, _ in found), key=len)
         return out | costs(net, longest)
+
+
+def _frames(bundle: ImageTextBundle, split: str, train: bool) -> Frames:
+    """The images of a split without augmentation, with captions as in training."""
+    return Frames(bundle.dataset(split, train=False), bundle.dataset(split, train=train).captions, bundle.task)
 
 
 # ---- the product -----------------------------------------------------------------------------------------------------
