@@ -95,7 +95,7 @@ SKIPPED: dict[str, str] = {
 }
 
 
-NOT_YET: frozenset[str] = frozenset({"distill_diversity", "ezad", "oadp", "video_blade"})
+NOT_YET: frozenset[str] = frozenset({"distill_diversity", "ezad", "llava_mod", "oadp", "video_blade"})
 """Recipes whose rehearsal fails, or was not seen to pass; run with STILLHOUSE_REHEARSE=all."""
 
 
