@@ -265,8 +265,7 @@ def splat(found: Projected, opacity: Tensor, channels: Tensor, width: int, heigh
     image = channels.new_zeros(across * down, tile * tile, channels.shape[1])
     left = channels.new_ones(across * down, tile * tile)
     groups = _groups(pairs.count, tile * tile)
-    if not groups:  # nothing is seen, with a gradient of 0
-        image = image + 0 * (channels.sum() + found.uv.sum() + opacity.sum())
+    done: list[tuple[Tensor, Tensor, Tensor]] = []
     for members, most in groups:
         members = members.to(opacity.device)
         rank = torch.arange(most, device=opacity.device)
@@ -278,8 +277,12 @@ def splat(found: Projected, opacity: Tensor, channels: Tensor, width: int, heigh
         # -1/2 a (x - u)^2 - 1/2 c (y - v)^2 - b (x - u) (y - v), over the basis
         parts = [-a / 2, -c / 2, -b, a * u + b * v, b * u + c * v, -(a * u * u + c * v * v) / 2 - b * u * v]
         colors, passes = _Composited.apply(torch.stack(parts, -1), opacity[at] * there, channels[at], basis)
-        image = image.index_copy(0, members, colors)
-        left = left.index_copy(0, members, passes)
+        done.append((members, colors, passes))
+    if done:  # at once, as each copy is of the whole image
+        which, colors, passes = (torch.cat(parts) for parts in zip(*done))
+        image, left = image.index_copy(0, which, colors), left.index_copy(0, which, passes)
+    else:  # nothing is seen, with a gradient of 0
+        image = image + 0 * (channels.sum() + found.uv.sum() + opacity.sum())
     return Splatted(*(_untiled(x, across, down, tile)[:height, :width] for x in (image, left)))
 
 
