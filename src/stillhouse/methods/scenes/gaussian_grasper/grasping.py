@@ -19,20 +19,20 @@ from stillhouse.config.specs import Spec
 from stillhouse.errors import UserError
 from stillhouse.methods.scenes.gaussian_grasper.table import FAR, Placed, Scene
 
-DOWN = (0.0, 0.0, -1.0)
+OUTERMOST = 3
 
 
 class GraspSpec(Spec):
     """The gripper, its candidates, and how one is chosen."""
 
     filter: bool = Field(True, description="Choose among grasps that hold by the normals; false: by the score alone.")
-    candidates: int = Field(60, ge=1, description="Grasps that are proposed at a time.")
+    candidates: int = Field(100, ge=1, description="Grasps that are proposed at a time.")
     rounds: int = Field(12, ge=1, description="Proposals for each thing, of each of which one grasp is chosen.")
     friction: float = Field(0.5, gt=0, description="mu: normals lie within arctan(mu) of the closing axis.")
-    tilt: float = Field(50.0, ge=0, lt=90, description="Of the approach against the vertical, in degrees at most.")
+    tilt: float = Field(35.0, ge=0, lt=90, description="Of the approach against the vertical, in degrees at most.")
     spread: float = Field(0.012, ge=0, description="Standard deviation of centres around the thing's, in metres.")
     widest: float = Field(0.11, gt=0, description="The gripper's opening, in metres.")
-    finger: tuple[float, float, float] = Field((0.008, 0.014, 0.045), description="Thickness, breadth, length.")
+    finger: tuple[float, float, float] = Field((0.008, 0.014, 0.07), description="Thickness, breadth, length.")
     palm: tuple[float, float] = Field((0.03, 0.03), description="Breadth and height of the palm, in metres.")
     contact: float = Field(0.005, gt=0, description="Radius of a contact in which normals are averaged, in metres.")
     allowed: int = Field(3, ge=0, description="Points of the scene that a finger's or the palm's box may hold.")
@@ -90,7 +90,8 @@ def propose(points: Tensor, spec: GraspSpec, draw: torch.Generator) -> Grasps:
 
 def contact_angles(grasps: Grasps, points: Tensor, normals: Tensor, spec: GraspSpec) -> Tensor:
     """(G, 2) angles in radians between the outward normals at both contacts and the closing axis, away from the middle;
-    pi where a side touches nothing.
+    pi where a side touches nothing. A contact is the third of the outermost points, as rendered surfaces have a few
+    that lie off them.
 
     Args:
         points, normals: (P, 3) of the thing's surface, normals outward.
@@ -102,7 +103,9 @@ def contact_angles(grasps: Grasps, points: Tensor, normals: Tensor, spec: GraspS
     out = []
     for sign in (1.0, -1.0):
         along = torch.where(inside, sign * local[..., 0], -FAR)
-        reached, at = along.max(1)
+        outer = along.topk(min(OUTERMOST, along.shape[1]), dim=1)
+        rank = ((outer.values > -FAR / 2).sum(1) - 1).clamp_min(0)[:, None]  # of few points, the innermost of these
+        reached, at = (x.gather(1, rank)[:, 0] for x in (outer.values, outer.indices))
         near = (points - points[at][:, None]).norm(dim=-1) <= spec.contact  # (G, P)
         normal = F.normalize(near.to(normals) @ normals, dim=-1, eps=1e-9)
         cosine = sign * (normal * grasps.axis).sum(-1)

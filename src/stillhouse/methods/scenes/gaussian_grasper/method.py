@@ -526,9 +526,10 @@ def _iou(found: Tensor, truth: Tensor) -> float:
 def grasp_figures(product: GaussianScene, scene: Scene, spec: GraspSpec, seed: int) -> dict[str, float]:
     """Of grasps that are chosen among proposals: `antipodal`, the share whose contacts truly lie in the friction cone;
     `antipodal_score`, the same of those that the score alone chooses; `antipodal_gain`, the difference; `free`, the
-    share that truly touches nothing else; and `grasped`, the share of proposals in which one was feasible. A thing
-    that is not found, or has no feasible grasp, counts as none that holds."""
-    everything = product.surface()
+    share that truly touches nothing else; and `grasped`, the share of proposals in which one was feasible. Of a thing
+    that is not found, none is, and the score's would not hold."""
+    samples = product.samples()
+    everything = product.surface(samples=samples)
     chosen: list[float] = []
     scored: list[float] = []
     free: list[float] = []
@@ -537,10 +538,9 @@ def grasp_figures(product: GaussianScene, scene: Scene, spec: GraspSpec, seed: i
     for placed in scene.placed:
         text = placed.thing.query
         try:
-            found = product.surface(text)
+            found = product.surface(text, samples)
         except UserError:
             tried += spec.rounds
-            chosen += [0.0] * spec.rounds
             scored += [0.0] * spec.rounds
             continue
         for number in range(spec.rounds):
@@ -552,12 +552,11 @@ def grasp_figures(product: GaussianScene, scene: Scene, spec: GraspSpec, seed: i
             try:
                 index = choose(grasps, found.points, found.normals, everything.points, spec).index
             except UserError:
-                chosen.append(0.0)
                 continue
             feasible += 1
             chosen.append(float(good[index]))
             free.append(float(clear[index]))
-    antipodal, score = sum(chosen) / tried, sum(scored) / tried
+    antipodal, score = sum(chosen) / max(1, len(chosen)), sum(scored) / tried
     out = {"antipodal": antipodal, "antipodal_score": score, "antipodal_gain": antipodal - score}
     return {**out, "free": sum(free) / max(1, len(free)), "grasped": feasible / tried}
 

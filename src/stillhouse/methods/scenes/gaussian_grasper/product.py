@@ -29,6 +29,8 @@ from stillhouse.runs.products import Product, read_meta
 
 WEIGHTS = "gaussians.safetensors"
 ORBIT = 12  # views of an export
+SOLID = 0.9  # opacity of a pixel that is a point of a surface
+ROWS = 16384  # pixels whose features are lifted at once
 
 
 class QuerySpec(Spec):
@@ -37,9 +39,9 @@ class QuerySpec(Spec):
     temperature: float = Field(10.0, gt=0, description="Of the relevancy.")
     threshold: float = Field(0.6, ge=0, lt=1, description="Relevancy beyond which a point is found.")
     radius: float = Field(0.02, gt=0, description="Points of one thing lie within this of another, in metres.")
-    detail: int = Field(3, ge=1, description="Pixels, along each side of one of a view's, that surfaces are read from.")
+    detail: int = Field(2, ge=1, description="Pixels, along each side of one of a view's, that surfaces are read from.")
     sharp: float = Field(
-        0.006, gt=0, description="Spread of a pixel's depth up to which it shows one surface, in metres."
+        0.01, gt=0, description="Spread of a pixel's depth up to which it shows one surface, in metres."
     )
     grain: float = Field(0.003, gt=0, description="Cubes of this side, in metres, hold one point of a surface each.")
     solid: float = Field(0.5, ge=0, lt=1, description="Opacity of a pixel from which it can be found.")
@@ -51,6 +53,15 @@ class Found:
 
     points: Tensor
     normals: Tensor
+
+
+@dataclass
+class Samples:
+    """Pixels as points (M, 3) with normals (M, 3) towards their camera and features (M, width)."""
+
+    points: Tensor
+    normals: Tensor
+    features: Tensor
 
 
 @dataclass
@@ -127,32 +138,40 @@ class GaussianScene(Product):
         return torch.zeros_like(out).index_put((places[part],), torch.ones_like(places[part], dtype=torch.bool))
 
     @torch.no_grad()
-    def surface(self, text: str | None = None, cameras: Sequence[Camera] | None = None) -> Found:
-        """Points of surfaces, from rendered depth and normals of views, those of its fit by default: where a text is
-        seen, or of everything. On the CPU.
+    def samples(self, cameras: Sequence[Camera] | None = None) -> Samples:
+        """Pixels that show one solid surface, of views, those of its fit by default. On the CPU."""
+        rows: list[tuple[Tensor, Tensor, Tensor]] = []
+        for camera in cameras or self.views:
+            camera = camera.enlarged(self.query.detail).to(self.gaussians.means.device)
+            seen = self.seen(camera)
+            where = (seen.alpha > SOLID) & (seen.spread < self.query.sharp)
+            intrinsics = (camera.fx, camera.fy, camera.cx, camera.cy)
+            wide = (-math.inf, math.inf)
+            world, kept = back_projected(seen.depth, intrinsics, camera.to_world, where, (0.0, math.inf), wide)
+            rows.append((world.cpu(), F.normalize(seen.normal[kept], dim=-1).cpu(), seen.features[kept].cpu()))
+        return Samples(*(torch.cat(parts) for parts in zip(*rows)))
+
+    @torch.no_grad()
+    def surface(self, text: str | None = None, samples: Samples | None = None) -> Found:
+        """Points of surfaces where a text is seen, or of everything, from rendered depth and normals.
+
+        Args:
+            samples: what `samples` gives, for several texts.
 
         Raises:
             UserError: nothing is found.
         """
-        points, normals = [], []
-        for camera in cameras or self.views:
-            camera = camera.enlarged(self.query.detail).to(self.gaussians.means.device)
-            seen = self.seen(camera)
-            where = (seen.alpha > 0.9) & (seen.spread < self.query.sharp)
-            if text is not None:
-                where = where & self.mask(seen, text)
-            intrinsics = (camera.fx, camera.fy, camera.cx, camera.cy)
-            wide = (-math.inf, math.inf)
-            world, kept = back_projected(seen.depth, intrinsics, camera.to_world, where, (0.0, math.inf), wide)
-            points.append(world.cpu())
-            normals.append(F.normalize(seen.normal[kept], dim=-1).cpu())
-        all_points, all_normals = _thinned(torch.cat(points), torch.cat(normals), self.query.grain)
+        given = samples or self.samples()
         if text is None:
-            return Found(all_points, all_normals)
-        if not len(all_points):
+            return _thinned(given.points, given.normals, self.query.grain)
+        device = self.gaussians.means.device
+        relevant = [self.relevant(x.to(device), text).cpu() for x in given.features.split(ROWS)]
+        where = torch.cat(relevant) > self.query.threshold if relevant else torch.zeros(0, dtype=torch.bool)
+        if not bool(where.any()):
             raise UserError(f"Nothing in the scene answers to '{text}'; lower query.threshold, or ask otherwise.")
-        part = largest_part(all_points, self.query.radius)
-        return Found(all_points[part], all_normals[part])
+        found = _thinned(given.points[where], given.normals[where], self.query.grain)
+        part = largest_part(found.points, self.query.radius)
+        return Found(found.points[part], found.normals[part])
 
     def grasp(self, text: str, spec: GraspSpec | None = None, seed: int = 0) -> dict[str, Any]:
         """The grasp of the thing that a text asks for: `centre`, `approach`, `axis`, `width`, `score`, and how many
@@ -162,7 +181,8 @@ class GaussianScene(Product):
             UserError: nothing is found, or no candidate is feasible.
         """
         spec = spec or GraspSpec()
-        found, everything = self.surface(text), self.surface()
+        samples = self.samples()
+        found, everything = self.surface(text, samples), self.surface(samples=samples)
         grasps = propose(found.points, spec, generator(seed, "grasps", text))
         choice = choose(grasps, found.points, found.normals, everything.points, spec)
         chosen = {name: getattr(grasps, name)[choice.index].tolist() for name in Grasps.__dataclass_fields__}
@@ -246,12 +266,12 @@ class GaussianScene(Product):
         return [f"Wrote {ORBIT} views of a turn around the scene to {path}"]
 
 
-def _thinned(points: Tensor, normals: Tensor, side: float) -> tuple[Tensor, Tensor]:
+def _thinned(points: Tensor, normals: Tensor, side: float) -> Found:
     """The mean of points (P, 3) in each cube that holds any, and the direction of their mean normal."""
     cells, which = (points / side).floor().long().unique(dim=0, return_inverse=True)
     count = torch.bincount(which, minlength=len(cells))[:, None]
     mean, normal = (torch.zeros(len(cells), 3).index_add_(0, which, x) / count for x in (points, normals))
-    return mean, F.normalize(normal, dim=-1)
+    return Found(mean, F.normalize(normal, dim=-1))
 
 
 def _under(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
