@@ -91,6 +91,9 @@ class GaussiansSpec(Spec):
     """The Gaussians at the start."""
 
     points: int = Field(1200, ge=4, description="At most so many of the points that depth shows, drawn at random.")
+    balance: float = Field(
+        0.5, ge=0, le=1, description="Points are drawn by 1 / (pixels of their mask) to this power; 0: all alike."
+    )
     heights: tuple[float, float] = Field((-0.02, 0.3), description="z of points that are taken, in metres.")
     depths: tuple[float, float] = Field((0.001, 1.2), description="Depths of points that are taken, in metres.")
     opacity: float = Field(0.1, gt=0, lt=1)
@@ -113,7 +116,7 @@ class Rate(Spec):
 class Rates(Spec):
     """Of Adam."""
 
-    means: Rate = Field(default_factory=lambda: Rate(first=1e-3, last=1e-5))
+    means: Rate = Field(default_factory=lambda: Rate(first=2e-4, last=2e-6))
     harmonics: Rate = Field(default_factory=lambda: Rate(first=1e-2, last=1e-3))
     features: Rate = Field(default_factory=lambda: Rate(first=3e-2, last=3e-3))
     opacity: Rate = Field(default_factory=lambda: Rate(first=5e-2))
@@ -276,7 +279,7 @@ def views_of(config: Config, run: Run) -> tuple[Views, Views, dict[str, Tensor]]
 def _beginning(config: Config, train: Views) -> Gaussians:
     """Gaussians at points of all views."""
     spec = config.gaussians
-    points, colors = [], []
+    points, colors, ids = [], [], []
     for i, camera in enumerate(train.cameras):
         intrinsics = (camera.fx, camera.fy, camera.cx, camera.cy)
         where, kept = back_projected(
@@ -284,12 +287,16 @@ def _beginning(config: Config, train: Views) -> Gaussians:
         )
         points.append(where)
         colors.append(train.color[i][kept])
+        ids.append(train.masks[i][kept])
     every, paint = torch.cat(points).cpu(), torch.cat(colors).cpu()
     if len(every) < 4:
         raise UserError(
             "gaussians.heights and gaussians.depths leave fewer than four points of the views; widen them (metres)."
         )
-    chosen = torch.randperm(len(every))[: spec.points]
+    name = torch.cat(ids).cpu() + 1
+    share = torch.bincount(name)[name].double()
+    keys = torch.rand(len(every), dtype=torch.float64).log() * share**spec.balance  # an exponential race
+    chosen = keys.topk(min(spec.points, len(every))).indices
     gaussians = Gaussians(len(chosen), spec.degree, spec.width)
     gaussians.begin(every[chosen], paint[chosen], spec.opacity)
     return gaussians

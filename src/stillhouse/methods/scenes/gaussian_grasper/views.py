@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -16,12 +17,12 @@ from torch.nn import functional as F
 from stillhouse.config.specs import Spec
 from stillhouse.errors import UserError, unknown
 from stillhouse.methods.scenes.gaussian_grasper.table import NOTHING, THINGS, Scene, pixel_rays, table
-from stillhouse.nn.rays import on_sphere
 from stillhouse.nn.splatting import Camera
 from stillhouse.randomness import generator
 
 KEYS = ("color", "depth", "masks", "features", "camera_to_base", "intrinsics")
 SMALLEST_DEPTH = 1e-5
+HIGHEST = 70.0  # elevation of a camera, in degrees
 
 
 class SceneSpec(Spec):
@@ -34,7 +35,7 @@ class SceneSpec(Spec):
     size: tuple[int, int] = Field((64, 64), description="Height and width of a view, in pixels.")
     angle: float = Field(46.0, gt=0, lt=180, description="Of view along the longer side, in degrees.")
     radius: float = Field(0.45, gt=0, description="Distance of cameras from the table's middle, in metres.")
-    lowest: float = Field(25.0, ge=0, lt=90, description="Elevation of cameras, from this many degrees to 75.")
+    lowest: float = Field(20.0, ge=0, lt=70, description="Elevation of cameras, from this many degrees to 70.")
     border_noise: float = Field(
         0.3, ge=0, le=1, description="Share of pixels whose mask is read up to a pixel away, as segmenters err."
     )
@@ -189,9 +190,12 @@ def as_segmented(views: Views, vectors: Tensor, spec: SceneSpec, which: str) -> 
 
 
 def places(spec: SceneSpec, which: Literal["train", "test"]) -> list[Camera]:
-    """Cameras around the table, functions of the seed and the word."""
+    """Cameras around the table, each somewhere in its own share of the turn, functions of the seed and the word."""
     count = spec.views if which == "train" else spec.test_views
-    centres = on_sphere(count, spec.radius, generator(spec.seed, "views", which), spec.lowest, 75)
+    draw = generator(spec.seed, "views", which)
+    turn = 2 * math.pi * (torch.arange(count) + torch.rand(count, generator=draw)) / count
+    up = torch.deg2rad(spec.lowest + (HIGHEST - spec.lowest) * torch.rand(count, generator=draw))
+    centres = spec.radius * torch.stack([up.cos() * turn.cos(), up.cos() * turn.sin(), up.sin()], -1)
     height, width = spec.size
     return [Camera.at(centre, width, height, spec.angle) for centre in centres]
 
