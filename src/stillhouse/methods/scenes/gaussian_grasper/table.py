@@ -18,7 +18,7 @@ from stillhouse.randomness import generator
 
 NOTHING, TABLE = -1, 0
 HALF_TABLE = 0.22
-SPREAD, GAP = 0.15, 0.03  # of the things' middles, and between their hulls
+SPREAD, GAP = 0.14, 0.02  # of the things' middles, and between their hulls
 LIGHT = (0.35, -0.25, 0.9)
 FAR = 1e9
 

@@ -33,8 +33,8 @@ class SceneSpec(Spec):
     views: int = Field(12, ge=1, description="Views for the fit.")
     test_views: int = Field(6, ge=1, description="Unseen views by which it is judged.")
     size: tuple[int, int] = Field((64, 64), description="Height and width of a view, in pixels.")
-    angle: float = Field(46.0, gt=0, lt=180, description="Of view along the longer side, in degrees.")
-    radius: float = Field(0.45, gt=0, description="Distance of cameras from the table's middle, in metres.")
+    angle: float = Field(36.0, gt=0, lt=180, description="Of view along the longer side, in degrees.")
+    radius: float = Field(0.62, gt=0, description="Distance of cameras from the table's middle, in metres.")
     lowest: float = Field(20.0, ge=0, lt=70, description="Elevation of cameras, from this many degrees to 70.")
     border_noise: float = Field(
         0.3, ge=0, le=1, description="Share of pixels whose mask is read up to a pixel away, as segmenters err."
