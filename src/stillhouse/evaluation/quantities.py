@@ -471,6 +471,8 @@ _KNOWN = {
     "similarity_correlation": Quantity(
         "Similarity, correlation", "", 1, 3, 1, "Correlation of the student's and the teachers' similarity maps."
     ),
+    "pck_over_teachers": Quantity("PCK over teachers", "points", 100, 2, 1, "PCK of the student less its teachers'."),
+    "pair_gain": Quantity("Speed of a pair", "×", 1, 1, 1, "The teachers' time of a pair over the student's."),
     "pair_ms": Quantity("Time of a pair", "ms", 1, None, -1, "Median time of the features of two images."),
     "pair_ms_teachers": Quantity("Time of a pair, teachers", "ms", 1, None, 0, "The same of the teachers."),
     "psnr_views": Quantity(

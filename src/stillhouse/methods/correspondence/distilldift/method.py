@@ -461,10 +461,12 @@ def _compared(student: PatchNetwork, together: Features, test: Pictures, pairs: 
     ours, theirs = (x - x.mean(1, keepdim=True) for x in (ours, theirs))
     correlation = F.cosine_similarity(ours, theirs, dim=1).mean()
     images = test.images[pairs[0]]
+    ours_ms, theirs_ms = _milliseconds(student, images), _milliseconds(together, images)
     return {
         "similarity_correlation": float(correlation),
-        "pair_ms": _milliseconds(student, images),
-        "pair_ms_teachers": _milliseconds(together, images),
+        "pair_ms": ours_ms,
+        "pair_ms_teachers": theirs_ms,
+        "pair_gain": theirs_ms / ours_ms,
     }
 
 
@@ -501,13 +503,14 @@ def _draw(run: Run, test: Pictures, pairs: Tensor, networks: dict[str, Callable[
 
 @evaluates(ImageMatcher.kind)
 def evaluate(product: ImageMatcher, run: Run) -> dict[str, float]:
-    """`pck`: of the run's network on its test pairs; and its size."""
+    """`pck`: of the run's network on its test pairs, also less that of its teachers; and its size."""
     config = run.config
     assert isinstance(config, Config)
     test = _pictures(run, config, False)
     pairs = test_pairs(test, config.views)
     module = product.module
-    return {
-        "pck": _pck(module, test, pairs, product.window),
-        "parameters": float(sum(p.numel() for p in module.parameters())),
-    }
+    found = _pck(module, test, pairs, product.window)
+    figures = {"pck": found, "parameters": float(sum(p.numel() for p in module.parameters()))}
+    if "pck_teachers" in product.figures:
+        figures["pck_over_teachers"] = found - product.figures["pck_teachers"]
+    return figures
