@@ -44,7 +44,7 @@ def compared(
     with evaluating(net), torch.no_grad():
         for number, (frames, labels) in enumerate(videos):
             frames = frames.to(device)
-            whole = torch.cat([F.normalize(net.get_image_features(x), dim=-1) for x in frames.split(64)])
+            whole = torch.cat([F.normalize(net.get_image_features(x), dim=-1) for x in torch.split(frames, 64)])
             found, keys = net.encode(frames, cut, generator=generator(seed, "patches", number))
             for name, value in (("whole", whole), ("interleaved", found), ("copied", whole[keys])):
                 rows[name].append(value.float().cpu())
@@ -112,7 +112,7 @@ def costs(net: VideoEncoder, frames: Tensor) -> dict[str, float]:
     change = block_motion(frames, before, net.patch) if net.reduction.mode == "motion" else None
 
     def whole() -> None:
-        for some in frames.split(64):
+        for some in torch.split(frames, 64):
             net.get_image_features(some)
 
     def interleaved() -> None:

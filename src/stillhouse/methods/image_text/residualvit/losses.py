@@ -43,4 +43,5 @@ def caption_loss(student: Tensor, teacher: Tensor, text: Tensor, scale: Tensor, 
 def feature_distance(student: Tensor, teacher: Tensor) -> Tensor:
     """100 * the squared distance of unit embeddings (…, D) over the root of D, mean over frames."""
     gap = (F.normalize(student, dim=-1) - teacher.detach()).square().sum(-1)
-    return 100 * (gap / teacher.shape[-1] ** 0.5).mean()
+    distance: Tensor = 100 * (gap / teacher.shape[-1] ** 0.5).mean()
+    return distance

@@ -236,11 +236,16 @@ class VideoProduct(Student):
     def rebuilt(cls, meta: Mapping[str, Any], spec: ModelSpec, task: Task, folder: Path) -> VideoProduct:
         assert isinstance(task, ImageText)
         facts = meta["video"]
-        given, own = (tuple(map(tuple, n)) for n in facts["normalisations"])
+        given, own = (_normalisation(n) for n in facts["normalisations"])
         clip = Clip(**spec.options, input_shape=(len(task.mean), *task.size))
         module = VideoEncoder(clip, Reduction(**facts["reduction"]), given, own)
         load_weights(module, task.weights_file(folder), owner=f"model {spec.model}")
         return cls(module.eval(), spec, task, reduction=module.reduction, normalisations=(given, own))
+
+
+def _normalisation(saved: Any) -> Normalisation:
+    mean, std = saved
+    return tuple(mean), tuple(std)
 
 
 evaluates(VideoProduct.kind)(evaluate)

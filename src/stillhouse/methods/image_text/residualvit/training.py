@@ -49,7 +49,7 @@ class ResidualTraining(TrainingModule):
             text = gather(F.normalize(text.float(), dim=-1))
         later = frames[:, 1:].flatten(0, 1)
         key = whole[:, 0].repeat_interleave(count - 1, 0)
-        student = net.partial(later, key, self.drawn(later)).unflatten(0, (clips, count - 1))
+        student = net.partial(later, key, self.drawn(later)).view(clips, count - 1, -1)
         cosine = F.cosine_similarity(student.detach().float(), whole[:, 1:], dim=-1).mean()
         student, teacher = gather(student), gather(whole[:, 1:].contiguous())
         if self._loss == "mse":
