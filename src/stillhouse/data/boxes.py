@@ -283,7 +283,8 @@ def with_regions(dataset: SampleDataset, rows: Callable[[int], Mapping[str, torc
     def read(index: int, sample: Sample) -> Sample:
         values = dict(rows(index))
         corners = values.pop("boxes").float().reshape(-1, 4)
-        found = tv_tensors.BoundingBoxes(corners, format="XYXY", canvas_size=tuple(sample["size"].tolist()))
+        height, width = sample["size"].tolist()
+        found = tv_tensors.BoundingBoxes(corners, format="XYXY", canvas_size=(height, width))
         return {REGIONS: found, "of_regions": values}
 
     return dataset.joined(read, [REGIONS])

@@ -17,11 +17,13 @@ grid of anchors and keeps those whose probabilities over all names, the new ones
 not call a known class are stored, with how sure it is, and those of the known boxes (features). The detector learns
 its labels, and the stored features through the same head: d times the mean absolute difference of unit vectors, where
 the weights of an image's rows have the mean 1. Boxes are corrected knowing the class vector, of zeros for background;
-in evaluation that of the best class. The class vectors are those of the adapted CLIP. `extra_names` are further names
-that the CLIP may call a crop; the published runs on COCO use all 80, 15 of which are neither known nor new. An image
-without rows has no term, where the released code makes up a row of zeros. Instance masks, the seesaw loss and the
-options that the paper does not use are left out. The captions of its recipe are made from class names: its CLIP knows
-class names, not language.
+in evaluation that of the best class. The class vectors are those of the adapted CLIP. The published loss of the
+tuning takes each class against the rest (`sigmoid`); with few classes it pushes the cosines of all known ones below
+those of the new ones, until the CLIP calls every crop new, so the recipe takes `softmax`. `extra_names` are further
+names that the CLIP may call a crop; the published runs on COCO use all 80, 15 of which are neither known nor new. An
+image without rows has no term, where the released code makes up a row of zeros. Instance masks, the seesaw loss and
+the options that the paper does not use are left out. The captions of its recipe are made from class names: its CLIP
+knows class names, not language.
 """
 
 from __future__ import annotations
@@ -239,7 +241,7 @@ class Finder:
         task: its task, with class vectors.
         network: itself.
         vectors: (K + E, D) unit vectors of all classes and of further names.
-        new: ids of the classes that are new.
+        known: ids of the classes that have boxes.
         config: how it looks.
     """
 
@@ -375,7 +377,7 @@ class EZAD(Method[Config]):
         known = [i for i in range(len(classes)) if i not in run.data(config.data).task.new]
         finder = Finder(task, clip, vectors, known, config)
         data: Any = run.data(config.data, Detection).dataset("train", train=True)
-        figures = {}
+        figures: dict[str, float] = {}
         if config.regions != "none":
             regions, propose = self._found(config, run, finder)
             data = with_regions(data, self._features(config, run, finder, regions).rows)
@@ -434,7 +436,7 @@ class EZAD(Method[Config]):
 
             def propose(dataset: Any, rows: range) -> list[dict[str, Tensor]]:
                 batch = dataset.batch(BatchKey(0, np.array(rows), 0, len(rows)), 0)
-                sizes = [tuple(t["size"].tolist()) for t in batch[TARGET]]
+                sizes = [(int(h), int(w)) for h, w in (t["size"].tolist() for t in batch[TARGET])]
                 images, options = batch["input"].to(run.device), config.search
                 found = best_proposals(detector, images, sizes, options.keep, options.overlap)
                 return [{"boxes": boxes, "scores": torch.ones(len(boxes))} for boxes in found]

@@ -210,7 +210,8 @@ class Reader:
         """(m, D) and boxes (m, 4) of the blocks of an image: the first is its centre square."""
         height, width = image.shape[-2:]
         middle = centre_square(width, height)
-        crops, copies = [cut(image, middle)], {}
+        crops = [cut(image, middle)]
+        copies: dict[tuple[int, int], Tensor] = {}
         for _, (w, h), (x, y) in blocks(width, height, self.block, self.stride, self.rescale):
             if (w, h) not in copies:
                 copies[w, h] = resized(image, (h, w))
@@ -386,7 +387,7 @@ class OADP(Method[Config]):
         student.set_text(vectors.cpu())
         figures: dict[str, float] = {}
         data: Any = run.data(config.data, Detection).dataset("train", train=True)
-        bias = config.labels.bias or 0.0
+        bias, labels_scale = config.labels.bias or 0.0, config.labels.scale or factor
         if self.distils(config):
             proposer = self._proposer(config, run)
             own = run.own_input(config.teacher, teacher.model, config.data)
@@ -394,11 +395,11 @@ class OADP(Method[Config]):
             reader = Reader(teacher, task, config.objects, config.blocks, run.device)
             store = self._read(config, run, proposer, reader, teacher)
             if config.labels.bias is None:
-                bias = midway(store, data, config.proposals.keep, student.text, student.is_known, factor)
+                bias = midway(store, data, config.proposals.keep, student.text, student.is_known, labels_scale)
             data = with_regions(data, store.rows)
             figures |= self._measured(config, run, proposer, reader)
         with keyed("heads", run.seed):
-            module = PyramidTraining(student, config.gains, config.proposals.keep, config.labels.scale or factor, bias)
+            module = PyramidTraining(student, config.gains, config.proposals.keep, labels_scale, bias)
         fitted = run.fit(STUDENT, module, self._loader(config, run, data), config.train)
         figures["train_seconds"] = fitted.seconds
         run.record["weights"] = {"teacher": teacher.fingerprint()}
@@ -436,7 +437,7 @@ class OADP(Method[Config]):
     def _proposed(self, config: Config, proposer: TextRCNN, dataset: Any, rows: range, device: Any) -> list[Tensor]:
         """The best proposals (n, 4) of images, in pixels of their own size."""
         batch = dataset.batch(BatchKey(0, np.array(rows), 0, len(rows)), 0)
-        sizes = [tuple(t["size"].tolist()) for t in batch[TARGET]]
+        sizes = [(int(h), int(w)) for h, w in (t["size"].tolist() for t in batch[TARGET])]
         options = config.proposals
         return best_proposals(proposer, batch["input"].to(device), sizes, options.keep, options.overlap)
 

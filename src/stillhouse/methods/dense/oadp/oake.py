@@ -170,7 +170,8 @@ def blocks(
     width: int, height: int, block: int = 224, stride: int = 112, rescale: float = 1.5
 ) -> list[tuple[float, tuple[int, int], tuple[int, int]]]:
     """Blocks of an image and of its smaller copies: (scale, (width, height) of the copy, (left, top) of the block)."""
-    scale, out = 1.0, []
+    scale = 1.0
+    out: list[tuple[float, tuple[int, int], tuple[int, int]]] = []
     while True:
         places = [(x, y) for x in steps(width, block, stride) for y in steps(height, block, stride)]
         if not places:
