@@ -24,7 +24,10 @@ contacts truly lie in the cone. `scene.name: folder:PATH` reads views of your ow
 Reconstructed, as the paper's code for it is not published: the query's score (LERF's), its threshold (0.6 here), the
 grasp filter, the proposer of grasps, and the update of a scene. Departures that are options: normals are turned to the
 camera (`flip_normals`), and depth is divided by opacity instead of mixed with a background at 10 m
-(`depth_background`). The splatting is torch's, in tiles, and linear in pairs of a tile and a Gaussian.
+(`depth_background`). Published values that a fit of minutes does not bear: with depth weighed once (in metres), an
+opacity of 0.1 at the start and means moved at 1e-3, 600 steps left small things' surfaces about a centimetre too deep;
+the recipe begins at 0.9, weighs depth ten times, and draws points of all masks more evenly. The splatting is torch's,
+in tiles, and linear in pairs of a tile and a Gaussian.
 """
 
 from __future__ import annotations
