@@ -144,7 +144,8 @@ class VideoClips:
         """`input` with pixel_values (B, F, C, H, W) and the captions' ids, `label` (B,), `index` (B,)."""
         own = key.indices[key.start : key.stop]
         rows = self._rows[own]
-        frames = self._frames.pixels(rows.flatten()).unflatten(0, rows.shape)
+        flat = self._frames.pixels(rows.flatten())
+        frames = flat.view(*rows.shape, *flat.shape[1:])
         texts = self._frames.texts(rows[:, 0], own, key.epoch, seed)
         label = self._frames.labels()[torch.from_numpy(rows[:, 0])]
         return {"input": {"pixel_values": frames, **texts}, "label": label, "index": torch.from_numpy(own)}
@@ -200,7 +201,7 @@ def panned(images: Tensor, draws: Tensor, clips: Clips, size: tuple[int, int]) -
     grid = F.affine_grid(theta.flatten(0, 1), shape, align_corners=False)
     repeated = images.repeat_interleave(count, 0)
     out = F.grid_sample(repeated, grid, padding_mode="border", align_corners=False)
-    return out.unflatten(0, (len(images), count))
+    return out.view(len(images), count, *out.shape[1:])
 
 
 def captions_of(task: Any, images: Any) -> tuple[dict[str, Tensor], Tensor]:

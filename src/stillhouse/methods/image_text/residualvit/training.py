@@ -42,9 +42,7 @@ class ResidualTraining(TrainingModule):
         frames = given["pixel_values"]
         clips, count = frames.shape[:2]
         with torch.no_grad():
-            whole = F.normalize(net.get_image_features(frames.flatten(0, 1)).float(), dim=-1).unflatten(
-                0, (clips, count)
-            )
+            whole = F.normalize(net.get_image_features(frames.flatten(0, 1)).float(), dim=-1).view(clips, count, -1)
             text = net.get_text_features(given["input_ids"], given["attention_mask"])
             text = gather(F.normalize(text.float(), dim=-1))
         later = frames[:, 1:].flatten(0, 1)
