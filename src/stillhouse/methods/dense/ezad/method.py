@@ -18,12 +18,12 @@ not call a known class are stored, with how sure it is, and those of the known b
 its labels, and the stored features through the same head: d times the mean absolute difference of unit vectors, where
 the weights of an image's rows have the mean 1. Boxes are corrected knowing the class vector, of zeros for background;
 in evaluation that of the best class. The class vectors are those of the adapted CLIP. The published loss of the
-tuning takes each class against the rest (`sigmoid`); with few classes it pushes the cosines of all known ones below
-those of the new ones, until the CLIP calls every crop new, so the recipe takes `softmax`. `extra_names` are further
-names that the CLIP may call a crop; the published runs on COCO use all 80, 15 of which are neither known nor new. An
-image without rows has no term, where the released code makes up a row of zeros. Instance masks, the seesaw loss and
-the options that the paper does not use are left out. The captions of its recipe are made from class names: its CLIP
-knows class names, not language.
+tuning takes each class against the rest (`sigmoid`); with few classes it was seen to push the cosines of all known
+ones below those of the new ones, until the CLIP called every crop new, so the recipe takes `softmax`. `extra_names`
+are further names that the CLIP may call a crop; the published runs on COCO use all 80, 15 of which are neither known
+nor new. An image without rows has no term, where the released code makes up a row of zeros. Instance masks, the
+seesaw loss and the options that the paper does not use are left out. The captions of its recipe are made from class
+names: its CLIP knows class names, not language.
 """
 
 from __future__ import annotations
