@@ -90,7 +90,7 @@ class DataSpec(NamedSpec):
     name: str = Field(
         description="digits | cifar10 | camvid | fsdd | text:NAME | conversations:PATH | masks:PATH | "
         "instances:PATH | voc:PATH | coco:PATH | restore:PATH | captions:NAME | pairs:PATH | shards:PATH | "
-        "styled:NAME | pasted:NAME | imagefolder:PATH | multilabel:PATH | "
+        "styled:NAME | pasted:NAME | imagefolder:PATH | images:PATH | multilabel:PATH | "
         "torchvision:CLASS | hf:REPO | parquet:PATH | synthetic:PATH | file:PATH.py:FUNCTION | SCHEME:NAME of an "
         "installed package"
     )

@@ -273,6 +273,13 @@ _KNOWN = {
     ),
     "precision": Quantity("Precision", "%", 100, 2, 1, "Share of what was found that is right."),
     "recall": Quantity("Recall", "%", 100, 2, 1, "Share of what was to be found that was found."),
+    "linear_probe": Quantity(
+        "Linear probe", "%", 100, 1, 1, "Share of test images that a linear classifier of the embeddings gets right."
+    ),
+    "knn": Quantity("k nearest", "%", 100, 1, 1, "The same by the classes of the nearest embeddings."),
+    "effective_rank": Quantity(
+        "Effective rank", "", 1, 1, 0, "Of the embeddings of test images: how many directions they spread over."
+    ),
     "map": Quantity("Mean AP", "%", 100, 2, 1, "Average precision of each label's ranking, mean over the labels."),
     "exact_match": Quantity(
         "All right", "%", 100, 2, 1, "Share of samples right as a whole: each label, or all of a text."
