@@ -54,7 +54,7 @@ def recall(queries: Tensor, candidates: Tensor, query_ids: Tensor, ids: Tensor, 
         chunk: queries compared at once, a bound on memory.
     """
     places = []
-    for some, own in zip(queries.split(chunk), query_ids.split(chunk)):
+    for some, own in zip(torch.split(queries, chunk), torch.split(query_ids, chunk)):
         places.append(_places(some @ candidates.T, own[:, None] == ids[None, :]))
     return _shares(torch.cat(places))
 
