@@ -176,7 +176,7 @@ def test_a_kernel_machine_is_kept_and_told_by_its_steps(tmp_path: Path):
     figures = run(tmp_path / "run", kernel={"ridge": 0.3, "gamma": 0.05}, alpha=0.25, keep="limit")
     machine = load_product(tmp_path / "run")
     assert figures["accuracy"] == figures["accuracy_limit"] > 0.8
-    assert machine.predict(torch.zeros(3, 1, 8, 8)).shape == (3, 10)
+    assert machine.scores(torch.zeros(3, 1, 8, 8)).shape == (3, 10)
     other = run(tmp_path / "other", kernel={"ridge": 0.3, "gamma": 0.05}, alpha=0.25, keep="limit", seed=1)
     assert other["val_mse_step1"] != figures["val_mse_step1"]
 

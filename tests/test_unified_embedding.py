@@ -269,11 +269,11 @@ def test_a_csv_becomes_a_model_that_loads_and_tells_new_rows(tmp_path: Path, sch
     assert figures["auc"] > 0.6 and figures["parameters"] > figures["table_parameters"] > 0
     model = load_product(tmp_path / "run")
     rows = {"user": ["u1", "someone new", None], "item": ["3", "3", "3"], "price": [2.0, 3.0, 4.0], "clerk": [0, 0, 0]}
-    probs = model.predict(rows)
+    probs = model.probabilities(rows)
     assert probs.shape == (3, 2) and torch.allclose(probs.sum(1), torch.ones(3))
-    assert torch.equal(probs, load_product(tmp_path / "run").predict(rows))
+    assert torch.equal(probs, load_product(tmp_path / "run").probabilities(rows))
     with pytest.raises(UserError, match="'price'"):
-        model.predict({"user": ["u1"], "item": ["3"]})
+        model.probabilities({"user": ["u1"], "item": ["3"]})
 
 
 def test_the_curve_of_schemes_and_budgets_is_drawn(tmp_path: Path):

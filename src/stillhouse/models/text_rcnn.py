@@ -267,6 +267,7 @@ class TextRCNN(nn.Module):
     """
 
     text: Tensor
+    _ids: Tensor
     is_known: Tensor
 
     def __init__(

@@ -101,7 +101,7 @@ class Classification(Task):
         return [f"{self.classes[i]} ({p:.0%})" for p, i in zip(best.values.tolist(), best.indices.tolist())]
 
 
-def fitted(images: Sequence[Tensor], shape: tuple[int, ...], mean: Sequence[float], std: Sequence[float]) -> Tensor:
+def fitted(images: Sequence[Tensor], shape: tuple[int, ...], mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:
     """Images uint8 (C, H, W) of any size as a classifier's input (B, C, H, W). Raises `UserError` for inputs that are
     no images."""
     if len(shape) != 3 or not mean:

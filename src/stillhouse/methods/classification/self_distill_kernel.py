@@ -343,8 +343,8 @@ class KernelClassifier(Product):
     classes: list[str]
     figures: dict[str, float] = field(default_factory=dict)
 
-    def predict(self, inputs: Tensor) -> Tensor:
-        """Scores (B, C), float64, near class probabilities: of normalised inputs (B, channels, height, width)."""
+    def scores(self, inputs: Tensor) -> Tensor:
+        """(B, C), float64, near class probabilities: of normalised inputs (B, channels, height, width)."""
         x = pixels(inputs, self.mean, self.std)
         return KERNELS[self.kernel](x, self.points, self.gamma) @ self.coefficients + 1 / len(self.classes)
 

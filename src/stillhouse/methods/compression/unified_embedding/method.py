@@ -133,7 +133,7 @@ class EmbeddingModel(Product):
     figures: dict[str, float] = field(default_factory=dict)
 
     @torch.no_grad()
-    def predict(self, columns: Mapping[str, Sequence[Any]]) -> Tensor:
+    def probabilities(self, columns: Mapping[str, Sequence[Any]]) -> Tensor:
         """Class probabilities (n, C) of rows given by columns: integers, words or None for features, numbers for dense
         columns; others are not read.
 

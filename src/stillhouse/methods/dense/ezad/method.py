@@ -43,6 +43,7 @@ from stillhouse.data.boxes import REGIONS, with_regions
 from stillhouse.data.dataset import BatchKey
 from stillhouse.data.loader import Loader
 from stillhouse.distillation.objective import Progress
+from stillhouse.distillation.own_input import OwnInput
 from stillhouse.distillation.teachers import FrozenTeacher
 from stillhouse.errors import UserError
 from stillhouse.evaluation.detection import region_shares
@@ -368,7 +369,7 @@ class EZAD(Method[Config]):
             raise UserError("ezad: the teacher must embed images and texts; its data may be captions:pasted:digits.")
         teacher.to(run.device)
         own = run.own_input(config.teacher, teacher.model, config.data)
-        task = teacher.task.seeing(None if own is None else own.own)
+        task = teacher.task.seeing(own.own if isinstance(own, OwnInput) else None)
         clip = self._adapted(config, run, teacher, task)
         classes = list(task.classes)
         vectors = task.class_vectors(clip, [*classes, *config.search.extra_names]).cpu()

@@ -47,6 +47,7 @@ from stillhouse.data.boxes import REGIONS, with_regions
 from stillhouse.data.dataset import BatchKey
 from stillhouse.data.loader import Loader
 from stillhouse.distillation.objective import Progress
+from stillhouse.distillation.own_input import OwnInput
 from stillhouse.distillation.teachers import FrozenTeacher
 from stillhouse.errors import UserError
 from stillhouse.evaluation.detection import region_shares
@@ -391,7 +392,7 @@ class OADP(Method[Config]):
         if self.distils(config):
             proposer = self._proposer(config, run)
             own = run.own_input(config.teacher, teacher.model, config.data)
-            task = teacher.task.seeing(None if own is None else own.own)
+            task = teacher.task.seeing(own.own if isinstance(own, OwnInput) else None)
             reader = Reader(teacher, task, config.objects, config.blocks, run.device)
             store = self._read(config, run, proposer, reader, teacher)
             if config.labels.bias is None:
