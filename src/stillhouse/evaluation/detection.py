@@ -201,11 +201,9 @@ def coco_evaluation(
     facts = {"images": frames, "categories": [{"id": i} for i in range(classes)]}
     with contextlib.redirect_stdout(io.StringIO()):
         truth, results = COCO(), COCO()
-        truth.dataset = {**facts, "annotations": entries(true, "iscrowd", None if outlines is None else outlines.true)}
-        results.dataset = {
-            **facts,
-            "annotations": entries(found, "score", None if outlines is None else outlines.found),
-        }
+        masks = (None, None) if outlines is None else (outlines.true, outlines.found)
+        truth.dataset = {**facts, "annotations": entries(true, "iscrowd", masks[0])}
+        results.dataset = {**facts, "annotations": entries(found, "score", masks[1])}
         truth.createIndex()
         results.createIndex()
         evaluation = COCOeval(truth, results, "bbox" if outlines is None else "segm")

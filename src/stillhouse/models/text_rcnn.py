@@ -268,6 +268,7 @@ class TextRCNN(nn.Module):
 
     text: Tensor
     _ids: Tensor
+    _position: Tensor
     is_known: Tensor
 
     def __init__(

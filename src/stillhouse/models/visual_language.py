@@ -36,6 +36,9 @@ class VisualLanguage(nn.Module):
         input_shape: (C, H, W) of an image.
     """
 
+    tower: Any
+    decoder: Any
+
     def __init__(
         self,
         tower: Mapping[str, Any] | None = None,
@@ -55,8 +58,8 @@ class VisualLanguage(nn.Module):
         if input_shape[1] != input_shape[2]:
             raise UserError(f"A tower of CLIP takes square images; set data.image_size, not {list(input_shape[1:])}.")
         vision = {"image_size": input_shape[1], "num_channels": input_shape[0], **(tower or {})}
-        self.tower: Any = transformers.CLIPVisionModel(transformers.CLIPVisionConfig(**vision))
-        self.decoder: Any = _decoder(dict(decoder or {}), vocabulary)
+        self.tower = transformers.CLIPVisionModel(transformers.CLIPVisionConfig(**vision))
+        self.decoder = _decoder(dict(decoder or {}), vocabulary)
         width = self.decoder.config.hidden_size
         if self.decoder.config.vocab_size < vocabulary:
             raise UserError(
@@ -87,7 +90,8 @@ class VisualLanguage(nn.Module):
         """(B, P, D) of the frozen tower."""
         with torch.no_grad():
             hidden = self.tower(pixel_values=images, output_hidden_states=True).hidden_states[self.layer]
-        return hidden[:, 1:]  # type: ignore[no-any-return]
+        patches: Tensor = hidden[:, 1:]
+        return patches
 
     def forward(
         self, pixel_values: Tensor, input_ids: Tensor, attention_mask: Tensor, patches: Tensor | None = None

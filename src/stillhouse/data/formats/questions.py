@@ -86,7 +86,7 @@ def load(rest: str, spec: DataSpec, options: Options, root: Path) -> QuestionBun
     texts += [answer_of(CAPTION, Content((i, j, k), frozenset()), names, labelled) for i, j, k in _triples(len(names))]
     wanted = f"hf:{existing(where, root)}" if kind == "hf" and (root / where).is_dir() else options.tokenizer
     tokens = tokenizer(wanted, texts)
-    size = tuple(task.input_shape[-2:]) if isinstance(task, Classification) else task.size
+    size = (task.input_shape[-2], task.input_shape[-1]) if isinstance(task, Classification) else task.size
     facts = VisualText(size, task.mean, task.std, tokens, options.context, tuple(names), tuple(kinds))
     fingerprint = digest(inner.fingerprint, names, kinds, options.context, identity(tokens))
 

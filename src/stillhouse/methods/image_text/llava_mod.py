@@ -287,16 +287,20 @@ class PreferenceTraining(TrainingModule):
     def forward(self, batch: Batch, progress: Progress) -> dict[str, Tensor]:
         """`loss`, `preference`, the share of pairs whose right answer gains more (`prefers`), and `balance`."""
         patches = self.student.patches(batch["input"]["pixel_values"])
-        ours, balance = [], []
-        for side in (False, True):
-            ours.append(scores(self.student, self.task, batch, patches, side))
-            balance.append(balance_loss(self.student, ours[-1]))
+        right = scores(self.student, self.task, batch, patches, wrong=False)
+        balance = balance_loss(self.student, right)
+        wrong = scores(self.student, self.task, batch, patches, wrong=True)
+        balance = balance + balance_loss(self.student, wrong)
         with torch.no_grad():
-            theirs = [scores(self._teacher[0], self.task, batch, patches, side) for side in (False, True)]
+            their_right, their_wrong = (
+                scores(self._teacher[0], self.task, batch, patches, wrong=side) for side in (False, True)
+            )
         options = self.options
-        loss = preference_loss(*ours, *theirs, options.loss, options.beta, options.label_smoothing)
-        prefers = (ours[0] - theirs[0] > ours[1] - theirs[1]).float().mean()
-        return {"loss": loss + self.balance * (balance[0] + balance[1]), "preference": loss, "prefers": prefers}
+        loss = preference_loss(
+            right, wrong, their_right, their_wrong, options.loss, options.beta, options.label_smoothing
+        )
+        prefers = (right - their_right > wrong - their_wrong).float().mean()
+        return {"loss": loss + self.balance * balance, "preference": loss, "prefers": prefers}
 
 
 def scores(network: VisualLanguage, task: VisualText, batch: Batch, patches: Tensor, wrong: bool) -> Tensor:
@@ -378,7 +382,7 @@ class LlavaMoD(Method[Config]):
         if config.tower.train is None:
             found = build(config.tower.network.model_copy(update={"options": {"task": "features"}}))
             side = getattr(getattr(found, "config", None), "vision_config", None)
-            if not hasattr(found, "vision_model") or side.image_size != ours.size[0]:
+            if side is None or not hasattr(found, "vision_model") or side.image_size != ours.size[0]:
                 raise UserError(
                     f"tower: '{config.tower.model}' must be a CLIP of transformers; set data.image_size to the size of "
                     "its images."

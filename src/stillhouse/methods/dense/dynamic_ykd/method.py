@@ -22,7 +22,7 @@ background to the losses, and what is distilled works against it. A step trains 
 from the averaged one (the paper leaves this open). Batch norm is in evaluation mode after the first task; the small
 networks here have group norm instead. CamVid has no numbers of objects: the recipe of its masks takes the connected
 parts of a class as objects, so cars that touch are one. Which regions are left after suppression is read by the host
-in every step, as in torchvision's detectors. `feature_weight` is a loss of the released code that the method does not use.
+in every step, as in torchvision's detectors. `feature_weight` is a loss of the released code, not of the paper.
 """
 
 from __future__ import annotations
