@@ -414,7 +414,7 @@ def test_captions_of_files_are_drawn_in_training_and_all_there_in_evaluation(cap
 
 
 def test_a_caption_file_that_does_not_fit_says_so(tmp_path: Path):
-    with pytest.raises(UserError, match="no file of captions"):
+    with pytest.raises(UserError, match="no table of its images"):
         load(DataSpec(name=f"pairs:{tmp_path}"))
     (tmp_path / "captions.csv").write_text("file_name,note\n0.png,x\n")
     with pytest.raises(UserError, match=r"row 1 .* has no 'text'.*text_column"):

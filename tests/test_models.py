@@ -60,12 +60,15 @@ def make(
 
 
 DETECTORS = {"one_stage", "pyramid_detector", "yolov4", "point_pillars", "second", "point_rcnn"}  # see their own tests
+REGIONS = {"faster_rcnn", "mask_rcnn", "text_rcnn"}  # see test_dynamic_ykd.py, test_oadp.py
+SEGMENTERS = {"pyramid_segmenter"}  # see test_mgd_ssss.py
 RESTORERS = {"imdn", "imdn_as", "imdn_rtc", "imdn_rte"}  # see test_imdn.py
-PAIRED = {"clip", "two_towers", "visual_language"}  # see test_image_text.py, test_llava_mod.py
+PAIRED = {"clip", "hybrid_clip", "two_towers", "fusion", "visual_language"}  # see test_image_text.py, test_albef.py
 DENOISERS = {"dit"}  # see test_diffusion.py
+OTHERS = DETECTORS | REGIONS | SEGMENTERS | RESTORERS | PAIRED | DENOISERS
 
 
-@pytest.mark.parametrize("name", [n for n in names() if n not in DETECTORS | RESTORERS | PAIRED | DENOISERS])
+@pytest.mark.parametrize("name", [n for n in names() if n not in OTHERS])
 def test_every_own_net_learns_from_a_batch(name: str) -> None:
     if name == "wrn_28_10":
         name = "wrn_10_1"  # the same class by its pattern, at a size that two cores run in a test

@@ -37,7 +37,7 @@ def row_facts(tree: Mapping[str, Any]) -> dict[str, Any]:
     data = {"name": given} if isinstance(given, str) else given
     out: dict[str, Any] = {}
     if isinstance(data, Mapping):
-        out["data"] = _digest({k: v for k, v in data.items() if k not in ("root", "workers")})
+        out["data"] = _digest({k: v for k, v in data.items() if k not in ("root", "workers", "views")})
     return out | ({"searches": True} if catalog.method(tree.get("method", "distillation")).searches else {})
 
 
