@@ -39,7 +39,7 @@ ELSEWHERE = {
     "student.tap:encoder.counts": "test_pointdistiller.py",
 }
 """What objectives may need that the classifiers here do not give -> the tests that try them on networks that do."""
-OBJECTIVES = sorted(n for n in CARDS if not ELSEWHERE.keys() & catalog.objective(n).needs)
+OBJECTIVES = sorted(n for n in CARDS if not ELSEWHERE.keys() & catalog.objective(n)().needs)
 SPAN = Progress(epoch=3, epochs=10, steps_per_epoch=4)
 WITHOUT_DETECTOR = {"rt_detrv4": {"student_layer": "blocks.1"}}
 """Options on the meta device: the detectors of transformers wait for the device themselves."""
