@@ -92,7 +92,7 @@ def geometry(case: Case) -> None:
     transform = torch.eye(4, dtype=depth.dtype)
     transform[2, 3] = float(shift[1]) if shift else 0.0
     camera = (p["fx"], p["fy"], p["cx"], p["cy"])
-    mask = None if "mask" not in case else case["mask"]
+    mask = case["mask"] if "mask" in case else None  # noqa: SIM401  (a case has no get)
     points, kept = back_projected(depth, camera, transform, mask, tuple(p["depth_range"]), tuple(p["keep_z"]), centre=0)
     case.close("points", torch.cat([points, case["color"][kept].to(points)], 1))
 
