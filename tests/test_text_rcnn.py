@@ -23,7 +23,7 @@ from stillhouse.store.regions import RegionStore, write_regions
 from stillhouse.tasks.detection import Detection
 
 SMALL = {"backbone": "test_resnet", "strides": [8, 16], "width": 16, "units": 16, "dim": 8, "usual": 32, "pool": 3}
-TASK = Detection(("a", "b", "c"), (64, 64), (0.5,) * 3, (0.5,) * 3, (2,))
+TASK = Detection(("a", "b", "c"), (64, 64), (0.5,) * 3, (0.5,) * 3, new=(2,))
 
 
 def detector(**options: object) -> TextRCNN:
