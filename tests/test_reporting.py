@@ -155,9 +155,9 @@ def test_names_are_shown_as_they_are_never_run(tmp_path: Path):
 
 
 def test_figures_of_other_tasks_are_compared_by_what_there_is(tmp_path: Path):
-    rows = [{"label": f"m{i}", "seeds": [0, 1], "metrics": {"map": [0.1 * i, 0.1 * i + 0.02]}} for i in range(12)]
+    rows = [{"label": f"m{i}", "seeds": [0, 1], "metrics": {"bleu": [0.1 * i, 0.1 * i + 0.02]}} for i in range(12)]
     path = write_comparison_report({"slug": "x", "rows": rows}, tmp_path / "c.html")
-    assert 'id="dots-map"' in html_of(path)
+    assert 'id="dots-bleu"' in html_of(path)
     assert "| m3 | 0.310 ± 0.014 |" in comparison_markdown({"rows": rows})
 
 
