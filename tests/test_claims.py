@@ -9,7 +9,9 @@ from typing import Any
 
 import pytest
 
+from stillhouse.config.reading import read_yaml
 from stillhouse.errors import UserError
+from stillhouse.evaluation.quantities import quantity
 from stillhouse.evaluation.statistics import mean_interval, paired_difference
 from stillhouse.reporting.comparison import write_comparison_report
 from stillhouse.reporting.rows import compare
@@ -322,3 +324,15 @@ def test_the_projects_own_evidence_is_read_and_its_verdicts_are_current() -> Non
         recorded = [(c["recipe"], c["says"], c.get("group"), c["verdict"]) for c in results.get("claims", ())]
         now = [(n, v.says, v.group, v.verdict) for n, found in claimed.items() for v in found if v.evidence == name]
         assert recorded == now, f"evidence/{name}.json: write its verdicts by `stillhouse evidence --verdicts`"
+
+
+def test_bounds_of_recipes_are_in_the_unit_of_the_figure_and_no_shares_of_one() -> None:
+    for path in sorted((Path(__file__).parents[1] / "recipes").rglob("*.yaml")):
+        for claim in read_yaml(path).get("claims") or []:
+            shown = quantity(claim["figure"])
+            least = {"%": 1.0, "points": 0.4}.get(shown.unit, 0.0) if shown.scale == 100 else 0.0
+            for key in ("at_least", "at_most"):
+                bound = claim.get(key, 0)
+                assert not 0 < abs(bound) < least, (
+                    f"{path.name}: {key}: {bound} of '{claim['figure']}' means {bound} {shown.unit}"
+                )
