@@ -332,7 +332,7 @@ def test_bounds_of_recipes_are_in_the_unit_of_the_figure_and_no_shares_of_one() 
             shown = quantity(claim["figure"])
             least = {"%": 1.0, "points": 0.4}.get(shown.unit, 0.0) if shown.scale == 100 else 0.0
             for key in ("at_least", "at_most"):
-                bound = claim.get(key, 0)
+                bound = float(claim.get(key, 0))
                 assert not 0 < abs(bound) < least, (
                     f"{path.name}: {key}: {bound} of '{claim['figure']}' means {bound} {shown.unit}"
                 )
