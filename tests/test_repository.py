@@ -52,3 +52,9 @@ def test_the_pages_at_the_root_name_commands_that_exist() -> None:
         assert set(re.findall(r"`stillhouse ([a-z]+)", read(page))) <= commands
         targets = set(re.findall(r"^([a-z]+):", read("Makefile"), re.MULTILINE))
         assert set(re.findall(r"`make ([a-z]+)", read(page))) <= targets
+
+
+def test_no_run_was_committed_into_the_checkout() -> None:
+    found = {p.parent.relative_to(ROOT) for p in ROOT.glob("*/environment.json")}
+    found |= {p.parent.relative_to(ROOT) for p in ROOT.glob("*/recipe.yaml")}
+    assert not found - {Path("runs")}, "a test wrote into the checkout; give it tmp_path"
