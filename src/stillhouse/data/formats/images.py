@@ -12,19 +12,18 @@ import numpy as np
 import torch
 from PIL import Image
 from pydantic import Field
-from torch import Tensor
 
 from stillhouse import catalog
 from stillhouse.config.specs import DataSpec, Spec
 from stillhouse.data import format as formats
 from stillhouse.data.bundle import DataBundle, labelled
-from stillhouse.data.dataset import BatchKey
+from stillhouse.data.dataset import IndexedDataset
 from stillhouse.data.images import EXTENSIONS, image_files, open_image
+from stillhouse.data.relabelled import Relabelled
 from stillhouse.data.source import IMAGENET_MEAN, IMAGENET_STD, Samples, Source, evenly, existing
 from stillhouse.data.splits import Splits
 from stillhouse.errors import UserError
 from stillhouse.files import digest
-from stillhouse.signals import Batch
 from stillhouse.tasks.features import Features
 
 __all__ = ["KEYS", "REST", "Options", "load"]
@@ -137,35 +136,10 @@ class FeatureBundle(Splits):
     def _of(self, split: str) -> DataBundle:
         return self.judge if self.judge is not None and split in ("val", "test") else self.images
 
-    def dataset(self, split: str, *, train: bool) -> _Unlabelled:
+    def dataset(self, split: str, *, train: bool) -> IndexedDataset | Relabelled:
+        """A split, whose labels are -1 but for the images that judge."""
         self.require(split)
-        bundle = self._of(split)
-        return _Unlabelled(bundle.dataset(split, train=train), known=bundle is self.judge and split != "train")
-
-
-class _Unlabelled:
-    """A data set without its labels: in training there are none, otherwise they are -1, or `known`."""
-
-    def __init__(self, images: Any, known: bool) -> None:
-        self._images, self._known = images, known
-
-    def __len__(self) -> int:
-        return len(self._images)
-
-    def labels(self) -> Tensor:
-        """(n,) class ids where they are known, else -1."""
-        labels: Tensor = self._images.labels()
-        return labels if self._known else torch.full_like(labels, -1)
-
-    def __getitem__(self, index: int) -> Batch:
-        return self._own(self._images[index])
-
-    def batch(self, key: BatchKey, seed: int) -> Batch:
-        return self._own(self._images.batch(key, seed))
-
-    def recorded(self, key: BatchKey, seed: int) -> tuple[Batch, dict[str, np.ndarray]]:
-        batch, drawn = self._images.recorded(key, seed)
-        return self._own(batch), drawn
-
-    def _own(self, batch: Batch) -> Batch:
-        return batch if self._known else {**batch, "label": torch.full_like(batch["label"], -1)}
+        samples = self._of(split).dataset(split, train=train)
+        if self.judge is not None and split in ("val", "test"):
+            return samples
+        return Relabelled(samples, torch.full((len(samples),), -1))

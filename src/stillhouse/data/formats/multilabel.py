@@ -15,19 +15,17 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 from pydantic import Field
-from torch import Tensor
 
 from stillhouse.config.specs import DataSpec, Spec
 from stillhouse.data.bundle import DataBundle, labelled
-from stillhouse.data.dataset import BatchKey, IndexedDataset
 from stillhouse.data.image_tables import ImageTable, column, split_folders
 from stillhouse.data.labels import class_order
+from stillhouse.data.relabelled import Relabelled
 from stillhouse.data.source import IMAGENET_MEAN, IMAGENET_STD, Samples, Source, existing
 from stillhouse.data.splits import Splits
 from stillhouse.errors import UserError
 from stillhouse.files import digest
 from stillhouse.functional.counting import IGNORED
-from stillhouse.signals import Batch
 from stillhouse.tasks.multi_label import MultiLabel
 
 __all__ = ["KEYS", "REST", "Options", "load"]
@@ -149,34 +147,7 @@ class MultiLabelBundle(Splits):
 
     evaluation_batch: ClassVar[int] = 256
 
-    def dataset(self, split: str, *, train: bool) -> _Labelled:
+    def dataset(self, split: str, *, train: bool) -> Relabelled:
         self.require(split)
         own = self.labels[split if split in self.labels else "train"]
-        return _Labelled(self.inner.dataset(split, train=train), own[self.inner.positions(split)])
-
-
-class _Labelled:
-    """Images of another data set with labels (n, C)."""
-
-    def __init__(self, images: IndexedDataset, labels: np.ndarray) -> None:
-        self._images, self._labels = images, torch.from_numpy(labels)
-
-    def __len__(self) -> int:
-        return len(self._labels)
-
-    def labels(self) -> Tensor:
-        """(n, C), in index order."""
-        return self._labels.clone()
-
-    def __getitem__(self, index: int) -> Batch:
-        return {**self._images[index], "label": self._labels[index]}
-
-    def batch(self, key: BatchKey, seed: int) -> Batch:
-        return self._own(self._images.batch(key, seed))
-
-    def recorded(self, key: BatchKey, seed: int) -> tuple[Batch, dict[str, np.ndarray]]:
-        batch, drawn = self._images.recorded(key, seed)
-        return self._own(batch), drawn
-
-    def _own(self, batch: Batch) -> Batch:
-        return {**batch, "label": self._labels[batch["index"]]}
+        return Relabelled(self.inner.dataset(split, train=train), torch.from_numpy(own[self.inner.positions(split)]))
