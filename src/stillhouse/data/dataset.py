@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -31,6 +31,23 @@ class BatchKey:
     indices: np.ndarray  # (G,) int64, positions in the split
     start: int
     stop: int
+
+
+class Batched(Protocol):
+    """Samples that come in batches."""
+
+    def __len__(self) -> int: ...
+
+    def batch(self, key: BatchKey, seed: int) -> Batch: ...
+
+
+def first_seen(samples: Batched, index: int) -> Batch:
+    """One sample, as a training step of seed 0 and epoch 0 would see it. Raises `IndexError` beyond the last."""
+    if not -len(samples) <= index < len(samples):
+        raise IndexError(index)
+    one = np.array([index % len(samples)])
+    batch = samples.batch(BatchKey(0, one, 0, 1), 0)
+    return {k: {n: v[0] for n, v in x.items()} if isinstance(x, dict) else x[0] for k, x in batch.items()}
 
 
 Inputs = Callable[[np.ndarray, int, int], Any]

@@ -14,7 +14,7 @@ from pydantic import Field
 from torch import Tensor
 
 from stillhouse.config.specs import Spec
-from stillhouse.data.dataset import BatchKey
+from stillhouse.data.dataset import BatchKey, first_seen
 from stillhouse.data.splits import Splits
 from stillhouse.errors import UserError
 from stillhouse.functional.pictures import renormalise
@@ -108,11 +108,7 @@ class PairedDataset:
 
     def __getitem__(self, index: int) -> Batch:
         """One sample, as a training step of seed 0 and epoch 0 would see it."""
-        if not -len(self) <= index < len(self):
-            raise IndexError(index)
-        one = np.array([index % len(self)])
-        batch = self.batch(BatchKey(0, one, 0, 1), 0)
-        return {k: {n: v[0] for n, v in x.items()} if isinstance(x, dict) else x[0] for k, x in batch.items()}
+        return first_seen(self, index)
 
     def batch(self, key: BatchKey, seed: int) -> Batch:
         """A process's share of a batch: `input` (pixel_values, and where there are texts input_ids, attention_mask),

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from stillhouse.config.specs import DataSpec, Spec
 from stillhouse.data import format as formats
-from stillhouse.data.dataset import BatchKey
+from stillhouse.data.dataset import BatchKey, first_seen
 from stillhouse.data.source import existing
 from stillhouse.data.splits import Splits
 from stillhouse.errors import UserError, unknown
@@ -154,11 +154,7 @@ class QuestionDataset:
 
     def __getitem__(self, index: int) -> Batch:
         """One sample, as a training step of seed 0 and epoch 0 would see it."""
-        if not -len(self) <= index < len(self):
-            raise IndexError(index)
-        one = np.array([index % len(self)])
-        batch = self.batch(BatchKey(0, one, 0, 1), 0)
-        return {k: {n: v[0] for n, v in x.items()} if isinstance(x, dict) else x[0] for k, x in batch.items()}
+        return first_seen(self, index)
 
     def batch(self, key: BatchKey, seed: int) -> Batch:
         """A process's share of a batch: `input` (pixel_values, input_ids, attention_mask), `label` (B, L), `kind`,

@@ -20,7 +20,7 @@ from pydantic import Field
 from torch import Tensor
 
 from stillhouse.config.specs import DataSpec, Spec
-from stillhouse.data.dataset import BatchKey
+from stillhouse.data.dataset import BatchKey, first_seen
 from stillhouse.data.images import open_image
 from stillhouse.data.source import existing
 from stillhouse.data.split import cut, in_proportion
@@ -149,11 +149,7 @@ class ChatDataset:
         return None
 
     def __getitem__(self, index: int) -> Batch:
-        if not -len(self) <= index < len(self):
-            raise IndexError(index)
-        one = np.array([index % len(self)])
-        batch = self.batch(BatchKey(0, one, 0, 1), 0)
-        return {k: {n: v[0] for n, v in x.items()} if isinstance(x, dict) else x[0] for k, x in batch.items()}
+        return first_seen(self, index)
 
     def batch(self, key: BatchKey, seed: int) -> Batch:
         """A process's share of a batch, as `VisualText` has it, padded to its longest conversation; with `wrong` and
